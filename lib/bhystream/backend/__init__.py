@@ -1,0 +1,1 @@
+"""Hypervisors: how each reads, pauses, starts and ends a guest."""

@@ -1,0 +1,178 @@
+"""What the engine asks of a hypervisor: the Source and Sink protocols.
+
+The engine moves pages and sections and knows no hypervisor; a backend knows
+one hypervisor and no stream.  Everything that crosses this line is here.
+
+Page numbers count through the segments of the layout in order, as in the
+LAYOUT section of bhystream(5): page 0 is the first page of segment 0, and the
+first page of segment 1 follows the last of segment 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+PAGE_BYTES = 4096
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One contiguous piece of the guest's memory.
+
+    name: at most 31 ASCII bytes.  gpa: guest physical address in bytes, or
+    None where the hypervisor does not state one.  npages: pages of 4 KiB.
+    """
+
+    name: str
+    gpa: int | None
+    npages: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """What cannot change while the guest runs: the head sections of a stream.
+
+    host: the sending host and its hypervisor.  config: the guest.  devices:
+    names of the emulated devices, in the hypervisor's order.
+    """
+
+    host: Json
+    layout: tuple[Segment, ...]
+    config: Json
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """One named blob of device or vCPU state, opaque to us."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where the pages of one segment go: a file and the offset of its page 0.
+
+    The descriptor stays the sink's; the engine only writes to it (pwrite(2))
+    and punches holes.
+    """
+
+    fd: int
+    offset_bytes: int
+
+
+class Source(Protocol):
+    """A running guest that is to be sent.
+
+    Opening one pauses nothing and changes nothing.  All methods raise
+    GuestError when the hypervisor fails, and nothing else on purpose.
+    """
+
+    @property
+    def name(self) -> str:
+        """The guest's name, [A-Za-z0-9._-]{1,64}."""
+
+    @property
+    def lock_name(self) -> str:
+        """What one lock per guest is taken on: the same for every path to it."""
+
+    def head(self) -> Head:
+        """Return what goes into the head sections."""
+
+    def memory(self) -> Sequence[memoryview]:
+        """Return one read-only mapping per segment, len = npages * 4096.
+
+        The mappings live until close() and show the guest's memory as it
+        changes.  Reading a page outside touched() may allocate it.
+        """
+
+    def touched(self) -> Iterator[tuple[int, int]]:
+        """Yield the extents [first, end) of pages that may be other than zero.
+
+        Ascending, disjoint, none across a segment border; asked anew at each
+        round.  Pages outside are zero and must not be read.
+        """
+
+    def pause(self) -> None:
+        """Stop every vCPU and device.  Returns when nothing writes memory."""
+
+    def states(self) -> Sequence[State]:
+        """Return the state of the paused guest, whole, in memory.
+
+        Called once, after pause().  May still change guest memory, so the
+        last scan follows it.
+        """
+
+    def resume(self) -> None:
+        """Let a guest paused by pause() run on, also after states()."""
+
+    def revive(self) -> Json:
+        """Return what a keeper needs to resume or discard the guest without us.
+
+        JSON, handed to `revive.open_paused()`; it holds no secret and no
+        descriptor.
+        """
+
+    def close(self) -> None:
+        """Give up every descriptor and mapping.  The guest stays as it is."""
+
+
+class Sink(Protocol):
+    """A guest being built.  Nothing of it runs before start().
+
+    Ownership: what open() made (a process, a memory file, sockets) is the
+    sink's until start() or leave_paused() succeeded; abort() before that
+    leaves the host as it was found.
+    """
+
+    def check(self, head: Head) -> list[str]:
+        """Compare the head with this host and the given resources.
+
+        Touches nothing.  Returns the reasons why this host cannot take the
+        guest, each one line that names the key; [] means that it can.
+        """
+
+    def open(self) -> Sequence[Destination]:
+        """Make the empty guest and return where each segment's pages go.
+
+        Memory is zero and, where the host allows it, not allocated.
+        """
+
+    def load(self, states: Sequence[State]) -> None:
+        """Give the device state to the guest; memory is complete by then."""
+
+    def start(self) -> None:
+        """Run the loaded guest and let go of it: it outlives us."""
+
+    def leave_paused(self) -> None:
+        """Let go of the loaded guest without running it (bhyrecv -u)."""
+
+    def revive(self) -> Json:
+        """Return what `revive.open_paused()` needs to find the guest again."""
+
+    def abort(self) -> None:
+        """Undo open().  Never raises; may be called at any time, and twice."""
+
+
+class Paused(Protocol):
+    """A guest that stands paused or held, found again from its record.
+
+    What the keeper, --resume and --discard act through.
+    """
+
+    def resume(self) -> None:
+        """Let it run.  A guest that already runs is left alone."""
+
+    def discard(self) -> None:
+        """End it for good.  A guest that is gone already is no error."""
+
+    def is_alive(self) -> bool:
+        """Say whether the hypervisor's process of this very guest exists."""
+
+    def close(self) -> None:
+        """Give up every descriptor; the guest stays as it is."""

@@ -1,0 +1,30 @@
+"""Build the package and its Cython loops, and install programs and man pages."""
+
+import os
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+WERROR = ["-Werror"] if os.environ.get("BHYSTREAM_WERROR") else []
+CFLAGS = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", *WERROR]
+
+EXTENSIONS = [
+    Extension(f"bhystream.{name}", [f"lib/bhystream/{name}.pyx"], extra_compile_args=CFLAGS)
+    for name in ("bitmap", "page")
+]
+
+setup(
+    package_dir={"": "lib"},
+    packages=["bhystream", "bhystream.backend", "bhystream.backend.qemu"],
+    package_data={"bhystream": ["py.typed", "*.pyi"]},
+    ext_modules=cythonize(
+        EXTENSIONS,
+        build_dir="build/cython",
+        compiler_directives={"language_level": "3", "boundscheck": False, "wraparound": False},
+    ),
+    scripts=["bhysend", "bhyrecv"],
+    data_files=[
+        ("share/man/man5", ["man/bhystream.5"]),
+        ("share/man/man8", ["man/bhysend.8", "man/bhyrecv.8"]),
+    ],
+)
