@@ -10,7 +10,7 @@ CFLAGS = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", *WERROR]
 
 EXTENSIONS = [
     Extension(f"bhystream.{name}", [f"lib/bhystream/{name}.pyx"], extra_compile_args=CFLAGS)
-    for name in ("bitmap", "page")
+    for name in ("batch", "bitmap", "page")
 ]
 
 setup(

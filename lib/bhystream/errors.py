@@ -82,7 +82,10 @@ class PipeError(BhyError):
 
 
 class DowntimeError(BhyError):
-    """The guest changes faster than it can be moved; it runs on."""
+    """Not now: the guest changes faster than it can be moved, and runs on.
+
+    Also the status of an interrupt, see signals.py.
+    """
 
     status = 75
 

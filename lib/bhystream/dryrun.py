@@ -1,0 +1,197 @@
+"""bhysend -n: what a move would be like, without touching the guest.
+
+Two scans over the pages that the guest has touched, a second apart, give its
+size and how fast it changes; the policy then says how many rounds that takes
+on a link of a given rate.  The guest runs on, nothing is paused, and memory
+that it never touched is not read, so it stays unallocated.
+
+Into a pipe goes a stream with a head and no memory, for `bhyrecv -n` at the
+other end, which gives the destination's verdict.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import time
+from dataclasses import dataclass
+
+from bhystream import bitmap
+from bhystream import format as fmt
+from bhystream.backend.base import PAGE_BYTES, Head, Source
+from bhystream.errors import OK
+from bhystream.format import Feature, Form, Header
+from bhystream.page import PageHasher, mark_changed
+from bhystream.precopy import NS, Limits, forecast
+from bhystream.report import Console, duration, size
+from bhystream.transfer import spans, write_head
+from bhystream.writer import Writer
+
+_STDOUT = 1
+_EXPOSURE_SECONDS = 1.0
+_LINKS = (("1 Gbit/s", 10**9 / 8), ("10 Gbit/s", 10**10 / 8), ("25 Gbit/s", 25 * 10**9 / 8))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What two scans found.
+
+    touched_pages: allocated at the source.  data_pages: other than zero.
+    changed_pages in changed_extents: between the scans, exposure_ns apart.
+    scan_ns: of the second scan.
+    """
+
+    npages: int
+    touched_pages: int
+    data_pages: int
+    changed_pages: int
+    changed_extents: int
+    exposure_ns: int
+    scan_ns: int
+
+    @property
+    def dirty_bytes(self) -> float:
+        """Bytes changed a second."""
+        return self.changed_pages * PAGE_BYTES * NS / max(self.exposure_ns, 1)
+
+
+class _Scanner:
+    """Repeated scans of one guest, through one hash table."""
+
+    def __init__(self, source: Source, head: Head) -> None:
+        self._source = source
+        self._layout = head.layout
+        self.npages = sum(segment.npages for segment in head.layout)
+        self._memory = source.memory()
+        self._hasher = PageHasher(secrets.randbits(64))
+        self._table = memoryview(bytearray(8 * self.npages)).cast("Q")
+        self._hasher.fill(self._table, 0, self.npages)
+        self.bits = memoryview(bytearray(8 * (self.npages // 64 + 1))).cast("Q")
+
+    def scan(self) -> tuple[int, int]:
+        """Return (touched pages, pages that differ from the last scan)."""
+        touched = changed = 0
+        for span in spans(self._layout, self._source.touched()):
+            if span.present:
+                touched += span.end - span.first
+                changed += mark_changed(
+                    self._hasher,
+                    self._memory[span.segment],
+                    span.base_page,
+                    span.first,
+                    span.end,
+                    self._table,
+                    self.bits,
+                )
+        return touched, changed
+
+    def clear(self) -> None:
+        """Forget which pages changed."""
+        self.bits[:] = memoryview(bytes(8 * len(self.bits))).cast("Q")
+
+    def extents(self) -> int:
+        """Count the extents of changed pages."""
+        pairs = memoryview(bytearray(16 * 1024)).cast("Q")
+        found = at = 0
+        while at < self.npages:
+            count, at = bitmap.walk(self.bits, at, self.npages, pairs)
+            found += count
+        return found
+
+
+def survey(source: Source, head: Head) -> Survey:
+    """Scan twice.  Takes a second and the time of the scans."""
+    scanner = _Scanner(source, head)
+    first_ns = time.monotonic_ns()
+    _, data = scanner.scan()
+    scanner.clear()
+    time.sleep(_EXPOSURE_SECONDS)
+    second_ns = time.monotonic_ns()
+    touched, changed = scanner.scan()
+    return Survey(
+        npages=scanner.npages,
+        touched_pages=touched,
+        data_pages=data,
+        changed_pages=changed,
+        changed_extents=scanner.extents(),
+        exposure_ns=second_ns - first_ns,
+        scan_ns=time.monotonic_ns() - second_ns,
+    )
+
+
+def run(source: Source, limits: Limits, console: Console, *, machine: bool) -> int:
+    """Survey a guest, report, and write the stream of a dry run into a pipe.
+
+    With `machine` (-P) standard output is the report's.  The verdict says
+    whether the rate (-B), or else the slowest link that is shown, suffices.
+    """
+    head = source.head()
+    if not machine and not os.isatty(_STDOUT):
+        header = Header(
+            Form.PLAIN,
+            Feature.NO_MEMORY,
+            secrets.token_bytes(fmt.STREAM_ID_BYTES),
+            secrets.randbits(64),
+        )
+        writer = Writer(_STDOUT, header)
+        write_head(writer, head)
+        writer.end()
+    found = survey(source, head)
+    links = [("-B", float(limits.rate_bytes))] if limits.rate_bytes else list(_LINKS)
+    if machine:
+        sys.stdout.write("".join(f"{key}\t{value}\n" for key, value in _fields(head, found)))
+        for name, rate in links:
+            told = forecast(found.data_pages, found.dirty_bytes, found.scan_ns, rate, limits)
+            values = (name, int(rate), *(told or (-1, -1)))
+            sys.stdout.write("link\t" + "\t".join(str(value) for value in values) + "\n")
+        sys.stdout.flush()
+    else:
+        for line in _lines(head, found, links, limits, source.name):
+            console.say(line)
+    return OK
+
+
+def _fields(head: Head, found: Survey) -> list[tuple[str, object]]:
+    return [
+        ("name", head.config["name"]),
+        ("hypervisor", head.host["hypervisor"]),
+        ("pages", found.npages),
+        ("touched_pages", found.touched_pages),
+        ("data_pages", found.data_pages),
+        ("dirty_bytes_per_second", int(found.dirty_bytes)),
+        ("scan_ns", found.scan_ns),
+    ]
+
+
+def _lines(
+    head: Head, found: Survey, links: list[tuple[str, float]], limits: Limits, name: str
+) -> list[str]:
+    """Return the report for people."""
+    lines = [
+        f"guest {name}: {size(found.npages * PAGE_BYTES)} of memory, "
+        f"{size(found.touched_pages * PAGE_BYTES)} touched, "
+        f"{size(found.data_pages * PAGE_BYTES)} to send",
+        f"guest {name}: changes {size(found.dirty_bytes)}/s, "
+        f"in {found.changed_extents} places; a scan takes {duration(found.scan_ns)}",
+    ]
+    for link, rate in links:
+        told = forecast(found.data_pages, found.dirty_bytes, found.scan_ns, rate, limits)
+        if told:
+            rounds, copy_ns = told
+            lines.append(
+                f"guest {name}: at {link} ({size(rate)}/s): {rounds} rounds, pause "
+                f"{duration(copy_ns)} and {duration(found.scan_ns)} for the last scan, "
+                "and what the state and the destination take"
+            )
+        else:
+            lines.append(
+                f"guest {name}: at {link} ({size(rate)}/s): it changes too fast for "
+                f"-d {duration(limits.downtime_ns)}; it would run on here, or -f pauses it"
+            )
+    keys = head.config.get("resources")
+    if isinstance(keys, list) and keys:
+        wanted = " ".join(f"-o {key}=" for key in keys)
+        lines.append(f"guest {name}: the destination needs: {wanted}")
+    lines.append(f"guest {name}: it can be moved from here; nothing was changed")
+    return lines

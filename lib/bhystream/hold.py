@@ -1,0 +1,162 @@
+"""What becomes of a guest that stands paused: -l, --discard, --resume.
+
+Both programs have these verbs.  bhysend's guests are the held ones of the
+plain form, and one whose bhysend and keeper both died before END; bhyrecv's
+are those that `bhyrecv -u` left loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bhystream import hypervisors, state
+from bhystream.backend.base import Paused
+from bhystream.errors import OK, BhyError, GuestError, UsageError
+from bhystream.report import Console, host_name, printable
+from bhystream.state import HELD, LOADED, PAUSED, STARTED, Lock, Record, Records, Role
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One of the verbs, parsed.  guest: name, operand or stream id, or None."""
+
+    name: str
+    guest: str | None
+
+
+def parse_verb(given: Sequence[str], operands: Sequence[str], usage: str) -> Verb | None:
+    """Return the verb among the options, None if there is none.
+
+    Raises UsageError for a verb with other options, or without its guest.
+    """
+    verbs = [name for name in given if name in ("-l", "--discard", "--resume")]
+    if not verbs:
+        return None
+    if len(given) > 1:
+        raise UsageError(f"{verbs[0]} goes with no other option", usage)
+    if len(operands) > 1 or (verbs[0] != "-l" and not operands):
+        raise UsageError(f"{verbs[0]}: name one guest", usage)
+    return Verb(verbs[0], operands[0] if operands else None)
+
+
+def run(verb: Verb, role: Role, console: Console) -> int:
+    """Do what the verb says for this role's guests; return the exit status."""
+    base = state.directory()
+    records = Records(base, role)
+    if verb.name == "-l":
+        return _list(records, verb.guest)
+    guest = verb.guest or ""
+    record = _one(records, guest)
+    lock = Lock(base, record.lock, f"guest {record.guest}")
+    try:
+        # Read again under the lock: a keeper may have acted meanwhile.
+        current = records.get(record.id)
+        if current is None:
+            raise GuestError(f"guest {record.guest}: it is not held any more")
+        if verb.name == "--discard":
+            _discard(records, current, console)
+        else:
+            _resume(records, current, console)
+    finally:
+        lock.release()
+    return OK
+
+
+def _list(records: Records, guest: str | None) -> int:
+    found = records.find(guest) if guest else records.all()
+    for record in found:
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.time_ns // 10**9))
+        fields = (record.guest, record.phase, when, record.id, record.operand)
+        sys.stdout.write("\t".join(printable(field) for field in fields) + "\n")
+    return OK
+
+
+def _one(records: Records, guest: str) -> Record:
+    """Find the one guest that the operator means."""
+    found = [r for r in records.find(guest) if r.phase != STARTED]
+    if not found:
+        started = records.find(guest)
+        if started:
+            raise GuestError(
+                f"guest {guest}: it was started here; it is the hypervisor's to resume or end"
+            )
+        raise GuestError(f"guest {guest}: none of that name is held on {host_name()}")
+    if len(found) > 1:
+        ids = "\n".join(f"  {r.id} ({r.phase}, {r.operand})" for r in found)
+        raise GuestError(f"guest {guest}: several are held; name one by its stream id", ids)
+    return found[0]
+
+
+def _open(record: Record) -> Paused | None:
+    """Find the guest of a record; None if its hypervisor is gone."""
+    paused = hypervisors.open_paused(record.revive)
+    if paused.is_alive():
+        return paused
+    paused.close()
+    return None
+
+
+def _discard(records: Records, record: Record, console: Console) -> None:
+    if record.phase == PAUSED:
+        raise GuestError(
+            f"guest {record.guest}: its stream is not complete, so this may be the only copy",
+            f"let it run on: bhysend --resume {record.id}",
+        )
+    paused = _open(record)
+    if paused is None:
+        console.say(f"guest {record.guest}: it was gone already; its record is removed")
+    else:
+        try:
+            paused.discard()
+        finally:
+            paused.close()
+        console.say(f"guest {record.guest}: discarded here")
+    records.remove(record.id)
+    console.log(f"guest {record.guest}: stream {record.id} discarded")
+
+
+def _resume(records: Records, record: Record, console: Console) -> None:
+    paused = _open(record)
+    if paused is None:
+        raise GuestError(
+            f"guest {record.guest}: it is gone, so it cannot be resumed",
+            f"forget it: --discard {record.id}",
+        )
+    try:
+        if record.phase == HELD:
+            console.say(f"guest {record.guest}: resuming; the destination must not have started it")
+        if record.phase == LOADED:
+            records.write(record.moved(STARTED))
+        paused.resume()
+    finally:
+        paused.close()
+    if record.phase != LOADED:
+        records.remove(record.id)
+    console.say(f"guest {record.guest}: it runs on {host_name()}")
+    console.log(f"guest {record.guest}: stream {record.id} resumed")
+
+
+def refuse_held(base: Path, operand: str) -> None:
+    """Refuse to send a guest that stands held.  Raises GuestError.
+
+    A record whose guest is gone says nothing any more, and is removed.
+    """
+    records = Records(base, "source")
+    for record in records.find(operand):
+        try:
+            paused = _open(record)
+        except BhyError:
+            continue  # another guest lives there now; opening it will tell
+        if paused is None:
+            records.remove(record.id)
+            continue
+        paused.close()
+        raise GuestError(
+            f"guest {record.guest}: {record.phase} here since an earlier stream",
+            f"if it runs at the destination: bhysend --discard {record.id}\n"
+            f"if it surely does not: bhysend --resume {record.id}",
+        )

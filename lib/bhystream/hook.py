@@ -1,0 +1,47 @@
+"""The operator's command at the pause (bhysend -p).
+
+It begins with the pause and must have ended with status 0 before END is
+recorded: to flush or snapshot storage, to move an address.  It runs beside the
+last round, so what it needs is not simply added to the downtime.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+from bhystream.errors import GuestError
+
+
+class Hook:
+    """One run of the command."""
+
+    def __init__(self, command: str, guest: str, stream_id: str) -> None:
+        """Start it, in a process group of its own.
+
+        Its standard input is empty and its standard output is our standard
+        error: standard output carries the stream.
+        """
+        self._guest = guest
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr.fileno(),
+            env={**os.environ, "BHYSEND_GUEST": guest, "BHYSEND_ID": stream_id},
+            process_group=0,
+        )
+
+    def wait(self) -> None:
+        """Wait for its end.  Raises GuestError unless its status is 0."""
+        status = self._process.wait()
+        if status:
+            how = f"status {status}" if status > 0 else signal.Signals(-status).name
+            raise GuestError(f"guest {self._guest}: the -p command ended with {how}")
+
+    def kill(self) -> None:
+        """End it and what it started."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()

@@ -1,0 +1,99 @@
+"""Hash, compare and place pages: the loops of the MEMORY section.
+
+A page is 4096 bytes.  Its hash is XXH3-64 with the stream's seed.  The table
+is a writable buffer of one u64 per page of the guest (format "Q"), indexed by
+global page number: the hash of the page as last sent.
+
+Every buffer must be contiguous; it may lie at any address.  Bytes are format
+"B", words format "Q" (a memoryview's cast("Q"), or an array of type "Q").
+
+Raised by everything here: ValueError for a number out of range or a buffer of
+the wrong size, format or contiguity, or (also as BufferError) read-only where
+it is written; TypeError for what is no buffer or no integer.
+
+Importing fails with ImportError on a big-endian host.
+"""
+
+from typing import final
+
+from typing_extensions import Buffer
+
+@final
+class PageHasher:
+    """The hash of one stream: a seed, and the secret made from it once.
+
+    It does not change after it was made, so any number of threads may use it.
+    """
+
+    def __init__(self, seed: int) -> None:
+        """Look up XXH3 and derive the secret.
+
+        seed: u64, the hash seed of the stream's header.  Raises InternalError
+        if the xxhash package has no C function that works.
+        """
+
+    @property
+    def zero_hash(self) -> int:
+        """The hash of the page that is all zero."""
+
+    def hash_pages(self, pages: Buffer, out: Buffer) -> None:
+        """Hash whole pages into `out`, one u64 each.
+
+        pages: bytes, 4096 for each word of `out`.  Releases the GIL.
+        """
+
+    def fill(self, table: Buffer, first: int, end: int) -> None:
+        """Set the entries [first, end) of the table to zero_hash.
+
+        Releases the GIL.
+        """
+
+def check_pages(hasher: PageHasher, pages: Buffer, hashes: Buffer) -> int:
+    """Compare received pages with their listed hashes.
+
+    pages: bytes, whole pages.  hashes: bytes, 8 for each page, little endian,
+    as in the MEMORY section.  Returns the index of the first page that
+    differs, or -1.  Releases the GIL.
+    """
+
+def scatter(
+    fd: int, offset_bytes: int, base_page: int, npages: int, extents: Buffer, pages: Buffer
+) -> int:
+    """Write the pages of a MEMORY section that lie in one segment.
+
+    The segment is the pages [base_page, base_page + npages) of the guest; its
+    first page is at `offset_bytes` of `fd`.  extents: bytes, the whole list of
+    the section, 16 each, little endian.  pages: bytes, all DATA pages of the
+    section in the order of the list.  ZERO extents are passed over; DATA
+    extents are clipped to the segment, so a caller with several segments calls
+    once for each with the same two buffers.
+
+    Returns the number of pages written: over all segments these add up to
+    len(pages) / 4096, unless an extent lies outside the guest.
+
+    Each piece is one pwrite(2); a short write is continued and EINTR retried.
+    Raises OSError with its errno, EIO for a write that takes nothing.  Raises
+    ValueError also if an extent's kind is unknown or the counts of the DATA
+    extents do not add up to the pages given; extents before the wrong one have
+    been written by then.  Nothing outside the buffers is read, and nothing
+    outside the segment written, whatever the extents say.  Releases the GIL.
+    """
+
+def mark_changed(
+    hasher: PageHasher,
+    segment: Buffer,
+    base_page: int,
+    first: int,
+    end: int,
+    table: Buffer,
+    bitmap: Buffer,
+) -> int:
+    """Find the pages that changed since the table was made, and send nothing.
+
+    segment: bytes, the segment's memory; [first, end): its pages to look at,
+    counted from its own first page, which is the guest's page `base_page`.
+    table, bitmap: words.  Where a page's hash differs, its bit is set (page p
+    is bit p % 64 of word p / 64, by global number) and its entry becomes the
+    new hash; no bit is cleared.  Returns the number of pages that differed.
+    Releases the GIL.
+    """

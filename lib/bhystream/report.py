@@ -1,0 +1,186 @@
+"""What the programs say: messages, progress, the closing line, syslog.
+
+Everything goes to standard error, because standard output carries the stream.
+A message is one line in err(3) shape.  Numbers are measured, or called
+predicted.
+
+The progress line is ours: a progress library draws one quantity, and this has
+a round, a rate, a predicted pause and a machine's form of them; it would also
+be the dearest import of the program.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import syslog
+import time
+from dataclasses import dataclass
+from typing import TextIO
+
+from bhystream.backend.base import PAGE_BYTES
+from bhystream.errors import BhyError
+
+NS = 1_000_000_000
+_TERMINAL_NS = 100_000_000
+_LINE_NS = NS
+
+
+def size(count: float) -> str:
+    """Show bytes with a unit of 1024: "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def duration(ns: float) -> str:
+    """Show a time: "43 ms", "1.52 s", "2 m 05 s"."""
+    if ns < NS:
+        return f"{ns / 1e6:.0f} ms" if ns >= 10e6 else f"{ns / 1e6:.1f} ms"
+    if ns < 120 * NS:
+        return f"{ns / NS:.2f} s"
+    return f"{int(ns / NS) // 60} m {int(ns / NS) % 60:02d} s"
+
+
+def printable(text: str) -> str:
+    """Make text from a stream safe for a terminal."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+class Console:
+    """Lines on standard error, and in syslog, in the name of one program."""
+
+    def __init__(self, program: str, *, show_host: bool = False) -> None:
+        """show_host: begin lines with the host's name, for the far end of ssh."""
+        self._prefix = f"{program}({socket.gethostname()})" if show_host else program
+        self._err: TextIO = sys.stderr
+        self._drawn = False
+        syslog.openlog(program, syslog.LOG_PID, syslog.LOG_DAEMON)
+
+    def say(self, text: str) -> None:
+        """Print one line; a standard error that is gone is no reason to fail."""
+        self.clear()
+        self._write(f"{self._prefix}: {printable(text)}\n")
+
+    def fail(self, error: BhyError) -> None:
+        """Print an error and, on lines of their own, what to type next."""
+        self.say(str(error))
+        for line in error.hint.splitlines():
+            self.say(line)
+        syslog.syslog(syslog.LOG_ERR, printable(str(error)))
+
+    def log(self, text: str) -> None:
+        """Write to syslog only."""
+        syslog.syslog(syslog.LOG_NOTICE, printable(text))
+
+    def raw(self, line: str) -> None:
+        """Print a line for machines, without a prefix."""
+        self._write(line + "\n")
+
+    def draw(self, line: str) -> None:
+        """Redraw the line of progress, cut to the terminal's width."""
+        width = shutil.get_terminal_size().columns - 1
+        self._write("\r" + line[:width].ljust(width if self._drawn else 0))
+        self._drawn = True
+
+    def clear(self) -> None:
+        """Take the line of progress away."""
+        if self._drawn:
+            self._write("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r")
+            self._drawn = False
+
+    def is_terminal(self) -> bool:
+        """Say whether somebody may be looking."""
+        return self._err.isatty()
+
+    def _write(self, text: str) -> None:
+        try:
+            self._err.write(text)
+            self._err.flush()
+        except (OSError, ValueError):
+            return
+
+
+@dataclass
+class Progress:
+    """Where a move stands, and when to show it.
+
+    verbose: for people (-v).  machine: tab-separated (-P).  All counts are of
+    the round under way; the rate is over the whole stream.
+    """
+
+    console: Console
+    guest: str
+    npages: int
+    verbose: bool = False
+    machine: bool = False
+    phase: str = "round"
+    round: int = 0
+    done_pages: int = 0
+    sent_pages: int = 0
+    sent_bytes: int = 0
+    predicted_ns: int | None = None
+    _start_ns: int = 0
+    _shown_ns: int = 0
+
+    def __post_init__(self) -> None:
+        self._start_ns = self._shown_ns = time.monotonic_ns()
+
+    def tick(self) -> None:
+        """Show the state of things if it is time to."""
+        if not (self.verbose or self.machine):
+            return
+        now = time.monotonic_ns()
+        drawing = self.verbose and not self.machine and self.console.is_terminal()
+        if now - self._shown_ns < (_TERMINAL_NS if drawing else _LINE_NS):
+            return
+        self._shown_ns = now
+        if self.machine:
+            self.console.raw(self.fields(now))
+        elif drawing:
+            self.console.draw(self.line(now))
+        else:
+            self.console.say(self.line(now))
+
+    def report(self) -> None:
+        """Show one line now, whatever the options (SIGINFO, SIGUSR1)."""
+        self.console.say(self.line(time.monotonic_ns()))
+
+    def line(self, now_ns: int) -> str:
+        """Return the state of things for people."""
+        share = self.done_pages / max(self.npages, 1)
+        elapsed = max(now_ns - self._start_ns, 1)
+        bar = ("#" * int(share * 20)).ljust(20, ".")
+        text = (
+            f"guest {self.guest}: {self.phase} {self.round} [{bar}] {share:4.0%}, "
+            f"{size(self.sent_pages * PAGE_BYTES)} in it, {size(self.sent_bytes)} in all, "
+            f"{size(self.sent_bytes * NS / elapsed)}/s, {duration(elapsed)}"
+        )
+        if self.predicted_ns is not None:
+            text += f", pause {duration(self.predicted_ns)} predicted"
+        return text
+
+    def fields(self, now_ns: int) -> str:
+        """Return the state of things for machines (-P), tab-separated."""
+        predicted = -1 if self.predicted_ns is None else self.predicted_ns
+        values = (
+            "progress",
+            self.phase,
+            self.round,
+            self.done_pages,
+            self.npages,
+            self.sent_pages,
+            self.sent_bytes,
+            now_ns - self._start_ns,
+            predicted,
+        )
+        return "\t".join(str(value) for value in values)
+
+
+def host_name() -> str:
+    """Return this host's name, as messages show it."""
+    return os.uname().nodename

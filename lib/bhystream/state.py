@@ -1,0 +1,182 @@
+"""What survives the programs: the state directory, its locks and records.
+
+    DIR/lock/NAME          one flock(2) per guest; the file stays
+    DIR/source/ID.json     a guest of this host that is paused or held
+    DIR/destination/ID.json   a stream that was started here, or stands paused
+    DIR/log/, DIR/NAME.qmp    the destination's hypervisors
+
+ID is the stream id.  A record is written whole under another name, synced,
+renamed, and its directory synced, so after a crash there is the old one or the
+new one.  What is recorded is recorded *before* it is done: a record says what
+may have happened, never less.
+
+Whose record it is matters more than it looks: source and destination may be
+one host (a move to another QEMU, every test), so the two never share a name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from bhystream.errors import GuestError, IncompatibleError, from_oserror
+
+Role = Literal["source", "destination"]
+
+# What a record says of the guest.
+PAUSED = "paused"  # source: stopped, END not yet out; the keeper resumes it
+HELD = "held"  # source: END may be out; only the operator resumes it
+LOADED = "loaded"  # destination: bhyrecv -u left it paused
+STARTED = "started"  # destination: it was, or may have been, started
+
+
+@dataclass(frozen=True)
+class Record:
+    """One guest that stands at the end of a stream, or a stream's tombstone.
+
+    id: stream id, 32 hex digits.  guest: its name.  operand: as the operator
+    types it.  lock: name of the guest's lock.  phase: one of the constants
+    above.  revive: for the backend's open_paused().  time_ns: of the last
+    change, since the Epoch.
+    """
+
+    id: str
+    guest: str
+    operand: str
+    lock: str
+    phase: str
+    revive: dict[str, Any]
+    time_ns: int = 0
+
+    def moved(self, phase: str) -> Record:
+        """Return the record with another phase, stamped now."""
+        return replace(self, phase=phase, time_ns=time.time_ns())
+
+
+def directory() -> Path:
+    """Return the state directory, made with mode 0700 if it is not there.
+
+    BHYSEND_STATE_DIR, else /var/lib/bhysend for root, else under
+    XDG_STATE_HOME.  Raises AccessError, PipeError; IncompatibleError if it
+    belongs to somebody else or others may enter it.
+    """
+    named = os.environ.get("BHYSEND_STATE_DIR")
+    if named:
+        path = Path(named)
+    elif os.geteuid() == 0:
+        path = Path("/var/lib/bhysend")
+    else:
+        home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
+        path = Path(home) / "bhysend"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.stat()
+        for name in ("lock", "source", "destination", "log"):
+            (path / name).mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise from_oserror(error, f"use the state directory {path}") from error
+    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise IncompatibleError(f"state directory {path}: not ours alone (mode 0700)")
+    return path
+
+
+class Lock:
+    """One lock per guest: held while a descriptor of it is open anywhere.
+
+    The keeper inherits the descriptor, so the guest stays locked when bhysend
+    is killed and the keeper is still at work.
+    """
+
+    def __init__(self, base: Path, name: str, what: str) -> None:
+        """Take the lock or raise GuestError at once.
+
+        name: of the lock.  what: names the guest in the message.
+        """
+        path = base / "lock" / re.sub(r"[^A-Za-z0-9._-]", "_", name)
+        try:
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise from_oserror(error, f"open {path}") from error
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self.fd)
+            raise GuestError(f"{what}: another bhysend or bhyrecv works on it") from error
+
+    def release(self) -> None:
+        """Close our descriptor; twice is no error."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Records:
+    """The records of one role."""
+
+    def __init__(self, base: Path, role: Role) -> None:
+        """base: the state directory, from directory()."""
+        self._dir = base / role
+
+    def write(self, record: Record) -> None:
+        """Write a record durably.  Raises AccessError, PipeError."""
+        path = self._dir / f"{record.id}.json"
+        temporary = path.with_suffix(".new")
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "w") as file:
+                json.dump(asdict(record), file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+            self._sync()
+        except OSError as error:
+            raise from_oserror(error, f"record the guest in {path}") from error
+
+    def remove(self, id_: str) -> None:
+        """Remove a record durably; one that is not there is no error."""
+        try:
+            (self._dir / f"{id_}.json").unlink(missing_ok=True)
+            self._sync()
+        except OSError as error:
+            raise from_oserror(error, f"remove the record {id_}") from error
+
+    def _sync(self) -> None:
+        fd = os.open(self._dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def get(self, id_: str) -> Record | None:
+        """Return one record, None if there is none."""
+        return self._read(self._dir / f"{id_}.json")
+
+    def all(self) -> list[Record]:
+        """Return all records, oldest first."""
+        found = [self._read(path) for path in self._dir.glob("*.json")]
+        return sorted((r for r in found if r), key=lambda r: r.time_ns)
+
+    def find(self, operand: str) -> list[Record]:
+        """Return the records that an operand names: id, name or operand."""
+        return [r for r in self.all() if operand in (r.id, r.guest, r.operand)]
+
+    @staticmethod
+    def _read(path: Path) -> Record | None:
+        """Read a record; one that vanished is None, a broken one an error."""
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                return Record(**json.loads(path.read_text()))
+            except OSError as error:
+                if isinstance(error, FileNotFoundError):
+                    raise
+                raise from_oserror(error, f"read {path}") from error
+            except (ValueError, TypeError) as error:
+                raise GuestError(f"the record {path} is broken: {error}") from error
+        return None

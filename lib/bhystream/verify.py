@@ -1,0 +1,347 @@
+"""A strict walk of a stream: what the sections say, and whether it adds up.
+
+The upper half of the reader, and the only one: `bhyrecv` builds a guest from
+what this walk yields, and `bhyrecv -n` lets it run to the end and builds
+nothing.  So there is no lenient path.  It shares format.py with the writer and
+no other line.
+
+Each event is yielded after every check that bhystream(5) demands of its
+section.  Page bytes are checked against their hashes before they are yielded,
+in a buffer that nothing else writes, so what reaches the guest's memory is
+what was hashed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import zstandard
+
+from bhystream import format as fmt
+from bhystream.backend.base import PAGE_BYTES, Head, Segment, State
+from bhystream.errors import AbortedError, ChecksumError, FormatError, TruncatedError
+from bhystream.format import End, Feature, Form, Header, RoundEnd, Time, Type
+from bhystream.page import PageHasher, check_pages
+from bhystream.reader import RawInput, Reader, Section, place
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The checked contents of one MEMORY section.
+
+    segment: index of the segment that all extents lie in.  extents: the packed
+    extents, 16 bytes each, as in the section.  pages: the bytes of the DATA
+    extents.  Both are views, good until the next event.
+    """
+
+    segment: int
+    extents: memoryview
+    pages: memoryview
+
+
+@dataclass(frozen=True)
+class Ended:
+    """END, verified: nothing before it is missing or changed."""
+
+    end: End
+    time: Time | None
+    states: tuple[State, ...]
+
+
+@dataclass(frozen=True)
+class Go:
+    """GO, with the nonce that the destination answered."""
+
+    nonce: bytes
+
+
+Event = Header | Head | Pages | RoundEnd | Ended | Go
+
+
+@dataclass
+class _Tally:
+    """What has been counted so far, to compare with what the stream says."""
+
+    round: int = 0
+    cursor: int = 0
+    data_pages: int = 0
+    zero_pages: int = 0
+    all_data_pages: int = 0
+    all_zero_pages: int = 0
+    rounds: int = 0
+    states: dict[str, bytes] = field(default_factory=dict)
+    parts: list[bytes] = field(default_factory=list)
+    open_state: str = ""
+    state_bytes: int = 0
+    time: Time | None = None
+
+
+class Walk:
+    """One stream, walked from front to end.
+
+    Iterate over events() once.  `reader` shows how far the walk has come.
+    """
+
+    def __init__(self, raw: RawInput) -> None:
+        """Read the header.  Raises StreamError, PipeError."""
+        self.reader = Reader(raw)
+        self.header = self.reader.header
+        self._hasher = PageHasher(self.header.seed)
+        self._zstd = zstandard.ZstdDecompressor(max_window_size=1 << 23)
+        self._head: dict[str, Any] = {}
+        self._layout: tuple[Segment, ...] = ()
+        self._starts: list[int] = []
+        self._npages = 0
+        self._tally = _Tally()
+        self._page_buffer = memoryview(b"")
+        self._ended = False
+
+    def events(self) -> Iterator[Event]:
+        """Yield the header, the head, pages, round ends, END, and perhaps GO.
+
+        Ends after END in the plain and kept forms, without looking at what
+        follows, and at the end of the input in the answered form.  Raises
+        StreamError (section, offset), AbortedError with the sender's words.
+        """
+        yield self.header
+        while True:
+            section = self.reader.next()
+            if section is None:
+                break
+            try:
+                event = self._take(section)
+            except FormatError as error:
+                self.reader.refuse(section, str(error))
+            if event is not None:
+                yield event
+            if isinstance(event, Ended) and self.header.form != Form.ANSWERED:
+                return
+        if not self._ended:
+            where = f"offset 0x{self.reader.offset_bytes:x}"
+            raise TruncatedError(
+                f"the stream ends at {where}, before section {self.reader.sequence}: "
+                "there is no END section"
+            )
+
+    def expect_end_of_input(self) -> None:
+        """Read on after END, up to the end of the input.
+
+        Raises StreamError if anything follows that may not.
+        """
+        while self.reader.next() is not None:
+            pass
+
+    def _take(self, section: Section) -> Event | None:
+        """Check the contents of one section; return its event, if it has one."""
+        data = section.payload
+        match section.type:
+            case Type.HOST:
+                self._head["host"] = fmt.unpack_host(bytes(data))
+            case Type.LAYOUT:
+                self._take_layout(bytes(data))
+            case Type.CONFIG:
+                self._head["config"] = fmt.unpack_config(bytes(data))
+            case Type.DEVICES:
+                self._head["devices"] = fmt.unpack_devices(bytes(data))
+            case Type.HEAD_END:
+                return Head(layout=self._layout, **self._head)
+            case Type.MEMORY:
+                return self._take_memory(section)
+            case Type.ROUND_END:
+                return self._take_round_end(section)
+            case Type.STATE:
+                self._take_state(section)
+            case Type.TIME:
+                self._take_time(section)
+            case Type.END:
+                return self._take_end(section)
+            case Type.GO:
+                _exact(data, fmt.NONCE_BYTES)
+                return Go(bytes(data))
+            case Type.ABORT:
+                status, text = fmt.unpack_abort(bytes(data))
+                raise AbortedError(f"the source gave up (status {status}): {text}")
+        return None
+
+    def _take_layout(self, data: bytes) -> None:
+        self._layout = fmt.unpack_layout(data)
+        for segment in self._layout:
+            self._starts.append(self._npages)
+            self._npages += segment.npages
+
+    def _take_memory(self, section: Section) -> Pages:
+        round_, nextents, npages, _ = fmt.MEMORY_HEAD.unpack_from(section.payload)
+        if round_ != self._tally.round:
+            raise FormatError(f"round {round_} where round {self._tally.round} is under way")
+        start = fmt.MEMORY_HEAD.size
+        hashes_at = start + nextents * fmt.EXTENT.size
+        extents = section.payload[start:hashes_at]
+        segment = self._check_extents(extents, npages)
+        pages = section.body
+        if section.flags & fmt.FLAG_ZSTD:
+            pages = self._decompress(section, npages)
+        bad = check_pages(self._hasher, pages, section.payload[hashes_at:])
+        if bad >= 0:
+            page = _nth_page(extents, bad)
+            where = place(section.sequence, section.type, section.offset_bytes)
+            raise ChecksumError(f"{where}: the bytes of page {page} are not what was sent")
+        return Pages(segment, extents, pages)
+
+    def _check_extents(self, extents: memoryview, npages: int) -> int:
+        """Check the list of a MEMORY section; return the index of its segment."""
+        tally = self._tally
+        first = int.from_bytes(extents[:8], "little")
+        if first >= self._npages:
+            raise FormatError(f"page {first} is outside the guest's {self._npages} pages")
+        segment = _segment_of(self._starts, first)
+        segment_end = self._starts[segment] + self._layout[segment].npages
+        data = zero = 0
+        for first, count, kind in fmt.EXTENT.iter_unpack(extents):
+            if first < tally.cursor:
+                raise FormatError(f"page {first} is stated again, or out of order")
+            if first != tally.cursor and tally.round == 0:
+                raise FormatError(f"round 0 leaves out page {tally.cursor}")
+            if count == 0:
+                raise FormatError(f"the extent at page {first} is empty")
+            tally.cursor = first + count
+            if tally.cursor > segment_end:
+                raise FormatError(f"the extent at page {first} leaves its segment")
+            if kind == fmt.KIND_DATA:
+                data += count
+            elif kind == fmt.KIND_ZERO:
+                zero += count
+            else:
+                raise FormatError(f"the extent at page {first} is of kind {kind}")
+        if data != npages:
+            raise FormatError(f"{npages} pages, but the extents hold {data}")
+        tally.data_pages += data
+        tally.zero_pages += zero
+        return segment
+
+    def _decompress(self, section: Section, npages: int) -> memoryview:
+        """Decompress one frame into a buffer of the size that the list demands."""
+        size = npages * PAGE_BYTES
+        if len(self._page_buffer) < size:
+            self._page_buffer = memoryview(bytearray(size))
+        out = self._page_buffer[:size]
+        try:
+            if zstandard.frame_content_size(section.body) != size:
+                raise FormatError(f"the zstd frame does not state {size} bytes")
+            with self._zstd.stream_reader(section.body) as frame:
+                got = 0
+                while got < size:
+                    count = frame.readinto(out[got:])
+                    if count == 0:
+                        raise FormatError(f"the zstd frame ends after {got} bytes of {size}")
+                    got += count
+                if frame.read(1):
+                    raise FormatError(f"the zstd frame holds more than {size} bytes")
+        except zstandard.ZstdError as error:
+            raise FormatError(f"the zstd frame is broken: {error}") from None
+        return out
+
+    def _take_round_end(self, section: Section) -> RoundEnd:
+        _exact(section.payload, fmt.ROUND_END.size)
+        round_, reserved, data, zero = fmt.ROUND_END.unpack(section.payload)
+        tally = self._tally
+        if reserved:
+            raise FormatError("reserved field is not zero")
+        if round_ != tally.round:
+            raise FormatError(f"round {round_} where round {tally.round} is under way")
+        if (data, zero) != (tally.data_pages, tally.zero_pages):
+            raise FormatError(
+                f"counts {data} data and {zero} zero pages, but the round had "
+                f"{tally.data_pages} and {tally.zero_pages}"
+            )
+        if round_ == 0 and tally.cursor != self._npages:
+            raise FormatError(f"round 0 leaves out page {tally.cursor}")
+        tally.all_data_pages += data
+        tally.all_zero_pages += zero
+        tally.rounds += 1
+        tally.round += 1
+        tally.cursor = tally.data_pages = tally.zero_pages = 0
+        return RoundEnd(round_, data, zero)
+
+    def _take_state(self, section: Section) -> None:
+        name, part, data = fmt.unpack_state(bytes(section.payload))
+        tally = self._tally
+        if part != len(tally.parts):
+            raise FormatError(f"state {name}: part {part} where part {len(tally.parts)} is next")
+        if part and name != tally.open_state:
+            raise FormatError(f"state {name} begins before {tally.open_state} is complete")
+        if name in tally.states or len(tally.states) == fmt.MAX_STATES:
+            raise FormatError(f"state {name} comes again, or is one too many")
+        if not data and (part or not section.flags & fmt.FLAG_LAST):
+            raise FormatError(f"state {name}: part {part} is empty")
+        tally.state_bytes += len(data)
+        if tally.state_bytes > fmt.MAX_STATE_BYTES:
+            raise FormatError(f"all states together have more than {fmt.MAX_STATE_BYTES} bytes")
+        tally.open_state = name
+        tally.parts.append(data)
+        if section.flags & fmt.FLAG_LAST:
+            tally.states[name] = b"".join(tally.parts)
+            tally.parts.clear()
+
+    def _take_time(self, section: Section) -> None:
+        _exact(section.payload, fmt.TIME.size)
+        if self._tally.parts:
+            raise FormatError(f"state {self._tally.open_state} is not complete")
+        time = Time(*fmt.TIME.unpack(section.payload))
+        if time.paused_for_ns and not time.paused_at_ns:
+            raise FormatError("paused for a time, but at none")
+        self._tally.time = time
+
+    def _take_end(self, section: Section) -> Ended:
+        _exact(section.payload, fmt.END.size)
+        end = End(*fmt.END.unpack(section.payload))
+        tally = self._tally
+        expected = End(
+            what=fmt.end_flags(self.header.form, self.header.features),
+            rounds=tally.rounds,
+            sections=section.sequence,
+            offset_bytes=section.offset_bytes,
+            data_pages=tally.all_data_pages,
+            zero_pages=tally.all_zero_pages,
+            state_bytes=tally.state_bytes,
+            digest=self.reader.digest.digest(),
+        )
+        for name in End.__dataclass_fields__:
+            said, counted = getattr(end, name), getattr(expected, name)
+            if said != counted:
+                shown = (said.hex(), counted.hex()) if name == "digest" else (said, counted)
+                where = place(section.sequence, section.type, section.offset_bytes)
+                raise ChecksumError(f"{where}: {name} is {shown[0]}, but counted {shown[1]}")
+        self._ended = True
+        states = tuple(State(name, data) for name, data in tally.states.items())
+        tally.states = {}
+        return Ended(end, tally.time, states)
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Say whether the stream has a head only."""
+        return bool(self.header.features & Feature.NO_MEMORY)
+
+
+def _exact(data: memoryview, size: int) -> None:
+    if len(data) != size:
+        raise FormatError(f"length is {len(data)}, not {size}")
+
+
+def _segment_of(starts: list[int], page: int) -> int:
+    """Return the index of the segment that a page lies in."""
+    index = 0
+    while index + 1 < len(starts) and starts[index + 1] <= page:
+        index += 1
+    return index
+
+
+def _nth_page(extents: memoryview, n: int) -> int:
+    """Return the page number of the n-th DATA page of a list."""
+    for first, count, kind in fmt.EXTENT.iter_unpack(extents):
+        if kind == fmt.KIND_DATA:
+            if n < count:
+                return int(first) + n
+            n -= count
+    return -1
