@@ -13,9 +13,9 @@ what was hashed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import zstandard
 
@@ -57,6 +57,8 @@ class Go:
     nonce: bytes
 
 
+_HEAD = (Type.HOST, Type.LAYOUT, Type.CONFIG, Type.DEVICES, Type.HEAD_END)
+
 Event = Header | Head | Pages | RoundEnd | Ended | Go
 
 
@@ -97,6 +99,15 @@ class Walk:
         self._tally = _Tally()
         self._page_buffer = memoryview(b"")
         self._ended = False
+        self._takers: dict[int, Callable[[Section], Event | None]] = {
+            Type.MEMORY: self._take_memory,
+            Type.ROUND_END: self._take_round_end,
+            Type.STATE: self._take_state,
+            Type.TIME: self._take_time,
+            Type.END: self._take_end,
+            Type.GO: self._take_go,
+            Type.ABORT: self._take_abort,
+        }
 
     def events(self) -> Iterator[Event]:
         """Yield the header, the head, pages, round ends, END, and perhaps GO.
@@ -134,35 +145,29 @@ class Walk:
             pass
 
     def _take(self, section: Section) -> Event | None:
-        """Check the contents of one section; return its event, if it has one."""
-        data = section.payload
+        """Check the contents of one section; return its event, if it has one.
+
+        Raises FormatError without a place.  PAD and unknown optional sections
+        have no contents.
+        """
+        if section.type in _HEAD:
+            return self._take_head(section)
+        take = self._takers.get(section.type)
+        return take(section) if take else None
+
+    def _take_head(self, section: Section) -> Head | None:
+        data = bytes(section.payload)
         match section.type:
             case Type.HOST:
-                self._head["host"] = fmt.unpack_host(bytes(data))
+                self._head["host"] = fmt.unpack_host(data)
             case Type.LAYOUT:
-                self._take_layout(bytes(data))
+                self._take_layout(data)
             case Type.CONFIG:
-                self._head["config"] = fmt.unpack_config(bytes(data))
+                self._head["config"] = fmt.unpack_config(data)
             case Type.DEVICES:
-                self._head["devices"] = fmt.unpack_devices(bytes(data))
+                self._head["devices"] = fmt.unpack_devices(data)
             case Type.HEAD_END:
                 return Head(layout=self._layout, **self._head)
-            case Type.MEMORY:
-                return self._take_memory(section)
-            case Type.ROUND_END:
-                return self._take_round_end(section)
-            case Type.STATE:
-                self._take_state(section)
-            case Type.TIME:
-                self._take_time(section)
-            case Type.END:
-                return self._take_end(section)
-            case Type.GO:
-                _exact(data, fmt.NONCE_BYTES)
-                return Go(bytes(data))
-            case Type.ABORT:
-                status, text = fmt.unpack_abort(bytes(data))
-                raise AbortedError(f"the source gave up (status {status}): {text}")
         return None
 
     def _take_layout(self, data: bytes) -> None:
@@ -317,6 +322,14 @@ class Walk:
         states = tuple(State(name, data) for name, data in tally.states.items())
         tally.states = {}
         return Ended(end, tally.time, states)
+
+    def _take_go(self, section: Section) -> Go:
+        _exact(section.payload, fmt.NONCE_BYTES)
+        return Go(bytes(section.payload))
+
+    def _take_abort(self, section: Section) -> NoReturn:
+        status, text = fmt.unpack_abort(bytes(section.payload))
+        raise AbortedError(f"the source gave up (status {status}): {text}")
 
     @property
     def is_dry_run(self) -> bool:
