@@ -35,8 +35,8 @@ class Batch:
         """Make an empty batch.
 
         max_pages: DATA pages; max_extents: extents of either kind; max_count:
-        pages of one extent.  Each within [1, 2**32 - 1].  Raises OSError or
-        OverflowError if there is no such amount of memory.
+        pages of one extent.  Each within [1, 2**32 - 1].  Raises OSError if
+        there is no such amount of memory.
         """
 
     @property

@@ -47,7 +47,6 @@ cdef class Batch:
     # The list mapping is [extents][gap for their copy][hashes]: list_view()
     # puts the copy right before the hashes, however many extents there are.
     cdef Extent *extents
-    cdef uint8_t *gap
     cdef uint64_t *hashes
 
     def __cinit__(self, PageHasher hasher not None, max_pages, max_extents,
@@ -65,8 +64,7 @@ cdef class Batch:
         self.list_hold = self.list_map
         self.pages = &self.page_hold[0]
         self.extents = <Extent *>&self.list_hold[0]
-        self.gap = <uint8_t *>(self.extents + self.max_extents)
-        self.hashes = <uint64_t *>(self.gap + self.max_extents * sizeof(Extent))
+        self.hashes = <uint64_t *>(self.extents + 2 * self.max_extents)
 
     @property
     def full(self):
@@ -81,7 +79,8 @@ cdef class Batch:
         self.check_idle()
         cdef uint64_t nbytes = self.nextents * sizeof(Extent)
         cdef uint64_t middle = self.max_extents * sizeof(Extent) * 2
-        memcpy(self.gap + (self.max_extents * sizeof(Extent) - nbytes), self.extents, nbytes)
+        cdef uint8_t *copy = <uint8_t *>self.hashes - nbytes
+        memcpy(copy, self.extents, nbytes)
         with memoryview(self.list_map) as whole:
             return whole[middle - nbytes:middle + self.npages * 8].toreadonly()
 
@@ -99,7 +98,8 @@ cdef class Batch:
         uint64_t[::1] table not None,
         bint everything,
     ):
-        self.check(base_page, first, end, segment.shape[0] // PAGE_BYTES, table.shape[0])
+        npages = segment.shape[0] // PAGE_BYTES
+        self.check(base_page, first, end, npages, table.shape[0])
         cdef uint64_t base = base_page, page = first, stop = end
         cdef const uint8_t *memory = &segment[0]
         cdef word_t *entries = <word_t *>&table[0]
@@ -182,7 +182,9 @@ cdef class Batch:
         """
         cdef uint8_t *copy = self.pages + self.npages * PAGE_BYTES
         cdef bint zero = copy_page(copy, live, ahead)
-        cdef uint64_t h = self.hasher.zero_hash if zero else hash_page(self.hasher, copy)
+        cdef uint64_t h = self.hasher.zero_hash
+        if not zero:
+            h = hash_page(self.hasher, copy)
         if not everything and h == entry[0]:
             return True  # it changed back before it was copied
         if self.append(page, 1, ZERO if zero else DATA) == 0:
@@ -214,8 +216,10 @@ cdef class Batch:
                 page += 1
         return page
 
-    cdef uint64_t append(self, uint64_t first, uint64_t count, uint32_t kind) noexcept nogil:
-        """State the pages [first, first + count); return how many found room."""
+    cdef uint64_t append(
+        self, uint64_t first, uint64_t count, uint32_t kind
+    ) noexcept nogil:
+        """State pages [first, first + count); return how many found room."""
         cdef uint64_t left = count, n
         cdef Extent *last = self.extents + self.nextents - 1
         while left > 0:

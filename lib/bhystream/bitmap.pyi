@@ -4,8 +4,9 @@ A bitmap is little-endian u64 words; bit i of word w is page 64 * w + i.
 Buffers of words are contiguous, of format "Q", at any address.
 
 Raised by everything here: ValueError for a page range outside the words or a
-buffer of the wrong size, format or contiguity, or (also as BufferError)
-read-only where it is written; TypeError for what is no buffer or no integer.
+buffer of the wrong size or format; ValueError or BufferError for one that is
+not contiguous, or read-only where it is written; TypeError for what is no
+buffer or no number.
 """
 
 from typing_extensions import Buffer

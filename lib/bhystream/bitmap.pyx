@@ -92,7 +92,9 @@ def count(const uint64_t[::1] words not None, first, end):
     return total
 
 
-cdef uint64_t count_bits(const word_t *words, uint64_t first, uint64_t end) noexcept nogil:
+cdef uint64_t count_bits(
+    const word_t *words, uint64_t first, uint64_t end
+) noexcept nogil:
     cdef uint64_t index, last, total = 0
     if first == end:
         return 0

@@ -112,3 +112,12 @@ def from_oserror(error: OSError, what: str) -> BhyError:
     if isinstance(error, PermissionError):
         return AccessError(text)
     return PipeError(text)
+
+
+def as_error(raised: Exception) -> BhyError:
+    """Return what was raised as a BhyError: itself, or an InternalError around it."""
+    if isinstance(raised, BhyError):
+        return raised
+    error = InternalError(f"unexpected {type(raised).__name__}: {raised}")
+    error.__cause__ = raised
+    return error

@@ -59,7 +59,7 @@ def open_sink(
         path = _qmp_path(operand)
     else:
         path = str(base / f"{name}.qmp")
-    sink = QemuSink(path, resources, name, state_dir=base, force=force)
+    sink = QemuSink(path, resources, name, state_dir=str(base), force=force)
     return sink, name, _QEMU + path
 
 

@@ -8,8 +8,9 @@ Every buffer must be contiguous; it may lie at any address.  Bytes are format
 "B", words format "Q" (a memoryview's cast("Q"), or an array of type "Q").
 
 Raised by everything here: ValueError for a number out of range or a buffer of
-the wrong size, format or contiguity, or (also as BufferError) read-only where
-it is written; TypeError for what is no buffer or no integer.
+the wrong size or format; ValueError or BufferError for one that is not
+contiguous, or read-only where it is written; TypeError for what is no buffer
+or no number.
 
 Importing fails with ImportError on a big-endian host.
 """

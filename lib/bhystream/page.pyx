@@ -45,7 +45,9 @@ cdef class PageHasher:
         memset(zeros, 0, PAGE_BYTES)
         self.zero_hash = hash_page(self, zeros)
 
-    def hash_pages(self, const uint8_t[::1] pages not None, uint64_t[::1] out not None):
+    def hash_pages(
+        self, const uint8_t[::1] pages not None, uint64_t[::1] out not None
+    ):
         cdef Py_ssize_t i, npages = out.shape[0]
         cdef const uint8_t *page = &pages[0]
         cdef word_t *hashes = <word_t *>&out[0]
@@ -54,7 +56,9 @@ cdef class PageHasher:
         with nogil:
             for i in range(npages):
                 hashes[i] = hash_ahead(
-                    self, page + i * PAGE_BYTES, page + min(i + 1, npages - 1) * PAGE_BYTES
+                    self,
+                    page + i * PAGE_BYTES,
+                    page + min(i + 1, npages - 1) * PAGE_BYTES,
                 )
 
     def fill(self, uint64_t[::1] table not None, first, end):
@@ -75,7 +79,9 @@ def check_pages(
     cdef const uint8_t *page = &pages[0]
     cdef const word_t *listed = <const word_t *>&hashes[0]
     if pages.shape[0] % PAGE_BYTES or hashes.shape[0] != npages * 8:
-        raise ValueError(f"{hashes.shape[0]} bytes of hashes for {pages.shape[0]} of pages")
+        raise ValueError(
+            f"{hashes.shape[0]} bytes of hashes for {pages.shape[0]} of pages"
+        )
     with nogil:
         # No prefetch: the receiver has just read these bytes from its pipe.
         for i in range(npages):
@@ -203,7 +209,7 @@ def scatter(
     cdef const uint8_t *source = &pages[0]
     cdef int error
     if min(offset_bytes, base_page, npages) < 0 or base_page + npages > UINT64_MAX:
-        raise ValueError(f"no segment: {npages} pages from {base_page} at {offset_bytes}")
+        raise ValueError(f"no {npages} pages from {base_page} at {offset_bytes}")
     if offset_bytes + npages * PAGE_BYTES > INT64_MAX:
         raise ValueError(f"no file holds {npages} pages at offset {offset_bytes}")
     if extents.shape[0] % <Py_ssize_t>sizeof(Extent) or pages.shape[0] % PAGE_BYTES:

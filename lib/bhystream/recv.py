@@ -25,7 +25,7 @@ from pathlib import Path
 from bhystream import format as fmt
 from bhystream import hold, hypervisors, options, state
 from bhystream.backend.base import PAGE_BYTES, Destination, Head, Segment, Sink
-from bhystream.errors import OK, BhyError, IncompatibleError, UsageError, from_oserror
+from bhystream.errors import OK, BhyError, IncompatibleError, UsageError, as_error, from_oserror
 from bhystream.format import Form, RoundEnd
 from bhystream.hole import punch
 from bhystream.page import scatter
@@ -104,6 +104,7 @@ class Build:
         self.name = ""
         self.operand = ""
         self.started = False
+        self.recorded = False
         self.pages = 0
 
     def run(self) -> None:
@@ -196,14 +197,15 @@ class Build:
             revive=dict(self.sink.revive()),
         ).moved(state.LOADED if self.opts.unstarted else state.STARTED)
         self.records.write(record)
-        try:
-            if self.opts.unstarted:
+        if self.opts.unstarted:
+            try:
                 self.sink.leave_paused()
-            else:
-                self.sink.start()
-        except BhyError:
-            self.records.remove(self.id)
-            raise
+            except BhyError:
+                self.records.remove(self.id)
+                raise
+        else:
+            self.recorded = True
+            self.sink.start()
         self.started = True
         self.say_end(event)
 
@@ -225,9 +227,20 @@ class Build:
             self.console.say(f"or end it: bhyrecv --discard {self.name}")
 
     def undo(self) -> None:
-        """Leave the host as it was found.  Never raises."""
+        """Leave the host as it was found, but for a record that may be true.
+
+        Never raises.
+        """
         if self.sink and not self.started:
             self.sink.abort()
+
+    def outcome(self) -> str:
+        """Say what became of the guest here, for an error's second line."""
+        if self.started:
+            return f"guest {self.name}: it runs here"
+        if self.recorded:
+            return f"guest {self.name}: it may have run here for a moment; it was ended"
+        return "nothing was started here"
 
     def close(self) -> None:
         """Give up the lock."""
@@ -281,11 +294,12 @@ def receive(opts: Options, console: Console) -> int:
     build = Build(opts, walk, base, console, signals)
     try:
         build.run()
-    except BaseException:
+    except Exception as raised:
+        signals.forget()
         build.undo()
-        if not build.started:
-            console.say("nothing was started here")
-        raise
+        error = as_error(raised)
+        error.hint = f"{build.outcome()}\n{error.hint}"
+        raise error from raised
     finally:
         build.close()
     return OK
@@ -299,6 +313,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(parsed, hold.Verb):
             return hold.run(parsed, "destination", console)
         return receive(parsed, console)
-    except BhyError as error:
-        console.fail(error)
-        return error.status
+    except Exception as raised:
+        return console.fail(as_error(raised))

@@ -17,11 +17,12 @@ import socket
 import sys
 import syslog
 import time
+import traceback
 from dataclasses import dataclass
 from typing import TextIO
 
 from bhystream.backend.base import PAGE_BYTES
-from bhystream.errors import BhyError
+from bhystream.errors import BhyError, InternalError
 
 NS = 1_000_000_000
 _TERMINAL_NS = 100_000_000
@@ -66,12 +67,19 @@ class Console:
         self.clear()
         self._write(f"{self._prefix}: {printable(text)}\n")
 
-    def fail(self, error: BhyError) -> None:
-        """Print an error and, on lines of their own, what to type next."""
+    def fail(self, error: BhyError) -> int:
+        """Print an error and, on lines of their own, what to type next.
+
+        Returns its exit status.  A fault of ours comes with its traceback.
+        """
+        self.clear()
+        if isinstance(error, InternalError):
+            self._write("".join(traceback.format_exception(error)))
         self.say(str(error))
-        for line in error.hint.splitlines():
+        for line in filter(None, error.hint.splitlines()):
             self.say(line)
         syslog.syslog(syslog.LOG_ERR, printable(str(error)))
+        return error.status
 
     def log(self, text: str) -> None:
         """Write to syslog only."""

@@ -27,7 +27,7 @@ from pathlib import Path
 from bhystream import format as fmt
 from bhystream import hold, hypervisors, options, state
 from bhystream.backend.base import Source
-from bhystream.errors import HELD, OK, BhyError, DowntimeError, InternalError, UsageError
+from bhystream.errors import HELD, OK, BhyError, DowntimeError, GuestError, UsageError, as_error
 from bhystream.format import Feature, Form, Header, Type
 from bhystream.hook import Hook
 from bhystream.keeper import Keeper
@@ -260,25 +260,33 @@ class Move:
         self.signals.forget()
         self._say_end()
 
-    def recover(self) -> str:
+    def recover(self, error: BhyError) -> str:
         """Bring the guest back after a failure; return where it is, in words.
 
-        Raises GuestError if it cannot be resumed.
+        The phase then says the same.  Raises GuestError if the guest cannot be
+        resumed; the keeper, still there, goes on trying when we have ended.
         """
+        name = self.source.name
         if self.hook:
             self.hook.kill()
-        if self.phase == Phase.HELD:
-            if self.writer and self.writer.ended:
-                return "held"
-            # END is not whole: the destination cannot start.
+        if self.phase == Phase.HELD and not (self.writer and self.writer.ended):
+            # END is not whole, so the destination cannot start.
             self.records.write(self.record.moved(state.PAUSED))
             self.phase = Phase.PAUSED
+        if self.phase == Phase.HELD:
+            return f"guest {name}: held here"
         if self.phase == Phase.PAUSED:
-            self._resume()
+            try:
+                self._resume()
+            except BhyError as second:
+                raise GuestError(
+                    f"guest {name}: {error}; and it cannot be resumed: {second}",
+                    f"guest {name}: its keeper goes on trying; see bhysend -l",
+                ) from error
             self.phase = Phase.RUNNING
         elif self.keeper:
             self.keeper.dismiss()
-        return "runs here"
+        return f"guest {name}: it runs here"
 
     def _resume(self) -> None:
         self.source.resume()
@@ -357,22 +365,18 @@ def move(
     work = Move(opts, console, signals)
     try:
         return work.run(base, source, lock)
-    except BaseException as raised:
+    except Exception as raised:
+        # A signal that comes from here on finds the guest being brought back.
         signals.forget()
-        error = raised if isinstance(raised, BhyError) else None
-        try:
-            where = work.recover()
-        except BhyError as second:
-            console.fail(second)
-            raise
-        if where == "held":
-            console.fail(error or InternalError(repr(raised)))
+        error = as_error(raised)
+        where = work.recover(error)
+        if work.phase == Phase.HELD:
+            console.fail(error)
             return HELD
-        if error and work.writer:
+        if work.writer:
             work.writer.abort(error.status, str(error))
-        if work.phase != Phase.RELEASED or not error:
-            console.say(f"guest {source.name}: it {where}; nothing was started from this stream")
-        raise
+        error.hint = f"{where}\n{error.hint}"
+        raise error from raised
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -383,6 +387,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(parsed, hold.Verb):
             return hold.run(parsed, "source", console)
         return send(parsed, console)
-    except BhyError as error:
-        console.fail(error)
-        return error.status
+    except Exception as raised:
+        return console.fail(as_error(raised))

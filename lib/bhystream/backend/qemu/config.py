@@ -1,0 +1,284 @@
+"""The argv of a QEMU, reduced to the CONFIG section of a stream.
+
+Three kinds of options:
+
+    topology        travels: machine, CPU, devices, firmware switches
+    host resource   stays; a key or a bare "yes" travels in its place (devices.py)
+    irrelevant      dropped: monitors, logging, how the process runs
+
+Any other option is refused by name, here, before anything is sent: a guest
+that is not fully described would load at the destination and be subtly
+another machine, for QEMU itself compares little (a different -cpu or an extra
+device loads without complaint).  For the same reason a QEMU without
+-nodefaults is refused: it has devices that no option names.
+
+The result holds no path of the source host.  The one text that may hold a
+slash is `append`, the guest kernel's own command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bhystream.backend.qemu import allow
+from bhystream.backend.qemu.devices import Parts, refuse, word
+from bhystream.backend.qemu.facts import CURE, Facts
+from bhystream.backend.qemu.options import as_dict, parse_size, split_argv, split_keyval
+from bhystream.errors import IncompatibleError
+
+_SHORT_DISKS = {"hda": "0", "hdb": "1", "hdc": "2", "hdd": "3"}
+
+
+def reduce_argv(argv: list[str], facts: Facts, name: str = "") -> dict[str, Any]:
+    """Return the configuration that an argv (without the program) describes.
+
+    facts: what QMP adds; a default Facts() leaves aliases as they are.
+    name: the guest's name where -name gives none.
+    Raises IncompatibleError naming the first thing that cannot travel.
+    """
+    return _Reducer(facts).run(argv, name)
+
+
+class _Reducer:
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+        self._parts = Parts(facts)
+        self._machine: dict[str, str] = {}
+        self._accels: list[tuple[str, dict[str, str]]] = []
+        self._ram_size: int | None = None
+        self._nodefaults = False
+        self._out: dict[str, Any] = {
+            "hypervisor": "qemu",
+            "name": "",
+            "arch": facts.arch,
+            "cpu": None,
+            "smp": {"cpus": 1},
+            "vga": "none",
+            "rtc": {},
+            "uuid": "",
+            "boot": {},
+            "smbios": [],
+            "globals": {},
+            "kernel": False,
+            "initrd": False,
+            "bios": False,
+            "append": "",
+            "flags": [],
+            "action": {},
+            "watchdog_action": "",
+        }
+        parts = self._parts
+        self._with_argument: dict[str, Callable[[str], None]] = {
+            "machine": self._on_machine,
+            "M": self._on_machine,
+            "accel": self._on_accel,
+            "cpu": self._on_cpu,
+            "smp": self._on_smp,
+            "m": self._on_m,
+            "name": self._on_name,
+            "vga": self._on_vga,
+            "uuid": self._on_uuid,
+            "boot": self._on_boot,
+            "smbios": self._on_smbios,
+            "global": self._on_global,
+            "append": self._on_append,
+            "rtc": lambda text: self._on_pairs("rtc", allow.RTC_KEYS, text),
+            "action": lambda text: self._on_pairs("action", allow.ACTION_KEYS, text),
+            "watchdog-action": self._on_watchdog,
+            "parallel": lambda text: self._only_none("parallel", text),
+            "net": lambda text: self._only_none("net", text),
+            "device": parts.device,
+            "object": parts.object,
+            "drive": parts.drive,
+            "blockdev": parts.blockdev,
+            "netdev": parts.netdev,
+            "nic": parts.nic,
+            "chardev": parts.chardev,
+            "serial": parts.serial,
+            "pflash": lambda text: parts.drive(text, **{"if": "pflash", "format": "raw"}),
+            "cdrom": lambda text: parts.drive(text, index="2", media="cdrom"),
+        }
+
+    def run(self, argv: list[str], name: str) -> dict[str, Any]:
+        for option, rest in split_argv(argv):
+            self._take(option, rest)
+        if not self._nodefaults:
+            raise IncompatibleError(
+                "QEMU was started without -nodefaults: devices that it adds by itself are"
+                " not described",
+                hint="start it with -nodefaults, and name each device",
+            )
+        out = self._out
+        out |= self._parts.finish()
+        self._finish_machine()
+        out["name"] = out["name"] or name
+        if not allow.NAME.fullmatch(out["name"]):
+            raise IncompatibleError(f"the guest's name '{out['name'][:70]}' cannot travel")
+        if self._ram_size not in (None, out["memory"]["size_bytes"]):
+            raise IncompatibleError("-m and the memory backend differ in size")
+        out["accel"] = self._finish_accel()
+        out["flags"].sort()
+        return out
+
+    def _take(self, option: str, rest: Any) -> None:
+        """Handle one option, taking its argument from `rest` if it has one."""
+        if option in allow.FLAGS:
+            if option not in self._out["flags"]:
+                self._out["flags"].append(option)
+        elif option == "nodefaults":
+            self._nodefaults = True
+        elif option == "enable-kvm":
+            self._accels.append(("kvm", {}))
+        elif option in allow.IGNORED and not allow.IGNORED[option]:
+            return
+        else:
+            handler = self._handler(option)
+            text = next(rest, None)
+            if text is None:
+                raise IncompatibleError(f"option -{option[:60]}: its argument is missing")
+            handler(text)
+
+    def _handler(self, option: str) -> Callable[[str], None]:
+        if option in self._with_argument:
+            return self._with_argument[option]
+        if option in allow.IGNORED:
+            return lambda text: None
+        if option in ("kernel", "initrd", "bios"):
+            return lambda text: self._out.update({option: True})
+        if option in _SHORT_DISKS:
+            index = _SHORT_DISKS[option]
+            return lambda text: self._parts.drive(text, index=index, media="disk")
+        raise refuse(f"option -{option[:60]}")
+
+    def _on_pairs(self, what: str, keys: frozenset[str], text: str) -> None:
+        for key, value in split_keyval(text):
+            if key not in keys:
+                raise refuse(f"option -{what}: {key[:60]}")
+            self._out[what][key] = word(value, f"option -{what}: {key}")
+
+    def _only_none(self, option: str, text: str) -> None:
+        if text != "none":
+            raise refuse(f"option -{option}")
+
+    def _on_machine(self, text: str) -> None:
+        self._machine |= as_dict(split_keyval(text, "type"), "-machine")
+
+    def _finish_machine(self) -> None:
+        props = dict(self._machine)
+        kind = self._facts.machine or props.get("type", "pc")
+        kind = self._facts.aliases.get(kind, kind)
+        if not allow.MACHINE.fullmatch(kind):
+            raise refuse(f"machine {kind[:60]}")
+        props.pop("type", None)
+        for accel in reversed(props.pop("accel", "").split(":")):
+            if accel:
+                self._accels.insert(0, (accel, {}))
+        if props.pop("memory-backend", "") != self._out["memory"]["id"]:
+            raise IncompatibleError(
+                f"memory backend {self._out['memory']['id']} is not the machine's memory", hint=CURE
+            )
+        for key, value in props.items():
+            if key not in allow.MACHINE_PROPS:
+                raise refuse(f"machine property {key[:60]}")
+            word(value, f"machine property {key}")
+        self._out["machine"] = {"type": kind, "props": props}
+
+    def _on_accel(self, text: str) -> None:
+        pairs = as_dict(split_keyval(text, "accel"), "-accel")
+        kind = pairs.pop("accel", "")
+        for key in list(pairs):
+            if key in allow.ACCEL_HOST_PROPS:
+                del pairs[key]
+            elif key not in allow.ACCEL_PROPS:
+                raise refuse(f"accelerator property {key[:60]}")
+            else:
+                word(pairs[key], f"accelerator property {key}")
+        self._accels.append((kind, pairs))
+
+    def _finish_accel(self) -> dict[str, Any]:
+        """Return the accelerator in use: QMP's word, else the first asked for."""
+        kind = self._facts.accel or (self._accels[0][0] if self._accels else "tcg")
+        if kind not in allow.ACCELS:
+            raise refuse(f"accelerator {kind[:60]}")
+        props = next((props for name, props in self._accels if name == kind), {})
+        return {"type": kind, "props": props}
+
+    def _on_cpu(self, text: str) -> None:
+        model, *features = text.split(",")
+        if not allow.WORD.fullmatch(model) or model == "help":
+            raise IncompatibleError(f"CPU model '{model[:60]}' cannot travel")
+        for feature in features:
+            if not allow.CPU_FEATURE.fullmatch(feature):
+                raise IncompatibleError(f"CPU feature '{feature[:60]}' cannot travel")
+        self._out["cpu"] = {"model": model, "features": features}
+
+    def _on_smp(self, text: str) -> None:
+        counts: dict[str, int] = {}
+        for key, value in as_dict(split_keyval(text, "cpus"), "-smp").items():
+            if key not in allow.SMP_KEYS or not value.isdecimal():
+                raise refuse(f"option -smp: {key[:60]}={value[:60]}")
+            counts[key] = int(value)
+        if "cpus" not in counts:
+            total = 1
+            for key in allow.SMP_KEYS - {"cpus", "maxcpus"}:
+                total *= counts.get(key, 1)
+            counts["cpus"] = counts.get("maxcpus", total)
+        self._out["smp"] = counts
+
+    def _on_m(self, text: str) -> None:
+        pairs = as_dict(split_keyval(text, "size"), "-m")
+        if pairs.keys() - {"size"}:
+            raise refuse(f"option -m: {min(pairs.keys() - {'size'})[:60]}")
+        self._ram_size = parse_size(pairs["size"], 1 << 20)
+
+    def _on_name(self, text: str) -> None:
+        self._out["name"] = as_dict(split_keyval(text, "guest"), "-name").get("guest", "")
+
+    def _on_vga(self, text: str) -> None:
+        if text not in allow.VGAS:
+            raise refuse(f"option -vga: {text[:60]}")
+        self._out["vga"] = text
+
+    def _on_uuid(self, text: str) -> None:
+        if not allow.UUID.fullmatch(text):
+            raise refuse(f"option -uuid: {text[:60]}")
+        self._out["uuid"] = text.lower()
+
+    def _on_boot(self, text: str) -> None:
+        for key, value in split_keyval(text, "order"):
+            if key in allow.BOOT_HOST_KEYS:
+                continue
+            if key not in allow.BOOT_KEYS:
+                raise refuse(f"option -boot: {key[:60]}")
+            self._out["boot"][key] = word(value, f"option -boot: {key}")
+
+    def _on_smbios(self, text: str) -> None:
+        pairs = as_dict(split_keyval(text), "-smbios")
+        kind = pairs.pop("type", "")
+        if kind not in ("0", "1", "2", "3", "4", "17"):
+            raise refuse(f"option -smbios: type={kind[:60]}")
+        for key, value in pairs.items():
+            if key not in allow.SMBIOS_KEYS or not allow.SMBIOS_TEXT.fullmatch(value):
+                raise refuse(f"option -smbios: {key[:60]}={value[:60]}")
+        self._out["smbios"].append({"type": int(kind), "props": pairs})
+
+    def _on_global(self, text: str) -> None:
+        pairs = split_keyval(text)
+        if len(pairs) == 1:
+            key, value = pairs[0]
+        else:
+            long = as_dict(pairs, "-global")
+            key = f"{long.get('driver', '')}.{long.get('property', '')}"
+            value = long.get("value", "")
+        if not allow.global_allowed(key):
+            raise refuse(f"option -global: {key[:80]}")
+        self._out["globals"][key] = word(value, f"option -global: {key}")
+
+    def _on_append(self, text: str) -> None:
+        if not allow.APPEND.fullmatch(text):
+            raise IncompatibleError("option -append: it holds what is not printable ASCII")
+        self._out["append"] = text
+
+    def _on_watchdog(self, text: str) -> None:
+        self._out["watchdog_action"] = word(text, "option -watchdog-action")

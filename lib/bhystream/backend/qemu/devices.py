@@ -1,0 +1,276 @@
+"""The parts of a configuration that name a resource of the host.
+
+A drive, a net or a serial port has two halves: what the guest sees, which
+travels, and what the host lends it, which stays.  What travels instead of the
+lent half is a key, disk0, net0, serial0, that the destination's operator
+fills in with -o.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bhystream.backend.qemu import allow
+from bhystream.backend.qemu.facts import CURE, Facts
+from bhystream.backend.qemu.options import as_dict, parse_size, split_keyval
+from bhystream.errors import IncompatibleError
+
+_ALIASES = {"ahci": "ich9-ahci"} | {
+    f"virtio-{kind}": f"virtio-{kind}-pci"
+    for kind in ("blk", "net", "rng", "balloon", "scsi", "serial")
+}
+_NODE_PROPS = {"discard", "detect-zeroes", "cache.direct", "cache.no-flush"}
+_NODE_HOST_PROPS = {"filename", "aio", "locking", "auto-read-only"}
+_PROTOCOLS = {"file", "host_device"}
+
+
+def refuse(what: str) -> IncompatibleError:
+    """Return the error for a word that is on no list."""
+    return IncompatibleError(f"{what} cannot travel: bhysend does not know it")
+
+
+def word(value: str, what: str) -> str:
+    """Return the value if it is an allowed one, else refuse it by name."""
+    if not allow.VALUE.fullmatch(value):
+        raise IncompatibleError(f"{what} cannot travel: '{value[:60]}'")
+    return value
+
+
+def ident(value: str, what: str) -> str:
+    """Return the value if it is an allowed id, else refuse it by name."""
+    if not allow.IDENT.fullmatch(value) or value.startswith(allow.RESERVED):
+        raise IncompatibleError(f"{what}: the id '{value[:60]}' cannot travel")
+    return value
+
+
+class Parts:
+    """Collects -drive, -device and their kin; finish() makes them fit together."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+        self._drives: list[dict[str, str]] = []
+        self._nodes: dict[str, dict[str, str]] = {}
+        self._netdevs: dict[str, str] = {}
+        self._nics: list[dict[str, Any]] = []
+        self._chardevs: set[str] = set()
+        self._serials: list[str] = []
+        self._objects: dict[str, str] = {}
+        self._devices: list[dict[str, Any]] = []
+        self.ram: dict[str, Any] | None = None
+
+    def device(self, text: str) -> None:
+        """-device: the driver and every property must be on the lists."""
+        props = as_dict(split_keyval(text, "driver"), "-device")
+        driver = _ALIASES.get(props.get("driver", ""), props.get("driver", ""))
+        props.pop("driver", None)
+        if driver not in allow.DRIVERS:
+            raise refuse(f"device {driver[:60]}")
+        for key, value in props.items():
+            what = f"device {driver}: property {key[:60]}"
+            if key not in allow.DEVICE_PROPS:
+                raise refuse(what)
+            if key == "romfile" and value:
+                raise IncompatibleError(f"{what} cannot travel: it names a file")
+            word(value, what)
+        self._devices.append({"driver": driver, "props": props})
+
+    def object(self, text: str) -> None:
+        """-object: the RAM, a source of random numbers, an I/O thread."""
+        pairs = as_dict(split_keyval(text, "qom-type"), "-object")
+        kind, name = pairs.get("qom-type", ""), pairs.get("id", "")
+        if kind in ("memory-backend-file", "memory-backend-memfd"):
+            self._memory(pairs, name)
+        elif kind in ("rng-random", "rng-builtin"):
+            self._objects[ident(name, "-object")] = "rng"
+        elif kind == "iothread":
+            self._objects[ident(name, "-object")] = "iothread"
+        elif kind.startswith("memory-backend"):
+            raise IncompatibleError(f"object {kind}: its memory is not shared", hint=CURE)
+        else:
+            raise refuse(f"object {kind[:60]}")
+
+    def _memory(self, pairs: dict[str, str], name: str) -> None:
+        if self.ram is not None:
+            raise IncompatibleError(f"object {name}: a second memory backend", hint=CURE)
+        # memory-backend-memfd is shared unless told otherwise; the file is not.
+        default = "on" if pairs["qom-type"].endswith("memfd") else "off"
+        if pairs.get("share", default) not in ("on", "yes", "true"):
+            raise IncompatibleError(f"memory backend {name} is not share=on", hint=CURE)
+        if not allow.RAM_IDENT.fullmatch(name):
+            raise IncompatibleError(f"memory backend: the id '{name[:60]}' cannot travel")
+        self.ram = {"id": name, "size_bytes": parse_size(pairs.get("size", ""), 1)}
+
+    def drive(self, text: str, **preset: str) -> None:
+        """-drive, and with preset -hda, -cdrom and -pflash (text is the file)."""
+        pairs = preset | {"file": text} if preset else as_dict(split_keyval(text), "-drive")
+        if "read-only" in pairs:
+            pairs["readonly"] = pairs.pop("read-only")
+        if "driver" in pairs:
+            pairs.setdefault("format", pairs.pop("driver"))
+        interface = pairs.get("if", "ide")
+        if interface not in allow.DISK_INTERFACES:
+            raise refuse(f"drive interface {interface[:60]}")
+        if pairs.get("file.driver", "file") not in _PROTOCOLS:
+            raise refuse(f"drive protocol {pairs['file.driver'][:60]}")
+        for key, value in pairs.items():
+            if key in allow.DISK_HOST_PROPS or key in ("if", "id"):
+                continue
+            if key not in allow.DISK_PROPS:
+                raise refuse(f"drive property {key[:60]}")
+            word(value, f"drive property {key}")
+        self._drives.append(pairs | {"if": interface})
+
+    def blockdev(self, text: str) -> None:
+        """-blockdev: an image format over a file, in one node or in two."""
+        pairs = as_dict(split_keyval(text, "driver"), "-blockdev")
+        driver = pairs.get("driver", "")
+        if driver not in allow.DISK_FORMATS | _PROTOCOLS:
+            raise refuse(f"blockdev driver {driver[:60]}")
+        for key, value in pairs.items():
+            if key in {"driver", "node-name", "read-only", "file"} | _NODE_PROPS:
+                word(value, f"blockdev property {key}")
+            elif not key.startswith("file.") and key not in _NODE_HOST_PROPS:
+                raise refuse(f"blockdev property {key[:60]}")
+        if pairs.get("file.driver", "file") not in _PROTOCOLS:
+            raise refuse(f"blockdev driver {pairs['file.driver'][:60]}")
+        self._nodes[ident(pairs.get("node-name", ""), "-blockdev")] = pairs
+
+    def netdev(self, text: str) -> None:
+        """-netdev: which one it is stays here, that there is one travels."""
+        pairs = as_dict(split_keyval(text, "type"), "-netdev")
+        kind = pairs.get("type", "")
+        if kind not in allow.NET_BACKENDS:
+            raise refuse(f"netdev {kind[:60]}")
+        if pairs.get("queues", "1") != "1":
+            raise refuse("netdev property queues")
+        self._netdevs[ident(pairs.get("id", ""), "-netdev")] = kind
+
+    def nic(self, text: str) -> None:
+        """-nic: a net and its card in one."""
+        pairs = as_dict(split_keyval(text, "type"), "-nic")
+        kind = pairs.get("type", "")
+        if kind == "none":
+            return
+        if kind not in allow.NET_BACKENDS:
+            raise refuse(f"nic {kind[:60]}")
+        props = {key: word(pairs[key], f"nic {key}") for key in allow.NIC_PROPS & pairs.keys()}
+        if props.get("model", "e1000") not in allow.NIC_MODELS:
+            raise refuse(f"nic model {props['model']}")
+        name = ident(pairs["id"], "-nic") if "id" in pairs else ""
+        self._nics.append({"id": name, "kind": "nic", "backend": kind, "props": props})
+
+    def chardev(self, text: str) -> None:
+        """-chardev: only its id matters, and only if a device uses it."""
+        self._chardevs.add(as_dict(split_keyval(text, "backend"), "-chardev").get("id", ""))
+
+    def serial(self, text: str) -> None:
+        """-serial: the guest sees a port, whatever it is connected to."""
+        if text != "none":
+            self._serials.append(text.removeprefix("chardev:") if ":" in text else "")
+
+    def finish(self) -> dict[str, Any]:
+        """Return the config's devices, disks, nets, serials, objects and memory."""
+        if self.ram is None:
+            raise IncompatibleError("the guest's memory is not a shared backend", hint=CURE)
+        serials = self._finish_serials()
+        disks = self._finish_disks()
+        used = self._used("netdev")
+        nets: list[dict[str, Any]] = [
+            {"id": name, "kind": "netdev", "backend": kind, "props": {}}
+            for name, kind in self._netdevs.items()
+            if name in used
+        ]
+        nets += self._nics
+        known = {
+            "disk": {d["id"] for d in disks},
+            "net": {n["id"] for n in nets},
+            "serial": {s["id"] for s in serials},
+            "rng": {n for n, kind in self._objects.items() if kind == "rng"},
+            "iothread": {n for n, kind in self._objects.items() if kind == "iothread"},
+        }
+        check_references(self._devices, known)
+        return {
+            "memory": self.ram,
+            "objects": [{"type": kind, "id": name} for name, kind in self._objects.items()],
+            "devices": self._devices,
+            "disks": [{"key": f"disk{n}"} | disk for n, disk in enumerate(disks)],
+            "nets": [{"key": f"net{n}"} | net for n, net in enumerate(nets)],
+            "serials": [{"key": f"serial{n}"} | port for n, port in enumerate(serials)],
+        }
+
+    def _used(self, prop: str) -> dict[str, None]:
+        """Return the ids that devices name in `prop`, in order."""
+        return {d["props"][prop]: None for d in self._devices if prop in d["props"]}
+
+    def _finish_serials(self) -> list[dict[str, Any]]:
+        ports = [{"id": s if s in self._chardevs else "", "option": True} for s in self._serials]
+        for name in self._used("chardev"):
+            if name in self._chardevs and not any(p["id"] == name for p in ports):
+                ports.append({"id": ident(name, "-chardev"), "option": False})
+        return ports
+
+    def _finish_disks(self) -> list[dict[str, Any]]:
+        used = self._used("drive")
+        disks = []
+        count: dict[str, int] = {}
+        for pairs in self._drives:
+            interface, name = pairs["if"], pairs.get("id", "")
+            index = pairs.get("index", "")
+            number = int(index) if index.isdecimal() else count.get(interface, 0)
+            count[interface] = number + 1
+            if interface == "none" and name not in used:
+                continue
+            props = {k: v for k, v in pairs.items() if k in allow.DISK_PROPS}
+            empty = "file" not in pairs and "file.filename" not in pairs
+            disk = {
+                "id": ident(name, "-drive") if name else "",
+                "if": interface,
+                "empty": empty,
+                "props": props,
+            }
+            disks.append(disk | self._probe(disk, [name, *self._labels(interface, number)]))
+        disks += [self._node(name) for name in used if name in self._nodes]
+        return disks
+
+    def _labels(self, interface: str, number: int) -> list[str]:
+        """Return what QEMU may call the drive.  Source: qemu/qemu blockdev.c, drive_new()."""
+        if interface == "ide":
+            bus, unit = (number, 0) if "q35" in self._facts.machine else divmod(number, 2)
+            return [f"ide{bus}-hd{unit}", f"ide{bus}-cd{unit}"]
+        return [f"{interface}{number}"]
+
+    def _probe(self, disk: dict[str, Any], labels: list[str]) -> dict[str, Any]:
+        """Fill in the image's format and size from what QEMU says."""
+        found = next((self._facts.disks[x] for x in labels if x and x in self._facts.disks), None)
+        props = dict(disk["props"])
+        if disk["empty"]:
+            return {"size_bytes": 0, "props": props}
+        if "format" not in props and found is not None:
+            props["format"] = found.format
+        if "format" in props and props["format"] not in allow.DISK_FORMATS:
+            raise refuse(f"disk format {props['format'][:60]}")
+        return {"size_bytes": found.size_bytes if found else 0, "props": props}
+
+    def _node(self, name: str) -> dict[str, Any]:
+        pairs = self._nodes[name]
+        driver = pairs["driver"]
+        below = pairs.get("file")
+        if below is not None and below not in self._nodes:
+            raise IncompatibleError(f"blockdev {name}: its file '{below[:60]}' is not there")
+        props = {key: pairs[key] for key in sorted(_NODE_PROPS & pairs.keys())}
+        props["format"] = "raw" if driver in _PROTOCOLS else driver
+        if pairs.get("read-only", "off") == "on":
+            props["readonly"] = "on"
+        disk = {"id": name, "if": "none", "empty": False, "props": props}
+        return disk | self._probe(disk, [name])
+
+
+def check_references(devices: list[dict[str, Any]], known: dict[str, set[str]]) -> None:
+    """Refuse a device that names a drive, net, ... that is not described."""
+    for device in devices:
+        for prop, kind in allow.REFERENCES.items():
+            value = device["props"].get(prop)
+            if value is not None and value not in known[kind]:
+                raise IncompatibleError(
+                    f"device {device['driver']}: {prop}={value} is not described"
+                )

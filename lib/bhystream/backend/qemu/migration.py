@@ -1,0 +1,123 @@
+"""The hand-over as QMP sees it: shared by the source, the sink and the keeper.
+
+Capabilities and parameters that we change are put back as found, on every
+way out; what was found travels in revive() for the case that we are dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from bhystream.backend.qemu.facts import status
+from bhystream.backend.qemu.qmp import Qmp
+from bhystream.errors import GuestError
+
+# What a source or a destination may be found with: none of them changes how
+# the state is written or read.
+_HARMLESS = {"x-ignore-shared", "late-block-activate", "events"}
+_BUSY = {
+    "setup", "active", "cancelling", "pre-switchover", "device", "wait-unplug", "colo",
+    "postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup",
+}  # fmt: skip
+# Fetching sleeps no longer than this: the guest is paused.
+POLL_S = 0.001
+# Bytes a second, an upper bound that is none.  QEMU's default is 128 MiB/s.
+UNLIMITED = 1_000_000_000_000
+
+
+def capabilities(qmp: Qmp) -> dict[str, bool]:
+    """Return all migration capabilities by name."""
+    found = qmp.execute("query-migrate-capabilities", doing="examine migration")
+    return {str(each["capability"]): bool(each["state"]) for each in found}
+
+
+def set_capabilities(qmp: Qmp, wanted: Mapping[str, bool]) -> None:
+    """Set the named migration capabilities."""
+    items = [{"capability": name, "state": state} for name, state in wanted.items()]
+    if items:
+        qmp.execute("migrate-set-capabilities", {"capabilities": items}, doing="set up migration")
+
+
+def set_parameters(qmp: Qmp, wanted: Mapping[str, int]) -> None:
+    """Set the named migration parameters."""
+    if wanted:
+        qmp.execute("migrate-set-parameters", wanted, doing="set up migration")
+
+
+def progress(qmp: Qmp) -> tuple[str, str]:
+    """Return (status of the migration or "none", its error or "")."""
+    found = qmp.execute("query-migrate", doing="query migration")
+    return str(found.get("status", "none")), str(found.get("error-desc", ""))
+
+
+def is_busy(migration: str) -> bool:
+    """Say whether a migration status means one in progress."""
+    return migration in _BUSY
+
+
+def refuse_unusual(qmp: Qmp, found: Mapping[str, bool]) -> None:
+    """Refuse a guest that somebody set up for, or is in, another migration."""
+    for name, state in found.items():
+        if state and name not in _HARMLESS:
+            raise GuestError(
+                f"{qmp.who}: its migration capability {name} is on; another tool may be moving it",
+                hint=f"migrate-set-capabilities {name} off",
+            )
+    if "x-ignore-shared" not in found:
+        raise GuestError(f"{qmp.who}: QEMU {qmp.version} lacks x-ignore-shared")
+    if is_busy(progress(qmp)[0]):
+        raise GuestError(f"{qmp.who}: a migration is in progress")
+
+
+def cancel(qmp: Qmp, limit_s: float = 10.0) -> None:
+    """End a migration in progress and wait until it has ended."""
+    if not is_busy(progress(qmp)[0]):
+        return
+    qmp.execute("migrate_cancel", doing="cancel migration")
+    end = time.monotonic() + limit_s
+    while is_busy(progress(qmp)[0]):
+        if time.monotonic() > end:
+            raise GuestError(f"{qmp.who}: cannot cancel migration: still busy after {limit_s:g} s")
+        time.sleep(POLL_S)
+
+
+def restore(qmp: Qmp, found: Mapping[str, Any]) -> None:
+    """Put capabilities and parameters back; what QEMU refuses is left.
+
+    A guest that runs matters more than a setting, so this never raises.
+    """
+    with contextlib.suppress(GuestError):
+        set_capabilities(qmp, found.get("capabilities", {}))
+    with contextlib.suppress(GuestError):
+        set_parameters(qmp, found.get("parameters", {}))
+
+
+def let_run(qmp: Qmp) -> None:
+    """Let a paused guest run, whatever became of its migration.
+
+    A guest that runs already is left alone.  Raises GuestError if it does not
+    run afterwards: it was shut down meanwhile, or another QEMU has its disk.
+    """
+    cancel(qmp)
+    now = status(qmp)
+    if now == "running":
+        return
+    if now not in ("paused", "postmigrate", "prelaunch", "finish-migrate"):
+        raise GuestError(f"{qmp.who}: cannot resume: it is '{now}'")
+    qmp.execute("cont", doing="resume", limit_s=30.0)
+    now = status(qmp)
+    if now != "running":
+        raise GuestError(f"{qmp.who}: cannot resume: it is '{now}' after cont")
+
+
+def announce(qmp: Qmp) -> None:
+    """Tell the network where the guest is now.  Its failure is none of the guest's."""
+    with contextlib.suppress(GuestError):
+        qmp.execute(
+            "announce-self",
+            {"initial": 50, "max": 550, "rounds": 5, "step": 100},
+            doing="announce itself",
+        )

@@ -1,0 +1,91 @@
+"""QEMU's own option syntax, taken apart: key=value lists, JSON and sizes.
+
+a,b=c,,d     first word without "=" is the implied key; ",," is a comma
+{"a": ...}   JSON, for -device, -object, -netdev and -blockdev
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+from bhystream.errors import IncompatibleError
+
+_SIZE = re.compile(r"(\d{1,20})([bBkKmMgGtT]?)")
+_SHIFT = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+
+
+def split_argv(argv: list[str]) -> Iterator[tuple[str, Iterator[str]]]:
+    """Yield (option name, the rest of the argv to take an argument from)."""
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("-") or word == "-":
+            raise IncompatibleError(f"argument '{word}': a disk without an option; say -drive")
+        yield word.removeprefix("-").removeprefix("-"), words
+
+
+def split_keyval(text: str, implied: str = "") -> list[tuple[str, str]]:
+    """Split "a,b=c" into pairs, in order.
+
+    implied: the key of a first word without "=".  Any other bare word is a
+    switch: "readonly" is on, as QEMU has it.
+    Source: qemu/qemu util/qemu-option.c, get_opt_name_value().
+    """
+    if text.startswith("{"):
+        return _flatten_json(text)
+    pairs: list[tuple[str, str]] = []
+    # A doubled comma becomes a NUL, which no argument can hold.
+    for number, item in enumerate(text.replace(",,", "\0").split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            key, value = (implied, key) if number == 0 and implied else (key, "on")
+        if key:
+            pairs.append((key, value.replace("\0", ",")))
+    return pairs
+
+
+def _flatten_json(text: str) -> list[tuple[str, str]]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise IncompatibleError(f"cannot read the JSON of '{text[:60]}'") from None
+    pairs: list[tuple[str, str]] = []
+
+    def walk(prefix: str, node: object) -> None:
+        if isinstance(node, dict):
+            for key, below in node.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), below)
+        elif isinstance(node, list):
+            raise IncompatibleError(f"{prefix}: a list cannot be carried")
+        elif isinstance(node, bool):
+            pairs.append((prefix, "on" if node else "off"))
+        else:
+            pairs.append((prefix, str(node)))
+
+    walk("", value)
+    return pairs
+
+
+def as_dict(pairs: list[tuple[str, str]], what: str) -> dict[str, str]:
+    """Turn pairs into a dict; a key that is given twice is refused by name."""
+    out: dict[str, str] = {}
+    for key, value in pairs:
+        if key in out and out[key] != value:
+            raise IncompatibleError(f"{what}: '{key}' is given twice")
+        out[key] = value
+    return out
+
+
+def parse_size(text: str, unit_bytes: int) -> int:
+    """Return a size in bytes; unit_bytes is what a bare number counts."""
+    found = _SIZE.fullmatch(text)
+    if not found:
+        raise IncompatibleError(f"cannot read the size '{text}'")
+    suffix = found[2].lower()
+    return int(found[1]) * (1 << _SHIFT[suffix] if suffix else unit_bytes)
+
+
+def escape(value: str) -> str:
+    """Double the commas of a value for an option's argument."""
+    return value.replace(",", ",,")

@@ -1,0 +1,103 @@
+"""A guest that stands paused or held, found again from its record.
+
+What the keeper, --resume and --discard act through.  The record is the JSON
+of revive(): the QMP path, and the pid, start time and boot of the process
+that listened there.  Another process at the socket is another guest, and is
+never touched.
+
+Nothing is connected before it is needed, so that a record whose QEMU is gone
+can still be opened, asked and discarded, and so that the keeper does not hold
+the socket, which serves one client, while bhysend lives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bhystream.backend.base import Json
+from bhystream.backend.qemu import migration
+from bhystream.backend.qemu.process import Identity, end_process, identify, is_alive
+from bhystream.backend.qemu.qmp import Qmp
+from bhystream.errors import GuestError
+
+
+def open_paused(record: Json) -> QemuPaused:
+    """Return the guest of a record made by revive().
+
+    Raises GuestError if the record is not one of ours; whether the guest is
+    alive is is_alive()'s to say.
+    """
+    try:
+        if record["hypervisor"] != "qemu":
+            raise ValueError("hypervisor")
+        identity = Identity(int(record["pid"]), int(record["start_ticks"]), str(record["boot_id"]))
+        return QemuPaused(
+            str(record["name"]),
+            str(record["qmp"]),
+            identity,
+            dict(record["restore"]),
+            announce=bool(record["announce"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise GuestError(f"cannot read the record of a paused QEMU guest: {error}") from None
+
+
+class QemuPaused:
+    """base.Paused for QEMU."""
+
+    def __init__(
+        self, name: str, qmp_path: str, identity: Identity, found: Any, *, announce: bool
+    ) -> None:
+        """found: settings to put back.  announce: it runs in a new place."""
+        self._who = f"guest {name}"
+        self._qmp_path = qmp_path
+        self._identity = identity
+        self._found = found
+        self._announce = announce
+        self._qmp: Qmp | None = None
+
+    def _connect(self) -> Qmp:
+        """Return the connection to this very guest.  Raises GuestError."""
+        if self._qmp is None:
+            if not self.is_alive():
+                raise GuestError(f"{self._who}: its QEMU (process {self._identity.pid}) has ended")
+            qmp = Qmp(self._qmp_path, self._who)
+            try:
+                if identify(qmp.pid) != self._identity:
+                    raise GuestError(
+                        f"{self._who}: another guest (process {qmp.pid}) now lives at"
+                        f" {self._qmp_path}; ours is process {self._identity.pid}"
+                    )
+            except BaseException:
+                qmp.close()
+                raise
+            self._qmp = qmp
+        return self._qmp
+
+    def resume(self) -> None:
+        """Let it run; a guest that runs already is left alone."""
+        qmp = self._connect()
+        migration.let_run(qmp)
+        migration.restore(qmp, self._found)
+        if self._announce:
+            migration.announce(qmp)
+
+    def discard(self) -> None:
+        """End it for good: SIGTERM, in time SIGKILL, to this very process.
+
+        By its pidfd rather than by `quit`: that needs no free socket and
+        cannot reach another guest.  QEMU treats SIGTERM as `quit`.
+        """
+        self.close()
+        if not end_process(self._identity):
+            raise GuestError(f"{self._who}: cannot end its QEMU (process {self._identity.pid})")
+
+    def is_alive(self) -> bool:
+        """Say whether the process of this very guest exists."""
+        return is_alive(self._identity)
+
+    def close(self) -> None:
+        """Give up the connection; the guest stays as it is."""
+        if self._qmp is not None:
+            self._qmp.close()
+            self._qmp = None

@@ -1,0 +1,213 @@
+"""One synchronous QMP connection, with a time limit on every command.
+
+The protocol itself is the QEMU project's `qemu.qmp` package, an asyncio
+library.  This class drives it from a private event loop that runs only while
+a command is under way: no thread, no signal handler, no wake-up descriptor.
+A signal handler of the program that sets a flag and returns interrupts
+nothing here; the system calls are restarted, and a command ends by its reply,
+by its limit or by the loss of the connection.
+
+QEMU serves one client at a time: a second one connects, and is never
+greeted.  So no greeting within GREETING_LIMIT_S means that somebody else
+holds the socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from bhystream.backend.qemu.process import peer_pid, read_argv
+from bhystream.errors import AccessError, GuestError
+
+if TYPE_CHECKING:
+    from qemu.qmp import QMPClient
+
+GREETING_LIMIT_S = 5.0
+COMMAND_LIMIT_S = 10.0
+
+T = TypeVar("T")
+
+
+class CommandError(GuestError):
+    """QEMU answered with an error; the connection is sound."""
+
+
+class ConnectionLostError(GuestError):
+    """The connection broke, or a command's limit passed: its effect is unknown."""
+
+
+class NobodyListensError(GuestError):
+    """No process listens at the path: there is no socket, or its QEMU is gone."""
+
+
+def _library() -> type[QMPClient]:
+    """Import qemu.qmp, which is an optional dependency."""
+    try:
+        from qemu.qmp import QMPClient
+    except ImportError:
+        raise GuestError(
+            "cannot talk to QEMU: the Python package qemu.qmp is missing",
+            hint="pip install bhystream[qemu]",
+        ) from None
+    log = logging.getLogger("qemu.qmp")
+    if not log.handlers:
+        # Else the logging module's last resort prints to standard error what
+        # we report ourselves, in one line.
+        log.addHandler(logging.NullHandler())
+    return QMPClient
+
+
+def _managed_by_libvirt(path: str, argv: list[str]) -> bool:
+    """Say whether libvirt owns the QEMU behind a socket.
+
+    libvirt opens the listening socket itself and hands it down, so the peer
+    may be libvirt's daemon.  A disk below /var/lib/libvirt proves nothing;
+    the master key secret and a monitor below .../libvirt/qemu do.
+    """
+    program = argv[0].rsplit("/", 1)[-1] if argv else ""
+    if program in ("libvirtd", "virtqemud"):
+        return True
+    if "/libvirt/qemu/" in path:
+        return True
+    return any("masterKey0" in word and "secret" in word for word in argv)
+
+
+class Qmp:
+    """A connection to the QMP socket at `path`, greeted and negotiated.
+
+    who: how messages call the guest, "guest web1"; may be set later, when the
+    name is known.  pid: the process that listens.  version: "7.2.22".
+    """
+
+    def __init__(self, path: str, who: str) -> None:
+        """Connect.  Raises GuestError, or AccessError for a forbidden socket."""
+        client_class = _library()
+        self.path = path
+        self.who = who
+        sock = self._connect()
+        try:
+            self.pid = peer_pid(sock)
+            if _managed_by_libvirt(path, read_argv(self.pid)):
+                raise GuestError(
+                    f"{who}: cannot connect: libvirt manages this QEMU", hint="virsh migrate"
+                )
+            self._loop = asyncio.new_event_loop()
+        except BaseException:
+            sock.close()
+            raise
+        # What the library could not tell anybody is told by our own errors.
+        self._loop.set_exception_handler(lambda loop, context: None)
+        self._client: QMPClient = client_class("bhystream")
+        try:
+            self._greet(sock)
+        except BaseException:
+            sock.close()
+            self._loop.close()
+            raise
+        self.version = self._version()
+
+    def _connect(self) -> socket.socket:
+        """Return a connected, non-blocking socket; the caller's to close."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(GREETING_LIMIT_S)
+            sock.connect(self.path)
+            sock.setblocking(False)
+        except (TimeoutError, BlockingIOError):
+            sock.close()
+            raise self._busy() from None
+        except OSError as error:
+            sock.close()
+            # AF_UNIX path too long carries no errno.
+            text = f"{self.who}: cannot connect to {self.path}: {error.strerror or error}"
+            if isinstance(error, PermissionError):
+                raise AccessError(text) from None
+            if isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
+                raise NobodyListensError(text) from None
+            raise GuestError(text) from None
+        return sock
+
+    def _busy(self) -> GuestError:
+        return GuestError(
+            f"{self.who}: cannot connect: another client holds {self.path}",
+            hint="end that client, or give QEMU a second -qmp socket",
+        )
+
+    def _greet(self, sock: socket.socket) -> None:
+        try:
+            self._run(self._client.connect(sock), GREETING_LIMIT_S)
+        except TimeoutError:
+            raise self._busy() from None
+        except Exception as error:
+            raise GuestError(f"{self.who}: {self.path} does not speak QMP: {error}") from None
+
+    def _version(self) -> str:
+        greeting = self._client.greeting
+        try:
+            number: Any = greeting.QMP.version["qemu"] if greeting else {}
+            return f"{number['major']}.{number['minor']}.{number['micro']}"
+        except (KeyError, TypeError):
+            return "unknown"
+
+    def _run(self, work: Coroutine[Any, Any, T], limit_s: float) -> T:
+        return self._loop.run_until_complete(asyncio.wait_for(work, limit_s))
+
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        doing: str,
+        limit_s: float = COMMAND_LIMIT_S,
+    ) -> Any:
+        """Run one command and return its value.
+
+        doing: what a failure calls it, in the infinitive: "pause".
+        limit_s: how long the reply is awaited, in seconds.
+        Raises CommandError when QEMU refuses, ConnectionLostError else.
+        """
+        from qemu.qmp import ExecuteError
+
+        try:
+            return self._run(self._client.execute(command, arguments), limit_s)
+        except ExecuteError as error:
+            raise CommandError(f"{self.who}: cannot {doing}: {error}") from None
+        except TimeoutError:
+            raise ConnectionLostError(
+                f"{self.who}: cannot {doing}: QEMU did not answer {command} in {limit_s:g} s"
+            ) from None
+        except Exception as error:
+            # EOFError, OSError, StateError, ProtocolError: all one to us.
+            raise ConnectionLostError(
+                f"{self.who}: cannot {doing}: lost QEMU ({error or type(error).__name__})"
+            ) from None
+
+    def send_fd(self, name: str, fd: int, *, doing: str) -> None:
+        """Give QEMU a duplicate of `fd` under `name`, for "fd:name".
+
+        The descriptor stays the caller's.  It must not be sent while a
+        command is under way: the byte that carries it has to arrive with, or
+        before, the getfd that claims it.
+        """
+        try:
+            # qemu.qmp reaches into asyncio's private socket here, and asyncio
+            # may take that away: the one place that would have to change.
+            self._client.send_fd_scm(fd)
+        except Exception as error:
+            raise ConnectionLostError(f"{self.who}: cannot {doing}: {error}") from None
+        self.execute("getfd", {"fdname": name}, doing=doing)
+
+    def close(self) -> None:
+        """Disconnect; QEMU and its guest stay as they are.  Idempotent."""
+        if self._loop.is_closed():
+            return
+        with contextlib.suppress(Exception):
+            self._run(self._client.disconnect(), 2.0)
+        with contextlib.suppress(Exception):
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()

@@ -1,0 +1,189 @@
+"""Can this host take the guest?  The reasons against it, one line each.
+
+Nothing here changes anything: files are looked at, a waiting QEMU is asked,
+and the QEMU program is run once for its list of machine types.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from bhystream.backend.base import PAGE_BYTES, Head
+from bhystream.backend.qemu import facts, host, migration
+from bhystream.backend.qemu.compare import compare
+from bhystream.backend.qemu.config import reduce_argv
+from bhystream.backend.qemu.options import as_dict, split_keyval
+from bhystream.backend.qemu.process import read_argv
+from bhystream.backend.qemu.qmp import Qmp
+from bhystream.backend.qemu.resources import Resources
+from bhystream.errors import BhyError, GuestError, IncompatibleError
+
+_MACHINE_LINE = re.compile(r"(\S+)\s+.*")
+_ALIAS = re.compile(r"\(alias of (\S+)\)")
+
+
+def layout_reasons(head: Head, config: Mapping[str, Any]) -> list[str]:
+    """Check that the layout is the one memory backend of the configuration."""
+    memory = config["memory"]
+    if len(head.layout) != 1:
+        return [f"layout: {len(head.layout)} segments; QEMU guests have one"]
+    segment = head.layout[0]
+    if segment.name != memory["id"] or segment.npages * PAGE_BYTES != memory["size_bytes"]:
+        return [
+            f"layout: segment {ascii(segment.name)[:40]} of {segment.npages} pages is not the"
+            f" configuration's memory {memory['id']} of {memory['size_bytes']} bytes"
+        ]
+    return []
+
+
+def host_reasons(head: Head, config: Mapping[str, Any]) -> list[str]:
+    """Check what the accelerator needs of this host."""
+    if config["accel"]["type"] != "kvm":
+        return []
+    out = []
+    if os.uname().machine != config["arch"]:
+        out.append(f"arch: this host is {os.uname().machine}, the guest {config['arch']} under kvm")
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        out.append("accel: the guest runs under kvm; /dev/kvm is not usable here")
+    cpu, model = config["cpu"], str(head.host.get("hw.model", ""))
+    if cpu is not None and cpu["model"] in ("host", "max") and model != host.cpu_model():
+        out.append(f"hw.model: -cpu {cpu['model']} on {ascii(model)[:60]}, here {host.cpu_model()}")
+    return out
+
+
+def version_reasons(head: Head, here: str) -> list[str]:
+    """An older QEMU is not promised to read a newer one's state."""
+    theirs = str(head.host.get("hypervisor_version", ""))
+    if _version(theirs) > _version(here):
+        return [f"hypervisor_version: the source runs QEMU {ascii(theirs)[:40]}, here is {here}"]
+    return []
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Return (7, 2) of "7.2.22": the releases that matter to a state."""
+    found = re.match(r"(\d{1,4})\.(\d{1,4})", text)
+    return (int(found[1]), int(found[2])) if found else ()
+
+
+def machines(program: str) -> tuple[set[str], dict[str, str], str]:
+    """Ask a QEMU program for (machine types, aliases, version).
+
+    "pc", where no -machine is given, is the type marked as default.
+    """
+    try:
+        run = subprocess.run(
+            [program, "-machine", "help"],
+            capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        version = subprocess.run(
+            [program, "--version"],
+            capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise GuestError(f"cannot run {program}: {error}") from None
+    known, aliases = set(), {}
+    for line in run.stdout.splitlines()[1:]:
+        found = _MACHINE_LINE.fullmatch(line)
+        if found:
+            known.add(found[1])
+            alias = _ALIAS.search(line)
+            if alias:
+                aliases[found[1]] = alias[1]
+    number = re.search(r"version (\S+)", version.stdout)
+    return known, aliases, number[1] if number else ""
+
+
+def room_reasons(size_bytes: int, directory: str | None) -> list[str]:
+    """Compare the guest's memory with what is free here.
+
+    directory: where the memory file goes, or None if it exists already.
+    """
+    out = []
+    available = host.memory_available_bytes()
+    if available is not None and size_bytes > available:
+        out.append(f"memory: the guest needs {size_bytes} bytes, {available} are available")
+    if directory is not None:
+        try:
+            found = os.statvfs(directory)
+        except OSError as error:
+            return [f"mem: {directory}: {error.strerror}; say -o mem=PATH"]
+        free = found.f_bavail * found.f_frsize
+        if size_bytes > free:
+            out.append(
+                f"mem: {directory} has {free} bytes free, the guest needs {size_bytes};"
+                " say -o mem=PATH"
+            )
+    return out
+
+
+def waiting_reasons(qmp: Qmp, config: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Examine the QEMU that listens where the guest is to live.
+
+    Returns (reasons that stand, differences that force overrides).
+    """
+    state = facts.status(qmp)
+    if state != "inmigrate":
+        return [f"qmp: {qmp.path} is a QEMU that is '{state}', not an empty one"], []
+    argv = read_argv(qmp.pid)[1:]
+    try:
+        if not waits_deferred(argv):
+            return [f"qmp: {qmp.path} was not started with -incoming defer"], []
+        migration.refuse_unusual(qmp, migration.capabilities(qmp))
+        here = reduce_argv(argv, facts.gather(qmp), config["name"])
+        backend = facts.memory_backend(qmp)
+        facts.check_plugged(qmp, here)
+    except BhyError as error:
+        return [f"qmp: {error}"], []
+    if (backend.ident, backend.size_bytes) != tuple(config["memory"].values()):
+        return compare(config, here), []
+    return [], compare(config, here)
+
+
+def waits_deferred(argv: list[str]) -> bool:
+    """Say whether an argv holds -incoming defer."""
+    return any(
+        word in ("-incoming", "--incoming") and after == "defer" for word, after in pairwise(argv)
+    )
+
+
+def template_config(words: list[str], aliases: Mapping[str, str], name: str) -> dict[str, Any]:
+    """Return the configuration of the operator's command line, without its program.
+
+    Raises IncompatibleError for what bhyrecv adds itself or cannot follow.
+    """
+    for word in words:
+        if word.lstrip("-") in ("incoming", "daemonize") and word.startswith("-"):
+            raise IncompatibleError(f"template: remove {word}")
+    known = {"pc": aliases.get("pc", "pc")} | dict(aliases)
+    return reduce_argv(words, facts.Facts(aliases=known), name)
+
+
+def template_ram_path(words: list[str]) -> str | None:
+    """Return the mem-path of the operator's command line, if it has one."""
+    for word, after in pairwise(words):
+        if word.lstrip("-") == "object" and "memory-backend-file" in after:
+            return as_dict(split_keyval(after, "qom-type"), "-object").get("mem-path")
+    return None
+
+
+def resource_reasons(resources: Resources, config: dict[str, Any]) -> list[str]:
+    """Check the operator's keys where we start QEMU ourselves."""
+    out = resources.reasons(config)
+    path = resources.get("mem")
+    if path is not None and not os.path.isdir(path):
+        if os.path.lexists(path):
+            out.append(f"mem: {path} exists; remove it or name another")
+        elif not os.access(os.path.dirname(path), os.W_OK):
+            out.append(f"mem: cannot write to {os.path.dirname(path)}")
+    return out
+
+
+def ram_directory(resources: Resources) -> str:
+    """Return the directory of the memory file that open() will make."""
+    path = resources.get("mem") or "/dev/shm"
+    return path if os.path.isdir(path) else os.path.dirname(path)

@@ -1,0 +1,307 @@
+"""What the proving guest prints, read and judged.
+
+`SerialLog` is the content of a serial file, parsed; `Serial` watches the file
+of a guest and waits for things to show in it; `Stamps` records when each line
+came, by the host's clock, because a guest under TCG cannot see its downtime.
+
+A guest that moves may be stopped in the middle of a line.  The rest of the
+line then comes out at the destination, so two logs are judged joined, as one.
+
+Waiting is always for a condition, with a deadline that is only there to end a
+broken test.  A guest that died, or reports a fault of its own set-up, ends
+every wait at once, with the end of its log in the message.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+DEADLINE_S = 120.0
+_POLL_S = 0.01
+_STAMP_POLL_S = 0.001
+_TAIL_LINES = 15
+
+_HEARTBEAT = re.compile(
+    r"hb (?P<sequence>\d+) sweeps=(?P<sweeps>\d+) bad=(?P<bad>\d+) gen=(?P<gen>\d+)"
+    r"(?: disk=(?P<disk>\d+))?"
+)
+# The kernel is silent (loglevel=2) but for what ends it.
+_DEATH = re.compile(r"^FAIL |Kernel panic|\bBUG: |\bOops\b|reboot: |\bRIP: ")
+
+
+class GuestDied(AssertionError):
+    """The guest cannot go on: a panic, a failed set-up, or QEMU has ended."""
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """One `hb` line.
+
+    sequence: from 1, without gaps.  sweeps: passes over the whole area.  bad:
+    faults found since the start.  generations: pages written.  disk: blocks
+    written and read, None for a guest without a disk.
+    """
+
+    sequence: int
+    sweeps: int
+    bad: int
+    generations: int
+    disk: int | None
+
+
+class SerialLog:
+    """What a guest has printed.  The last line may be incomplete; it is not judged.
+
+    raw: the bytes.  lines: complete lines.  heartbeats: in the order printed.
+    faults: the BAD lines (the first 64 of a guest).  garbled: lines that
+    begin like a heartbeat and are none.  ready: the area is filled.  death: the line
+    that says the guest is lost, or None.
+    """
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        text = raw.decode("ascii", errors="replace").replace("\r", "")
+        self.lines = text.split("\n")[:-1]
+        self.heartbeats: list[Heartbeat] = []
+        self.garbled: list[str] = []
+        for line in self.lines:
+            if (beat := _heartbeat(line)) is not None:
+                self.heartbeats.append(beat)
+            elif line.startswith("hb"):
+                self.garbled.append(line)
+        self.faults = [line for line in self.lines if line.startswith("BAD ")]
+        self.ready = "ready" in self.lines
+        self.death = next((line for line in self.lines if _DEATH.search(line)), None)
+
+    @classmethod
+    def read(cls, path: Path) -> SerialLog:
+        """Parse a serial file; a file that is not there yet is an empty log."""
+        try:
+            return cls(path.read_bytes())
+        except FileNotFoundError:
+            return cls(b"")
+
+    def __add__(self, other: SerialLog) -> SerialLog:
+        """Join a source's log and its destination's; a line cut by the move is mended."""
+        return SerialLog(self.raw + other.raw)
+
+    @property
+    def last(self) -> Heartbeat:
+        """The newest heartbeat; one of zeros before the first."""
+        return self.heartbeats[-1] if self.heartbeats else Heartbeat(0, 0, 0, 0, None)
+
+    def tail(self) -> str:
+        """Return the end of the log, for messages."""
+        return "\n".join(self.lines[-_TAIL_LINES:])
+
+    def assert_sound(self) -> None:
+        """Assert that the guest lives and found no fault in itself."""
+        if self.death is not None:
+            raise GuestDied(f"the guest died: {self.death}\n{self.tail()}")
+        assert not self.faults, "the guest found faults:\n" + "\n".join(self.faults[:10])
+        assert self.last.bad == 0, f"the guest counts {self.last.bad} faults"
+
+    def assert_unbroken(self) -> None:
+        """Assert soundness, and that no heartbeat is missing, repeated or cut, from the first."""
+        self.assert_sound()
+        assert not self.garbled, f"garbled heartbeats: {self.garbled[:5]}"
+        assert self.heartbeats, "no heartbeat"
+        for expected, beat in enumerate(self.heartbeats, start=1):
+            assert beat.sequence == expected, (
+                f"heartbeat {beat.sequence} came where {expected} was due\n{self.tail()}"
+            )
+
+
+def assert_unbroken(source: SerialLog, destination: SerialLog) -> None:
+    """Assert that the guest's life goes on from one log into the other without a seam.
+
+    No heartbeat missing or repeated over both, none bad, and at least one on each side.
+    """
+    assert source.heartbeats, "the source has no heartbeat"
+    joined = source + destination
+    joined.assert_unbroken()
+    assert len(joined.heartbeats) > len(source.heartbeats), (
+        f"nothing beats at the destination\n{destination.tail()}"
+    )
+
+
+class Serial:
+    """The serial file of one guest, watched.
+
+    alive: asked while waiting; returns why the guest cannot go on, or None.
+    """
+
+    def __init__(self, path: Path, alive: Callable[[], str | None] | None = None) -> None:
+        self.path = path
+        self._alive = alive or (lambda: None)
+
+    def read(self) -> SerialLog:
+        """Return what has been printed so far."""
+        return SerialLog.read(self.path)
+
+    def wait(
+        self,
+        condition: Callable[[SerialLog], bool],
+        what: str,
+        deadline_s: float = DEADLINE_S,
+    ) -> SerialLog:
+        """Return the first log seen for which the condition holds.
+
+        what: the condition in words.  Raises GuestDied, or TimeoutError at the deadline.
+        """
+        end = time.monotonic() + deadline_s
+        while True:
+            ended = self._alive()  # asked before the log is read, or its last words are missed
+            log = self.read()
+            if condition(log):
+                return log
+            if log.death is not None or ended is not None:
+                reason = log.death or ended
+                raise GuestDied(f"waiting for {what}: {reason}\n{log.tail()}")
+            if time.monotonic() > end:
+                raise TimeoutError(f"no {what} within {deadline_s:.0f} s\n{log.tail()}")
+            time.sleep(_POLL_S)
+
+    def await_ready(self, deadline_s: float = DEADLINE_S) -> SerialLog:
+        """Wait until the guest has filled its area."""
+        return self.wait(lambda log: log.ready, "ready", deadline_s)
+
+    def await_heartbeats(self, count: int = 1, deadline_s: float = DEADLINE_S) -> SerialLog:
+        """Wait for so many more heartbeats than there are now."""
+        due = len(self.read().heartbeats) + count
+        what = f"{count} heartbeats"
+        return self.wait(lambda log: len(log.heartbeats) >= due, what, deadline_s)
+
+    def await_sweeps(self, count: int = 1, deadline_s: float = DEADLINE_S) -> SerialLog:
+        """Wait for full sweeps that begin after now, and assert that the guest is sound.
+
+        The sweep that is under way does not count: it may have passed the spot already.
+        It waits for a heartbeat first: a destination's count goes on from its source's, and a
+        count from 0 would take the source's sweeps for its own.
+        """
+        start = self.wait(lambda log: bool(log.heartbeats), "a heartbeat", deadline_s).last
+        due = start.sweeps + 1 + count
+        what = f"{count} sweeps"
+        log = self.wait(lambda log: log.last.sweeps >= due or log.last.bad > 0, what, deadline_s)
+        log.assert_sound()
+        return log
+
+    def await_fault(self, pattern: str, deadline_s: float = DEADLINE_S) -> str:
+        """Wait for a BAD line that the regular expression finds, and return it."""
+        found = re.compile(pattern)
+        log = self.wait(
+            lambda log: any(found.search(line) for line in log.faults),
+            f"fault {pattern!r}",
+            deadline_s,
+        )
+        return next(line for line in log.faults if found.search(line))
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The silence around a move, between two consecutive heartbeats, seen at the serial lines.
+
+    It includes the guest's own 100 ms from beat to beat, because nobody can
+    tell how much of them had passed at the pause: the downtime is between
+    gap_ms - 100 and gap_ms.
+    """
+
+    gap_ms: float
+    last_at_source: int
+    first_at_destination: int
+
+
+class Stamps:
+    """Record when each piece of a serial file came, by the host's monotonic clock.
+
+    A thread looks at the file each millisecond, also before it exists; with
+    work in the main thread a stamp may be some five milliseconds late.  Use as
+    a context manager, or call stop().
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pieces: list[tuple[int, bytes]] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="serial stamps", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Stamps:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the thread; what was recorded stays."""
+        self._ended.set()
+        self._thread.join()
+
+    @property
+    def pieces(self) -> list[tuple[int, bytes]]:
+        """(time in ns, bytes) in the order of the file."""
+        return list(self._pieces)
+
+    def beats(self) -> list[tuple[int, Heartbeat]]:
+        """Return (time in ns at which the line was complete, heartbeat)."""
+        return stamped_beats(self.pieces)
+
+    def _watch(self) -> None:
+        while not self.path.exists():
+            if self._ended.wait(_STAMP_POLL_S):
+                return
+        with self.path.open("rb", buffering=0) as file:
+            while True:
+                ended = self._ended.is_set()  # asked first, so that what came before is read
+                if data := file.read(1 << 16):
+                    self._pieces.append((time.monotonic_ns(), data))
+                elif ended:
+                    return
+                else:
+                    self._ended.wait(_STAMP_POLL_S)
+
+
+def stamped_beats(pieces: list[tuple[int, bytes]]) -> list[tuple[int, Heartbeat]]:
+    """Return heartbeats with the time in ns of the piece that completed their line."""
+    beats = []
+    rest = b""
+    for when_ns, data in pieces:
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            beat = _heartbeat(line.decode("ascii", errors="replace").rstrip("\r"))
+            if beat is not None:
+                beats.append((when_ns, beat))
+    return beats
+
+
+def handover_gap(source: Stamps, destination: Stamps) -> Gap:
+    """Measure the silence between the last beat at the source and the first at the destination.
+
+    Raises ValueError when one of them has none.
+    """
+    before = source.beats()
+    after = stamped_beats(source.pieces + destination.pieces)[len(before) :]
+    if not before or not after:
+        raise ValueError("a move needs heartbeats on both sides")
+    (left_ns, left), (right_ns, right) = before[-1], after[0]
+    return Gap((right_ns - left_ns) / 1e6, left.sequence, right.sequence)
+
+
+def _heartbeat(line: str) -> Heartbeat | None:
+    match = _HEARTBEAT.fullmatch(line)
+    if match is None:
+        return None
+    sequence, sweeps, bad, generations = (int(match[i]) for i in range(1, 5))
+    disk = match["disk"]
+    return Heartbeat(sequence, sweeps, bad, generations, None if disk is None else int(disk))
