@@ -47,6 +47,7 @@ MAX_SEGMENTS = 64
 MAX_GUEST_PAGES = 1 << 36
 MAX_EXTENTS = 4096
 MAX_MEMORY_PAGES = 1024
+MAX_WINDOW_BYTES = 8 << 20  # of a zstd frame
 MAX_EXTENT_PAGES = (1 << 32) - 1
 MAX_STATES = 4096
 MAX_STATE_PART_BYTES = 1 << 20
@@ -428,11 +429,11 @@ def unpack_state(data: bytes) -> tuple[str, int, bytes]:
     return name.decode(), part, data[start:]
 
 
-def pack_abort(status: int, text: str) -> bytes:
-    """Pack ABORT; text is cut to what the section holds."""
-    raw = text.encode("utf-8", "replace")[:MAX_ABORT_TEXT_BYTES]
+def pack_abort(status: int, text: str, room_bytes: int = MAX_ABORT_TEXT_BYTES) -> bytes:
+    """Pack ABORT; text is cut to room_bytes, and to what the section holds."""
+    raw = text.encode("utf-8", "replace")[: min(room_bytes, MAX_ABORT_TEXT_BYTES)]
     clean = "".join(c if c.isprintable() else "?" for c in raw.decode("utf-8", "ignore"))
-    return ABORT_HEAD.pack(status, 0) + (clean or "?").encode()[:MAX_ABORT_TEXT_BYTES]
+    return ABORT_HEAD.pack(status, 0) + (clean or "?").encode()
 
 
 def unpack_abort(data: bytes) -> tuple[int, str]:

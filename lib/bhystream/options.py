@@ -19,6 +19,8 @@ _TIME_NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h":
 _SIZE = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BITS = {"kbit": 10**3, "Mbit": 10**6, "Gbit": 10**9}
 _PIPE_BYTES = 1 << 20
+# So many digits stay finite as a float in any unit.
+_NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
 
 
 def parse(
@@ -45,15 +47,15 @@ def parse(
 
 def time_ns(text: str, option: str) -> int:
     """Parse "300ms" into ns.  Units ns us ms s m h; a bare number is refused."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([a-z]+)", text)
+    match = re.fullmatch(rf"({_NUMBER})([a-z]+)", text)
     if not match or match[2] not in _TIME_NS:
         raise UsageError(f"{option} {text}: not a time with its unit, such as 300ms or 10m")
-    return int(float(match[1]) * _TIME_NS[match[2]])
+    return round(float(match[1]) * _TIME_NS[match[2]])
 
 
 def rate_bytes(text: str, option: str) -> int:
     """Parse "100M" (bytes a second, powers of 1024) or "10Gbit" into bytes a second."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([A-Za-z]*)", text)
+    match = re.fullmatch(rf"({_NUMBER})([A-Za-z]*)", text)
     value = 0.0
     if match and match[2] in _SIZE:
         value = float(match[1]) * _SIZE[match[2]]

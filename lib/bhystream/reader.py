@@ -140,8 +140,7 @@ class Reader:
             self._read_exactly(section.payload, section)
         self._read_padding(section, length)
         self._check_checksum(section)
-        if flags & ~fmt.FLAGS.get(type_, 0) and type_ in fmt.CAPS:
-            self.refuse(section, f"flags 0x{flags:x} are not known")
+        self._check_flags(section)
         self._advance(section)
         return section
 
@@ -238,8 +237,6 @@ class Reader:
         body_bytes = length - list_bytes
         whole = npages * PAGE_BYTES
         compressed = bool(section.flags & fmt.FLAG_ZSTD)
-        if compressed and not self.header.features & Feature.ZSTD:
-            self.refuse(section, "compressed, but the header does not have ZSTD")
         if not (0 < body_bytes < whole if compressed else body_bytes == whole):
             self.refuse(section, f"length {length} does not fit {npages} pages")
         section.payload = self._list[:list_bytes]
@@ -250,6 +247,14 @@ class Reader:
             self._body = memoryview(bytearray(max(body_bytes, 1 << 19)))
         section.body = self._body[:body_bytes]
         self._read_exactly(section.body, section)
+
+    def _check_flags(self, section: Section) -> None:
+        flags = section.flags
+        if flags & ~fmt.FLAGS.get(section.type, 0) and section.type in fmt.CAPS:
+            self.refuse(section, f"flags 0x{flags:x} are not known")
+        compressed = section.type == Type.MEMORY and flags & fmt.FLAG_ZSTD
+        if compressed and not self.header.features & Feature.ZSTD:
+            self.refuse(section, "compressed, but the header does not have ZSTD")
 
     def _check_checksum(self, section: Section) -> None:
         state = xxhash.xxh3_64(self.header.stream_id, seed=self.header.seed)

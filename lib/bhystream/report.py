@@ -109,7 +109,8 @@ class Console:
         try:
             self._err.write(text)
             self._err.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError, RuntimeError):
+            # RuntimeError: a signal's report, while a line was being written.
             return
 
 

@@ -215,12 +215,13 @@ class Move:
         self.pause_start_ns = time.monotonic_ns()
         self.source.pause()
         self.states = self.source.states()
+        self.state_ns = time.monotonic_ns() - self.pause_start_ns
         self.progress.phase, self.progress.round = "paused, round", len(self.rounds)
 
     def copy_last_pages(self) -> None:
         """Send what changed since the last look; the guest is paused."""
-        self.last = self.transfer.round(last=True)
-        self.paused_for_ns = time.monotonic_ns() - self.pause_start_ns
+        last = self.transfer.round(last=True)
+        self.last_ns = last.end_ns - last.start_ns
 
     def release(self) -> None:
         """Resume a kept guest: its copy is complete."""
@@ -317,10 +318,11 @@ class Move:
         assert self.writer is not None
         name = self.source.name
         what = "kept, it runs on here" if self.opts.keep else "held here"
-        predicted = f" ({duration(self.predicted_ns)} predicted)" if self.rounds else ""
+        predicted = f", {duration(self.predicted_ns)} predicted" if self.rounds else ""
         text = (
             f"guest {name}: {what}; {self.writer.rounds} rounds, "
-            f"{size(self.writer.offset_bytes)}, paused {duration(self.pause_ns)}{predicted}"
+            f"{size(self.writer.offset_bytes)}; paused {duration(self.pause_ns)} "
+            f"(state {duration(self.state_ns)}, last pages {duration(self.last_ns)}{predicted})"
         )
         self.console.say(text)
         self.console.log(text)

@@ -61,7 +61,7 @@ class Record:
 
 
 def directory() -> Path:
-    """Return the state directory, made with mode 0700 if it is not there.
+    """Return the state directory, absolute, made with mode 0700 if it is not there.
 
     BHYSEND_STATE_DIR, else /var/lib/bhysend for root, else under
     XDG_STATE_HOME.  Raises AccessError, PipeError; IncompatibleError if it
@@ -76,14 +76,16 @@ def directory() -> Path:
         home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
         path = Path(home) / "bhysend"
     try:
+        # The keeper and QEMU are told this path, and have other directories.
+        path = path.absolute()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise IncompatibleError(f"state directory {path}: not ours alone (mode 0700)")
         for name in ("lock", "source", "destination", "log"):
             (path / name).mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise from_oserror(error, f"use the state directory {path}") from error
-    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise IncompatibleError(f"state directory {path}: not ours alone (mode 0700)")
     return path
 
 

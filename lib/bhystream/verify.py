@@ -91,13 +91,12 @@ class Walk:
         self.reader = Reader(raw)
         self.header = self.reader.header
         self._hasher = PageHasher(self.header.seed)
-        self._zstd = zstandard.ZstdDecompressor(max_window_size=1 << 23)
+        self._zstd = zstandard.ZstdDecompressor()
         self._head: dict[str, Any] = {}
         self._layout: tuple[Segment, ...] = ()
         self._starts: list[int] = []
         self._npages = 0
         self._tally = _Tally()
-        self._page_buffer = memoryview(b"")
         self._ended = False
         self._takers: dict[int, Callable[[Section], Event | None]] = {
             Type.MEMORY: self._take_memory,
@@ -130,11 +129,8 @@ class Walk:
             if isinstance(event, Ended) and self.header.form != Form.ANSWERED:
                 return
         if not self._ended:
-            where = f"offset 0x{self.reader.offset_bytes:x}"
-            raise TruncatedError(
-                f"the stream ends at {where}, before section {self.reader.sequence}: "
-                "there is no END section"
-            )
+            where = place(self.reader.sequence, None, self.reader.offset_bytes)
+            raise TruncatedError(f"{where}: the stream ends here, without an END section")
 
     def expect_end_of_input(self) -> None:
         """Read on after END, up to the end of the input.
@@ -186,7 +182,7 @@ class Walk:
         segment = self._check_extents(extents, npages)
         pages = section.body
         if section.flags & fmt.FLAG_ZSTD:
-            pages = self._decompress(section, npages)
+            pages = memoryview(self._decompress(section.body, npages))
         bad = check_pages(self._hasher, pages, section.payload[hashes_at:])
         if bad >= 0:
             page = _nth_page(extents, bad)
@@ -225,27 +221,23 @@ class Walk:
         tally.zero_pages += zero
         return segment
 
-    def _decompress(self, section: Section, npages: int) -> memoryview:
-        """Decompress one frame into a buffer of the size that the list demands."""
+    def _decompress(self, frame: memoryview, npages: int) -> bytes:
+        """Return the pages of one zstd frame.
+
+        The frame's own header is looked at first: one call decompresses a
+        frame whose content fits the room without regard to its window, and
+        makes the room that the content size claims.
+        """
         size = npages * PAGE_BYTES
-        if len(self._page_buffer) < size:
-            self._page_buffer = memoryview(bytearray(size))
-        out = self._page_buffer[:size]
         try:
-            if zstandard.frame_content_size(section.body) != size:
+            claims = zstandard.get_frame_parameters(frame)
+            if claims.content_size != size:
                 raise FormatError(f"the zstd frame does not state {size} bytes")
-            with self._zstd.stream_reader(section.body) as frame:
-                got = 0
-                while got < size:
-                    count = frame.readinto(out[got:])
-                    if count == 0:
-                        raise FormatError(f"the zstd frame ends after {got} bytes of {size}")
-                    got += count
-                if frame.read(1):
-                    raise FormatError(f"the zstd frame holds more than {size} bytes")
+            if claims.window_size > fmt.MAX_WINDOW_BYTES:
+                raise FormatError(f"the zstd frame needs a window of {claims.window_size} bytes")
+            return self._zstd.decompress(frame, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise FormatError(f"the zstd frame is broken: {error}") from None
-        return out
 
     def _take_round_end(self, section: Section) -> RoundEnd:
         _exact(section.payload, fmt.ROUND_END.size)

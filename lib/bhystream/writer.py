@@ -23,6 +23,9 @@ from bhystream.format import End, Header, Type
 
 Bytes = bytes | bytearray | memoryview
 _EMPTY = b""
+# A pipe that poll(2) calls writable takes PIPE_BUF bytes without blocking, on
+# some systems 512: what that leaves for the text of ABORT.
+_ABORT_ROOM_BYTES = select.PIPE_BUF - fmt.SECTION.size - fmt.ABORT_HEAD.size
 
 
 def write_all(fd: int, data: Bytes) -> None:
@@ -91,10 +94,11 @@ class Writer:
             self._write(body)
             if padding:
                 self._write(padding)
-        self.at_border = True
         self.sequence += 1
         if type_ != Type.END:
             self._digest.update(checksum)
+        # Last: a signal's exception before it leaves abort() nothing to do.
+        self.at_border = True
 
     def round_end(self, data_pages: int, zero_pages: int, *, last: bool) -> None:
         """End a round of so many stated pages; last: the guest was paused in it."""
@@ -150,17 +154,17 @@ class Writer:
     def abort(self, status: int, text: str) -> None:
         """Tell the reader why the stream ends here, if that can be told at once.
 
-        Nothing is written inside a section, nor to a pipe that would block: a
-        receiver that does not read must not hold up a source that gives up.
-        Never raises.
+        Nothing is written inside a section, after END, nor to a pipe that would
+        block: a receiver that does not read must not hold up a source that
+        gives up.  Never raises.
         """
-        if not self.at_border:
+        if self.ended or not self.at_border:
             return
         try:
             poller = select.poll()
             poller.register(self._fd, select.POLLOUT)
             if any(event == select.POLLOUT for _, event in poller.poll(0)):
-                self.section(Type.ABORT, fmt.pack_abort(status, text))
+                self.section(Type.ABORT, fmt.pack_abort(status, text, _ABORT_ROOM_BYTES))
         except Exception:  # the stream is lost either way, and the guest is safe
             return
 

@@ -98,9 +98,10 @@ class QemuSink:
             hard, soft = self._judge(head, config)
         except BhyError as error:
             return [str(error)]
-        if not hard:
+        reasons = hard if self._force else hard + soft
+        if not reasons:
             self._config = config
-        return hard if self._force else hard + soft
+        return reasons
 
     def _judge(self, head: Head, config: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Return (reasons that stand, reasons that force overrules)."""

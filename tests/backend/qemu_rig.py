@@ -1,0 +1,135 @@
+"""Start, ask and end QEMUs for the backend's tests.
+
+SeaBIOS with nothing to boot is the guest: it runs, uses memory and has every
+device, and is up in no time.  What a guest's memory holds after a move is
+tests/guest's subject.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bhystream.backend.base import PAGE_BYTES, Destination
+from bhystream.backend.qemu import QemuSink, QemuSource
+
+SIZE = 64 << 20
+
+
+class Rig:
+    """A directory and the QEMUs started in it; ended together."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.state_dir = directory / "state"
+        self.state_dir.mkdir(mode=0o700)
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def path(self, name: str) -> str:
+        return str(self.directory / name)
+
+    def argv(
+        self, name: str, *extra: str, machine: str = "pc-q35-7.2", ram: str = ""
+    ) -> list[str]:
+        ram = ram or f"memory-backend-file,share=on,prealloc=off,mem-path={self.path(name)}.ram"
+        return [
+            "qemu-system-x86_64", "-name", name, "-nodefaults", "-no-user-config",
+            "-display", "none", "-vga", "none", "-no-reboot", "-accel", "tcg",
+            "-object", f"{ram},id=ram0,size={SIZE}",
+            "-machine", f"{machine},memory-backend=ram0", "-m", f"{SIZE >> 20}M",
+            "-qmp", f"unix:{self.path(name)}.qmp,server=on,wait=off", *extra,
+        ]  # fmt: skip
+
+    def start(self, name: str, *extra: str, machine: str = "pc-q35-7.2", ram: str = "") -> str:
+        """Start a QEMU; return its QMP path when it answers there."""
+        path = self.path(f"{name}.qmp")
+        process = subprocess.Popen(
+            self.argv(name, *extra, machine=machine, ram=ram), stdin=subprocess.DEVNULL
+        )
+        self.processes[name] = process
+        await_true(lambda: os.path.exists(path) or process.poll() is not None)
+        assert process.poll() is None, "QEMU did not start"
+        return path
+
+    def sink(self, name: str = "there", **resources: str) -> QemuSink:
+        return QemuSink(None, resources, name, False, str(self.state_dir))
+
+    def end(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+        for path in self.state_dir.glob("*.qmp"):
+            with contextlib.suppress(OSError):
+                os.kill(peer(str(path)), 9)
+
+
+def await_true(test: Any, limit_s: float = 20.0) -> None:
+    end = time.monotonic() + limit_s
+    while not test():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def peer(path: str) -> int:
+    """Return the pid behind a QMP socket."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(path)
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int.from_bytes(raw[:4], "little")
+
+
+@contextlib.contextmanager
+def monitor(path: str) -> Iterator[Any]:
+    """Yield ask(command, **arguments) over a connection of its own."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(20)
+        sock.connect(path)
+        stream = sock.makefile("rw")
+        stream.readline()
+
+        def ask(command: str, **arguments: object) -> Any:
+            stream.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+            stream.flush()
+            while True:
+                reply = json.loads(stream.readline())
+                if "event" not in reply:
+                    return reply.get("return", reply)
+
+        ask("qmp_capabilities")
+        yield ask
+
+
+def state_of(path: str) -> str:
+    with monitor(path) as ask:
+        return str(ask("query-status")["status"])
+
+
+def copy_memory(source: QemuSource, destination: Destination) -> int:
+    """Copy every touched page by hand; return how many."""
+    pages = 0
+    [view] = source.memory()
+    for first, end in source.touched():
+        chunk = view[first * PAGE_BYTES : end * PAGE_BYTES]
+        os.pwrite(destination.fd, chunk, destination.offset_bytes + first * PAGE_BYTES)
+        pages += end - first
+    return pages
+
+
+def strings(value: object) -> Iterator[str]:
+    """Yield every text in a JSON value, keys too."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield str(key)
+            yield from strings(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from strings(each)
+    elif isinstance(value, str):
+        yield value

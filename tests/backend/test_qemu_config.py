@@ -1,0 +1,245 @@
+"""argv -> configuration -> argv: what travels, what stays, what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from qemu_rig import strings
+
+from bhystream.backend.qemu.command import build
+from bhystream.backend.qemu.compare import compare
+from bhystream.backend.qemu.config import reduce_argv
+from bhystream.backend.qemu.facts import Disk, Facts
+from bhystream.backend.qemu.options import parse_size, split_keyval
+from bhystream.backend.qemu.resources import Resources
+from bhystream.backend.qemu.validate import validate
+from bhystream.errors import IncompatibleError, UsageError
+
+FACTS = Facts(machine="pc-q35-7.2", accel="tcg")
+BASE = [
+    "-name", "guest=web1,debug-threads=on", "-nodefaults", "-m", "512M",
+    "-object", "memory-backend-file,id=ram0,size=512M,mem-path=/dev/shm/web1,share=on",
+    "-machine", "q35,memory-backend=ram0,smm=off",
+]  # fmt: skip
+FULL = [
+    *BASE,
+    "-S", "-daemonize", "-pidfile", "/run/web1.pid", "-D", "/var/log/q.log", "-d", "guest_errors",
+    "-no-user-config", "-display", "none", "-vnc", ":1", "-sandbox", "on", "-msg", "timestamp=on",
+    "-chardev", "socket,id=mon,path=/run/web1.mon,server=on,wait=off",
+    "-mon", "chardev=mon,mode=control",
+    "-qmp", "unix:/run/web1.qmp,server=on,wait=off", "-monitor", "none", "-incoming", "defer",
+    "-accel", "tcg,thread=single,tb-size=256", "-cpu", "qemu64,+ssse3,-x2apic,pmu=off",
+    "-smp", "2,sockets=1,cores=2,threads=1", "-uuid", "8C1B4C5E-0D3F-4C41-9E63-0B8F5B3C2A11",
+    "-rtc", "base=utc,driftfix=slew", "-boot", "order=c,menu=off,once=d", "-no-reboot", "-usb",
+    "-smbios", "type=1,manufacturer=Example Inc,product=web",
+    "-global", "ICH9-LPC.disable_s3=1", "-action", "panic=pause",
+    "-kernel", "/boot/vmlinuz", "-initrd", "/boot/initrd.img", "-append", "root=/dev/vda ro",
+    "-drive", "file=/srv/a,,b.img,if=none,id=d0,format=raw,cache=none,aio=native",
+    "-device", "virtio-blk-pci,drive=d0,id=vd0,bootindex=1,addr=0x5",
+    "-blockdev", '{"driver":"file","filename":"/srv/c.qcow2","node-name":"f1"}',
+    "-blockdev", "driver=qcow2,node-name=n1,file=f1,read-only=on",
+    "-device", '{"driver":"virtio-blk-pci","drive":"n1","num-queues":2,"packed":true}',
+    "-cdrom", "/srv/cd.iso",
+    "-netdev", "tap,id=n0,ifname=tap7,script=/etc/qemu-ifup,vhost=on",
+    "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56,romfile=",
+    "-nic", "user,model=e1000,hostfwd=tcp::2222-:22",
+    "-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0",
+    "-object", "iothread,id=io0",
+    "-serial", "file:/var/log/web1.serial",
+    "-chardev", "socket,id=agent,path=/run/web1.agent,server=on,wait=off",
+    "-device", "virtio-serial-pci,id=vs0",
+    "-device", "virtserialport,bus=vs0.0,chardev=agent,name=org.example.0",
+]  # fmt: skip
+KEYS = {
+    "disk0": "/dst/a.img", "disk1": "/dst/cd.iso", "disk2": "/dst/c.qcow2", "net0": "tap:tap9",
+    "net1": "user", "serial0": "/dst/log", "serial1": "unix:/dst/agent", "kernel": "/dst/k",
+    "initrd": "/dst/i",
+}  # fmt: skip
+DISKS = {"d0": Disk("raw", 1 << 20), "ide2-cd0": Disk("raw", 2048), "n1": Disk("qcow2", 1 << 30)}
+
+
+def reduced(*extra: str) -> dict[str, Any]:
+    return reduce_argv([*BASE, *extra], FACTS)
+
+
+def full() -> dict[str, Any]:
+    return reduce_argv(FULL, Facts(machine="pc-q35-7.2", accel="tcg", disks=DISKS))
+
+
+def test_no_path_of_the_source_host_travels() -> None:
+    config = full()
+    append = config.pop("append")
+    assert append == "root=/dev/vda ro"
+    assert [text for text in strings(config) if "/" in text] == []
+
+
+def test_the_configuration_survives_json_and_validation() -> None:
+    config = full()
+    assert validate(json.loads(json.dumps(config))) == config
+
+
+def test_argv_to_configuration_to_argv_is_the_same_machine() -> None:
+    config = validate(full())
+    resources = Resources.parse(KEYS)
+    argv = build(config, resources, name="web2", ram_path="/dev/shm/x,y", qmp_path="/run/q,mp")
+    again = reduce_argv(argv, Facts(machine="pc-q35-7.2", accel="tcg", disks=DISKS))
+    assert compare(config, again) == []
+    assert again["name"] == "web2"
+
+
+def test_the_destination_waits_in_a_sandbox_and_runs_no_script() -> None:
+    argv = build(
+        validate(full()), Resources.parse(KEYS), name="w", ram_path="/r,m", qmp_path="/q"
+    )
+    text = " ".join(argv)
+    for expected in (
+        "-S -incoming defer",
+        "-nodefaults",
+        "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "mem-path=/r,,m,share=on,prealloc=off",
+        "tap,ifname=tap9,script=no,downscript=no,id=n0",
+        "rng-builtin,id=rng0",
+        "file,id=bhyrecv-serial0,path=/dst/log,append=on",
+    ):
+        assert expected in text
+    for gone in ("/srv", "/etc", "/boot", "/var", "/run/web1", "aio=", "tb-size", "once="):
+        assert gone not in text
+
+
+def test_an_alias_becomes_the_pinned_machine() -> None:
+    assert reduced()["machine"]["type"] == "pc-q35-7.2"
+
+
+def test_the_image_format_that_qemu_probed_travels() -> None:
+    disks = {"virtio0": Disk("qcow2", 77)}
+    facts = Facts(machine="pc-q35-7.2", accel="tcg", disks=disks)
+    config = reduce_argv([*BASE, "-drive", "file=/a,if=virtio"], facts)
+    assert config["disks"][0]["props"]["format"] == "qcow2"
+    assert config["disks"][0]["size_bytes"] == 77
+
+
+def test_what_no_device_uses_stays_at_home() -> None:
+    config = reduced(
+        "-drive", "if=none,id=x,file=/x,format=raw", "-netdev", "user,id=n", "-chardev", "null,id=c"
+    )  # fmt: skip
+    assert (config["disks"], config["nets"], config["serials"]) == ([], [], [])
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (["-fsdev", "local,id=f,path=/"], "-fsdev"),
+        (["-readconfig", "/etc/q"], "-readconfig"),
+        (["-snapshot"], "-snapshot"),
+        (["-numa", "node"], "-numa"),
+        (["-icount", "1"], "-icount"),
+        (["-m", "512M,slots=2,maxmem=1G"], "maxmem"),
+        (["-device", "vfio-pci,host=01:00.0"], "vfio-pci"),
+        (["-device", "virtio-rng-pci,romfile=/x"], "romfile"),
+        (["-device", "virtio-rng-pci,iommu=1"], "iommu"),
+        (["-device", "virtio-blk-pci,drive=nope"], "drive=nope"),
+        (["-drive", "file=nbd:host:1,if=virtio,file.driver=nbd"], "nbd"),
+        (["-drive", "file=/x,if=virtio,format=vmdk"], "vmdk"),
+        (["-drive", "file=/x,if=scsi"], "scsi"),
+        (["-blockdev", "driver=rbd,node-name=r,pool=p"], "rbd"),
+        (["-netdev", "vhost-user,id=n,chardev=c"], "vhost-user"),
+        (["-netdev", "tap,id=n,queues=4"], "queues"),
+        (["-object", "secret,id=s,data=x"], "secret"),
+        (["-object", "memory-backend-ram,id=r2,size=1M"], "memory-backend-ram"),
+        (["-object", "memory-backend-memfd,id=r2,size=1M"], "r2"),
+        (["-smbios", "file=/x"], "-smbios"),
+        (["-boot", "splash=/x.bmp"], "splash"),
+        (["-global", "migration.x-ignore-shared=on"], "migration.x-ignore-shared"),
+        (["-global", "virtio-net-pci.romfile=x"], "romfile"),
+        (["-machine", "firmware=/x"], "firmware"),
+        (["-cpu", "max,prop=/x"], "prop=/x"),
+        (["-vga", "qxl"], "qxl"),
+        (["-net", "nic"], "-net"),
+        (["disk.img"], "disk.img"),
+        (["-serial"], "-serial"),
+        (["-name", "a b"], "a b"),
+    ],
+)
+def test_what_cannot_travel_is_refused_by_name(extra: list[str], named: str) -> None:
+    with pytest.raises(IncompatibleError, match=named.replace(".", r"\.")):
+        reduced(*extra)
+
+
+def test_implicit_devices_are_refused() -> None:
+    with pytest.raises(IncompatibleError, match="without -nodefaults"):
+        reduce_argv([word for word in BASE if word != "-nodefaults"], FACTS)
+
+
+def test_unshared_memory_is_refused_with_the_cure() -> None:
+    argv = [word.replace(",share=on", "") for word in BASE]
+    with pytest.raises(IncompatibleError, match="not share=on") as caught:
+        reduce_argv(argv, FACTS)
+    assert "memory-backend=ram0" in caught.value.hint
+
+
+def test_memory_that_the_machine_does_not_use_is_refused() -> None:
+    argv = [word.replace("memory-backend=ram0,", "") for word in BASE]
+    with pytest.raises(IncompatibleError, match="not the machine's memory"):
+        reduce_argv(argv, FACTS)
+
+
+def test_memory_of_another_size_is_refused() -> None:
+    with pytest.raises(IncompatibleError, match="-m and the memory backend differ"):
+        reduced("-m", "256M")
+
+
+def test_differences_are_named() -> None:
+    here = reduced("-cpu", "max", "-device", "virtio-rng-pci", "-no-hpet")
+    assert compare(reduced("-cpu", "qemu64"), here) == [
+        "cpu: the stream says qemu64, here max",
+        "device 0: the stream says none, here virtio-rng-pci",
+        "-no-hpet: the stream says none, here given",
+    ]
+
+
+def test_names_of_host_resources_are_no_difference() -> None:
+    one = reduced("-drive", "if=none,id=a,file=/a,format=raw", "-device", "virtio-blk-pci,drive=a")
+    two = reduced("-drive", "if=none,id=b,file=/b,format=raw", "-device", "virtio-blk-pci,drive=b")
+    assert compare(one, two) == []
+
+
+def test_keyval_syntax() -> None:
+    assert split_keyval("a,,b,c=d,,e,f", "first") == [("first", "a,b"), ("c", "d,e"), ("f", "on")]
+    assert split_keyval('{"a":{"b":true},"c":1}') == [("a.b", "on"), ("c", "1")]
+    with pytest.raises(IncompatibleError):
+        split_keyval('{"a":[1]}')
+
+
+@pytest.mark.parametrize(("text", "size"), [("512", 512 << 20), ("1G", 1 << 30), ("4096B", 4096)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text, 1 << 20) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5G", "9" * 30, "1X"])
+def test_bad_sizes_are_refused(text: str) -> None:
+    with pytest.raises(IncompatibleError):
+        parse_size(text, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("disc0", "/x"), ("disk00", "/x"), ("net0", "tap:a,script=/x"), ("net0", "bridge"), ("mem", "")],
+)
+def test_a_wrong_resource_is_a_usage_error(key: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"-o {key}"):
+        Resources.parse({key: value})
+
+
+def test_missing_resources_are_named_ready_to_paste() -> None:
+    reasons = Resources.parse({}).reasons(validate(full()))
+    text = "\n".join(reasons)
+    for key in ("disk0=PATH", "disk1=PATH", "disk2=PATH", "net0=tap:IFNAME", "kernel=PATH"):
+        assert f"-o {key}" in text
+    assert "serial" not in text
+
+
+def test_a_key_that_the_guest_has_no_use_for_is_named() -> None:
+    reasons = Resources.parse({"disk3": "/x", "kernel": "/x"}).reasons(validate(reduced()))
+    assert [reason.split(":")[0] for reason in reasons] == ["disk3", "kernel"]

@@ -1,0 +1,164 @@
+"""Send and receive the memory of a paused guest, against a bare write/read loop.
+
+Both move the same bytes between two processes over one pipe into a file in
+memory: "bare" with write(2) of 256 KiB out of the mapping and read(2) and
+pwrite(2), "stream" with everything that bhysend and bhyrecv do to a page.
+Turns alternate; the figure is the ratio of the medians.  "cold": the receiver's
+file is new in each turn.  "warm": it is filled already.
+
+usage: python tests/bench/bench_stream.py [MiB [turns]]
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from bhystream import options
+from bhystream.backend.base import PAGE_BYTES, Head, Segment, State
+from bhystream.format import Feature, Form, Header
+from bhystream.page import scatter
+from bhystream.transfer import Transfer, write_head
+from bhystream.verify import Ended, Pages, Walk
+from bhystream.writer import Writer
+
+CHUNK = 256 << 10
+
+
+def memory_file(size: int) -> int:
+    """Return a file in memory, of this size and empty."""
+    fd = os.memfd_create("bench")
+    os.ftruncate(fd, size)
+    return fd
+
+
+class Paused:
+    """As much of a base.Source as Transfer asks for: one segment, all touched."""
+
+    def __init__(self, fd: int, npages: int) -> None:
+        self.layout = (Segment("ram", None, npages),)
+        self.map = mmap.mmap(fd, npages * PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
+
+    def head(self) -> Head:
+        """Return a head of the required keys only."""
+        return Head({"hypervisor": "none"}, self.layout, {"name": "bench"}, ())
+
+    def memory(self) -> Sequence[memoryview]:
+        """Return the one mapping."""
+        return [memoryview(self.map)]
+
+    def touched(self) -> Iterator[tuple[int, int]]:
+        """Yield all of it."""
+        yield 0, self.layout[0].npages
+
+    def states(self) -> Sequence[State]:
+        """Return none."""
+        return []
+
+
+def send_bare(source: Paused, fd: int) -> None:
+    """Write the mapping."""
+    view = memoryview(source.map)
+    for start in range(0, len(view), CHUNK):
+        piece = view[start : start + CHUNK]
+        while piece:
+            piece = piece[os.write(fd, piece) :]
+
+
+def receive_bare(fd: int, target: int) -> None:
+    """Read and pwrite."""
+    buffer = memoryview(bytearray(CHUNK))
+    raw = io.FileIO(fd, closefd=False)
+    at = 0
+    while count := raw.readinto(buffer):
+        at += os.pwrite(target, buffer[:count], at)
+
+
+def send_stream(source: Paused, fd: int) -> None:
+    """Send a whole stream of one round."""
+    writer = Writer(fd, Header(Form.PLAIN, Feature(0), os.urandom(16), 7))
+    write_head(writer, source.head())
+    Transfer(source, source.layout, writer).round(last=True)  # type: ignore[arg-type]
+    writer.section(0x0A, bytes(16))
+    writer.end()
+
+
+def receive_stream(fd: int, target: int) -> None:
+    """Verify a stream and place its pages."""
+    npages = 0
+    for event in Walk(io.FileIO(fd, closefd=False)).events():
+        match event:
+            case Head():
+                npages = event.layout[0].npages
+            case Pages():
+                scatter(target, 0, 0, npages, event.extents, event.pages)
+            case Ended():
+                return
+
+
+Send = Callable[[Paused, int], None]
+Receive = Callable[[int, int], None]
+
+
+def turn(source: Paused, target: int, send: Send, receive: Receive) -> float:
+    """Move everything once; return seconds from the start to the last page placed."""
+    read_fd, write_fd = os.pipe()
+    options.widen_pipe(write_fd)
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.close(write_fd)
+        receive(read_fd, target)
+        os._exit(0)
+    os.close(read_fd)
+    send(source, write_fd)
+    os.close(write_fd)
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise SystemExit("the receiver failed")
+    return time.monotonic() - start
+
+
+def main() -> int:
+    """Run the benchmark."""
+    size = int(sys.argv[1] if len(sys.argv) > 1 else 1024) << 20
+    turns = int(sys.argv[2] if len(sys.argv) > 2 else 5)
+    fd = memory_file(size)
+    block = os.urandom(1 << 20)
+    for start in range(0, size, len(block)):
+        os.pwrite(fd, block, start)
+    source = Paused(fd, size // PAGE_BYTES)
+    ways: dict[str, tuple[Send, Receive]] = {
+        "bare": (send_bare, receive_bare),
+        "stream": (send_stream, receive_stream),
+    }
+    for kind in ("cold", "warm"):
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        target = memory_file(size)
+        for count in range(turns + 1):
+            for name, (send, receive) in ways.items():
+                if kind == "cold":
+                    os.close(target)
+                    target = memory_file(size)
+                spent = turn(source, target, send, receive)
+                if count:
+                    seconds[name].append(spent)
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        for name, median in medians.items():
+            low, high = min(seconds[name]), max(seconds[name])
+            print(
+                f"{kind:5} {name:7} {size / median / 1e9:6.2f} GB/s "
+                f"({size / high / 1e9:.2f} to {size / low / 1e9:.2f})  "
+                f"{medians['bare'] / median:5.2f} of bare"
+            )
+        os.close(target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

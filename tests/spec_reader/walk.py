@@ -1,0 +1,397 @@
+"""The sections in their order, the rounds, the state, the trailer."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Container
+from typing import BinaryIO, Final, NamedTuple
+
+import xxhash
+
+from spec_reader import values
+from spec_reader.found import (
+    ANSWERED,
+    NO_MEMORY,
+    PAGE,
+    PLAIN,
+    ZSTD,
+    Abort,
+    Header,
+    Refused,
+    Round,
+    Stream,
+    Time,
+    Wrong,
+    need,
+)
+from spec_reader.frame import unzstd
+
+MAY_START = 1
+LAST = 1
+OPTIONAL: Final = 0x80000000
+
+HEADER: Final = struct.Struct("<8sIIQQ16sQ8sQ")
+SECTION: Final = struct.Struct("<IIQQQ")
+MEMORY_HEAD: Final = struct.Struct("<IIII")
+EXTENT: Final = struct.Struct("<QII")
+END_BODY: Final = struct.Struct("<IIQQQQQ16s")
+
+
+class Source:
+    """Exact reads, in steps, so that a length costs no memory before its bytes are there."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.offset = 0
+
+    def upto(self, length: int) -> bytes:
+        """Return `length` bytes, fewer only at the end of file."""
+        got = bytearray()
+        while len(got) < length:
+            step = self._stream.read(min(length - len(got), 65536))
+            if not step:
+                break
+            got += step
+        self.offset += len(got)
+        return bytes(got)
+
+    def exactly(self, length: int, what: str) -> bytes:
+        got = self.upto(length)
+        need(len(got) == length, f"{what} is incomplete")
+        return got
+
+
+def _read_header(source: Source) -> Header:
+    raw = source.exactly(HEADER.size, "the stream's header")
+    magic, version, form, mandatory, optional, ident, seed, reserved, checksum = HEADER.unpack(raw)
+    need(magic == b"\x89BHS\r\n\x1a\n", "wrong magic")
+    need(xxhash.xxh3_64_intdigest(raw[:64], seed=0) == checksum, "wrong header checksum")
+    need(version == 1, "unknown version")
+    need(PLAIN <= form <= ANSWERED, "unknown form")
+    need(not mandatory & ~(ZSTD | NO_MEMORY), "unknown mandatory feature")
+    need(reserved == bytes(8), "reserved field is not zero")
+    return Header(form, mandatory, optional, ident, seed, raw[64:])
+
+
+class _Type(NamedTuple):
+    name: str
+    shortest: int
+    cap: int
+    flags: int
+    parse: Callable[[Reader, bytes, int], None]
+    phase: str  # the phase in which the type may stand, "" if there are several
+
+
+class Reader:
+    """`phase` names what is due: the grammar of "Overall structure" as one word."""
+
+    def __init__(
+        self, source: Source, header: Header, hypervisors: Container[str] | None,
+        nonce: bytes | None,
+    ) -> None:  # fmt: skip
+        self.source = source
+        self.header = header
+        self.hypervisors = hypervisors
+        self.nonce = nonce
+        self.out = Stream(header)
+        self.phase = "HOST"
+        self.number = 0
+        self.start = source.offset
+        self.name: str | None = None
+        self.digest = xxhash.xxh3_128(header.checksum, seed=header.seed)
+        self.cursor = 0  # the first page that the round has not passed
+        self.data_pages = 0  # of this round
+        self.zero_pages = 0
+        self.part = 0  # the part that is due of the state `open`
+        self.open: str | None = None
+        self.state_bytes = 0
+        self.parts: dict[str, list[bytes]] = {}
+
+    def run(self) -> Stream:
+        try:
+            while self.section():
+                self.number += 1
+        except Wrong as wrong:
+            raise Refused(self.number, self.name, self.start, str(wrong)) from None
+        self.out.sections = self.number
+        return self.out
+
+    def section(self) -> bool:
+        """Read one section; return False at a lawful end of file."""
+        self.start, self.name = self.source.offset, None
+        raw = self.source.upto(SECTION.size)
+        if not raw and self.phase in ("GO", "AFTER GO", "NOTHING"):
+            return False
+        need(self.phase != "NOTHING", "bytes after the last section")
+        need(len(raw) == SECTION.size, "the section header is incomplete")
+        kind, flags, length, sequence, checksum = SECTION.unpack(raw)
+        known = TYPES.get(kind)
+        need(known is not None or kind & OPTIONAL != 0, "unknown section type")
+        self.name = known.name if known else None
+        self.check_place(known)
+        need(length <= (known.cap if known else 1048576), "length is over the cap")
+        need(sequence == self.number, "wrong sequence number")
+
+        over = xxhash.xxh3_64(self.header.stream_id + raw[:24], seed=self.header.seed)
+        if known and known.name == "MEMORY":
+            self.memory(length, flags, over, checksum)
+        else:
+            payload = self.source.exactly(length, "the payload")
+            self.padding(length)
+            over.update(payload)
+            need(over.intdigest() == checksum, "wrong checksum")
+            if known:
+                need(not flags & ~known.flags, "unknown flag")
+                need(length >= known.shortest, "length is too short")
+                known.parse(self, payload, flags)
+            else:
+                self.out.skipped.append(kind)
+        self.digest.update(raw[24:])
+        return True
+
+    def check_place(self, known: _Type | None) -> None:
+        after_end = self.phase in ("GO", "AFTER GO")
+        if known and known.phase:
+            # An open state has to be completed before TIME.
+            fits = known.phase == self.phase and not (known.name == "TIME" and self.open)
+        elif known and known.name == "PAD":
+            fits = self.phase != "HOST"
+        elif known:  # ABORT
+            fits = not after_end
+        else:
+            fits = self.phase != "HOST" and not after_end
+        need(fits, "the section may not stand here")
+
+    def padding(self, length: int) -> None:
+        pad = self.source.exactly(-length % 8, "the padding")
+        need(not any(pad), "the padding is not zero")
+
+    # The head
+
+    def host(self, payload: bytes, _flags: int) -> None:
+        value = values.host(payload)
+        known = self.hypervisors is None or value["hypervisor"] in self.hypervisors
+        need(known, "hypervisor is not supported")
+        self.out.host, self.phase = value, "LAYOUT"
+
+    def layout(self, payload: bytes, _flags: int) -> None:
+        self.out.layout, self.phase = values.layout(payload), "CONFIG"
+
+    def config(self, payload: bytes, _flags: int) -> None:
+        self.out.config, self.phase = values.config(payload), "DEVICES"
+
+    def devices(self, payload: bytes, _flags: int) -> None:
+        self.out.devices, self.phase = values.devices(payload), "HEAD_END"
+
+    def head_end(self, _payload: bytes, _flags: int) -> None:
+        self.phase = "END" if self.header.mandatory & NO_MEMORY else "ROUNDS"
+
+    def pad(self, _payload: bytes, _flags: int) -> None:
+        pass
+
+    # The rounds
+
+    def memory(self, length: int, flags: int, over: xxhash.xxh3_64, checksum: int) -> None:
+        """Read a MEMORY section: the counts, the list, then the pages or the frame."""
+        need(length >= MEMORY_HEAD.size, "length is too short")
+        head = self.source.exactly(MEMORY_HEAD.size, "the payload")
+        _, nextents, npages, _ = MEMORY_HEAD.unpack(head)
+        size = self.list_size(nextents, npages)
+        rest = length - size
+        if flags & ZSTD:
+            need(npages > 0, "ZSTD without pages")
+            need(0 < rest < npages * PAGE, "wrong length")
+        else:
+            need(rest == npages * PAGE, "wrong length")
+        raw = head + self.source.exactly(size - len(head), "the payload")
+        over.update(raw)
+        need(flags & ZSTD != 0 or over.intdigest() == checksum, "wrong checksum")
+        body = self.source.exactly(rest, "the payload")
+        self.padding(length)
+        over.update(body if flags & ZSTD else b"")
+        need(over.intdigest() == checksum, "wrong checksum")
+        need(not flags & ~ZSTD, "unknown flag")
+        need(not flags or self.header.mandatory & ZSTD != 0, "ZSTD without the stream's feature")
+        extents = self.extents(raw)
+        self.apply(raw, extents, unzstd(body, npages * PAGE) if flags else body)
+
+    def list_size(self, nextents: int, npages: int) -> int:
+        """Return the bytes before the first page byte."""
+        need(1 <= nextents <= 4096, "number of extents is not 1 to 4096")
+        need(npages <= 1024, "more than 1024 pages")
+        return MEMORY_HEAD.size + nextents * EXTENT.size + npages * 8
+
+    def extents(self, raw: bytes) -> list[tuple[int, int, bool]]:
+        """Check the list and return its extents as (first, end, is_data)."""
+        number, nextents, npages, zero = MEMORY_HEAD.unpack_from(raw)
+        need(number == len(self.out.rounds), "wrong round")
+        need(zero == 0, "reserved field is not zero")
+        made, at, data, total = [], self.cursor, 0, self.out.npages
+        upto = MEMORY_HEAD.size + nextents * EXTENT.size
+        for first, count, kind in EXTENT.iter_unpack(raw[MEMORY_HEAD.size : upto]):
+            need(kind in (0, 1), "unknown kind of extent")
+            need(count >= 1, "empty extent")
+            need(first + count <= total, "extent is outside the guest")
+            need(first >= at, "extents do not ascend")
+            need(number > 0 or first == at, "gap in round 0")
+            at = first + count
+            data += 0 if kind else count
+            made.append((first, at, kind == 0))
+        segment = next(one for one in self.out.layout if made[0][0] < one.first + one.npages)
+        need(at <= segment.first + segment.npages, "extents are not in one segment")
+        need(data == npages, "number of pages is not that of the DATA extents")
+        return made
+
+    def apply(self, raw: bytes, extents: list[tuple[int, int, bool]], pages: bytes) -> None:
+        """Check the page hashes, then let the statements of the section take effect."""
+        npages = len(pages) // PAGE
+        upto = MEMORY_HEAD.size + len(extents) * EXTENT.size
+        hashes = struct.unpack_from(f"<{npages}Q", raw, upto)
+        cut = [pages[at : at + PAGE] for at in range(0, len(pages), PAGE)]
+        for page, expected in zip(cut, hashes, strict=True):
+            digest = xxhash.xxh3_64_intdigest(page, seed=self.header.seed)
+            need(digest == expected, "wrong page hash")
+        given = iter(cut)
+        for first, end, is_data in extents:
+            if is_data:
+                for number in range(first, end):
+                    self.put(number, next(given))
+                self.data_pages += end - first
+            else:
+                self.put_zeros(first, end)
+                self.zero_pages += end - first
+        self.cursor = extents[-1][1]
+
+    def put(self, number: int, page: bytes) -> None:
+        if any(page):
+            self.out.memory[number] = page
+        else:
+            self.out.memory.pop(number, None)
+
+    def put_zeros(self, first: int, end: int) -> None:
+        # An extent may have 2^32 - 1 pages: never walk more than what is held.
+        memory = self.out.memory
+        if end - first > len(memory):
+            gone = [number for number in memory if first <= number < end]
+        else:
+            gone = [number for number in range(first, end) if number in memory]
+        for number in gone:
+            del memory[number]
+
+    def round_end(self, payload: bytes, flags: int) -> None:
+        number, zero, data_pages, zero_pages = struct.unpack("<IIQQ", payload)
+        need(number == len(self.out.rounds), "wrong round")
+        need(zero == 0, "reserved field is not zero")
+        need(number > 0 or self.cursor == self.out.npages, "gap in round 0")
+        need(data_pages == self.data_pages, "wrong count of data pages")
+        need(zero_pages == self.zero_pages, "wrong count of zero pages")
+        self.out.rounds.append(Round(data_pages, zero_pages, bool(flags & LAST)))
+        self.cursor = self.data_pages = self.zero_pages = 0
+        if flags & LAST:
+            self.phase = "STATE"
+
+    # The state
+
+    def state(self, payload: bytes, flags: int) -> None:
+        length, zero, part = struct.unpack_from("<HHI", payload)
+        need(1 <= length <= 255, "state name is not 1 to 255 bytes")
+        need(zero == 0, "reserved field is not zero")
+        start = 8 + length + -length % 8
+        need(len(payload) >= start, "wrong length")
+        name = payload[8 : 8 + length]
+        need(values.is_token(name), "bad state name")
+        need(not any(payload[8 + length : start]), "filling of the state name is not zero")
+        need(len(payload) - start <= 1048576, "part of a state is too long")
+        text = name.decode("ascii")
+        if self.open is None:
+            need(text not in self.parts, "state name comes back")
+            need(len(self.parts) < 4096, "more than 4096 states")
+            self.parts[text] = []
+        else:
+            need(text == self.open, "state is incomplete")
+        need(part == self.part, "wrong part of a state")
+        self.state_bytes += len(payload) - start
+        need(self.state_bytes <= 134217728, "states are too long")
+        empty = start == len(payload)
+        need(not empty or (part == 0 and flags & LAST != 0), "empty part of a state")
+        self.parts[text].append(payload[start:])
+        self.open, self.part = text, part + 1
+        if flags & LAST:
+            self.out.states[text] = b"".join(self.parts[text])
+            self.parts[text] = []
+            self.open, self.part = None, 0
+
+    def time(self, payload: bytes, _flags: int) -> None:
+        self.out.time = Time(*struct.unpack("<QQ", payload))
+        need(self.out.time.paused_at_ns > 0 or self.out.time.paused_for_ns == 0, "paused never")
+        self.phase = "END"
+
+    # The trailer
+
+    def end(self, payload: bytes, _flags: int) -> None:
+        what, rounds, sections, offset, data, zeros, states, digest = END_BODY.unpack(payload)
+        dry = bool(self.header.mandatory & NO_MEMORY)
+        start = self.header.form != ANSWERED and not dry
+        need(not what & ~(MAY_START | NO_MEMORY), "unknown bit in what")
+        need(bool(what & MAY_START) == start, "wrong MAY_START")
+        need(bool(what & NO_MEMORY) == dry, "wrong NO_MEMORY")
+        need(rounds == len(self.out.rounds), "wrong number of rounds")
+        need(sections == self.number, "wrong number of sections")
+        need(offset == self.start, "wrong offset")
+        need(data == sum(one.data_pages for one in self.out.rounds), "wrong data pages")
+        need(zeros == sum(one.zero_pages for one in self.out.rounds), "wrong zero pages")
+        need(states == self.state_bytes, "wrong state bytes")
+        need(digest == self.digest.digest(), "wrong digest")
+        self.out.what, self.out.digest = what, digest
+        if self.header.form != ANSWERED:
+            self.phase = "NOTHING"
+        else:
+            self.phase = "AFTER GO" if dry else "GO"
+
+    def go(self, payload: bytes, _flags: int) -> None:
+        need(self.nonce is None or payload == self.nonce, "wrong nonce")
+        self.out.nonce, self.phase = payload, "AFTER GO"
+
+    def abort(self, payload: bytes, _flags: int) -> None:
+        status, zero = struct.unpack_from("<II", payload)
+        need(64 <= status <= 77, "status is not 64 to 77")
+        need(zero == 0, "reserved field is not zero")
+        try:
+            text = payload[8:].decode("utf-8")
+        except UnicodeDecodeError:
+            raise Wrong("text is not UTF-8") from None
+        need(values.CONTROL.search(text) is None, "control character in the text")
+        self.out.abort, self.phase = Abort(status, text), "NOTHING"
+
+
+TYPES: Final = {
+    0x1: _Type("HOST", 0, 65536, 0, Reader.host, "HOST"),
+    0x2: _Type("LAYOUT", 0, 3080, 0, Reader.layout, "LAYOUT"),
+    0x3: _Type("CONFIG", 0, 65536, 0, Reader.config, "CONFIG"),
+    0x4: _Type("DEVICES", 0, 65536, 0, Reader.devices, "DEVICES"),
+    0x5: _Type("HEAD_END", 0, 0, 0, Reader.head_end, "HEAD_END"),
+    0x6: _Type("PAD", 0, 1048576, 0, Reader.pad, ""),
+    0x7: _Type("MEMORY", 0, 4268048, ZSTD, Reader.pad, "ROUNDS"),  # parsed by Reader.memory
+    0x8: _Type("ROUND_END", 24, 24, LAST, Reader.round_end, "ROUNDS"),
+    0x9: _Type("STATE", 16, 1048840, LAST, Reader.state, "STATE"),
+    0xA: _Type("TIME", 16, 16, 0, Reader.time, "STATE"),
+    0xB: _Type("END", 64, 64, 0, Reader.end, "END"),
+    0xC: _Type("GO", 16, 16, 0, Reader.go, "GO"),
+    0xD: _Type("ABORT", 9, 1024, 0, Reader.abort, ""),
+}
+
+
+def read(
+    stream: BinaryIO, *, hypervisors: Container[str] | None = None, nonce: bytes | None = None
+) -> Stream:
+    """Read a whole stream up to the end of file and return what it holds.
+
+    `hypervisors` are those that are supported, `nonce` the 16 bytes of READY; None takes any.
+    Raises Refused for whatever bhystream(5) does not allow.
+    """
+    source = Source(stream)
+    try:
+        header = _read_header(source)
+    except Wrong as wrong:
+        raise Refused(None, None, 0, str(wrong)) from None
+    return Reader(source, header, hypervisors, nonce).run()
