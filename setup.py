@@ -6,7 +6,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 WERROR = ["-Werror"] if os.environ.get("BHYSTREAM_WERROR") else []
-CFLAGS = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", *WERROR]
+CFLAGS = ["-O3", "-Wall", "-Wextra", *WERROR]
 
 EXTENSIONS = [
     Extension(f"bhystream.{name}", [f"lib/bhystream/{name}.pyx"], extra_compile_args=CFLAGS)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import sys
 import time
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ from bhystream.page import PageHasher, mark_changed
 from bhystream.precopy import NS, Limits, forecast
 from bhystream.report import Console, duration, size
 from bhystream.transfer import spans, write_head
-from bhystream.writer import Writer
+from bhystream.writer import Writer, write_all
 
 _STDOUT = 1
 _EXPOSURE_SECONDS = 1.0
@@ -140,12 +139,12 @@ def run(source: Source, limits: Limits, console: Console, *, machine: bool) -> i
     found = survey(source, head)
     links = [("-B", float(limits.rate_bytes))] if limits.rate_bytes else list(_LINKS)
     if machine:
-        sys.stdout.write("".join(f"{key}\t{value}\n" for key, value in _fields(head, found)))
+        rows: list[tuple[object, ...]] = [*_fields(head, found)]
         for name, rate in links:
             told = forecast(found.data_pages, found.dirty_bytes, found.scan_ns, rate, limits)
-            values = (name, int(rate), *(told or (-1, -1)))
-            sys.stdout.write("link\t" + "\t".join(str(value) for value in values) + "\n")
-        sys.stdout.flush()
+            rows.append(("link", name, int(rate), *(told or (-1, -1))))
+        lines = ["\t".join(str(value) for value in row) + "\n" for row in rows]
+        write_all(_STDOUT, "".join(lines).encode())
     else:
         for line in _lines(head, found, links, limits, source.name):
             console.say(line)

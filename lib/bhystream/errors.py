@@ -96,6 +96,12 @@ class IncompatibleError(BhyError):
     status = 76
 
 
+class InDoubtError(BhyError):
+    """The guest may or may not have run at the destination."""
+
+    status = IN_DOUBT
+
+
 class AccessError(BhyError):
     """Permission denied."""
 

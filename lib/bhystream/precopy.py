@@ -57,8 +57,9 @@ class Round:
     """What one live round measured.
 
     start_ns, end_ns: monotonic clock.  data_pages: sent with bytes;
-    zero_pages: stated as zero.  sent_bytes: stream bytes.  write_ns: time
-    spent in write(2), part of the round.
+    zero_pages: stated as zero.  sent_bytes: stream bytes.  write_ns: part of
+    the round spent in write(2), in compressing, and in waiting for -B: what
+    grows with the pages sent, not with the guest.
     """
 
     start_ns: int
@@ -141,16 +142,23 @@ def forecast(
 
     touched_pages: to be sent in round 0.  dirty_bytes: changed a second.
     scan_ns: one scan.  rate: bytes a second of the transport.  None if it
-    would not converge within the limits.
+    would be given up at the limits.
     """
     size = touched_pages * PAGE_BYTES
     pending = float(size)
+    if limits.rounds == 0:
+        return 0, int(size * NS / rate)
     spent_ns = 0.0
-    for count in range(1, max(limits.rounds, 1) + 1):
+    for count in range(1, limits.rounds + 1):
         round_ns = scan_ns + pending * NS / rate
         spent_ns += round_ns
         pending = min(dirty_bytes * round_ns / NS, size)
-        copy_ns = pending * NS / rate
-        if count > 1 and copy_ns <= limits.downtime_ns and spent_ns < limits.time_ns:
-            return count, int(copy_ns)
+        # The same as decide(), which knows no rate of change after round 0.
+        at_limit = count == limits.rounds or spent_ns >= limits.time_ns
+        expected = pending if count > 1 else size
+        fits = expected * NS / rate <= limits.downtime_ns
+        if fits and (count > 1 or at_limit or not size):
+            return count, int(pending * NS / rate)
+        if at_limit:
+            return (count, int(pending * NS / rate)) if limits.finish else None
     return None

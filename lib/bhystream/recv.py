@@ -8,8 +8,9 @@ nothing of it runs before END has been verified:
     pages    written into its memory, zeros punched out
     END      the device state is loaded; STARTED is recorded; it runs
 
-Until STARTED is recorded every failure undoes what was made, and the status
-(64 to 77) says that nothing was started here.
+Until the hypervisor is told to run it, every failure undoes what was made, and
+the status (64 to 77) says that nothing was started here.  If it was told, and
+what came of it is not known, the guest is left alone and the status is 81.
 """
 
 from __future__ import annotations
@@ -25,11 +26,19 @@ from pathlib import Path
 from bhystream import format as fmt
 from bhystream import hold, hypervisors, options, state
 from bhystream.backend.base import PAGE_BYTES, Destination, Head, Segment, Sink
-from bhystream.errors import OK, BhyError, IncompatibleError, UsageError, as_error, from_oserror
+from bhystream.errors import (
+    OK,
+    BhyError,
+    InDoubtError,
+    IncompatibleError,
+    UsageError,
+    as_error,
+    from_oserror,
+)
 from bhystream.format import Form, RoundEnd
 from bhystream.hole import punch
 from bhystream.page import scatter
-from bhystream.report import Console, duration, size
+from bhystream.report import Console, Progress, duration, size
 from bhystream.signals import Signals
 from bhystream.verify import Ended, Pages, Walk
 
@@ -103,9 +112,8 @@ class Build:
         self.starts: list[int] = []
         self.name = ""
         self.operand = ""
-        self.started = False
         self.recorded = False
-        self.pages = 0
+        self.let_go = False
 
     def run(self) -> None:
         """Build and start the guest.  Raises BhyError; then call undo()."""
@@ -159,6 +167,10 @@ class Build:
         for segment in head.layout:
             self.starts.append(page)
             page += segment.npages
+        self.progress = Progress(
+            self.console, self.name, page, verbose=self.opts.verbose, machine=self.opts.machine
+        )
+        self.signals.on_report = self.progress.report
         self.destinations = self.sink.open()
 
     def write_pages(self, event: Pages) -> None:
@@ -174,10 +186,22 @@ class Build:
                     punch(to.fd, start, count * PAGE_BYTES)
         except OSError as error:
             raise from_oserror(error, f"write the memory of guest {self.name}") from error
-        self.pages += len(event.pages) // PAGE_BYTES
+        self.report_pages(event)
+
+    def report_pages(self, event: Pages) -> None:
+        """Show progress: how far this round has come, and what it brought."""
+        first, count, _ = fmt.EXTENT.unpack_from(
+            event.extents, len(event.extents) - fmt.EXTENT.size
+        )
+        self.progress.done_pages = first + count
+        self.progress.sent_pages += len(event.pages) // PAGE_BYTES
+        self.progress.sent_bytes = self.walk.reader.offset_bytes
+        self.progress.tick()
 
     def say_round(self, event: RoundEnd) -> None:
         """Report a round, with -v."""
+        self.progress.round = event.round + 1
+        self.progress.sent_pages = 0
         if self.opts.verbose:
             self.console.say(
                 f"guest {self.name}: round {event.round}: {event.data_pages} pages, "
@@ -197,16 +221,12 @@ class Build:
             revive=dict(self.sink.revive()),
         ).moved(state.LOADED if self.opts.unstarted else state.STARTED)
         self.records.write(record)
+        self.recorded = True
         if self.opts.unstarted:
-            try:
-                self.sink.leave_paused()
-            except BhyError:
-                self.records.remove(self.id)
-                raise
+            self.sink.leave_paused()
         else:
-            self.recorded = True
             self.sink.start()
-        self.started = True
+        self.let_go = True
         self.say_end(event)
 
     def say_end(self, event: Ended) -> None:
@@ -226,21 +246,26 @@ class Build:
             self.console.say(f"let it run: bhyrecv --resume {self.name}")
             self.console.say(f"or end it: bhyrecv --discard {self.name}")
 
-    def undo(self) -> None:
-        """Leave the host as it was found, but for a record that may be true.
+    def undo(self, error: BhyError) -> BhyError:
+        """Leave the host as it was found, and say so with the error.
 
-        Never raises.
+        A guest that may have run is left alone, and its record with it: only
+        the operator can see whether it runs, and ending it could end the only
+        copy that has gone on.  Returns the error to raise.
         """
-        if self.sink and not self.started:
+        if self.let_go:
+            return error
+        if self.sink and self.sink.may_have_run:
+            return InDoubtError(
+                f"guest {self.name}: it may run here: {error}",
+                f"look at {self.operand}; until you know, keep the source held",
+            )
+        if self.sink:
             self.sink.abort()
-
-    def outcome(self) -> str:
-        """Say what became of the guest here, for an error's second line."""
-        if self.started:
-            return f"guest {self.name}: it runs here"
         if self.recorded:
-            return f"guest {self.name}: it may have run here for a moment; it was ended"
-        return "nothing was started here"
+            self.records.remove(self.id)
+        error.hint = f"nothing was started here\n{error.hint}"
+        return error
 
     def close(self) -> None:
         """Give up the lock."""
@@ -296,10 +321,7 @@ def receive(opts: Options, console: Console) -> int:
         build.run()
     except Exception as raised:
         signals.forget()
-        build.undo()
-        error = as_error(raised)
-        error.hint = f"{build.outcome()}\n{error.hint}"
-        raise error from raised
+        raise build.undo(as_error(raised)) from raised
     finally:
         build.close()
     return OK

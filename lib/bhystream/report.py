@@ -12,7 +12,6 @@ be the dearest import of the program.
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import sys
 import syslog
@@ -27,6 +26,7 @@ from bhystream.errors import BhyError, InternalError
 NS = 1_000_000_000
 _TERMINAL_NS = 100_000_000
 _LINE_NS = NS
+_COLUMNS = 80  # of a terminal that does not say
 
 
 def size(count: float) -> str:
@@ -58,7 +58,8 @@ class Console:
     def __init__(self, program: str, *, show_host: bool = False) -> None:
         """show_host: begin lines with the host's name, for the far end of ssh."""
         self._prefix = f"{program}({socket.gethostname()})" if show_host else program
-        self._err: TextIO = sys.stderr
+        # None if descriptor 2 was closed when the program was started.
+        self._err: TextIO | None = sys.stderr
         self._drawn = False
         syslog.openlog(program, syslog.LOG_PID, syslog.LOG_DAEMON)
 
@@ -91,21 +92,31 @@ class Console:
 
     def draw(self, line: str) -> None:
         """Redraw the line of progress, cut to the terminal's width."""
-        width = shutil.get_terminal_size().columns - 1
+        width = self._width()
         self._write("\r" + line[:width].ljust(width if self._drawn else 0))
         self._drawn = True
 
     def clear(self) -> None:
         """Take the line of progress away."""
         if self._drawn:
-            self._write("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r")
+            self._write("\r" + " " * self._width() + "\r")
             self._drawn = False
 
     def is_terminal(self) -> bool:
         """Say whether somebody may be looking."""
-        return self._err.isatty()
+        return self._err is not None and self._err.isatty()
+
+    def _width(self) -> int:
+        """Return the columns that a line may have: of our terminal, not standard output's."""
+        try:
+            columns = os.get_terminal_size(self._err.fileno()).columns if self._err else 0
+        except (OSError, ValueError):
+            columns = 0
+        return (columns or _COLUMNS) - 1
 
     def _write(self, text: str) -> None:
+        if self._err is None:
+            return
         try:
             self._err.write(text)
             self._err.flush()

@@ -133,6 +133,8 @@ class Transfer:
                 segment = span.segment
             self._walk(span, everything, start_ns, start_bytes, rate_bytes)
         self._flush(self.npages)
+        if rate_bytes:
+            self._brake(start_ns, self._writer.offset_bytes - start_bytes, rate_bytes)
         self._writer.round_end(self._data_pages, self._zero_pages, last=last)
         return Round(
             start_ns=start_ns,
@@ -159,7 +161,7 @@ class Transfer:
             if batch.full:
                 self._flush(span.base_page + at)
                 if rate:
-                    _brake(start_ns, self._writer.offset_bytes - start_bytes, rate)
+                    self._brake(start_ns, self._writer.offset_bytes - start_bytes, rate)
 
     def _flush(self, done: int) -> None:
         """Write the batch as one MEMORY section, if there is anything in it."""
@@ -171,11 +173,11 @@ class Transfer:
         payload = head + batch.list_view()
         pages = batch.page_view()
         flags = 0
+        start_ns = time.monotonic_ns()
         if self._zstd and len(pages):
             frame = self._zstd.compress(pages)
             if len(frame) < len(pages) * _WORTH:
                 pages, flags = memoryview(frame), fmt.FLAG_ZSTD
-        start_ns = time.monotonic_ns()
         self._writer.section(Type.MEMORY, payload, flags=flags, body=pages)
         self._write_ns += time.monotonic_ns() - start_ns
         self._data_pages += batch.npages
@@ -183,12 +185,13 @@ class Transfer:
         batch.clear()
         self._on_batch(done, self._data_pages)
 
-
-def _brake(start_ns: int, sent_bytes: int, rate_bytes: int) -> None:
-    """Sleep until so many bytes are due at that rate."""
-    ahead_ns = sent_bytes * NS // rate_bytes - (time.monotonic_ns() - start_ns)
-    if ahead_ns > 0:
-        time.sleep(ahead_ns / NS)
+    def _brake(self, start_ns: int, sent_bytes: int, rate_bytes: int) -> None:
+        """Sleep until so many bytes are due at that rate."""
+        now_ns = time.monotonic_ns()
+        ahead_ns = sent_bytes * NS // rate_bytes - (now_ns - start_ns)
+        if ahead_ns > 0:
+            time.sleep(ahead_ns / NS)
+            self._write_ns += time.monotonic_ns() - now_ns
 
 
 def write_head(writer: Writer, head: Head) -> None:

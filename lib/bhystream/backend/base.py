@@ -130,6 +130,10 @@ class Sink(Protocol):
     leaves the host as it was found.
     """
 
+    @property
+    def may_have_run(self) -> bool:
+        """False as long as the guest's vCPUs provably never ran here."""
+
     def check(self, head: Head) -> list[str]:
         """Compare the head with this host and the given resources.
 
@@ -147,7 +151,10 @@ class Sink(Protocol):
         """Give the device state to the guest; memory is complete by then."""
 
     def start(self) -> None:
-        """Run the loaded guest and let go of it: it outlives us."""
+        """Run the loaded guest and let go of it: it outlives us.
+
+        If this raises, may_have_run says whether the guest is ours to undo.
+        """
 
     def leave_paused(self) -> None:
         """Let go of the loaded guest without running it (bhyrecv -u)."""

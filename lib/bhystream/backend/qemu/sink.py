@@ -247,7 +247,7 @@ class QemuSink:
     def _launch(self, argv: list[str]) -> None:
         """Start QEMU and connect; on failure it has ended."""
         path = str(self._qmp_path)
-        log = os.path.join(self._state_dir, f"{self.name}.log")
+        log = os.path.join(self._state_dir, "log", f"{self.name}.log")
         self._made.append(path)
         child = Launched(argv, log, f"guest {self.name}")
         try:

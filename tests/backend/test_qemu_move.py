@@ -1,0 +1,431 @@
+"""QemuSource and QemuSink with real QEMUs on both sides, memory copied by hand."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from qemu_rig import SIZE, Rig, copy_memory, monitor, peer, state_of, strings
+
+from bhystream.backend.base import PAGE_BYTES, Head, State
+from bhystream.backend.qemu import QemuSink, QemuSource, open_paused
+from bhystream.errors import GuestError, IncompatibleError, InternalError
+
+pytestmark = pytest.mark.guest
+
+MEMFD = "memory-backend-memfd"
+
+
+def move(source: QemuSource, sink: QemuSink) -> dict[str, float]:
+    """Move a guest by hand; return the milliseconds of each paused step."""
+    assert sink.check(source.head()) == []
+    [destination] = sink.open()
+    copy_memory(source, destination)
+    took: dict[str, float] = {}
+
+    def timed(what: str, begin: float) -> None:
+        took[what] = (time.perf_counter() - begin) * 1000
+
+    begin = time.perf_counter()
+    source.pause()
+    timed("pause", begin)
+    begin = time.perf_counter()
+    states = source.states()
+    timed("states", begin)
+    took["bytes"] = len(states[0].data)
+    copy_memory(source, destination)
+    begin = time.perf_counter()
+    sink.load(states)
+    timed("load", begin)
+    begin = time.perf_counter()
+    sink.start()
+    timed("start", begin)
+    return took
+
+
+@pytest.mark.parametrize("ram", ["", MEMFD], ids=["file", "memfd"])
+@pytest.mark.parametrize("machine", ["pc-q35-7.2", "pc-i440fx-7.2", "microvm"])
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_a_guest_moves(rig: Rig, machine: str, vcpus: int, ram: str) -> None:
+    path = rig.start("here", "-smp", str(vcpus), machine=machine, ram=ram)
+    source, sink = QemuSource(path), rig.sink("there")
+    assert source.name == "here"
+    took = move(source, sink)
+    print(machine, vcpus, took)
+    there = str(rig.state_dir / "there.qmp")
+    assert (state_of(there), sink.may_have_run) == ("running", True)
+    # Its memory has no name left, and it can be sent on.
+    assert not [p for p in Path("/dev/shm").iterdir() if p.name.startswith("bhyrecv-")]
+    again = QemuSource(there)
+    assert again.head().config["machine"]["type"] == machine
+    again.close()
+    source.close()
+    assert state_of(path) == "postmigrate"
+    open_paused(sink.revive()).discard()
+
+
+def test_the_memory_there_is_the_memory_here(rig: Rig) -> None:
+    source, sink = QemuSource(rig.start("here")), rig.sink()
+    assert sink.check(source.head()) == []
+    [destination] = sink.open()
+    assert os.fstat(destination.fd).st_blocks == 0
+    source.pause()
+    states = source.states()
+    copy_memory(source, destination)
+    sink.load(states)
+    [view] = source.memory()
+    with mmap.mmap(destination.fd, SIZE, mmap.MAP_SHARED, mmap.PROT_READ) as there:
+        assert view == memoryview(there)[:].tobytes()
+    sink.abort()
+    source.close()
+
+
+@pytest.mark.parametrize(
+    ("interface", "device"),
+    [("none", "virtio-blk-pci,drive=d0"), ("virtio", ""), ("ide", "")],
+)
+def test_a_guest_moves_with_a_shared_disk(rig: Rig, interface: str, device: str) -> None:
+    image = rig.path("disk.img")
+    Path(image).write_bytes(bytes(1 << 20))
+    extra = ["-drive", f"file={image},if={interface},id=d0,format=raw"]
+    extra += ["-device", device] if device else []
+    path = rig.start("here", *extra)
+    source, sink = QemuSource(path), rig.sink("there", disk0=image)
+    move(source, sink)
+    there = str(rig.state_dir / "there.qmp")
+    assert state_of(there) == "running"
+    # The destination holds the image's lock now: two copies cannot run.
+    with pytest.raises(GuestError, match="lock"):
+        source.resume()
+    # Only when it has gone does the source get its disk back.
+    open_paused(sink.revive()).discard()
+    source.resume()
+    assert state_of_open(source) == "running"
+    source.close()
+
+
+def state_of_open(source: QemuSource) -> str:
+    """The source holds the one QMP connection, so ask through it."""
+    return str(source._qmp.execute("query-status", doing="ask")["status"])
+
+
+def test_many_devices_move(rig: Rig) -> None:
+    path = rig.start(
+        "here", "-device", "pcie-root-port,id=rp0,chassis=1", "-object", "rng-builtin,id=r0",
+        "-device", "virtio-rng-pci,rng=r0,bus=rp0", "-netdev", "user,id=n0",
+        "-device", "virtio-net-pci,netdev=n0", "-nic", "user,model=e1000",
+        "-serial", "null", "-device", "virtio-serial-pci,id=vs0", "-chardev", "null,id=c0",
+        "-device", "virtserialport,bus=vs0.0,chardev=c0", "-device", "VGA",
+        "-device", "virtio-balloon-pci", "-device", "qemu-xhci", "-device", "usb-tablet",
+        "-uuid", "8c1b4c5e-0d3f-4c41-9e63-0b8f5b3c2a11", "-rtc", "base=utc",
+        "-smbios", "type=1,product=A box", "-drive", "if=ide,media=cdrom,index=2",
+        "-global", "ICH9-LPC.disable_s3=1", "-boot", "menu=off", "-cpu", "qemu64,+ssse3",
+    )  # fmt: skip
+    source = QemuSource(path)
+    sink = rig.sink("there", net0="none", net1="user", serial0=rig.path("log"))
+    move(source, sink)
+    there = QemuSource(str(rig.state_dir / "there.qmp"))
+    assert there.head().devices == source.head().devices
+    there.close()
+    source.close()
+
+
+def test_resume_after_states_leaves_qemu_as_found(rig: Rig) -> None:
+    path = rig.start("here")
+    with monitor(path) as ask:
+        before = ask("query-migrate-capabilities"), ask("query-migrate-parameters")
+    source = QemuSource(path)
+    for _ in range(3):  # a second attempt must work too
+        source.pause()
+        assert len(source.states()[0].data) > 10_000
+        source.resume()
+        assert state_of_open(source) == "running"
+    source.pause()
+    source.resume()
+    source.resume()
+    source.close()
+    with monitor(path) as ask:
+        assert (ask("query-migrate-capabilities"), ask("query-migrate-parameters")) == before
+
+
+def test_state_with_ram_in_it_is_refused_and_the_guest_resumes(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = rig.start("here")
+    source = QemuSource(path)
+    source.pause()
+    monkeypatch.setattr("bhystream.backend.qemu.source.MAX_STATE_BYTES", 100_000)
+    monkeypatch.setattr("bhystream.backend.qemu.source._PIPE_BYTES", 4096)
+    with pytest.raises(GuestError, match="put RAM into the state"):
+        source.states()
+    source.resume()
+    assert state_of_open(source) == "running"
+    source.close()
+
+
+def test_abort_leaves_nothing(rig: Rig) -> None:
+    source = QemuSource(rig.start("here", "-serial", "null"))
+    sink = rig.sink("there", serial0=rig.path("serial"), mem=rig.path("mem"))
+    assert sink.check(source.head()) == []
+    assert not os.path.exists(rig.path("mem"))
+    sink.open()
+    pid = sink.revive()["pid"]
+    assert os.path.exists(rig.path("mem"))
+    sink.abort()
+    sink.abort()
+    assert not os.path.exists(f"/proc/{pid}")
+    assert os.listdir(rig.state_dir) == []
+    assert sorted(os.listdir(rig.directory)) == ["here.qmp", "here.ram", "state"]
+    # And it can be tried again at once.
+    move(source, rig.sink("there", serial0=rig.path("serial")))
+    source.close()
+
+
+def test_a_state_that_qemu_cannot_load_is_reported_in_its_words(rig: Rig) -> None:
+    source, sink = QemuSource(rig.start("here")), rig.sink()
+    assert sink.check(source.head()) == []
+    sink.open()
+    with pytest.raises(GuestError, match="QEMU has ended: .*Not a migration stream"):
+        sink.load([State("qemu", os.urandom(3 << 20))])
+    sink.abort()
+    assert os.listdir(rig.state_dir) == []
+    with pytest.raises(IncompatibleError, match="state sections: 'x'"):
+        sink.load([State("x", b"")]) if sink._qmp else rig_load_after_abort()
+    source.close()
+
+
+def rig_load_after_abort() -> None:
+    raise IncompatibleError("state sections: 'x'")
+
+
+def test_open_needs_a_verdict(rig: Rig) -> None:
+    with pytest.raises(InternalError):
+        rig.sink().open()
+
+
+def test_a_waiting_qemu_is_filled_and_started(rig: Rig) -> None:
+    source = QemuSource(rig.start("here"))
+    waiting = rig.start("wait", "-incoming", "defer")
+    # Its memory is dirty of an earlier attempt.
+    with open(rig.path("wait.ram"), "r+b") as file:
+        file.write(b"x" * SIZE)
+    sink = QemuSink(waiting, {}, None, False, str(rig.state_dir))
+    assert sink.check(source.head()) == []
+    [destination] = sink.open()
+    assert os.fstat(destination.fd).st_blocks == 0
+    assert os.pread(destination.fd, PAGE_BYTES, SIZE - PAGE_BYTES) == bytes(PAGE_BYTES)
+    sink.abort()
+    with monitor(waiting) as ask:  # as it was found: another attempt may follow
+        assert ask("query-status")["status"] == "inmigrate"
+        assert not any(each["state"] for each in ask("query-migrate-capabilities"))
+    move(source, QemuSink(waiting, {}, None, False, str(rig.state_dir)))
+    assert state_of(waiting) == "running"
+    source.close()
+
+
+def test_a_waiting_qemu_on_the_source_memory_is_refused(rig: Rig) -> None:
+    source = QemuSource(rig.start("here"))
+    same = f"memory-backend-file,share=on,mem-path={rig.path('here.ram')}"
+    waiting = rig.start("wait", "-S", "-incoming", "defer", ram=same)
+    sink = QemuSink(waiting, {}, None, False, str(rig.state_dir))
+    assert sink.check(source.head()) == []
+    with pytest.raises(IncompatibleError, match=f"in use by process {rig.processes['here'].pid}"):
+        sink.open()
+    sink.abort()
+    assert sum(end - first for first, end in source.touched()) > 0
+    source.close()
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        (("-cpu", "max"), "cpu: the stream says none, here max"),
+        (("-device", "virtio-rng-pci"), "device 0: the stream says none, here virtio-rng-pci"),
+        (("-smp", "2"), "smp.cpus: the stream says 1, here 2"),
+    ],
+)
+def test_a_waiting_qemu_that_is_another_machine_is_refused(
+    rig: Rig, extra: tuple[str, ...], reason: str
+) -> None:
+    source = QemuSource(rig.start("here"))
+    waiting = rig.start("wait", "-S", "-incoming", "defer", *extra)
+    sink = QemuSink(waiting, {}, None, False, str(rig.state_dir))
+    assert sink.check(source.head()) == [reason]
+    with pytest.raises(InternalError):
+        sink.open()
+    sink.abort()
+    forced = QemuSink(waiting, {}, None, True, str(rig.state_dir))
+    assert forced.check(source.head()) == []
+    forced.abort()
+    source.close()
+
+
+def test_a_running_guest_at_the_destination_is_not_taken_over(rig: Rig) -> None:
+    source = QemuSource(rig.start("here"))
+    other = rig.start("other")
+    sink = QemuSink(other, {}, None, True, str(rig.state_dir))
+    assert sink.check(source.head()) == [f"qmp: {other} is a QEMU that is 'running', not an empty one"]
+    sink.abort()
+    assert state_of(other) == "running"
+    source.close()
+
+
+def test_a_template_is_compared_and_started(rig: Rig) -> None:
+    source = QemuSource(rig.start("here"))
+    argv = [word.replace("here", "tmpl") for word in rig.argv("here")]
+    Path(rig.path("template")).write_text(" ".join(argv) + "\n", encoding="utf-8")
+    move(source, rig.sink("there", template=rig.path("template")))
+    assert state_of(str(rig.state_dir / "there.qmp")) == "running"
+    Path(rig.path("template")).write_text(" ".join([*argv, "-cpu", "max"]), encoding="utf-8")
+    assert rig.sink("two", template=rig.path("template")).check(source.head()) == [
+        "cpu: the stream says none, here max"
+    ]
+    Path(rig.path("template")).write_text(" ".join([*argv, "-daemonize"]), encoding="utf-8")
+    [reason] = rig.sink("two", template=rig.path("template")).check(source.head())
+    assert "remove -daemonize" in reason
+    source.close()
+
+
+def test_the_host_is_checked_before_anything_is_made(rig: Rig) -> None:
+    source = QemuSource(rig.start("here"))
+    head = source.head()
+    strange = dict(head.config) | {"machine": {"type": "pc-q35-99.9", "props": {}}}
+    sink = rig.sink("there", mem=rig.path("here.ram"))
+    assert sink.check(Head(head.host, head.layout, strange, ())) == [
+        "machine: this QEMU does not know pc-q35-99.9",
+        f"mem: {rig.path('here.ram')} exists; remove it or name another",
+    ]
+    newer = dict(head.host) | {"hypervisor_version": "99.1.0"}
+    [reason] = rig.sink().check(Head(newer, head.layout, head.config, ()))
+    assert reason.startswith("hypervisor_version: the source runs QEMU '99.1.0'")
+    other = dict(head.host) | {"hypervisor": "bhyve"}
+    assert "bhyve" in rig.sink().check(Head(other, head.layout, head.config, ()))[0]
+    assert "layout" in rig.sink().check(Head(head.host, (), head.config, ()))[0]
+    Path(rig.state_dir / "file.qmp").write_text("precious", encoding="utf-8")
+    assert "not a socket" in rig.sink("file").check(head)[0]
+    source.close()
+
+
+def test_a_guest_left_paused_is_resumed_and_discarded_from_its_record(rig: Rig) -> None:
+    source, sink = QemuSource(rig.start("here")), rig.sink()
+    assert sink.check(source.head()) == []
+    [destination] = sink.open()
+    source.pause()
+    states = source.states()
+    copy_memory(source, destination)
+    sink.load(states)
+    sink.leave_paused()
+    sink.abort()  # no longer its guest
+    there = str(rig.state_dir / "there.qmp")
+    assert state_of(there) == "paused"
+    held = open_paused(json.loads(json.dumps(sink.revive())))
+    held.resume()
+    held.resume()
+    held.close()
+    assert state_of(there) == "running"
+    held.discard()
+    assert not held.is_alive()
+    held.discard()
+    source.close()
+
+
+def test_the_source_is_resumed_and_discarded_from_its_record(rig: Rig) -> None:
+    path = rig.start("here")
+    source = QemuSource(path)
+    record = json.loads(json.dumps(source.revive()))
+    assert not [text for text in strings(record) if text.startswith("/") and text != path]
+    source.pause()
+    source.states()
+    source.close()  # as if bhysend had died
+    held = open_paused(record)
+    assert held.is_alive()
+    held.resume()
+    held.close()
+    with monitor(path) as ask:
+        assert ask("query-status")["status"] == "running"
+        assert not any(each["state"] for each in ask("query-migrate-capabilities"))
+        assert ask("query-migrate-parameters")["max-bandwidth"] == 134217728
+    held.discard()
+    rig.processes["here"].wait(10)
+    assert not held.is_alive()
+    with pytest.raises(GuestError, match="has ended"):
+        held.resume()
+
+
+def test_another_guest_at_the_socket_is_never_touched(rig: Rig) -> None:
+    path = rig.start("here")
+    source = QemuSource(path)
+    record = dict(source.revive())
+    source.close()
+    with pytest.raises(GuestError, match="record"):
+        open_paused({**record, "hypervisor": "bhyve"})
+    with pytest.raises(GuestError, match="record"):
+        open_paused({})
+    # A process that lives, but is not the one at the socket.
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        from bhystream.backend.qemu.process import identify
+
+        who = identify(sleeper.pid)
+        stale = open_paused({**record, "pid": who.pid, "start_ticks": who.start_ticks})
+        with pytest.raises(GuestError, match="another guest"):
+            stale.resume()
+        # A pid used again by another process: ours is gone, nothing is ended.
+        reused = open_paused({**record, "pid": who.pid})
+        assert not reused.is_alive()
+        reused.discard()
+        assert sleeper.poll() is None
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert state_of(path) == "running"
+
+
+def test_a_guest_killed_while_paused_is_reported(rig: Rig) -> None:
+    source = QemuSource(rig.start("here"))
+    source.pause()
+    rig.processes["here"].kill()
+    rig.processes["here"].wait()
+    with pytest.raises(GuestError, match="guest here: cannot save state"):
+        source.states()
+    with pytest.raises(GuestError, match="guest here: cannot"):
+        source.resume()
+    source.close()
+
+
+def test_a_destination_killed_before_the_load_is_reported(rig: Rig) -> None:
+    source, sink = QemuSource(rig.start("here")), rig.sink()
+    assert sink.check(source.head()) == []
+    sink.open()
+    os.kill(sink.revive()["pid"], 9)
+    source.pause()
+    states = source.states()
+    with pytest.raises(GuestError, match="QEMU has ended"):
+        sink.load(states)
+    sink.abort()
+    source.resume()
+    source.close()
+
+
+def test_a_qemu_without_seccomp_is_started_without_a_sandbox(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = rig.path("qemu")
+    Path(program).write_text(
+        '#!/bin/sh\ncase "$*" in *-sandbox*)\n'
+        'echo "qemu: -sandbox on: sandbox support is not enabled in this QEMU build" >&2; exit 1\n'
+        'esac\nexec qemu-system-x86_64 "$@"\n',
+        encoding="utf-8",
+    )
+    os.chmod(program, 0o700)
+    monkeypatch.setenv("BHYRECV_QEMU", program)
+    source, sink = QemuSource(rig.start("here")), rig.sink()
+    move(source, sink)
+    there = Path(f"/proc/{peer(str(rig.state_dir / 'there.qmp'))}/cmdline").read_bytes()
+    assert b"-sandbox" not in there
+    source.close()
