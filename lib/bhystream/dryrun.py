@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bhystream import bitmap
@@ -146,7 +147,7 @@ def run(source: Source, limits: Limits, console: Console, *, machine: bool) -> i
         lines = ["\t".join(str(value) for value in row) + "\n" for row in rows]
         write_all(_STDOUT, "".join(lines).encode())
     else:
-        for line in _lines(head, found, links, limits, source.name):
+        for line in _lines(head, found, links, limits, source.name, source.resources()):
             console.say(line)
     return OK
 
@@ -164,9 +165,14 @@ def _fields(head: Head, found: Survey) -> list[tuple[str, object]]:
 
 
 def _lines(
-    head: Head, found: Survey, links: list[tuple[str, float]], limits: Limits, name: str
+    head: Head,
+    found: Survey,
+    links: list[tuple[str, float]],
+    limits: Limits,
+    name: str,
+    resources: Sequence[str],
 ) -> list[str]:
-    """Return the report for people."""
+    """Return the report for people.  resources: what the destination's -o has to give."""
     lines = [
         f"guest {name}: {size(found.npages * PAGE_BYTES)} of memory, "
         f"{size(found.touched_pages * PAGE_BYTES)} touched, "
@@ -188,9 +194,8 @@ def _lines(
                 f"guest {name}: at {link} ({size(rate)}/s): it changes too fast for "
                 f"-d {duration(limits.downtime_ns)}; it would run on here, or -f pauses it"
             )
-    keys = head.config.get("resources")
-    if isinstance(keys, list) and keys:
-        wanted = " ".join(f"-o {key}=" for key in keys)
+    if resources:
+        wanted = " ".join(f"-o {word}" for word in resources)
         lines.append(f"guest {name}: the destination needs: {wanted}")
     lines.append(f"guest {name}: it can be moved from here; nothing was changed")
     return lines

@@ -29,8 +29,8 @@ from bhystream.backend.base import PAGE_BYTES, Destination, Head, Segment, Sink
 from bhystream.errors import (
     OK,
     BhyError,
-    InDoubtError,
     IncompatibleError,
+    InDoubtError,
     UsageError,
     as_error,
     from_oserror,

@@ -29,15 +29,13 @@ class Rig:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.state_dir = directory / "state"
-        self.state_dir.mkdir(mode=0o700)
+        (self.state_dir / "log").mkdir(mode=0o700, parents=True)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def path(self, name: str) -> str:
         return str(self.directory / name)
 
-    def argv(
-        self, name: str, *extra: str, machine: str = "pc-q35-7.2", ram: str = ""
-    ) -> list[str]:
+    def argv(self, name: str, *extra: str, machine: str = "pc-q35-7.2", ram: str = "") -> list[str]:
         ram = ram or f"memory-backend-file,share=on,prealloc=off,mem-path={self.path(name)}.ram"
         return [
             "qemu-system-x86_64", "-name", name, "-nodefaults", "-no-user-config",
@@ -54,7 +52,7 @@ class Rig:
             self.argv(name, *extra, machine=machine, ram=ram), stdin=subprocess.DEVNULL
         )
         self.processes[name] = process
-        await_true(lambda: os.path.exists(path) or process.poll() is not None)
+        await_true(lambda: listens(path) or process.poll() is not None)
         assert process.poll() is None, "QEMU did not start"
         return path
 
@@ -77,6 +75,14 @@ def await_true(test: Any, limit_s: float = 20.0) -> None:
         time.sleep(0.005)
 
 
+def listens(path: str) -> bool:
+    """Say whether a connection is taken: the socket exists before that."""
+    try:
+        return peer(path) > 0
+    except OSError:
+        return False
+
+
 def peer(path: str) -> int:
     """Return the pid behind a QMP socket."""
     with socket.socket(socket.AF_UNIX) as sock:
@@ -92,6 +98,7 @@ def monitor(path: str) -> Iterator[Any]:
         sock.settimeout(20)
         sock.connect(path)
         stream = sock.makefile("rw")
+    with stream:  # closes the socket too, and QEMU is free for the next
         stream.readline()
 
         def ask(command: str, **arguments: object) -> Any:

@@ -90,9 +90,7 @@ def test_argv_to_configuration_to_argv_is_the_same_machine() -> None:
 
 
 def test_the_destination_waits_in_a_sandbox_and_runs_no_script() -> None:
-    argv = build(
-        validate(full()), Resources.parse(KEYS), name="w", ram_path="/r,m", qmp_path="/q"
-    )
+    argv = build(validate(full()), Resources.parse(KEYS), name="w", ram_path="/r,m", qmp_path="/q")
     text = " ".join(argv)
     for expected in (
         "-S -incoming defer",
@@ -225,7 +223,13 @@ def test_bad_sizes_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("disc0", "/x"), ("disk00", "/x"), ("net0", "tap:a,script=/x"), ("net0", "bridge"), ("mem", "")],
+    [
+        ("disc0", "/x"),
+        ("disk00", "/x"),
+        ("net0", "tap:a,script=/x"),
+        ("net0", "bridge"),
+        ("mem", ""),
+    ],
 )
 def test_a_wrong_resource_is_a_usage_error(key: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"-o {key}"):

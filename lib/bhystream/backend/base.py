@@ -84,6 +84,9 @@ class Source(Protocol):
     def head(self) -> Head:
         """Return what goes into the head sections."""
 
+    def resources(self) -> Sequence[str]:
+        """Return what the destination's operator has to give, as -o words: "disk0="."""
+
     def memory(self) -> Sequence[memoryview]:
         """Return one read-only mapping per segment, len = npages * 4096.
 

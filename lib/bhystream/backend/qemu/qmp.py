@@ -211,3 +211,8 @@ class Qmp:
         with contextlib.suppress(Exception):
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
+
+    def __del__(self) -> None:
+        """Close what an error path left open: asyncio would print a page of it."""
+        with contextlib.suppress(Exception):
+            self.close()

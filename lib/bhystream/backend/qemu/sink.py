@@ -55,7 +55,7 @@ class QemuSink:
         qmp_path: absolute, or None for -o qmp=, else NAME.qmp in state_dir.
         resources: the -o keys.  name: of the guest here, or None for the
         stream's.  force: overrule differences of host and configuration.
-        state_dir: exists, 0700; for the log and the socket.
+        state_dir: exists, 0700, with a directory log/; for the socket and the log.
         Raises UsageError for a key that does not exist.
         """
         self._resources = Resources.parse(resources)

@@ -100,6 +100,14 @@ class QemuSource:
         )
         return Head(host.describe(self._qmp.version), self._layout, self._config, devices)
 
+    def resources(self) -> Sequence[str]:
+        """Return the -o keys that bhyrecv will ask for, in its order."""
+        config = self._config
+        keys = [disk["key"] for disk in config["disks"] if not disk["empty"]]
+        keys += [net["key"] for net in config["nets"]]
+        keys += [key for key in ("kernel", "initrd", "bios") if config[key]]
+        return [f"{key}=" for key in keys]
+
     def memory(self) -> Sequence[memoryview]:
         """Return the one mapping of the guest's memory, read-only."""
         return self._views
