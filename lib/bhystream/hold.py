@@ -67,8 +67,11 @@ def run(verb: Verb, role: Role, console: Console) -> int:
 
 
 def _list(records: Records, guest: str | None) -> int:
+    """List the guests that stand here; asked by name, also what was started."""
     found = records.find(guest) if guest else records.all()
     for record in found:
+        if record.phase == STARTED and not guest:
+            continue
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.time_ns // 10**9))
         fields = (record.guest, record.phase, when, record.id, record.operand)
         sys.stdout.write("\t".join(printable(field) for field in fields) + "\n")
