@@ -349,6 +349,52 @@ def test_the_list_may_be_asked_for_twice(hasher: PageHasher) -> None:
     assert listed(batch)[0] == [(0, 1, DATA), (2, 1, DATA)]
 
 
+def test_everything_states_also_what_the_table_has(hasher: PageHasher) -> None:
+    segment = b"e" * PAGE + bytes(PAGE)
+    table = array("Q", [digest(segment[:PAGE]), ZERO_HASH])
+    batch = Batch(hasher, 2, 2)
+    assert batch.collect(segment, 0, 0, 2, table, True) == 2
+    assert listed(batch)[0] == [(0, 1, DATA), (1, 1, ZERO)]
+
+
+def changing(batch: Batch) -> tuple[memoryview, bytes]:
+    """Return a page that changes while it is copied, and what the copy will be.
+
+    The batch must hold one page.  The page returned begins 64 bytes before the
+    place of the batch's next page, so the copy, 64 bytes at a time, meets what
+    it has itself just written.
+    """
+    owner = memoryview(batch.page_view().obj)
+    live = owner[PAGE - 64 : 2 * PAGE - 64]
+    return live, bytes(live[:64]) * 64
+
+
+def test_a_page_that_changes_back_before_it_is_copied_is_not_sent(
+    hasher: PageHasher,
+) -> None:
+    batch = Batch(hasher, 2, 2)
+    table = words(2)
+    batch.collect(bytes(range(256)) * 16, 0, 0, 1, table, True)
+    live, copy = changing(batch)
+    before = table[1] = digest(copy)
+    assert digest(live) != before
+    assert batch.collect(live, 1, 0, 1, table, False) == 1
+    assert listed(batch)[0] == [(0, 1, DATA)]
+    assert table[1] == before
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_copy_is_hashed_and_not_the_live_page(hasher: PageHasher, everything: bool) -> None:
+    batch = Batch(hasher, 2, 2)
+    table = words(2)
+    batch.collect(bytes(range(256)) * 16, 0, 0, 1, table, True)
+    live, copy = changing(batch)
+    assert batch.collect(live, 1, 0, 1, table, everything) == 1
+    _, hashes, pages = listed(batch)
+    assert pages[PAGE:] == copy
+    assert hashes[1] == table[1] == digest(copy)
+
+
 class Writer(threading.Thread):
     """A guest: writes one of several images over its memory until told to stop.
 

@@ -414,6 +414,51 @@ def test_scatter_continues_short_writes_and_retries_eintr(
     assert target.read_bytes() == image
 
 
+# The end of a buffer.
+
+GUARD = """
+import mmap, os, tempfile
+from bhystream.batch import Batch
+from bhystream.bitmap import count, walk
+from bhystream.page import PageHasher, check_pages, mark_changed, scatter
+
+def guarded(nbytes):
+    # What lies beyond the end of the file is SIGBUS to touch.
+    with tempfile.TemporaryFile() as file:
+        file.truncate(2 * mmap.PAGESIZE)
+        m = mmap.mmap(file.fileno(), 2 * mmap.PAGESIZE)
+        os.ftruncate(file.fileno(), mmap.PAGESIZE)
+    return memoryview(m)[mmap.PAGESIZE - nbytes : mmap.PAGESIZE]
+
+hasher = PageHasher(1)
+for shift in (0, 1):
+    for nwords in (1, 2, 7, 8, 9, 10, 16, 17, 18, 500, 511 - shift):
+        words = guarded(8 * nwords)
+        for value in (0, 255):
+            words[:] = bytes([value]) * len(words)
+            walk(words.cast("Q"), 0, 64 * nwords, memoryview(bytearray(16)).cast("Q"))
+            count(words.cast("Q"), 0, 64 * nwords)
+page, hashes = guarded(4096), guarded(8).cast("Q")
+table = memoryview(bytearray(8)).cast("Q")
+hasher.hash_pages(page, hashes)
+check_pages(hasher, page, hashes.cast("B"))
+mark_changed(hasher, page, 0, 0, 1, hashes, guarded(8).cast("Q"))
+for everything in (False, True):
+    Batch(hasher, 1, 1).collect(page, 0, 0, 1, table, everything)
+    Batch(hasher, 1, 1).collect_absent(0, 0, 1, hashes, everything)
+with tempfile.TemporaryFile() as target:
+    extents = guarded(16)
+    extents[:] = bytes(8) + b"\\1" + bytes(7)
+    scatter(target.fileno(), 0, 0, 1, extents, guarded(4096))
+print("unharmed")
+"""
+
+
+def test_nothing_reads_beyond_its_buffers() -> None:
+    run = subprocess.run([sys.executable, "-c", GUARD], capture_output=True, text=True)
+    assert run.stdout == "unharmed\n", f"{run.returncode} {run.stderr}"
+
+
 # The GIL.
 
 

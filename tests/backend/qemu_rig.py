@@ -54,7 +54,8 @@ class Rig:
         self.processes[name] = process
         await_true(lambda: listens(path) or process.poll() is not None)
         assert process.poll() is None, "QEMU did not start"
-        return path
+        with monitor(path):  # it listens early, and answers when it is complete
+            return path
 
     def sink(self, name: str = "there", **resources: str) -> QemuSink:
         return QemuSink(None, resources, name, False, str(self.state_dir))

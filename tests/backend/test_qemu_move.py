@@ -114,6 +114,22 @@ def state_of_open(source: QemuSource) -> str:
     return str(source._qmp.execute("query-status", doing="ask")["status"])
 
 
+def test_a_destination_whose_disk_is_locked_never_ran(rig: Rig) -> None:
+    ours, theirs = rig.path("ours.img"), rig.path("theirs.img")
+    for image in (ours, theirs):
+        Path(image).write_bytes(bytes(1 << 20))
+    drive = "if=virtio,format=raw,file="
+    source = QemuSource(rig.start("here", "-drive", drive + ours))
+    rig.start("other", "-drive", drive + theirs)
+    sink = rig.sink("there", disk0=theirs)
+    with pytest.raises(GuestError, match="lock"):
+        move(source, sink)
+    assert not sink.may_have_run
+    sink.abort()
+    source.resume()
+    source.close()
+
+
 def test_many_devices_move(rig: Rig) -> None:
     path = rig.start(
         "here", "-device", "pcie-root-port,id=rp0,chassis=1", "-object", "rng-builtin,id=r0",
@@ -190,7 +206,7 @@ def test_a_state_that_qemu_cannot_load_is_reported_in_its_words(rig: Rig) -> Non
     source, sink = QemuSource(rig.start("here")), rig.sink()
     assert sink.check(source.head()) == []
     sink.open()
-    with pytest.raises(GuestError, match="QEMU has ended: .*Not a migration stream"):
+    with pytest.raises(GuestError, match=r"QEMU has ended: .*Not a migration stream"):
         sink.load([State("qemu", os.urandom(3 << 20))])
     sink.abort()
     assert [str(path) for path in rig.state_dir.rglob("*")] == [str(rig.state_dir / "log")]

@@ -192,7 +192,7 @@ def test_without_the_library_the_cure_is_named(rig: Rig, monkeypatch: pytest.Mon
 def test_a_command_has_a_time_limit(rig: Rig) -> None:
     source = QemuSource(rig.start("here"))
     rig.processes["here"].send_signal(signal.SIGSTOP)
-    with pytest.raises(GuestError, match="did not answer query-status in 0.2 s"):
+    with pytest.raises(GuestError, match=r"did not answer query-status in 0\.2 s"):
         source._qmp.execute("query-status", doing="ask", limit_s=0.2)
     rig.processes["here"].send_signal(signal.SIGCONT)
     # The late answer is dropped, and the connection still good.
@@ -221,7 +221,7 @@ def test_signals_set_flags_and_interrupt_nothing(rig: Rig) -> None:
 
 def test_an_error_of_qemu_says_what_could_not_be_done(rig: Rig) -> None:
     source = QemuSource(rig.start("here"))
-    with pytest.raises(GuestError, match="^guest here: cannot frob: The command nix"):
+    with pytest.raises(GuestError, match=r"^guest here: cannot frob: The command nix"):
         source._qmp.execute("nix", doing="frob")
     source.close()
 

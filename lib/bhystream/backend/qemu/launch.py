@@ -11,7 +11,6 @@ import os
 import subprocess
 import time
 
-from bhystream.backend.qemu.process import identify, is_alive
 from bhystream.backend.qemu.qmp import NobodyListensError, Qmp
 from bhystream.errors import GuestError, from_oserror
 
@@ -116,6 +115,6 @@ class Launched:
 
     def let_go(self) -> None:
         """Leave the process to itself: it outlives us, and nobody waits for it."""
-        if self._child.returncode is None and is_alive(identify(self._child.pid)):
+        if self._child.poll() is None:
             # Popen's destructor complains of a child that still runs.
             self._child.returncode = 0

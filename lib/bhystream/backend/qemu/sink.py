@@ -96,7 +96,7 @@ class QemuSink:
         try:
             config = validate(head.config)
             hard, soft = self._judge(head, config)
-        except BhyError as error:
+        except (BhyError, OSError) as error:
             return [str(error)]
         reasons = hard if self._force else hard + soft
         if not reasons:
@@ -248,7 +248,8 @@ class QemuSink:
         """Start QEMU and connect; on failure it has ended."""
         path = str(self._qmp_path)
         log = os.path.join(self._state_dir, "log", f"{self.name}.log")
-        self._made.append(path)
+        if path not in self._made:
+            self._made.append(path)
         child = Launched(argv, log, f"guest {self.name}")
         try:
             qmp = child.connect(path)
@@ -258,6 +259,7 @@ class QemuSink:
             raise
         self._child, self._qmp = child, qmp
         if qmp.pid != child.pid:
+            self._made.remove(path)
             raise GuestError(f"guest {self.name}: process {qmp.pid} answers at {path}, not ours")
         state = facts.status(qmp)
         if state != "inmigrate":
@@ -276,7 +278,6 @@ class QemuSink:
         found = migration.capabilities(qmp)
         parameters = qmp.execute("query-migrate-parameters", doing="examine migration")
         wanted = {"x-ignore-shared": True, "late-block-activate": True}
-        # A QEMU of ours is left as QEMU is by default.
         self._found = {
             "capabilities": {name: found.get(name, False) for name in wanted},
             "parameters": {"announce-rounds": int(parameters["announce-rounds"])},
@@ -319,8 +320,9 @@ class QemuSink:
             raise (self._child.blame(error) if self._child else error) from None
         if state != "running":
             raise GuestError(f"guest {self.name}: cannot start: it is '{state}' after cont")
-        migration.restore(qmp, self._found)
+        # The network first: it is what the guest's peers still miss.
         migration.announce(qmp)
+        migration.restore(qmp, self._found)
         self._let_go()
 
     def leave_paused(self) -> None:

@@ -1,0 +1,210 @@
+"""Pipelines of real processes, with a deadline, and an end for each of them.
+
+    with Pipeline(["bhysend", guest], ["pv", "-q"], ["bhyrecv"], env=env) as pipeline:
+        sender, _, receiver = pipeline.wait()
+    assert (sender.status, receiver.status) == (80, 0), report(sender, receiver)
+
+Standard errors go to files, so nothing ever waits for the test to read one.  What still runs
+when the with statement ends is killed.  Waiting is for a condition; a deadline is only there to
+end a broken test.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+ROOT = Path(__file__).resolve().parents[2]
+BHYSEND = (sys.executable, str(ROOT / "bhysend"))
+BHYRECV = (sys.executable, str(ROOT / "bhyrecv"))
+
+DEADLINE_S = 120.0
+_POLL_S = 0.005
+_NARROW_BYTES = 4096
+
+Words = Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended.  status: negative for a signal.  output: where it was not piped on."""
+
+    argv: tuple[str, ...]
+    status: int
+    output: bytes
+    stderr: str
+
+
+def report(*ended: Ended) -> str:
+    """Return statuses and standard errors, for the message of a failed assertion."""
+    return "\n".join(f"{' '.join(one.argv)}: {one.status}\n{one.stderr}" for one in ended)
+
+
+def until(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
+    """Wait until a condition holds.  Raises TimeoutError."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited in vain for {what}")
+        time.sleep(_POLL_S)
+
+
+class Stage:
+    """One process of a pipeline, in a process group of its own."""
+
+    def __init__(
+        self, argv: Words, env: Mapping[str, str], stdin: int, stdout: int | IO[bytes] | None
+    ) -> None:
+        """Start it.  stdout: a descriptor, a file, or None to keep what it writes."""
+        self.argv = tuple(str(word) for word in argv)
+        self._errors = _file()
+        self._output = _file() if stdout is None else None
+        self.process = subprocess.Popen(
+            self.argv,
+            stdin=stdin,
+            stdout=self._output if stdout is None else stdout,
+            stderr=self._errors,
+            env=dict(env),
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def stderr(self) -> str:
+        """What it has written to its standard error so far."""
+        return _content(self._errors).decode(errors="replace")
+
+    @property
+    def output(self) -> bytes:
+        """What it has written to its standard output so far, if that is kept."""
+        return _content(self._output) if self._output else b""
+
+    def await_end(self, deadline_s: float = DEADLINE_S) -> Ended:
+        """Wait until it has ended."""
+        try:
+            status = self.process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{' '.join(self.argv)} does not end\n{self.stderr}") from None
+        return Ended(self.argv, status, self.output, self.stderr)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to the process alone; one that has ended is no error."""
+        self.process.send_signal(number)
+
+    def close(self) -> None:
+        """Kill it and what it started in its process group."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._errors.close()
+        if self._output:
+            self._output.close()
+
+
+class Pipeline:
+    """Processes that read from one another, as `a | b | c` in a shell."""
+
+    def __init__(
+        self,
+        *commands: Words,
+        env: Mapping[str, str],
+        stdin: int | IO[bytes] = subprocess.DEVNULL,
+        stdout: int | IO[bytes] | None = None,
+        narrow: bool = False,
+    ) -> None:
+        """Start all commands.
+
+        stdin, stdout: of the first and the last; None keeps the output.
+        narrow: the first command writes into a socket that takes a few KiB, so that it cannot be
+        far ahead of its reader.
+        """
+        self.stages: list[Stage] = []
+        self._env = env
+        reader = stdin if isinstance(stdin, int) else stdin.fileno()
+        ours: list[int] = []
+        try:
+            for index, argv in enumerate(commands[:-1]):
+                left, right = _link(narrow and index == 0)
+                ours += [left, right]
+                self.stages.append(Stage(argv, env, reader, left))
+                reader = right
+            self.stages.append(Stage(commands[-1], env, reader, stdout))
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            for fd in ours:
+                os.close(fd)
+
+    def __getitem__(self, index: int) -> Stage:
+        return self.stages[index]
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def wait(self, deadline_s: float = DEADLINE_S) -> list[Ended]:
+        """Wait until all have ended."""
+        end = time.monotonic() + deadline_s
+        try:
+            return [stage.await_end(max(end - time.monotonic(), 0.0)) for stage in self.stages]
+        except TimeoutError as error:
+            said = "\n".join(f"{stage.argv[1:3]}: {stage.stderr}" for stage in self.stages)
+            raise TimeoutError(f"{error}\n{said}") from None
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        for stage in self.stages:
+            stage.close()
+
+
+def run(
+    *commands: Words,
+    env: Mapping[str, str],
+    stdin: int | IO[bytes] = subprocess.DEVNULL,
+    stdout: int | IO[bytes] | None = None,
+) -> list[Ended]:
+    """Run a pipeline to its end."""
+    with Pipeline(*commands, env=env, stdin=stdin, stdout=stdout) as pipeline:
+        return pipeline.wait()
+
+
+def _link(narrow: bool) -> tuple[int, int]:
+    """Return (write end, read end)."""
+    if not narrow:
+        read_end, write_end = os.pipe()
+        return write_end, read_end
+    writer, reader = socket.socketpair()
+    writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _NARROW_BYTES)
+    return writer.detach(), reader.detach()
+
+
+def _file() -> IO[bytes]:
+    """Return a file in memory that ends with its last descriptor."""
+    return os.fdopen(os.memfd_create("stage"), "w+b")
+
+
+def _content(file: IO[bytes]) -> bytes:
+    """Read a file that a process writes to, without moving the offset that they share."""
+    size = os.fstat(file.fileno()).st_size
+    return os.pread(file.fileno(), size, 0)

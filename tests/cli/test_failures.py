@@ -1,0 +1,319 @@
+"""A move that fails before its end, at each phase and in each way.
+
+Whatever happens: the guest runs on at the source with no heartbeat missing and no page wrong,
+nothing of it is left at the destination, and a second attempt succeeds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from bhystream import format as fmt
+from guest import Spec, ram, reaping
+
+from .conftest import SMALL
+from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run, until
+from .tap import ANY_ROUND, Tap
+from .travel import Firmware, Host, Place, Stable, Traveller, fifo, is_gone, qemu_at
+
+pytestmark = pytest.mark.guest
+
+# Two live rounds, and then the pause, whatever the guest does.
+ROUNDS = ("-f", "-r", "2")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Where the stream is stopped.
+
+    gated: a command at the pause keeps END back until the receiver is gone.  Without it what is
+    left of the stream would fit into a buffer, and the sender be done before it could know.
+    """
+
+    section: str
+    round: int = ANY_ROUND
+    nth: int = 0
+    gated: bool = False
+
+
+PHASES = {
+    "head": Phase("CONFIG"),
+    "round-0": Phase("MEMORY", 0, 9),
+    "round-1": Phase("MEMORY", 1),
+    "last-round": Phase("MEMORY", 2, gated=True),
+    "state": Phase("STATE", gated=True),
+    "before-END": Phase("TIME", gated=True),
+}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A move whose stream stands still in the middle of a section."""
+
+    pipeline: Pipeline
+    tap: Tap
+    to: Place
+
+
+def receiver_killed(attempt: Attempt) -> None:
+    attempt.pipeline[2].kill()
+    attempt.pipeline[2].await_end()
+    attempt.tap.close()
+
+
+def pipe_closed(attempt: Attempt) -> None:
+    attempt.tap.close()
+
+
+def stream_damaged(attempt: Attempt) -> None:
+    attempt.tap.flip()
+
+
+def sender_interrupted(attempt: Attempt) -> None:
+    attempt.pipeline[0].kill(signal.SIGINT)
+    attempt.pipeline[0].await_end()
+    attempt.tap.go()
+
+
+def sender_killed(attempt: Attempt) -> None:
+    attempt.pipeline[0].kill()
+    attempt.pipeline[0].await_end()
+    attempt.tap.go()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens, and the statuses that both programs may end with."""
+
+    act: Callable[[Attempt], None]
+    sent: int
+    received: tuple[int, ...]
+
+
+FAULTS = {
+    "receiver-killed": Fault(receiver_killed, 74, (-signal.SIGKILL,)),
+    "pipe-closed": Fault(pipe_closed, 74, (65,)),
+    "receiver-refuses": Fault(stream_damaged, 74, (65,)),
+    # Between two sections there is room for the source's own words, and the receiver's status
+    # is then that of a guest that was given up.
+    "sender-interrupted": Fault(sender_interrupted, 75, (65, 69)),
+    "sender-killed": Fault(sender_killed, -signal.SIGKILL, (65,)),
+}
+
+
+@pytest.fixture
+def gate(host: Host) -> Iterator[tuple[Path, int]]:
+    path = host.directory / "gate"
+    with fifo(path) as fd:
+        yield path, fd
+        os.write(fd, b"\n")  # to the command of a bhysend that was killed
+
+
+def ran_on(host: Host, guest: Traveller) -> None:
+    """Assert that the guest goes on where it was, and that nobody works on it any more."""
+    guest.prove()
+    host.await_unlocked()
+    assert guest.place.status() == "running"
+    assert host.files("source") == []
+    assert host.files("destination") == []
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+@pytest.mark.parametrize("phase", list(PHASES))
+def test_the_guest_runs_on(
+    phase: str, fault: str, host: Host, small: Traveller, gate: tuple[Path, int]
+) -> None:
+    where, what = PHASES[phase], FAULTS[fault]
+    to, tap = small.next(), Tap(where.section, where.round, where.nth)
+    hook = ("-p", f"read -r line < {gate[0]}") if where.gated else ()
+    # What a killed bhyrecv leaves behind has no name, unless it was given one.
+    memory = () if fault == "receiver-killed" else ("-o", f"mem={to.ram}")
+    commands = (small.send(*ROUNDS, *hook), tap.argv, small.receive(to, *memory))
+    with Pipeline(*commands, env=host.env, narrow=True) as pipeline, reaping(to.qmp):
+        tap.reached()
+        what.act(Attempt(pipeline, tap, to))
+        if where.gated and pipeline[0].process.poll() is None:
+            pipeline[1].await_end()
+            os.write(gate[1], b"\n")
+        sent, _, received = pipeline.wait()
+        assert sent.status == what.sent, report(sent, received)
+        assert received.status in what.received, report(sent, received)
+        if fault == "receiver-killed":
+            forsaken(to)
+    to.assert_nothing_left()
+    if sent.status > 0:
+        assert "it runs here" in sent.stderr
+    if received.status > 0:
+        assert "nothing was started here" in received.stderr
+    ran_on(host, small)
+    small.move(host, sweeps=1)
+
+
+def forsaken(to: Place) -> None:
+    """See that what a killed bhyrecv leaves has never run.  It is then ended, as by an operator."""
+    if qemu_at(to.qmp):
+        assert to.status() == "inmigrate"
+        assert to.serial.read().raw == b""
+    with reaping(to.qmp):
+        pass
+    for path in (to.qmp, to.serial.path):
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("phase", ["round-0", "round-1", "last-round", "state", "before-END"])
+def test_a_destination_that_dies_is_held_against_nobody(
+    phase: str, host: Host, small: Traveller, gate: tuple[Path, int]
+) -> None:
+    where = PHASES[phase]
+    to, tap = small.next(), Tap(where.section, where.round, where.nth)
+    hook = ("-p", f"read -r line < {gate[0]}") if where.gated else ()
+    commands = (small.send(*ROUNDS, *hook), tap.argv, small.receive(to, "-o", f"mem={to.ram}"))
+    with Pipeline(*commands, env=host.env, narrow=True) as pipeline, reaping(to.qmp):
+        tap.reached()
+        # It is there, and bhyrecv fills it.
+        until(lambda: to.ram.exists() and ram.allocated_bytes(to.ram) > 0, "memory")
+        [pid] = qemu_at(to.qmp)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: is_gone(pid), "the end of QEMU")
+        tap.go()
+        if where.gated:
+            os.write(gate[1], b"\n")
+        sent, _, received = pipeline.wait()
+    assert received.status == 69, report(sent, received)
+    assert "nothing was started here" in received.stderr
+    to.assert_nothing_left()
+    # The source cannot know, unless it is told while it still sends.
+    assert sent.status in (74, 80), report(sent, received)
+    if sent.status == 80:
+        host.act(BHYSEND, "--resume", "proof")
+    ran_on(host, small)
+    small.move(host, sweeps=1)
+
+
+# Two at once.
+
+
+@pytest.fixture
+def twin() -> Iterator[Traveller]:
+    """A guest with two QMP sockets."""
+    second = Path(f"/dev/shm/bhyc-{os.getpid()}-second.qmp")
+    guest = Traveller(replace(SMALL, extra=("-qmp", f"unix:{second},server=on,wait=off")))
+    try:
+        yield guest
+    finally:
+        guest.close()
+        second.unlink(missing_ok=True)
+
+
+def test_a_second_bhysend_is_refused_and_the_first_unharmed(host: Host, twin: Traveller) -> None:
+    second = twin.spec.extra[1].removeprefix("unix:").removesuffix(",server=on,wait=off")
+    to, tap = twin.next(), Tap("MEMORY", 0, nth=9)
+    with Pipeline(twin.send(), tap.argv, twin.receive(to), env=host.env, narrow=True) as pipeline:
+        tap.reached()
+        [taken] = run(twin.send(), env=host.env)
+        assert taken.status == 69, report(taken)
+        assert f"another client holds {twin.place.qmp}" in taken.stderr
+        [locked] = run([*BHYSEND, f"qemu:{second}"], env=host.env)
+        assert locked.status == 69, report(locked)
+        assert "another bhysend or bhyrecv works on it" in locked.stderr
+        assert taken.output == locked.output == b""
+        tap.go()
+        sent, _, received = pipeline.wait()
+    assert (sent.status, received.status) == (80, 0), report(sent, received)
+    twin.settle(host, to)
+    twin.prove()
+
+
+def test_a_second_bhyrecv_for_one_place_is_refused(host: Host, small: Traveller) -> None:
+    path = host.directory / "small.bhys"
+    with path.open("wb") as file:
+        [kept] = run(small.send("-k"), env=host.env, stdout=file)
+    assert kept.status == 0, report(kept)
+    to, tap = small.next(), Tap("MEMORY", 0, nth=9)
+    with Pipeline(small.send(), tap.argv, small.receive(to), env=host.env) as pipeline:
+        tap.reached()
+        until(lambda: host.is_locked() and bool(qemu_at(to.qmp)), "the first bhyrecv")
+        with path.open("rb") as file:
+            [second] = run(small.receive(to), env=host.env, stdin=file)
+        assert second.status == 69, report(second)
+        tap.go()
+        sent, _, received = pipeline.wait()
+    assert (sent.status, received.status) == (80, 0), report(sent, received)
+    small.settle(host, to)
+    small.prove()
+
+
+# A stream that ends early.
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of a stream in a file.  end: behind its padding."""
+
+    number: int
+    offset: int
+    end: int
+
+
+def sections(raw: bytes) -> list[Section]:
+    """Return the sections of a sound stream."""
+    found = []
+    offset = fmt.HEADER.size
+    while offset < len(raw):
+        _, _, length, number, _ = fmt.SECTION.unpack_from(raw, offset)
+        end = offset + fmt.SECTION.size + length + fmt.padding_bytes(length)
+        found.append(Section(number, offset, end))
+        offset = end
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A whole stream of a small guest that has only firmware, and runs."""
+    directory = tmp_path_factory.mktemp("whole")
+    host = Host(directory)
+    with Firmware(Spec("microvm", memory_mib=16, name="cut")) as guest:
+        [kept] = run([*BHYSEND, "-k", f"qemu:{guest.qmp_path}"], env=host.env)
+    assert kept.status == 0, report(kept)
+    return kept.output
+
+
+def test_a_stream_cut_in_any_section_is_refused(host: Host, whole: bytes) -> None:
+    found = sections(whole)
+    assert len(found) > 10
+    path = host.directory / "cut.bhys"
+    to = Place(host.directory / "cut.qmp", host.directory / "cut.serial", host.directory / "ram")
+    command = [*BHYRECV, "-o", f"serial0={to.serial.path}", to.operand]
+    for section in found:
+        path.write_bytes(whole[: (section.offset + section.end) // 2])
+        with path.open("rb") as file:
+            [ended] = run(command, env=host.env, stdin=file)
+        assert ended.status == 65, report(ended)
+        assert f"section {section.number} " in ended.stderr
+        assert f"at offset 0x{section.offset:x}" in ended.stderr
+        assert "nothing was started here" in ended.stderr
+        to.assert_nothing_left()
+    assert host.files("destination") == []
+    # The same bytes, whole, start: nothing else was wrong with them.
+    path.write_bytes(whole)
+    with path.open("rb") as file, reaping(to.qmp):
+        [ended] = run(command, env=host.env, stdin=file)
+        assert ended.status == 0, report(ended)
+        assert to.status() == "running"
+
+
+def test_a_stream_without_its_trailer_is_refused(host: Host, stable: Stable, whole: bytes) -> None:
+    last = sections(whole)[-1]
+    path = host.directory / "cut.bhys"
+    path.write_bytes(whole[: last.offset])
+    with path.open("rb") as file:
+        [ended] = run([*BHYRECV, f"qemu:{host.directory}/cut.qmp"], env=host.env, stdin=file)
+    assert ended.status == 65, report(ended)
+    assert f"section {last.number} at offset 0x{last.offset:x}" in ended.stderr
+    assert "without an END" in ended.stderr

@@ -1,0 +1,346 @@
+"""A host that guests leave and arrive at, and a guest on its way through one QEMU after the other.
+
+    host, guest = Host(directory), Traveller(Spec())
+    to = guest.next()
+    sent, received = run(guest.send(), guest.receive(to), env=host.env)
+    assert (sent.status, received.status) == (80, 0), report(sent, received)
+    guest.settle(host, to)      # held, discarded, its QEMU gone; the guest lives there now
+    guest.prove()               # two full sweeps, and no heartbeat missing since it was booted
+
+Source and destination are one host, with one state directory: what is left behind by either
+program is found there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from guest import Guest, Serial, SerialLog, Spec, images, peer_pid, reaping
+from guest.qmp import run_command
+
+from .pipeline import BHYRECV, BHYSEND, Ended, Words, report, run, until
+
+SHM = Path("/dev/shm")
+
+
+def short_directory() -> Path:
+    """Make a directory in memory whose name leaves room for a socket's: a path has 107 bytes."""
+    return Path(tempfile.mkdtemp(prefix="bhyc-", dir=SHM))
+
+
+def is_gone(pid: int) -> bool:
+    """Say whether a process has ended; one that only waits for its parent has."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return text[text.rindex(")") + 2] in "ZX"
+
+
+def processes_with(word: str) -> list[int]:
+    """Return the processes, but this one, that have a word in their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with suppress(OSError):
+                if word.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
+def qemu_at(qmp: Path) -> list[int]:
+    """Return the QEMUs that were started with this QMP socket."""
+    found = []
+    for pid in processes_with(f"unix:{qmp}"):
+        with suppress(OSError):
+            if b"qemu-system" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]:
+                found.append(pid)
+    return found
+
+
+@contextmanager
+def fifo(path: Path) -> Iterator[int]:
+    """Make a FIFO and hold both ends, so that nobody's open(2) waits."""
+    os.mkfifo(path)
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+class Firmware(Guest):
+    """A guest without an operating system: its firmware finds nothing to boot, and waits."""
+
+    @property
+    def argv(self) -> list[str]:
+        """QEMU's command line."""
+        words = super().argv
+        for option in ("-kernel", "-initrd", "-append"):
+            at = words.index(option)
+            del words[at : at + 2]
+        return words
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of -l."""
+
+    guest: str
+    phase: str
+    id: str
+    operand: str
+
+
+class Host:
+    """A state directory, and the environment of programs that use it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.state = directory / "state"
+        self.state.mkdir(mode=0o700)
+        self.env = {**os.environ, "BHYSEND_STATE_DIR": str(self.state)}
+
+    def run(self, *argv: str | Path) -> Ended:
+        """Run one program to its end."""
+        [ended] = run(argv, env=self.env)
+        return ended
+
+    def rows(self, program: Words = BHYSEND) -> list[Row]:
+        """Return what `-l` lists."""
+        ended = self.run(*program, "-l")
+        assert ended.status == 0, report(ended)
+        lines = [line.split("\t") for line in ended.output.decode().splitlines()]
+        return [Row(guest, phase, id_, operand) for guest, phase, _, id_, operand in lines]
+
+    def act(self, program: Words, verb: str, guest: str) -> Ended:
+        """Run --discard or --resume, which must succeed."""
+        ended = self.run(*program, verb, guest)
+        assert ended.status == 0, report(ended)
+        return ended
+
+    def is_locked(self) -> bool:
+        """Say whether any guest's lock is held."""
+        for path in (self.state / "lock").glob("*"):
+            with path.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+        return False
+
+    def await_unlocked(self) -> None:
+        """Wait until nobody works on any guest: of a killed bhysend the keeper ends last."""
+        until(lambda: not self.is_locked(), "the locks")
+
+    def files(self, name: str) -> list[str]:
+        """Return the names in one directory of the state directory."""
+        return sorted(path.name for path in (self.state / name).glob("*"))
+
+
+class Place:
+    """Where a guest lives, or is to live: the paths of one QEMU.
+
+    pid: of the QEMU, once arrive() was called.
+    """
+
+    def __init__(self, qmp: Path, serial: Path, ram: Path) -> None:
+        self.qmp = qmp
+        self.ram = ram
+        self.serial = Serial(serial, self._why_dead)
+        self.pid = 0
+
+    @property
+    def operand(self) -> str:
+        return f"qemu:{self.qmp}"
+
+    def arrive(self) -> None:
+        """Note the process that listens."""
+        self.pid = peer_pid(self.qmp)
+
+    def status(self) -> str:
+        """Return QEMU's run state."""
+        state: str = run_command(self.qmp, "query-status", {})["status"]
+        return state
+
+    def assert_nothing_left(self) -> None:
+        """Assert that neither a QEMU, nor a file of it, is here."""
+        assert processes_with(str(self.qmp)) == []
+        for path in (self.qmp, self.ram, self.serial.path):
+            assert not os.path.lexists(path)
+        assert list(SHM.glob("bhyrecv-*")) == []
+
+    def _why_dead(self) -> str | None:
+        return f"QEMU {self.pid} has ended" if self.pid and is_gone(self.pid) else None
+
+
+class Traveller:
+    """One guest, wherever it lives, and all that it has said since it was booted.
+
+    place: where it lives.  past: its serial output in the places before.
+    """
+
+    def __init__(self, spec: Spec, *, boot: bool = True) -> None:
+        """Boot it, and wait until it is ready."""
+        self.spec = spec
+        self.directory = short_directory()
+        self.past = SerialLog(b"")
+        self._images = images()
+        self._places: list[Place] = []
+        self._first = Guest(spec)
+        try:
+            self._first.start()
+            self.place = self._add(
+                Place(self._first.qmp_path, self._first.serial.path, self._first.ram_path)
+            )
+            self.place.arrive()
+            if boot:
+                self.place.serial.await_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Kill every QEMU that it was in, and remove their files."""
+        for place in self._places:
+            with reaping(place.qmp):
+                pass
+        self._first.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _add(self, place: Place) -> Place:
+        self._places.append(place)
+        return place
+
+    def next(self, socket: str | None = None) -> Place:
+        """Return a place where nothing is yet.  socket: its name, to come back to it later."""
+        leg = f"{len(self._places)}"
+        here = self.directory
+        return self._add(
+            Place(here / f"{socket or leg}.qmp", here / f"{leg}.serial", here / f"{leg}.ram")
+        )
+
+    def waiting(self, guest: Guest) -> Place:
+        """Return the place of a QEMU that was started with incoming=True."""
+        return self._add(Place(guest.qmp_path, guest.serial.path, guest.ram_path))
+
+    def send(self, *options: str) -> list[str]:
+        """Return the command that sends it from where it lives."""
+        return [*BHYSEND, *options, self.place.operand]
+
+    def receive(self, to: Place, *options: str) -> list[str]:
+        """Return the command that receives it, with the host's resources that it needs."""
+        return [*BHYRECV, *options, *self.resources(to), to.operand]
+
+    def argv(self, to: Place) -> list[str]:
+        """Return the QEMU command line, program first, that an operator would write for a place."""
+        return self.spec.argv(
+            self._images, ram_path=to.ram, qmp_path=to.qmp, serial_path=to.serial.path
+        )
+
+    def resources(self, to: Place) -> list[str]:
+        """Return the -o options of a place."""
+        values = {
+            "serial0": to.serial.path,
+            "kernel": self._images.kernel,
+            "initrd": self._images.initramfs,
+        }
+        if self.spec.disk is not None:
+            values["disk0"] = self.spec.disk
+        return [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
+
+    def move(
+        self,
+        host: Host,
+        *,
+        send: tuple[str, ...] = (),
+        receive: tuple[str, ...] = (),
+        to: Place | None = None,
+        sweeps: int = 2,
+    ) -> list[Ended]:
+        """Move it through a plain pipe; it must arrive, and prove itself there."""
+        to = to or self.next()
+        ended = run(self.send(*send), self.receive(to, *receive), env=host.env)
+        assert [one.status for one in ended] == [80, 0], report(*ended)
+        self.settle(host, to)
+        self.prove(sweeps)
+        return ended
+
+    def settle(self, host: Host, to: Place) -> None:
+        """See it held, discard it, and take it from now on as living there."""
+        rows = host.rows()
+        assert [(row.guest, row.phase) for row in rows] == [(self.spec.name, "held")]
+        assert rows[0].operand == self.place.operand
+        assert self.place.status() == "postmigrate"
+        host.act(BHYSEND, "--discard", self.spec.name)
+        assert is_gone(self.place.pid)
+        assert host.rows() == []
+        assert not host.is_locked()
+        self.arrive(to)
+
+    def arrive(self, to: Place) -> None:
+        """Take it as living there; where it lived, it says nothing any more."""
+        self.past = self.log()
+        self.place = to
+        to.arrive()
+
+    def log(self) -> SerialLog:
+        """Return all that it has said."""
+        return self.past + self.place.serial.read()
+
+    def prove(self, sweeps: int = 2) -> None:
+        """Wait for full sweeps that begin now; nothing bad, and no heartbeat ever missing."""
+        beats = len(self.log().heartbeats)
+        self.place.serial.await_sweeps(sweeps)
+        log = self.log()
+        log.assert_unbroken()
+        assert len(log.heartbeats) > beats
+
+    def await_log(self, condition: Callable[[SerialLog], bool], what: str) -> None:
+        """Wait for something in all that it has said."""
+        until(lambda: condition(self.log()), what)
+
+    def is_well(self) -> bool:
+        """Say whether it runs and has proven itself so far."""
+        try:
+            if self.place.status() != "running":
+                return False
+            self.place.serial.await_heartbeats(1, 20.0)
+            self.log().assert_unbroken()
+        except (AssertionError, OSError):
+            return False
+        return True
+
+
+class Stable:
+    """Guests that are booted once and lent to one test after the other.
+
+    A test gives a guest back where it has moved to, running.  One that is not well any more is
+    replaced, so that one failed test does not fail the rest.
+    """
+
+    def __init__(self) -> None:
+        self._guests: dict[str, Traveller] = {}
+
+    def lend(self, spec: Spec) -> Traveller:
+        """Return a running guest of this kind."""
+        key = repr(spec)
+        guest = self._guests.get(key)
+        if guest is not None and not guest.is_well():
+            guest.close()
+            guest = None
+        if guest is None:
+            guest = self._guests[key] = Traveller(spec)
+        return guest
+
+    def close(self) -> None:
+        """End all of them."""
+        for guest in self._guests.values():
+            guest.close()

@@ -1,0 +1,347 @@
+"""The keeper: real processes, real kills, and records that tell it what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+import bhystream
+from bhystream import keeper, state
+from bhystream.errors import GuestError
+from bhystream.keeper import Keeper
+from bhystream.state import HELD, PAUSED, Lock, Record, Records
+
+RECORD = Record("a" * 32, "web1", "qemu:/web1", "lock-1", PAUSED, {"hypervisor": "none"})
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
+    return state.directory()
+
+
+@pytest.fixture
+def records(base: Path) -> Records:
+    return Records(base, "source")
+
+
+@pytest.fixture
+def lock(base: Path) -> Iterator[Lock]:
+    made = Lock(base, RECORD.lock, "guest web1")
+    yield made
+    made.release()
+
+
+def is_gone(pid: int, seconds: float = 60) -> bool:
+    """Return True once a process has ended, False if it does not within that time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if stat.rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.005)
+    return False
+
+
+# As bhysend's child.
+
+
+def test_a_dismissed_keeper_ends_and_does_nothing(
+    base: Path, records: Records, lock: Lock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = Keeper(base, RECORD, lock)
+    records.write(RECORD)
+    made.dismiss()
+    assert made._process.returncode == 0
+    assert records.all() == [RECORD]
+    made.dismiss()  # twice is no error
+    assert capfd.readouterr().err == ""
+
+
+def test_starting_one_records_nothing(base: Path, records: Records, lock: Lock) -> None:
+    made = Keeper(base, RECORD, lock)
+    assert records.all() == []
+    made.dismiss()
+
+
+def test_a_keeper_that_is_dead_already_is_dismissed(base: Path, lock: Lock) -> None:
+    made = Keeper(base, RECORD, lock)
+    made._process.kill()
+    made._process.wait()
+    made.dismiss()
+
+
+def test_a_keeper_survives_what_ends_a_pipeline(
+    base: Path, lock: Lock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGTSTP)
+    # Where the tests run with some of them ignored, it would inherit that.
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    try:
+        made = Keeper(base, RECORD, lock)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    for number in numbers:
+        made._process.send_signal(number)
+    made.dismiss()
+    assert made._process.returncode == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_keeper_has_its_own_session_and_pins_no_directory(base: Path, lock: Lock) -> None:
+    made = Keeper(base, RECORD, lock)
+    try:
+        assert os.getsid(made._process.pid) == made._process.pid
+        assert os.readlink(f"/proc/{made._process.pid}/cwd") == "/"
+    finally:
+        made.dismiss()
+
+
+def test_a_keeper_inherits_the_lock_and_nothing_else(base: Path, lock: Lock) -> None:
+    theirs, ours = os.pipe()
+    memory = os.memfd_create("guest", 0)
+    for fd in (theirs, ours, memory):
+        os.set_inheritable(fd, True)
+    made = Keeper(base, RECORD, lock)
+    try:
+        directory = f"/proc/{made._process.pid}/fd"
+        found = {int(name): os.readlink(f"{directory}/{name}") for name in os.listdir(directory)}
+    finally:
+        made.dismiss()
+        for fd in (theirs, ours, memory):
+            os.close(fd)
+    assert found.pop(0) == found.pop(1) == "/dev/null"
+    assert found.pop(2) == os.readlink("/proc/self/fd/2")
+    assert found.pop(lock.fd) == str(base / "lock/lock-1")
+    assert len(found) == 1, found
+    assert next(iter(found.values())).startswith("socket:")
+
+
+def test_a_keeper_that_does_not_start_is_an_error_before_anything_is_done(
+    base: Path, records: Records, lock: Lock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(GuestError, match="guest web1: its keeper does not start"):
+        Keeper(base, RECORD, lock)
+    assert os.listdir("/proc/self/fd") == before
+    assert records.all() == []
+
+
+def test_a_keeper_that_says_nothing_is_given_up(
+    base: Path, lock: Lock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    silent = tmp_path / "silent"
+    # It ends when its order has come and its socket is closed.
+    silent.write_text('#!/bin/sh\nexec cat <&"$3" >/dev/null\n')
+    silent.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(silent))
+    monkeypatch.setattr(keeper, "_START_SECONDS", 0.2)
+    with pytest.raises(GuestError, match="its keeper does not start"):
+        Keeper(base, RECORD, lock)
+
+
+# When bhysend has been killed.
+
+PARENT = """
+import sys
+from bhystream import state
+from bhystream.keeper import Keeper
+from bhystream.state import Lock, Record, Records
+
+base = state.directory()
+record = Record("a" * 32, "web1", "qemu:/web1", "lock-1", "paused", {"hypervisor": "none"})
+keeper = Keeper(base, record, Lock(base, record.lock, "guest web1"))
+for phase in sys.argv[1:]:
+    Records(base, "source").write(record.moved(phase))
+print(keeper._process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def orphan(*phases: str) -> int:
+    """Start a keeper under a parent that records these phases, and SIGKILL the parent.
+
+    Returns the keeper's pid.
+    """
+    argv = [sys.executable, "-c", PARENT, *phases]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    return pid
+
+
+def test_a_keeper_is_of_the_same_program(base: Path, tmp_path: Path) -> None:
+    # Run from a source tree, by a relative path: not the one that is installed.
+    tree = tmp_path / "tree"
+    shutil.copytree(Path(bhystream.__file__).parent, tree / "lib/bhystream")
+    module = tree / "lib/bhystream/keeper.py"
+    module.write_text(module.read_text().replace('b"ready\\n"', 'b"other\\n"'))
+    assert "other" in module.read_text()
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": "lib"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_a_record_it_ends(
+    base: Path, records: Records, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert is_gone(orphan())
+    assert records.all() == []
+    assert capfd.readouterr().err == ""
+
+
+def test_a_held_guest_is_the_operators(
+    base: Path, records: Records, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert is_gone(orphan(PAUSED, HELD))
+    assert [record.phase for record in records.all()] == [HELD]
+    assert capfd.readouterr().err == ""
+
+
+def test_it_keeps_record_and_lock_while_it_tries(base: Path, records: Records) -> None:
+    pid = orphan(PAUSED)
+    try:
+        with pytest.raises(GuestError, match="another bhysend or bhyrecv works on it"):
+            Lock(base, RECORD.lock, "guest web1")
+        assert not is_gone(pid, 0.5)
+        assert [record.phase for record in records.all()] == [PAUSED]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    assert is_gone(pid)
+    Lock(base, RECORD.lock, "guest web1").release()
+
+
+# What it does then, by a keeper whose hypervisor is ours.
+
+DRIVER = """
+import sys
+from bhystream import hypervisors, keeper
+from bhystream.errors import GuestError
+
+keeper._RETRY_SECONDS = 0.001
+keeper._RESUME_SECONDS = float(sys.argv[2])
+faults = eval(sys.argv[3])
+
+class Paused:
+    def resume(self):
+        print("resume", flush=True)
+    def close(self):
+        print("close", flush=True)
+
+def open_paused(revive):
+    print("open", revive["hypervisor"], flush=True)
+    if faults:
+        raise faults.pop(0)
+    return Paused()
+
+if sys.argv[4:]:
+    hypervisors.open_paused = open_paused
+sys.exit(keeper.main(sys.argv))
+"""
+
+
+class Driven:
+    """A keeper in a process of its own, as Keeper starts it."""
+
+    def __init__(
+        self, base: Path, seconds: float, faults: str = "[]", *, ours: bool = True
+    ) -> None:
+        self.socket, theirs = socket.socketpair()
+        argv = [sys.executable, "-c", DRIVER, str(theirs.fileno()), str(seconds), faults]
+        with theirs:
+            self.process = subprocess.Popen(
+                argv + ["ours"] * ours,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                pass_fds=(theirs.fileno(),),
+            )
+        order = {"base": str(base), "record": asdict(RECORD)}
+        self.socket.sendall(json.dumps(order).encode() + b"\n")
+        self.socket.settimeout(60)
+        assert self.socket.recv(100) == b"ready\n"
+
+    def orphaned(self) -> tuple[int, str, str]:
+        """Close its socket, as the kernel does; return status, stdout, stderr."""
+        self.socket.close()
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+def test_a_paused_guest_is_resumed_and_its_record_removed(base: Path, records: Records) -> None:
+    driven = Driven(base, 60)
+    records.write(RECORD)
+    status, out, err = driven.orphaned()
+    assert out.split("\n") == ["open none", "resume", "close", ""]
+    assert err == "bhysend: guest web1: bhysend is gone; the guest runs on here\n"
+    assert status == 0
+    assert records.all() == []
+
+
+def test_it_tries_again_until_the_hypervisor_answers(base: Path, records: Records) -> None:
+    driven = Driven(base, 60, "[GuestError('busy'), GuestError('busy')]")
+    records.write(RECORD)
+    status, out, err = driven.orphaned()
+    assert out.split("\n") == ["open none"] * 3 + ["resume", "close", ""]
+    assert (status, err.count("\n")) == (0, 1)
+    assert records.all() == []
+
+
+def test_it_tries_again_whatever_failed(base: Path, records: Records) -> None:
+    # The last one who can resume the guest does not give up over a fault of ours.
+    driven = Driven(base, 60, "[OSError(11, 'odd'), ValueError('odd')]")
+    records.write(RECORD)
+    status, out, err = driven.orphaned()
+    assert "resume" in out.split(), err
+    assert status == 0
+
+
+def test_what_cannot_be_resumed_is_said_and_its_record_kept(base: Path, records: Records) -> None:
+    driven = Driven(base, 0, ours=False)
+    records.write(RECORD)
+    status, out, err = driven.orphaned()
+    assert err == "bhysend: the record's hypervisor 'none' is not known here\n"
+    assert (status, out) == (69, "")
+    assert records.all() == [RECORD]
+
+
+@pytest.mark.parametrize("phase", [None, HELD])
+def test_nothing_else_is_ever_resumed(base: Path, records: Records, phase: str | None) -> None:
+    driven = Driven(base, 60)
+    if phase:
+        records.write(RECORD)
+        records.write(RECORD.moved(phase))
+    assert driven.orphaned() == (0, "", "")
+    assert [record.phase for record in records.all()] == ([phase] if phase else [])
+
+
+def test_a_word_cut_short_is_no_dismissal(base: Path, records: Records) -> None:
+    driven = Driven(base, 60)
+    records.write(RECORD)
+    driven.socket.sendall(b"don")
+    status, out, _ = driven.orphaned()
+    assert (status, out.split()[-2:]) == (0, ["resume", "close"])

@@ -1,0 +1,173 @@
+"""Signals become exceptions where the program has said so, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from bhystream.signals import Interrupted, Signals
+from memory_source import wait_until_full
+
+INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+TAKEN = (*INTERRUPTS, signal.SIGPIPE, signal.SIGUSR1)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in TAKEN}
+    for number in TAKEN:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", INTERRUPTS)
+def test_an_interrupt_is_raised_where_it_may_be(number: signal.Signals) -> None:
+    signals = Signals()
+    with pytest.raises(Interrupted, match=f"interrupted by {number.name}") as caught:  # noqa: SIM117
+        with signals.interruptible():
+            signal.raise_signal(number)
+            pytest.fail("went on after the signal")
+    assert caught.value.status == 75
+
+
+@pytest.mark.parametrize("number", INTERRUPTS)
+def test_an_interrupt_elsewhere_waits_for_the_next_such_point(number: signal.Signals) -> None:
+    signals = Signals()
+    signal.raise_signal(number)
+    entered = False
+    with pytest.raises(Interrupted, match=number.name):  # noqa: SIM117
+        with signals.interruptible():
+            entered = True
+    assert not entered
+
+
+def test_after_the_block_it_waits_again() -> None:
+    signals = Signals()
+    with signals.interruptible():
+        pass
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Interrupted), signals.interruptible():
+        pass
+
+
+def test_after_an_exception_in_the_block_it_waits_again() -> None:
+    signals = Signals()
+    with pytest.raises(ValueError, match="other"), signals.interruptible():
+        raise ValueError("other")
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_one_interrupt_is_raised_once() -> None:
+    signals = Signals()
+    with pytest.raises(Interrupted), signals.interruptible():
+        signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)  # deferred: the guest is being brought back
+    with pytest.raises(Interrupted, match="SIGTERM"), signals.interruptible():
+        pass
+    with signals.interruptible():
+        pass
+
+
+def test_a_forgotten_interrupt_is_not_raised() -> None:
+    signals = Signals()
+    signal.raise_signal(signal.SIGINT)
+    signals.forget()
+    with signals.interruptible():
+        pass
+
+
+def test_on_deferred_hears_of_what_waits_only() -> None:
+    signals = Signals()
+    heard: list[str] = []
+    signals.on_deferred = heard.append
+    signal.raise_signal(signal.SIGTERM)
+    assert heard == ["SIGTERM"]
+    signals.forget()
+    with pytest.raises(Interrupted), signals.interruptible():
+        signal.raise_signal(signal.SIGHUP)
+    assert heard == ["SIGTERM"]
+
+
+@pytest.mark.parametrize("number", INTERRUPTS)
+def test_what_was_ignored_at_the_start_stays_ignored(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    signals = Signals()
+    assert signal.getsignal(number) == signal.SIG_IGN
+    with signals.interruptible():
+        signal.raise_signal(number)
+
+
+def test_a_pipe_without_a_reader_is_no_signal() -> None:
+    Signals()
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    try:
+        with pytest.raises(BrokenPipeError):
+            os.write(ours, b"x")
+    finally:
+        os.close(ours)
+
+
+def test_a_report_can_be_had_at_any_time() -> None:
+    signals = Signals()
+    signal.raise_signal(signal.SIGUSR1)  # nobody to ask yet
+    asked: list[bool] = []
+    signals.on_report = lambda: asked.append(True)
+    signal.raise_signal(signal.SIGUSR1)
+    with signals.interruptible():
+        signal.raise_signal(signal.SIGUSR1)
+    assert asked == [True, True]
+
+
+class Helper(threading.Thread):
+    """Sends a signal to the main thread once that has filled a pipe."""
+
+    def __init__(self, fd: int, number: signal.Signals, finish: threading.Event) -> None:
+        super().__init__()
+        self.fd, self.number, self.finish = fd, number, finish
+        self.sent = threading.Event()
+
+    def run(self) -> None:
+        wait_until_full(self.fd)
+        signal.pthread_kill(threading.main_thread().ident or 0, self.number)
+        self.sent.set()
+        # If the write is not left within this time the test fails, and does not hang.
+        self.finish.wait(20)
+        while os.read(self.fd, 1 << 20):
+            pass
+
+
+def blocked_write(signals: Signals, number: signal.Signals, finish: threading.Event) -> None:
+    """Write to a full pipe, and get a signal there."""
+    theirs, ours = os.pipe()
+    helper = Helper(theirs, number, finish)
+    helper.start()
+    try:
+        with signals.interruptible():
+            os.write(ours, bytes(1 << 21))
+    finally:
+        finish.set()
+        os.close(ours)
+        helper.join()
+        os.close(theirs)
+        assert helper.sent.is_set()
+
+
+def test_an_interrupt_ends_a_blocked_write() -> None:
+    finish = threading.Event()
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        blocked_write(Signals(), signal.SIGTERM, finish)
+
+
+def test_a_report_does_not_end_a_blocked_write() -> None:
+    signals = Signals()
+    finish = threading.Event()
+    signals.on_report = finish.set
+    blocked_write(signals, signal.SIGUSR1, finish)
+    assert finish.is_set()
