@@ -8,17 +8,51 @@ test_malformed_memory.py.
 
 from __future__ import annotations
 
+import io
 import struct
+from typing import Any
 
 import pytest
+import xxhash
 
 from bhystream.errors import AbortedError, BhyError, ChecksumError, FormatError, TruncatedError
-from both import Input, Make, Recorder, refused, refused_last, spec_refused, where
-from spec_reader import Refused
+from both import Input, Make, Recorder, refused, refused_last, where
+from spec_reader import Refused, read
 from streams import (
-    ABORT, ANSWERED, CAPS, CONFIG, DEVICES, END, GO, HEAD_END, HOST, HOST_JSON, KEPT, LAYOUT,
-    MEMORY, NAMES, NO_MEMORY, NONCE, OPTIONAL, PAD, PLAIN, ROUND_END, SHORTEST, STATE, TIME, Maker,
-    abort, before, header, page,
+    ABORT,
+    ANSWERED,
+    CAPS,
+    CONFIG,
+    CONFIG_JSON,
+    DEVICES,
+    DEVICES_JSON,
+    END,
+    GO,
+    HEAD_END,
+    HOST,
+    HOST_JSON,
+    IDENT,
+    KEPT,
+    LAYOUT,
+    MEMORY,
+    NAMES,
+    NO_MEMORY,
+    NONCE,
+    OPTIONAL,
+    PAD,
+    PLAIN,
+    ROUND_END,
+    SEED,
+    SHORTEST,
+    STATE,
+    TIME,
+    Maker,
+    abort,
+    before,
+    header,
+    layout,
+    page,
+    state,
 )  # fmt: skip
 
 SOUND = Maker().full().end().raw
@@ -161,13 +195,11 @@ def test_padding_has_to_be_complete_and_zero() -> None:
 def test_wrong_checksum_is_refused(kind: int) -> None:
     maker = before(kind)
     refused_last(maker.add(kind, bytes(SHORTEST.get(kind, 0)), flip=1), *CHECKSUM)
-    # The sections of another stream: its id is under the checksum too.
+    # A flag set under the old checksum, which covers the section header too.
     maker = before(kind)
-    maker.add(kind, bytes(SHORTEST.get(kind, 0)))
-    raw = maker.raw[: maker.last[2]] + maker.raw[maker.last[2] :].replace(b"\0", b"\1", 0)
-    start = maker.last[2]
-    raw = raw[: start + 4] + b"\1" + raw[start + 5 :]  # a flag, under the old checksum
-    refused(raw, where(maker), *CHECKSUM)
+    raw = bytearray(maker.add(kind, bytes(SHORTEST.get(kind, 0))).raw)
+    raw[maker.last[2] + 4] ^= 1
+    refused(bytes(raw), where(maker), *CHECKSUM)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, _ in CAPS if kind not in (MEMORY, OPTIONAL)])
@@ -221,40 +253,188 @@ def misplaced(kind: int, after: str) -> str:
 def test_section_in_the_wrong_place_is_refused(at: int, kind: int) -> None:
     make, allowed, after = PLACES[at]
     maker = make()
-    ended = maker.form != ANSWERED and after == "END"
-    why = "bytes after the last section" if ended else "the section may not stand here"
-    if kind not in allowed:
-        maker.add(kind, bytes(SHORTEST.get(kind, 0)))
-        refused_walk(maker, misplaced(kind, after))
-        spec_refused(maker.raw, where(maker.unnamed() if ended else maker), why)
+    if kind in allowed:  # what is found then is the wrong sequence number
+        maker.add(kind, sequence=99)
+        refused_last(maker, FormatError, "sequence number is 99", "wrong sequence number")
         return
-    # In place: what is found then is the wrong sequence number.
-    maker.add(kind, sequence=99)
-    refused_last(maker, FormatError, "sequence number is 99", "wrong sequence number")
-
-
-def refused_walk(maker: Maker, message: str) -> None:
-    recorder = Recorder(Input(maker.raw))
-    with pytest.raises(FormatError) as caught:
-        recorder.run()
-    assert str(caught.value) == f"{where(maker)}: {message}"
+    ended = not allowed
+    why = "bytes after the last section" if ended else "the section may not stand here"
+    started = after == "GO" or (ended and not maker.dry)
+    maker.add(kind, bytes(SHORTEST.get(kind, 0)))
+    refused_last(maker, FormatError, misplaced(kind, after), why, started=started)
 
 
 @pytest.mark.parametrize("form", [PLAIN, KEPT])
 @pytest.mark.parametrize("more", [b"\0", bytes(31)])
 def test_bytes_after_the_trailer_are_refused(form: int, more: bytes) -> None:
-    refused(
-        (maker := Maker(form).full().end().then(more)).raw,
-        where(maker),
+    refused_last(
+        Maker(form).full().end().then(more),
         TruncatedError,
         "its header is cut short",
         "bytes after the last section",
-    ) if form == 0 else trailing(Maker(form).full().end().then(more))
+        started=True,
+    )
 
 
-def trailing(maker: Maker) -> None:
-    recorder = Recorder(Input(maker.raw))
-    with pytest.raises(TruncatedError) as caught:
+def test_a_second_section_of_the_head_is_refused() -> None:
+    ram = layout((b"ram", 0, 7))
+    sound = {HOST: HOST_JSON, LAYOUT: ram, CONFIG: CONFIG_JSON, DEVICES: DEVICES_JSON}
+    for kind in (HOST, LAYOUT, CONFIG, DEVICES, HEAD_END):
+        maker = before(kind)
+        for _ in range(2):
+            maker.add(kind, sound.get(kind, b""))
+        message = f"it may not follow {NAMES[kind]}"
+        refused_last(maker, FormatError, message, "the section may not stand here")
+
+
+# TIME, END, GO, ABORT
+
+
+def test_a_pause_of_some_length_at_no_time_is_refused() -> None:
+    maker = before(TIME).time(0, 1)
+    refused_last(maker, FormatError, "paused for a time, but at none", "paused never")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message", "why"),
+    [
+        ({"what": 5}, "what is 5, but counted 1", "unknown bit in what"),
+        ({"what": 0}, "what is 0, but counted 1", "wrong MAY_START"),
+        ({"what": 3}, "what is 3, but counted 1", "wrong NO_MEMORY"),
+        ({"rounds": 2}, "rounds is 2, but counted 1", "wrong number of rounds"),
+        ({"sections": 11}, "sections is 11, but counted 10", "wrong number of sections"),
+        ({"offset": 0}, "offset_bytes is 0, but counted {offset}", "wrong offset"),
+        ({"data": 4}, "data_pages is 4, but counted 3", "wrong data pages"),
+        ({"zeros": 3}, "zero_pages is 3, but counted 4", "wrong zero pages"),
+        ({"states": 4}, "state_bytes is 4, but counted 3", "wrong state bytes"),
+        ({"digest": bytes(16)}, f"digest is {'0' * 32}, but counted {{digest}}", "wrong digest"),
+    ],
+)
+def test_bad_end_is_refused(wrong: dict[str, Any], message: str, why: str) -> None:
+    digest = Maker().full().end().raw[-16:].hex()
+    maker = Maker().full().end(**wrong)
+    message = message.format(offset=maker.last[2], digest=digest)
+    refused_last(maker, ChecksumError, message, why)
+
+
+@pytest.mark.parametrize(
+    ("form", "mandatory", "what", "sound", "why"),
+    [
+        (KEPT, 0, 0, 1, "wrong MAY_START"),
+        (ANSWERED, 0, 1, 0, "wrong MAY_START"),
+        (PLAIN, NO_MEMORY, 3, 2, "wrong MAY_START"),
+        (ANSWERED, NO_MEMORY, 3, 2, "wrong MAY_START"),
+        (PLAIN, NO_MEMORY, 0, 2, "wrong NO_MEMORY"),
+        (ANSWERED, 0, 2, 0, "wrong NO_MEMORY"),
+    ],
+)
+def test_what_follows_from_form_and_feature(
+    form: int, mandatory: int, what: int, sound: int, why: str
+) -> None:
+    maker = Maker(form, mandatory)
+    maker = (maker.head() if mandatory else maker.full()).end(what=what)
+    refused_last(maker, ChecksumError, f"what is {what}, but counted {sound}", why)
+
+
+def test_digest_of_the_low_half_first_is_refused() -> None:
+    digest = Maker().full().end().raw[-16:]
+    swapped = digest[8:] + digest[:8]
+    message = f"digest is {swapped.hex()}, but counted {digest.hex()}"
+    refused_last(Maker().full().end(digest=swapped), ChecksumError, message, "wrong digest")
+
+
+def test_the_digest_is_over_sections_of_every_type() -> None:
+    # A stream whose END was made before a PAD and a skipped section were put in front of it.
+    for kind in (PAD, OPTIONAL, STATE):
+        short = Maker().head().round_0()
+        long = Maker().head().round_0()
+        for _ in range(2):
+            short.add(PAD)
+        long.add(PAD)
+        long.add(kind, state(b"s", 0, b"") if kind == STATE else b"x", flags=kind == STATE)
+        wrong = short.time().end().raw[-16:]
+        right = long.time().raw and Maker.end(long).raw[-16:]
+        assert wrong != right
+        raw = long.raw[:-16] + wrong
+        start = long.last[2]
+        head = raw[start : start + 24]
+        checksum = xxhash.xxh3_64_intdigest(IDENT + head + raw[start + 32 :], seed=SEED)
+        raw = raw[: start + 24] + struct.pack("<Q", checksum) + raw[start + 32 :]
+        message = f"digest is {wrong.hex()}, but counted {right.hex()}"
+        refused(raw, where(long), ChecksumError, message, "wrong digest")
+
+
+@pytest.mark.parametrize(
+    ("payload", "message", "why"),
+    [
+        (abort(b"x", status=63), "status 63 is not 64 to 77", "status is not 64 to 77"),
+        (abort(b"x", status=78), "status 78 is not 64 to 77", "status is not 64 to 77"),
+        (abort(b"x", zero=1), "reserved field is not zero", "reserved field is not zero"),
+        (abort(b"\xff"), "the text is not UTF-8", "text is not UTF-8"),
+        (abort(b"a\nb"), "the text has control characters", "control character in the text"),
+        (abort(b"a\0"), "the text has control characters", "control character in the text"),
+        (abort(b"\x1f"), "the text has control characters", "control character in the text"),
+        (abort(b"\x7f"), "the text has control characters", "control character in the text"),
+        (abort("\x80".encode()), "the text has control characters",
+         "control character in the text"),
+        (abort("\x9f".encode()), "the text has control characters",
+         "control character in the text"),
+    ],
+)  # fmt: skip
+def test_bad_abort_is_refused(payload: bytes, message: str, why: str) -> None:
+    refused_last(before(ABORT).add(ABORT, payload), FormatError, message, why)
+
+
+ABORTS: list[Make] = [
+    Maker, Maker().host, Maker().head, lambda: Maker().head().memory(0, [(0, 1, 0)], [page(1)]),
+    lambda: before(STATE).state(b"s", 0, b"1"), lambda: Maker().full(),
+    lambda: Maker(mandatory=NO_MEMORY).head(), lambda: Maker().host().add(PAD),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", ABORTS)
+@pytest.mark.parametrize("more", [b"", b"\0", bytes(32)])
+def test_an_aborted_stream_starts_nothing(make: Make, more: bytes) -> None:
+    text = "interrupted: \N{SNOWMAN} \xa0~"
+    maker = make().add(ABORT, abort(text.encode(), status=77))
+    recorder = Recorder(Input(maker.raw + more))
+    with pytest.raises(AbortedError) as caught:
         recorder.run()
-    assert str(caught.value) == f"{where(maker)}: its header is cut short"
-    spec_refused(maker.raw, where(maker), "bytes after the last section")
+    assert str(caught.value) == f"the source gave up (status 77): {text}"
+    assert caught.value.status == 69
+    assert not recorder.started
+    if more:
+        with pytest.raises(Refused, match="bytes after the last section"):
+            read(io.BytesIO(maker.raw + more))
+    else:
+        assert read(io.BytesIO(maker.raw)).abort == (77, text)
+
+
+def test_the_longest_text_of_an_abort_is_taken() -> None:
+    maker = Maker().add(ABORT, abort(b"x" * 1016, status=64))
+    with pytest.raises(AbortedError, match=r"\(status 64\): x{1016}$"):
+        Recorder(Input(maker.raw)).run()
+
+
+# The order of the checks, where two rules are broken at once.
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Maker().add(99, length=2**63), "a mandatory section that is not known here"),
+        (lambda: Maker().add(LAYOUT, length=2**63), "it may not follow the header"),
+        (lambda: Maker().add(HOST, length=2**63, sequence=5),
+         "length 9223372036854775808 is over the cap of 65536"),
+        (lambda: Maker().add(HOST, b"{", length=9, sequence=5), "sequence number is 5"),
+        (lambda: Maker().add(HOST, b"{", length=9, flip=1), "the stream ends 1 bytes early"),
+        (lambda: Maker().add(HOST, b"{", filler=b"\1" * 7, flip=1), "padding is not zero"),
+        (lambda: Maker().add(HOST, b"{", flip=1, flags=1), "checksum differs"),
+        (lambda: Maker().add(HOST, b"{", flags=1), "flags 0x1 are not known"),
+    ],
+)  # fmt: skip
+def test_the_first_broken_rule_is_named(make: Make, message: str) -> None:
+    maker = make()
+    with pytest.raises(BhyError) as caught:
+        Recorder(Input(maker.raw)).run()
+    assert str(caught.value) == f"{where(maker)}: {message}"

@@ -96,6 +96,12 @@ class IncompatibleError(BhyError):
     status = 76
 
 
+class HeldError(BhyError):
+    """The guest stands paused at the source and could not be resumed."""
+
+    status = HELD
+
+
 class InDoubtError(BhyError):
     """The guest may or may not have run at the destination."""
 

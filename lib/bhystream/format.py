@@ -78,7 +78,8 @@ class Feature(IntFlag):
     NO_MEMORY = 2
 
 
-KNOWN_FEATURES = Feature.ZSTD | Feature.NO_MEMORY
+# An int: ~ of an IntFlag has only the bits of its members, so none unknown.
+KNOWN_FEATURES = int(Feature.ZSTD | Feature.NO_MEMORY)
 
 
 class Type(IntEnum):

@@ -103,13 +103,23 @@ def _open(record: Record) -> Paused | None:
     return None
 
 
+def is_alive(record: Record) -> bool:
+    """Say whether the hypervisor's process of a recorded guest exists."""
+    paused = _open(record)
+    if paused is None:
+        return False
+    paused.close()
+    return True
+
+
 def _discard(records: Records, record: Record, console: Console) -> None:
-    if record.phase == PAUSED:
+    paused = _open(record)
+    if paused is not None and record.phase == PAUSED:
+        paused.close()
         raise GuestError(
             f"guest {record.guest}: its stream is not complete, so this may be the only copy",
             f"let it run on: bhysend --resume {record.id}",
         )
-    paused = _open(record)
     if paused is None:
         console.say(f"guest {record.guest}: it was gone already; its record is removed")
     else:
@@ -132,9 +142,14 @@ def _resume(records: Records, record: Record, console: Console) -> None:
     try:
         if record.phase == HELD:
             console.say(f"guest {record.guest}: resuming; the destination must not have started it")
-        if record.phase == LOADED:
-            records.write(record.moved(STARTED))
-        paused.resume()
+        # Before it is done: a guest that may run again is not to be discarded
+        # by the record of the time when it was held.
+        records.write(record.moved(STARTED if record.phase == LOADED else PAUSED))
+        try:
+            paused.resume()
+        except BhyError:
+            records.write(record)
+            raise
     finally:
         paused.close()
     if record.phase != LOADED:

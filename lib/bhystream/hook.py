@@ -7,12 +7,15 @@ last round, so what it needs is not simply added to the downtime.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 
 from bhystream.errors import GuestError
+
+_END_SECONDS = 5
 
 
 class Hook:
@@ -41,7 +44,8 @@ class Hook:
             raise GuestError(f"guest {self._guest}: the -p command ended with {how}")
 
     def kill(self) -> None:
-        """End it and what it started."""
+        """End it and what it started, as far as we may.  Never raises."""
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait(_END_SECONDS)

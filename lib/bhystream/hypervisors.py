@@ -73,6 +73,8 @@ def _qmp_path(operand: str) -> str:
 def preload(revive: Json) -> None:
     """Import all that open_paused() will need."""
     if revive.get("hypervisor") == "qemu":
+        import qemu.qmp  # noqa: F401
+
         from bhystream.backend.qemu import paused  # noqa: F401
 
 

@@ -34,13 +34,14 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from bhystream.errors import BhyError, GuestError
+from bhystream.errors import GuestError, as_error
 from bhystream.report import Console
 from bhystream.state import PAUSED, Lock, Record, Records
 
 _READY = b"ready\n"
 _DONE = b"done\n"
 _START_SECONDS = 30
+_END_SECONDS = 10
 _RESUME_SECONDS = 120
 _RETRY_SECONDS = 0.2
 
@@ -60,6 +61,8 @@ class Keeper:
                 [sys.executable, "-m", "bhystream.keeper", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                # Ours may be ssh's, which waits until the last holder closes it.
+                stderr=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), lock.fd),
                 start_new_session=True,
                 cwd="/",
@@ -83,7 +86,15 @@ class Keeper:
         with contextlib.suppress(OSError):
             self._socket.sendall(_DONE)
         self._socket.close()
-        self._process.wait()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def is_alive(self) -> bool:
+        """Say whether it is still there to take over."""
+        return self._process.poll() is None
 
 
 def _receive(peer: socket.socket, size: int) -> bytes:
@@ -131,19 +142,22 @@ def _resume(record: Record, records: Records, console: Console) -> int:
         try:
             paused = hypervisors.open_paused(record.revive)
             try:
+                if not paused.is_alive():
+                    console.log(f"guest {record.guest}: its hypervisor is gone")
+                    records.remove(record.id)
+                    return 0
                 paused.resume()
             finally:
                 paused.close()
             records.remove(record.id)
-        except BhyError as error:
+        except Exception as raised:  # whatever it is, the guest stands paused
+            error = as_error(raised)
             if time.monotonic() < deadline:
                 time.sleep(_RETRY_SECONDS)
                 continue
             console.fail(error)
             return error.status
-        text = f"guest {record.guest}: bhysend is gone; the guest runs on here"
-        console.say(text)
-        console.log(text)
+        console.log(f"guest {record.guest}: bhysend is gone; the guest runs on here")
         return 0
 
 

@@ -108,6 +108,7 @@ class Build:
         self.id = walk.header.stream_id.hex()
         self.sink: Sink | None = None
         self.lock: state.Lock | None = None
+        self.stream_lock: state.Lock | None = None
         self.destinations: Sequence[Destination] = ()
         self.starts: list[int] = []
         self.name = ""
@@ -117,6 +118,9 @@ class Build:
 
     def run(self) -> None:
         """Build and start the guest.  Raises BhyError; then call undo()."""
+        # Held to the end: a second bhyrecv of the same stream is refused now,
+        # and finds the record later.
+        self.stream_lock = state.Lock(self.base, f"stream-{self.id}", f"stream {self.id}")
         self.check_form()
         events = self.walk.events()
         while True:
@@ -135,6 +139,7 @@ class Build:
                 case Ended():
                     self.ended_ns = time.monotonic_ns()
                     self.finish(event)
+                    return
 
     def check_form(self) -> None:
         """Refuse what may not be started, before anything is made."""
@@ -143,6 +148,11 @@ class Build:
         if self.walk.header.form == Form.ANSWERED:
             raise IncompatibleError("the stream is of the answered form, which needs a way back")
         record = self.records.get(self.id)
+        if record and record.phase == state.LOADED and hold.is_alive(record):
+            raise IncompatibleError(
+                f"stream {self.id} stands loaded on this host, as {record.operand}",
+                f"bhyrecv --resume {self.id}, or bhyrecv --discard {self.id}",
+            )
         if record and not self.opts.again:
             raise IncompatibleError(
                 f"stream {self.id} was {record.phase} on this host before, as {record.operand}",
@@ -253,8 +263,6 @@ class Build:
         the operator can see whether it runs, and ending it could end the only
         copy that has gone on.  Returns the error to raise.
         """
-        if self.let_go:
-            return error
         if self.sink and self.sink.may_have_run:
             return InDoubtError(
                 f"guest {self.name}: it may run here: {error}",
@@ -268,9 +276,10 @@ class Build:
         return error
 
     def close(self) -> None:
-        """Give up the lock."""
-        if self.lock:
-            self.lock.release()
+        """Give up the locks."""
+        for lock in (self.lock, self.stream_lock):
+            if lock:
+                lock.release()
 
 
 def refuse(reasons: Sequence[str], name: str) -> None:
@@ -279,11 +288,16 @@ def refuse(reasons: Sequence[str], name: str) -> None:
         raise IncompatibleError(f"guest {name}: {reasons[0]}", "\n".join(reasons[1:]))
 
 
-def verdict(opts: Options, walk: Walk, base: Path, console: Console) -> None:
+def verdict(opts: Options, walk: Walk, base: Path, console: Console, signals: Signals) -> None:
     """Verify a stream to its end and say whether this host could take it (-n)."""
     reasons: list[str] = []
     name = "?"
-    for event in walk.events():
+    events = walk.events()
+    while True:
+        with signals.interruptible():
+            event = next(events, None)
+        if event is None:
+            break
         if isinstance(event, Head):
             sink, name, _ = hypervisors.open_sink(
                 event.host["hypervisor"],
@@ -295,7 +309,8 @@ def verdict(opts: Options, walk: Walk, base: Path, console: Console) -> None:
             )
             reasons = sink.check(event)
     if walk.header.form != Form.ANSWERED:
-        walk.expect_end_of_input()
+        with signals.interruptible():
+            walk.expect_end_of_input()
     refuse(reasons, name)
     what = "the head" if walk.is_dry_run else "the stream"
     console.say(
@@ -313,15 +328,20 @@ def receive(opts: Options, console: Console) -> int:
     base = state.directory()
     with signals.interruptible():
         walk = Walk(io.FileIO(_STDIN, closefd=False))
-        if opts.dry_run:
-            verdict(opts, walk, base, console)
-            return OK
+    if opts.dry_run:
+        verdict(opts, walk, base, console, signals)
+        return OK
     build = Build(opts, walk, base, console, signals)
     try:
         build.run()
     except Exception as raised:
         signals.forget()
-        raise build.undo(as_error(raised)) from raised
+        error = as_error(raised)
+        if build.let_go:
+            # The guest is where it was wanted; what failed came after that.
+            console.fail(error)
+            return OK
+        raise build.undo(error) from raised
     finally:
         build.close()
     return OK

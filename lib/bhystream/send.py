@@ -15,6 +15,7 @@ the record goes back and the guest is resumed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
@@ -27,7 +28,7 @@ from pathlib import Path
 from bhystream import format as fmt
 from bhystream import hold, hypervisors, options, state
 from bhystream.backend.base import Source
-from bhystream.errors import HELD, OK, BhyError, DowntimeError, GuestError, UsageError, as_error
+from bhystream.errors import HELD, OK, BhyError, DowntimeError, HeldError, UsageError, as_error
 from bhystream.format import Feature, Form, Header, Type
 from bhystream.hook import Hook
 from bhystream.keeper import Keeper
@@ -44,6 +45,8 @@ usage: bhysend [-fknPv] [-B rate] [-d time] [-p command] [-r rounds] [-T time]
        bhysend --discard guest | --resume guest"""
 
 _STDOUT = 1
+# Of a transport that takes nothing while the guest is paused.
+_STALL_SECONDS = 30
 
 
 @dataclass
@@ -138,13 +141,14 @@ class Move:
         self.start_keeper(base, lock)
         with self.signals.interruptible():
             self.precopy()
-        self.pause()
-        with self.signals.interruptible():
+        self.pause(base, lock)
+        with self.signals.watching(self.sent_bytes, _STALL_SECONDS):
             self.copy_last_pages()
         if self.opts.keep:
             self.release()
-        with self.signals.interruptible():
+        with self.signals.watching(self.sent_bytes, _STALL_SECONDS):
             self.write_state()
+        with self.signals.interruptible():
             self.wait_for_hook()
         self.signals.on_deferred = self._too_late
         self.finish()
@@ -203,9 +207,16 @@ class Move:
         )
         self.keeper = Keeper(base, self.record, lock)
 
-    def pause(self) -> None:
+    def sent_bytes(self) -> int:
+        """Return how much of the stream has been written."""
+        return self.writer.offset_bytes if self.writer else 0
+
+    def pause(self, base: Path, lock: state.Lock) -> None:
         """Record what is coming, pause, take the state."""
         name = self.source.name
+        if self.keeper and not self.keeper.is_alive():
+            self.start_keeper(base, lock)
+        self.signals.ignore_stops()
         self.records.write(self.record.moved(state.PAUSED))
         self.phase = Phase.PAUSED
         if self.opts.command is not None:
@@ -225,7 +236,8 @@ class Move:
 
     def release(self) -> None:
         """Resume a kept guest: its copy is complete."""
-        self.wait_for_hook()
+        with self.signals.interruptible():
+            self.wait_for_hook()
         self._resume()
         self.phase = Phase.RELEASED
         self.pause_ns = time.monotonic_ns() - self.pause_start_ns
@@ -249,12 +261,15 @@ class Move:
     def finish(self) -> None:
         """Write END.  In the plain form the guest is held from here on."""
         assert self.writer is not None
+        self.writer.sync()
         if self.opts.keep:
             self.writer.end()
+            self.writer.sync()
         else:
             self.phase = Phase.HELD
             self.records.write(self.record.moved(state.HELD))
             self.writer.end()
+            self.writer.sync()
             self.pause_ns = time.monotonic_ns() - self.pause_start_ns
             assert self.keeper is not None
             self.keeper.dismiss()
@@ -268,11 +283,11 @@ class Move:
         resumed; the keeper, still there, goes on trying when we have ended.
         """
         name = self.source.name
-        if self.hook:
-            self.hook.kill()
         if self.phase == Phase.HELD and not (self.writer and self.writer.ended):
-            # END is not whole, so the destination cannot start.
-            self.records.write(self.record.moved(state.PAUSED))
+            # END is not whole, so the destination cannot start.  The record
+            # says so for the keeper's sake; without it we resume all the same.
+            with contextlib.suppress(BhyError):
+                self.records.write(self.record.moved(state.PAUSED))
             self.phase = Phase.PAUSED
         if self.phase == Phase.HELD:
             return f"guest {name}: held here"
@@ -280,13 +295,15 @@ class Move:
             try:
                 self._resume()
             except BhyError as second:
-                raise GuestError(
-                    f"guest {name}: {error}; and it cannot be resumed: {second}",
+                raise HeldError(
+                    f"{error}; and the guest cannot be resumed: {second}",
                     f"guest {name}: its keeper goes on trying; see bhysend -l",
                 ) from error
             self.phase = Phase.RUNNING
         elif self.keeper:
             self.keeper.dismiss()
+        if self.hook:
+            self.hook.kill()
         return f"guest {name}: it runs here"
 
     def _resume(self) -> None:

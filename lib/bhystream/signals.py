@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from bhystream.errors import BhyError
+from bhystream.errors import BhyError, PipeError
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _REPORTS = [getattr(signal, name) for name in ("SIGUSR1", "SIGINFO") if hasattr(signal, name)]
@@ -68,6 +68,36 @@ class Signals:
             yield
         finally:
             self._open = False
+
+    @contextlib.contextmanager
+    def watching(self, progress: Callable[[], int], seconds: int) -> Iterator[None]:
+        """Be interruptible, also by standing still: for work while a guest is paused.
+
+        progress: a count that grows.  If it has not grown for `seconds`, up to
+        twice that, PipeError is raised, also out of a blocked write(2).
+        """
+        seen = progress()
+
+        def look(number: int, frame: FrameType | None) -> None:
+            nonlocal seen
+            if progress() == seen and self._open:
+                self._open = False
+                raise PipeError(f"nothing was taken from the stream for {seconds} s")
+            seen = progress()
+
+        signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+        try:
+            with self.interruptible():
+                yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @staticmethod
+    def ignore_stops() -> None:
+        """Ignore Ctrl-Z from here on: it would freeze a paused guest with us."""
+        for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
+            signal.signal(number, signal.SIG_IGN)
 
     def forget(self) -> None:
         """Drop a signal that came too late to change anything."""

@@ -74,7 +74,8 @@ class _Tally:
     all_zero_pages: int = 0
     rounds: int = 0
     states: dict[str, bytes] = field(default_factory=dict)
-    parts: list[bytes] = field(default_factory=list)
+    parts: int = 0
+    open_bytes: bytearray = field(default_factory=bytearray)
     open_state: str = ""
     state_bytes: int = 0
     time: Time | None = None
@@ -264,8 +265,8 @@ class Walk:
     def _take_state(self, section: Section) -> None:
         name, part, data = fmt.unpack_state(bytes(section.payload))
         tally = self._tally
-        if part != len(tally.parts):
-            raise FormatError(f"state {name}: part {part} where part {len(tally.parts)} is next")
+        if part != tally.parts:
+            raise FormatError(f"state {name}: part {part} where part {tally.parts} is next")
         if part and name != tally.open_state:
             raise FormatError(f"state {name} begins before {tally.open_state} is complete")
         if name in tally.states or len(tally.states) == fmt.MAX_STATES:
@@ -276,10 +277,13 @@ class Walk:
         if tally.state_bytes > fmt.MAX_STATE_BYTES:
             raise FormatError(f"all states together have more than {fmt.MAX_STATE_BYTES} bytes")
         tally.open_state = name
-        tally.parts.append(data)
+        # One buffer, not a list: a part may be a byte, and an object is not.
+        tally.open_bytes += data
+        tally.parts += 1
         if section.flags & fmt.FLAG_LAST:
-            tally.states[name] = b"".join(tally.parts)
-            tally.parts.clear()
+            tally.states[name] = bytes(tally.open_bytes)
+            tally.open_bytes.clear()
+            tally.parts = 0
 
     def _take_time(self, section: Section) -> None:
         _exact(section.payload, fmt.TIME.size)

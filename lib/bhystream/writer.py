@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import select
+import stat
 
 import xxhash
 
@@ -150,6 +151,14 @@ class Writer:
         )
         self.ended = True
         return end
+
+    def sync(self) -> None:
+        """Make a stream in a file durable; a pipe cannot be.  Raises PipeError."""
+        try:
+            if stat.S_ISREG(os.fstat(self._fd).st_mode):
+                os.fsync(self._fd)
+        except OSError as error:
+            raise from_oserror(error, "write the stream") from error
 
     def abort(self, status: int, text: str) -> None:
         """Tell the reader why the stream ends here, if that can be told at once.

@@ -20,7 +20,7 @@ from guest import Spec, ram, reaping
 from .conftest import SMALL
 from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run, until
 from .tap import ANY_ROUND, Tap
-from .travel import Firmware, Host, Place, Stable, Traveller, fifo, is_gone, qemu_at
+from .travel import Firmware, Host, Place, Stable, Traveller, fifo, is_gone, processes_with, qemu_at
 
 pytestmark = pytest.mark.guest
 
@@ -67,6 +67,13 @@ def receiver_killed(attempt: Attempt) -> None:
     attempt.tap.close()
 
 
+def receiver_interrupted(attempt: Attempt) -> None:
+    # It may still be at work on what has come; it ends when it wants to read more.
+    attempt.pipeline[2].kill(signal.SIGTERM)
+    attempt.pipeline[2].await_end()
+    attempt.tap.close()
+
+
 def pipe_closed(attempt: Attempt) -> None:
     attempt.tap.close()
 
@@ -98,6 +105,7 @@ class Fault:
 
 FAULTS = {
     "receiver-killed": Fault(receiver_killed, 74, (-signal.SIGKILL,)),
+    "receiver-interrupted": Fault(receiver_interrupted, 74, (75,)),
     "pipe-closed": Fault(pipe_closed, 74, (65,)),
     "receiver-refuses": Fault(stream_damaged, 74, (65,)),
     # Between two sections there is room for the source's own words, and the receiver's status
@@ -146,6 +154,8 @@ def test_the_guest_runs_on(
         assert received.status in what.received, report(sent, received)
         if fault == "receiver-killed":
             forsaken(to)
+        if fault == "sender-killed" and where.gated:
+            until(lambda: "bhysend is gone; the guest runs on" in pipeline[0].stderr, "the keeper")
     to.assert_nothing_left()
     if sent.status > 0:
         assert "it runs here" in sent.stderr
@@ -194,6 +204,107 @@ def test_a_destination_that_dies_is_held_against_nobody(
         host.act(BHYSEND, "--resume", "proof")
     ran_on(host, small)
     small.move(host, sweeps=1)
+
+
+def test_without_its_keeper_a_paused_guest_waits_for_the_operator(
+    host: Host, small: Traveller, gate: tuple[Path, int]
+) -> None:
+    """bhysend and the keeper are both killed: nothing is lost, and nothing happens by itself."""
+    tap = Tap("TIME")
+    commands = (small.send("-p", f"read -r line < {gate[0]}"), tap.argv)
+    with Pipeline(*commands, env=host.env, narrow=True) as pipeline:
+        tap.reached()
+        [keeper] = processes_with("bhystream.keeper")
+        os.kill(keeper, signal.SIGKILL)
+        pipeline[0].kill()
+        pipeline[0].await_end()
+        tap.close()
+    host.await_unlocked()
+    [row] = host.rows()
+    assert (row.guest, row.phase) == ("proof", "paused")
+    assert small.place.status() == "postmigrate"
+    refused = host.run(*BHYSEND, "--discard", "proof")
+    assert refused.status == 69, report(refused)
+    assert "this may be the only copy" in refused.stderr
+    assert small.place.status() == "postmigrate"
+    host.act(BHYSEND, "--resume", "proof")
+    ran_on(host, small)
+
+
+def test_what_cannot_be_recorded_is_not_done(host: Host, small: Traveller) -> None:
+    """No file of bhysend may have a byte: the pause cannot be recorded, so there is none."""
+    sent, _ = run(["prlimit", "--fsize=0", *small.send()], ["cat"], env=host.env)
+    assert sent.status == 74, report(sent)
+    assert "cannot record the guest" in sent.stderr
+    assert "it runs here" in sent.stderr
+    ran_on(host, small)
+
+
+def test_a_hold_that_cannot_be_recorded_is_none(
+    host: Host, small: Traveller, gate: tuple[Path, int]
+) -> None:
+    """The same, but from the pause on: END is not written, and the guest runs on."""
+    to, tap = small.next(), Tap("TIME")
+    commands = (
+        small.send("-p", f"read -r line < {gate[0]}"),
+        tap.argv,
+        small.receive(to, "-o", f"mem={to.ram}"),
+    )
+    with Pipeline(*commands, env=host.env, narrow=True) as pipeline:
+        tap.reached()
+        limit = host.run("prlimit", "--fsize=0", "--pid", str(pipeline[0].pid))
+        assert limit.status == 0, report(limit)
+        tap.go()
+        os.write(gate[1], b"\n")
+        sent, _, received = pipeline.wait()
+        assert sent.status == 74, report(sent, received)
+        assert received.status in (65, 69), report(sent, received)
+    to.assert_nothing_left()
+    ran_on(host, small)
+
+
+def test_a_full_file_system_stops_a_move(host: Host, small: Traveller) -> None:
+    with open("/dev/full", "wb") as full:
+        [sent] = run(small.send(), env=host.env, stdout=full)
+    assert sent.status == 74, report(sent)
+    assert "No space left on device" in sent.stderr
+    ran_on(host, small)
+
+
+@pytest.mark.parametrize("options", [(), ("-u",)], ids=["started", "left-paused"])
+def test_an_interrupt_after_the_end_of_the_stream_is_too_late(
+    options: tuple[str, ...], host: Host, small: Traveller
+) -> None:
+    """While bhyrecv loads the guest a signal comes.  Its status must still say where the guest is.
+
+    QEMU stands still meanwhile, so that it comes just then.
+    """
+    to, tap = small.next(), Tap("TIME")
+    commands = (small.send(), tap.argv, small.receive(to, *options))
+    with Pipeline(*commands, env=host.env) as pipeline:
+        tap.reached()
+        [qemu] = qemu_at(to.qmp)
+        os.kill(qemu, signal.SIGSTOP)
+        try:
+            tap.go()
+            sent = pipeline[0].await_end()
+            pipeline[1].await_end()
+            pipeline[2].kill(signal.SIGINT)
+        finally:
+            os.kill(qemu, signal.SIGCONT)
+        received = pipeline[2].await_end()
+    runs = bool(qemu_at(to.qmp))
+    if received.status == 0:
+        if options:
+            host.act(BHYRECV, "--resume", "proof")
+        small.settle(host, to)
+        small.prove()
+    else:
+        assert received.status == 75, report(sent, received)
+        assert not runs, "a status that says that nothing was started, and a guest that runs"
+        to.assert_nothing_left()
+        host.act(BHYSEND, "--resume", "proof")
+        ran_on(host, small)
 
 
 # Two at once.

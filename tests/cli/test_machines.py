@@ -11,7 +11,7 @@ import pytest
 from guest import Guest, Spec, make_disk
 from guest.machine import MACHINE_TYPES
 
-from .pipeline import BHYRECV, report, run
+from .pipeline import BHYRECV, BHYSEND, report, run
 from .travel import Host, Traveller
 
 pytestmark = pytest.mark.guest
@@ -34,6 +34,34 @@ def test_each_machine_moves_with_its_disk(
         assert (guest.log().last.disk or 0) > carried > 0
         # And back: what bhyrecv has started can be sent.
         guest.move(host)
+    finally:
+        guest.close()
+
+
+def test_two_copies_never_write_to_one_disk(host: Host, tmp_path: Path) -> None:
+    """What the operator gets wrong, QEMU's lock of the image stops; what is right works."""
+    guest = Traveller(replace(Q35, disk=make_disk(tmp_path / "disk.img")))
+    try:
+        to = guest.next()
+        ended = run(guest.send(), guest.receive(to, "-u"), env=host.env)
+        assert [one.status for one in ended] == [80, 0], report(*ended)
+        to.arrive()
+        # Taken back: the paused copy must not hold the disk.
+        host.act(BHYSEND, "--resume", "proof")
+        guest.prove(1)
+        taken = host.run(*BHYRECV, "--resume", "proof")
+        assert taken.status == 69, report(taken)
+        assert [row.phase for row in host.rows(BHYRECV)] == ["loaded"]
+        host.act(BHYRECV, "--discard", "proof")
+        guest.prove(1)
+        to = guest.next()
+        ended = run(guest.send(), guest.receive(to), env=host.env)
+        assert [one.status for one in ended] == [80, 0], report(*ended)
+        # Resumed here although it runs there.
+        taken = host.run(*BHYSEND, "--resume", "proof")
+        assert taken.status == 69, report(taken)
+        guest.settle(host, to)
+        guest.prove(1)
     finally:
         guest.close()
 

@@ -213,6 +213,13 @@ class Qmp:
         self._loop.close()
 
     def __del__(self) -> None:
-        """Close what an error path left open: asyncio would print a page of it."""
-        with contextlib.suppress(Exception):
-            self.close()
+        """Close what an error path left open: asyncio would print a page of it.
+
+        Not from within another connection's command, where the collector may
+        call us: a second loop cannot run there.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            with contextlib.suppress(Exception):
+                self.close()

@@ -121,7 +121,8 @@ class QemuSource:
         qmp = self._qmp
         migration.set_parameters(qmp, {"max-bandwidth": migration.UNLIMITED})
         migration.set_capabilities(qmp, {"x-ignore-shared": True})
-        qmp.execute("stop", doing="pause")
+        # It waits for the disks, and slow storage takes its time.
+        qmp.execute("stop", doing="pause", limit_s=60.0)
         state = facts.status(qmp)
         if state != "paused":
             raise GuestError(f"{qmp.who}: cannot pause: it is '{state}'")
