@@ -37,6 +37,7 @@ NAMES = {
     errors.IncompatibleError: "Host",
     errors.AccessError: "Permission denied",
     errors.InDoubtError: "In doubt",
+    errors.HeldError: "Held",
 }
 
 

@@ -187,7 +187,8 @@ def test_resume_at_the_source_removes_the_record_when_the_guest_runs(
 ) -> None:
     host.record(phase)
     assert host.run("--resume") == OK
-    assert host.guest.asked == [("resume", phase), ("close", phase)]
+    # From before it is done: a record that says held could have it discarded.
+    assert host.guest.asked == [("resume", PAUSED), ("close", PAUSED)]
     assert host.roles["source"].all() == []
     warned = "the destination must not have started it" in capfd.readouterr().err
     assert warned == (phase == HELD)

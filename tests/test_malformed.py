@@ -253,13 +253,14 @@ def misplaced(kind: int, after: str) -> str:
 def test_section_in_the_wrong_place_is_refused(at: int, kind: int) -> None:
     make, allowed, after = PLACES[at]
     maker = make()
+    ended = not allowed
+    started = after == "GO" or (ended and not maker.dry)
     if kind in allowed:  # what is found then is the wrong sequence number
         maker.add(kind, sequence=99)
-        refused_last(maker, FormatError, "sequence number is 99", "wrong sequence number")
+        message = "sequence number is 99"
+        refused_last(maker, FormatError, message, "wrong sequence number", started=started)
         return
-    ended = not allowed
     why = "bytes after the last section" if ended else "the section may not stand here"
-    started = after == "GO" or (ended and not maker.dry)
     maker.add(kind, bytes(SHORTEST.get(kind, 0)))
     refused_last(maker, FormatError, misplaced(kind, after), why, started=started)
 

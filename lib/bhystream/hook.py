@@ -40,7 +40,7 @@ class Hook:
         """Wait for its end.  Raises GuestError unless its status is 0."""
         status = self._process.wait()
         if status:
-            how = f"status {status}" if status > 0 else signal.Signals(-status).name
+            how = f"status {status}" if status > 0 else f"signal {-status}"
             raise GuestError(f"guest {self._guest}: the -p command ended with {how}")
 
     def kill(self) -> None:

@@ -139,6 +139,8 @@ class Records:
             temporary.rename(path)
             self._sync()
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise from_oserror(error, f"record the guest in {path}") from error
 
     def remove(self, id_: str) -> None:

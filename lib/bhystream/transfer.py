@@ -194,9 +194,12 @@ class Transfer:
             self._write_ns += time.monotonic_ns() - now_ns
 
 
-def write_head(writer: Writer, head: Head) -> None:
+PROGRAM = f"bhysend {__version__}"
+
+
+def write_head(writer: Writer, head: Head, program: str = PROGRAM) -> None:
     """Write HOST to HEAD_END: all that cannot change while the guest runs."""
-    host = {**head.host, "program": f"bhysend {__version__}"}
+    host = {**head.host, "program": program}
     writer.section(Type.HOST, fmt.pack_json(host))
     writer.section(Type.LAYOUT, fmt.pack_layout(head.layout))
     writer.section(Type.CONFIG, fmt.pack_json(head.config))

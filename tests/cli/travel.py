@@ -35,13 +35,18 @@ def short_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="bhyc-", dir=SHM))
 
 
-def is_gone(pid: int) -> bool:
-    """Say whether a process has ended; one that only waits for its parent has."""
+def process_state(pid: int) -> str:
+    """Return the state of a process as proc_pid_stat(5) has it, X if there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return True
-    return text[text.rindex(")") + 2] in "ZX"
+        return "X"
+    return text[text.rindex(")") + 2]
+
+
+def is_gone(pid: int) -> bool:
+    """Say whether a process has ended; one that only waits for its parent has."""
+    return process_state(pid) in "ZX"
 
 
 def processes_with(word: str) -> list[int]:
