@@ -19,7 +19,7 @@ from pathlib import Path
 import xxhash
 
 from bhystream import format as fmt
-from bhystream.backend.base import Segment
+from bhystream.backend.base import PAGE_BYTES, Segment
 from bhystream.format import Feature, Form, Header, Type
 from bhystream.writer import Writer
 
@@ -37,16 +37,19 @@ FRAME = bytes.fromhex(
 
 def page(number: int) -> bytes:
     """Return 4096 bytes that look random and never change."""
-    return random.Random(number).randbytes(fmt.PAGE_BYTES)
+    return random.Random(number).randbytes(PAGE_BYTES)
 
 
 def text_pages() -> list[bytes]:
     """Return what FRAME decompresses to."""
     text = b"The guest's memory, page after page. " * 111
-    return [text[: fmt.PAGE_BYTES], b"\x00\x01" * (fmt.PAGE_BYTES // 2)]
+    return [text[: PAGE_BYTES], b"\x00\x01" * (PAGE_BYTES // 2)]
 
 
-def begin(fd: int, number: int, form: Form, features: Feature = Feature(0)) -> Writer:
+NO_FEATURES = Feature(0)
+
+
+def begin(fd: int, number: int, form: Form, features: Feature = NO_FEATURES) -> Writer:
     """Write a header whose id and seed follow from the number of the stream."""
     made = random.Random(1000 + number)
     return Writer(fd, Header(form, features, made.randbytes(16), made.getrandbits(64)))

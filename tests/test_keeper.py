@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-import bhystream
 from bhystream import keeper, state
 from bhystream.errors import GuestError
 from bhystream.keeper import Keeper
@@ -186,25 +184,6 @@ def orphan(*phases: str) -> int:
     return pid
 
 
-def test_a_keeper_is_of_the_same_program(base: Path, tmp_path: Path) -> None:
-    # Run from a source tree, by a relative path: not the one that is installed.
-    tree = tmp_path / "tree"
-    shutil.copytree(Path(bhystream.__file__).parent, tree / "lib/bhystream")
-    module = tree / "lib/bhystream/keeper.py"
-    module.write_text(module.read_text().replace('b"ready\\n"', 'b"other\\n"'))
-    assert "other" in module.read_text()
-    done = subprocess.run(
-        [sys.executable, "-c", PARENT],
-        cwd=tree,
-        env={**os.environ, "PYTHONPATH": "lib"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_without_a_record_it_ends(
     base: Path, records: Records, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,34 +270,6 @@ class Driven:
         return self.process.returncode, out, err
 
 
-def test_a_paused_guest_is_resumed_and_its_record_removed(base: Path, records: Records) -> None:
-    driven = Driven(base, 60)
-    records.write(RECORD)
-    status, out, err = driven.orphaned()
-    assert out.split("\n") == ["open none", "resume", "close", ""]
-    assert err == "bhysend: guest web1: bhysend is gone; the guest runs on here\n"
-    assert status == 0
-    assert records.all() == []
-
-
-def test_it_tries_again_until_the_hypervisor_answers(base: Path, records: Records) -> None:
-    driven = Driven(base, 60, "[GuestError('busy'), GuestError('busy')]")
-    records.write(RECORD)
-    status, out, err = driven.orphaned()
-    assert out.split("\n") == ["open none"] * 3 + ["resume", "close", ""]
-    assert (status, err.count("\n")) == (0, 1)
-    assert records.all() == []
-
-
-def test_it_tries_again_whatever_failed(base: Path, records: Records) -> None:
-    # The last one who can resume the guest does not give up over a fault of ours.
-    driven = Driven(base, 60, "[OSError(11, 'odd'), ValueError('odd')]")
-    records.write(RECORD)
-    status, out, err = driven.orphaned()
-    assert "resume" in out.split(), err
-    assert status == 0
-
-
 def test_what_cannot_be_resumed_is_said_and_its_record_kept(base: Path, records: Records) -> None:
     driven = Driven(base, 0, ours=False)
     records.write(RECORD)
@@ -336,11 +287,3 @@ def test_nothing_else_is_ever_resumed(base: Path, records: Records, phase: str |
         records.write(RECORD.moved(phase))
     assert driven.orphaned() == (0, "", "")
     assert [record.phase for record in records.all()] == ([phase] if phase else [])
-
-
-def test_a_word_cut_short_is_no_dismissal(base: Path, records: Records) -> None:
-    driven = Driven(base, 60)
-    records.write(RECORD)
-    driven.socket.sendall(b"don")
-    status, out, _ = driven.orphaned()
-    assert (status, out.split()[-2:]) == (0, ["resume", "close"])

@@ -40,12 +40,19 @@ class Hook:
         """Wait for its end.  Raises GuestError unless its status is 0."""
         status = self._process.wait()
         if status:
-            how = f"status {status}" if status > 0 else f"signal {-status}"
-            raise GuestError(f"guest {self._guest}: the -p command ended with {how}")
+            raise GuestError(f"guest {self._guest}: the -p command ended with {_ending(status)}")
 
     def kill(self) -> None:
         """End it and what it started, as far as we may.  Never raises."""
-        if self._process.poll() is None:
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait(_END_SECONDS)
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(_END_SECONDS)
+
+
+def _ending(status: int) -> str:
+    """Name the end of a process as subprocess states it; some signals have no name."""
+    if status > 0:
+        return f"status {status}"
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-status).name
+    return f"signal {-status}"
