@@ -43,7 +43,7 @@ def page(number: int) -> bytes:
 def text_pages() -> list[bytes]:
     """Return what FRAME decompresses to."""
     text = b"The guest's memory, page after page. " * 111
-    return [text[: PAGE_BYTES], b"\x00\x01" * (PAGE_BYTES // 2)]
+    return [text[:PAGE_BYTES], b"\x00\x01" * (PAGE_BYTES // 2)]
 
 
 NO_FEATURES = Feature(0)

@@ -61,8 +61,6 @@ class Keeper:
                 [sys.executable, "-m", "bhystream.keeper", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                # Ours may be ssh's, which waits until the last holder closes it.
-                stderr=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), lock.fd),
                 start_new_session=True,
                 cwd="/",
@@ -157,7 +155,9 @@ def _resume(record: Record, records: Records, console: Console) -> int:
                 continue
             console.fail(error)
             return error.status
-        console.log(f"guest {record.guest}: bhysend is gone; the guest runs on here")
+        text = f"guest {record.guest}: bhysend is gone; the guest runs on here"
+        console.say(text)
+        console.log(text)
         return 0
 
 

@@ -326,8 +326,12 @@ def receive(opts: Options, console: Console) -> int:
     signals = Signals()
     options.widen_pipe(_STDIN)
     base = state.directory()
-    with signals.interruptible():
-        walk = Walk(io.FileIO(_STDIN, closefd=False))
+    try:
+        with signals.interruptible():
+            walk = Walk(io.FileIO(_STDIN, closefd=False))
+    except BhyError as error:
+        error.hint = "nothing was started here"
+        raise
     if opts.dry_run:
         verdict(opts, walk, base, console, signals)
         return OK
