@@ -329,8 +329,8 @@ def receive(opts: Options, console: Console) -> int:
     try:
         with signals.interruptible():
             walk = Walk(io.FileIO(_STDIN, closefd=False))
-    except BhyError as error:
-        error.hint = "nothing was started here"
+    except BhyError as early:
+        early.hint = "nothing was started here"
         raise
     if opts.dry_run:
         verdict(opts, walk, base, console, signals)
