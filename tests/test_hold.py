@@ -286,6 +286,16 @@ def test_a_guest_that_the_keeper_resumed_meanwhile_is_left_alone(
     assert host.guest.asked == []
 
 
+def test_a_guest_that_was_started_meanwhile_is_not_discarded(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.record(LOADED)
+    meanwhile(monkeypatch, lambda: host.record(STARTED))
+    with pytest.raises(GuestError):
+        host.run("--discard", role="destination")
+    assert host.guest.asked == []
+
+
 # What a new move asks.
 
 

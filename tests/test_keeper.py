@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import bhystream
 from bhystream import keeper, state
 from bhystream.errors import GuestError
 from bhystream.keeper import Keeper
@@ -81,6 +83,21 @@ def test_a_keeper_that_is_dead_already_is_dismissed(base: Path, lock: Lock) -> N
     made._process.kill()
     made._process.wait()
     made.dismiss()
+
+
+def test_a_keeper_that_does_not_end_is_ended(
+    base: Path, lock: Lock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Keeper(base, RECORD, lock)
+    assert made.is_alive()
+    made._process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(keeper, "_END_SECONDS", 0.2)
+    try:
+        made.dismiss()
+        assert made._process.returncode == -signal.SIGKILL
+        assert not made.is_alive()
+    finally:
+        made._process.kill()
 
 
 def test_a_keeper_survives_what_ends_a_pipeline(
@@ -185,6 +202,25 @@ def orphan(*phases: str) -> int:
     return pid
 
 
+def test_a_keeper_is_of_the_same_program(base: Path, tmp_path: Path) -> None:
+    # Run from a source tree, by a relative path: not the one that is installed.
+    tree = tmp_path / "tree"
+    shutil.copytree(Path(bhystream.__file__).parent, tree / "lib/bhystream")
+    module = tree / "lib/bhystream/keeper.py"
+    module.write_text(module.read_text().replace('b"ready\\n"', 'b"other\\n"'))
+    assert "other" in module.read_text()
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": "lib"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_a_record_it_ends(
     base: Path, records: Records, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,14 +254,18 @@ def test_it_keeps_record_and_lock_while_it_tries(base: Path, records: Records) -
 
 DRIVER = """
 import sys
+import syslog
 from bhystream import hypervisors, keeper
 from bhystream.errors import GuestError
 
+syslog.syslog = lambda level, text: print("log", text, flush=True)
 keeper._RETRY_SECONDS = 0.001
 keeper._RESUME_SECONDS = float(sys.argv[2])
 faults = eval(sys.argv[3])
 
 class Paused:
+    def is_alive(self):
+        return sys.argv[4] == "alive"
     def resume(self):
         print("resume", flush=True)
     def close(self):
@@ -237,7 +277,7 @@ def open_paused(revive):
         raise faults.pop(0)
     return Paused()
 
-if sys.argv[4:]:
+if sys.argv[4] != "none":
     hypervisors.open_paused = open_paused
 sys.exit(keeper.main(sys.argv))
 """
@@ -247,13 +287,13 @@ class Driven:
     """A keeper in a process of its own, as Keeper starts it."""
 
     def __init__(
-        self, base: Path, seconds: float, faults: str = "[]", *, ours: bool = True
+        self, base: Path, seconds: float, faults: str = "[]", *, guest: str = "alive"
     ) -> None:
         self.socket, theirs = socket.socketpair()
-        argv = [sys.executable, "-c", DRIVER, str(theirs.fileno()), str(seconds), faults]
+        argv = [sys.executable, "-c", DRIVER, str(theirs.fileno()), str(seconds), faults, guest]
         with theirs:
             self.process = subprocess.Popen(
-                argv + ["ours"] * ours,
+                argv,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -271,13 +311,52 @@ class Driven:
         return self.process.returncode, out, err
 
 
+def test_a_paused_guest_is_resumed_and_its_record_removed(base: Path, records: Records) -> None:
+    driven = Driven(base, 60)
+    records.write(RECORD)
+    status, out, err = driven.orphaned()
+    said = "log guest web1: bhysend is gone; the guest runs on here"
+    assert out.splitlines() == ["open none", "resume", "close", said]
+    assert status == 0
+    assert err == "bhysend: guest web1: bhysend is gone; the guest runs on here\n"
+    assert records.all() == []
+
+
+def test_it_tries_again_until_the_hypervisor_answers(base: Path, records: Records) -> None:
+    driven = Driven(base, 60, "[GuestError('busy'), GuestError('busy')]")
+    records.write(RECORD)
+    status, out, err = driven.orphaned()
+    assert out.splitlines()[:-1] == ["open none"] * 3 + ["resume", "close"]
+    assert status == 0
+    assert err == "bhysend: guest web1: bhysend is gone; the guest runs on here\n"
+    assert records.all() == []
+
+
+def test_it_tries_again_whatever_failed(base: Path, records: Records) -> None:
+    # The last one who can resume the guest does not give up over a fault of ours.
+    driven = Driven(base, 60, "[OSError(11, 'odd'), ValueError('odd')]")
+    records.write(RECORD)
+    status, out, err = driven.orphaned()
+    assert "resume" in out.split(), err
+    assert status == 0
+
+
 def test_what_cannot_be_resumed_is_said_and_its_record_kept(base: Path, records: Records) -> None:
-    driven = Driven(base, 0, ours=False)
+    driven = Driven(base, 0, guest="none")
     records.write(RECORD)
     status, out, err = driven.orphaned()
     assert err == "bhysend: the record's hypervisor 'none' is not known here\n"
-    assert (status, out) == (69, "")
+    assert (status, out) == (69, "log the record's hypervisor 'none' is not known here\n")
     assert records.all() == [RECORD]
+
+
+def test_the_record_of_a_guest_that_is_gone_is_removed(base: Path, records: Records) -> None:
+    driven = Driven(base, 60, guest="gone")
+    records.write(RECORD)
+    status, out, _ = driven.orphaned()
+    said = "log guest web1: its hypervisor is gone"
+    assert (status, out.splitlines()) == (0, ["open none", said, "close"])
+    assert records.all() == []
 
 
 @pytest.mark.parametrize("phase", [None, HELD])
@@ -286,5 +365,15 @@ def test_nothing_else_is_ever_resumed(base: Path, records: Records, phase: str |
     if phase:
         records.write(RECORD)
         records.write(RECORD.moved(phase))
-    assert driven.orphaned() == (0, "", "")
+    status, out, err = driven.orphaned()
+    said = "log guest web1: bhysend is gone; the guest is held\n" if phase else ""
+    assert (status, out, err) == (0, said, "")
     assert [record.phase for record in records.all()] == ([phase] if phase else [])
+
+
+def test_a_word_cut_short_is_no_dismissal(base: Path, records: Records) -> None:
+    driven = Driven(base, 60)
+    records.write(RECORD)
+    driven.socket.sendall(b"don")
+    status, out, _ = driven.orphaned()
+    assert (status, "resume" in out.splitlines()) == (0, True)

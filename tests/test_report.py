@@ -10,6 +10,7 @@ import syslog
 import termios
 import threading
 from fcntl import F_SETPIPE_SZ, fcntl, ioctl
+from typing import BinaryIO
 
 import pytest
 
@@ -146,6 +147,10 @@ def test_a_standard_error_that_was_never_there(monkeypatch: pytest.MonkeyPatch) 
     assert console.fail(GuestError("c")) == 69
 
 
+def expect(terminal: BinaryIO, text: bytes) -> None:
+    assert terminal.read(len(text)) == text
+
+
 def test_the_line_of_progress_has_the_width_of_its_own_terminal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -155,19 +160,19 @@ def test_the_line_of_progress_has_the_width_of_its_own_terminal(
     mode[1] &= ~termios.OPOST
     termios.tcsetattr(near, termios.TCSANOW, mode)
     ioctl(near, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 41, 0, 0))
-    with os.fdopen(near, "w") as err, os.fdopen(far, "rb", buffering=0) as terminal:
+    with os.fdopen(near, "w") as err, os.fdopen(far, "rb") as terminal:
         monkeypatch.setattr(sys, "stderr", err)
         console = Console("bhysend")
         assert console.is_terminal()
         console.draw("a" * 100)
-        assert terminal.read(1000) == b"\r" + b"a" * 40
+        expect(terminal, b"\r" + b"a" * 40)
         console.draw("b")
-        assert terminal.read(1000) == b"\rb" + b" " * 39
+        expect(terminal, b"\rb" + b" " * 39)
         console.say("c")
-        assert terminal.read(1000) == b"\r" + b" " * 40 + b"\rbhysend: c\n"
+        expect(terminal, b"\r" + b" " * 40 + b"\rbhysend: c\n")
         ioctl(near, termios.TIOCSWINSZ, struct.pack("HHHH", 0, 0, 0, 0))
         console.draw("d" * 100)
-        assert terminal.read(1000) == b"\r" + b"d" * 79
+        expect(terminal, b"\r" + b"d" * 79)
 
 
 # Progress.

@@ -6,14 +6,17 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 
+from bhystream.errors import PipeError
 from bhystream.signals import Interrupted, Signals
 from memory_source import wait_until_full
 
 INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
-TAKEN = (*INTERRUPTS, signal.SIGPIPE, signal.SIGUSR1)
+STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+TAKEN = (*INTERRUPTS, *STOPS, signal.SIGPIPE, signal.SIGUSR1, signal.SIGALRM)
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +128,59 @@ def test_a_report_can_be_had_at_any_time() -> None:
     assert asked == [True, True]
 
 
+# A transport that takes nothing while the guest is paused.
+
+
+def test_standing_still_is_an_error() -> None:
+    signals = Signals()
+    with pytest.raises(PipeError, match="nothing was taken from the stream for 1000 s"):  # noqa: SIM117
+        with signals.watching(lambda: 7, 1000):
+            signal.raise_signal(signal.SIGALRM)
+            pytest.fail("went on")
+
+
+def test_progress_is_none() -> None:
+    signals = Signals()
+    count = 0
+    with signals.watching(lambda: count, 1000):
+        for _ in range(5):
+            count += 1
+            signal.raise_signal(signal.SIGALRM)
+
+
+def test_standing_still_after_progress_is_an_error() -> None:
+    signals = Signals()
+    count = 0
+    with pytest.raises(PipeError), signals.watching(lambda: count, 1000):
+        count += 1
+        signal.raise_signal(signal.SIGALRM)
+        signal.raise_signal(signal.SIGALRM)
+
+
+def test_the_alarm_comes_by_itself_and_ends_with_the_block() -> None:
+    signals = Signals()
+    with signals.watching(lambda: 0, 1000):
+        left, interval = signal.getitimer(signal.ITIMER_REAL)
+        assert 0 < left <= 1000
+        assert interval == 1000
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    signal.raise_signal(signal.SIGALRM)  # one that was on its way is nothing
+
+
+def test_an_interrupt_is_raised_while_it_watches() -> None:
+    signals = Signals()
+    with pytest.raises(Interrupted, match="SIGINT"), signals.watching(lambda: 0, 1000):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_stop_is_ignored_from_the_pause_on() -> None:
+    signals = Signals()
+    signals.ignore_stops()
+    for number in STOPS:
+        assert signal.getsignal(number) == signal.SIG_IGN
+
+
 class Helper(threading.Thread):
     """Sends a signal to the main thread once that has filled a pipe."""
 
@@ -143,13 +199,15 @@ class Helper(threading.Thread):
             pass
 
 
-def blocked_write(signals: Signals, number: signal.Signals, finish: threading.Event) -> None:
+def blocked_write(
+    points: AbstractContextManager[None], number: signal.Signals, finish: threading.Event
+) -> None:
     """Write to a full pipe, and get a signal there."""
     theirs, ours = os.pipe()
     helper = Helper(theirs, number, finish)
     helper.start()
     try:
-        with signals.interruptible():
+        with points:
             os.write(ours, bytes(1 << 21))
     finally:
         finish.set()
@@ -162,12 +220,18 @@ def blocked_write(signals: Signals, number: signal.Signals, finish: threading.Ev
 def test_an_interrupt_ends_a_blocked_write() -> None:
     finish = threading.Event()
     with pytest.raises(Interrupted, match="SIGTERM"):
-        blocked_write(Signals(), signal.SIGTERM, finish)
+        blocked_write(Signals().interruptible(), signal.SIGTERM, finish)
+
+
+def test_standing_still_ends_a_blocked_write() -> None:
+    finish = threading.Event()
+    with pytest.raises(PipeError, match="nothing was taken"):
+        blocked_write(Signals().watching(lambda: 0, 1000), signal.SIGALRM, finish)
 
 
 def test_a_report_does_not_end_a_blocked_write() -> None:
     signals = Signals()
     finish = threading.Event()
     signals.on_report = finish.set
-    blocked_write(signals, signal.SIGUSR1, finish)
+    blocked_write(signals.interruptible(), signal.SIGUSR1, finish)
     assert finish.is_set()

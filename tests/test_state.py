@@ -326,6 +326,7 @@ def test_a_record_that_cannot_be_synced_is_not_in_place(
     with pytest.raises(PipeError, match=rf"cannot record the guest in .*{ID}\.json: Input/output"):
         records.write(RECORD.moved(HELD))
     assert records.get(ID) == RECORD
+    assert [path.name for path in (base / "source").iterdir()] == [f"{ID}.json"]
 
 
 def test_what_a_crash_left_behind_is_no_record(base: Path, records: Records) -> None:

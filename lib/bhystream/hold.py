@@ -7,7 +7,6 @@ are those that `bhyrecv -u` left loaded.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,9 @@ from bhystream.backend.base import Paused
 from bhystream.errors import OK, BhyError, GuestError, UsageError
 from bhystream.report import Console, host_name, printable
 from bhystream.state import HELD, LOADED, PAUSED, STARTED, Lock, Record, Records, Role
+from bhystream.writer import write_all
+
+_STDOUT = 1
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def run(verb: Verb, role: Role, console: Console) -> int:
     try:
         # Read again under the lock: a keeper may have acted meanwhile.
         current = records.get(record.id)
-        if current is None:
+        if current is None or current.phase == STARTED:
             raise GuestError(f"guest {record.guest}: it is not held any more")
         if verb.name == "--discard":
             _discard(records, current, console)
@@ -69,12 +71,14 @@ def run(verb: Verb, role: Role, console: Console) -> int:
 def _list(records: Records, guest: str | None) -> int:
     """List the guests that stand here; asked by name, also what was started."""
     found = records.find(guest) if guest else records.all()
+    lines = []
     for record in found:
         if record.phase == STARTED and not guest:
             continue
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.time_ns // 10**9))
         fields = (record.guest, record.phase, when, record.id, record.operand)
-        sys.stdout.write("\t".join(printable(field) for field in fields) + "\n")
+        lines.append("\t".join(printable(field) for field in fields) + "\n")
+    write_all(_STDOUT, "".join(lines).encode())
     return OK
 
 

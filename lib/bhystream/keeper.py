@@ -58,12 +58,11 @@ class Keeper:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bhystream.keeper", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "bhystream.keeper", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), lock.fd),
                 start_new_session=True,
-                cwd="/",
             )
         self._socket = ours
         try:
@@ -117,6 +116,8 @@ def main(argv: list[str]) -> int:
         from bhystream import hypervisors
 
         hypervisors.preload(record.revive)
+        # Only now: a relative PYTHONPATH is of bhysend's directory.
+        os.chdir("/")
         peer.sendall(_READY)
         if lines.readline() == _DONE:
             return 0

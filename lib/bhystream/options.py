@@ -73,6 +73,14 @@ def number(text: str, option: str, low: int, high: int) -> int:
     return int(text)
 
 
+def refuse_closed(fd: int, name: str) -> None:
+    """Refuse a closed standard stream: the next file that is opened would be it."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        raise UsageError(f"{name} is closed: a stream goes through it") from None
+
+
 def widen_pipe(fd: int) -> None:
     """Make a pipe as large as an unprivileged process may; no pipe, no matter.
 

@@ -321,6 +321,7 @@ def verdict(opts: Options, walk: Walk, base: Path, console: Console, signals: Si
 
 def receive(opts: Options, console: Console) -> int:
     """Read a stream from standard input."""
+    options.refuse_closed(_STDIN, "standard input")
     if os.isatty(_STDIN):
         raise UsageError("standard input is a terminal: a stream comes from a pipe or a file")
     signals = Signals()

@@ -350,6 +350,7 @@ class Move:
 
 def send(opts: Options, console: Console) -> int:
     """Send one guest, or say what sending it would mean."""
+    options.refuse_closed(_STDOUT, "standard output")
     if os.isatty(_STDOUT) and not opts.dry_run:
         raise UsageError("standard output is a terminal: a stream goes into a pipe or a file")
     signals = Signals()
