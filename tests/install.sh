@@ -31,4 +31,4 @@ python3 -c 'import venv, ensurepip' 2>/dev/null || missing="$missing python3-ven
 [ -z "$missing" ] || install_packages $missing
 
 [ -x .venv/bin/pip ] || python3 -m venv .venv
-BHYSTREAM_WERROR=1 .venv/bin/pip install --quiet --disable-pip-version-check ".[$extras]"
+BHYSTREAM_WERROR=1 .venv/bin/pip install --quiet --disable-pip-version-check --editable ".[$extras]"
