@@ -1,19 +1,21 @@
-"""The golden streams: both readers agree on them, and refuse every cut and every change."""
+"""The golden streams: both readers agree on them, and refuse every cut and every change.
+
+A refusal names the section that the cut or the changed byte lies in, and its offset.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import random
+import struct
 from pathlib import Path
 
 import pytest
 
 from bhystream.errors import AbortedError, BhyError
-from bhystream.format import Type
-from bhystream.reader import Reader
 from both import LARGEST_CAP, Input, Recorder, agree
-from make_golden import STREAMS, make
+from make_golden import NONCE, PAUSED_AT, PAUSED_FOR, STREAMS, make, page, text_pages
 from spec_reader import Refused, read
 
 DATA = Path(__file__).parent / "data"
@@ -26,10 +28,44 @@ FROZEN = {
     "zstd": "415021dbb240186ef2531373a1ee5ac3ba072905fcfa1de127befec2570f4b49",
 }
 SOUND = [name for name in STREAMS if name != "aborted"]
+MEMORY = {
+    "dry-run": {},
+    "plain": {0: page(0), 3: page(3)},
+    "kept": {7: page(7)},
+    "zstd": {0: text_pages()[0], 1: text_pages()[1], 4: page(4)},
+    "answered": {},
+}
+STATES = {
+    "dry-run": {},
+    "plain": {"cpu0": b"first second third", "rtc": b"\0\xff"},
+    "kept": {"machine": b""},
+    "zstd": {"machine": bytes(100)},
+    "answered": {"machine": b"state"},
+}
+HEADER_BYTES = 72
+AFTER_END = 3  # sections of the answered stream: PAD, GO, PAD
 
 
 def stored(name: str) -> bytes:
     return (DATA / f"{name}.bhys").read_bytes()
+
+
+def borders(raw: bytes) -> list[int]:
+    """Return the offset of each section, and that of the end."""
+    found = [HEADER_BYTES]
+    while found[-1] < len(raw):
+        (length,) = struct.unpack_from("<Q", raw, found[-1] + 8)
+        found.append(found[-1] + 32 + length + -length % 8)
+    assert found[-1] == len(raw)
+    return found
+
+
+def place(offsets: list[int], at: int) -> tuple[str, str]:
+    """Return the start of a message about the byte at `at`, and the offset that it names."""
+    if at < HEADER_BYTES:
+        return "header", " at offset 0x0: "
+    number = max(n for n, start in enumerate(offsets) if start <= at)
+    return f"section {number}", f" at offset 0x{offsets[number]:x}: "
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -44,88 +80,66 @@ def test_writer_still_writes_the_golden_stream(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_both_readers_agree(name: str) -> None:
-    recorder, _ = agree(stored(name))
+def test_both_readers_agree_on_what_it_holds(name: str) -> None:
+    recorder, found = agree(stored(name))
+    assert recorder.memory == MEMORY[name]
+    assert found.states == STATES[name]
+    times = {"dry-run": None, "kept": (0, 0)}
+    assert found.time == times.get(name, (PAUSED_AT, PAUSED_FOR))
+    assert found.nonce == (NONCE if name == "answered" else None)
     assert recorder.started == (name != "dry-run")
 
 
 def test_aborted_stream_is_refused_with_the_senders_words() -> None:
+    recorder = Recorder(Input(stored("aborted")))
     with pytest.raises(AbortedError, match="it changes too fast") as caught:
-        Recorder(Input(stored("aborted"))).run()
-    assert caught.value.status == 69
-
-
-def refusal(raw: bytes) -> tuple[BhyError | None, Recorder | None]:
-    """Read a broken stream; return the error, or None, and the destination."""
-    source = Input(raw)
-    recorder = None
-    error = None
-    try:
-        recorder = Recorder(source)
         recorder.run()
-    except BhyError as caught:
-        error = caught
-    assert source.largest <= LARGEST_CAP
-    return error, recorder
+    assert caught.value.status == 69
+    assert not recorder.started
 
 
-def go_ends(name: str) -> int:
-    """Return where GO ends, from where on a destination may have started."""
-    if name != "answered":
-        return 1 << 32
-    reader = Reader(Input(stored(name)))
-    while (section := reader.next()) is not None:
-        if section.type == Type.GO:
-            break
-    return reader.offset_bytes
-
-
-def borders_after_end(raw: bytes) -> set[int]:
-    """Return where an answered stream may end soundly: at any border after END."""
-    reader = Reader(Input(raw))
-    found: set[int] = set()
-    ended = False
-    while (section := reader.next()) is not None:
-        ended = ended or section.type == Type.END
-        if ended:
-            found.add(reader.offset_bytes)
-    return found
+def refuse(raw: bytes, started: bool, start: str, offset: str) -> None:
+    """Assert that a broken stream is refused, that the place is named, and what was started."""
+    recorder = Recorder(Input(raw))
+    with pytest.raises(BhyError) as caught:
+        recorder.run()
+    text = str(caught.value)
+    assert caught.value.status == 65, text
+    assert text.startswith(start) and offset in text, (start, offset, text)
+    assert recorder.started == started, text
+    assert recorder.input.largest <= LARGEST_CAP, text
 
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_every_cut_is_refused(name: str) -> None:
     raw = stored(name)
-    sound = {len(raw)}
-    started_at = go_ends(name)
-    if name == "answered":
-        # After END the source may still give up: sound, and not started.
-        sound |= borders_after_end(raw)
+    offsets = borders(raw)
+    # After END the source may still give up: what ends there is sound, and starts nothing.
+    sound = offsets[-1 - AFTER_END : -1] if name == "answered" else []
+    go_ends = offsets[-2] if name == "answered" else len(raw)
     for cut in range(len(raw)):
-        error, recorder = refusal(raw[:cut])
-        assert cut >= started_at or recorder is None or not recorder.started, cut
         if cut in sound:
-            assert error is None, cut
+            assert Recorder(Input(raw[:cut])).run().started == (cut >= go_ends)
             continue
-        assert error is not None, cut
-        assert error.status == 65, cut
-        assert "at offset 0x" in str(error), (cut, str(error))
+        refuse(raw[:cut], cut >= go_ends, *place(offsets, cut))
+        if cut % 53 == 0:
+            with pytest.raises(Refused):
+                read(io.BytesIO(raw[:cut]))
 
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_every_changed_byte_is_refused(name: str) -> None:
     raw = stored(name)
-    started_at = go_ends(name)
+    offsets = borders(raw)
+    go_ends = offsets[-2] if name == "answered" else len(raw)
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     values = random.Random(seed)
+    broken = bytearray(raw)
     for at in range(len(raw)):
-        broken = bytearray(raw)
         broken[at] ^= values.randrange(1, 256)
-        error, recorder = refusal(bytes(broken))
-        assert error is not None, at
-        assert error.status == 65, (at, str(error))
-        assert "at offset 0x" in str(error), (at, str(error))
-        assert at >= started_at or recorder is None or not recorder.started, at
-        if at % 61 == 0:
+        refuse(bytes(broken), at >= go_ends, *place(offsets, at))
+        if at % 53 == 0:
             with pytest.raises(Refused):
-                read(io.BytesIO(bytes(broken)))
+                read(io.BytesIO(broken))
+        broken[at] = raw[at]

@@ -103,7 +103,8 @@ def test_a_keeper_that_does_not_end_is_ended(
 def test_a_keeper_survives_what_ends_a_pipeline(
     base: Path, lock: Lock, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGTSTP)
+    names = ("INT", "HUP", "TERM", "QUIT", "TSTP", "USR1", "USR2")
+    numbers = [getattr(signal, f"SIG{name}") for name in names]
     # Where the tests run with some of them ignored, it would inherit that.
     before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     try:

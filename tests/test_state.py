@@ -353,10 +353,23 @@ def test_what_a_crash_left_behind_is_no_record(base: Path, records: Records) -> 
 def test_a_broken_record_is_named(base: Path, records: Records, text: str | bytes) -> None:
     path = base / f"source/{ID}.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    for ask in (lambda: records.get(ID), records.all, lambda: records.find("web1")):
+    for ask in (lambda: records.get(ID), lambda: records.find("web1")):
         with pytest.raises(GuestError) as caught:
             ask()
         assert str(caught.value).startswith(f"the record {path} is broken: ")
+
+
+def test_a_broken_record_hides_no_other(base: Path, records: Records) -> None:
+    records.write(RECORD)
+    path = base / "source/0.json"
+    path.write_text("{")
+    assert records.all() == records.find("web1") == [RECORD]
+    assert [str(error) for error in records.broken()] == [
+        f"the record {path} is broken: Expecting property name enclosed in double quotes: "
+        "line 1 column 2 (char 1)"
+    ]
+    with pytest.raises(GuestError, match="is broken"):
+        records.find("another")
 
 
 def test_a_record_that_cannot_be_read_is_named(base: Path, records: Records) -> None:

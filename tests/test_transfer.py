@@ -315,6 +315,16 @@ def test_on_batch_counts_up_to_the_whole_guest(
     assert len(calls) == sum(-(-n // BATCH_PAGES) for n in SIZES)
 
 
+def test_all_pages_that_were_looked_at_are_counted(tmp_path: Path, source: MemorySource) -> None:
+    """Also where nothing is written: a long last scan is not standing still."""
+    sending = Sending(tmp_path / "s", source)
+    sending.transfer.round()
+    assert sending.transfer.walked_pages == source.npages
+    sending.transfer.round(last=True)
+    assert sending.transfer.walked_pages == 2 * source.npages
+    sending.finish()
+
+
 def test_bytes_and_times_of_a_round_are_measured(
     tmp_path: Path, source: MemorySource, rng: random.Random
 ) -> None:

@@ -50,7 +50,7 @@ def run(verb: Verb, role: Role, console: Console) -> int:
     base = state.directory()
     records = Records(base, role)
     if verb.name == "-l":
-        return _list(records, verb.guest)
+        return _list(records, verb.guest, console)
     guest = verb.guest or ""
     record = _one(records, guest)
     lock = Lock(base, record.lock, f"guest {record.guest}")
@@ -68,8 +68,11 @@ def run(verb: Verb, role: Role, console: Console) -> int:
     return OK
 
 
-def _list(records: Records, guest: str | None) -> int:
-    """List the guests that stand here; asked by name, also what was started."""
+def _list(records: Records, guest: str | None, console: Console) -> int:
+    """List the guests that stand here; asked by name, also what was started.
+
+    Returns 69 if a record is broken: the list is then not all.
+    """
     found = records.find(guest) if guest else records.all()
     lines = []
     for record in found:
@@ -79,7 +82,7 @@ def _list(records: Records, guest: str | None) -> int:
         fields = (record.guest, record.phase, when, record.id, record.operand)
         lines.append("\t".join(printable(field) for field in fields) + "\n")
     write_all(_STDOUT, "".join(lines).encode())
-    return OK
+    return max((console.fail(error) for error in records.broken()), default=OK)
 
 
 def _one(records: Records, guest: str) -> Record:

@@ -11,11 +11,11 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 
 from bhystream.errors import GuestError
 
 _END_SECONDS = 5
+_STDERR = 2
 
 
 class Hook:
@@ -25,16 +25,21 @@ class Hook:
         """Start it, in a process group of its own.
 
         Its standard input is empty and its standard output is our standard
-        error: standard output carries the stream.
+        error: standard output carries the stream.  Raises GuestError.
         """
         self._guest = guest
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", command],
-            stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno(),
-            env={**os.environ, "BHYSEND_GUEST": guest, "BHYSEND_ID": stream_id},
-            process_group=0,
-        )
+        try:
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", command],
+                stdin=subprocess.DEVNULL,
+                stdout=_STDERR,
+                env={**os.environ, "BHYSEND_GUEST": guest, "BHYSEND_ID": stream_id},
+                process_group=0,
+            )
+        except OSError as error:
+            raise GuestError(
+                f"guest {guest}: the -p command does not start: {error.strerror}"
+            ) from error
 
     def wait(self) -> None:
         """Wait for its end.  Raises GuestError unless its status is 0."""

@@ -44,6 +44,8 @@ _START_SECONDS = 30
 _END_SECONDS = 10
 _RESUME_SECONDS = 120
 _RETRY_SECONDS = 0.2
+# What ends or stops a process that does not ask for it, and can be ignored.
+_IGNORED = ("SIGINT", "SIGHUP", "SIGTERM", "SIGQUIT", "SIGTSTP", "SIGUSR1", "SIGUSR2", "SIGINFO")
 
 
 class Keeper:
@@ -56,14 +58,20 @@ class Keeper:
         get ready, and then none is left.
         """
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "bhystream.keeper", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), lock.fd),
-                start_new_session=True,
-            )
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "bhystream.keeper", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(), lock.fd),
+                    start_new_session=True,
+                )
+        except OSError as error:
+            ours.close()
+            raise GuestError(
+                f"guest {record.guest}: its keeper does not start: {error.strerror}"
+            ) from error
         self._socket = ours
         try:
             ours.settimeout(_START_SECONDS)
@@ -107,8 +115,9 @@ def _receive(peer: socket.socket, size: int) -> bytes:
 
 def main(argv: list[str]) -> int:
     """Keep one guest: argv[1] is the number of the socket to bhysend."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGTSTP):
-        signal.signal(number, signal.SIG_IGN)
+    for name in _IGNORED:
+        if hasattr(signal, name):  # SIGINFO is FreeBSD's
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     with socket.socket(fileno=int(argv[1])) as peer, peer.makefile("rb") as lines:
         order = json.loads(lines.readline())
         record = Record(**order["record"])

@@ -97,6 +97,13 @@ def bandwidth_bytes(rounds: Sequence[Round], limits: Limits) -> float:
     return min(measured, float(limits.rate_bytes)) if limits.rate_bytes else measured
 
 
+def page_cost_bytes(rounds: Sequence[Round]) -> float:
+    """Return what a page with bytes takes of the stream: less than a page with -z."""
+    pages = sum(r.data_pages for r in rounds)
+    sent = sum(r.sent_bytes for r in rounds)
+    return min(sent / pages, float(PAGE_BYTES)) if pages else float(PAGE_BYTES)
+
+
 def outlook(rounds: Sequence[Round], npages: int, limits: Limits) -> Outlook:
     """Estimate the last dirty set and the pause that it costs.
 
@@ -114,7 +121,7 @@ def outlook(rounds: Sequence[Round], npages: int, limits: Limits) -> Outlook:
         changed = last.data_pages + last.zero_pages
         expected = min(npages, -(-changed * coming // exposure))
     rate = bandwidth_bytes(rounds, limits)
-    copy_ns = int(expected * PAGE_BYTES * NS / rate) if rate else 0
+    copy_ns = int(expected * page_cost_bytes(rounds) * NS / rate) if rate else 0
     return Outlook(expected, copy_ns, scan_ns)
 
 

@@ -142,11 +142,11 @@ class Move:
         with self.signals.interruptible():
             self.precopy()
         self.pause(base, lock)
-        with self.signals.watching(self.sent_bytes, _STALL_SECONDS):
+        with self.signals.watching(self.done, _STALL_SECONDS):
             self.copy_last_pages()
         if self.opts.keep:
             self.release()
-        with self.signals.watching(self.sent_bytes, _STALL_SECONDS):
+        with self.signals.watching(self.done, _STALL_SECONDS):
             self.write_state()
         with self.signals.interruptible():
             self.wait_for_hook()
@@ -207,9 +207,10 @@ class Move:
         )
         self.keeper = Keeper(base, self.record, lock)
 
-    def sent_bytes(self) -> int:
-        """Return how much of the stream has been written."""
-        return self.writer.offset_bytes if self.writer else 0
+    def done(self) -> int:
+        """Return a count that grows with what is read of the guest and what is written."""
+        assert self.writer is not None
+        return self.transfer.walked_pages + self.writer.offset_bytes
 
     def pause(self, base: Path, lock: state.Lock) -> None:
         """Record what is coming, pause, take the state."""

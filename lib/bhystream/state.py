@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from bhystream.errors import GuestError, IncompatibleError, from_oserror
+from bhystream.errors import BhyError, GuestError, IncompatibleError, from_oserror
 
 Role = Literal["source", "destination"]
 
@@ -163,13 +163,36 @@ class Records:
         return self._read(self._dir / f"{id_}.json")
 
     def all(self) -> list[Record]:
-        """Return all records, oldest first."""
-        found = [self._read(path) for path in self._dir.glob("*.json")]
-        return sorted((r for r in found if r), key=lambda r: r.time_ns)
+        """Return the records that can be read, oldest first."""
+        return sorted(self._survey()[0], key=lambda r: r.time_ns)
+
+    def broken(self) -> list[BhyError]:
+        """Return what is wrong with the records that cannot be read."""
+        return self._survey()[1]
 
     def find(self, operand: str) -> list[Record]:
-        """Return the records that an operand names: id, name or operand."""
-        return [r for r in self.all() if operand in (r.id, r.guest, r.operand)]
+        """Return the records that an operand names: id, name or operand.
+
+        Raises GuestError if none does, but a broken one may.
+        """
+        found = [r for r in self.all() if operand in (r.id, r.guest, r.operand)]
+        if not found:
+            for error in self.broken():
+                raise error
+        return found
+
+    def _survey(self) -> tuple[list[Record], list[BhyError]]:
+        found: list[Record] = []
+        broken: list[BhyError] = []
+        for path in self._dir.glob("*.json"):
+            try:
+                record = self._read(path)
+            except BhyError as error:
+                broken.append(error)
+                continue
+            if record:
+                found.append(record)
+        return found, broken
 
     @staticmethod
     def _read(path: Path) -> Record | None:
@@ -182,5 +205,8 @@ class Records:
                     raise
                 raise from_oserror(error, f"read {path}") from error
             except (ValueError, TypeError) as error:
-                raise GuestError(f"the record {path} is broken: {error}") from error
+                raise GuestError(
+                    f"the record {path} is broken: {error}",
+                    "if no guest stands paused for it: remove it",
+                ) from error
         return None

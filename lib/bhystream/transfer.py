@@ -96,6 +96,7 @@ class Transfer:
     ) -> None:
         """Prepare to send; nothing is read yet.
 
+        walked_pages, an attribute, counts the pages looked at, over all rounds.
         level: of zstd, or None.  on_batch(done, sent): called after each
         section with the pages walked and sent in this round so far.
         """
@@ -111,6 +112,7 @@ class Transfer:
         self._table = memoryview(bytearray(8 * self.npages)).cast("Q")
         self._hasher.fill(self._table, 0, self.npages)
         self._memory = source.memory()
+        self.walked_pages = 0
         self._write_ns = 0
         self._data_pages = 0
         self._zero_pages = 0
@@ -152,12 +154,13 @@ class Transfer:
         batch = self._batch
         at = span.first
         while at < span.end:
-            end = min(at + _STRIDE_PAGES, span.end)
+            before, end = at, min(at + _STRIDE_PAGES, span.end)
             if span.present:
                 memory = self._memory[span.segment]
                 at = batch.collect(memory, span.base_page, at, end, self._table, everything)
             else:
                 at = batch.collect_absent(span.base_page, at, end, self._table, everything)
+            self.walked_pages += at - before
             if batch.full:
                 self._flush(span.base_page + at)
                 if rate:

@@ -114,6 +114,12 @@ def monitor(path: str) -> Iterator[Any]:
         yield ask
 
 
+def stop(path: str) -> None:
+    """Stop a guest by hand."""
+    with monitor(path) as ask:
+        ask("stop")
+
+
 def state_of(path: str) -> str:
     with monitor(path) as ask:
         return str(ask("query-status")["status"])

@@ -15,7 +15,7 @@ from qemu_rig import SIZE, Rig, await_true, monitor
 from bhystream.backend.base import PAGE_BYTES, Segment
 from bhystream.backend.qemu import QemuSource, qmp
 from bhystream.backend.qemu.process import end_process, identify, is_alive
-from bhystream.backend.qemu.ram import extents, punch
+from bhystream.backend.qemu.ram import extents
 from bhystream.errors import GuestError, IncompatibleError
 
 pytestmark = pytest.mark.guest
@@ -68,8 +68,6 @@ def test_extents_of_a_sparse_file(tmp_path: Path) -> None:
     os.pwrite(fd, b"x", 3 * PAGE_BYTES + 5)
     os.pwrite(fd, b"x" * 2 * PAGE_BYTES, 63 * PAGE_BYTES)  # past the size asked for
     assert list(extents(fd, 64 * PAGE_BYTES)) == [(3, 4), (63, 64)]
-    punch(fd, 64 * PAGE_BYTES)
-    assert list(extents(fd, 64 * PAGE_BYTES)) == []
     os.close(fd)
 
 

@@ -286,6 +286,13 @@ def test_a_command_that_fails_lets_the_guest_run_on(host: Host, small: Traveller
     small.move(host, send=("-p", "true"))
 
 
+def test_a_command_that_fails_spoils_no_kept_guest(host: Host, small: Traveller) -> None:
+    [sent] = run(small.send("-k", "-p", "kill -9 $$"), env=host.env)
+    assert sent.status == 69, report(sent)
+    assert "the -p command ended with SIGKILL" in sent.stderr
+    ran_on(host, small)
+
+
 # Dry runs.
 
 

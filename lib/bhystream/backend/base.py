@@ -70,7 +70,8 @@ class Source(Protocol):
     """A running guest that is to be sent.
 
     Opening one pauses nothing and changes nothing.  All methods raise
-    GuestError when the hypervisor fails, and nothing else on purpose.
+    GuestError when the hypervisor fails, AccessError where it may not be
+    asked, IncompatibleError for what cannot be moved.
     """
 
     @property
@@ -130,7 +131,7 @@ class Sink(Protocol):
 
     Ownership: what open() made (a process, a memory file, sockets) is the
     sink's until start() or leave_paused() succeeded; abort() before that
-    leaves the host as it was found.
+    leaves the host as it was found.  Errors are Source's.
     """
 
     @property
@@ -179,7 +180,7 @@ class Paused(Protocol):
         """Let it run.  A guest that already runs is left alone."""
 
     def discard(self) -> None:
-        """End it for good.  A guest that is gone already is no error."""
+        """End it for good.  A guest that is gone already is no error, one that runs is."""
 
     def is_alive(self) -> bool:
         """Say whether the hypervisor's process of this very guest exists."""

@@ -12,10 +12,12 @@ the socket, which serves one client, while bhysend lives.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from bhystream.backend.base import Json
 from bhystream.backend.qemu import migration
+from bhystream.backend.qemu.facts import status
 from bhystream.backend.qemu.process import Identity, end_process, identify, is_alive
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.errors import GuestError
@@ -86,9 +88,15 @@ class QemuPaused:
         """End it for good: SIGTERM, in time SIGKILL, to this very process.
 
         By its pidfd rather than by `quit`: that needs no free socket and
-        cannot reach another guest.  QEMU treats SIGTERM as `quit`.
+        cannot reach another guest.  QEMU treats SIGTERM as `quit`.  A guest
+        that somebody let run is refused, if its QMP socket is free to ask.
         """
+        state = ""
+        with contextlib.suppress(GuestError):
+            state = status(self._connect())
         self.close()
+        if state == "running":
+            raise GuestError(f"{self._who}: it runs, so it is not ended here")
         if not end_process(self._identity):
             raise GuestError(f"{self._who}: cannot end its QEMU (process {self._identity.pid})")
 

@@ -1,4 +1,4 @@
-"""The file behind a guest's memory: found, walked and punched empty.
+"""The file behind a guest's memory: found and walked.
 
 The file is found through /proc/PID/fd, not by its path: the path may be
 unlinked (bhyrecv's own guests), a memfd, or one of another mount namespace.
@@ -8,7 +8,6 @@ shared, writable one of the whole size from offset 0.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
@@ -21,9 +20,6 @@ _MAPS = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<mode>....) (?P<offset>[0-9a-f]+) "
     r"[0-9a-f]+:[0-9a-f]+ (?P<inode>\d+)"
 )
-# Source: fallocate(2), <linux/falloc.h>.
-_FALLOC_FL_KEEP_SIZE = 1
-_FALLOC_FL_PUNCH_HOLE = 2
 
 
 def _mapped_inodes(pid: int, size_bytes: int) -> set[int]:
@@ -98,27 +94,6 @@ def extents(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
         last = -(-position // PAGE_BYTES)
         if first < last:
             yield first, last
-
-
-def punch(fd: int, size_bytes: int) -> None:
-    """Make the file's first size_bytes read as zero, unallocated where it can be.
-
-    Source: fallocate(2).  Mappings of the file see zeros too, so this is
-    right also for the memory of a QEMU that waits with it mapped.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-    result = libc.fallocate64(
-        ctypes.c_int(fd), ctypes.c_int(mode), ctypes.c_int64(0), ctypes.c_int64(size_bytes)
-    )
-    if result == 0:
-        return
-    number = ctypes.get_errno()
-    if number != errno.EOPNOTSUPP:
-        raise GuestError(f"cannot clear the guest's memory: {os.strerror(number)}")
-    zeros = bytes(1 << 20)
-    for start in range(0, size_bytes, len(zeros)):
-        os.pwrite(fd, zeros[: size_bytes - start], start)
 
 
 def other_user(fd: int, own_pid: int) -> int | None:

@@ -23,6 +23,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bhystream import hole
 from bhystream.backend.base import Destination, Head, Json, State
 from bhystream.backend.qemu import facts, host, migration, ram, verdict
 from bhystream.backend.qemu.command import build, waiting
@@ -183,7 +184,8 @@ class QemuSink:
             other = ram.other_user(self._ram_fd, qmp.pid)
             if other is not None:
                 raise IncompatibleError(f"mem: the memory file is in use by process {other}")
-            ram.punch(self._ram_fd, size_bytes)
+            # Mappings see the zeros too: right also for a QEMU that waits.
+            hole.punch(self._ram_fd, 0, size_bytes)
         self._prepare(qmp)
         return [Destination(self._ram_fd, 0)]
 
