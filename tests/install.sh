@@ -26,7 +26,10 @@ missing=
 for package in $packages; do
     dpkg -s "$package" >/dev/null 2>&1 || missing="$missing $package"
 done
-python3 -c 'import venv, ensurepip' 2>/dev/null || missing="$missing python3-venv python3-dev"
+python3 -c 'import venv, ensurepip' 2>/dev/null || missing="$missing python3-venv"
+python3 -c 'import pathlib, sysconfig
+(pathlib.Path(sysconfig.get_path("include")) / "Python.h").stat()' 2>/dev/null ||
+    missing="$missing python3-dev"
 # shellcheck disable=SC2086  # a list of names
 [ -z "$missing" ] || install_packages $missing
 
