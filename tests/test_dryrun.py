@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +14,10 @@ from bhystream import dryrun
 from bhystream.backend.base import PAGE_BYTES
 from bhystream.dryrun import Survey, survey
 from bhystream.errors import OK, PipeError
+from bhystream.move import Options
 from bhystream.precopy import NS, Limits
 from bhystream.report import Console
+from bhystream.signals import Signals
 from memory_source import MemorySource, rebuild, seeded
 
 SIZES = (500, 100, 400)
@@ -30,6 +34,21 @@ def source() -> Iterator[MemorySource]:
     made = MemorySource(*SIZES)
     yield made
     made.close()
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Signals takes over the signals of the tests' own process."""
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def dry_run(source: MemorySource, limits: Limits, console: Console, *, machine: bool) -> int:
+    opts = Options(guest="qemu:/g", limits=limits, machine=machine, dry_run=True)
+    return dryrun.run(source, opts, Path("/nonexistent"), console, Signals())
 
 
 class World:
@@ -124,8 +143,8 @@ def test_a_dry_run_touches_nothing(
     for page in rng.sample(range(NPAGES), 100):
         source.write(page, rng.randbytes(100))
     blocks, memory = source.allocated_bytes(), source.contents()
-    assert dryrun.run(source, Limits(), Console("bhysend"), machine=False) == OK
-    assert dryrun.run(source, Limits(), Console("bhysend"), machine=True) == OK
+    assert dry_run(source, Limits(), Console("bhysend"), machine=False) == OK
+    assert dry_run(source, Limits(), Console("bhysend"), machine=True) == OK
     assert source.allocated_bytes() == blocks
     assert source.contents() == memory
 
@@ -134,7 +153,7 @@ def test_into_a_pipe_goes_a_stream_with_a_head_and_no_memory(
     source: MemorySource, world: World, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     source.write(3, b"secret")
-    dryrun.run(source, Limits(), Console("bhysend"), machine=False)
+    dry_run(source, Limits(), Console("bhysend"), machine=False)
     out, err = capfdbinary.readouterr()
     built = rebuild(out)
     assert built.head
@@ -150,7 +169,7 @@ def test_each_stream_is_another(
 ) -> None:
     streams = []
     for _ in range(2):
-        dryrun.run(source, Limits(), Console("bhysend"), machine=False)
+        dry_run(source, Limits(), Console("bhysend"), machine=False)
         streams.append(capfdbinary.readouterr().out)
     assert streams[0] != streams[1]
 
@@ -163,7 +182,7 @@ def test_a_terminal_gets_the_report_only(
 ) -> None:
     far, near = os.openpty()
     monkeypatch.setattr(dryrun, "_STDOUT", near)
-    dryrun.run(source, Limits(), Console("bhysend"), machine=False)
+    dry_run(source, Limits(), Console("bhysend"), machine=False)
     os.set_blocking(far, False)
     with pytest.raises(BlockingIOError):
         os.read(far, 1)
@@ -175,7 +194,7 @@ def test_a_terminal_gets_the_report_only(
 def report_of(
     source: MemorySource, limits: Limits, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> list[list[str]]:
-    dryrun.run(source, limits, Console("bhysend"), machine=True)
+    dry_run(source, limits, Console("bhysend"), machine=True)
     out, err = capfdbinary.readouterr()
     assert err == b""
     assert out.endswith(b"\n")
@@ -224,14 +243,14 @@ def test_non_convergence_is_said(
     fill(source, b"\1")
     world.guest = lambda: fill(source, b"\2")
     console = Console("bhysend")
-    dryrun.run(source, Limits(rate_bytes=100_000), console, machine=False)
+    dry_run(source, Limits(rate_bytes=100_000), console, machine=False)
     err = capfd.readouterr().err
     assert "at -B (97.7 KiB/s): it changes too fast for -d 300 ms" in err
     # The guest can be moved all the same, if it is paused long enough.
     forced = Limits(rate_bytes=100_000, finish=True, time_ns=600 * NS)
     for limits, rounds in ((forced, 15), (Limits(rounds=0, rate_bytes=100_000), 0)):
         fill(source, b"\1")
-        dryrun.run(source, limits, console, machine=False)
+        dry_run(source, limits, console, machine=False)
         err = capfd.readouterr().err
         assert f": {rounds} rounds, pause 40.96 s and 0.0 ms for the last scan" in err
 
@@ -242,7 +261,7 @@ def test_the_report_for_people(
     for page in range(256):
         source.write(page, b"\1" if page < 128 else b"\0")
     world.guest = lambda: source.write(7, b"\2")
-    dryrun.run(source, Limits(rate_bytes=1 << 20), Console("bhysend"), machine=False)
+    dry_run(source, Limits(rate_bytes=1 << 20), Console("bhysend"), machine=False)
     lines = [line.removeprefix("bhysend: ") for line in capfd.readouterr().err.splitlines()]
     assert lines == [
         "guest stand-in: 3.9 MiB of memory, 1.0 MiB touched, 512.0 KiB to send",
@@ -262,6 +281,6 @@ def test_a_report_that_cannot_be_written_is_no_success(
         monkeypatch.setattr(dryrun, "_STDOUT", full)
         for machine in (False, True):
             with pytest.raises(PipeError, match="No space left"):
-                dryrun.run(source, Limits(), Console("bhysend"), machine=machine)
+                dry_run(source, Limits(), Console("bhysend"), machine=machine)
     finally:
         os.close(full)

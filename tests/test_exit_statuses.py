@@ -16,7 +16,8 @@ import pytest
 import bhystream
 from bhystream import errors, recv, send, state
 from bhystream.errors import BhyError
-from bhystream.state import HELD, Record, Records
+from bhystream.handshake import HELD
+from bhystream.state import Record, Records
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("bhysend", "bhyrecv")

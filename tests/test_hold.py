@@ -12,9 +12,10 @@ import pytest
 
 from bhystream import hold, hypervisors, state
 from bhystream.errors import OK, GuestError
+from bhystream.handshake import HELD, LOADED, PAUSED, STARTED
 from bhystream.hold import Verb, refuse_held
 from bhystream.report import Console
-from bhystream.state import HELD, LOADED, PAUSED, STARTED, Lock, Record, Records, Role
+from bhystream.state import Lock, Record, Records, Role
 
 A, B = "a" * 32, "b" * 32
 

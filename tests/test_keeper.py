@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,9 @@ import pytest
 import bhystream
 from bhystream import keeper, state
 from bhystream.errors import GuestError
+from bhystream.handshake import GO, HELD, MOVED, PAUSED
 from bhystream.keeper import Keeper
-from bhystream.state import HELD, PAUSED, Lock, Record, Records
+from bhystream.state import Lock, Record, Records
 
 RECORD = Record("a" * 32, "web1", "qemu:/web1", "lock-1", PAUSED, {"hypervisor": "none"})
 
@@ -235,7 +236,7 @@ def test_a_held_guest_is_the_operators(
 ) -> None:
     assert is_gone(orphan(PAUSED, HELD))
     assert [record.phase for record in records.all()] == [HELD]
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "bhysend: guest web1: bhysend is gone; the guest is held\n"
 
 
 def test_it_keeps_record_and_lock_while_it_tries(base: Path, records: Records) -> None:
@@ -269,6 +270,8 @@ class Paused:
         return sys.argv[4] == "alive"
     def resume(self):
         print("resume", flush=True)
+    def discard(self):
+        print("discard", flush=True)
     def close(self):
         print("close", flush=True)
 
@@ -288,7 +291,13 @@ class Driven:
     """A keeper in a process of its own, as Keeper starts it."""
 
     def __init__(
-        self, base: Path, seconds: float, faults: str = "[]", *, guest: str = "alive"
+        self,
+        base: Path,
+        seconds: float,
+        faults: str = "[]",
+        *,
+        guest: str = "alive",
+        answers: int = -1,
     ) -> None:
         self.socket, theirs = socket.socketpair()
         argv = [sys.executable, "-c", DRIVER, str(theirs.fileno()), str(seconds), faults, guest]
@@ -298,9 +307,9 @@ class Driven:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(),) if answers < 0 else (theirs.fileno(), answers),
             )
-        order = {"base": str(base), "record": asdict(RECORD)}
+        order = {"base": str(base), "record": asdict(RECORD), "answers": answers}
         self.socket.sendall(json.dumps(order).encode() + b"\n")
         self.socket.settimeout(60)
         assert self.socket.recv(100) == b"ready\n"
@@ -354,22 +363,65 @@ def test_what_cannot_be_resumed_is_said_and_its_record_kept(base: Path, records:
 def test_the_record_of_a_guest_that_is_gone_is_removed(base: Path, records: Records) -> None:
     driven = Driven(base, 60, guest="gone")
     records.write(RECORD)
-    status, out, _ = driven.orphaned()
+    status, out, err = driven.orphaned()
     said = "log guest web1: its hypervisor is gone"
-    assert (status, out.splitlines()) == (0, ["open none", said, "close"])
+    assert (status, out.splitlines()) == (0, ["open none", "close", said])
+    assert err == "bhysend: guest web1: its hypervisor is gone\n"
     assert records.all() == []
 
 
-@pytest.mark.parametrize("phase", [None, HELD])
+@pytest.mark.parametrize("phase", [None, HELD, GO])
 def test_nothing_else_is_ever_resumed(base: Path, records: Records, phase: str | None) -> None:
     driven = Driven(base, 60)
     if phase:
         records.write(RECORD)
         records.write(RECORD.moved(phase))
     status, out, err = driven.orphaned()
-    said = "log guest web1: bhysend is gone; the guest is held\n" if phase else ""
-    assert (status, out, err) == (0, said, "")
+    told = {None: "", HELD: "the guest is held", GO: "the guest is in doubt, paused here"}[phase]
+    said = f"guest web1: bhysend is gone; {told}\n" if phase else ""
+    assert (status, out) == (0, f"log {said}" if phase else "")
+    assert err == (f"bhysend: {said}" if phase else "")
     assert [record.phase for record in records.all()] == ([phase] if phase else [])
+
+
+def test_a_guest_that_has_moved_is_ended_here(base: Path, records: Records) -> None:
+    driven = Driven(base, 60)
+    records.write(replace(RECORD.moved(MOVED), host="hv2/ff", directory="/d"))
+    status, out, err = driven.orphaned()
+    assert out.splitlines()[:-1] == ["open none", "discard", "close"]
+    assert status == 0
+    assert err == (
+        "bhysend: guest web1: bhysend is gone; the guest runs on hv2, and is gone here\n"
+    )
+    assert records.all() == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "acts", "left"),
+    [
+        (b"RUNNING", ["open none", "discard", "close"], []),
+        (b"FAILED no", ["open none", "resume", "close"], []),
+        (b"RAN", [], [GO]),
+        (b"", [], [GO]),
+    ],
+)
+def test_a_commands_answers_are_read_on(
+    base: Path, records: Records, answer: bytes, acts: list[str], left: list[str]
+) -> None:
+    """What bhysend has read of a line is missing; another stream's answers say nothing."""
+    theirs, ours = os.pipe()
+    driven = Driven(base, 60, answers=theirs)
+    os.close(theirs)
+    records.write(replace(RECORD.moved(GO), host="hv2/ff", directory="/d"))
+    other = b"0" * 32
+    os.write(ours, b"93c SEEN 7\nbhys1 " + other + b" RUNNING\nbhys1 " + other + b" FAILED x\n")
+    if answer:
+        os.write(ours, b"bhys1 " + RECORD.id.encode() + b" " + answer + b"\n")
+    os.close(ours)
+    status, out, err = driven.orphaned()
+    assert (status, out.splitlines()[:-1]) == (0, acts)
+    assert [record.phase for record in records.all()] == left
+    assert ("  ssh hv2 BHYSEND_STATE_DIR=/d bhyrecv -q " in err) == bool(left)
 
 
 def test_a_word_cut_short_is_no_dismissal(base: Path, records: Records) -> None:

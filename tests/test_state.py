@@ -13,7 +13,8 @@ import pytest
 
 from bhystream import state
 from bhystream.errors import AccessError, GuestError, IncompatibleError, PipeError
-from bhystream.state import HELD, PAUSED, Lock, Record, Records
+from bhystream.handshake import HELD, PAUSED
+from bhystream.state import Lock, Record, Records
 
 ID = "0123456789abcdef0123456789abcdef"
 RECORD = Record(ID, "web1", "qemu:/run/web1.qmp", "qemu-1-2", PAUSED, {"pid": 1, "x": [None]}, 5)
@@ -40,7 +41,13 @@ def test_it_is_made_for_us_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     finally:
         os.umask(before)
     assert made == tmp_path / "a/b"
-    assert sorted(path.name for path in made.iterdir()) == ["destination", "lock", "log", "source"]
+    assert sorted(path.name for path in made.iterdir()) == [
+        "destination",
+        "lock",
+        "log",
+        "run",
+        "source",
+    ]
     assert {mode(path) for path in (made, *made.iterdir())} == {0o700}
     assert state.directory() == made  # again is no error
 

@@ -16,15 +16,19 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from bhystream import bitmap
 from bhystream import format as fmt
 from bhystream.backend.base import PAGE_BYTES, Head, Source
-from bhystream.errors import OK
+from bhystream.errors import OK, BhyError, InternalError
 from bhystream.format import Feature, Form, Header
+from bhystream.move import Options
+from bhystream.offer import Offer
 from bhystream.page import PageHasher, mark_changed
 from bhystream.precopy import NS, Limits, forecast
 from bhystream.report import Console, duration, size
+from bhystream.signals import Signals
 from bhystream.transfer import spans, write_head
 from bhystream.writer import Writer, write_all
 
@@ -120,26 +124,56 @@ def survey(source: Source, head: Head) -> Survey:
     )
 
 
-def run(source: Source, limits: Limits, console: Console, *, machine: bool) -> int:
+def run(source: Source, opts: Options, base: Path, console: Console, signals: Signals) -> int:
     """Survey a guest, report, and write the stream of a dry run into a pipe.
 
-    With `machine` (-P) standard output is the report's.  The verdict says
-    whether the rate (-B), or else the slowest link that is shown, suffices.
+    With -P standard output is the report's.  The verdict says whether the rate
+    (-B), or else the slowest link that is shown, suffices; in the answered
+    forms also whether the destination takes the guest.
     """
     head = source.head()
-    if not machine and not os.isatty(_STDOUT):
-        header = Header(
-            Form.PLAIN,
-            Feature.NO_MEMORY,
-            secrets.token_bytes(fmt.STREAM_ID_BYTES),
-            secrets.randbits(64),
-        )
+    is_read = opts.form == Form.ANSWERED or not (opts.machine or os.isatty(_STDOUT))
+    with signals.interruptible():
+        if is_read:
+            ask(source, head, opts, base, console, signals)
+        found = survey(source, head)
+    _report(source, head, found, opts, console)
+    return OK
+
+
+def ask(
+    source: Source, head: Head, opts: Options, base: Path, console: Console, signals: Signals
+) -> None:
+    """Write the stream of a dry run; in the answered forms, wait for the verdict."""
+    stream_id = secrets.token_bytes(fmt.STREAM_ID_BYTES)
+    header = Header(opts.form, Feature.NO_MEMORY, stream_id, secrets.randbits(64))
+    if opts.form != Form.ANSWERED:
         writer = Writer(_STDOUT, header)
         write_head(writer, head)
         writer.end()
-    found = survey(source, head)
+        return
+    offer = Offer(console, signals, source.name, opts.guest, stream_id.hex())
+    status = InternalError.status
+    try:
+        writer = Writer(offer.open(base, opts.command), header)
+        write_head(writer, head)
+        writer.end()
+        offer.begin(writer)
+        console.say(f"guest {source.name}: {offer.host} can take it")
+        status = OK
+    except BhyError as raised:
+        error = offer.explain(raised)
+        status = error.status
+        raise error from raised
+    finally:
+        offer.close(status)
+
+
+def _report(source: Source, head: Head, found: Survey, opts: Options, console: Console) -> None:
+    """Report for people, or with -P for machines."""
+    limits = opts.limits
     links = [("-B", float(limits.rate_bytes))] if limits.rate_bytes else list(_LINKS)
-    if machine:
+    if opts.machine:
         rows: list[tuple[object, ...]] = [*_fields(head, found)]
         for name, rate in links:
             told = forecast(found.data_pages, found.dirty_bytes, found.scan_ns, rate, limits)
@@ -149,7 +183,6 @@ def run(source: Source, limits: Limits, console: Console, *, machine: bool) -> i
     else:
         for line in _lines(head, found, links, limits, source.name, source.resources()):
             console.say(line)
-    return OK
 
 
 def _fields(head: Head, found: Survey) -> list[tuple[str, object]]:

@@ -54,6 +54,14 @@ STARTED = "started"  # destination: it was, or may have been, started
 DEAD = "dead"  # destination: never ran and never will, from this stream
 
 
+# How long each waits, by its monotonic clock.  The source waits longer for the
+# answer to GO than the destination takes one, so that FAILED can still come.
+ACCEPT_SECONDS = 60
+READY_SECONDS = 60
+GO_SECONDS = 60
+ANSWER_SECONDS = 90
+
+
 class Act(Enum):
     """One thing that a party does."""
 
@@ -84,6 +92,7 @@ class Event(Enum):
     PAUSE = "the rounds are over"
     COPIED = "the last pages, the state and the -p command are done (answered form)"
     COPIED_PLAIN = "the same, in the plain form"
+    COPIED_KEPT = "the last pages and the -p command are done, in the kept form"
     FAILURE = "anything that went wrong, a limit, an interrupt, an answer that is not due"
     READY = "the answer READY"
     RUNNING = "the answer RUNNING"
@@ -132,6 +141,7 @@ SOURCE: Mapping[tuple[At, Event], tuple[At, tuple[Act, ...]]] = {
     (At.RUNS, Event.FAILURE): (At.RUNS_ON, ()),
     (At.PAUSED, Event.COPIED): (At.OFFERED, (Act.WRITE_END,)),
     (At.PAUSED, Event.COPIED_PLAIN): (At.HELD, (Act.RECORD_HELD, Act.WRITE_END)),
+    (At.PAUSED, Event.COPIED_KEPT): (At.RUNS_ON, _RESUME),
     (At.PAUSED, Event.FAILURE): (At.RUNS_ON, _RESUME),
     (At.HELD, Event.UNSENT): (At.RUNS_ON, _TAKE_BACK),
     (At.OFFERED, Event.READY): (At.COMMITTED, (Act.RECORD_GO, Act.WRITE_GO)),
@@ -193,9 +203,9 @@ class Machine(Generic[S]):
         do: Callable[[Act], None],
     ) -> None:
         """do: does one act; what it raises comes out of on()."""
-        self._table = table
+        self._table: Mapping[tuple[S, Event], tuple[S, tuple[Act, ...]]] = table
         self._do = do
-        self.at = at
+        self.at: S = at
 
     def expects(self, event: Event) -> bool:
         """Say whether the event has a meaning now."""

@@ -12,22 +12,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bhystream import hypervisors, state
-from bhystream.backend.base import Paused
+from bhystream import standing, state
 from bhystream.errors import OK, BhyError, GuestError, UsageError
+from bhystream.handshake import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
 from bhystream.report import Console, host_name, printable
-from bhystream.state import HELD, LOADED, PAUSED, STARTED, Lock, Record, Records, Role
+from bhystream.standing import open_alive
+from bhystream.state import Lock, Record, Records, Role
 from bhystream.writer import write_all
 
 _STDOUT = 1
+# Of what it was, a listing need not speak: nobody has to decide.
+OVER = (STARTED, DEAD)
+_VERBS = ("-A", "-l", "-q", "--discard", "--resume")
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One of the verbs, parsed.  guest: name, operand or stream id, or None."""
+    """One of the verbs, parsed.  guest: name, operand or stream id, or None.
+
+    in_doubt: --resume also where GO may be out.
+    """
 
     name: str
     guest: str | None
+    in_doubt: bool = False
 
 
 def parse_verb(given: Sequence[str], operands: Sequence[str], usage: str) -> Verb | None:
@@ -35,14 +43,15 @@ def parse_verb(given: Sequence[str], operands: Sequence[str], usage: str) -> Ver
 
     Raises UsageError for a verb with other options, or without its guest.
     """
-    verbs = [name for name in given if name in ("-l", "--discard", "--resume")]
+    verbs = [name for name in given if name in _VERBS]
     if not verbs:
         return None
-    if len(given) > 1:
+    in_doubt = sorted(given) == ["--in-doubt", "--resume"]
+    if len(given) > 1 and not in_doubt:
         raise UsageError(f"{verbs[0]} goes with no other option", usage)
-    if len(operands) > 1 or (verbs[0] != "-l" and not operands):
+    if len(operands) > 1 or (verbs[0] not in ("-A", "-l") and not operands):
         raise UsageError(f"{verbs[0]}: name one guest", usage)
-    return Verb(verbs[0], operands[0] if operands else None)
+    return Verb(verbs[0], operands[0] if operands else None, in_doubt)
 
 
 def run(verb: Verb, role: Role, console: Console) -> int:
@@ -57,11 +66,12 @@ def run(verb: Verb, role: Role, console: Console) -> int:
     try:
         # Read again under the lock: a keeper may have acted meanwhile.
         current = records.get(record.id)
-        if current is None or current.phase == STARTED:
+        if current is None or current.phase in OVER:
             raise GuestError(f"guest {record.guest}: it is not held any more")
         if verb.name == "--discard":
             _discard(records, current, console)
         else:
+            _refuse_to_resume(current, verb.in_doubt)
             _resume(records, current, console)
     finally:
         lock.release()
@@ -76,7 +86,7 @@ def _list(records: Records, guest: str | None, console: Console) -> int:
     found = records.find(guest) if guest else records.all()
     lines = []
     for record in found:
-        if record.phase == STARTED and not guest:
+        if record.phase in OVER and not guest:
             continue
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.time_ns // 10**9))
         fields = (record.guest, record.phase, when, record.id, record.operand)
@@ -87,10 +97,10 @@ def _list(records: Records, guest: str | None, console: Console) -> int:
 
 def _one(records: Records, guest: str) -> Record:
     """Find the one guest that the operator means."""
-    found = [r for r in records.find(guest) if r.phase != STARTED]
+    all_ = records.find(guest)
+    found = [r for r in all_ if r.phase not in OVER]
     if not found:
-        started = records.find(guest)
-        if started:
+        if any(r.phase == STARTED for r in all_):
             raise GuestError(
                 f"guest {guest}: it was started here; it is the hypervisor's to resume or end"
             )
@@ -101,18 +111,9 @@ def _one(records: Records, guest: str) -> Record:
     return found[0]
 
 
-def _open(record: Record) -> Paused | None:
-    """Find the guest of a record; None if its hypervisor is gone."""
-    paused = hypervisors.open_paused(record.revive)
-    if paused.is_alive():
-        return paused
-    paused.close()
-    return None
-
-
 def is_alive(record: Record) -> bool:
     """Say whether the hypervisor's process of a recorded guest exists."""
-    paused = _open(record)
+    paused = open_alive(record)
     if paused is None:
         return False
     paused.close()
@@ -120,7 +121,9 @@ def is_alive(record: Record) -> bool:
 
 
 def _discard(records: Records, record: Record, console: Console) -> None:
-    paused = _open(record)
+    paused = open_alive(record)
+    if record.phase == READY:
+        _bury(records, record)
     if paused is not None and record.phase == PAUSED:
         paused.close()
         raise GuestError(
@@ -135,19 +138,49 @@ def _discard(records: Records, record: Record, console: Console) -> None:
         finally:
             paused.close()
         console.say(f"guest {record.guest}: discarded here")
-    records.remove(record.id)
+    if record.phase != READY:
+        records.remove(record.id)
     console.log(f"guest {record.guest}: stream {record.id} discarded")
 
 
+def _bury(records: Records, record: Record) -> None:
+    """Take the chance to run from a guest that waits for GO, for good."""
+    if not records.change(record.id, READY, DEAD):
+        raise GuestError(f"guest {record.guest}: it was started just now")
+
+
+def _refuse_to_resume(record: Record, in_doubt: bool) -> None:
+    """Refuse to resume what may run elsewhere, or has no right to run here."""
+    name = record.guest
+    if record.phase == MOVED:
+        raise GuestError(
+            f"guest {name}: it runs on {record.host.partition('/')[0]}",
+            f"end what is left here: --discard {record.id}",
+        )
+    if record.phase == READY:
+        raise GuestError(f"guest {name}: only its source can let it run (GO)")
+    if record.phase == GO and not in_doubt:
+        raise GuestError(
+            f"guest {name}: it may run on {record.host.partition('/')[0]}", in_doubt_hint(record)
+        )
+    if record.phase != GO and in_doubt:
+        raise UsageError(f"--in-doubt: guest {name} is {record.phase}, not in doubt")
+
+
+def in_doubt_hint(record: Record) -> str:
+    """Return the way out of doubt."""
+    return standing.in_doubt(record, state.directory())
+
+
 def _resume(records: Records, record: Record, console: Console) -> None:
-    paused = _open(record)
+    paused = open_alive(record)
     if paused is None:
         raise GuestError(
             f"guest {record.guest}: it is gone, so it cannot be resumed",
             f"forget it: --discard {record.id}",
         )
     try:
-        if record.phase == HELD:
+        if record.phase in (GO, HELD):
             console.say(f"guest {record.guest}: resuming; the destination must not have started it")
         # Before it is done: a guest that may run again is not to be discarded
         # by the record of the time when it was held.
@@ -173,7 +206,7 @@ def refuse_held(base: Path, operand: str) -> None:
     records = Records(base, "source")
     for record in records.find(operand):
         try:
-            paused = _open(record)
+            paused = open_alive(record)
         except BhyError:
             continue  # another guest lives there now; opening it will tell
         if paused is None:

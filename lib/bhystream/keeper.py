@@ -1,4 +1,4 @@
-"""The keeper: a small process that resumes the guest if bhysend dies.
+"""The keeper: a small process that acts for bhysend when it dies.
 
     bhysend                            keeper (own session, signals ignored)
        | starts it, before the pause      |
@@ -6,14 +6,17 @@
        |<------ ready --------------------|
        | records PAUSED, pauses           |
        | ...                              |  waits
-       | records HELD, writes END         |
+       | the guest runs again, or stands  |
+       | held, or is gone: recorded       |
        |------- done -------------------->|  ends
        X killed: the socket closes ------>|  reads the record, and acts on it
 
 What it does depends on the record alone, which is on disk before anything is
-done.  No record, or HELD: nothing; after END may be out only the operator
-resumes.  PAUSED: END is not out, the destination cannot start, the guest is
-resumed here.
+done, and stands in handshake.RECORD: a guest that is PAUSED is resumed, one
+that has MOVED is ended here; HELD and GO are left, because only an answer or
+the operator can tell.  In the command form the answers come through a pipe
+that it has too: after GO it goes on reading them in bhysend's place.  With
+`bhysend -A` the third stage acts itself, when it gets the lock.
 
 It inherits the guest's lock, so no second bhysend can come between.  It is a
 new program, not a fork: bhysend has mappings and an event loop that a child
@@ -26,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -33,10 +37,14 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from bhystream.errors import GuestError, as_error
+from bhystream.answers import MAX_LINE_BYTES, unpack
+from bhystream.errors import FormatError, GuestError, as_error
+from bhystream.handshake import ANSWER_SECONDS, GO, RECORD, Act, Event
 from bhystream.report import Console
-from bhystream.state import PAUSED, Lock, Record, Records
+from bhystream.standing import EVENTS, GoneError, Standing, in_doubt
+from bhystream.state import Lock, Record, Records
 
 _READY = b"ready\n"
 _DONE = b"done\n"
@@ -51,12 +59,14 @@ _IGNORED = ("SIGINT", "SIGHUP", "SIGTERM", "SIGQUIT", "SIGTSTP", "SIGUSR1", "SIG
 class Keeper:
     """The keeper's parent side, in bhysend."""
 
-    def __init__(self, base: Path, record: Record, lock: Lock) -> None:
+    def __init__(self, base: Path, record: Record, lock: Lock, answers: int = -1) -> None:
         """Start a keeper for the guest of this record and wait until it is ready.
 
+        answers: the descriptor that a command's answers come from, or -1.
         Nothing is paused or recorded yet.  Raises GuestError if it does not
         get ready, and then none is left.
         """
+        kept = [lock.fd] if answers < 0 else [lock.fd, answers]
         ours, theirs = socket.socketpair()
         try:
             with theirs:
@@ -64,7 +74,7 @@ class Keeper:
                     [sys.executable, "-P", "-m", "bhystream.keeper", str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(), lock.fd),
+                    pass_fds=(theirs.fileno(), *kept),
                     start_new_session=True,
                 )
         except OSError as error:
@@ -75,7 +85,8 @@ class Keeper:
         self._socket = ours
         try:
             ours.settimeout(_START_SECONDS)
-            ours.sendall(json.dumps({"base": str(base), "record": asdict(record)}).encode() + b"\n")
+            order = {"base": str(base), "record": asdict(record), "answers": answers}
+            ours.sendall(json.dumps(order).encode() + b"\n")
             if _receive(ours, len(_READY)) != _READY:
                 raise GuestError(f"guest {record.guest}: its keeper does not start")
         except OSError as error:
@@ -130,45 +141,96 @@ def main(argv: list[str]) -> int:
         peer.sendall(_READY)
         if lines.readline() == _DONE:
             return 0
+    return take_over(order, record)
+
+
+def take_over(order: dict[str, Any], record: Record) -> int:
+    """Do what bhysend cannot do any more; return the exit status."""
     console = Console("bhysend")
-    records = Records(Path(order["base"]), "source")
+    base = Path(order["base"])
+    records = Records(base, "source")
     found = records.get(record.id)
     if found is None:
         return 0
-    if found.phase != PAUSED:
-        console.log(f"guest {record.guest}: bhysend is gone; the guest is {found.phase}")
+    command = order["answers"]
+    event = Event.ALONE
+    if found.phase == GO and command >= 0:
+        event = _await_answer(command, found.id)
+    standing = Standing(records, found)
+    try:
+        status = _settle(standing, event, console)
+    except GoneError as gone:
+        console.fail(gone)
+        standing.forget()
         return 0
-    return _resume(record, records, console)
+    if status == 0:
+        _tell(console, found, event, in_doubt(found, base) if command >= 0 else "")
+    return status
 
 
-def _resume(record: Record, records: Records, console: Console) -> int:
-    """Resume the guest, trying again while the hypervisor does not answer."""
-    from bhystream import hypervisors
+def _await_answer(fd: int, id_: str) -> Event:
+    """Return the final answer that a command still brings, or ALONE.
 
+    bhysend has read the first part, perhaps within a line, so what is no
+    answer of this stream is let pass.
+    """
+    deadline = time.monotonic() + ANSWER_SECONDS
+    rest = b""
+    while (left := deadline - time.monotonic()) > 0:
+        if not select.select([fd], [], [], left)[0]:
+            break
+        data = os.read(fd, 65536)
+        if not data:
+            break
+        *lines, rest = (rest + data)[-MAX_LINE_BYTES * 64 :].split(b"\n")
+        for line in lines:
+            with contextlib.suppress(FormatError):
+                answer = unpack(line + b"\n")
+                if answer.id == id_ and answer.word in EVENTS:
+                    return EVENTS[answer.word]
+    return Event.ALONE
+
+
+def _settle(standing: Standing, event: Event, console: Console) -> int:
+    """Act on the record, trying again while the hypervisor does not answer.
+
+    Returns the exit status.  Raises GoneError.
+    """
     deadline = time.monotonic() + _RESUME_SECONDS
     while True:
         try:
-            paused = hypervisors.open_paused(record.revive)
-            try:
-                if not paused.is_alive():
-                    console.log(f"guest {record.guest}: its hypervisor is gone")
-                    records.remove(record.id)
-                    return 0
-                paused.resume()
-            finally:
-                paused.close()
-            records.remove(record.id)
+            standing.settle(event)
+            return 0
+        except GoneError:
+            raise
         except Exception as raised:  # whatever it is, the guest stands paused
             error = as_error(raised)
-            if time.monotonic() < deadline:
-                time.sleep(_RETRY_SECONDS)
-                continue
-            console.fail(error)
-            return error.status
-        text = f"guest {record.guest}: bhysend is gone; the guest runs on here"
-        console.say(text)
-        console.log(text)
-        return 0
+            if time.monotonic() > deadline:
+                console.fail(error)
+                return error.status
+            time.sleep(_RETRY_SECONDS)
+
+
+def _tell(console: Console, found: Record, event: Event, way_out: str) -> None:
+    """Say what was done, on bhysend's standard error and to syslog.
+
+    way_out: of doubt; "" where a third stage will find it.
+    """
+    acts = RECORD.get((found.phase, event), ())
+    text = f"guest {found.guest}: bhysend is gone; "
+    if Act.RESUME in acts:
+        text += "the guest runs on here"
+    elif Act.DISCARD in acts:
+        text += f"the guest runs on {found.host.partition('/')[0]}, and is gone here"
+    elif found.phase == GO:
+        text += "the guest is in doubt, paused here"
+    else:
+        text += f"the guest is {found.phase}"
+    console.say(text)
+    console.log(text)
+    if found.phase == GO and not acts:
+        for line in way_out.splitlines():
+            console.say(line)
 
 
 if __name__ == "__main__":

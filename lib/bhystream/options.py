@@ -29,7 +29,7 @@ def parse(
     """Split argv into options and operands.
 
     Raises UsageError, with the usage as its hint, also for an abbreviated
-    long option and for an operand after the first that begins with "-".
+    long option and for a second operand that begins with "-".
     """
     try:
         options, operands = getopt.getopt(list(argv), short, list(long))
@@ -39,9 +39,9 @@ def parse(
         name = arg.partition("=")[0]
         if name.startswith("--") and name != "--" and name[2:] not in [w.rstrip("=") for w in long]:
             raise UsageError(f"option {name}: write it in full", usage)
-    for operand in operands[1:]:
-        if operand.startswith("-"):
-            raise UsageError(f"option {operand} stands after the guest", usage)
+    # Behind it stand a command's own.
+    if len(operands) > 1 and operands[1].startswith("-"):
+        raise UsageError(f"option {operands[1]} stands after the guest", usage)
     return options, operands
 
 

@@ -93,6 +93,16 @@ class Signals:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
+    @contextlib.contextmanager
+    def ticking(self, tell: Callable[[], None], seconds: int) -> Iterator[None]:
+        """Call `tell` every so many seconds in this block, also out of a blocked call."""
+        signal.signal(signal.SIGALRM, lambda number, frame: tell())
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
     @staticmethod
     def ignore_stops() -> None:
         """Ignore Ctrl-Z from here on: it would freeze a paused guest with us."""

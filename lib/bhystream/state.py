@@ -1,6 +1,8 @@
 """What survives the programs: the state directory, its locks and records.
 
+    DIR/host-id            who we are to the other side; random, made once
     DIR/lock/NAME          one flock(2) per guest; the file stays
+    DIR/run/ID             the socket of a stream's third stage
     DIR/source/ID.json     a guest of this host that is paused or held
     DIR/destination/ID.json   a stream that was started here, or stands paused
     DIR/log/, DIR/NAME.qmp    the destination's hypervisors
@@ -21,6 +23,8 @@ import fcntl
 import json
 import os
 import re
+import secrets
+import socket
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,21 +34,16 @@ from bhystream.errors import BhyError, GuestError, IncompatibleError, from_oserr
 
 Role = Literal["source", "destination"]
 
-# What a record says of the guest.
-PAUSED = "paused"  # source: stopped, END not yet out; the keeper resumes it
-HELD = "held"  # source: END may be out; only the operator resumes it
-LOADED = "loaded"  # destination: bhyrecv -u left it paused
-STARTED = "started"  # destination: it was, or may have been, started
-
 
 @dataclass(frozen=True)
 class Record:
     """One guest that stands at the end of a stream, or a stream's tombstone.
 
     id: stream id, 32 hex digits.  guest: its name.  operand: as the operator
-    types it.  lock: name of the guest's lock.  phase: one of the constants
-    above.  revive: for the backend's open_paused().  time_ns: of the last
-    change, since the Epoch.
+    types it.  lock: name of the guest's lock.  phase: one of handshake.py's.
+    revive: for the backend's open_paused().  time_ns: of the last change,
+    since the Epoch.  host, directory: at the source, the destination's host id
+    and state directory, as HELLO named them; from GO on.
     """
 
     id: str
@@ -54,6 +53,8 @@ class Record:
     phase: str
     revive: dict[str, Any]
     time_ns: int = 0
+    host: str = ""
+    directory: str = ""
 
     def moved(self, phase: str) -> Record:
         """Return the record with another phase, stamped now."""
@@ -82,11 +83,53 @@ def directory() -> Path:
         found = path.stat()
         if found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise IncompatibleError(f"state directory {path}: not ours alone (mode 0700)")
-        for name in ("lock", "source", "destination", "log"):
+        for name in ("lock", "run", "source", "destination", "log"):
             (path / name).mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise from_oserror(error, f"use the state directory {path}") from error
     return path
+
+
+def host_id(base: Path) -> str:
+    """Return the name of this host and state directory, unlike any other's.
+
+    The host's name, for people, and 64 random bits, which a host of the same
+    name does not have.  Raises AccessError, PipeError.
+    """
+    path = base / "host-id"
+    try:
+        with Lock(base, "host-id", "the host id", wait=True):
+            if not path.exists():
+                write_durably(path, secrets.token_hex(8))
+            return f"{socket.gethostname()}/{path.read_text()}"
+    except OSError as error:
+        raise from_oserror(error, f"read {path}") from error
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and see it on the disk.  Raises OSError."""
+    temporary = path.with_suffix(".new")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        _sync(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _sync(directory: Path) -> None:
+    """Make what was done to a directory's names durable."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 class Lock:
@@ -96,10 +139,11 @@ class Lock:
     is killed and the keeper is still at work.
     """
 
-    def __init__(self, base: Path, name: str, what: str) -> None:
-        """Take the lock or raise GuestError at once.
+    def __init__(self, base: Path, name: str, what: str, *, wait: bool = False) -> None:
+        """Take the lock, or raise GuestError at once.
 
-        name: of the lock.  what: names the guest in the message.
+        name: of the lock.  what: names the guest in the message.  wait: wait
+        for it instead: for one that is never held for long.
         """
         path = base / "lock" / re.sub(r"[^A-Za-z0-9._-]", "_", name)
         try:
@@ -107,10 +151,16 @@ class Lock:
         except OSError as error:
             raise from_oserror(error, f"open {path}") from error
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             os.close(self.fd)
             raise GuestError(f"{what}: another bhysend or bhyrecv works on it") from error
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Close our descriptor; twice is no error."""
@@ -129,34 +179,30 @@ class Records:
     def write(self, record: Record) -> None:
         """Write a record durably.  Raises AccessError, PipeError."""
         path = self._dir / f"{record.id}.json"
-        temporary = path.with_suffix(".new")
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "w") as file:
-                json.dump(asdict(record), file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-            self._sync()
+            write_durably(path, json.dumps(asdict(record)))
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise from_oserror(error, f"record the guest in {path}") from error
+
+    def change(self, id_: str, before: str, after: str) -> bool:
+        """Change a record's phase, if it is `before`: one of all who try.  False if not.
+
+        Raises AccessError, PipeError.
+        """
+        with Lock(self._dir.parent, f"record-{self._dir.name}", "the records", wait=True):
+            found = self.get(id_)
+            if found is None or found.phase != before:
+                return False
+            self.write(found.moved(after))
+            return True
 
     def remove(self, id_: str) -> None:
         """Remove a record durably; one that is not there is no error."""
         try:
             (self._dir / f"{id_}.json").unlink(missing_ok=True)
-            self._sync()
+            _sync(self._dir)
         except OSError as error:
             raise from_oserror(error, f"remove the record {id_}") from error
-
-    def _sync(self) -> None:
-        fd = os.open(self._dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
     def get(self, id_: str) -> Record | None:
         """Return one record, None if there is none."""

@@ -51,6 +51,11 @@ class Ended:
 
 
 @dataclass(frozen=True)
+class Pad:
+    """A PAD section, which has no contents: the source waits for a word."""
+
+
+@dataclass(frozen=True)
 class Go:
     """GO, with the nonce that the destination answered."""
 
@@ -59,7 +64,7 @@ class Go:
 
 _HEAD = (Type.HOST, Type.LAYOUT, Type.CONFIG, Type.DEVICES, Type.HEAD_END)
 
-Event = Header | Head | Pages | RoundEnd | Ended | Go
+Event = Header | Head | Pages | RoundEnd | Pad | Ended | Go
 
 
 @dataclass
@@ -100,6 +105,7 @@ class Walk:
         self._tally = _Tally()
         self._ended = False
         self._takers: dict[int, Callable[[Section], Event | None]] = {
+            Type.PAD: lambda section: Pad(),
             Type.MEMORY: self._take_memory,
             Type.ROUND_END: self._take_round_end,
             Type.STATE: self._take_state,
@@ -110,7 +116,7 @@ class Walk:
         }
 
     def events(self) -> Iterator[Event]:
-        """Yield the header, the head, pages, round ends, END, and perhaps GO.
+        """Yield the header, the head, pages, round ends, PAD, END, and perhaps GO.
 
         Ends after END in the plain and kept forms, without looking at what
         follows, and at the end of the input in the answered form.  Raises
@@ -144,8 +150,8 @@ class Walk:
     def _take(self, section: Section) -> Event | None:
         """Check the contents of one section; return its event, if it has one.
 
-        Raises FormatError without a place.  PAD and unknown optional sections
-        have no contents.
+        Raises FormatError without a place.  Unknown optional sections have no
+        event.
         """
         if section.type in _HEAD:
             return self._take_head(section)

@@ -185,5 +185,8 @@ class Paused(Protocol):
     def is_alive(self) -> bool:
         """Say whether the hypervisor's process of this very guest exists."""
 
+    def runs(self) -> bool:
+        """Say whether its vCPUs run now."""
+
     def close(self) -> None:
         """Give up every descriptor; the guest stays as it is."""

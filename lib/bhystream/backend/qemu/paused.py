@@ -104,6 +104,10 @@ class QemuPaused:
         """Say whether the process of this very guest exists."""
         return is_alive(self._identity)
 
+    def runs(self) -> bool:
+        """Say whether its vCPUs run now."""
+        return status(self._connect()) == "running"
+
     def close(self) -> None:
         """Give up the connection; the guest stays as it is."""
         if self._qmp is not None:

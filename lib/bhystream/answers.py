@@ -1,0 +1,226 @@
+"""The way back: answers of the destination, packed, parsed, and collected.
+
+An answer is one line, `bhys1 ID WORD [argument ...]`, specified in
+bhystream(5).  The parser is strict, because what it lets through may resume or
+end a guest: a line that is not an answer of this stream ends the conversation,
+except before the first answer, where a login shell may have talked.
+
+Box is what bhysend looks into: a thread fills it, the main thread waits on it.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from bhystream.errors import BhyError, FormatError, GuestError, IncompatibleError
+
+MAX_LINE_BYTES = 512
+MAX_NOISE_BYTES = 4096
+
+# The words, and how many arguments each has.
+WORDS = {
+    "HELLO": 2,
+    "SEEN": 1,
+    "ACCEPT": 0,
+    "REFUSED": 1,
+    "READY": 1,
+    "RUNNING": 0,
+    "FAILED": 1,
+    "RAN": 0,
+    "UNKNOWN": 0,
+}
+_LINE = re.compile(rb"bhys1 ([0-9a-f]{32}) ([A-Z]+)((?: [\x21-\x7e]+)*)\n")
+_NUMBER = re.compile(r"[0-9]{1,19}")
+_NONCE = re.compile(r"[0-9a-f]{32}")
+_ESCAPE = re.compile(rb"%([0-9a-f]{2})")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.  id: of the stream, 32 hex digits.  args: unescaped."""
+
+    id: str
+    word: str
+    args: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Return the argument of REFUSED or FAILED."""
+        return self.args[0] if self.args else ""
+
+
+def _escape(text: str, room: int) -> bytes:
+    """Escape an argument, cut after a whole character at `room` bytes."""
+    done = b""
+    for character in text or "?":
+        raw = character.encode("utf-8", "replace")
+        plain = len(raw) == 1 and 0x21 <= raw[0] <= 0x7E and raw != b"%"
+        more = raw if plain else b"".join(b"%%%02x" % byte for byte in raw)
+        if len(done) + len(more) > room:
+            break
+        done += more
+    return done
+
+
+def pack(answer: Answer) -> bytes:
+    """Return an answer as its line, at most 512 bytes with the newline.
+
+    The last argument is cut if it does not fit.
+    """
+    line = f"bhys1 {answer.id} {answer.word}".encode("ascii")
+    for arg in answer.args:
+        line += b" " + _escape(arg, MAX_LINE_BYTES - len(line) - 2)
+    return line + b"\n"
+
+
+def unpack(line: bytes) -> Answer:
+    """Parse a line with its newline.  Raises FormatError."""
+    match = _LINE.fullmatch(line) if len(line) <= MAX_LINE_BYTES else None
+    if not match:
+        raise FormatError("not an answer")
+    word = match[2].decode("ascii")
+    raw = match[3].split()
+    if WORDS.get(word) != len(raw):
+        raise FormatError(f"not an answer: {word} with {len(raw)} arguments")
+    try:
+        args = tuple(_unescape(each) for each in raw)
+    except ValueError:
+        raise FormatError(f"not an answer: {word} with a broken argument") from None
+    if (word == "SEEN" and not _NUMBER.fullmatch(args[0])) or (
+        word == "READY" and not _NONCE.fullmatch(args[0])
+    ):
+        raise FormatError(f"not an answer: {word} {args[0][:40]!r}")
+    return Answer(match[1].decode("ascii"), word, args)
+
+
+def _unescape(raw: bytes) -> str:
+    text = _ESCAPE.sub(lambda found: bytes([int(found[1], 16)]), raw)
+    if raw.count(b"%") != len(_ESCAPE.findall(raw)):
+        raise ValueError("a percent sign that escapes nothing")
+    return text.decode("utf-8")
+
+
+class Parser:
+    """Bytes of one connection, as answers.
+
+    The first answer has to be HELLO; noise before it is handed to `on_noise`.
+    """
+
+    def __init__(self, id_: str | None, on_noise: Callable[[bytes], None]) -> None:
+        """id_: of the stream, or None to take the first HELLO's."""
+        self.id = id_
+        self.hello: Answer | None = None
+        self._on_noise = on_noise
+        self._rest = b""
+        self._noise_bytes = 0
+
+    def feed(self, data: bytes) -> Iterator[Answer]:
+        """Yield the answers that data completes.  Raises FormatError.
+
+        After an error the parser is of no further use.
+        """
+        self._rest += data
+        while (end := self._rest.find(b"\n") + 1) > 0:
+            line, self._rest = self._rest[:end], self._rest[end:]
+            answer = self._take(line)
+            if answer:
+                yield answer
+        if self.hello and len(self._rest) > MAX_LINE_BYTES:
+            raise FormatError("not an answer: a line without end")
+        if not self.hello and len(self._rest) > MAX_NOISE_BYTES:
+            raise FormatError(f"no answer in {MAX_NOISE_BYTES} bytes")
+
+    def _take(self, line: bytes) -> Answer | None:
+        if self.hello is None:
+            return self._take_first(line)
+        answer = unpack(line)
+        if answer.id != self.id:
+            raise FormatError(f"an answer of another stream, {answer.id}")
+        if answer.word == "HELLO" and answer != self.hello:
+            raise FormatError("another host answers than before")
+        return answer
+
+    def _take_first(self, line: bytes) -> Answer | None:
+        try:
+            answer = unpack(line)
+        except FormatError:
+            self._noise_bytes += len(line)
+            if self._noise_bytes > MAX_NOISE_BYTES:
+                raise FormatError(f"no answer in {MAX_NOISE_BYTES} bytes") from None
+            self._on_noise(line)
+            return None
+        if answer.word != "HELLO":
+            raise FormatError(f"{answer.word} comes before HELLO")
+        if self.id not in (None, answer.id):
+            raise FormatError(f"an answer of another stream, {answer.id}")
+        self.id, self.hello = answer.id, answer
+        return answer
+
+
+class Box:
+    """What has come back so far.
+
+    Filled by a thread, through put() and lose(); read by the main thread,
+    which waits.  Only answers of the first host that said HELLO count.
+    """
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._changed = threading.Condition()
+        self.hello: Answer | None = None
+        self.seen = -1
+        self.accepted = False
+        self.nonce: bytes | None = None
+        self.final: Answer | None = None
+        self.lost = ""
+
+    def put(self, hello: Answer, answer: Answer) -> None:
+        """Take an answer that came on a connection with that HELLO."""
+        with self._changed:
+            if self.hello is None:
+                self.hello = hello
+            if hello != self.hello:
+                return
+            match answer.word:
+                case "SEEN":
+                    self.seen = max(self.seen, int(answer.args[0]))
+                case "ACCEPT":
+                    self.accepted = True
+                case "READY":
+                    self.nonce = bytes.fromhex(answer.args[0])
+                case "REFUSED" | "RUNNING" | "FAILED" | "RAN":
+                    self.final = answer
+            self._changed.notify_all()
+
+    def lose(self, why: str) -> None:
+        """Note that nothing more will come."""
+        with self._changed:
+            self.lost = self.lost or why
+            self._changed.notify_all()
+
+    def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait until a condition on this box holds; False if it does not in time.
+
+        Returns early, with False, when nothing more will come.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: condition() or bool(self.lost or self.final), seconds)
+            return condition()
+
+    def failure(self) -> BhyError | None:
+        """Return what ends the conversation before GO, None while it goes on."""
+        host = self.hello.args[0] if self.hello else "the destination"
+        if self.final is not None:
+            if self.final.word == "REFUSED":
+                return IncompatibleError(f"{host}: {self.final.text}")
+            return GuestError(f"{host}: {self.final.text or self.final.word}")
+        return GuestError(self.lost) if self.lost else None
+
+    def check(self) -> None:
+        """Raise what ends the conversation before GO."""
+        error = self.failure()
+        if error is not None:
+            raise error

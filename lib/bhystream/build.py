@@ -1,0 +1,358 @@
+"""One guest, rebuilt from a stream at the destination.
+
+A guest is built from the events of verify.Walk, in the stream's order, and
+nothing of it runs before END has been verified:
+
+    header   may this stream be started here at all?           answers: HELLO
+    head     the verdict, before any memory moves; then an
+             empty guest is made                               ACCEPT, REFUSED
+    pages    written into its memory, zeros punched out        SEEN
+    END      the device state is loaded; in the plain form
+             STARTED is recorded, and it runs                  READY
+    GO       answered form: STARTED is recorded, and it runs   RUNNING, FAILED
+
+Until the hypervisor is told to run it, every failure undoes what was made, and
+the status (64 to 77) says that nothing was started here.  If it was told, and
+what came of it is not known, the guest is left alone and the status is 81.
+In the answered form handshake.DESTINATION says what is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bhystream import format as fmt
+from bhystream import handshake, hold, hypervisors, state
+from bhystream.backend.base import PAGE_BYTES, Destination, Head, Segment, Sink
+from bhystream.errors import (
+    BhyError,
+    GuestError,
+    IncompatibleError,
+    InDoubtError,
+    UsageError,
+    from_oserror,
+)
+from bhystream.format import Form, RoundEnd
+from bhystream.handshake import GO_SECONDS, Act, Event, Machine, There
+from bhystream.hole import punch
+from bhystream.page import scatter
+from bhystream.reply import Reply, TimedInput
+from bhystream.report import Console, Progress, duration, size
+from bhystream.signals import Signals
+from bhystream.verify import Ended, Go, Pad, Pages, Walk
+
+
+@dataclass
+class Options:
+    """The command line, parsed."""
+
+    guest: str | None = None
+    force: bool = False
+    dry_run: bool = False
+    machine: bool = False
+    unstarted: bool = False
+    verbose: bool = False
+    again: bool = False
+    resources: dict[str, str] = field(default_factory=dict)
+
+
+class Build:
+    """One guest, rebuilt from standard input."""
+
+    def __init__(
+        self,
+        opts: Options,
+        walk: Walk,
+        source: TimedInput,
+        base: Path,
+        console: Console,
+        signals: Signals,
+    ) -> None:
+        """walk: at the beginning of its events, which come from source."""
+        self.opts = opts
+        self.walk = walk
+        self.source = source
+        self.base = base
+        self.console = console
+        self.signals = signals
+        self.layout: Sequence[Segment] = ()
+        self.records = state.Records(base, "destination")
+        self.id = walk.header.stream_id.hex()
+        self.answered = walk.header.form == Form.ANSWERED
+        self.reply = Reply(base, self.id) if self.answered else None
+        self.machine = Machine(handshake.DESTINATION, There.BUILDING, self._do)
+        self.sink: Sink | None = None
+        self.lock: state.Lock | None = None
+        self.stream_lock: state.Lock | None = None
+        self.destinations: Sequence[Destination] = ()
+        self.starts: list[int] = []
+        self.name = ""
+        self.operand = ""
+        self.why = ""
+        self.nonce = b""
+        self.accepted = False
+        self.recorded = False
+        self.let_go = False
+
+    def run(self) -> None:
+        """Build and start the guest.  Raises BhyError; then call undo()."""
+        if self.reply:
+            self.reply.hello()
+            self.source.on_quiet = self.reply.hello
+        # Held to the end: a second bhyrecv of the same stream is refused now,
+        # and finds the record later.
+        self.stream_lock = state.Lock(self.base, f"stream-{self.id}", f"stream {self.id}")
+        self.check_form()
+        events = self.walk.events()
+        while not self.let_go:
+            # Reading may be interrupted; acting on what was read may not.
+            with self.signals.interruptible():
+                event = next(events, None)
+            match event:
+                case None:
+                    raise GuestError("the source gave up: the stream ends without GO")
+                case Head():
+                    self.prepare(event)
+                case Pages():
+                    self.write_pages(event)
+                case RoundEnd():
+                    self.say_round(event)
+                case Ended():
+                    self.ended = event
+                    self.ended_ns = time.monotonic_ns()
+                    self.finish()
+                case Go():
+                    self.go(event)
+            if self.reply and not self.let_go:
+                now = isinstance(event, Head | RoundEnd | Pad)
+                self.reply.seen(
+                    self.walk.reader.sequence - 1, self.walk.reader.offset_bytes, now=now
+                )
+
+    def check_form(self) -> None:
+        """Refuse what may not be started, before anything is made."""
+        if self.walk.is_dry_run:
+            raise UsageError("the stream is a dry run (bhysend -n): read it with bhyrecv -n")
+        if self.answered and self.opts.unstarted:
+            raise IncompatibleError("-u: a guest of the answered form is started, or not taken")
+        record = self.records.get(self.id)
+        if record and record.phase == handshake.LOADED and hold.is_alive(record):
+            raise IncompatibleError(
+                f"stream {self.id} stands loaded on this host, as {record.operand}",
+                f"bhyrecv --resume {self.id}, or bhyrecv --discard {self.id}",
+            )
+        if record and (self.answered or not self.opts.again):
+            raise IncompatibleError(
+                f"stream {self.id} was {record.phase} on this host before, as {record.operand}",
+                "" if self.answered else "if no copy of that guest runs anywhere: --again",
+            )
+
+    def prepare(self, head: Head) -> None:
+        """Give the verdict, and make the empty guest."""
+        self.sink, self.name, self.operand = hypervisors.open_sink(
+            head.host["hypervisor"],
+            self.opts.guest,
+            head.config["name"],
+            self.opts.resources,
+            self.base,
+            force=self.opts.force,
+        )
+        self.lock = state.Lock(self.base, f"to-{self.operand}", f"guest {self.name}")
+        refuse(self.sink.check(head), self.name)
+        self.console.log(f"guest {self.name}: stream {self.id} begins")
+        self.layout = head.layout
+        page = 0
+        for segment in head.layout:
+            self.starts.append(page)
+            page += segment.npages
+        self.progress = Progress(
+            self.console, self.name, page, verbose=self.opts.verbose, machine=self.opts.machine
+        )
+        self.signals.on_report = self.progress.report
+        self.destinations = self.sink.open()
+        if self.reply:
+            self.source.on_quiet = None
+            self.reply.say("ACCEPT")
+            self.accepted = True
+
+    def write_pages(self, event: Pages) -> None:
+        """Put pages where they belong, and holes where they are zero."""
+        to = self.destinations[event.segment]
+        base = self.starts[event.segment]
+        npages = self.layout[event.segment].npages
+        try:
+            scatter(to.fd, to.offset_bytes, base, npages, event.extents, event.pages)
+            for first, count, kind in fmt.EXTENT.iter_unpack(event.extents):
+                if kind == fmt.KIND_ZERO:
+                    start = to.offset_bytes + (first - base) * PAGE_BYTES
+                    punch(to.fd, start, count * PAGE_BYTES)
+        except OSError as error:
+            raise from_oserror(error, f"write the memory of guest {self.name}") from error
+        self.report_pages(event)
+
+    def report_pages(self, event: Pages) -> None:
+        """Show progress: how far this round has come, and what it brought."""
+        first, count, _ = fmt.EXTENT.unpack_from(
+            event.extents, len(event.extents) - fmt.EXTENT.size
+        )
+        self.progress.done_pages = first + count
+        self.progress.sent_pages += len(event.pages) // PAGE_BYTES
+        self.progress.sent_bytes = self.walk.reader.offset_bytes
+        self.progress.tick()
+
+    def say_round(self, event: RoundEnd) -> None:
+        """Report a round, with -v."""
+        self.progress.round = event.round + 1
+        self.progress.sent_pages = 0
+        if self.opts.verbose:
+            self.console.say(
+                f"guest {self.name}: round {event.round}: {event.data_pages} pages, "
+                f"{event.zero_pages} zero"
+            )
+
+    def finish(self) -> None:
+        """Load the state.  Plain form: record the start; start.  The stream has verified."""
+        assert self.sink is not None
+        if self.reply:
+            self.reply.seen(self.walk.reader.sequence - 1, self.walk.reader.offset_bytes, now=True)
+        self.sink.load(self.ended.states)
+        self.record = state.Record(
+            id=self.id,
+            guest=self.name,
+            operand=self.operand,
+            lock=f"to-{self.operand}",
+            phase=handshake.READY,
+            revive=dict(self.sink.revive()),
+        )
+        if self.answered:
+            self.machine.on(Event.ENDED)
+            self.source.deadline = time.monotonic() + GO_SECONDS
+            self.source.why = f"no GO came for {GO_SECONDS} s"
+            return
+        phase = handshake.LOADED if self.opts.unstarted else handshake.STARTED
+        self._record(phase)
+        if self.opts.unstarted:
+            self.sink.leave_paused()
+        else:
+            self.sink.start()
+        self.let_go = True
+        self.say_end()
+
+    def go(self, event: Go) -> None:
+        """Start the guest, if it is our READY that is answered."""
+        if not secrets.compare_digest(event.nonce, self.nonce):
+            raise IncompatibleError("GO has another nonce: it is not the answer to our READY")
+        self.machine.on(Event.GO)
+        self.let_go = True
+        self.machine.on(Event.STARTED)
+        self.say_end()
+
+    def say_end(self) -> None:
+        """Say where the guest is now, and how long it stood still."""
+        event = self.ended
+        what = "loaded, paused" if self.opts.unstarted else "it runs here"
+        text = (
+            f"guest {self.name}: {what}; {event.end.rounds} rounds, "
+            f"{size(self.walk.reader.offset_bytes)}"
+        )
+        here_ns = time.monotonic_ns() - self.ended_ns
+        if event.time and event.time.paused_for_ns and self.walk.header.form != Form.KEPT:
+            total = event.time.paused_for_ns + here_ns
+            text += f"; paused {duration(total)} and the way of END, {duration(here_ns)} of it here"
+        self.console.say(text)
+        self.console.log(text)
+        if self.opts.unstarted:
+            self.console.say(f"let it run: bhyrecv --resume {self.name}")
+            self.console.say(f"or end it: bhyrecv --discard {self.name}")
+
+    def undo(self, error: BhyError) -> BhyError:
+        """Leave the host as it was found, and say so with the error.
+
+        A guest that may have run is left alone, and its record with it: only
+        the operator can see whether it runs, and ending it could end the only
+        copy that has gone on.  Returns the error to raise.
+        """
+        self.why = str(error)
+        if self.sink and self.sink.may_have_run:
+            if self.answered:
+                self.machine.on(Event.MAY_HAVE_RAN)
+            return InDoubtError(
+                f"guest {self.name}: it may run here: {error}",
+                f"look at {self.operand}; until you know, keep the source held",
+            )
+        if self.answered:
+            starting = self.machine.at == There.STARTING
+            self.machine.on(Event.NEVER_RAN if starting else Event.FAILURE)
+        else:
+            self._tear_down()
+            if self.recorded:
+                self.records.remove(self.id)
+        error.hint = f"nothing was started here\n{error.hint}"
+        return error
+
+    def close(self) -> None:
+        """Give up the locks."""
+        for lock in (self.lock, self.stream_lock):
+            if lock:
+                lock.release()
+
+    # The acts of handshake.DESTINATION.
+
+    def _do(self, act: Act) -> None:
+        assert self.reply is not None
+        acts: dict[Act, Callable[[], None]] = {
+            Act.RECORD_READY: lambda: self._record(handshake.READY),
+            Act.RECORD_STARTED: self._record_started,
+            Act.RECORD_DEAD: self._record_dead,
+            Act.START: self._start,
+            Act.TEAR_DOWN: self._tear_down,
+            Act.SAY_READY: self._say_ready,
+            Act.SAY_RUNNING: lambda: self._try_to_say("RUNNING"),
+            Act.SAY_FAILED: self._say_failed,
+            Act.SAY_RAN: lambda: self._try_to_say("RAN"),
+        }
+        acts[act]()
+
+    def _record(self, phase: str) -> None:
+        self.records.write(self.record.moved(phase))
+        self.recorded = True
+
+    def _record_started(self) -> None:
+        if not self.records.change(self.id, handshake.READY, handshake.STARTED):
+            raise IncompatibleError("GO came too late: the stream was given up here (bhyrecv -q)")
+
+    def _record_dead(self) -> None:
+        # READY is as good without us: nobody else has the guest, or the nonce.
+        with contextlib.suppress(BhyError):
+            self._record(handshake.DEAD)
+
+    def _start(self) -> None:
+        assert self.sink is not None
+        self.sink.start()
+
+    def _tear_down(self) -> None:
+        if self.sink:
+            self.sink.abort()
+
+    def _say_ready(self) -> None:
+        assert self.reply is not None
+        self.nonce = secrets.token_bytes(fmt.NONCE_BYTES)
+        self.reply.say("READY", self.nonce.hex())
+
+    def _say_failed(self) -> None:
+        self._try_to_say("FAILED" if self.accepted else "REFUSED", self.why)
+
+    def _try_to_say(self, word: str, *args: str) -> None:
+        assert self.reply is not None
+        self.reply.try_to_say(word, *args)
+
+
+def refuse(reasons: Sequence[str], name: str) -> None:
+    """Raise IncompatibleError if there are reasons against the guest."""
+    if reasons:
+        raise IncompatibleError(f"guest {name}: {reasons[0]}", "\n".join(reasons[1:]))

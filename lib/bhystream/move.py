@@ -1,0 +1,483 @@
+"""One move at the source, from beginning to end.
+
+It is one flat list of steps, in Move.run().  What each step and each failure
+means for the guest is handshake.SOURCE's to say: this module does the acts,
+and measures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bhystream import format as fmt
+from bhystream import handshake, options, state
+from bhystream.backend.base import Source
+from bhystream.errors import (
+    HELD,
+    OK,
+    BhyError,
+    DowntimeError,
+    GuestError,
+    HeldError,
+    InDoubtError,
+)
+from bhystream.format import Feature, Form, Header, Type
+from bhystream.handshake import Act, At, Event, Machine
+from bhystream.hook import Hook
+from bhystream.keeper import Keeper
+from bhystream.offer import Offer, hello_of
+from bhystream.precopy import Decision, Limits, Round, decide, outlook
+from bhystream.report import Console, Progress, duration, size
+from bhystream.signals import Signals
+from bhystream.standing import in_doubt, open_alive, with_peer
+from bhystream.transfer import Transfer, write_head
+from bhystream.writer import Writer
+
+_STDOUT = 1
+# Of a transport that takes nothing while the guest is paused.
+_STALL_SECONDS = 30
+
+
+@dataclass
+class Options:
+    """The command line, parsed.
+
+    command: of the command form, empty without one.  hook: -p.
+    """
+
+    guest: str
+    limits: Limits
+    answered: bool = False
+    command: tuple[str, ...] = ()
+    keep: bool = False
+    dry_run: bool = False
+    machine: bool = False
+    verbose: bool = False
+    hook: str | None = None
+    level: int | None = None
+
+    @property
+    def form(self) -> Form:
+        """Return the form of the stream."""
+        if self.keep:
+            return Form.KEPT
+        return Form.ANSWERED if self.answered or self.command else Form.PLAIN
+
+
+class Move:
+    """One guest, sent to a pipe."""
+
+    def __init__(self, opts: Options, base: Path, console: Console, signals: Signals) -> None:
+        """Nothing is opened yet."""
+        self.opts = opts
+        self.base = base
+        self.console = console
+        self.signals = signals
+        self.machine = Machine(handshake.SOURCE, At.RUNS, self._do)
+        self.rounds: list[Round] = []
+        self.keeper: Keeper | None = None
+        self.hook: Hook | None = None
+        self.writer: Writer | None = None
+        self.offer: Offer | None = None
+        self.nonce = b""
+        self.go_is_out = False
+        self.predicted_ns = 0
+        self.pause_ns = 0
+        self.pause_start_ns = 0
+        self.answers_ns = 0
+
+    def run(self, source: Source, lock: state.Lock) -> int:
+        """Send the guest; return the exit status.  Raises BhyError.
+
+        The caller owns source and lock, and calls recover() on any exception.
+        """
+        self.source = source
+        self.lock = lock
+        self.records = state.Records(self.base, "source")
+        self.head = source.head()
+        self.progress = Progress(
+            self.console,
+            source.name,
+            sum(segment.npages for segment in self.head.layout),
+            verbose=self.opts.verbose,
+            machine=self.opts.machine,
+        )
+        self.signals.on_report = self.progress.report
+        with self.signals.interruptible():
+            self.begin()
+        self.start_keeper()
+        with self.signals.interruptible():
+            self.precopy()
+        self.pause()
+        with self.signals.watching(self.done, _STALL_SECONDS):
+            self.copy_last_pages()
+        if self.opts.keep:
+            self.release()
+        with self.signals.watching(self.done, _STALL_SECONDS):
+            self.write_state()
+        with self.signals.interruptible():
+            self.wait_for_hook()
+        if self.opts.form == Form.ANSWERED:
+            return self.hand_over()
+        self.signals.on_deferred = self._too_late
+        self.finish()
+        return OK if self.opts.keep else HELD
+
+    def begin(self) -> None:
+        """Write the header and all that cannot change while the guest runs."""
+        form = self.opts.form
+        stream_id = secrets.token_bytes(fmt.STREAM_ID_BYTES)
+        fd = _STDOUT
+        if form == Form.ANSWERED:
+            self.offer = Offer(
+                self.console,
+                self.signals,
+                self.source.name,
+                self.opts.guest,
+                stream_id.hex(),
+            )
+            fd = self.offer.open(self.base, self.opts.command)
+        options.widen_pipe(fd)
+        features = Feature.ZSTD if self.opts.level is not None else Feature(0)
+        self.writer = Writer(fd, Header(form, features, stream_id, secrets.randbits(64)))
+        write_head(self.writer, self.head)
+        self.transfer = Transfer(
+            self.source,
+            self.head.layout,
+            self.writer,
+            level=self.opts.level,
+            on_batch=self._on_batch,
+        )
+        self.record = state.Record(
+            id=stream_id.hex(),
+            guest=self.source.name,
+            operand=self.opts.guest,
+            lock=self.source.lock_name,
+            phase=handshake.PAUSED,
+            revive=dict(self.source.revive()),
+        )
+        self.console.log(f"guest {self.source.name}: stream {self.record.id} begins")
+        if self.offer:
+            self.offer.begin(self.writer)
+
+    def precopy(self) -> None:
+        """Send rounds while the guest runs, until the last set is small enough."""
+        limits = self.opts.limits
+        start_ns = time.monotonic_ns()
+        decision = Decision.GO_ON if limits.rounds else Decision.STOP
+        while decision == Decision.GO_ON:
+            self.progress.round = len(self.rounds)
+            self.rounds.append(self.transfer.round(rate_bytes=limits.rate_bytes))
+            if len(self.rounds) == 1:
+                self.rehearse()
+            now_ns = time.monotonic_ns() - start_ns
+            view = outlook(self.rounds, self.transfer.npages, limits)
+            self._predict(view.copy_ns + view.scan_ns)
+            self._say_round(self.rounds[-1])
+            decision = decide(self.rounds, self.transfer.npages, limits, now_ns)
+            if decision == Decision.GIVE_UP:
+                raise DowntimeError(
+                    f"guest {self.source.name}: after {len(self.rounds)} rounds and "
+                    f"{duration(now_ns)} the last pages would still take "
+                    f"{duration(view.copy_ns)}, more than -d {duration(limits.downtime_ns)}",
+                    "it runs on here; allow more with -d, -r or -T, or pause it anyway with -f",
+                )
+        if self.offer and self.rounds:
+            # Nothing is left in the pipeline when the guest is paused.
+            self.offer.settle()
+
+    def rehearse(self) -> None:
+        """Learn, in the answered forms, what the pipeline holds back, and what it carries.
+
+        What write(2) took in round 0 may lie in buffers; when the destination
+        has read it all, the time of the way is that of the round.
+        """
+        if self.offer is None:
+            return
+        assert self.writer is not None
+        before = self.writer.offset_bytes
+        spent_ns = self.offer.settle()
+        first = self.rounds[0]
+        self.rounds[0] = replace(
+            first,
+            end_ns=first.end_ns + spent_ns,
+            write_ns=first.write_ns + spent_ns,
+            sent_bytes=first.sent_bytes + self.writer.offset_bytes - before,
+        )
+
+    def _predict(self, ns: int) -> None:
+        """Note the pause that is to be expected: the ways of END and of GO come on top."""
+        if self.offer:
+            ns += 2 * self.offer.trip_ns
+        self.predicted_ns = self.progress.predicted_ns = ns
+
+    def start_keeper(self) -> None:
+        """Start the keeper: long before the pause, or pages change while it starts."""
+        answers = self.offer.answer_fd if self.offer else -1
+        self.keeper = Keeper(self.base, self.record, self.lock, answers)
+
+    def done(self) -> int:
+        """Return a count that grows with what is read of the guest and what is written."""
+        assert self.writer is not None
+        return self.transfer.walked_pages + self.writer.offset_bytes
+
+    def pause(self) -> None:
+        """Record what is coming, pause, take the state."""
+        if self.keeper and not self.keeper.is_alive():
+            self.start_keeper()
+        self.signals.ignore_stops()
+        self.machine.on(Event.PAUSE)
+        self.states = self.source.states()
+        self.state_ns = time.monotonic_ns() - self.pause_start_ns
+        self.progress.phase, self.progress.round = "paused, round", len(self.rounds)
+
+    def copy_last_pages(self) -> None:
+        """Send what changed since the last look; the guest is paused."""
+        last = self.transfer.round(last=True)
+        self.last_ns = last.end_ns - last.start_ns
+
+    def release(self) -> None:
+        """Resume a kept guest: its copy is complete."""
+        with self.signals.interruptible():
+            self.wait_for_hook()
+        self.machine.on(Event.COPIED_KEPT)
+        self.pause_ns = time.monotonic_ns() - self.pause_start_ns
+
+    def write_state(self) -> None:
+        """Write the state sections and the time."""
+        assert self.writer is not None
+        for item in self.states:
+            self.writer.state(item.name, item.data)
+        paused_for_ns = time.monotonic_ns() - self.pause_start_ns
+        if self.opts.keep:
+            paused_for_ns = self.pause_ns
+        self.writer.section(Type.TIME, fmt.TIME.pack(self.paused_at_ns, paused_for_ns))
+
+    def wait_for_hook(self) -> None:
+        """Wait until the -p command has ended well."""
+        if self.hook:
+            self.hook.wait()
+            self.hook = None
+
+    def finish(self) -> None:
+        """Write END, in the forms without answers: the guest is held here, or runs again."""
+        assert self.writer is not None
+        self.writer.sync()
+        if self.opts.keep:
+            self.writer.end()
+        else:
+            self.machine.on(Event.COPIED_PLAIN)
+        self.writer.sync()
+        if not self.opts.keep:
+            self.pause_ns = time.monotonic_ns() - self.pause_start_ns
+            self.dismiss_keeper()
+        self.signals.forget()
+        self._say_end("kept, it runs on here" if self.opts.keep else "held here")
+        if not self.opts.keep:
+            name = self.source.name
+            self.console.say(f"when it runs at the destination: bhysend --discard {name}")
+            self.console.say(f"when it surely does not: bhysend --resume {name}")
+
+    def hand_over(self) -> int:
+        """Write END; on READY write GO; on RUNNING end the guest here.
+
+        Returns 0, or raises what the answer to GO means for the guest.
+        """
+        assert self.offer is not None
+        start_ns = time.monotonic_ns()
+        with self.signals.interruptible():
+            self.machine.on(Event.COPIED)
+            self.nonce = self.offer.await_ready()
+        self.machine.on(Event.READY)
+        event, why = self.offer.await_outcome()
+        self.pause_ns = time.monotonic_ns() - self.pause_start_ns
+        self.answers_ns = time.monotonic_ns() - start_ns
+        self.machine.on(event)
+        self.dismiss_keeper()
+        self.signals.forget()
+        host = self.offer.host
+        if event == Event.FAILED:
+            raise GuestError(f"{host}: {why}")
+        if event == Event.DOUBT:
+            raise InDoubtError(
+                f"guest {self.source.name}: in doubt: it was to start on {host}, and {why}",
+                in_doubt(self.record, self.base),
+            )
+        self._say_end(f"it runs on {host}, and is gone here")
+        return OK
+
+    def recover(self, error: BhyError) -> BhyError:
+        """Do what a failure means for the guest; return the error, with where the guest is.
+
+        Where the guest cannot be resumed, or ended, the keeper is still there
+        and goes on trying when we have ended.
+        """
+        name = self.source.name
+        machine = self.machine
+        if machine.at == At.HELD and self.writer and self.writer.ended:
+            return HeldError(str(error), f"guest {name}: held here\n{error.hint}")
+        if machine.at == At.GONE:
+            return self._stuck(error, error)
+        try:
+            if machine.expects(event := self._event_of_failure()):
+                machine.on(event)
+        except BhyError as second:
+            return self._stuck(error, second)
+        self.dismiss_keeper()
+        if self.hook:
+            self.hook.kill()
+        if isinstance(error, InDoubtError):
+            return error
+        if machine.at == At.DOUBT:
+            return InDoubtError(
+                f"guest {name}: in doubt: {error}", in_doubt(self.record, self.base)
+            )
+        if self.offer:
+            # Only now: the guest does not wait for it.
+            error = self.offer.explain(error)
+        elif self.writer:
+            self.writer.abort(error.status, str(error))
+        error.hint = f"guest {name}: it runs here\n{error.hint}"
+        return error
+
+    def _event_of_failure(self) -> Event:
+        """Return what a failure is, after what was recorded: could it be acted on there?"""
+        at = self.machine.at
+        if at == At.HELD or (at == At.COMMITTED and not self.go_is_out):
+            return Event.UNSENT
+        return Event.DOUBT if at == At.COMMITTED else Event.FAILURE
+
+    def _stuck(self, error: BhyError, second: BhyError) -> BhyError:
+        """Return what to say where the guest stands paused, and should not."""
+        name = self.source.name
+        if self.machine.at == At.GONE:
+            assert self.offer is not None
+            return HeldError(
+                f"guest {name}: it runs on {self.offer.host}, and cannot be ended here: {second}",
+                f"end it: bhysend --discard {self.record.id}",
+            )
+        return HeldError(
+            f"{error}; and the guest cannot be resumed: {second}",
+            f"guest {name}: its keeper goes on trying; see bhysend -l",
+        )
+
+    def close(self, status: int) -> None:
+        """End the conversation, in the answered forms, with this exit status."""
+        if self.offer:
+            self.offer.close(status)
+
+    def dismiss_keeper(self) -> None:
+        """End the keeper: the record says all, or nothing, from here on."""
+        if self.keeper:
+            self.keeper.dismiss()
+
+    # The acts of handshake.SOURCE.
+
+    def _do(self, act: Act) -> None:
+        acts: dict[Act, Callable[[], None]] = {
+            Act.RECORD_PAUSED: self._record_paused,
+            Act.RECORD_HELD: lambda: self._record(handshake.HELD),
+            Act.RECORD_GO: self._record_go,
+            Act.RECORD_MOVED: self._record_moved,
+            Act.FORGET: lambda: self.records.remove(self.record.id),
+            Act.PAUSE: self._pause,
+            Act.RESUME: self.source.resume,
+            Act.DISCARD: self._discard,
+            Act.WRITE_END: self._write_end,
+            Act.WRITE_GO: self._write_go,
+        }
+        acts[act]()
+
+    def _record(self, phase: str) -> None:
+        self.record = self.record.moved(phase)
+        self.records.write(self.record)
+
+    def _record_paused(self) -> None:
+        if self.record.phase == handshake.PAUSED and not self.pause_start_ns:
+            return self._record(handshake.PAUSED)
+        # Taken back: it says so for the keeper's sake; without it we resume
+        # all the same.
+        with contextlib.suppress(BhyError):
+            self._record(handshake.PAUSED)
+        return None
+
+    def _record_go(self) -> None:
+        assert self.offer is not None
+        self.record = with_peer(self.record, hello_of(self.offer))
+        self._record(handshake.GO)
+
+    def _record_moved(self) -> None:
+        # Only for a keeper that has to end the guest in our place.
+        with contextlib.suppress(BhyError):
+            self._record(handshake.MOVED)
+
+    def _pause(self) -> None:
+        name = self.source.name
+        if self.opts.hook is not None:
+            self.hook = Hook(self.opts.hook, name, self.record.id)
+        self.console.log(f"guest {name}: pausing, stream {self.record.id}")
+        self.paused_at_ns = time.time_ns()
+        self.pause_start_ns = time.monotonic_ns()
+        self.source.pause()
+
+    def _discard(self) -> None:
+        # QEMU's QMP socket serves one client.
+        self.source.close()
+        paused = open_alive(self.record)
+        if paused is None:
+            return
+        try:
+            paused.discard()
+        finally:
+            paused.close()
+
+    def _write_end(self) -> None:
+        assert self.writer is not None
+        self.writer.end()
+
+    def _write_go(self) -> None:
+        assert self.writer is not None
+        self.console.log(f"guest {self.source.name}: GO, stream {self.record.id}")
+        self.writer.section(Type.GO, self.nonce)
+        self.go_is_out = True
+
+    def _on_batch(self, done_pages: int, sent_pages: int) -> None:
+        assert self.writer is not None
+        self.progress.done_pages = done_pages
+        self.progress.sent_pages = sent_pages
+        self.progress.sent_bytes = self.writer.offset_bytes
+        self.progress.tick()
+        if self.offer:
+            self.offer.box.check()
+
+    def _too_late(self, name: str) -> None:
+        self.console.say(f"{name}: too late, END is on its way; waiting until it is written")
+
+    def _say_round(self, found: Round) -> None:
+        if self.opts.verbose:
+            self.console.say(
+                f"guest {self.source.name}: round {len(self.rounds) - 1}: "
+                f"{found.data_pages} pages, {found.zero_pages} zero, {size(found.sent_bytes)} "
+                f"in {duration(found.end_ns - found.start_ns)}; "
+                f"pause {duration(self.predicted_ns)} predicted"
+            )
+
+    def _say_end(self, what: str) -> None:
+        assert self.writer is not None
+        parts = [f"state {duration(self.state_ns)}", f"last pages {duration(self.last_ns)}"]
+        if self.offer:
+            parts.append(f"answers {duration(self.answers_ns)}")
+        if self.rounds:
+            parts.append(f"{duration(self.predicted_ns)} predicted")
+        text = (
+            f"guest {self.source.name}: {what}; {self.writer.rounds} rounds, "
+            f"{size(self.writer.offset_bytes)}; paused {duration(self.pause_ns)} "
+            f"({', '.join(parts)})"
+        )
+        self.console.say(text)
+        self.console.log(text)

@@ -1,0 +1,124 @@
+"""A recorded guest of the source, and what is done to it when bhysend is gone.
+
+The keeper, `bhysend -A`, `--discard` and `--resume` act through this: on the
+record, which is on disk before anything is done, and on the hypervisor's
+process, found again by what the record says of it.  Every act may be done
+twice, by one who finds the record of another who was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+from bhystream import handshake, hypervisors
+from bhystream.answers import Answer
+from bhystream.backend.base import Paused
+from bhystream.errors import GuestError
+from bhystream.handshake import Act, Event
+from bhystream.state import Record, Records
+
+_PHASES = {
+    Act.RECORD_PAUSED: handshake.PAUSED,
+    Act.RECORD_MOVED: handshake.MOVED,
+}
+# What an answer is to the table; others leave it as it stands.
+EVENTS = {"RUNNING": Event.RUNNING, "FAILED": Event.FAILED}
+_DEFAULT_DIRECTORY = "/var/lib/bhysend"
+
+
+def open_alive(record: Record) -> Paused | None:
+    """Find the guest of a record; None if its hypervisor is gone.
+
+    The caller closes it.  Raises GuestError.
+    """
+    paused = hypervisors.open_paused(record.revive)
+    if paused.is_alive():
+        return paused
+    paused.close()
+    return None
+
+
+def event_of(record: Record, hello: Answer | None, final: Answer | None) -> Event:
+    """Return what came back means for a record: an answer of its own destination, or ALONE."""
+    if hello is None or final is None or hello.id != record.id:
+        return Event.ALONE
+    if record.host and (record.host, record.directory) != hello.args:
+        return Event.ALONE
+    return EVENTS.get(final.word, Event.ALONE)
+
+
+class Standing:
+    """One recorded guest, while its lock is held."""
+
+    def __init__(self, records: Records, record: Record) -> None:
+        """records: of the source."""
+        self._records = records
+        self.record = record
+
+    def settle(self, event: Event) -> Record:
+        """Do what the table says; return the record as it was found.
+
+        What the table does not have is left as it stands.  Raises BhyError;
+        then it may be tried again.
+        """
+        found = self.record
+        for act in handshake.RECORD.get((found.phase, event), ()):
+            self._do(act)
+        return found
+
+    def forget(self) -> None:
+        """Remove the record: there is no guest any more."""
+        self._records.remove(self.record.id)
+
+    def _do(self, act: Act) -> None:
+        if act in _PHASES:
+            self.record = self.record.moved(_PHASES[act])
+            self._records.write(self.record)
+        elif act == Act.FORGET:
+            self.forget()
+        else:
+            self._open_and(act)
+
+    def _open_and(self, act: Act) -> None:
+        paused = open_alive(self.record)
+        if paused is None:
+            if act == Act.DISCARD:
+                return
+            raise GoneError(f"guest {self.record.guest}: its hypervisor is gone")
+        try:
+            if act == Act.DISCARD:
+                paused.discard()
+            else:
+                paused.resume()
+        finally:
+            paused.close()
+
+
+class GoneError(GuestError):
+    """The hypervisor's process of a recorded guest does not exist any more."""
+
+
+def in_doubt(record: Record, base: Path) -> str:
+    """Return the lines that lead out of doubt, commands as they can be typed."""
+    host = record.host.partition("/")[0]
+    there = f"ssh {shlex.quote(host)} "
+    if record.directory != _DEFAULT_DIRECTORY:
+        there += f"BHYSEND_STATE_DIR={shlex.quote(record.directory)} "
+    here = ""
+    if "BHYSEND_STATE_DIR" in os.environ:
+        here = f"BHYSEND_STATE_DIR={shlex.quote(str(base))} "
+    return (
+        f"it stands paused here until {host} has answered; ask it:\n"
+        f"  {there}bhyrecv -q {record.id} | {here}bhysend -A\n"
+        f"if {host} is lost, and the guest surely does not run there:\n"
+        f"  {here}bhysend --resume --in-doubt {record.id}"
+    )
+
+
+def with_peer(record: Record, hello: Answer) -> Record:
+    """Return the record with the destination that said this HELLO."""
+    host, directory = hello.args
+    return replace(record, host=host, directory=directory)

@@ -1,0 +1,234 @@
+"""The world of one move, as a finite model over the tables of handshake.py.
+
+    host S (the source)                                  host D (the destination)
+    -------------------                                  ------------------------
+    bhysend -------- forward: END, GO ------------------>  bhyrecv
+       |  record, guest      '-> tee: replayed on D, or on host E |  record, copy
+    bhysend -A <---- back: READY RUNNING FAILED RAN -----------'
+    the keeper
+
+A World is one moment: immutable, hashable, and all that there is.  The steps
+out of it are in handshake_model_steps.py.  What bhysend and bhyrecv do comes
+out of handshake.Machine and the tables, and is done act by act: between any two
+acts anything else may happen.  There are three kinds of steps:
+
+    FREE     a program goes on.  Where there is none, all programs have ended.
+    CHANCE   the operator asks, or hands on; a guest told to run begins to.
+    FAULT    a program is killed, an act fails, a limit strikes, a channel is
+             cut, a start goes wrong, a stream is replayed, a guest dies.
+
+Nothing bounds how many faults there are, how long anything takes, or how often
+the operator asks; one bhyrecv reads the stream itself, and one at a time a
+recorded one.  Easily overlooked:
+
+- The guest's lock.  bhysend has it, and the keeper inherits it; then whoever
+  acts on the record (the keeper, the third stage, the operator's `-A`) takes
+  it, reads the record, and does its acts: that is `hand`.
+- The third stage hands answers to bhysend while it lives, and afterwards acts
+  by the last final one.  In the command form that is the keeper: the same steps.
+- A loaded copy whose bhyrecv is dead can never run.  One that was TOLD to run
+  may begin at any time, also after its bhyrecv has died.
+- The operator asks (`bhyrecv -q`) at any time while there is a record here, also
+  on the wrong host, and about an older stream of this guest, which FAILED.  He
+  hands an answer to `-A` at any later time, or twice.  By himself he resumes
+  nothing.
+- The plain form has no way back: the operator acts by bhyrecv's exit status.
+
+Rules holds the tables, and what cannot be said in tables; a planted fault
+alters one of them.  broken() says which of INVARIANTS does not hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from bhystream import handshake
+from bhystream.handshake import Act, At, Event, There
+
+INVARIANTS = {
+    "I1": "two copies run",
+    "I2": "the guest runs at the source after the destination's copy has run",
+    "I3": "the guest stands paused, and no record says so",
+    "I4": "nobody but bhysend was killed, and the guest stands paused without a doubt",
+    "I5": "the source's guest was ended, and the destination's copy never ran",
+    "I6": "asking the destination does not end the doubt",
+    "I7": "a program waits for ever",
+}
+
+# A copy of the guest.  TOLD: it may run, now or later.  RAN: it ran, and is no more.
+NONE, LOADED, TOLD, RUNS, RAN = "none", "loaded", "told", "runs", "ran"
+# The source's guest: RUNS, or one of these.
+STANDS, OVER = "stands", "over"
+
+# The keeper, and whoever acts in bhysend's place.
+WAITS, ENDED, KILLED = "waits", "ended", "killed"
+
+SOURCE_RECORDS = {
+    Act.RECORD_PAUSED: handshake.PAUSED,
+    Act.RECORD_HELD: handshake.HELD,
+    Act.RECORD_GO: handshake.GO,
+    Act.RECORD_MOVED: handshake.MOVED,
+}
+DESTINATION_RECORDS = {
+    Act.RECORD_READY: handshake.READY,
+    Act.RECORD_STARTED: handshake.STARTED,
+    Act.RECORD_DEAD: handshake.DEAD,
+}
+WRITES = {Act.WRITE_END: "END", Act.WRITE_GO: "GO"}
+ANSWERS = {
+    Act.SAY_READY: "READY",
+    Act.SAY_RUNNING: "RUNNING",
+    Act.SAY_FAILED: "FAILED",
+    Act.SAY_RAN: "RAN",
+}
+HEARD = {
+    "READY": Event.READY,
+    "RUNNING": Event.RUNNING,
+    "FAILED": Event.FAILED,
+    "RAN": Event.DOUBT,
+}
+FINALS = (At.RUNS_ON, At.GONE, At.DOUBT, At.HELD)
+FINALS_THERE = (There.RUNS, There.NOTHING, There.DOUBT)
+
+SourceTable = Mapping[tuple[At, Event], tuple[At, tuple[Act, ...]]]
+DestinationTable = Mapping[tuple[There, Event], tuple[There, tuple[Act, ...]]]
+RecordTable = Mapping[tuple[str, Event], tuple[Act, ...]]
+QueryTable = Mapping[str | None, tuple[tuple[Act, ...], str]]
+
+# handshake.py has no table for a bhyrecv of the plain form, which starts on END.
+PLAIN_DESTINATION: DestinationTable = {
+    (There.BUILDING, Event.ENDED): (There.STARTING, (Act.RECORD_STARTED, Act.START)),
+    (There.BUILDING, Event.FAILURE): (There.NOTHING, (Act.TEAR_DOWN,)),
+    (There.STARTING, Event.STARTED): (There.RUNS, ()),
+    (There.STARTING, Event.NEVER_RAN): (There.NOTHING, (Act.RECORD_DEAD, Act.TEAR_DOWN)),
+    (There.STARTING, Event.MAY_HAVE_RAN): (There.DOUBT, ()),
+}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The tables, and the rules beside them.
+
+    nonce: GO counts only for the bhyrecv whose nonce it has.
+    keeper: there is one.
+    naming: an answer counts only if it names this stream.
+    same_host: an answer counts only if it comes from where READY came from.
+    unknown_is_failed: no rule, but a mistake.
+    recheck: READY -> STARTED is refused if the record is not READY any more.
+    plain: the plain form.
+    used: collects the rows that are used and the ends that are reached.
+    """
+
+    source: SourceTable = field(default_factory=lambda: handshake.SOURCE)
+    destination: DestinationTable = field(default_factory=lambda: handshake.DESTINATION)
+    record: RecordTable = field(default_factory=lambda: handshake.RECORD)
+    query: QueryTable = field(default_factory=lambda: handshake.QUERY)
+    nonce: bool = True
+    keeper: bool = True
+    naming: bool = True
+    same_host: bool = True
+    unknown_is_failed: bool = False
+    recheck: bool = True
+    plain: bool = False
+    used: set[object] = field(default_factory=set, compare=False)
+
+
+class Sender(NamedTuple):
+    """bhysend.  at: None when it is gone.  todo: what is left of the row it is in."""
+
+    at: At | None = At.RUNS
+    todo: tuple[Act, ...] = ()
+
+
+class Receiver(NamedTuple):
+    """A bhyrecv, and its copy.
+
+    at: None when bhyrecv is gone.  todo: the acts left, then what came of them.
+    """
+
+    host: str = "D"
+    at: There | None = There.BUILDING
+    todo: tuple[Act | Event, ...] = ()
+    copy: str = NONE
+
+
+class World(NamedTuple):
+    """One moment.
+
+    keeper: KILLED also where a `-A` was killed in the middle of its acts.
+    hand: the acts left to whoever acts on the record.
+    disk_d, disk_e: the record of this stream on those hosts.
+    tape: what tee has recorded.
+    third: the third stage is alive.  seen: the last final answer it has read.
+    answers: what the operator was answered, of what `-A` believes.
+    status: the end of bhyrecv, where the operator goes by it.
+    """
+
+    sender: Sender = Sender()
+    keeper: str = WAITS
+    hand: tuple[Act, ...] = ()
+    guest: str = RUNS
+    record: str | None = None
+    receiver: Receiver = Receiver()
+    replay: Receiver | None = None
+    disk_d: str | None = None
+    disk_e: str | None = None
+    forward: tuple[str, ...] = ()
+    forward_cut: bool = False
+    tape: tuple[str, ...] = ()
+    back: tuple[str, ...] = ()
+    back_cut: bool = False
+    third: bool = True
+    seen: str | None = None
+    answers: frozenset[str] = frozenset()
+    status: There | None = None
+
+
+def lock_is_free(world: World) -> bool:
+    """Say whether nobody has the guest's lock."""
+    return world.sender.at is None and world.keeper != WAITS and not world.hand
+
+
+def disk(world: World, host: str) -> str | None:
+    """Return the record of this stream on a host."""
+    return world.disk_d if host == "D" else world.disk_e
+
+
+def broken(world: World, rules: Rules, quiet: bool) -> str | None:
+    """Name the invariant that does not hold.  quiet: all programs have ended."""
+    copies = [world.receiver.copy]
+    if world.replay is not None:
+        copies.append(world.replay.copy)
+    if (world.guest == RUNS) + copies.count(RUNS) > 1:
+        return "I1"
+    if world.guest == RUNS and (RUNS in copies or RAN in copies):
+        return "I2"
+    if world.guest == STANDS and world.record is None:
+        return "I3"
+    if world.guest == OVER and world.receiver.copy not in (RUNS, RAN):
+        return "I5"
+    return broken_at_the_end(world, rules) if quiet else None
+
+
+def broken_at_the_end(world: World, rules: Rules) -> str | None:
+    """Name the invariant that does not hold when all programs should have ended."""
+    receivers = (world.receiver, world.replay)
+    if world.sender.at or any(r is not None and r.at for r in receivers):
+        return "I7"
+    in_doubt = world.record in (handshake.GO, handshake.HELD)
+    if world.guest == STANDS and world.keeper != KILLED and not in_doubt:
+        return "I4"
+    if world.record == handshake.GO and not can_be_resolved(world, rules):
+        return "I6"
+    return None
+
+
+def can_be_resolved(world: World, rules: Rules) -> bool:
+    """Say whether asking host D leads to one copy, or to a doubt that is one."""
+    phase = world.disk_d
+    if phase == handshake.STARTED:
+        return True  # RUNNING or RAN: in both it may have run
+    word = rules.query[phase][1]
+    return word == "FAILED" and world.guest == STANDS and world.receiver.copy == NONE
