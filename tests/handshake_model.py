@@ -35,7 +35,7 @@ recorded one.  Easily overlooked:
 - The plain form has no way back: the operator acts by bhyrecv's exit status.
 
 Rules holds the tables, and what cannot be said in tables; a planted fault
-alters one of them.  broken() says which of INVARIANTS does not hold.
+alters one of them.  The invariants are in handshake_model_search.py.
 """
 
 from __future__ import annotations
@@ -46,16 +46,6 @@ from typing import NamedTuple
 
 from bhystream import handshake
 from bhystream.handshake import Act, At, Event, There
-
-INVARIANTS = {
-    "I1": "two copies run",
-    "I2": "the guest runs at the source after the destination's copy has run",
-    "I3": "the guest stands paused, and no record says so",
-    "I4": "nobody but bhysend was killed, and the guest stands paused without a doubt",
-    "I5": "the source's guest was ended, and the destination's copy never ran",
-    "I6": "asking the destination does not end the doubt",
-    "I7": "a program waits for ever",
-}
 
 # A copy of the guest.  TOLD: it may run, now or later.  RAN: it ran, and is no more.
 NONE, LOADED, TOLD, RUNS, RAN = "none", "loaded", "told", "runs", "ran"
@@ -194,41 +184,3 @@ def lock_is_free(world: World) -> bool:
 def disk(world: World, host: str) -> str | None:
     """Return the record of this stream on a host."""
     return world.disk_d if host == "D" else world.disk_e
-
-
-def broken(world: World, rules: Rules, quiet: bool) -> str | None:
-    """Name the invariant that does not hold.  quiet: all programs have ended."""
-    copies = [world.receiver.copy]
-    if world.replay is not None:
-        copies.append(world.replay.copy)
-    if (world.guest == RUNS) + copies.count(RUNS) > 1:
-        return "I1"
-    if world.guest == RUNS and (RUNS in copies or RAN in copies):
-        return "I2"
-    if world.guest == STANDS and world.record is None:
-        return "I3"
-    if world.guest == OVER and world.receiver.copy not in (RUNS, RAN):
-        return "I5"
-    return broken_at_the_end(world, rules) if quiet else None
-
-
-def broken_at_the_end(world: World, rules: Rules) -> str | None:
-    """Name the invariant that does not hold when all programs should have ended."""
-    receivers = (world.receiver, world.replay)
-    if world.sender.at or any(r is not None and r.at for r in receivers):
-        return "I7"
-    in_doubt = world.record in (handshake.GO, handshake.HELD)
-    if world.guest == STANDS and world.keeper != KILLED and not in_doubt:
-        return "I4"
-    if world.record == handshake.GO and not can_be_resolved(world, rules):
-        return "I6"
-    return None
-
-
-def can_be_resolved(world: World, rules: Rules) -> bool:
-    """Say whether asking host D leads to one copy, or to a doubt that is one."""
-    phase = world.disk_d
-    if phase == handshake.STARTED:
-        return True  # RUNNING or RAN: in both it may have run
-    word = rules.query[phase][1]
-    return word == "FAILED" and world.guest == STANDS and world.receiver.copy == NONE

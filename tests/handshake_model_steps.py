@@ -38,6 +38,7 @@ from handshake_model import (
 )
 
 FREE, CHANCE, FAULT = "free", "chance", "fault"
+FINAL_WORDS = ("RUNNING", "FAILED")
 Step = tuple[str, str, World]
 S = TypeVar("S", At, There)
 
@@ -47,6 +48,7 @@ def steps(world: World, rules: Rules) -> Iterator[Step]:
     yield from sender_steps(world, rules)
     yield from hand_steps(world, rules)
     yield from receiver_steps(world, rules, world.receiver)
+    yield from operator_steps(world, rules)
     if rules.plain:
         yield from plain_operator_steps(world, rules)
         return
@@ -54,7 +56,6 @@ def steps(world: World, rules: Rules) -> Iterator[Step]:
     if world.replay is not None:
         yield from receiver_steps(world, rules, world.replay)
     yield from wire_steps(world)
-    yield from operator_steps(world, rules)
 
 
 def fire(
@@ -110,7 +111,7 @@ def sender_hears(world: World, rules: Rules, word: str) -> World:
 
 
 def sender_fails(world: World, rules: Rules) -> World:
-    """An act of bhysend's fails, and those after it are not done."""
+    """Let an act of bhysend's fail; those after it are not done."""
     for event in (Event.UNSENT, Event.FAILURE):
         if (world.sender.at, event) in rules.source:
             return sender_on(world, rules, event)
@@ -118,32 +119,280 @@ def sender_fails(world: World, rules: Rules) -> World:
 
 
 def sender_dies(world: World) -> World:
-    """bhysend is gone, and the keeper does not know why."""
+    """Let bhysend be gone, whatever the reason."""
     return world._replace(sender=Sender(None))
 
 
 def sender_steps(world: World, rules: Rules) -> Iterator[Step]:
-    """bhysend goes on, fails, runs into a limit, or is killed."""
+    """bhysend goes on, runs into a limit, or is killed."""
     at = world.sender.at
     if at is None:
         return
     yield FAULT, "bhysend is killed", sender_dies(world)
     if world.sender.todo:
         yield from sender_acts(world, rules)
-    elif at in FINALS:
+        return
+    if at in FINALS:
         rules.used.add(at)
         yield FREE, f"bhysend ends: {at.name}", sender_dies(world)._replace(keeper=ENDED)
-    else:
-        copied = Event.COPIED_PLAIN if rules.plain else Event.COPIED
-        for event in (Event.PAUSE, copied):
-            if (at, event) in rules.source:
-                yield FREE, f"bhysend: {event.name}", sender_on(world, rules, event)
-        # No more answers, or a limit, an interrupt, a broken disk.
-        failure = Event.DOUBT if at is At.COMMITTED else Event.FAILURE
-        closed = not world.back and (world.back_cut or world.receiver.at is None)
-        yield FREE if closed else FAULT, f"bhysend: {failure.name}", sender_on(world, rules, failure)
+    for event in (Event.PAUSE, Event.COPIED_PLAIN if rules.plain else Event.COPIED):
+        if (at, event) in rules.source:
+            yield FREE, f"bhysend: {event.name}", sender_on(world, rules, event)
+    # No more answers; or a limit, an interrupt, a disk that is full.
+    no_answers = not world.back and (world.back_cut or world.receiver.at is None)
+    for event in (Event.FAILURE, Event.DOUBT):
+        if (at, event) in rules.source:
+            kind = FREE if no_answers else FAULT
+            yield kind, f"bhysend: {event.name}", sender_on(world, rules, event)
 
 
 def sender_acts(world: World, rules: Rules) -> Iterator[Step]:
     """bhysend does the next act, or cannot."""
-    at, (act, *rest) = world.sender
+    act, *rest = world.sender.todo
+    done = at_source(world, act)._replace(sender=world.sender._replace(todo=tuple(rest)))
+    yield FREE, f"bhysend: {act.value}", done
+    kind = FREE if act in WRITES and is_closed(world) else FAULT
+    yield kind, f"bhysend: cannot {act.value}", sender_fails(world, rules)
+
+
+def take_over(world: World, rules: Rules, event: Event) -> World:
+    """Read the record under the guest's lock, and begin to act on it."""
+    if world.record is None or (world.record, event) not in rules.record:
+        return world
+    rules.used.add((world.record, event))
+    return world._replace(hand=rules.record[world.record, event])
+
+
+def hand_steps(world: World, rules: Rules) -> Iterator[Step]:
+    """The keeper takes over; who acts on the record goes on, or is killed."""
+    if world.keeper == WAITS:
+        yield FAULT, "the keeper is killed", world._replace(keeper=KILLED)
+        if world.sender.at is None:
+            alone = take_over(world._replace(keeper=ENDED), rules, Event.ALONE)
+            yield FREE, "the keeper takes over", alone
+    if world.hand:
+        act, *rest = world.hand
+        yield FREE, f"on the record: {act.value}", at_source(world, act)._replace(hand=tuple(rest))
+        killed = world._replace(hand=(), keeper=KILLED)
+        yield FAULT, "who acts on the record is killed", killed
+
+
+def third_steps(world: World, rules: Rules) -> Iterator[Step]:
+    """The third stage hands answers to bhysend, or acts by the last final one."""
+    if not world.third:
+        return
+    killed = world._replace(third=False, seen=None, back=(), back_cut=True)
+    yield FAULT, "the third stage is killed", killed
+    if world.back and not world.sender.todo:
+        word, *rest = world.back
+        after = world._replace(back=tuple(rest))
+        if word in FINAL_WORDS:
+            after = after._replace(seen=word)
+        if world.sender.at is not None:
+            after = sender_hears(after, rules, word)
+        yield FREE, f"the third stage reads {word}", after
+    if world.seen and world.record and lock_is_free(world):
+        after = take_over(world._replace(third=False, seen=None), rules, HEARD[world.seen])
+        yield FREE, f"the third stage acts on {world.seen}", after
+
+
+# ---- a destination: bhyrecv, alive or as a replay ----------------------------
+
+
+def put(world: World, before: Receiver, after: Receiver) -> World:
+    """Change a bhyrecv, the live one or the replay."""
+    if before is world.replay:
+        # Once it is gone with its copy, there may be another.
+        return world._replace(replay=after if after.at or after.copy != NONE else None)
+    if after.at is None:  # what was on its way is lost
+        return world._replace(receiver=after, forward=())
+    return world._replace(receiver=after)
+
+
+def receiver_on(world: World, rules: Rules, receiver: Receiver, event: Event) -> World:
+    """Let an event happen to a bhyrecv."""
+    assert receiver.at is not None
+    table = rules.destination
+    at, acts = fire(rules, table, receiver.at, event)
+    copy = LOADED if event is Event.ENDED else receiver.copy
+    return put(world, receiver, receiver._replace(at=at, todo=acts, copy=copy))
+
+
+def receiver_dies(world: World, receiver: Receiver) -> World:
+    """Let a bhyrecv be gone, and a copy that was not told to run with it."""
+    copy = NONE if receiver.copy == LOADED else receiver.copy
+    return put(world, receiver, Receiver(receiver.host, None, (), copy))
+
+
+def receiver_fails(world: World, rules: Rules, receiver: Receiver, act: Act) -> World:
+    """Let an act of a bhyrecv fail; those after it are not done."""
+    event = Event.NEVER_RAN if act is Act.RECORD_STARTED else Event.FAILURE
+    if (receiver.at, event) in rules.destination:
+        return receiver_on(world, rules, receiver, event)
+    return receiver_dies(world, receiver)
+
+
+def receiver_steps(world: World, rules: Rules, receiver: Receiver) -> Iterator[Step]:
+    """A bhyrecv goes on, or is killed; its copy runs, or dies."""
+    live = receiver is world.receiver
+    name = f"{'bhyrecv' if live else 'the replay'} on {receiver.host}"
+    if receiver.copy == TOLD:
+        yield CHANCE, f"{name}: its copy runs", put(world, receiver, receiver._replace(copy=RUNS))
+    if receiver.copy == RUNS:
+        yield FAULT, f"{name}: its copy dies", put(world, receiver, receiver._replace(copy=RAN))
+    if receiver.at is None:
+        return
+    yield FAULT, f"{name} is killed", receiver_dies(world, receiver)
+    if receiver.todo:
+        yield from receiver_acts(world, rules, receiver, name)
+    elif receiver.at in FINALS_THERE:
+        rules.used.add(receiver.at)
+        ended = receiver_dies(world, receiver)
+        if rules.plain:
+            ended = ended._replace(status=receiver.at)
+        yield FREE, f"{name} ends: {receiver.at.name}", ended
+    elif live:
+        yield from live_input(world, rules, name)
+    else:
+        yield from taped_input(world, rules, receiver, name)
+
+
+def live_input(world: World, rules: Rules, name: str) -> Iterator[Step]:
+    """bhyrecv reads from the way in, or the end of it, or runs into a limit."""
+    receiver = world.receiver
+    due, event = ("GO", Event.GO) if receiver.at is There.READY else ("END", Event.ENDED)
+    if world.forward and world.forward[0] == due:
+        after = world._replace(forward=world.forward[1:])
+        yield FREE, f"{name} reads {due}", receiver_on(after, rules, receiver, event)
+    closed = not world.forward and (world.forward_cut or world.sender.at is None)
+    failed = receiver_on(world, rules, receiver, Event.FAILURE)
+    yield FREE if closed else FAULT, f"{name}: FAILURE", failed
+
+
+def taped_input(world: World, rules: Rules, replay: Receiver, name: str) -> Iterator[Step]:
+    """A replay reads END; then the end, or GO with an old nonce, which is a failure."""
+    if replay.at is There.BUILDING:
+        yield FREE, f"{name} reads END", receiver_on(world, rules, replay, Event.ENDED)
+        yield FAULT, f"{name}: FAILURE", receiver_on(world, rules, replay, Event.FAILURE)
+        return
+    if "GO" in world.tape and not rules.nonce:
+        yield FREE, f"{name} reads an old GO", receiver_on(world, rules, replay, Event.GO)
+    yield FREE, f"{name}: FAILURE", receiver_on(world, rules, replay, Event.FAILURE)
+
+
+def receiver_acts(world: World, rules: Rules, receiver: Receiver, name: str) -> Iterator[Step]:
+    """A bhyrecv does the next act, or cannot; or learns what came of the last one."""
+    act, *rest = receiver.todo
+    if isinstance(act, Event):
+        yield FREE, f"{name}: {act.value}", receiver_on(world, rules, receiver, act)
+    elif act is Act.START:
+        for kind, copy, event in (
+            (FREE, RUNS, Event.STARTED),
+            (FAULT, LOADED, Event.NEVER_RAN),
+            (FAULT, TOLD, Event.MAY_HAVE_RAN),
+        ):
+            after = receiver._replace(copy=copy, todo=(*rest, event))
+            yield kind, f"{name}: {act.value}: {event.name}", put(world, receiver, after)
+    else:
+        refused = act is Act.RECORD_STARTED and not may_start(world, rules, receiver.host)
+        if not refused:
+            left = receiver._replace(todo=tuple(rest))
+            yield FREE, f"{name}: {act.value}", at_destination(world, receiver, left, act)
+        failed = receiver_fails(world, rules, receiver, act)
+        yield FREE if refused else FAULT, f"{name}: cannot {act.value}", failed
+
+
+def may_start(world: World, rules: Rules, host: str) -> bool:
+    """Say whether the record may become STARTED."""
+    due = None if rules.plain else handshake.READY
+    return not rules.recheck or disk(world, host) == due
+
+
+def at_destination(world: World, before: Receiver, after: Receiver, act: Act) -> World:
+    """Do one act of a bhyrecv's, which changes it from before to after."""
+    if act is Act.TEAR_DOWN:
+        after = after._replace(copy=RAN if after.copy in (RUNS, RAN) else NONE)
+    is_replay = before is world.replay
+    world = put(world, before, after)
+    if act in DESTINATION_RECORDS:
+        return record_there(world, before.host, DESTINATION_RECORDS[act])
+    if is_replay and before.host == "D" and ANSWERS.get(act) in FINAL_WORDS:
+        return world._replace(answers=world.answers | {ANSWERS[act]})
+    if act not in ANSWERS or is_replay or world.back_cut:
+        return world
+    return world._replace(back=(*world.back, ANSWERS[act]))
+
+
+def record_there(world: World, host: str, phase: str) -> World:
+    """Write the record of this stream on a host."""
+    return world._replace(disk_d=phase) if host == "D" else world._replace(disk_e=phase)
+
+
+# ---- the wires and the operator ----------------------------------------------
+
+
+def wire_steps(world: World) -> Iterator[Step]:
+    """A channel is cut; what was recorded on the way is replayed.
+
+    A replay is refused where there is a record, and where another bhyrecv has
+    the lock of the stream.
+    """
+    if not is_closed(world):
+        yield FAULT, "the way in is cut", world._replace(forward=(), forward_cut=True)
+    if not world.back_cut:
+        yield FAULT, "the way back is cut", world._replace(back=(), back_cut=True)
+    if world.replay is not None or not world.tape:
+        return
+    if world.disk_e is None:
+        yield FAULT, "a replay on E", world._replace(replay=Receiver("E"))
+    if world.disk_d is None and world.receiver.at is None:
+        yield FAULT, "a replay on D", world._replace(replay=Receiver("D"))
+
+
+def query(world: World, rules: Rules, host: str, old: bool = False) -> tuple[World, str]:
+    """Ask by `bhyrecv -q`: return what it leaves, and what it answers.
+
+    old: ask for an older stream of this guest, which FAILED on D.
+    """
+    phase = handshake.DEAD if old else disk(world, host)
+    acts, word = rules.query[phase]
+    rules.used.add(("-q", phase))
+    for act in acts:
+        world = record_there(world, host, DESTINATION_RECORDS[act])
+    here = (world.receiver, world.replay)
+    runs = any(r is not None and r.host == host and r.copy == RUNS for r in here)
+    if phase == handshake.STARTED and runs:
+        word = "RUNNING"
+    return world, word
+
+
+def operator_steps(world: World, rules: Rules) -> Iterator[Step]:
+    """The operator asks, or hands an answer to `-A`."""
+    if not world.record:
+        return
+    for host, old in (("D", False), ("D", True), ("E", False)):
+        after, word = query(world, rules, host, old)
+        said = "FAILED" if word == "UNKNOWN" and rules.unknown_is_failed else word
+        believed = (not old or not rules.naming) and (host == "D" or not rules.same_host)
+        if believed and said in HEARD:
+            after = after._replace(answers=world.answers | {said})
+        if after != world:
+            what = "an older stream" if old else "this stream"
+            yield CHANCE, f"the operator asks {host} for {what}: {word}", after
+    for word in world.answers:
+        if lock_is_free(world):
+            yield CHANCE, f"-A acts on {word}", take_over(world, rules, HEARD[word])
+        elif world.sender.at and not world.sender.todo and not rules.plain:
+            yield CHANCE, f"-A hands on {word}", sender_hears(world, rules, word)
+
+
+def plain_operator_steps(world: World, rules: Rules) -> Iterator[Step]:
+    """The operator sees bhyrecv's exit status, and discards or resumes a held guest."""
+    if world.record != handshake.HELD or not lock_is_free(world):
+        return
+    if world.status is There.RUNS:
+        discard = rules.record[handshake.MOVED, Event.ALONE]
+        yield CHANCE, "bhysend --discard", world._replace(hand=discard)
+    if world.status is There.NOTHING:
+        _, resume = rules.source[At.HELD, Event.UNSENT]
+        yield CHANCE, "bhysend --resume", world._replace(hand=resume)

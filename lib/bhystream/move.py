@@ -31,7 +31,7 @@ from bhystream.handshake import Act, At, Event, Machine
 from bhystream.hook import Hook
 from bhystream.keeper import Keeper
 from bhystream.offer import Offer, hello_of
-from bhystream.precopy import Decision, Limits, Round, decide, outlook
+from bhystream.precopy import Decision, Limits, Outlook, Round, decide, outlook
 from bhystream.report import Console, Progress, duration, size
 from bhystream.signals import Signals
 from bhystream.standing import in_doubt, open_alive, with_peer
@@ -177,7 +177,7 @@ class Move:
                 self.rehearse()
             now_ns = time.monotonic_ns() - start_ns
             view = outlook(self.rounds, self.transfer.npages, limits)
-            self._predict(view.copy_ns + view.scan_ns)
+            self._predict(view)
             self._say_round(self.rounds[-1])
             decision = decide(self.rounds, self.transfer.npages, limits, now_ns)
             if decision == Decision.GIVE_UP:
@@ -190,6 +190,7 @@ class Move:
         if self.offer and self.rounds:
             # Nothing is left in the pipeline when the guest is paused.
             self.offer.settle()
+            self._predict(outlook(self.rounds, self.transfer.npages, limits))
 
     def rehearse(self) -> None:
         """Learn, in the answered forms, what the pipeline holds back, and what it carries.
@@ -200,8 +201,9 @@ class Move:
         if self.offer is None:
             return
         assert self.writer is not None
-        before = self.writer.offset_bytes
-        spent_ns = self.offer.settle()
+        before, start_ns = self.writer.offset_bytes, time.monotonic_ns()
+        self.offer.settle()
+        spent_ns = time.monotonic_ns() - start_ns
         first = self.rounds[0]
         self.rounds[0] = replace(
             first,
@@ -210,11 +212,10 @@ class Move:
             sent_bytes=first.sent_bytes + self.writer.offset_bytes - before,
         )
 
-    def _predict(self, ns: int) -> None:
-        """Note the pause that is to be expected: the ways of END and of GO come on top."""
-        if self.offer:
-            ns += 2 * self.offer.trip_ns
-        self.predicted_ns = self.progress.predicted_ns = ns
+    def _predict(self, view: Outlook) -> None:
+        """Note the pause that is to be expected, with the ways of END and of GO."""
+        trips_ns = 2 * self.offer.trip_ns if self.offer else 0
+        self.predicted_ns = self.progress.predicted_ns = view.copy_ns + view.scan_ns + trips_ns
 
     def start_keeper(self) -> None:
         """Start the keeper: long before the pause, or pages change while it starts."""
@@ -337,11 +338,11 @@ class Move:
             return InDoubtError(
                 f"guest {name}: in doubt: {error}", in_doubt(self.record, self.base)
             )
+        if self.writer:
+            self.writer.abort(error.status, str(error))
         if self.offer:
             # Only now: the guest does not wait for it.
             error = self.offer.explain(error)
-        elif self.writer:
-            self.writer.abort(error.status, str(error))
         error.hint = f"guest {name}: it runs here\n{error.hint}"
         return error
 

@@ -75,6 +75,7 @@ class Push:
                 continue
             self._box.check()
             if pushed < MAX_BYTES:
+                step = min(step, MAX_BYTES - pushed)
                 self.pad(step)
                 pushed += step
                 step *= 2

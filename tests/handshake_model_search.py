@@ -1,0 +1,120 @@
+"""The search: every World that can be reached, and what must hold in each.
+
+Breadth first, so that a counterexample is among the shortest.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from bhystream import handshake
+from handshake_model import HEARD, KILLED, NONE, OVER, RAN, RUNS, STANDS, Rules, World
+from handshake_model_steps import FAULT, FREE, at_source, query, steps, take_over
+
+INVARIANTS = {
+    "I1": "two copies run",
+    "I2": "the guest runs at the source after the destination's copy has run",
+    "I3": "the guest stands paused, and no record says so",
+    "I4": "nobody but bhysend was killed, and the guest stands paused without a doubt",
+    "I5": "the source's guest was ended, and the destination's copy never ran",
+    "I6": "asking the destination does not end the doubt",
+    "I7": "a program waits for ever",
+}
+
+
+@dataclass
+class Found:
+    """What a search found.
+
+    nworlds: how many worlds were looked at.  quiet: those in which all programs
+    have ended.  broken: the invariant that does not hold, or None.  trace: what
+    led there.  used: rows and ends, as Rules.used.
+    """
+
+    nworlds: int
+    quiet: list[World]
+    broken: str | None
+    trace: list[str]
+
+
+def search(start: World, rules: Rules, faults: bool = True) -> Found:
+    """Look at every world that can be reached, until an invariant does not hold.
+
+    faults: whether there are any.
+    """
+    came_from: dict[World, tuple[World, str] | None] = {start: None}
+    queue = deque([start])
+    quiet_worlds = []
+    while queue:
+        world = queue.popleft()
+        quiet = True
+        for kind, label, after in steps(world, rules):
+            if kind is FREE:
+                quiet = False
+            if after not in came_from and (faults or kind is not FAULT):
+                came_from[after] = world, label
+                queue.append(after)
+        if quiet:
+            quiet_worlds.append(world)
+        name = broken(world, rules, quiet)
+        if name:
+            return Found(len(came_from), quiet_worlds, name, trace(came_from, world))
+    return Found(len(came_from), quiet_worlds, None, [])
+
+
+def trace(came_from: dict[World, tuple[World, str] | None], world: World) -> list[str]:
+    """Return what happened on the way to a world."""
+    labels = []
+    step = came_from[world]
+    while step is not None:
+        world, label = step
+        labels.append(label)
+        step = came_from[world]
+    return labels[::-1]
+
+
+def broken(world: World, rules: Rules, quiet: bool) -> str | None:
+    """Name the invariant that does not hold.  quiet: no program can go on."""
+    copies = [world.receiver.copy]
+    if world.replay is not None:
+        copies.append(world.replay.copy)
+    if (world.guest == RUNS) + copies.count(RUNS) > 1:
+        return "I1"
+    if world.guest == RUNS and (RUNS in copies or RAN in copies):
+        return "I2"
+    if world.guest == STANDS and world.record is None:
+        return "I3"
+    if world.guest == OVER and world.receiver.copy not in (RUNS, RAN):
+        return "I5"
+    return broken_at_the_end(world, rules) if quiet else None
+
+
+def broken_at_the_end(world: World, rules: Rules) -> str | None:
+    """Name the invariant that does not hold where no program can go on."""
+    receivers = (world.receiver, world.replay)
+    if world.sender.at or any(r is not None and r.at for r in receivers):
+        return "I7"
+    in_doubt = world.record in (handshake.GO, handshake.HELD)
+    if world.guest == STANDS and world.keeper != KILLED and not in_doubt:
+        return "I4"
+    if world.record == handshake.GO and not can_be_resolved(world, rules):
+        return "I6"
+    return None
+
+
+def can_be_resolved(world: World, rules: Rules) -> bool:
+    """Say whether `bhyrecv -q | bhysend -A` leads to one copy, or to an honest doubt."""
+    world, word = query(world, rules, "D")
+    if word == "RAN":
+        return world.disk_d == handshake.STARTED
+    if word == "UNKNOWN":
+        return False
+    world = take_over(world, rules, HEARD[word])
+    for act in world.hand:
+        world = at_source(world, act)
+    if world.record is not None:
+        return False
+    if word == "FAILED":
+        return world.guest == RUNS and world.receiver.copy == NONE
+    return world.guest == OVER and world.receiver.copy == RUNS
