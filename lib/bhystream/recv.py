@@ -148,6 +148,8 @@ def receive(opts: Options, console: Console) -> int:
         raise build.undo(error) from raised
     finally:
         build.close()
+    if walk.header.form == Form.ANSWERED:
+        source.drain()
     return OK
 
 

@@ -7,6 +7,7 @@ never stops the way in.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import time
@@ -23,6 +24,7 @@ _STDOUT = 1
 _HELLO_SECONDS = 10.0
 _SEEN_BYTES = 16 << 20
 _SEEN_NS = NS // 2
+_DRAIN_SECONDS = 10.0
 
 
 class Reply:
@@ -96,3 +98,11 @@ class TimedInput:
             if self.on_quiet:
                 self.on_quiet()
         return os.readv(self._fd, [buffer])
+
+    def drain(self) -> None:
+        """Read to the end, for a while: filters before us complain of a pipe that breaks."""
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        with contextlib.suppress(OSError):
+            while (left := deadline - time.monotonic()) > 0:
+                if not self._poller.poll(left * 1000) or not os.read(self._fd, 1 << 16):
+                    return

@@ -227,12 +227,11 @@ class Third:
             if "RUNNING" in self._words:
                 return OK
             raise GuestError("bhysend is gone; the guest runs on here")
-        text = (
-            f"no guest stands here for stream {hello.id} (user {getpass.getuser()}, {self._base})"
-        )
+        who = f"user {getpass.getuser()}, {self._base}"
+        text = f"neither a bhysend nor a guest of stream {hello.id} is here ({who})"
         if any(word in self._words for word in ("READY", "RUNNING", "RAN")):
             raise InDoubtError(text, "is it another user's, or in another BHYSEND_STATE_DIR?")
-        raise GuestError(text)
+        raise GuestError(text, "nothing was started at the destination")
 
     def _conclude(self, text: str) -> None:
         self._console.say(text)
