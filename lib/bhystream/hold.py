@@ -215,6 +215,8 @@ def refuse_held(base: Path, operand: str) -> None:
         paused.close()
         raise GuestError(
             f"guest {record.guest}: {record.phase} here since an earlier stream",
-            f"if it runs at the destination: bhysend --discard {record.id}\n"
+            in_doubt_hint(record)
+            if record.phase == GO
+            else f"if it runs at the destination: bhysend --discard {record.id}\n"
             f"if it surely does not: bhysend --resume {record.id}",
         )

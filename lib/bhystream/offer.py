@@ -98,6 +98,7 @@ class Offer:
         self._command: Command | None = None
         self._push: Push | None = None
         self._closed = False
+        self._explained = False
 
     def open(self, base: Path, command: Sequence[str]) -> int:
         """Open the way back; return the descriptor that the stream goes to.
@@ -195,6 +196,7 @@ class Offer:
         if self._command and (self.box.lost or isinstance(error, PipeError)):
             status = self._command.end()
             if status is not None:
+                self._explained = True
                 return GuestError(f"{self._command.words}: it ended with status {status}")
         return error
 
@@ -206,7 +208,7 @@ class Offer:
         self._rendezvous.close(status)
         if self._command:
             ended = self._command.end()
-            if ended:
+            if ended and not self._explained:
                 self._console.say(f"{self._command.words}: it ended with status {ended}")
 
     def _await(self, condition: Callable[[], bool], seconds: int, word: str) -> None:

@@ -55,6 +55,12 @@ def connect(base: Path, id_: str) -> tuple[socket.socket, list[str]] | None:
         with peer.makefile("rb", buffering=0) as file:
             names = json.loads(file.readline())
         peer.settimeout(None)
+    except ConnectionRefusedError:
+        # Of a bhysend that was killed.
+        peer.close()
+        with contextlib.suppress(OSError):
+            os.unlink(path_of(base, id_))
+        return None
     except (OSError, ValueError):
         peer.close()
         return None

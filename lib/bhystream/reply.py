@@ -91,10 +91,13 @@ class TimedInput:
             left = _HELLO_SECONDS
             if self.deadline is not None:
                 left = min(left, max(self.deadline - time.monotonic(), 0.0))
-            if self._poller.poll(left * 1000):
-                break
+            is_ready = self._poller.poll(left * 1000)
+            # Also where bytes are there: a source that sends PAD for ever, or
+            # a GO that lay there while we were stopped.
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 raise GuestError(self.why)
+            if is_ready:
+                break
             if self.on_quiet:
                 self.on_quiet()
         return os.readv(self._fd, [buffer])
