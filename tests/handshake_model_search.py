@@ -22,6 +22,8 @@ INVARIANTS = {
     "I7": "a program waits for ever",
 }
 
+Origin = tuple[World, str] | None
+
 
 @dataclass
 class Found:
@@ -33,37 +35,47 @@ class Found:
     """
 
     nworlds: int
+    faults: int
     quiet: list[World]
     broken: str | None
     trace: list[str]
 
 
-def search(start: World, rules: Rules, faults: bool = True) -> Found:
+def search(start: World, rules: Rules, max_faults: int | None = None) -> Found:
     """Look at every world that can be reached, until an invariant does not hold.
 
-    faults: whether there are any.
+    Worlds that take fewer faults come first.  max_faults: None for any number.
     """
-    came_from: dict[World, tuple[World, str] | None] = {start: None}
-    queue = deque([start])
-    quiet_worlds = []
-    while queue:
-        world = queue.popleft()
-        quiet = True
-        for kind, label, after in steps(world, rules):
-            if kind is FREE:
-                quiet = False
-            if after not in came_from and (faults or kind is not FAULT):
-                came_from[after] = world, label
-                queue.append(after)
-        if quiet:
-            quiet_worlds.append(world)
-        name = broken(world, rules, quiet)
-        if name:
-            return Found(len(came_from), quiet_worlds, name, trace(came_from, world))
-    return Found(len(came_from), quiet_worlds, None, [])
+    came_from: dict[World, Origin] = {}
+    quiet_worlds: list[World] = []
+    level: dict[World, Origin] = {start: None}
+    faults = 0
+    while level and (max_faults is None or faults <= max_faults):
+        new = {world: origin for world, origin in level.items() if world not in came_from}
+        came_from.update(new)
+        queue, level = deque(new), {}
+        while queue:
+            world = queue.popleft()
+            quiet = True
+            for kind, label, after in steps(world, rules):
+                quiet = quiet and kind is not FREE
+                if after in came_from:
+                    continue
+                if kind is FAULT:
+                    level.setdefault(after, (world, label))
+                else:
+                    came_from[after] = world, label
+                    queue.append(after)
+            if quiet:
+                quiet_worlds.append(world)
+            name = broken(world, rules, quiet)
+            if name:
+                return Found(len(came_from), faults, quiet_worlds, name, trace(came_from, world))
+        faults += 1
+    return Found(len(came_from), faults, quiet_worlds, None, [])
 
 
-def trace(came_from: dict[World, tuple[World, str] | None], world: World) -> list[str]:
+def trace(came_from: dict[World, Origin], world: World) -> list[str]:
     """Return what happened on the way to a world."""
     labels = []
     step = came_from[world]

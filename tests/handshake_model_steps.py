@@ -85,7 +85,7 @@ def at_source(world: World, act: Act) -> World:
     if act in SOURCE_RECORDS:
         return world._replace(record=SOURCE_RECORDS[act])
     if act is Act.FORGET:
-        return world._replace(record=None)
+        return unheard(world._replace(record=None))
     if act in WRITES:
         tape = (*world.tape, WRITES[act])
         if is_closed(world):  # a buffer takes it, and it is lost
@@ -120,7 +120,15 @@ def sender_fails(world: World, rules: Rules) -> World:
 
 def sender_dies(world: World) -> World:
     """Let bhysend be gone, whatever the reason."""
-    return world._replace(sender=Sender(None))
+    world = world._replace(sender=Sender(None))
+    return world if world.record else unheard(world)
+
+
+def unheard(world: World) -> World:
+    """Drop the answers: there is no record any more that they could be about."""
+    return world._replace(
+        third=False, seen=None, back=(), back_cut=True, answers=frozenset()
+    )
 
 
 def sender_steps(world: World, rules: Rules) -> Iterator[Step]:

@@ -152,7 +152,7 @@ def run(
 @pytest.mark.parametrize(
     ("command", "args", "says"),
     [
-        ("bhysend", "", "name one guest"),
+        ("bhysend", "", "name a guest"),
         ("bhysend", "-x qemu:/a", "option -x not recognized"),
         ("bhysend", "--dis qemu:/a", "option --dis: write it in full"),
         ("bhysend", "-k -n qemu:/a", "-k and -n exclude each other"),
@@ -162,6 +162,10 @@ def run(
         ("bhysend", "vbox:/a", "guest vbox:/a: not qemu:/path/to/qmp.sock"),
         ("bhysend", "qemu:relative", "the path of the QMP socket is not absolute"),
         ("bhysend", "--discard", "--discard: name one guest"),
+        ("bhysend", "-a qemu:/a ssh hv2 bhyrecv", "-a and a command exclude each other"),
+        ("bhysend", "--in-doubt qemu:/a", "--in-doubt goes with --resume only"),
+        ("bhysend", "-A -v", "-A goes with no other option"),
+        ("bhyrecv", "-q 7", "-q 7: not a stream id"),
         ("bhyrecv", "-x", "option -x not recognized"),
         ("bhyrecv", "a b", "name at most one guest"),
         ("bhyrecv", "-o disk0", "-o disk0: not a key=value"),
@@ -180,7 +184,7 @@ def test_a_wrong_command_line_is_64(
 
 
 def test_the_usage_is_said_with_it(environment: dict[str, str]) -> None:
-    assert "usage: bhysend [-fknPv]" in run(environment, "bhysend", "-x").stderr
+    assert "usage: bhysend [-afknPv]" in run(environment, "bhysend", "-x").stderr
     assert "usage: bhyrecv [-fnPuv]" in run(environment, "bhyrecv", "-x").stderr
 
 
@@ -193,6 +197,18 @@ def test_no_stream_goes_to_a_terminal(environment: dict[str, str], tmp_path: Pat
         os.close(far)
     assert done.returncode == 64
     assert "standard output is a terminal" in done.stderr
+    assert not (tmp_path / "state").exists()
+
+
+def test_no_answers_come_from_a_terminal(environment: dict[str, str], tmp_path: Path) -> None:
+    far, near = os.openpty()
+    try:
+        done = run(environment, "bhysend", "-A", stdin=near)
+    finally:
+        os.close(near)
+        os.close(far)
+    assert done.returncode == 64
+    assert "standard input is a terminal" in done.stderr
     assert not (tmp_path / "state").exists()
 
 
@@ -274,6 +290,12 @@ def test_a_closed_standard_output_is_refused(environment: dict[str, str], tmp_pa
 
 def test_a_closed_standard_input_is_refused(environment: dict[str, str]) -> None:
     done = closed(environment, '"$P" bhyrecv web1 <&-')
+    assert done.returncode in (64, 74), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_closed_standard_input_of_the_third_stage_is_refused(environment: dict[str, str]) -> None:
+    done = closed(environment, '"$P" bhysend -A <&-')
     assert done.returncode in (64, 74), done.stderr
     assert "Traceback" not in done.stderr
 

@@ -7,8 +7,9 @@ import os
 
 import pytest
 
-from bhystream import hold, options, recv, send
+from bhystream import build, hold, move, options, recv, send
 from bhystream.errors import UsageError
+from bhystream.format import Form
 from bhystream.precopy import Limits
 
 
@@ -165,14 +166,14 @@ def test_a_pipe_is_widened_and_anything_else_left_alone() -> None:
 # bhysend(8)
 
 
-def sender(*argv: str) -> send.Options:
+def sender(*argv: str) -> move.Options:
     parsed = send.parse_options(argv)
-    assert isinstance(parsed, send.Options)
+    assert isinstance(parsed, move.Options)
     return parsed
 
 
 def test_bhysend_defaults() -> None:
-    assert sender("qemu:/a") == send.Options("qemu:/a", Limits(300_000_000, 30, 600 * 10**9))
+    assert sender("qemu:/a") == move.Options("qemu:/a", Limits(300_000_000, 30, 600 * 10**9))
 
 
 def test_bhysend_with_every_option() -> None:
@@ -194,26 +195,51 @@ def test_bhysend_with_every_option() -> None:
             "qemu:/a",
         ]
     )
-    assert opts == send.Options(
+    assert opts == move.Options(
         guest="qemu:/a",
         limits=Limits(2 * 10**9, 3, 3600 * 10**9, finish=True, rate_bytes=1 << 20),
         dry_run=True,
         machine=True,
         verbose=True,
-        command="true",
+        hook="true",
         level=19,
     )
     assert sender("-k", "qemu:/a").keep
     assert sender("-r", "0", "qemu:/a").limits.rounds == 0
-    assert sender("-p", "", "qemu:/a").command == ""
+    assert sender("-p", "", "qemu:/a").hook == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "form", "command"),
+    [
+        ("a", Form.PLAIN, ()),
+        ("-k a", Form.KEPT, ()),
+        ("-a a", Form.ANSWERED, ()),
+        ("-an a", Form.ANSWERED, ()),
+        ("a ssh hv2 bhyrecv", Form.ANSWERED, ("ssh", "hv2", "bhyrecv")),
+        ("-n a b", Form.ANSWERED, ("b",)),
+        ("a b -k -- --resume", Form.ANSWERED, ("b", "-k", "--", "--resume")),
+    ],
+)
+def test_the_form_of_the_stream_and_the_command(
+    argv: str, form: Form, command: tuple[str, ...]
+) -> None:
+    """What stands behind the guest is the command's own, options too."""
+    opts = sender(*argv.split())
+    assert (opts.form, opts.command) == (form, command)
+    assert opts.answered == argv.startswith("-a")
 
 
 @pytest.mark.parametrize(
     ("argv", "why"),
     [
-        ("", "name one guest"),
-        ("-v", "name one guest"),
-        ("a b", "name one guest"),
+        ("", "name a guest"),
+        ("-v", "name a guest"),
+        ("-a", "name a guest"),
+        ("-a a b", "-a and a command exclude each other"),
+        ("-k -a a", "-k and -a exclude each other"),
+        ("-ak a", "-k and -a exclude each other"),
+        ("-k a b", "-k and a command exclude each other"),
         ("-k -n a", "-k and -n exclude each other"),
         ("-nk a", "-k and -n exclude each other"),
         ("-r 1001 a", "-r 1001: not a number from 0 to 1000"),
@@ -232,6 +258,17 @@ def test_bhysend_with_every_option() -> None:
         ("-v --discard a", "--discard goes with no other option"),
         ("--discard --resume a", "--discard goes with no other option"),
         ("--again a", "option --again not recognized"),
+        ("-q a", "option -q not recognized"),
+        ("-A a b", "-A: name one guest"),
+        ("-A -v", "-A goes with no other option"),
+        ("-aA a", "-A goes with no other option"),
+        ("-l --in-doubt", "-l goes with no other option"),
+        ("--in-doubt a", "--in-doubt goes with --resume only"),
+        ("--discard --in-doubt a", "--discard goes with no other option"),
+        ("--resume --in-doubt -v a", "--resume goes with no other option"),
+        ("--resume --in-doubt", "--resume: name one guest"),
+        ("--resume --resume a", "--resume goes with no other option"),
+        ("--in-d --resume a", "option --in-d: write it in full"),
     ],
 )
 def test_bhysend_refuses(argv: str, why: str) -> None:
@@ -249,12 +286,20 @@ def test_verbs(parse_options: object) -> None:
     assert parse_options(["--resume", "a"]) == hold.Verb("--resume", "a")
 
 
+def test_verbs_of_one_program_only() -> None:
+    assert send.parse_options(["-A"]) == hold.Verb("-A", None)
+    assert send.parse_options(["-A", "a"]) == hold.Verb("-A", "a")
+    assert recv.parse_options(["-q", "a"]) == hold.Verb("-q", "a")
+    for argv in (["--resume", "--in-doubt", "a"], ["--in-doubt", "--resume", "a"]):
+        assert send.parse_options(argv) == hold.Verb("--resume", "a", in_doubt=True)
+
+
 # bhyrecv(8)
 
 
 def test_bhyrecv_with_every_option() -> None:
     argv = ["-fnPuv", "--again", "-o", "disk0=/a=b", "-o", "net0=", "web1"]
-    assert recv.parse_options(argv) == recv.Options(
+    assert recv.parse_options(argv) == build.Options(
         "web1",
         force=True,
         dry_run=True,
@@ -264,7 +309,7 @@ def test_bhyrecv_with_every_option() -> None:
         again=True,
         resources={"disk0": "/a=b", "net0": ""},
     )
-    assert recv.parse_options([]) == recv.Options()
+    assert recv.parse_options([]) == build.Options()
 
 
 @pytest.mark.parametrize(
@@ -276,6 +321,12 @@ def test_bhyrecv_with_every_option() -> None:
         ("-k a", "option -k not recognized"),
         ("--resume", "--resume: name one guest"),
         ("-u --resume a", "--resume goes with no other option"),
+        ("-a", "option -a not recognized"),
+        ("-A", "option -A not recognized"),
+        ("-q", "-q: name one guest"),
+        ("-q a b", "-q: name one guest"),
+        ("-qv a", "-q goes with no other option"),
+        ("--resume --in-doubt a", "option --in-doubt not recognized"),
     ],
 )
 def test_bhyrecv_refuses(argv: str, why: str) -> None:
