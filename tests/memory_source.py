@@ -68,6 +68,9 @@ class MemorySource:
     def resources(self) -> Sequence[str]:
         return ("disk0=", "net0=")
 
+    def fixed_ns(self) -> int:
+        return 0
+
     def memory(self) -> Sequence[memoryview]:
         return self._views
 

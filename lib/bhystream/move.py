@@ -215,7 +215,8 @@ class Move:
     def _predict(self, view: Outlook) -> None:
         """Note the pause that is to be expected, with the ways of END and of GO."""
         trips_ns = 2 * self.offer.trip_ns if self.offer else 0
-        self.predicted_ns = self.progress.predicted_ns = view.copy_ns + view.scan_ns + trips_ns
+        fixed_ns = trips_ns + self.source.fixed_ns()
+        self.predicted_ns = self.progress.predicted_ns = view.copy_ns + view.scan_ns + fixed_ns
 
     def start_keeper(self) -> None:
         """Start the keeper: long before the pause, or pages change while it starts."""

@@ -102,6 +102,12 @@ class Source(Protocol):
         round.  Pages outside are zero and must not be read.
         """
 
+    def fixed_ns(self) -> int:
+        """Return what of a pause no round makes shorter: to stop, to take the state, to load it.
+
+        From experience, ns; it can be measured only in a pause.
+        """
+
     def pause(self) -> None:
         """Stop every vCPU and device.  Returns when nothing writes memory."""
 
