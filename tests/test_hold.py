@@ -115,8 +115,8 @@ def test_held_guests_are_listed_oldest_first(host: Host, capfd: pytest.CaptureFi
     host.record(PAUSED, B, guest="web2", operand="qemu:/web2", time_ns=10**18)
     rows = listed(host, capfd, None)
     assert [(row[0], row[1], *row[3:]) for row in rows] == [
-        ("web2", "paused", B, "qemu:/web2"),
-        ("web1", "held", A, "qemu:/web1"),
+        ("web2", "paused", B, "qemu:/web2", "-"),
+        ("web1", "held", A, "qemu:/web1", "-"),
     ]
     assert [row[2][:10] for row in rows] == ["2001-09-09", "2033-05-18"]
     assert listed(host, capfd, "web2") == rows[:1]

@@ -145,8 +145,10 @@ def test_a_keeper_inherits_the_lock_and_nothing_else(base: Path, lock: Lock) -> 
     assert found.pop(0) == found.pop(1) == "/dev/null"
     assert found.pop(2) == os.readlink("/proc/self/fd/2")
     assert found.pop(lock.fd) == str(base / "lock/lock-1")
-    assert len(found) == 1, found
-    assert next(iter(found.values())).startswith("socket:")
+    assert sorted(name.partition("[")[0] for name in found.values()) == [
+        "anon_inode:",  # the pidfd of its parent
+        "socket:",
+    ]
 
 
 def test_a_keeper_that_does_not_start_is_an_error_before_anything_is_done(
@@ -430,3 +432,58 @@ def test_a_word_cut_short_is_no_dismissal(base: Path, records: Records) -> None:
     driven.socket.sendall(b"don")
     status, out, _ = driven.orphaned()
     assert (status, "resume" in out.splitlines()) == (0, True)
+
+
+# A bhysend that stands still.
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+
+
+@pytest.mark.parametrize("phase", [PAUSED, HELD, GO, MOVED, None])
+def test_one_that_is_stopped_while_its_guest_is_paused_is_killed(
+    sleeper: subprocess.Popen[bytes],
+    records: Records,
+    phase: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(keeper, "_STOPPED_SECONDS", 0.0)
+    if phase:
+        records.write(RECORD.moved(phase))
+    guard = keeper.Guard(sleeper.pid, records, RECORD.id)
+    guard.look()
+    assert sleeper.poll() is None  # it does not stand still
+    stop(sleeper)
+    guard.look()
+    if phase == PAUSED:
+        assert sleeper.wait(60) == -signal.SIGKILL
+        guard.look()  # gone: nothing to see
+    else:
+        assert sleeper.poll() is None
+
+
+def test_one_that_goes_on_in_time_is_left_alone(
+    sleeper: subprocess.Popen[bytes], records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records.write(RECORD)
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    guard = keeper.Guard(sleeper.pid, records, RECORD.id)
+    for _ in range(3):
+        stop(sleeper)
+        guard.look()
+        now[0] += keeper._STOPPED_SECONDS - 1
+        guard.look()
+        sleeper.send_signal(signal.SIGCONT)
+        os.waitpid(sleeper.pid, os.WCONTINUED)
+        guard.look()
+    assert sleeper.poll() is None

@@ -59,7 +59,7 @@ def run(verb: Verb, role: Role, console: Console) -> int:
     base = state.directory()
     records = Records(base, role)
     if verb.name == "-l":
-        return _list(records, verb.guest, console)
+        return _list(base, records, verb.guest, console)
     guest = verb.guest or ""
     record = _one(records, guest)
     lock = Lock(base, record.lock, f"guest {record.guest}")
@@ -78,7 +78,7 @@ def run(verb: Verb, role: Role, console: Console) -> int:
     return OK
 
 
-def _list(records: Records, guest: str | None, console: Console) -> int:
+def _list(base: Path, records: Records, guest: str | None, console: Console) -> int:
     """List the guests that stand here; asked by name, also what was started.
 
     Returns 69 if a record is broken: the list is then not all.
@@ -89,10 +89,20 @@ def _list(records: Records, guest: str | None, console: Console) -> int:
         if record.phase in OVER and not guest:
             continue
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.time_ns // 10**9))
-        fields = (record.guest, record.phase, when, record.id, record.operand)
+        kept = f"keeper {record.keeper}" if record.keeper and _is_locked(base, record) else "-"
+        fields = (record.guest, record.phase, when, record.id, record.operand, kept)
         lines.append("\t".join(printable(field) for field in fields) + "\n")
     write_all(_STDOUT, "".join(lines).encode())
     return max((console.fail(error) for error in records.broken()), default=OK)
+
+
+def _is_locked(base: Path, record: Record) -> bool:
+    """Say whether a bhysend or a keeper works on a guest now."""
+    try:
+        Lock(base, record.lock, f"guest {record.guest}").release()
+    except GuestError:
+        return True
+    return False
 
 
 def _one(records: Records, guest: str) -> Record:

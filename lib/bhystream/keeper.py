@@ -37,11 +37,11 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from bhystream.answers import MAX_LINE_BYTES, unpack
 from bhystream.errors import FormatError, GuestError, as_error
-from bhystream.handshake import ANSWER_SECONDS, GO, RECORD, Act, Event
+from bhystream.handshake import ANSWER_SECONDS, GO, PAUSED, RECORD, Act, Event
 from bhystream.report import Console
 from bhystream.standing import EVENTS, GoneError, Standing, in_doubt
 from bhystream.state import Lock, Record, Records
@@ -52,6 +52,8 @@ _START_SECONDS = 30
 _END_SECONDS = 10
 _RESUME_SECONDS = 120
 _RETRY_SECONDS = 0.2
+_LOOK_SECONDS = 1.0
+_STOPPED_SECONDS = 10.0
 # What ends or stops a process that does not ask for it, and can be ignored.
 _IGNORED = ("SIGINT", "SIGHUP", "SIGTERM", "SIGQUIT", "SIGTSTP", "SIGUSR1", "SIGUSR2", "SIGINFO")
 
@@ -108,6 +110,11 @@ class Keeper:
             self._process.kill()
             self._process.wait()
 
+    @property
+    def pid(self) -> int:
+        """Return its process id."""
+        return self._process.pid
+
     def is_alive(self) -> bool:
         """Say whether it is still there to take over."""
         return self._process.poll() is None
@@ -129,6 +136,9 @@ def main(argv: list[str]) -> int:
     for name in _IGNORED:
         if hasattr(signal, name):  # SIGINFO is FreeBSD's
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        # The last to be killed when memory runs out; only root may say so.
+        Path("/proc/self/oom_score_adj").write_text("-900")
     with socket.socket(fileno=int(argv[1])) as peer, peer.makefile("rb") as lines:
         order = json.loads(lines.readline())
         record = Record(**order["record"])
@@ -138,10 +148,55 @@ def main(argv: list[str]) -> int:
         hypervisors.preload(record.revive)
         # Only now: a relative PYTHONPATH is of bhysend's directory.
         os.chdir("/")
+        guard = Guard(os.getppid(), Records(Path(order["base"]), "source"), record.id)
         peer.sendall(_READY)
-        if lines.readline() == _DONE:
+        if _listen(peer, lines, guard) == _DONE:
             return 0
     return take_over(order, record)
+
+
+class Guard:
+    """Ends a bhysend that was stopped (SIGSTOP) while its guest is paused.
+
+    Stopped, it would keep the guest paused for ever; left alive, it might go
+    on one day and write END.  So it is killed first, and then the guest is
+    resumed.  Where there is no /proc nothing is seen, and nothing done.
+    """
+
+    def __init__(self, pid: int, records: Records, id_: str) -> None:
+        """pid: of bhysend, our parent."""
+        self._stat = Path(f"/proc/{pid}/stat")
+        self._records = records
+        self._id = id_
+        self._since: float | None = None
+        self._pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
+
+    def look(self) -> None:
+        """Look once, and act when it has been stopped for too long."""
+        if not self._is_stopped():
+            self._since = None
+            return
+        self._since = self._since or time.monotonic()
+        if time.monotonic() - self._since < _STOPPED_SECONDS:
+            return
+        record = self._records.get(self._id)
+        if record is not None and record.phase == PAUSED:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _is_stopped(self) -> bool:
+        try:
+            text = self._stat.read_bytes()
+        except OSError:
+            return False
+        return text[text.rindex(b")") + 2 :][:1] in b"Tt"
+
+
+def _listen(peer: socket.socket, lines: BinaryIO, guard: Guard) -> bytes:
+    """Return what bhysend says at last: DONE, or nothing when it has died."""
+    while not select.select([peer], [], [], _LOOK_SECONDS)[0]:
+        guard.look()
+    return lines.readline()
 
 
 def take_over(order: dict[str, Any], record: Record) -> int:

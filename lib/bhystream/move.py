@@ -396,7 +396,8 @@ class Move:
         acts[act]()
 
     def _record(self, phase: str) -> None:
-        self.record = self.record.moved(phase)
+        assert self.keeper is not None
+        self.record = replace(self.record.moved(phase), keeper=self.keeper.pid)
         self.records.write(self.record)
 
     def _record_paused(self) -> None:

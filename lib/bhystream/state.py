@@ -43,7 +43,7 @@ class Record:
     types it.  lock: name of the guest's lock.  phase: one of handshake.py's.
     revive: for the backend's open_paused().  time_ns: of the last change,
     since the Epoch.  host, directory: at the source, the destination's host id
-    and state directory, as HELLO named them; from GO on.
+    and state directory, as HELLO named them; from GO on.  keeper: its process.
     """
 
     id: str
@@ -55,6 +55,7 @@ class Record:
     time_ns: int = 0
     host: str = ""
     directory: str = ""
+    keeper: int = 0
 
     def moved(self, phase: str) -> Record:
         """Return the record with another phase, stamped now."""

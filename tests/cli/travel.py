@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -81,6 +82,12 @@ def fifo(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
+def script(path: Path, text: str) -> None:
+    """Write a shell script that can be run."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o700)
+
+
 class Firmware(Guest):
     """A guest without an operating system: its firmware finds nothing to boot, and waits."""
 
@@ -123,12 +130,26 @@ class Host:
         ended = self.run(*program, "-l")
         assert ended.status == 0, report(ended)
         lines = [line.split("\t") for line in ended.output.decode().splitlines()]
-        return [Row(guest, phase, id_, operand) for guest, phase, _, id_, operand in lines]
+        return [Row(guest, phase, id_, operand) for guest, phase, _, id_, operand, _ in lines]
 
     def act(self, program: Words, verb: str, guest: str) -> Ended:
         """Run --discard or --resume, which must succeed."""
         ended = self.run(*program, verb, guest)
         assert ended.status == 0, report(ended)
+        return ended
+
+    def shell(self, command: str) -> Ended:
+        """Run a command as it is printed for the operator, "ssh HOST" being this host."""
+        bin_ = self.directory / "bin"
+        if not bin_.exists():
+            bin_.mkdir()
+            for name, words in (("bhysend", BHYSEND), ("bhyrecv", BHYRECV)):
+                script(bin_ / name, f'exec {shlex.join(words)} "$@"')
+            script(bin_ / "ssh", 'shift\nexec sh -c "$*"')
+        path = f"{bin_}:{os.environ['PATH']}"
+        # The other host does not have our variable; the command has to name it.
+        env = {key: value for key, value in self.env.items() if key != "BHYSEND_STATE_DIR"}
+        [ended] = run(["sh", "-c", command], env={**env, "PATH": path})
         return ended
 
     def is_locked(self) -> bool:
@@ -289,6 +310,26 @@ class Traveller:
         assert host.rows() == []
         assert not host.is_locked()
         self.arrive(to)
+
+    def hand_over(self, host: Host, to: Place) -> None:
+        """See it gone from where it lived, without an operator; it lives there now."""
+        until(lambda: is_gone(self.place.pid), "the end of the source's QEMU")
+        self.assert_settled(host)
+        assert to.status() == "running"
+        self.arrive(to)
+
+    def run_on(self, host: Host, sweeps: int = 2) -> None:
+        """See it run on where it was, and nobody at work on it any more."""
+        self.prove(sweeps)
+        assert self.place.status() == "running"
+        self.assert_settled(host)
+
+    def assert_settled(self, host: Host) -> None:
+        """Assert that at the source nothing is left to decide, and nobody at work."""
+        host.await_unlocked()
+        assert host.rows() == []
+        assert host.files("source") == []
+        assert host.files("run") == []
 
     def arrive(self, to: Place) -> None:
         """Take it as living there; where it lived, it says nothing any more."""
