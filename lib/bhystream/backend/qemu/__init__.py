@@ -4,7 +4,7 @@ The pieces, in the order in which a move meets them:
 
     qmp.py        one QMP connection: time limits, descriptors, errors
     process.py    who listens at the socket: pid, start time, argv
-    ram.py        the file behind guest memory: found, walked, punched empty
+    ram.py        the file behind guest memory: found, and walked
     facts.py      what only QMP knows: the pinned machine, the accelerator
     allow.py      every word that may travel, and every word that stays
     options.py    QEMU's own option syntax, taken apart
@@ -16,6 +16,9 @@ The pieces, in the order in which a move meets them:
     command.py    configuration + resources -> argv of the destination
     migration.py  the hand-over: capabilities, cancel, continue
     launch.py     one QEMU started by us: its log, its end
+    empty.py      a QEMU of ours that waits, and all that was made for it
+    load.py       the state into QEMU
+    verdict.py    the reasons against a guest on this host
     source.py     QemuSource: base.Source
     sink.py       QemuSink: base.Sink
     paused.py     open_paused(): base.Paused

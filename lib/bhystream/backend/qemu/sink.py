@@ -26,9 +26,8 @@ from typing import Any
 from bhystream import hole
 from bhystream.backend.base import Destination, Head, Json, State
 from bhystream.backend.qemu import facts, host, migration, ram, verdict
-from bhystream.backend.qemu.command import build, waiting
 from bhystream.backend.qemu.compare import compare
-from bhystream.backend.qemu.launch import Launched
+from bhystream.backend.qemu.empty import Empty
 from bhystream.backend.qemu.load import feed_state
 from bhystream.backend.qemu.qmp import CommandError, NobodyListensError, Qmp
 from bhystream.backend.qemu.resources import Resources
@@ -69,9 +68,8 @@ class QemuSink:
         self._state_dir = state_dir
         self._config: dict[str, Any] | None = None
         self._qmp: Qmp | None = None
-        self._child: Launched | None = None
+        self._empty: Empty | None = None
         self._ram_fd = -1
-        self._made: list[str] = []
         self._found: dict[str, Any] = {}
         self._record: Json | None = None
         self._released = False
@@ -174,10 +172,15 @@ class QemuSink:
         """Start or take over the empty QEMU; return its RAM file, all zero."""
         config = self._known()
         size_bytes = config["memory"]["size_bytes"]
-        if self._qmp is None and self._resources.get("template"):
-            self._start_template(config)
-        elif self._qmp is None:
-            self._start_built(config)
+        if self._qmp is None:
+            self._empty = Empty(
+                config, self._resources, self.name, str(self._qmp_path), self._state_dir
+            )
+            if self._resources.get("template"):
+                self._qmp = self._empty.start_template(*self._template(config))
+            else:
+                self._qmp = self._empty.start_built()
+                self._ram_fd = self._empty.take_ram()
         qmp = self._connected()
         if self._ram_fd < 0:
             self._ram_fd = ram.open_ram(qmp.pid, size_bytes, os.O_RDWR)
@@ -188,84 +191,6 @@ class QemuSink:
             hole.punch(self._ram_fd, 0, size_bytes)
         self._prepare(qmp)
         return [Destination(self._ram_fd, 0)]
-
-    def _start_built(self, config: dict[str, Any]) -> None:
-        """Start a QEMU from the configuration, on a memory file of ours."""
-        ram_path, is_kept = self._make_ram(config["memory"]["size_bytes"])
-        self._note_serials(config)
-        program = host.program(config["arch"])
-        for sandbox in (True, False):
-            argv = build(
-                config,
-                self._resources,
-                name=self.name,
-                ram_path=ram_path,
-                qmp_path=str(self._qmp_path),
-                sandbox=sandbox,
-            )
-            try:
-                self._launch([program, *argv])
-                break
-            except GuestError as error:
-                # A QEMU built without seccomp says so and ends.
-                if not (sandbox and "-sandbox" in str(error)):
-                    raise
-        if not is_kept:
-            os.unlink(ram_path)
-            self._made.remove(ram_path)
-
-    def _make_ram(self, size_bytes: int) -> tuple[str, bool]:
-        """Create the memory file.  Returns (path, whether it keeps its name)."""
-        path = self._resources.get("mem") or "/dev/shm"
-        is_kept = not os.path.isdir(path)
-        if not is_kept:
-            path = os.path.join(path, f"bhyrecv-{self.name}-{os.getpid()}")
-        try:
-            self._ram_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            self._made.append(path)
-            os.ftruncate(self._ram_fd, size_bytes)
-        except OSError as error:
-            raise GuestError(f"guest {self.name}: mem: {path}: {error.strerror}") from None
-        return path, is_kept
-
-    def _note_serials(self, config: dict[str, Any]) -> None:
-        """Note the files that QEMU will make, for abort()."""
-        for port in config["serials"]:
-            path = (self._resources.get(port["key"]) or "null").removeprefix("unix:")
-            if path != "null" and not os.path.lexists(path):
-                self._made.append(path)
-
-    def _start_template(self, config: dict[str, Any]) -> None:
-        """Start the operator's own command line, made to wait."""
-        program, words = self._template(config)
-        path = verdict.template_ram_path(words)
-        if path is not None and not os.path.lexists(path):
-            self._made.append(path)
-        self._launch([program, *words, *waiting(str(self._qmp_path))])
-        backend = facts.memory_backend(self._connected())
-        if backend.size_bytes != config["memory"]["size_bytes"]:
-            raise IncompatibleError("template: its memory has another size")
-
-    def _launch(self, argv: list[str]) -> None:
-        """Start QEMU and connect; on failure it has ended."""
-        path = str(self._qmp_path)
-        log = os.path.join(self._state_dir, "log", f"{self.name}.log")
-        if path not in self._made:
-            self._made.append(path)
-        child = Launched(argv, log, f"guest {self.name}")
-        try:
-            qmp = child.connect(path)
-        except BaseException:
-            child.kill()
-            child.remove_log()
-            raise
-        self._child, self._qmp = child, qmp
-        if qmp.pid != child.pid:
-            self._made.remove(path)
-            raise GuestError(f"guest {self.name}: process {qmp.pid} answers at {path}, not ours")
-        state = facts.status(qmp)
-        if state != "inmigrate":
-            raise GuestError(f"guest {self.name}: QEMU is '{state}', not waiting")
 
     def _prepare(self, qmp: Qmp) -> None:
         """Set what the load needs, before the source pauses.
@@ -319,7 +244,7 @@ class QemuSink:
                 self.may_have_run = facts.status(qmp) not in ("paused", "prelaunch")
             raise
         except GuestError as error:
-            raise (self._child.blame(error) if self._child else error) from None
+            raise (self._empty.blame(error) if self._empty else error) from None
         if state != "running":
             raise GuestError(f"guest {self.name}: cannot start: it is '{state}' after cont")
         # The network first: it is what the guest's peers still miss.
@@ -344,15 +269,15 @@ class QemuSink:
         try:
             yield
         except GuestError as error:
-            raise (self._child.blame(error) if self._child else error) from None
+            raise (self._empty.blame(error) if self._empty else error) from None
 
     def _let_go(self) -> None:
         """From here on the guest is nobody's: abort() does nothing."""
         self._released = True
         if self._qmp is not None:
             self._qmp.close()
-        if self._child is not None:
-            self._child.let_go()
+        if self._empty is not None:
+            self._empty.let_go()
         self._close_ram()
 
     def _close_ram(self) -> None:
@@ -365,17 +290,12 @@ class QemuSink:
         if self._released:
             return
         if self._qmp is not None:
-            if self._child is None and self._found:
+            if self._empty is None and self._found:
                 migration.restore(self._qmp, self._found)
             self._qmp.close()
             self._qmp = None
-        if self._child is not None:
-            self._child.kill()
-            self._child.remove_log()
-            self._child = None
+        if self._empty is not None:
+            self._empty.remove()
+            self._empty = None
         self._found = {}
         self._close_ram()
-        for path in self._made:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        self._made = []
