@@ -423,7 +423,7 @@ def test_a_commands_answers_are_read_on(
     status, out, err = driven.orphaned()
     assert (status, out.splitlines()[:-1]) == (0, acts)
     assert [record.phase for record in records.all()] == left
-    assert ("  ssh hv2 BHYSEND_STATE_DIR=/d bhyrecv -q " in err) == bool(left)
+    assert ("  ssh hv2 env BHYSEND_STATE_DIR=/d bhyrecv -q " in err) == bool(left)
 
 
 def test_a_word_cut_short_is_no_dismissal(base: Path, records: Records) -> None:

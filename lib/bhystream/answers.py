@@ -160,6 +160,10 @@ class Parser:
         return answer
 
 
+class LostError(GuestError):
+    """The way back broke, and nobody said why."""
+
+
 class Box:
     """What has come back so far.
 
@@ -217,7 +221,7 @@ class Box:
             if self.final.word == "REFUSED":
                 return IncompatibleError(f"{host}: {self.final.text}")
             return GuestError(f"{host}: {self.final.text or self.final.word}")
-        return GuestError(self.lost) if self.lost else None
+        return LostError(self.lost) if self.lost else None
 
     def check(self) -> None:
         """Raise what ends the conversation before GO."""

@@ -34,7 +34,7 @@ from bhystream.offer import Offer, hello_of
 from bhystream.precopy import Decision, Limits, Outlook, Round, decide, outlook
 from bhystream.report import Console, Progress, duration, size
 from bhystream.signals import Signals
-from bhystream.standing import in_doubt, open_alive, with_peer
+from bhystream.standing import asking, in_doubt, open_alive, with_peer
 from bhystream.transfer import Transfer, write_head
 from bhystream.writer import Writer
 
@@ -160,6 +160,7 @@ class Move:
             lock=self.source.lock_name,
             phase=handshake.PAUSED,
             revive=dict(self.source.revive()),
+            ask=asking(self.opts.command),
         )
         self.console.log(f"guest {self.source.name}: stream {self.record.id} begins")
         if self.offer:

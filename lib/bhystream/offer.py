@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bhystream.answers import Answer, Box
+from bhystream.answers import Answer, Box, LostError
 from bhystream.errors import BhyError, GuestError, PipeError
 from bhystream.handshake import ACCEPT_SECONDS, ANSWER_SECONDS, READY_SECONDS, Event
 from bhystream.push import Push
@@ -34,6 +34,7 @@ _SAY_SECONDS = 10
 _HELLO_STALL_S = 20.0
 _LAST_WORDS_S = 5.0
 _END_SECONDS = 10.0
+_SHORT_SECONDS = 0.5
 # A Ctrl-C or a closed terminal must not cut the way back at the worst moment;
 # what is to end, we end, by closing its standard input.
 _IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP)
@@ -44,7 +45,7 @@ class Command:
 
     def __init__(self, argv: Sequence[str]) -> None:
         """Start it.  Raises GuestError.  No thread may have been started yet."""
-        self.words = " ".join(shlex.quote(word) for word in argv)
+        self.words = shlex.join(argv)
         try:
             self._process = subprocess.Popen(
                 argv,
@@ -64,11 +65,11 @@ class Command:
         with contextlib.suppress(OSError):
             self._process.stdin.close()
 
-    def end(self) -> int | None:
-        """Wait for its end, in time kill it; return its status, None if it was killed."""
+    def end(self, seconds: float) -> int | None:
+        """Wait for its end, then kill it; return its status, None if it was killed."""
         self.hang_up()
         try:
-            return self._process.wait(_END_SECONDS)
+            return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -189,15 +190,17 @@ class Offer:
         return Event.DOUBT, self.box.lost or f"no answer came for {ANSWER_SECONDS} s"
 
     def explain(self, error: BhyError) -> BhyError:
-        """Return why the stream broke, if the destination says it; else the error."""
-        if isinstance(error, PipeError) and self.box.hello is not None:
+        """Return why the stream or the way back broke, if anybody says it; else the error."""
+        if not isinstance(error, PipeError | LostError):
+            return error
+        if self.box.hello is not None:
             self.box.wait(lambda: False, _LAST_WORDS_S)
+        if self.box.final is not None:
             return self.box.failure() or error
-        if self._command and (self.box.lost or isinstance(error, PipeError)):
-            status = self._command.end()
-            if status is not None:
-                self._explained = True
-                return GuestError(f"{self._command.words}: it ended with status {status}")
+        status = self._command.end(_END_SECONDS) if self._command else None
+        if self._command and status is not None:
+            self._explained = True
+            return GuestError(f"{self._command.words}: it ended with status {status}")
         return error
 
     def close(self, status: int) -> None:
@@ -207,8 +210,9 @@ class Offer:
         self._closed = True
         self._rendezvous.close(status)
         if self._command:
-            ended = self._command.end()
-            if ended and not self._explained:
+            # One that waits for a password does not hear that its input ends.
+            ended = self._command.end(_END_SECONDS if self.box.hello else _SHORT_SECONDS)
+            if ended and not self._explained and self.box.final is None:
                 self._console.say(f"{self._command.words}: it ended with status {ended}")
 
     def _await(self, condition: Callable[[], bool], seconds: int, word: str) -> None:

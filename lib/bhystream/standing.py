@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,18 +105,29 @@ class GoneError(GuestError):
 def in_doubt(record: Record, base: Path) -> str:
     """Return the lines that lead out of doubt, commands as they can be typed."""
     host = record.host.partition("/")[0]
-    there = f"ssh {shlex.quote(host)} "
+    words = record.ask or ["ssh", host, "bhyrecv"]
+    remote: list[str] = []
     if record.directory != _DEFAULT_DIRECTORY:
-        there += f"BHYSEND_STATE_DIR={shlex.quote(record.directory)} "
+        remote = ["env", f"BHYSEND_STATE_DIR={record.directory}"]
+    at = len(words) - 1 if os.path.basename(words[0]) == "ssh" else 0
+    there = shlex.join([*words[:at], *remote, *words[at:]])
     here = ""
     if "BHYSEND_STATE_DIR" in os.environ:
-        here = f"BHYSEND_STATE_DIR={shlex.quote(str(base))} "
+        here = f"env {shlex.quote(f'BHYSEND_STATE_DIR={base}')} "
     return (
         f"it stands paused here until {host} has answered; ask it:\n"
-        f"  {there}bhyrecv -q {record.id} | {here}bhysend -A\n"
+        f"  {there} -q {record.id} | {here}bhysend -A\n"
         f"if {host} is lost, and the guest surely does not run there:\n"
         f"  {here}bhysend --resume --in-doubt {record.id}"
     )
+
+
+def asking(command: Sequence[str]) -> list[str]:
+    """Return the words of a command up to bhyrecv, to ask there again; [] if it is not seen."""
+    for at, word in enumerate(command):
+        if os.path.basename(word) == "bhyrecv":
+            return list(command[: at + 1])
+    return []
 
 
 def with_peer(record: Record, hello: Answer) -> Record:

@@ -26,7 +26,7 @@ import re
 import secrets
 import socket
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ class Record:
     revive: for the backend's open_paused().  time_ns: of the last change,
     since the Epoch.  host, directory: at the source, the destination's host id
     and state directory, as HELLO named them; from GO on.  keeper: its process.
+    ask: the words that run bhyrecv there, where the command form has them.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Record:
     host: str = ""
     directory: str = ""
     keeper: int = 0
+    ask: list[str] = field(default_factory=list)
 
     def moved(self, phase: str) -> Record:
         """Return the record with another phase, stamped now."""
