@@ -131,7 +131,9 @@ class Third:
         try:
             self._peer.sendall(pack(answer))
         except OSError:
-            self._hang_up()
+            # It has ended, and told its status before that.
+            while self._peer:
+                self._hear()
 
     def _hear(self) -> None:
         assert self._peer is not None
@@ -198,7 +200,7 @@ class Third:
             standing.forget()
             raise GuestError(f"{gone}; its record is removed") from None
         acts = RECORD.get((record.phase, event), ())
-        host = hello.args[0].partition("/")[0]
+        host = (record.host or hello.args[0]).partition("/")[0]
         if Act.DISCARD in acts:
             self._conclude(f"guest {record.guest}: it runs on {host}, and is gone here")
             return OK
