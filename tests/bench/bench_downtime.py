@@ -1,10 +1,11 @@
 """Measure how long a guest is silent while it moves, at its serial port.
 
 The proof guest (512 MiB, tens of them rewritten each second) moves on and on between QEMUs of
-this host, through a plain pipe and through ssh to a private server in turn, so that a busy
-neighbour hits both alike.  The guest beats each 100 ms; what is shown is the silence between its
-last beat at the source and its first at the destination, less that 100 ms: a lower bound of the
-downtime, and the downtime is at most 100 ms more.
+this host, through a pipe and through ssh to a private server, in the plain form and in the command
+form with its answers, in turn, so that a busy neighbour hits all alike.  The guest beats each
+100 ms; what is shown is the silence between its last beat at the source and its first at the
+destination, less that 100 ms: a lower bound of the downtime, and the downtime is at most 100 ms
+more.
 
 usage: PYTHONPATH=tests python tests/bench/bench_downtime.py [turns]
 """
@@ -15,6 +16,7 @@ import re
 import statistics
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,31 +26,38 @@ from cli.travel import Host, Traveller
 from guest import Spec, Stamps, handover_gap
 
 BEAT_MS = 100.0
-PAUSED = re.compile(r"paused (\S+ m?s) and the way of END, (\S+ m?s) of it here")
+PAUSED = re.compile(r"paused .*")
 
 Wrap = Callable[[list[str]], list[str]]
 
 
-def silence_ms(host: Host, guest: Traveller, wrap: Wrap) -> tuple[float, str]:
-    """Move the guest once; return its silence less the beat, and what the programs say."""
+def silence_ms(host: Host, guest: Traveller, wrap: Wrap, answered: bool) -> tuple[float, str]:
+    """Move the guest once; return its silence less the beat, and what bhysend says."""
     to = guest.next()
     guest.place.serial.await_heartbeats(5)
     with Stamps(guest.place.serial.path) as here, Stamps(to.serial.path) as there:
         # What is not new is not stamped right, and is not asked for.
         guest.place.serial.await_heartbeats(2)
-        sent, received = run(guest.send(), wrap(guest.receive(to)), env=host.env)
-        assert (sent.status, received.status) == (80, 0), report(sent, received)
+        receive = wrap(guest.receive(to))
+        if answered:
+            ended = run([*guest.send(), *receive], env=host.env)
+        else:
+            ended = run(guest.send(), receive, env=host.env)
+        assert [one.status for one in ended] == ([0] if answered else [80, 0]), report(*ended)
         to.serial.await_heartbeats(2)
-    guest.settle(host, to)
+    if answered:
+        guest.arrive(to)
+    else:
+        guest.settle(host, to)
     guest.prove()
-    said = PAUSED.search(received.stderr)
-    return handover_gap(here, there).gap_ms - BEAT_MS, said[0] if said else ""
+    said = PAUSED.findall(ended[0].stderr)
+    return handover_gap(here, there).gap_ms - BEAT_MS, said[-1]
 
 
 def main(argv: list[str]) -> int:
     """Print the median of each transport."""
     turns = int(argv[1]) if len(argv) > 1 else 5
-    found: dict[str, list[float]] = {"pipe": [], "ssh": []}
+    found: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="bhyc-", dir="/dev/shm") as directory:
         host = Host(Path(directory))
         (Path(directory) / "sshd").mkdir()
@@ -60,8 +69,13 @@ def main(argv: list[str]) -> int:
                     return server.command(command, BHYSEND_STATE_DIR=str(host.state))
 
                 for _ in range(turns):
-                    for name, wrap in (("pipe", list), ("ssh", through_ssh)):
-                        silence, said = silence_ms(host, guest, wrap)
+                    for name, wrap, answered in (
+                        ("plain, pipe", list, False),
+                        ("plain, ssh", through_ssh, False),
+                        ("answered, pipe", list, True),
+                        ("answered, ssh", through_ssh, True),
+                    ):
+                        silence, said = silence_ms(host, guest, wrap, answered)
                         found[name].append(silence)
                         print(f"{name}: silent for {silence:.0f} ms; {said}", flush=True)
         finally:
