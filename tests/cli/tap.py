@@ -1,4 +1,6 @@
-"""A stage of a pipeline that stops the stream in the middle of a chosen section.
+"""Stages of a pipeline that stop what passes at a chosen point, and go on when told.
+
+Tap stops the stream in the middle of a section:
 
     tap = Tap("MEMORY", round_=1)
     with Pipeline(send, tap.argv, receive, env=env, narrow=True) as pipeline:
@@ -6,11 +8,14 @@
         pipeline[2].kill()      # whatever is to be tested
         tap.go()                # or close(), or flip()
 
-The bytes before the section pass as they come.  Then there are three ways on.  go() passes the
-rest.  close() ends the tap.  flip() passes the rest of this section with one byte of its payload
-inverted, and nothing more: the tap waits until its reader has gone away, and ends.  So what
-comes before the end of the stream also fails before it, however small the rest is: a sender that
-found room for it in a buffer would be done.
+The bytes before the section pass as they come.  Then there are these ways on.  go() passes the
+rest.  close() ends the tap.  swallow() reads on and passes nothing more: both ends stay open.
+flip() passes the rest of this section with one byte of its payload inverted, and nothing more: the
+tap waits until its reader has gone away, and ends.  So what comes before the end of the stream
+also fails before it, however small the rest is: a sender that found room for it in a buffer would
+be done.
+
+AnswerTap does the same on the way back, before the first answer of a word; it has no flip().
 """
 
 from __future__ import annotations
@@ -29,39 +34,39 @@ from bhystream.format import Type
 ANY_ROUND = -1
 _DEADLINE_S = 120.0
 _CHUNK = 1 << 18
-_GO, _FLIP, _CLOSE, _REACHED = b"g", b"f", b"c", b"r"
+_GO, _FLIP, _CLOSE, _SWALLOW, _REACHED = b"g", b"f", b"c", b"s", b"r"
 
 
-class Tap:
+class _Control:
     """The side of the test.  The socket is named, so that the process needs no descriptor."""
 
-    def __init__(self, type_: str, round_: int = ANY_ROUND, nth: int = 0) -> None:
-        """Stop in the nth section of a type in a round, or of the stream; all count from 0."""
+    def __init__(self, *words: str) -> None:
+        """words: what the process is told in its command line."""
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.settimeout(_DEADLINE_S)
         self._listener.bind("")  # a name of the kernel's choice, in no file system
         self._listener.listen(1)
         name = self._listener.getsockname().decode("latin-1").lstrip("\0")
-        self.argv = (sys.executable, str(Path(__file__)), name, type_, str(round_), str(nth))
+        self.argv = (sys.executable, str(Path(__file__)), name, *words)
         self._peer: socket.socket | None = None
 
     def reached(self) -> None:
-        """Wait until the section is there.  Raises TimeoutError."""
+        """Wait until that point is there.  Raises TimeoutError."""
         self._peer, _ = self._listener.accept()
         self._peer.settimeout(_DEADLINE_S)
         said = self._peer.recv(1)
-        assert said == _REACHED, "the stream ended before the section"
+        assert said == _REACHED, "the input ended before that point"
 
     def go(self) -> None:
         """Pass everything on."""
         self._order(_GO)
 
-    def flip(self) -> None:
-        """Pass this section on with a byte inverted, wait for the reader's end, and end."""
-        self._order(_FLIP)
+    def swallow(self) -> None:
+        """Read to the end and pass nothing on."""
+        self._order(_SWALLOW)
 
     def close(self) -> None:
-        """End in the middle of the section."""
+        """End without passing anything more."""
         self._order(_CLOSE)
 
     def _order(self, order: bytes) -> None:
@@ -69,6 +74,26 @@ class Tap:
         self._peer.sendall(order)
         self._peer.close()
         self._listener.close()
+
+
+class Tap(_Control):
+    """Stops in a section of the stream."""
+
+    def __init__(self, type_: str, round_: int = ANY_ROUND, nth: int = 0) -> None:
+        """Stop in the nth section of a type in a round, or of the stream; all count from 0."""
+        super().__init__(type_, str(round_), str(nth))
+
+    def flip(self) -> None:
+        """Pass this section on with a byte inverted, wait for the reader's end, and end."""
+        self._order(_FLIP)
+
+
+class AnswerTap(_Control):
+    """Stops before an answer."""
+
+    def __init__(self, word: str) -> None:
+        """Stop before the first answer of this word."""
+        super().__init__(word)
 
 
 class _GoneError(Exception):
@@ -105,16 +130,24 @@ def _pass(size: int) -> None:
         size -= len(data)
 
 
-def _stop(name: str, length: int, padding: int) -> None:
-    """Pass half of the payload on, say so, and do as told."""
-    half = length // 2
-    _pass(half)
+def _ask(name: str) -> bytes:
+    """Say that the point is reached; return what to do, if anything is to be passed on."""
     with socket.socket(socket.AF_UNIX) as test:
         test.connect(f"\0{name}")
         test.sendall(_REACHED)
         order = test.recv(1)
+    while order == _SWALLOW:
+        _read(_CHUNK)
     if order not in (_GO, _FLIP):
         raise _GoneError
+    return order
+
+
+def _stop(name: str, length: int, padding: int) -> None:
+    """Pass half of the payload on, say so, and do as told."""
+    half = length // 2
+    _pass(half)
+    order = _ask(name)
     rest = _read_exactly(length - half + padding)
     if order == _FLIP:
         rest[(length - half) // 2] ^= 0xFF
@@ -147,9 +180,24 @@ def _walk(name: str, wanted: Type, wanted_round: int, nth: int) -> NoReturn:
         _write(_read(_CHUNK))
 
 
+def _listen(name: str, word: bytes) -> NoReturn:
+    """Pass lines on as they come, and stop before an answer of this word."""
+    asked, rest = False, b""
+    while True:
+        rest += _read(_CHUNK)
+        *lines, rest = rest.split(b"\n")
+        for line in lines:
+            if not asked and line.split(b" ")[2:3] == [word]:
+                asked = True
+                _ask(name)
+            _write(line + b"\n")
+
+
 def main(argv: list[str]) -> int:
-    """Copy standard input to standard output: SOCKET TYPE ROUND NTH."""
+    """Copy standard input to standard output: SOCKET TYPE ROUND NTH, or SOCKET WORD."""
     with suppress(_GoneError):
+        if len(argv) == 3:
+            _listen(argv[1], argv[2].encode())
         _walk(argv[1], Type[argv[2]], int(argv[3]), int(argv[4]))
     return 0
 

@@ -71,6 +71,12 @@ def qemu_at(qmp: Path) -> list[int]:
     return found
 
 
+def limited(command: Words, *settings: str) -> list[str]:
+    """Return a command of ours with other limits; see limited.py."""
+    python, *rest = (str(word) for word in command)
+    return [python, str(Path(__file__).with_name("limited.py")), *settings, "--", *rest]
+
+
 @contextmanager
 def fifo(path: Path) -> Iterator[int]:
     """Make a FIFO and hold both ends, so that nobody's open(2) waits."""
@@ -196,9 +202,13 @@ class Place:
         state: str = run_command(self.qmp, "query-status", {})["status"]
         return state
 
+    def processes(self) -> list[int]:
+        """Return the processes that name this place: bhyrecv's, QEMU, shells around them."""
+        return processes_with(str(self.qmp))
+
     def assert_nothing_left(self) -> None:
         """Assert that neither a QEMU, nor a file of it, is here."""
-        assert processes_with(str(self.qmp)) == []
+        assert self.processes() == []
         for path in (self.qmp, self.ram, self.serial.path):
             assert not os.path.lexists(path)
         assert list(SHM.glob("bhyrecv-*")) == []

@@ -1,0 +1,33 @@
+"""Runs a program with shorter limits, so that a test need not wait for the real ones.
+
+    python limited.py handshake.ANSWER_SECONDS=2 push._STALL_S=1 -- bhysend -a guest
+
+The modules are bhystream's.  handshake's are patched before any other is imported, because the
+others take them over by name; the programs themselves have no such door.
+"""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str]) -> None:
+    """Patch what stands before --, and be the program that stands behind it."""
+    at = argv.index("--")
+    settings = [word.partition("=") for word in argv[1:at]]
+    for name, _, value in sorted(settings, key=lambda each: not each[0].startswith("handshake.")):
+        module, _, attribute = name.rpartition(".")
+        found = importlib.import_module(f"bhystream.{module}")
+        setattr(found, attribute, type(getattr(found, attribute))(value))
+    program = argv[at + 1]
+    sys.argv = argv[at + 1 :]
+    # Where Python would look first, had it been started with the program itself.
+    sys.path[0] = str(Path(program).parent)
+    runpy.run_path(program, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv)

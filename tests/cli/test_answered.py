@@ -1,0 +1,449 @@
+"""The answered forms with nothing in their way: three stages, and bhysend running the command.
+
+Whatever passes bytes may stand between, also what holds some of them back; what holds all of them
+back is found out while the guest still runs.  When all is over, nobody is left: the guest is at
+one place, nothing is recorded, and every process of the pipeline has ended by itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shlex
+import signal
+import sys
+import termios
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from guest import Spec
+
+from .conftest import SMALL
+from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, Words, report, run, until
+from .sshd import Sshd, free_port, listens
+from .tap import Tap
+from .travel import Host, Place, Stable, Traveller, limited
+
+pytestmark = pytest.mark.guest
+
+PROOF = Spec()
+FORMS = ("three-stages", "command")
+THIRD = (*BHYSEND, "-A")
+# What a login shell may say; it leaves no room for HELLO in a page.
+NOISE_BYTES = 4080
+OPENSSL = ("openssl", "enc", "-aes-256-ctr", "-pbkdf2", "-pass", "pass:bhysend")
+
+# What stands between: at the source, and at the destination.
+TRANSPORTS: dict[str, tuple[list[Words], list[Words]]] = {
+    "pipe": ([], []),
+    "mbuffer": ([["mbuffer", "-q"]], []),
+    "zstd": ([["zstd", "-q"]], [["zstd", "-q", "-d"]]),
+    "pv": ([["pv", "-q"]], []),
+    "openssl": ([[*OPENSSL]], [[*OPENSSL, "-d"]]),
+    "all": ([["zstd", "-q"], ["mbuffer", "-q"]], [["mbuffer", "-q"], ["zstd", "-q", "-d"]]),
+}
+
+
+@pytest.fixture
+def proof(stable: Stable) -> Traveller:
+    return stable.lend(PROOF)
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    with Sshd(tmp_path_factory.mktemp("sshd")) as server:
+        yield server
+
+
+def shell_pipe(*commands: Words) -> str:
+    """Return a pipeline as a shell's, whose status is 0 if all of its commands' are."""
+    words = " | ".join(shlex.join([str(word) for word in command]) for command in commands)
+    return f"set -o pipefail; {words}"
+
+
+def in_form(form: str, send: Sequence[str], *way: Words) -> list[Words]:
+    """Return the pipeline of a form.  send: with its guest last.  way: from filter to bhyrecv."""
+    *first, guest = send
+    if form == "three-stages":
+        return [[*first, "-a", guest], *way, THIRD]
+    command = way[0] if len(way) == 1 else ["bash", "-c", shell_pipe(*way)]
+    return [[*send, *command]]
+
+
+def handed_over(host: Host, guest: Traveller, to: Place, ended: Sequence[Ended]) -> None:
+    """Assert that a move was one, in every respect, and go on with the guest where it is now."""
+    assert [one.status for one in ended] == [0] * len(ended), report(*ended)
+    said = ended[0].stderr
+    assert re.search(
+        r"^bhysend: guest proof: it runs on \S+, and is gone here; \d+ rounds, .* "
+        r"paused [\d.]+ m?s \(state .*, last pages .*, answers .*, [\d.]+ m?s predicted\)$",
+        said,
+        re.MULTILINE,
+    ), report(*ended)
+    assert "it ended with status" not in said
+    guest.hand_over(host, to)
+    guest.prove()
+
+
+# Transports.
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("transport", list(TRANSPORTS))
+def test_it_is_handed_over_through(transport: str, form: str, host: Host, proof: Traveller) -> None:
+    to = proof.next()
+    here, there = TRANSPORTS[transport]
+    ended = run(*in_form(form, proof.send(), *here, *there, proof.receive(to)), env=host.env)
+    handed_over(host, proof, to, ended)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_handed_over_through_ssh(form: str, host: Host, proof: Traveller, sshd: Sshd) -> None:
+    to = proof.next()
+    remote = sshd.command(proof.receive(to), BHYSEND_STATE_DIR=str(host.state))
+    handed_over(host, proof, to, run(*in_form(form, proof.send(), remote), env=host.env))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_handed_over_through_a_socket(form: str, host: Host, proof: Traveller) -> None:
+    to, port = proof.next(), free_port()
+    back = host.directory / "back"
+    os.mkfifo(back)
+    receive = shlex.join(proof.receive(to))
+    listener = f"set -o pipefail; nc -N -l 127.0.0.1 {port} < {back} | {receive} > {back}"
+    with Pipeline(["bash", "-c", listener], env=host.env) as there:
+        until(lambda: listens(port), "nc")
+        way = ["nc", "-N", "127.0.0.1", str(port)]
+        ended = run(*in_form(form, proof.send(), way), env=host.env)
+        ended += there.wait()
+    handed_over(host, proof, to, ended)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_warm(form: str, host: Host, small: Traveller) -> None:
+    """Without a round nothing is predicted, and the pipeline was tried all the same."""
+    to = small.next()
+    here, there = TRANSPORTS["zstd"]
+    commands = in_form(form, small.send("-r", "0"), *here, *there, small.receive(to))
+    ended = run(*commands, env=host.env)
+    assert [one.status for one in ended] == [0] * len(ended), report(*ended)
+    small.hand_over(host, to)
+    small.prove()
+
+
+# What holds all bytes back.
+
+
+@pytest.mark.parametrize(
+    "hoarder", [["sponge"], ["mbuffer", "-q", "-P", "80", "-m", "256M"]], ids=["sponge", "mbuffer"]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_what_waits_for_the_end_is_found_out(
+    form: str, hoarder: list[str], host: Host, small: Traveller
+) -> None:
+    to = small.next()
+    send = limited(small.send("-v"), "offer._HELLO_STALL_S=2")
+    ended = run(*in_form(form, send, hoarder, small.receive(to)), env=host.env)
+    said = ended[0].stderr
+    assert ended[0].status == 64, report(*ended)
+    assert "the pipeline holds bytes back until EOF" in said
+    assert "(sponge, mbuffer -P)" in said
+    assert "use the plain form" in said
+    assert "round 0" not in said
+    assert "it runs here" in said
+    if form == "three-stages":
+        assert ended[-2].status in (65, 69), report(*ended)
+        assert ended[-1].status != 0
+    to.assert_nothing_left()
+    small.run_on(host)
+
+
+# Both directions full.
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_both_directions_may_be_full(form: str, host: Host, small: Traveller) -> None:
+    """Nobody reads the way back for a while, and it has room for a page only.
+
+    bhyrecv cannot even say HELLO, and reads no more; bhysend is stopped by a full pipe.
+    """
+    to = small.next()
+    stop = host.directory / "pid"
+    noise = f"yes noise | head -c {NOISE_BYTES}; exec "
+    receive = ["sh", "-c", noise + shlex.join(small.receive(to))]
+    slow = ["sh", "-c", f"echo $$ > {stop}.new; mv {stop}.new {stop}; kill -STOP $$; exec cat"]
+    page = f"import fcntl; fcntl.fcntl(1, {fcntl.F_SETPIPE_SZ}, 4096); "
+    small_pipe = [
+        sys.executable,
+        "-c",
+        page + "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])",
+    ]
+    commands = in_form(form, small.send(), ["cat"], [*small_pipe, *receive], slow)
+    with Pipeline(*commands, env=host.env) as pipeline:
+        until(stop.exists, "the filter on the way back")
+        pid = int(stop.read_text())
+        until(lambda: unread_bytes(pid) == NOISE_BYTES, "a full way back")
+        until(
+            lambda: any(unread_bytes(each) >= 65536 for each in receivers(to)), "a full way there"
+        )
+        os.kill(pid, signal.SIGCONT)
+        ended = pipeline.wait()
+    assert ended[-1].stderr.count("bhysend: noise\n") == NOISE_BYTES // len("noise\n")
+    handed_over(host, small, to, ended)
+
+
+def receivers(to: Place) -> list[int]:
+    """Return the processes of bhyrecv for a place."""
+    return [
+        pid
+        for pid in to.processes()
+        if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:2] == [BHYRECV[1].encode()]
+    ]
+
+
+def unread_bytes(pid: int) -> int:
+    """Return how much lies in the pipe that a process has as its standard input."""
+    fd = os.open(f"/proc/{pid}/fd/0", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+    finally:
+        os.close(fd)
+
+
+# The third stage.
+
+
+def test_the_third_stage_may_come_last(host: Host, small: Traveller) -> None:
+    to, back = small.next(), host.directory / "back"
+    os.mkfifo(back)
+    receive = ["sh", "-c", f"exec {shlex.join(small.receive(to))} > {back}"]
+    with Pipeline(small.send("-a"), receive, env=host.env) as pipeline:
+        until(lambda: "waiting for the destination" in pipeline[0].stderr, "the line that says so")
+        assert "is there a `| bhysend -A` at the end?" in pipeline[0].stderr
+        with back.open("rb") as answers:
+            [third] = run(THIRD, env=host.env, stdin=answers)
+        ended = [*pipeline.wait(), third]
+    handed_over(host, small, to, ended)
+
+
+def test_without_a_third_stage_the_guest_runs_on(host: Host, small: Traveller) -> None:
+    to = small.next()
+    with Pipeline(small.send("-a"), small.receive(to), env=host.env) as pipeline:
+        until(lambda: "is there a `| bhysend -A`" in pipeline[0].stderr, "the line that says so")
+        pipeline[0].kill(signal.SIGINT)
+        sent, received = pipeline.wait()
+    assert sent.status == 75, report(sent, received)
+    assert "it runs here" in sent.stderr
+    assert received.status in (65, 69), report(sent, received)
+    to.assert_nothing_left()
+    small.run_on(host)
+
+
+def test_a_third_stage_of_another_guest_hands_nothing_on(host: Host, small: Traveller) -> None:
+    to = small.next()
+    sent, received, third = run(
+        small.send("-a"), small.receive(to), [*THIRD, "other"], env=host.env
+    )
+    assert (sent.status, third.status) == (69, 64), report(sent, received, third)
+    assert "is of guest proof, not other" in third.stderr
+    assert received.status in (65, 69), report(sent, received)
+    to.assert_nothing_left()
+    small.run_on(host)
+
+
+@pytest.mark.parametrize("operand", ["name", "socket"])
+def test_a_third_stage_may_name_the_guest(operand: str, host: Host, small: Traveller) -> None:
+    to = small.next()
+    names = {"name": "proof", "socket": small.place.operand}
+    ended = run(small.send("-a"), small.receive(to), [*THIRD, names[operand]], env=host.env)
+    handed_over(host, small, to, ended)
+
+
+def test_a_third_stage_alone_says_what_it_lacks(host: Host) -> None:
+    [third] = run(THIRD, env=host.env)
+    assert third.status == 69, report(third)
+    assert "the destination has not answered" in third.stderr
+
+
+# Nobody is left.
+
+
+@pytest.mark.parametrize("outcome", ["handed-over", "refused"])
+def test_no_descriptor_keeps_the_way_back_open(outcome: str, host: Host, small: Traveller) -> None:
+    """A filter on the way back ends by itself, and is not killed because it does not."""
+    to, done = small.next(), host.directory / "done"
+    options = () if outcome == "handed-over" else ("-u",)
+    receive = shlex.join(small.receive(to, *options))
+    ended = run([*small.send(), "sh", "-c", f"{receive} | cat; : > {done}"], env=host.env)
+    assert done.exists(), report(*ended)
+    if outcome == "handed-over":
+        handed_over(host, small, to, ended)
+    else:
+        small.run_on(host)
+
+
+def test_a_command_that_fails_is_named(host: Host, small: Traveller) -> None:
+    """Its own status is printed, never returned."""
+    [sent] = run([*small.send(), "sh", "-c", "exit 255"], env=host.env)
+    assert sent.status == 69, report(sent)
+    assert "it ended with status 255" in sent.stderr
+    assert "it runs here" in sent.stderr
+    [sent] = run([*small.send(), "/no/such/program"], env=host.env)
+    assert sent.status == 69, report(sent)
+    assert "cannot run /no/such/program: No such file" in sent.stderr
+    small.run_on(host)
+
+
+# Refused.
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_left_paused_is_refused(form: str, host: Host, small: Traveller) -> None:
+    """bhyrecv -u has nothing to answer that would be true."""
+    to = small.next()
+    ended = run(*in_form(form, small.send("-v"), small.receive(to, "-u")), env=host.env)
+    assert ended[0].status == 76, report(*ended)
+    assert "-u: a guest of the answered form is started, or not taken" in ended[0].stderr
+    assert "round 0" not in ended[0].stderr
+    assert [one.status for one in ended] in ([76], [76, 76, 76]), report(*ended)
+    assert host.files("destination") == []
+    to.assert_nothing_left()
+    small.run_on(host)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_the_destination_lacks_is_named_at_the_source(
+    form: str, host: Host, small: Traveller
+) -> None:
+    to = small.next()
+    ended = run(*in_form(form, small.send("-v"), [*BHYRECV, to.operand]), env=host.env)
+    assert ended[0].status == 76, report(*ended)
+    assert "kernel: missing; say -o kernel=PATH" in ended[0].stderr
+    assert "round 0" not in ended[0].stderr
+    to.assert_nothing_left()
+    small.run_on(host)
+
+
+@pytest.mark.parametrize(
+    "options, command",
+    [(["-k", "-a"], False), (["-k"], True), (["-a"], True)],
+    ids=["-k-a", "-k-command", "-a-command"],
+)
+def test_forms_exclude_each_other(
+    options: list[str], command: bool, host: Host, small: Traveller
+) -> None:
+    done = host.directory / "done"
+    words = ["touch", str(done)] if command else []
+    [sent] = run([*small.send(*options), *words], env=host.env)
+    assert sent.status == 64, report(sent)
+    assert "exclude each other" in sent.stderr
+    assert sent.output == b""
+    assert not done.exists()
+    small.run_on(host, sweeps=1)
+
+
+# Dry runs.
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_dry_run_brings_the_verdict_of_both(form: str, host: Host, small: Traveller) -> None:
+    to = small.next()
+    ended = run(*in_form(form, small.send("-n"), small.receive(to, "-n")), env=host.env)
+    assert [one.status for one in ended] == [0] * len(ended), report(*ended)
+    said = "".join(one.stderr for one in ended)
+    assert "it can be moved from here; nothing was changed" in said
+    assert "this host can take the guest" in said
+    to.assert_nothing_left()
+    assert host.files("destination") == []
+    small.run_on(host, sweeps=1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_dry_run_brings_the_refusal(form: str, host: Host, small: Traveller) -> None:
+    to = small.next()
+    command = [*BHYRECV, "-n", "-o", f"serial0={to.serial.path}", to.operand]
+    ended = run(*in_form(form, small.send("-n"), command), env=host.env)
+    assert [one.status for one in ended] == [76] * len(ended), report(*ended)
+    assert "kernel: missing; say -o kernel=PATH" in ended[0].stderr
+    to.assert_nothing_left()
+    small.run_on(host, sweeps=1)
+
+
+@pytest.mark.parametrize("sent, got", [((), ("-n",)), (("-n",), ())], ids=["move", "dry-run"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_dry_run_is_one_on_both_sides(
+    form: str, sent: tuple[str, ...], got: tuple[str, ...], host: Host, small: Traveller
+) -> None:
+    to = small.next()
+    ended = run(*in_form(form, small.send(*sent), small.receive(to, *got)), env=host.env)
+    assert ended[0].status == 76, report(*ended)
+    assert "dry run" in ended[0].stderr
+    to.assert_nothing_left()
+    small.run_on(host, sweeps=1)
+
+
+# A stream that is not the live one.
+
+
+@pytest.fixture(scope="module")
+def recorded(stable: Stable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Host, Path, int]:
+    """An answered stream with its GO, recorded on the way; and where GO begins."""
+    host, guest = Host(tmp_path_factory.mktemp("recorded")), stable.lend(SMALL)
+    to, path, tap = guest.next(), host.directory / "recorded.bhys", Tap("GO")
+    commands = (guest.send("-a"), ["tee", str(path)], tap.argv, guest.receive(to), THIRD)
+    with Pipeline(*commands, env=host.env) as pipeline:
+        tap.reached()
+        size = path.stat().st_size
+        tap.go()
+        ended = pipeline.wait()
+    handed_over(host, guest, to, ended)
+    return host, path, size
+
+
+def replayed(host: Host, path: Path, guest: Traveller) -> Ended:
+    """Give a stream from a file to a new bhyrecv, which must start nothing."""
+    to = guest.next()
+    with path.open("rb") as file:
+        [ended] = run(guest.receive(to), env=host.env, stdin=file)
+    to.assert_nothing_left()
+    assert "nothing was started here" in ended.stderr
+    return ended
+
+
+def test_a_recorded_stream_is_refused_where_it_ran(
+    recorded: tuple[Host, Path, int], small: Traveller
+) -> None:
+    first, path, _ = recorded
+    ended = replayed(first, path, small)
+    assert ended.status == 76, report(ended)
+    assert "was started on this host before" in ended.stderr
+    assert small.is_well()
+
+
+def test_a_recorded_go_starts_nothing(
+    recorded: tuple[Host, Path, int], host: Host, small: Traveller
+) -> None:
+    _, path, _ = recorded
+    ended = replayed(host, path, small)
+    assert ended.status == 76, report(ended)
+    assert "GO has another nonce" in ended.stderr
+    assert b" READY " in ended.output
+    assert ended.output.splitlines()[-1].split()[2] == b"FAILED"
+    again = replayed(host, path, small)
+    assert again.status == 76, report(again)
+    assert "was dead on this host before" in again.stderr
+    assert small.is_well()
+
+
+def test_an_answered_stream_from_a_file_starts_nothing(
+    recorded: tuple[Host, Path, int], host: Host, small: Traveller
+) -> None:
+    _, path, size = recorded
+    cut = host.directory / "cut.bhys"
+    cut.write_bytes(path.read_bytes()[: size - size % 4096])
+    ended = replayed(host, cut, small)
+    assert ended.status in (65, 69), report(ended)
+    assert small.is_well()
