@@ -7,9 +7,11 @@ import threading
 
 import pytest
 
-from bhystream.answers import MAX_LINE_BYTES, MAX_NOISE_BYTES, Answer, Box, Parser, pack, unpack
+from bhystream.answers import Answer, Box, Parser, pack, unpack
 from bhystream.errors import FormatError, GuestError, IncompatibleError
 
+# The limits of the page.
+MAX_LINE_BYTES, MAX_NOISE_BYTES = 512, 4096
 ID, OTHER = "0123456789abcdef" * 2, "f" * 32
 NONCE = "00ff" * 8
 HELLO = Answer(ID, "HELLO", ("hv2/a1", "/var/lib/bhysend"))
