@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import threading
 
 import pytest
 
 from bhystream.answers import Answer, Box, Parser, pack, unpack
 from bhystream.errors import FormatError, GuestError, IncompatibleError
+from memory_source import seeded
 
 # The limits of the page.
 MAX_LINE_BYTES, MAX_NOISE_BYTES = 512, 4096
@@ -175,9 +175,7 @@ def test_a_changed_byte_is_refused_or_says_something_else(answer: Answer, line: 
 
 
 def test_random_texts_come_back() -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
+    rng = seeded()
     for _ in range(500):
         text = "".join(
             chr(
@@ -192,9 +190,7 @@ def test_random_texts_come_back() -> None:
 
 
 def test_random_bytes_are_an_answer_or_a_format_error() -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
+    rng = seeded()
     alphabet = b"bhys1 0af%ACEPTRUNING\n\0\xff"
     for _ in range(2000):
         tail = bytes(rng.choice(alphabet) for _ in range(rng.randrange(40)))

@@ -18,6 +18,8 @@ from bhystream.answers import Answer, Box, pack
 from bhystream.errors import PipeError, UsageError
 from bhystream.rendezvous import Rendezvous, connect, path_of
 
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
 ID = "0123456789abcdef" * 2
 HELLO = Answer(ID, "HELLO", ("hv2/a1", "/var/lib/bhysend"))
 ELSEWHERE = Answer(ID, "HELLO", ("hv3/b2", "/var/lib/bhysend"))
@@ -113,14 +115,6 @@ def test_the_greeting_is_one_line_of_json_and_nothing_else(source: Source) -> No
         assert rest_of(peer) == json.dumps(NAMES).encode() + b"\nstatus 0\n"
 
 
-def test_connecting_leaves_what_comes_after_the_greeting(source: Source) -> None:
-    """The status may be told at once: it is not read with the greeting."""
-    source.listen()
-    with closing(meet(source.base)) as peer:
-        source.rendezvous.close(76)
-        assert rest_of(peer) == b"status 76\n"
-
-
 def test_where_no_bhysend_is_none_is_found(base: Path) -> None:
     before = descriptors()
     assert connect(base, ID) is None
@@ -140,23 +134,41 @@ def test_the_socket_of_a_killed_bhysend_is_none_and_is_removed(base: Path) -> No
     assert connect(base, ID) is None
 
 
+class Greeter:
+    """One that greets the first who connects with these bytes, and hangs up."""
+
+    def __init__(self, base: Path, greeting: bytes) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path_of(base, ID))
+        self._listener.listen(1)
+        self._greeting = greeting
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        peer, _ = self._listener.accept()
+        with peer:
+            peer.sendall(self._greeting)
+
+    def close(self) -> None:
+        self._thread.join()
+        self._listener.close()
+
+
+def test_what_comes_with_the_greeting_is_left(base: Path) -> None:
+    """The status may be told at once: it is not read with the greeting."""
+    with closing(Greeter(base, json.dumps(NAMES).encode() + b"\nstatus 76\n")):
+        peer = meet(base)
+        assert rest_of(peer) == b"status 76\n"
+        peer.close()
+
+
 @pytest.mark.parametrize("greeting", [b"", b'["web1"', b"web1\n", b"\xff\n"])
 def test_one_that_does_not_greet_is_none(base: Path, greeting: bytes) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path_of(base, ID))
-        listener.listen(1)
-
-        def greet() -> None:
-            peer, _ = listener.accept()
-            with peer:
-                peer.sendall(greeting)
-
-        thread = threading.Thread(target=greet)
-        thread.start()
-        before = descriptors()
+    before = descriptors()
+    with closing(Greeter(base, greeting)):
         assert connect(base, ID) is None
-        thread.join()
-        assert descriptors() == before
+    assert descriptors() == before
 
 
 @pytest.mark.parametrize("spare", [-1, 0, 1])
