@@ -26,6 +26,9 @@ recorded one.  Easily overlooked:
   it, reads the record, and does its acts: that is `hand`.
 - The third stage hands answers to bhysend while it lives, and afterwards acts
   by the last final one.  In the command form that is the keeper: the same steps.
+  Without an answer that it believes, a `-A` does what the keeper does.
+- What a program did just before it was killed has happened, or never will,
+  when the next one acts: that is what the backends have to see to.
 - A loaded copy whose bhyrecv is dead can never run.  One that was TOLD to run
   may begin at any time, also after its bhyrecv has died.
 - The operator asks (`bhyrecv -q`) at any time while there is a record here, also
@@ -33,6 +36,7 @@ recorded one.  Easily overlooked:
   hands an answer to `-A` at any later time, or twice.  By himself he resumes
   nothing.
 - The plain form has no way back: the operator acts by bhyrecv's exit status.
+  The kept form has no END that starts anything.
 
 Rules holds the tables, and what cannot be said in tables; a planted fault
 alters one of them.  The invariants are in handshake_model_search.py.
@@ -107,7 +111,8 @@ class Rules:
     same_host: an answer counts only if it comes from where READY came from.
     unknown_is_failed: no rule, but a mistake.
     recheck: READY -> STARTED is refused if the record is not READY any more.
-    plain: the plain form.
+    refuse: no move begins while there is a record of this guest (random schedules).
+    copied: what the last pages lead to, which is another thing in each form.
     used: collects the rows that are used and the ends that are reached.
     """
 
@@ -121,8 +126,14 @@ class Rules:
     same_host: bool = True
     unknown_is_failed: bool = False
     recheck: bool = True
-    plain: bool = False
+    refuse: bool = True
+    copied: Event = Event.COPIED
     used: set[object] = field(default_factory=set, compare=False)
+
+    @property
+    def plain(self) -> bool:
+        """Say whether there is no way back: the plain form, and the kept one."""
+        return self.copied is not Event.COPIED
 
 
 class Sender(NamedTuple):
@@ -150,6 +161,7 @@ class World(NamedTuple):
     keeper: KILLED also where a `-A` was killed in the middle of its acts.
     hand: the acts left to whoever acts on the record.
     disk_d, disk_e: the record of this stream on those hosts.
+    forward_ends, back_ends: nothing comes after what is on the way.
     tape: what tee has recorded.
     third: the third stage is alive.  seen: the last final answer it has read.
     answers: what the operator was answered, of what `-A` believes.
@@ -166,10 +178,10 @@ class World(NamedTuple):
     disk_d: str | None = None
     disk_e: str | None = None
     forward: tuple[str, ...] = ()
-    forward_cut: bool = False
+    forward_ends: bool = False
     tape: tuple[str, ...] = ()
     back: tuple[str, ...] = ()
-    back_cut: bool = False
+    back_ends: bool = False
     third: bool = True
     seen: str | None = None
     answers: frozenset[str] = frozenset()

@@ -16,7 +16,7 @@ INVARIANTS = {
     "I1": "two copies run",
     "I2": "the guest runs at the source after the destination's copy has run",
     "I3": "the guest stands paused, and no record says so",
-    "I4": "nobody but bhysend was killed, and the guest stands paused without a doubt",
+    "I4": "the guest stands paused without a doubt, and only bhysend was killed at work",
     "I5": "the source's guest was ended, and the destination's copy never ran",
     "I6": "asking the destination does not end the doubt",
     "I7": "a program waits for ever",

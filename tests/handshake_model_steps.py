@@ -75,11 +75,6 @@ def fire(
 # ---- host S: bhysend, and who acts in its place ------------------------------
 
 
-def is_closed(world: World) -> bool:
-    """Say whether what bhysend writes now cannot arrive."""
-    return world.forward_cut or world.receiver.at is None
-
-
 def at_source(world: World, act: Act) -> World:
     """Do one act of bhysend's, or of one who acts in its place."""
     if act in SOURCE_RECORDS:
@@ -88,7 +83,7 @@ def at_source(world: World, act: Act) -> World:
         return unheard(world._replace(record=None))
     if act in WRITES:
         tape = (*world.tape, WRITES[act])
-        if is_closed(world):  # a buffer takes it, and it is lost
+        if world.forward_ends:  # a buffer takes it, and it is lost
             return world._replace(tape=tape)
         return world._replace(tape=tape, forward=(*world.forward, WRITES[act]))
     if world.guest == OVER:
@@ -120,15 +115,13 @@ def sender_fails(world: World, rules: Rules) -> World:
 
 def sender_dies(world: World) -> World:
     """Let bhysend be gone, whatever the reason."""
-    world = world._replace(sender=Sender(None))
+    world = world._replace(sender=Sender(None), forward_ends=True)
     return world if world.record else unheard(world)
 
 
 def unheard(world: World) -> World:
     """Drop the answers: there is no record any more that they could be about."""
-    return world._replace(
-        third=False, seen=None, back=(), back_cut=True, answers=frozenset()
-    )
+    return world._replace(third=False, seen=None, back=(), back_ends=True, answers=frozenset())
 
 
 def sender_steps(world: World, rules: Rules) -> Iterator[Step]:
@@ -143,14 +136,13 @@ def sender_steps(world: World, rules: Rules) -> Iterator[Step]:
     if at in FINALS:
         rules.used.add(at)
         yield FREE, f"bhysend ends: {at.name}", sender_dies(world)._replace(keeper=ENDED)
-    for event in (Event.PAUSE, Event.COPIED_PLAIN if rules.plain else Event.COPIED):
+    for event in (Event.PAUSE, rules.copied):
         if (at, event) in rules.source:
             yield FREE, f"bhysend: {event.name}", sender_on(world, rules, event)
     # No more answers; or a limit, an interrupt, a disk that is full.
-    no_answers = not world.back and (world.back_cut or world.receiver.at is None)
     for event in (Event.FAILURE, Event.DOUBT):
         if (at, event) in rules.source:
-            kind = FREE if no_answers else FAULT
+            kind = FREE if world.back_ends and not world.back else FAULT
             yield kind, f"bhysend: {event.name}", sender_on(world, rules, event)
 
 
@@ -159,16 +151,20 @@ def sender_acts(world: World, rules: Rules) -> Iterator[Step]:
     act, *rest = world.sender.todo
     done = at_source(world, act)._replace(sender=world.sender._replace(todo=tuple(rest)))
     yield FREE, f"bhysend: {act.value}", done
-    kind = FREE if act in WRITES and is_closed(world) else FAULT
+    kind = FREE if act in WRITES and world.forward_ends else FAULT
     yield kind, f"bhysend: cannot {act.value}", sender_fails(world, rules)
 
 
 def take_over(world: World, rules: Rules, event: Event) -> World:
-    """Read the record under the guest's lock, and begin to act on it."""
-    if world.record is None or (world.record, event) not in rules.record:
-        return world
-    rules.used.add((world.record, event))
-    return world._replace(hand=rules.record[world.record, event])
+    """Read the record under the guest's lock, and begin to act on it.
+
+    What says nothing about this record is as good as no answer.
+    """
+    for key in ((world.record, event), (world.record, Event.ALONE)):
+        if world.record is not None and key in rules.record:
+            rules.used.add(key)
+            return world._replace(hand=rules.record[world.record, key[1]])
+    return world
 
 
 def hand_steps(world: World, rules: Rules) -> Iterator[Step]:
@@ -189,7 +185,7 @@ def third_steps(world: World, rules: Rules) -> Iterator[Step]:
     """The third stage hands answers to bhysend, or acts by the last final one."""
     if not world.third:
         return
-    killed = world._replace(third=False, seen=None, back=(), back_cut=True)
+    killed = world._replace(third=False, seen=None, back=(), back_ends=True)
     yield FAULT, "the third stage is killed", killed
     if world.back and not world.sender.todo:
         word, *rest = world.back
@@ -199,9 +195,11 @@ def third_steps(world: World, rules: Rules) -> Iterator[Step]:
         if world.sender.at is not None:
             after = sender_hears(after, rules, word)
         yield FREE, f"the third stage reads {word}", after
-    if world.seen and world.record and lock_is_free(world):
-        after = take_over(world._replace(third=False, seen=None), rules, HEARD[world.seen])
-        yield FREE, f"the third stage acts on {world.seen}", after
+    no_more = world.back_ends and not world.back
+    if world.record and lock_is_free(world) and (world.seen or no_more):
+        event = HEARD[world.seen] if world.seen else Event.ALONE
+        after = take_over(world._replace(third=False, seen=None), rules, event)
+        yield FREE, f"the third stage acts on {event.name}", after
 
 
 # ---- a destination: bhyrecv, alive or as a replay ----------------------------
@@ -212,8 +210,8 @@ def put(world: World, before: Receiver, after: Receiver) -> World:
     if before is world.replay:
         # Once it is gone with its copy, there may be another.
         return world._replace(replay=after if after.at or after.copy != NONE else None)
-    if after.at is None:  # what was on its way is lost
-        return world._replace(receiver=after, forward=())
+    if after.at is None:  # what was on its way to it is lost
+        return world._replace(receiver=after, forward=(), forward_ends=True, back_ends=True)
     return world._replace(receiver=after)
 
 
@@ -272,7 +270,7 @@ def live_input(world: World, rules: Rules, name: str) -> Iterator[Step]:
     if world.forward and world.forward[0] == due:
         after = world._replace(forward=world.forward[1:])
         yield FREE, f"{name} reads {due}", receiver_on(after, rules, receiver, event)
-    closed = not world.forward and (world.forward_cut or world.sender.at is None)
+    closed = world.forward_ends and not world.forward
     failed = receiver_on(world, rules, receiver, Event.FAILURE)
     yield FREE if closed else FAULT, f"{name}: FAILURE", failed
 
@@ -326,7 +324,7 @@ def at_destination(world: World, before: Receiver, after: Receiver, act: Act) ->
         return record_there(world, before.host, DESTINATION_RECORDS[act])
     if is_replay and before.host == "D" and ANSWERS.get(act) in FINAL_WORDS:
         return world._replace(answers=world.answers | {ANSWERS[act]})
-    if act not in ANSWERS or is_replay or world.back_cut:
+    if act not in ANSWERS or is_replay or world.back_ends:
         return world
     return world._replace(back=(*world.back, ANSWERS[act]))
 
@@ -345,10 +343,10 @@ def wire_steps(world: World) -> Iterator[Step]:
     A replay is refused where there is a record, and where another bhyrecv has
     the lock of the stream.
     """
-    if not is_closed(world):
-        yield FAULT, "the way in is cut", world._replace(forward=(), forward_cut=True)
-    if not world.back_cut:
-        yield FAULT, "the way back is cut", world._replace(back=(), back_cut=True)
+    if world.forward or not world.forward_ends:
+        yield FAULT, "the way in is cut", world._replace(forward=(), forward_ends=True)
+    if world.back or not world.back_ends:
+        yield FAULT, "the way back is cut", world._replace(back=(), back_ends=True)
     if world.replay is not None or not world.tape:
         return
     if world.disk_e is None:
@@ -387,6 +385,8 @@ def operator_steps(world: World, rules: Rules) -> Iterator[Step]:
         if after != world:
             what = "an older stream" if old else "this stream"
             yield CHANCE, f"the operator asks {host} for {what}: {word}", after
+    if lock_is_free(world):
+        yield CHANCE, "-A acts on what it does not believe", take_over(world, rules, Event.ALONE)
     for word in world.answers:
         if lock_is_free(world):
             yield CHANCE, f"-A acts on {word}", take_over(world, rules, HEARD[word])

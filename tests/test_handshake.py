@@ -1,0 +1,406 @@
+"""The proof of the handshake: its tables, run through everything that can happen.
+
+- The exhaustive search: every world of handshake_model.py that can be reached,
+  with any number of faults.
+- Planted faults: each rule and each order of acts that the handshake needs,
+  taken away by itself, lets the search find a counterexample.
+- Ten thousand random schedules of several moves, in handshake_model_random.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping
+from typing import TypeVar
+
+import pytest
+
+from bhystream import handshake
+from bhystream.handshake import DESTINATION, QUERY, RECORD, SOURCE, Act, At, Event, Machine, There
+from handshake_model import (
+    ENDED,
+    FINALS,
+    FINALS_THERE,
+    LOADED,
+    OVER,
+    PLAIN_DESTINATION,
+    RUNS,
+    STANDS,
+    Receiver,
+    Rules,
+    Sender,
+    World,
+)
+from handshake_model_random import BrokenError
+from handshake_model_random import World as RandomWorld
+from handshake_model_search import INVARIANTS, Found, search
+from memory_source import seeded
+
+NSCHEDULES = 10_000
+NSTEPS = 300
+# What nothing but the plain form uses.
+PLAIN_ROWS = {
+    (At.PAUSED, Event.COPIED_PLAIN),
+    (At.PAUSED, Event.COPIED_KEPT),
+    (At.HELD, Event.UNSENT),
+    (handshake.HELD, Event.ALONE),
+    ("-q", handshake.LOADED),
+}
+BURY = DESTINATION[There.READY, Event.FAILURE]
+TAKE_BACK = SOURCE[At.COMMITTED, Event.FAILED]
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+def altered(table: Mapping[K, V], key: K, row: V) -> dict[K, V]:
+    """Return a copy of a table, with another row for a key that it has."""
+    assert key in table and table[key] != row
+    return {**table, key: row}
+
+
+def source(at: At, event: Event, to: At, *acts: Act) -> Rules:
+    """Return the rules with another row for bhysend."""
+    return Rules(source=altered(SOURCE, (at, event), (to, acts)))
+
+
+def destination(at: There, event: Event, to: There, *acts: Act) -> Rules:
+    """Return the rules with another row for bhyrecv."""
+    return Rules(destination=altered(DESTINATION, (at, event), (to, acts)))
+
+
+def record(phase: str, event: Event, *acts: Act) -> Rules:
+    """Return the rules with another row for who acts on the record."""
+    return Rules(record=altered(RECORD, (phase, event), acts))
+
+
+def query(phase: str | None, word: str, *acts: Act) -> Rules:
+    """Return the rules with another row for `bhyrecv -q`."""
+    return Rules(query=altered(QUERY, phase, (acts, word)))
+
+
+def one_way(copied: Event) -> Rules:
+    """Return the rules of a form without a way back."""
+    return Rules(copied=copied, destination=PLAIN_DESTINATION)
+
+
+def start(rules: Rules) -> World:
+    """Return the world before a move: the guest runs on S."""
+    return World() if rules.keeper else World(keeper=ENDED)
+
+
+def counterexample(rules: Rules) -> Found:
+    """Return what the search finds, which is a counterexample."""
+    found = search(start(rules), rules)
+    assert found.broken is not None, f"nothing in {found.nworlds} worlds"
+    return found
+
+
+# ---- the machine -------------------------------------------------------------
+
+
+def test_the_state_changes_before_the_acts() -> None:
+    seen = []
+    machine = Machine(SOURCE, At.RUNS, lambda act: seen.append((machine.at, act)))
+    machine.on(Event.PAUSE)
+    assert seen == [(At.PAUSED, Act.RECORD_PAUSED), (At.PAUSED, Act.PAUSE)]
+
+
+def test_an_act_that_fails_ends_the_row() -> None:
+    def do(act: Act) -> None:
+        raise OSError
+
+    machine = Machine(SOURCE, At.OFFERED, do)
+    with pytest.raises(OSError):
+        machine.on(Event.READY)
+    assert machine.at is At.COMMITTED
+
+
+def test_what_is_not_expected_is_refused() -> None:
+    machine = Machine(DESTINATION, There.BUILDING, lambda act: None)
+    assert machine.expects(Event.ENDED) and not machine.expects(Event.GO)
+    with pytest.raises(KeyError):
+        machine.on(Event.GO)
+    assert machine.at is There.BUILDING
+
+
+# ---- the exhaustive search ---------------------------------------------------
+
+answered_rules = Rules()
+
+
+@pytest.fixture(scope="module")
+def answered() -> Found:
+    return search(World(), answered_rules)
+
+
+def test_nothing_that_can_happen_breaks_an_invariant(answered: Found) -> None:
+    assert answered.broken is None, "\n".join(answered.trace)
+
+
+def test_the_search_is_not_vacuous(answered: Found) -> None:
+    """The size is what it was when this was written, less some."""
+    assert answered.nworlds > 150_000
+    assert answered.faults >= 8
+    assert len(answered.quiet) > 200
+    left = {(world.guest, world.receiver.copy, world.record) for world in answered.quiet}
+    assert (OVER, RUNS, None) in left
+    assert (STANDS, RUNS, handshake.GO) in left
+    assert (STANDS, "none", handshake.GO) in left
+    assert (RUNS, "none", None) in left
+
+
+def test_every_row_is_used_and_every_end_is_reached(answered: Found) -> None:
+    others = [one_way(Event.COPIED_PLAIN), one_way(Event.COPIED_KEPT)]
+    for rules in others:
+        search(World(), rules)
+    search(held_for_a_loaded_guest(), others[0])
+    queries = {("-q", phase) for phase in QUERY}
+    rows = {*SOURCE, *DESTINATION, *RECORD, *queries, *FINALS, *FINALS_THERE}
+    assert rows - PLAIN_ROWS - {At.HELD} <= answered_rules.used
+    assert rows <= answered_rules.used.union(*(rules.used for rules in others))
+
+
+def test_without_faults_one_copy_runs_and_nothing_is_left() -> None:
+    """Whatever the operator asks meanwhile; if he does not, the guest has moved."""
+    found = search(World(), Rules(), max_faults=0)
+    assert found.broken is None
+    for world in found.quiet:
+        assert world.record is None
+        assert (world.guest, world.receiver.copy) in ((OVER, RUNS), (RUNS, "none"))
+        assert world.guest == OVER or world.disk_d == handshake.DEAD
+
+
+def held_for_a_loaded_guest() -> World:
+    """Return the world after a plain move to `bhyrecv -u`."""
+    return World(
+        sender=Sender(None),
+        keeper=ENDED,
+        guest=STANDS,
+        record=handshake.HELD,
+        receiver=Receiver("D", None, (), LOADED),
+        disk_d=handshake.LOADED,
+    )
+
+
+def test_the_plain_form_is_safe_if_the_operator_goes_by_the_status() -> None:
+    found = search(World(), one_way(Event.COPIED_PLAIN))
+    assert found.broken is None, "\n".join(found.trace)
+    assert found.nworlds > 500
+    left = {(world.guest, world.receiver.copy, world.record) for world in found.quiet}
+    assert (STANDS, RUNS, handshake.HELD) in left
+
+
+def test_a_kept_guest_runs_on() -> None:
+    found = search(World(), one_way(Event.COPIED_KEPT))
+    assert found.broken is None, "\n".join(found.trace)
+    left = {(world.guest, world.keeper) for world in found.quiet}
+    assert (RUNS, ENDED) in left and (STANDS, ENDED) not in left
+
+
+def test_no_answer_decides_about_a_held_guest() -> None:
+    found = search(held_for_a_loaded_guest(), one_way(Event.COPIED_PLAIN))
+    assert found.broken is None
+    assert {(world.guest, world.record) for world in found.quiet} == {(STANDS, handshake.HELD)}
+
+
+# ---- the six planted faults --------------------------------------------------
+
+
+def test_without_the_nonce_a_recorded_go_starts_a_second_copy() -> None:
+    found = counterexample(Rules(nonce=False))
+    assert found.broken == "I1"
+    assert "the replay on E reads an old GO" in found.trace
+
+
+def test_without_the_tombstone_failed_is_said_of_what_still_starts() -> None:
+    """It takes no fault: the operator asks while GO is on its way."""
+    found = counterexample(query(handshake.READY, "FAILED"))
+    assert (found.broken, found.faults) == ("I1", 0)
+    assert "the operator asks D for this stream: FAILED" in found.trace
+
+
+def test_without_the_keeper_a_paused_guest_stays_paused() -> None:
+    found = counterexample(Rules(keeper=False))
+    assert found.broken == "I4"
+    assert "bhysend is killed" in found.trace
+
+
+def test_without_the_stream_id_an_older_answer_is_believed() -> None:
+    found = counterexample(Rules(naming=False))
+    assert (found.broken, found.faults) == ("I1", 0)
+    assert "the operator asks D for an older stream: FAILED" in found.trace
+
+
+def test_failed_of_a_guest_that_may_have_run_makes_two() -> None:
+    key = There.STARTING, Event.MAY_HAVE_RAN
+    found = counterexample(Rules(destination=altered(DESTINATION, key, BURY)))
+    assert (found.broken, found.faults) == ("I1", 1)
+
+
+def test_unknown_taken_for_failed_makes_two() -> None:
+    """On the wrong host; and also on the right one, asked before it was READY."""
+    wrong = counterexample(Rules(unknown_is_failed=True, same_host=False))
+    assert (wrong.broken, wrong.faults) == ("I1", 0)
+    assert "the operator asks E for this stream: UNKNOWN" in wrong.trace
+    right = counterexample(Rules(unknown_is_failed=True))
+    assert (right.broken, right.faults) == ("I1", 0)
+    assert "the operator asks D for this stream: UNKNOWN" in right.trace
+
+
+def test_the_host_of_an_answer_counts() -> None:
+    """A replay on E that was never started FAILED, and says nothing about D."""
+    found = counterexample(Rules(same_host=False))
+    assert found.broken == "I1"
+    assert "a replay on E" in found.trace
+
+
+# ---- the orders of the acts, and single rows ---------------------------------
+
+MUTANTS = {
+    "GO is written before it is recorded": (
+        "I1",
+        source(At.OFFERED, Event.READY, At.COMMITTED, Act.WRITE_GO, Act.RECORD_GO),
+    ),
+    "GO is not recorded": (
+        "I1",
+        source(At.OFFERED, Event.READY, At.COMMITTED, Act.WRITE_GO),
+    ),
+    "what was recorded for nothing stays in doubt": (
+        "I4",
+        source(At.COMMITTED, Event.UNSENT, At.DOUBT),
+    ),
+    "a limit after GO resumes": (
+        "I1",
+        source(At.COMMITTED, Event.DOUBT, *TAKE_BACK[:1], *TAKE_BACK[1]),
+    ),
+    "a limit after READY goes on": (
+        "I5",
+        source(At.OFFERED, Event.FAILURE, At.GONE, Act.RECORD_MOVED, Act.DISCARD, Act.FORGET),
+    ),
+    "the guest is paused before it is recorded": (
+        "I3",
+        source(At.RUNS, Event.PAUSE, At.PAUSED, Act.PAUSE, Act.RECORD_PAUSED),
+    ),
+    "the record is removed before the guest is resumed": (
+        "I3",
+        source(At.PAUSED, Event.FAILURE, At.RUNS_ON, Act.FORGET, Act.RESUME),
+    ),
+    "the record is removed before the guest is ended": (
+        "I3",
+        source(At.COMMITTED, Event.RUNNING, At.GONE, Act.RECORD_MOVED, Act.FORGET, Act.DISCARD),
+    ),
+    "READY is said before it is recorded": (
+        "I6",
+        destination(There.BUILDING, Event.ENDED, There.READY, Act.SAY_READY, Act.RECORD_READY),
+    ),
+    "READY is not said": (
+        "I7",
+        destination(There.BUILDING, Event.ENDED, There.READY, Act.RECORD_READY),
+    ),
+    "the copy is started before it is recorded": (
+        "I1",
+        destination(There.READY, Event.GO, There.STARTING, Act.START, Act.RECORD_STARTED),
+    ),
+    "the start is not recorded": (
+        "I1",
+        destination(There.READY, Event.GO, There.STARTING, Act.START),
+    ),
+    "STARTED is recorded over DEAD": ("I1", Rules(recheck=False)),
+    "RUNNING is said before the copy runs": (
+        "I5",
+        destination(
+            *(There.READY, Event.GO, There.STARTING),
+            *(Act.RECORD_STARTED, Act.SAY_RUNNING, Act.START),
+        ),
+    ),
+    "a copy that ran is torn down": (
+        "I2",
+        destination(
+            *(There.STARTING, Event.STARTED, There.NOTHING),
+            *(Act.TEAR_DOWN, Act.RECORD_DEAD, Act.SAY_FAILED),
+        ),
+    ),
+    "the keeper resumes after GO": ("I1", record(handshake.GO, Event.ALONE, *TAKE_BACK[1])),
+    "the keeper leaves a paused guest": ("I4", record(handshake.PAUSED, Event.ALONE)),
+    "the keeper leaves a guest that has moved": ("I4", record(handshake.MOVED, Event.ALONE)),
+    "FAILED does not end a doubt": ("I6", record(handshake.GO, Event.FAILED)),
+    "RUNNING does not end a doubt": ("I6", record(handshake.GO, Event.RUNNING)),
+    "-q says FAILED of what was started": ("I1", query(handshake.STARTED, "FAILED")),
+    "-q says FAILED of what it never heard of": ("I1", query(None, "FAILED")),
+    "-q does not know the dead": ("I6", query(handshake.DEAD, "UNKNOWN")),
+    "plain: END is written before it is recorded": (
+        "I1",
+        Rules(
+            copied=Event.COPIED_PLAIN,
+            destination=PLAIN_DESTINATION,
+            source=altered(
+                SOURCE,
+                (At.PAUSED, Event.COPIED_PLAIN),
+                (At.HELD, (Act.WRITE_END, Act.RECORD_HELD)),
+            ),
+        ),
+    ),
+    "plain: the keeper resumes a held guest": (
+        "I1",
+        Rules(
+            copied=Event.COPIED_PLAIN,
+            destination=PLAIN_DESTINATION,
+            record=altered(RECORD, (handshake.HELD, Event.ALONE), TAKE_BACK[1]),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_orders_and_rows_are_needed(name: str) -> None:
+    invariant, rules = MUTANTS[name]
+    assert counterexample(rules).broken == invariant
+
+
+def test_every_invariant_is_broken_by_something() -> None:
+    assert {invariant for invariant, _ in MUTANTS.values()} == set(INVARIANTS)
+
+
+# ---- random schedules --------------------------------------------------------
+
+
+def play(rules: Rules, rng: random.Random, nschedules: int) -> tuple[str, Counter[object]]:
+    """Run schedules until one is broken.  Return its invariant, or "", and what happened."""
+    seen: Counter[object] = Counter()
+    for schedule in range(nschedules):
+        world = RandomWorld(random.Random(rng.getrandbits(64)), rules, seen)
+        try:
+            world.run(NSTEPS)
+        except BrokenError as error:
+            return f"{error} in schedule {schedule}", seen
+        seen["twice"] += sum(move.has_run() for move in world.moves) > 1
+    return "", seen
+
+
+def test_ten_thousand_random_schedules() -> None:
+    broken, seen = play(Rules(), seeded(), NSCHEDULES)
+    assert broken == ""
+    assert seen["twice"] > NSCHEDULES / 20
+    for end in (*FINALS, *FINALS_THERE):
+        assert end is At.HELD or seen[end] > NSCHEDULES / 20
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        pytest.param(Rules(nonce=False), id="nonce"),
+        pytest.param(query(handshake.READY, "FAILED"), id="tombstone"),
+        pytest.param(Rules(keeper=False), id="keeper"),
+        pytest.param(Rules(naming=False), id="stream id"),
+        pytest.param(
+            destination(There.STARTING, Event.MAY_HAVE_RAN, *BURY[:1], *BURY[1]), id="ran"
+        ),
+        pytest.param(Rules(same_host=False), id="host"),
+        pytest.param(Rules(refuse=False), id="a move over an old record"),
+    ],
+)
+def test_random_schedules_find_the_planted_faults(rules: Rules) -> None:
+    broken, _ = play(rules, seeded(), 10 * NSCHEDULES)
+    assert broken
