@@ -227,6 +227,23 @@ def test_without_the_keeper_a_paused_guest_stays_paused() -> None:
     assert "bhysend is killed" in found.trace
 
 
+def test_it_is_the_keeper_who_resumes_before_go() -> None:
+    """bhysend and the third stage died together, as with their terminal."""
+    world = World(
+        sender=Sender(None),
+        guest=STANDS,
+        record=handshake.PAUSED,
+        forward_ends=True,
+        back_ends=True,
+        third=False,
+    )
+    kept = search(world, Rules(), max_faults=0)
+    assert kept.broken is None
+    assert any(quiet.guest == RUNS for quiet in kept.quiet)
+    alone = search(world._replace(keeper=ENDED), Rules(), max_faults=0)
+    assert alone.broken == "I4"
+
+
 def test_without_the_stream_id_an_older_answer_is_believed() -> None:
     found = counterexample(Rules(naming=False))
     assert (found.broken, found.faults) == ("I1", 0)
