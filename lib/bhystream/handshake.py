@@ -193,7 +193,8 @@ class Machine(Generic[S]):
     """One party: its state, and the table that moves it.
 
     at: the state.  It changes before the acts are done, so that where an act
-    fails, the state says what may have happened.
+    fails, the state says what may have happened.  undone: the acts of the last
+    event that were not done, the failed one first.
     """
 
     def __init__(
@@ -206,6 +207,7 @@ class Machine(Generic[S]):
         self._table: Mapping[tuple[S, Event], tuple[S, tuple[Act, ...]]] = table
         self._do = do
         self.at: S = at
+        self.undone: tuple[Act, ...] = ()
 
     def expects(self, event: Event) -> bool:
         """Say whether the event has a meaning now."""
@@ -213,6 +215,7 @@ class Machine(Generic[S]):
 
     def on(self, event: Event) -> None:
         """Let an event happen.  Raises KeyError for one that is not expected."""
-        self.at, acts = self._table[self.at, event]
-        for act in acts:
-            self._do(act)
+        self.at, self.undone = self._table[self.at, event]
+        while self.undone:
+            self._do(self.undone[0])
+            self.undone = self.undone[1:]

@@ -208,13 +208,19 @@ def _resume(records: Records, record: Record, console: Console) -> None:
     console.log(f"guest {record.guest}: stream {record.id} resumed")
 
 
-def refuse_held(base: Path, operand: str) -> None:
+def refuse_held(base: Path, operand: str, lock_name: str | None = None) -> None:
     """Refuse to send a guest that stands held.  Raises GuestError.
 
-    A record whose guest is gone says nothing any more, and is removed.
+    lock_name: of the guest, once it is known and locked: the operand may be
+    one of several that lead to it.  A record whose guest is gone says nothing
+    any more, and is removed.
     """
     records = Records(base, "source")
-    for record in records.find(operand):
+    if lock_name is None:
+        found = records.find(operand)
+    else:
+        found = [record for record in records.all() if record.lock == lock_name]
+    for record in found:
         try:
             paused = open_alive(record)
         except BhyError:

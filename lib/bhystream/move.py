@@ -324,7 +324,7 @@ class Move:
         machine = self.machine
         if machine.at == At.HELD and self.writer and self.writer.ended:
             return HeldError(str(error), f"guest {name}: held here\n{error.hint}")
-        if machine.at == At.GONE:
+        if machine.at in (At.GONE, At.RUNS_ON) and machine.undone:
             return self._stuck(error, error)
         try:
             if machine.expects(event := self._event_of_failure()):
@@ -356,7 +356,7 @@ class Move:
         return Event.DOUBT if at == At.COMMITTED else Event.FAILURE
 
     def _stuck(self, error: BhyError, second: BhyError) -> BhyError:
-        """Return what to say where the guest stands paused, and should not."""
+        """Return what to say where the last act failed: the keeper takes over when we end."""
         name = self.source.name
         if self.machine.at == At.GONE:
             assert self.offer is not None
@@ -364,6 +364,9 @@ class Move:
                 f"guest {name}: it runs on {self.offer.host}, and cannot be ended here: {second}",
                 f"end it: bhysend --discard {self.record.id}",
             )
+        if Act.RESUME not in self.machine.undone:
+            error.hint = f"guest {name}: it runs here; {second}\n{error.hint}"
+            return error
         return HeldError(
             f"{error}; and the guest cannot be resumed: {second}",
             f"guest {name}: its keeper goes on trying; see bhysend -l",

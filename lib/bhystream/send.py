@@ -89,6 +89,7 @@ def send(opts: Options, console: Console) -> int:
     source = hypervisors.open_source(opts.guest)
     try:
         with state.Lock(base, source.lock_name, f"guest {source.name}") as lock:
+            hold.refuse_held(base, opts.guest, source.lock_name)
             if opts.dry_run:
                 from bhystream import dryrun
 
