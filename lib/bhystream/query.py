@@ -32,14 +32,10 @@ def run(id_: str, console: Console) -> int:
     reply = Reply(base, id_)
     records = Records(base, "destination")
     reply.hello()
+    word = _ask(base, records, id_, console)
     record = records.get(id_)
-    if record and record.phase == handshake.STARTED:
-        word = _started(base, record)
-    else:
-        word = _ask(records, id_)
-        record = records.get(id_)
-        if record and record.phase == handshake.DEAD:
-            _clear(base, record)
+    if record and record.phase == handshake.DEAD:
+        _clear(base, record)
     texts = ["it was not started there, and will not be"] if word == "FAILED" else []
     reply.say(word, *texts)
     if word == "UNKNOWN":
@@ -48,33 +44,45 @@ def run(id_: str, console: Console) -> int:
     return OK
 
 
-def _ask(records: Records, id_: str) -> str:
+def _ask(base: Path, records: Records, id_: str, console: Console) -> str:
     """Return the answer by the record, after the acts that make it true."""
     while True:
         record = records.get(id_)
         acts, word = QUERY[record.phase if record else None]
-        if Act.RECORD_DEAD not in acts:
-            return word
-        if records.change(id_, handshake.READY, handshake.DEAD):
+        if record and record.phase == handshake.STARTED:
+            if _is_starting(base, record):
+                return word
+            if records.get(id_) == record:
+                return "RUNNING" if _runs(record, console) else word
+        elif Act.RECORD_DEAD not in acts or records.change(id_, handshake.READY, handshake.DEAD):
             return word
 
 
-def _started(base: Path, record: Record) -> str:
-    """Return RUNNING if the guest is seen running, else RAN."""
+def _is_starting(base: Path, record: Record) -> bool:
+    """Wait for the bhyrecv that starts the guest; say whether it still does."""
     deadline = time.monotonic() + _START_SECONDS
     while True:
         with contextlib.suppress(GuestError), Lock(base, f"stream-{record.id}", "the stream"):
-            break
+            return False
         if time.monotonic() > deadline:
-            return QUERY[handshake.STARTED][1]
+            return True
         time.sleep(0.1)
-    paused = open_alive(record)
-    if paused is None:
-        return QUERY[handshake.STARTED][1]
+
+
+def _runs(record: Record, console: Console) -> bool:
+    """Say whether a guest that was started is seen running."""
     try:
-        return "RUNNING" if paused.runs() else QUERY[handshake.STARTED][1]
-    finally:
-        paused.close()
+        paused = open_alive(record)
+        if paused is None:
+            return False
+        try:
+            return paused.runs()
+        finally:
+            paused.close()
+    except BhyError as error:
+        # Its hypervisor may be busy with another client: that decides nothing.
+        console.fail(error)
+        return False
 
 
 def _clear(base: Path, record: Record) -> None:
