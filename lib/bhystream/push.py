@@ -86,7 +86,7 @@ class Push:
                     "and nothing comes out",
                     _CURE,
                 )
-        self.held_bytes = max(self.held_bytes, pushed)
+        self.held_bytes = pushed
         self.trip_ns = time.monotonic_ns() - start_ns
 
     def _flows(self, condition: Callable[[], bool]) -> bool:
