@@ -3,90 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bhystream import hold, hypervisors, state
-from bhystream.errors import OK, GuestError
-from bhystream.handshake import HELD, LOADED, PAUSED, STARTED
+import recorded
+from bhystream import hold, state
+from bhystream.errors import OK, GuestError, UsageError
+from bhystream.handshake import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
 from bhystream.hold import Verb, refuse_held
 from bhystream.report import Console
-from bhystream.state import Lock, Record, Records, Role
-
-A, B = "a" * 32, "b" * 32
-
-
-@dataclass
-class Guest:
-    """What a record's guest is asked, with the record's phase at that time."""
-
-    records: Records
-    alive: bool = True
-    fails: bool = False
-    asked: list[tuple[str, str | None]] = field(default_factory=list)
-
-    def note(self, what: str) -> None:
-        record = self.records.get(A)
-        self.asked.append((what, record.phase if record else None))
-
-    def resume(self) -> None:
-        self.note("resume")
-        if self.fails:
-            raise GuestError("it does not answer")
-
-    def discard(self) -> None:
-        self.note("discard")
-        if self.fails:
-            raise GuestError("it does not answer")
-
-    def is_alive(self) -> bool:
-        return self.alive
-
-    def close(self) -> None:
-        self.note("close")
+from bhystream.standing import in_doubt
+from bhystream.state import Lock, Records, Role
+from recorded import A, B
 
 
-class Host:
-    """A state directory, and the one guest that open_paused() finds."""
+class Host(recorded.Host):
+    """A host on which the verbs are typed."""
 
-    def __init__(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.base = base
-        self.roles: dict[str, Records] = {
-            "source": Records(base, "source"),
-            "destination": Records(base, "destination"),
-        }
-        self.guest = Guest(self.roles["source"])
-        self.opened: list[Mapping[str, Any]] = []
-
-        def open_paused(revive: Mapping[str, Any]) -> Guest:
-            self.opened.append(revive)
-            return self.guest
-
-        monkeypatch.setattr(hypervisors, "open_paused", open_paused)
-
-    def record(
+    def run(
         self,
-        phase: str,
-        id_: str = A,
+        name: str,
+        guest: str | None = "web1",
+        role: Role = "source",
         *,
-        guest: str = "web1",
-        operand: str = "qemu:/web1",
-        lock: str = "lock-1",
-        time_ns: int = 1,
-    ) -> Record:
-        """Write a record of the role that has such a phase."""
-        made = Record(id_, guest, operand, lock, phase, {"id": id_}, time_ns)
-        role = "destination" if phase in (LOADED, STARTED) else "source"
-        self.guest.records = self.roles[role]
-        self.roles[role].write(made)
-        return made
-
-    def run(self, name: str, guest: str | None = "web1", role: Role = "source") -> int:
-        return hold.run(Verb(name, guest), role, Console("bhysend"))
+        in_doubt: bool = False,
+    ) -> int:
+        return hold.run(Verb(name, guest, in_doubt), role, Console("bhysend"))
 
 
 @pytest.fixture
@@ -225,6 +170,109 @@ def test_resume_of_a_guest_that_is_gone_keeps_the_record(host: Host) -> None:
     assert host.roles["source"].all() == [record]
 
 
+# What may run elsewhere, or has no right to run here.
+
+
+ROLES: dict[str, Role] = {READY: "destination", LOADED: "destination"}
+PEER = ("hv2/a1", "/d")
+
+
+def test_a_guest_in_doubt_is_resumed_only_in_so_many_words(
+    host: Host, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = host.record(GO, peer=PEER)
+    with pytest.raises(GuestError, match="guest web1: it may run on hv2") as caught:
+        host.run("--resume")
+    assert caught.value.hint == in_doubt(record, host.base)
+    assert host.opened == []
+    assert host.roles["source"].all() == [record]
+    assert host.run("--resume", in_doubt=True) == OK
+    assert host.guest.asked == [("resume", PAUSED), ("close", PAUSED)]
+    assert host.phases("source") == []
+    assert "the destination must not have started it" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("phase", [PAUSED, HELD, LOADED])
+def test_a_guest_that_is_not_in_doubt_is_not_resumed_in_these_words(host: Host, phase: str) -> None:
+    host.record(phase)
+    with pytest.raises(UsageError, match=f"guest web1 is {phase}, not in doubt"):
+        host.run("--resume", role=ROLES.get(phase, "source"), in_doubt=True)
+    assert host.opened == []
+    assert host.phases(ROLES.get(phase, "source")) == [phase]
+
+
+@pytest.mark.parametrize("doubt", [False, True])
+def test_a_guest_that_has_moved_is_never_resumed(host: Host, doubt: bool) -> None:
+    host.record(MOVED, peer=PEER)
+    with pytest.raises(GuestError, match=r"guest web1: it runs on hv2$") as caught:
+        host.run("--resume", in_doubt=doubt)
+    assert caught.value.hint == f"end what is left here: --discard {A}"
+    assert host.opened == []
+    assert host.phases("source") == [MOVED]
+
+
+@pytest.mark.parametrize("doubt", [False, True])
+def test_a_guest_that_waits_for_go_is_never_resumed(host: Host, doubt: bool) -> None:
+    host.record(READY)
+    with pytest.raises(GuestError, match=r"only its source can let it run \(GO\)"):
+        host.run("--resume", role="destination", in_doubt=doubt)
+    assert host.opened == []
+    assert host.phases("destination") == [READY]
+
+
+def test_a_guest_in_doubt_that_cannot_be_resumed_is_in_doubt_as_before(host: Host) -> None:
+    record = host.record(GO, peer=PEER)
+    host.guest.fails = True
+    with pytest.raises(GuestError, match="it does not answer"):
+        host.run("--resume", in_doubt=True)
+    assert host.roles["source"].all() == [record]
+
+
+@pytest.mark.parametrize("phase", [GO, MOVED])
+def test_what_runs_elsewhere_may_be_discarded(host: Host, phase: str) -> None:
+    host.record(phase, peer=PEER)
+    assert host.run("--discard") == OK
+    assert host.guest.asked == [("discard", phase), ("close", phase)]
+    assert host.phases("source") == []
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_guest_that_waits_for_go_is_buried_before_it_is_discarded(
+    host: Host, alive: bool
+) -> None:
+    """Its GO may still be on the way: the tombstone stays."""
+    host.record(READY)
+    host.guest.alive = alive
+    assert host.run("--discard", role="destination") == OK
+    if alive:
+        assert host.guest.asked == [("discard", DEAD), ("close", DEAD)]
+    assert host.phases("destination") == [DEAD]
+    with pytest.raises(GuestError, match="none of that name is held"):
+        host.run("--discard", role="destination")
+
+
+def test_a_guest_that_was_started_just_now_is_not_discarded(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.record(READY)
+    monkeypatch.setattr(Records, "change", lambda *_: False)
+    with pytest.raises(GuestError, match="it was started just now"):
+        host.run("--discard", role="destination")
+    assert "discard" not in [what for what, _ in host.guest.asked]
+
+
+def test_what_stands_in_the_way_of_go_is_listed(
+    host: Host, capfd: pytest.CaptureFixture[str]
+) -> None:
+    host.record(READY, A)
+    host.record(DEAD, B)
+    assert [row[1] for row in listed(host, capfd, None, "destination")] == ["ready"]
+    assert [row[1] for row in listed(host, capfd, B, "destination")] == ["dead"]
+    host.record(GO, A)
+    host.record(MOVED, B, time_ns=2)
+    assert [row[1] for row in listed(host, capfd, None)] == ["in-doubt", "moved"]
+
+
 # Which guest.
 
 
@@ -309,6 +357,14 @@ def test_a_held_guest_is_not_sent_again(host: Host) -> None:
         assert f"bhysend --resume {A}" in caught.value.hint
         assert host.roles["source"].all() == [record]
     assert {what for what, _ in host.guest.asked} == {"close"}
+
+
+def test_a_guest_in_doubt_is_not_sent_again_and_the_way_out_is_named(host: Host) -> None:
+    record = host.record(GO, peer=PEER)
+    with pytest.raises(GuestError, match="in-doubt here since an earlier stream") as caught:
+        refuse_held(host.base, "qemu:/web1")
+    assert caught.value.hint == in_doubt(record, host.base)
+    assert host.roles["source"].all() == [record]
 
 
 def test_another_guest_is_sent(host: Host) -> None:

@@ -238,6 +238,34 @@ def test_what_flows_after_the_most_was_pushed_is_waited_for(null: int) -> None:
     assert sum(pipeline.pads) == MAX_BYTES
 
 
+class Clock:
+    """Goes on by 6 s with each wait on a box whose words come with every second one."""
+
+    def __init__(self) -> None:
+        self.ns = 0
+
+    def monotonic_ns(self) -> int:
+        return self.ns
+
+
+def test_a_stall_is_counted_from_the_last_word(null: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+
+    class Halting(Box):
+        def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
+            clock.ns += 6 * 10**9
+            self.seen += clock.ns // (6 * 10**9) % 2
+            return condition()
+
+    monkeypatch.setattr(push, "time", clock)
+    box = Halting()
+    pipeline = Pipeline(null, 1 << 40, box)
+    Push(pipeline, box).until(lambda: box.seen >= 99, stall_s=10)
+    assert sum(pipeline.pads) == MAX_BYTES
+    with pytest.raises(UsageError):
+        Push(pipeline, box).until(lambda: box.seen >= 199, stall_s=5)
+
+
 def test_a_refusal_ends_it(null: int) -> None:
     case = Case(null, 1 << 40)
     case.box.put(HELLO, Answer(ID, "REFUSED", ("no disk",)))

@@ -247,7 +247,9 @@ def test_garbage_ends_its_connection_and_no_other(source: Source) -> None:
     with closing(meet(source.base)) as bad, closing(meet(source.base)) as good:
         good.sendall(pack(HELLO) + seen(1))
         assert source.seen(1)
-        bad.sendall(pack(HELLO) + b"garbage\n")
+        # What came before it counts, in the same read too.
+        bad.sendall(pack(HELLO) + pack(Answer(ID, "ACCEPT")) + b"garbage\n")
+        assert source.box.wait(lambda: source.box.accepted, LIMIT_S)
         good.sendall(seen(2))
         assert source.seen(2)
         bad.sendall(pack(Answer(ID, "RUNNING")))

@@ -68,7 +68,7 @@ class Paused:
 hypervisors.open_paused = lambda revive: Paused()
 third.time.sleep = sleep
 if sys.argv[1] == "impatient":
-    third._LOCK_SECONDS = 0.0
+    third._LOCK_SECONDS = third._DRAIN_SECONDS = 0.0
 sys.exit(send.main(["-A", *sys.argv[2:]]))
 """
 
@@ -88,7 +88,7 @@ def records(base: Path) -> Records:
 
 
 def start(*names: str, guest: str = "alive") -> subprocess.Popen[bytes]:
-    """Start a third stage; guest: what open_paused() finds, alive or gone."""
+    """Start a third stage; guest: what open_paused() finds, alive or gone; impatient: no waits."""
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, guest, *names],
         stdin=subprocess.PIPE,
@@ -196,6 +196,15 @@ def test_what_still_comes_when_it_was_told_is_read(source: Source) -> None:
     for _ in range(100):
         feed(third, line("SEEN", "1") * 1000)
     assert ended(third) == (69, [], "")
+
+
+def test_an_input_that_does_not_end_is_left_when_it_was_told(source: Source) -> None:
+    third = start(guest="impatient")
+    feed(third, HELLO + RUNNING)
+    assert source.final() == "RUNNING"
+    source.rendezvous.close(0)
+    assert third.wait(LIMIT_S) == 0
+    assert ended(third) == (0, [], "")
 
 
 def test_another_guests_stream_is_not_handed_on(source: Source) -> None:
