@@ -106,7 +106,6 @@ class Third:
             # What comes from here on is not believed, and read all the same.
             self._console.fail(error)
             self._believed = False
-            self._words.clear()
             self._hang_up()
 
     def _meet(self, hello: Answer) -> None:
