@@ -106,10 +106,13 @@ def in_doubt(record: Record, base: Path) -> str:
     """Return the lines that lead out of doubt, commands as they can be typed."""
     host = record.host.partition("/")[0]
     words = record.ask or ["ssh", host, "bhyrecv"]
+    is_ssh = os.path.basename(words[0]) == "ssh"
     remote: list[str] = []
     if record.directory != _DEFAULT_DIRECTORY:
-        remote = ["env", f"BHYSEND_STATE_DIR={record.directory}"]
-    at = len(words) - 1 if os.path.basename(words[0]) == "ssh" else 0
+        name = f"BHYSEND_STATE_DIR={record.directory}"
+        # ssh(1) hands its words to a shell once more.
+        remote = ["env", shlex.quote(name) if is_ssh else name]
+    at = len(words) - 1 if is_ssh else 0
     there = shlex.join([*words[:at], *remote, *words[at:]])
     here = ""
     if "BHYSEND_STATE_DIR" in os.environ:
