@@ -15,7 +15,7 @@ import zstandard
 from bhystream.backend.base import Head
 from bhystream.errors import BhyError
 from bhystream.format import Form, Header, RoundEnd
-from bhystream.verify import Ended, Go, Pages, Walk
+from bhystream.verify import Ended, Go, Pad, Pages, Walk
 from both import LARGEST_CAP, Input, Make, Recorder, agree
 from streams import (
     ANSWERED,
@@ -62,6 +62,39 @@ def test_pages_name_their_segment() -> None:
     maker.round_end(0, 0, 6).memory(1, [(5, 1, ZERO)]).round_end(1, 0, 1, flags=1).time().end()
     events = list(Walk(Input(maker.raw)).events())
     assert [event.segment for event in events if isinstance(event, Pages)] == [0, 1, 1, 2, 2]
+
+
+def test_a_pad_is_an_event_wherever_it_stands() -> None:
+    """The source waits for a word on what is before it."""
+    maker = Maker(ANSWERED)
+    maker.host().add(PAD, b"x").layout().config().devices().add(HEAD_END).add(PAD)
+    maker.round_0().add(PAD, bytes(1048576)).time().end().add(PAD, b"1").add(GO, NONCE).add(PAD)
+    found = [type(event) for event in Walk(Input(maker.raw)).events()]
+    assert found == [
+        *[Header, Pad, Head, Pad],
+        *[Pages, Pages, RoundEnd, Pad],
+        *[Ended, Pad, Go, Pad],
+    ]
+
+
+def test_a_pad_has_no_contents_and_others_that_are_skipped_have_no_event() -> None:
+    raw = Maker(ANSWERED).host().add(PAD, b"x").add(OPTIONAL, b"y").raw
+    events = Walk(Input(raw)).events()
+    assert next(events) is not None
+    assert next(events) == Pad()
+    with pytest.raises(BhyError, match="without an END section"):
+        next(events)
+
+
+def test_the_sequence_at_a_pad_is_that_of_all_before_it() -> None:
+    maker = Maker(ANSWERED).head().add(PAD, b"x").add(PAD, b"y")
+    walk = Walk(Input(maker.raw))
+    seen = []
+    with pytest.raises(BhyError, match="without an END section"):
+        for event in walk.events():
+            if isinstance(event, Pad):
+                seen.append(walk.reader.sequence - 1)
+    assert seen == [5, 6]
 
 
 @pytest.mark.parametrize("form", [PLAIN, KEPT])
