@@ -167,6 +167,44 @@ def test_the_alarm_comes_by_itself_and_ends_with_the_block() -> None:
     signal.raise_signal(signal.SIGALRM)  # one that was on its way is nothing
 
 
+def test_ticks_come_by_themselves_and_end_with_the_block() -> None:
+    told: list[int] = []
+    with Signals().ticking(lambda: told.append(1), 1000):
+        left, interval = signal.getitimer(signal.ITIMER_REAL)
+        assert 0 < left <= 1000
+        assert interval == 1000
+        for _ in range(3):
+            signal.raise_signal(signal.SIGALRM)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    signal.raise_signal(signal.SIGALRM)  # one that was on its way is nothing
+    assert told == [1, 1, 1]
+
+
+def test_what_a_tick_raises_ends_the_block_and_the_ticks() -> None:
+    def give_up() -> None:
+        raise PipeError("nothing was taken")
+
+    with pytest.raises(PipeError), Signals().ticking(give_up, 1000):
+        signal.raise_signal(signal.SIGALRM)
+        pytest.fail("went on")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    signal.raise_signal(signal.SIGALRM)
+
+
+def test_a_deferred_interrupt_is_told() -> None:
+    signals = Signals()
+    told: list[str] = []
+    signals.on_deferred = told.append
+    signal.raise_signal(signal.SIGTERM)
+    assert told == ["SIGTERM"]
+    with pytest.raises(Interrupted, match="SIGTERM"), signals.interruptible():
+        pass
+    signal.raise_signal(signal.SIGINT)
+    signals.forget()
+    with signals.interruptible():
+        pass
+
+
 def test_an_interrupt_is_raised_while_it_watches() -> None:
     signals = Signals()
     with pytest.raises(Interrupted, match="SIGINT"), signals.watching(lambda: 0, 1000):
@@ -227,6 +265,21 @@ def test_standing_still_ends_a_blocked_write() -> None:
     finish = threading.Event()
     with pytest.raises(PipeError, match="nothing was taken"):
         blocked_write(Signals().watching(lambda: 0, 1000), signal.SIGALRM, finish)
+
+
+def test_a_tick_that_raises_ends_a_blocked_write() -> None:
+    def give_up() -> None:
+        raise PipeError("nothing was taken")
+
+    finish = threading.Event()
+    with pytest.raises(PipeError, match="nothing was taken"):
+        blocked_write(Signals().ticking(give_up, 1000), signal.SIGALRM, finish)
+
+
+def test_a_tick_that_raises_nothing_does_not_end_a_blocked_write() -> None:
+    finish = threading.Event()
+    blocked_write(Signals().ticking(finish.set, 1000), signal.SIGALRM, finish)
+    assert finish.is_set()
 
 
 def test_a_report_does_not_end_a_blocked_write() -> None:

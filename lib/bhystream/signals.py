@@ -96,11 +96,20 @@ class Signals:
     @contextlib.contextmanager
     def ticking(self, tell: Callable[[], None], seconds: int) -> Iterator[None]:
         """Call `tell` every so many seconds in this block, also out of a blocked call."""
-        signal.signal(signal.SIGALRM, lambda number, frame: tell())
+        is_open = True
+
+        def tick(number: int, frame: FrameType | None) -> None:
+            # One that was on its way when the block was left may raise nothing:
+            # GO may be half recorded then.
+            if is_open:
+                tell()
+
+        signal.signal(signal.SIGALRM, tick)
         signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
         try:
             yield
         finally:
+            is_open = False
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     @staticmethod
