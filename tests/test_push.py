@@ -14,17 +14,15 @@ from bhystream import format as fmt
 from bhystream import push
 from bhystream.answers import Answer, Box
 from bhystream.errors import GuestError, IncompatibleError, PipeError, StreamError, UsageError
-from bhystream.format import Feature, Form, Header, Type
+from bhystream.format import Type
 from bhystream.push import MAX_BYTES, Push
 from bhystream.reader import Reader
 from bhystream.writer import Bytes, Writer
+from hoarding import HEADER, HELLO, ID, Hoarding
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
 KIB, MIB = 1 << 10, 1 << 20
-ID = "0123456789abcdef" * 2
-HELLO = Answer(ID, "HELLO", ("hv2/a1", "/d"))
-HEADER = Header(Form.ANSWERED, Feature(0), bytes.fromhex(ID), 7)
 
 
 @pytest.fixture
@@ -36,35 +34,8 @@ def null() -> Iterator[int]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes back of a Pipeline is in the box before anybody waits."""
+    """What comes back of a Hoarding is in the box before anybody waits."""
     monkeypatch.setattr(push, "_PATIENCE_S", 0.0)
-
-
-class Pipeline(Writer):
-    """A stream through a pipeline that keeps so many bytes until more come.
-
-    What leaves it is said to be read.  pads: the PAD sections' lengths.
-    """
-
-    def __init__(self, fd: int, held: int, box: Box) -> None:
-        self.held = held
-        self.box = box
-        self.pads: list[int] = []
-        self._ends: list[int] = []
-        super().__init__(fd, HEADER)
-        box.put(HELLO, HELLO)
-
-    def section(
-        self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Bytes = b""
-    ) -> None:
-        super().section(type_, payload, flags=flags, body=body)
-        if type_ == Type.PAD:
-            self.pads.append(len(payload))
-        self._ends.append(self.offset_bytes)
-        out = self.offset_bytes - self.held
-        last = sum(end <= out for end in self._ends) - 1
-        if last >= 0:
-            self.box.put(HELLO, Answer(ID, "SEEN", (str(last),)))
 
 
 class Case:
@@ -72,7 +43,7 @@ class Case:
 
     def __init__(self, fd: int, held: int) -> None:
         self.box = Box()
-        self.pipeline = Pipeline(fd, held, self.box)
+        self.pipeline = Hoarding(fd, held, self.box)
         self.push = Push(self.pipeline, self.box)
         self.pipeline.section(Type.HEAD_END)
 
@@ -208,14 +179,14 @@ class Slow(Box):
 
 def test_nothing_is_pushed_while_it_flows(null: int) -> None:
     box = Slow(100)
-    pipeline = Pipeline(null, 1 << 40, box)
+    pipeline = Hoarding(null, 1 << 40, box)
     Push(pipeline, box).until(lambda: box.seen >= 99)
     assert pipeline.pads == []
 
 
 def test_it_is_pushed_when_it_does_not_flow_any_more(null: int) -> None:
     box = Slow(10)
-    pipeline = Pipeline(null, 1 << 40, box)
+    pipeline = Hoarding(null, 1 << 40, box)
     with pytest.raises(UsageError):
         Push(pipeline, box).until(lambda: box.seen >= 99, stall_s=0)
     assert sum(pipeline.pads) == MAX_BYTES
@@ -225,7 +196,7 @@ def test_what_flows_after_the_most_was_pushed_is_waited_for(null: int) -> None:
     """A slow destination has all of it before it: words still come."""
     box = Slow(0)
 
-    class Late(Pipeline):
+    class Late(Hoarding):
         def section(
             self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Bytes = b""
         ) -> None:
@@ -259,7 +230,7 @@ def test_a_stall_is_counted_from_the_last_word(null: int, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(push, "time", clock)
     box = Halting()
-    pipeline = Pipeline(null, 1 << 40, box)
+    pipeline = Hoarding(null, 1 << 40, box)
     Push(pipeline, box).until(lambda: box.seen >= 99, stall_s=10)
     assert sum(pipeline.pads) == MAX_BYTES
     with pytest.raises(UsageError):

@@ -138,6 +138,8 @@ class Offer:
         self._push = Push(writer, self.box)
         with self._saying("waiting for the destination", self._hint):
             self._push.until(lambda: self.box.hello is not None, _HELLO_STALL_S)
+            # That shows how long it took to start, not what the pipeline holds.
+            self._push.held_bytes = 0
             self._push.through()
             self._await(lambda: self.box.accepted, ACCEPT_SECONDS, "ACCEPT")
 

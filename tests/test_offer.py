@@ -1,0 +1,366 @@
+"""The conversation at the source: what is waited for, how long, and what is made of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+from bhystream import offer, push, state
+from bhystream.answers import Answer, pack
+from bhystream.errors import BhyError, GuestError, IncompatibleError, PipeError
+from bhystream.format import Type
+from bhystream.handshake import Event
+from bhystream.offer import Command, Offer, hello_of
+from bhystream.rendezvous import connect
+from bhystream.report import Console
+from bhystream.signals import Signals
+from bhystream.writer import Bytes, Writer
+from hoarding import HEADER, HELLO, ID, Hoarding
+
+MIB = 1 << 20
+NONCE = "00ff" * 8
+TAKEN = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE, signal.SIGUSR1)
+
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (*TAKEN, signal.SIGALRM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Make a state directory whose name is short enough for a socket in it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as made:
+        monkeypatch.setenv("BHYSEND_STATE_DIR", f"{made}/s")
+        yield state.directory()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to come is in the box before it is waited for; nothing else will come."""
+    monkeypatch.setattr(push, "_PATIENCE_S", 0.0)
+    for name in ("ACCEPT_SECONDS", "READY_SECONDS", "ANSWER_SECONDS", "_LAST_WORDS_S"):
+        monkeypatch.setattr(offer, name, 0)
+
+
+class Case:
+    """One offer whose box the test fills."""
+
+    def __init__(self, base: Path) -> None:
+        self.signals = Signals()
+        self.base = base
+        self.fd = os.open(os.devnull, os.O_WRONLY)
+
+    @cached_property
+    def offer(self) -> Offer:
+        """Make it in the test, with the standard error that the test looks at."""
+        return Offer(Console("bhysend"), self.signals, "web1", "qemu:/web1", ID)
+
+    def put(self, word: str, *args: str) -> None:
+        self.offer.box.put(HELLO, Answer(ID, word, args))
+
+    def begin(self, held: int = 0) -> Hoarding:
+        """Begin, with a destination that accepts all at once."""
+        self.offer.open(self.base, ())
+        writer = Hoarding(self.fd, held, self.offer.box)
+        writer.section(Type.HEAD_END)
+        self.put("ACCEPT")
+        self.offer.begin(writer)
+        return writer
+
+
+@pytest.fixture
+def case(base: Path) -> Iterator[Case]:
+    made = Case(base)
+    yield made
+    made.offer.close(70)
+    os.close(made.fd)
+
+
+# The beginning.
+
+
+def test_it_begins_when_the_head_is_accepted(case: Case) -> None:
+    assert case.offer.host == "the destination"
+    writer = case.begin()
+    assert case.offer.host == "hv2"
+    assert hello_of(case.offer) == HELLO
+    assert writer.pads == []
+
+
+@pytest.mark.parametrize(
+    ("word", "args", "cls", "text"),
+    [
+        ("REFUSED", ("no disk",), IncompatibleError, "hv2/a1: no disk"),
+        ("FAILED", ("no memory",), GuestError, "hv2/a1: no memory"),
+        ("SEEN", ("0",), GuestError, "hv2: no ACCEPT came for 0 s"),
+    ],
+)
+def test_a_head_that_is_not_accepted(
+    case: Case, word: str, args: tuple[str, ...], cls: type[BhyError], text: str
+) -> None:
+    writer = Hoarding(case.fd, 0, case.offer.box)
+    case.put(word, *args)
+    with pytest.raises(cls) as caught:
+        case.offer.begin(writer)
+    assert (type(caught.value), str(caught.value)) == (cls, text)
+
+
+def test_a_way_back_that_is_gone_at_the_beginning(case: Case) -> None:
+    case.offer.box.lose("the way back was closed")
+    with pytest.raises(GuestError, match="the way back was closed"):
+        case.offer.begin(Hoarding(case.fd, 0, case.offer.box, says_hello=False))
+
+
+def test_what_was_pushed_while_it_started_is_not_what_the_pipeline_holds(case: Case) -> None:
+    """A password was typed, or bhyrecv was slow to start: the pipeline holds nothing."""
+
+    class Late(Hoarding):
+        def section(
+            self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Bytes = b""
+        ) -> None:
+            super().section(type_, payload, flags=flags, body=body)
+            if sum(self.pads) > 4 * MIB and self.held:
+                self.held = 0
+                self.box.put(HELLO, HELLO)
+                self.box.put(HELLO, Answer(ID, "SEEN", (str(self.sequence - 1),)))
+                self.box.put(HELLO, Answer(ID, "ACCEPT"))
+
+    writer = Late(case.fd, 1 << 40, case.offer.box, says_hello=False)
+    case.offer.begin(writer)
+    assert sum(writer.pads) > 4 * MIB
+    writer.pads.clear()
+    writer.section(Type.ROUND_END, bytes(24))
+    case.offer.settle()
+    assert writer.pads == []
+
+
+def test_settling_measures_the_way_with_what_is_known(case: Case) -> None:
+    """Where that was only found out now, it is tried again, at once."""
+    writer = case.begin()
+    writer.held = 3 * MIB
+    writer.section(Type.ROUND_END, bytes(24))
+    case.offer.settle()
+    found = sum(writer.pads)
+    assert writer.pads[:3] == [64 << 10, 128 << 10, 256 << 10]
+    writer.pads.clear()
+    case.offer.settle()
+    assert sum(writer.pads) * 2 == found
+    assert case.offer.trip_ns > 0
+
+
+# READY.
+
+
+def test_ready_brings_its_nonce(case: Case) -> None:
+    case.begin()
+    case.put("READY", NONCE)
+    assert case.offer.await_ready() == bytes.fromhex(NONCE)
+
+
+@pytest.mark.parametrize(
+    ("put", "text"),
+    [
+        (lambda case: case.put("FAILED", "no memory"), "hv2/a1: no memory"),
+        (lambda case: case.put("RAN"), "hv2/a1: RAN"),
+        (lambda case: case.offer.box.lose("the way back was closed"), "the way back was closed"),
+        (lambda case: None, "hv2: no READY came for 0 s"),
+    ],
+)
+def test_what_is_not_ready_is_an_error(case: Case, put: Callable[[Case], None], text: str) -> None:
+    case.begin()
+    put(case)
+    with pytest.raises(GuestError) as caught:
+        case.offer.await_ready()
+    assert str(caught.value) == text
+
+
+# The answer to GO.
+
+
+@pytest.mark.parametrize(
+    ("put", "event", "why"),
+    [
+        (lambda case: case.put("RUNNING"), Event.RUNNING, ""),
+        (lambda case: case.put("FAILED", "no memory"), Event.FAILED, "no memory"),
+        (
+            lambda case: case.put("RAN"),
+            Event.DOUBT,
+            "hv2 cannot say whether the guest ran there",
+        ),
+        (
+            lambda case: case.put("REFUSED", "no"),
+            Event.DOUBT,
+            "hv2 cannot say whether the guest ran there",
+        ),
+        (
+            lambda case: case.offer.box.lose("the way back was closed"),
+            Event.DOUBT,
+            "the way back was closed",
+        ),
+    ],
+)
+def test_the_answer_to_go(case: Case, put: Callable[[Case], None], event: Event, why: str) -> None:
+    case.begin()
+    put(case)
+    assert case.offer.await_outcome() == (event, why)
+
+
+def test_a_way_there_that_is_gone_leaves_the_way_back(case: Case) -> None:
+    """bhyrecv has answered and ended: nobody takes what is pushed."""
+
+    class Gone(Hoarding):
+        def section(
+            self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Bytes = b""
+        ) -> None:
+            if type_ == Type.PAD:
+                self.box.put(HELLO, Answer(ID, "RUNNING"))
+                raise PipeError("cannot write the stream: Broken pipe")
+            super().section(type_, payload, flags=flags, body=body)
+
+    case.put("ACCEPT")
+    case.offer.begin(Gone(case.fd, 0, case.offer.box))
+    assert case.offer.await_outcome() == (Event.RUNNING, "")
+
+
+def test_an_answer_that_does_not_come_is_doubt(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case.begin()
+
+    def give_up(*_: object) -> None:
+        raise PipeError("cannot write the stream: Broken pipe")
+
+    monkeypatch.setattr(push.Push, "until", give_up)
+    assert case.offer.await_outcome() == (Event.DOUBT, "no answer came for 0 s")
+
+
+def test_an_interrupt_comes_too_late_and_is_told(
+    case: Case, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case.begin()
+    case.put("RUNNING")
+    case.offer.await_outcome()
+    signal.raise_signal(signal.SIGINT)
+    assert "SIGINT: too late, GO is out; waiting for the answer of hv2" in capfd.readouterr().err
+
+
+# Why it broke.
+
+
+def test_what_the_destination_said_explains_a_broken_stream(case: Case) -> None:
+    case.begin()
+    case.put("FAILED", "no memory")
+    found = case.offer.explain(PipeError("cannot write the stream: Broken pipe"))
+    assert (type(found), str(found)) == (GuestError, "hv2/a1: no memory")
+
+
+def test_nothing_explains_what_nobody_speaks_of(case: Case) -> None:
+    case.begin()
+    error = PipeError("cannot write the stream: Broken pipe")
+    assert case.offer.explain(error) is error
+
+
+def test_another_error_is_its_own_explanation(case: Case) -> None:
+    case.begin()
+    case.put("FAILED", "the stream was aborted")
+    error = GuestError("the guest's hypervisor is gone")
+    assert case.offer.explain(error) is error
+
+
+# The end, and the third stage.
+
+
+def test_a_third_stage_is_greeted_and_told_the_status(case: Case) -> None:
+    assert case.offer.open(case.base, ()) == 1
+    assert case.offer.answer_fd == -1
+    writer = Hoarding(case.fd, 0, case.offer.box)
+    case.put("ACCEPT")
+    case.offer.begin(writer)
+    found = connect(case.base, ID)
+    assert found is not None
+    peer, names = found
+    assert names == ["web1", "qemu:/web1"]
+    with peer:
+        case.offer.close(81)
+        case.offer.close(0)
+        assert peer.recv(100) == b"status 81\n"
+
+
+# The command form.
+
+
+def python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", f"import os, signal, sys\n{code}")
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_command_ends_when_its_input_does(status: int) -> None:
+    command = Command(python(f"sys.stdin.buffer.read(); sys.exit({status})"))
+    os.write(command.stream_fd, b"stream")
+    assert command.end(60) == status
+    command.hang_up()  # twice is no error
+
+
+def test_a_command_that_does_not_end_is_killed() -> None:
+    command = Command(python("signal.pause()"))
+    assert command.end(0) is None
+
+
+def test_a_command_is_not_ended_by_the_terminal() -> None:
+    """A Ctrl-C there must not cut the way back at the worst moment."""
+    numbers = "signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP"
+    command = Command(
+        python(f"sys.exit(any(signal.getsignal(n) != signal.SIG_IGN for n in ({numbers})))")
+    )
+    assert command.end(60) == 0
+
+
+def test_a_command_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(GuestError, match="cannot run /none/ssh: No such file or directory"):
+        Command(["/none/ssh", "hv2"])
+
+
+def test_the_words_of_a_command_can_be_typed() -> None:
+    command = Command(["true", "a b", "$c"])
+    assert command.words == "true 'a b' '$c'"
+    assert command.end(60) == 0
+
+
+def test_the_answers_of_a_command_are_its_standard_output(
+    case: Case, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(offer, "ACCEPT_SECONDS", 60)
+    monkeypatch.setattr(push, "_PATIENCE_S", 60)
+    said = b"Last login: Mon\n" + b"".join(
+        pack(answer) for answer in (HELLO, Answer(ID, "SEEN", ("0",)), Answer(ID, "ACCEPT"))
+    )
+    fd = case.offer.open(
+        case.base, python(f"os.write(1, {said!r}); sys.stdin.buffer.read(); sys.exit(5)")
+    )
+    writer = Writer(fd, HEADER)
+    writer.section(Type.HEAD_END)
+    case.offer.begin(writer)
+    assert case.offer.answer_fd >= 0
+    assert (case.offer.host, case.offer.box.seen) == ("hv2", 0)
+    case.offer.close(0)
+    err = capfd.readouterr().err
+    assert err.startswith("bhysend: Last login: Mon\n")
+    assert err.endswith("it ended with status 5\n")
+
+
+def test_a_command_that_ended_explains_a_broken_stream(case: Case) -> None:
+    case.offer.open(case.base, python("sys.exit(255)"))
+    found = case.offer.explain(PipeError("cannot write the stream: Broken pipe"))
+    assert type(found) is GuestError
+    assert str(found).endswith("it ended with status 255")
