@@ -40,7 +40,7 @@ def records(base: Path) -> Records:
 
 
 def test_a_phase_is_changed_from_the_one_that_is_named(records: Records) -> None:
-    records.write(RECORD.moved(READY))
+    records.write(replace(RECORD, phase=READY))
     assert records.change(ID, READY, DEAD)
     found = records.get(ID)
     assert found is not None and replace(found, time_ns=5, phase=PAUSED) == RECORD
