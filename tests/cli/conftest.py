@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from guest import Spec
 
-from .travel import Host, Stable, Traveller, short_directory
+from .travel import Host, Stable, Traveller, fifo, short_directory
 
 # A guest whose moves take a moment: little memory, and much of it changing.
 SMALL = Spec(
@@ -26,6 +28,15 @@ def host() -> Iterator[Host]:
         yield Host(directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def gate(host: Host) -> Iterator[tuple[Path, int]]:
+    """A FIFO that a command at the pause reads a line from, and a descriptor to write it."""
+    path = host.directory / "gate"
+    with fifo(path) as fd:
+        yield path, fd
+        os.write(fd, b"\n")  # to the command of a bhysend that was killed
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,6 @@ from .travel import (
     Place,
     Stable,
     Traveller,
-    fifo,
     is_gone,
     process_state,
     processes_with,
@@ -128,14 +127,6 @@ FAULTS = {
 }
 
 
-@pytest.fixture
-def gate(host: Host) -> Iterator[tuple[Path, int]]:
-    path = host.directory / "gate"
-    with fifo(path) as fd:
-        yield path, fd
-        os.write(fd, b"\n")  # to the command of a bhysend that was killed
-
-
 def ran_on(host: Host, guest: Traveller) -> None:
     """Assert that the guest goes on where it was, and that nobody works on it any more."""
     guest.prove()
@@ -166,7 +157,7 @@ def test_the_guest_runs_on(
         assert sent.status == what.sent, report(sent, received)
         assert received.status in what.received, report(sent, received)
         if fault == "receiver-killed":
-            forsaken(to)
+            to.forsake()
         if fault == "sender-killed" and where.gated:
             until(lambda: "bhysend is gone; the guest runs on" in pipeline[0].stderr, "the keeper")
     to.assert_nothing_left()
@@ -176,17 +167,6 @@ def test_the_guest_runs_on(
         assert "nothing was started here" in received.stderr
     ran_on(host, small)
     small.move(host, sweeps=1)
-
-
-def forsaken(to: Place) -> None:
-    """See that what a killed bhyrecv leaves has never run.  It is then ended, as by an operator."""
-    if qemu_at(to.qmp):
-        assert to.status() == "inmigrate"
-        assert to.serial.read().raw == b""
-    with reaping(to.qmp):
-        pass
-    for path in (to.qmp, to.serial.path):
-        path.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("phase", ["round-0", "round-1", "last-round", "state", "before-END"])
