@@ -271,6 +271,8 @@ def test_directories_of_their_own_need_no_words(monkeypatch: pytest.MonkeyPatch)
         (["jexec", "a b", "bhyrecv", "-v"], ["jexec", "a b", "bhyrecv"]),
         (["ssh", "hv2", "zstd -d | bhyrecv"], []),
         (["sh", "-c", "bhyrecv -v"], []),
+        (["sh", "-c", "zstd | ssh hv2 /opt/bhyrecv"], []),
+        (["ssh", "hv2", "zstd -d | /opt/bhyrecv"], []),
         ([], []),
     ],
 )

@@ -126,9 +126,12 @@ def in_doubt(record: Record, base: Path) -> str:
 
 
 def asking(command: Sequence[str]) -> list[str]:
-    """Return the words of a command up to bhyrecv, to ask there again; [] if it is not seen."""
+    """Return the words of a command up to bhyrecv, to ask there again; [] if it is not seen.
+
+    A word with a space is a shell's, and what stands before bhyrecv in it is not known.
+    """
     for at, word in enumerate(command):
-        if os.path.basename(word) == "bhyrecv":
+        if os.path.basename(word) == "bhyrecv" and not any(c.isspace() for c in word):
             return list(command[: at + 1])
     return []
 
