@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from bhystream import state
 from bhystream.answers import Answer, Box, pack
 from bhystream.errors import PipeError, UsageError
 from bhystream.rendezvous import Rendezvous, connect, path_of
@@ -25,14 +23,6 @@ HELLO = Answer(ID, "HELLO", ("hv2/a1", "/var/lib/bhysend"))
 ELSEWHERE = Answer(ID, "HELLO", ("hv3/b2", "/var/lib/bhysend"))
 NAMES = ("web1", "qemu:/run/web1.qmp")
 LIMIT_S = 60
-
-
-@pytest.fixture
-def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Make a state directory whose name is short enough for a socket in it."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as made:
-        monkeypatch.setenv("BHYSEND_STATE_DIR", f"{made}/s")
-        yield state.directory()
 
 
 def descriptors() -> int:
