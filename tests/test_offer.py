@@ -231,13 +231,35 @@ def test_a_way_there_that_is_gone_leaves_the_way_back(case: Case) -> None:
     assert case.offer.await_outcome() == (Event.RUNNING, "")
 
 
+def give_up(*_: object) -> bool:
+    raise PipeError("cannot write the stream: Broken pipe")
+
+
 def test_an_answer_that_does_not_come_is_doubt(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case.begin()
+    monkeypatch.setattr(push.Push, "until", give_up)
+    assert case.offer.await_outcome() == (Event.DOUBT, "no answer came for 0 s")
 
-    def give_up(*_: object) -> None:
-        raise PipeError("cannot write the stream: Broken pipe")
+
+def test_an_answer_is_waited_for_when_nothing_can_be_pushed(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.begin()
+
+    def wait(*_: object) -> bool:
+        case.put("RUNNING")
+        return True
 
     monkeypatch.setattr(push.Push, "until", give_up)
+    monkeypatch.setattr(case.offer.box, "wait", wait)
+    assert case.offer.await_outcome() == (Event.RUNNING, "")
+
+
+def test_what_a_tick_raises_while_it_waits_is_doubt(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.begin()
+    monkeypatch.setattr(case.offer.box, "wait", give_up)
     assert case.offer.await_outcome() == (Event.DOUBT, "no answer came for 0 s")
 
 
