@@ -84,6 +84,7 @@ class Move:
         self.hook: Hook | None = None
         self.writer: Writer | None = None
         self.offer: Offer | None = None
+        self.unrecorded: BhyError | None = None
         self.nonce = b""
         self.go_is_out = False
         self.predicted_ns = 0
@@ -342,8 +343,9 @@ class Move:
             )
         if self.writer:
             self.writer.abort(error.status, str(error))
-        if self.offer:
-            # Only now: the guest does not wait for it.
+        if self.offer and error is not self.unrecorded:
+            # Only now: the guest does not wait for it.  A disk of ours is
+            # nothing that anybody there could explain.
             error = self.offer.explain(error)
         error.hint = f"guest {name}: it runs here\n{error.hint}"
         return error
@@ -402,7 +404,11 @@ class Move:
     def _record(self, phase: str) -> None:
         assert self.keeper is not None
         self.record = replace(self.record.moved(phase), keeper=self.keeper.pid)
-        self.records.write(self.record)
+        try:
+            self.records.write(self.record)
+        except BhyError as error:
+            self.unrecorded = self.unrecorded or error
+            raise
 
     def _record_paused(self) -> None:
         if self.record.phase == handshake.PAUSED and not self.pause_start_ns:

@@ -123,7 +123,7 @@ class Host:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.state = directory / "state"
-        self.state.mkdir(mode=0o700)
+        self.state.mkdir(mode=0o700, parents=True)
         self.env = {**os.environ, "BHYSEND_STATE_DIR": str(self.state)}
 
     def run(self, *argv: str | Path) -> Ended:
