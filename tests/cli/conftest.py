@@ -20,6 +20,9 @@ SMALL = Spec(
     proof={"mib": 32, "work": 16, "holes": 2, "rate": 16, "sweep": 100},
 )
 
+# Every combination, not only those that differ most.
+EVERY = "BHYSEND_TEST_EVERY" in os.environ
+
 
 @pytest.fixture
 def host() -> Iterator[Host]:
