@@ -494,7 +494,8 @@ def test_another_state_directory_knows_nothing(host: Host, small: Traveller, gat
         assert attempt.end() == "doubt"
         # Somebody else's FAILED of this very stream: believed of the destination alone.
         [row] = host.rows()
-        lie = f"bhys1 {row.id} HELLO elsewhere/0123456789abcdef {host.state}\\nbhys1 {row.id} FAILED no\\n"
+        hello = f"bhys1 {row.id} HELLO elsewhere/0123456789abcdef {host.state}"
+        lie = f"{hello}\\nbhys1 {row.id} FAILED no\\n"
         wrong = host.shell(f"printf '{lie}' | {here}")
         assert wrong.status == 81, report(wrong)
         assert "not to elsewhere" in wrong.stderr
@@ -574,10 +575,10 @@ def test_a_second_bhysend_is_refused_and_the_first_goes_on(
 ) -> None:
     attempt = Attempt(form, "round-0", host, small, gate)
     with attempt.begin():
-        for command in ([*small.send()[:-1], "-a", small.send()[-1]], [*small.send(), "cat"]):
-            [second] = run(command, env=host.env)
-            assert second.status == 69, report(second)
-            assert second.output == b""
+        command = [*small.send("-a")] if form == "three-stages" else [*small.send(), "cat"]
+        [second] = run(command, env=host.env)
+        assert second.status == 69, report(second)
+        assert second.output == b""
         attempt.release("late")
         attempt.wait()
         assert attempt.end() == "there", attempt.said()
