@@ -396,10 +396,10 @@ def test_the_first_reason_for_a_loss_stays() -> None:
 @pytest.mark.parametrize(
     ("answer", "cls", "text"),
     [
-        (Answer(ID, "REFUSED", ("no disk",)), IncompatibleError, "hv2/a1: no disk"),
-        (Answer(ID, "FAILED", ("no memory",)), GuestError, "hv2/a1: no memory"),
-        (Answer(ID, "RAN"), GuestError, "hv2/a1: RAN"),
-        (Answer(ID, "RUNNING"), GuestError, "hv2/a1: RUNNING"),
+        (Answer(ID, "REFUSED", ("no disk",)), IncompatibleError, "hv2: no disk"),
+        (Answer(ID, "FAILED", ("no memory",)), GuestError, "hv2: no memory"),
+        (Answer(ID, "RAN"), GuestError, "hv2: RAN"),
+        (Answer(ID, "RUNNING"), GuestError, "hv2: RUNNING"),
     ],
 )
 def test_what_ends_the_conversation_before_go(

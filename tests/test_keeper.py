@@ -357,7 +357,10 @@ def test_what_cannot_be_resumed_is_said_and_its_record_kept(base: Path, records:
     driven = Driven(base, 0, guest="none")
     records.write(RECORD)
     status, out, err = driven.orphaned()
-    assert err == "bhysend: the record's hypervisor 'none' is not known here\n"
+    assert err == (
+        "bhysend: the record's hypervisor 'none' is not known here\n"
+        f"bhysend: guest web1: it stands paused here: bhysend --resume {RECORD.id}\n"
+    )
     assert (status, out) == (69, "log the record's hypervisor 'none' is not known here\n")
     assert records.all() == [RECORD]
 

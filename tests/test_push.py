@@ -76,7 +76,7 @@ def test_what_is_held_is_learned_and_then_pushed_at_once(null: int, held: int) -
     case.pads.clear()
     case.pipeline.section(Type.HEAD_END)
     case.push.through()
-    assert sum(case.pads) == learned
+    assert held - KIB * 10 <= sum(case.pads) <= learned
     assert all(length == 1 * MIB for length in case.pads[:-1])
     assert case.push.held_bytes == learned
 
@@ -240,7 +240,7 @@ def test_a_stall_is_counted_from_the_last_word(null: int, monkeypatch: pytest.Mo
 def test_a_refusal_ends_it(null: int) -> None:
     case = Case(null, 1 << 40)
     case.box.put(HELLO, Answer(ID, "REFUSED", ("no disk",)))
-    with pytest.raises(IncompatibleError, match="hv2/a1: no disk"):
+    with pytest.raises(IncompatibleError, match="hv2: no disk"):
         case.push.through()
     assert case.pads == []
 

@@ -59,6 +59,7 @@ def source(base: Path) -> Iterator[Source]:
     made = Source(base)
     yield made
     made.rendezvous.close(0)
+    made.box.close()
     assert descriptors() == before
     assert list((base / "run").iterdir()) == []
     assert not any(thread.name == "answers" for thread in threading.enumerate())
@@ -186,6 +187,7 @@ def test_a_path_that_is_too_long_opens_nothing(base: Path) -> None:
     with pytest.raises(UsageError, match="too long"):
         source.listen()
     source.rendezvous.close(64)
+    source.box.close()
     assert descriptors() == before
 
 
@@ -196,6 +198,7 @@ def test_a_socket_that_cannot_be_bound_is_an_error(base: Path) -> None:
     with pytest.raises(PipeError, match=f"cannot listen on {base}/run/{ID}: No such file"):
         source.listen()
     source.rendezvous.close(74)
+    source.box.close()
     assert descriptors() == before
 
 
@@ -257,7 +260,7 @@ def test_garbage_ends_its_connection_and_no_other(source: Source) -> None:
         (pack(Answer(ID, "ACCEPT")), "the way back: ACCEPT comes before HELLO"),
         (b"x" * 5000, "the way back: no answer in 4096 bytes"),
         (
-            pack(Answer("f" * 32, "HELLO", ("a", "b"))),
+            pack(Answer("f" * 32, "HELLO", ("a/1", "/b"))),
             f"the way back: an answer of another stream, {'f' * 32}",
         ),
         (pack(HELLO) + pack(ELSEWHERE), "the way back: another host answers than before"),
@@ -375,4 +378,5 @@ def test_one_that_was_never_started_is_closed(base: Path) -> None:
     source = Source(base)
     source.rendezvous.listen(base)
     source.rendezvous.close(70)
+    source.box.close()
     assert descriptors() == before

@@ -309,7 +309,7 @@ def test_a_record_is_synced_then_renamed_then_its_directory_synced(
     disk = Disk(base, monkeypatch)
     records.write(held)
     assert disk.seen == [
-        (f"{ID}.new", {f"{ID}.json": old, f"{ID}.new": new}),
+        (f"{ID}.{os.getpid()}.new", {f"{ID}.json": old, f"{ID}.{os.getpid()}.new": new}),
         (".", {f"{ID}.json": new}),
     ]
 

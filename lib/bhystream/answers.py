@@ -10,8 +10,11 @@ Box is what bhysend looks into: a thread fills it, the main thread waits on it.
 
 from __future__ import annotations
 
+import contextlib
 import re
-import threading
+import select
+import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -35,6 +38,8 @@ WORDS = {
 _LINE = re.compile(rb"bhys1 ([0-9a-f]{32}) ([A-Z]+)((?: [\x21-\x7e]+)*)\n")
 _NUMBER = re.compile(r"[0-9]{1,19}")
 _NONCE = re.compile(r"[0-9a-f]{32}")
+# A host's name and its id, and an absolute path: both are printed in commands.
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,253}/[0-9a-f]{1,64}")
 _ESCAPE = re.compile(rb"%([0-9a-f]{2})")
 
 
@@ -45,6 +50,11 @@ class Answer:
     id: str
     word: str
     args: tuple[str, ...] = ()
+
+    @property
+    def host(self) -> str:
+        """Return the name of the host that said HELLO."""
+        return self.args[0].partition("/")[0]
 
     @property
     def text(self) -> str:
@@ -93,7 +103,13 @@ def unpack(line: bytes) -> Answer:
         word == "READY" and not _NONCE.fullmatch(args[0])
     ):
         raise FormatError(f"not an answer: {word} {args[0][:40]!r}")
+    if word == "HELLO" and not _is_peer(*args):
+        raise FormatError("not an answer: HELLO with a broken host or directory")
     return Answer(match[1].decode("ascii"), word, args)
+
+
+def _is_peer(host: str, directory: str) -> bool:
+    return bool(_HOST.fullmatch(host) and directory.startswith("/") and directory.isprintable())
 
 
 def _unescape(raw: bytes) -> str:
@@ -167,13 +183,19 @@ class LostError(GuestError):
 class Box:
     """What has come back so far.
 
-    Filled by a thread, through put() and lose(); read by the main thread,
+    Filled by one thread, through put() and lose(); read by the main thread,
     which waits.  Only answers of the first host that said HELLO count.
+
+    No lock: a signal may raise anywhere in the main thread, also between
+    taking and giving back.  Each field is set at once, by one thread only, and
+    a byte in a socket wakes the one that waits.
     """
 
     def __init__(self) -> None:
         """Empty."""
-        self._changed = threading.Condition()
+        self._bell, self._ear = socket.socketpair()
+        self._bell.setblocking(False)
+        self._ear.setblocking(False)
         self.hello: Answer | None = None
         self.seen = -1
         self.accepted = False
@@ -183,40 +205,57 @@ class Box:
 
     def put(self, hello: Answer, answer: Answer) -> None:
         """Take an answer that came on a connection with that HELLO."""
-        with self._changed:
-            if self.hello is None:
-                self.hello = hello
-            if hello != self.hello:
-                return
-            match answer.word:
-                case "SEEN":
-                    self.seen = max(self.seen, int(answer.args[0]))
-                case "ACCEPT":
-                    self.accepted = True
-                case "READY":
-                    self.nonce = bytes.fromhex(answer.args[0])
-                case "REFUSED" | "RUNNING" | "FAILED" | "RAN":
-                    self.final = answer
-            self._changed.notify_all()
+        if self.hello is None:
+            self.hello = hello
+        if hello != self.hello:
+            return
+        match answer.word:
+            case "SEEN":
+                self.seen = max(self.seen, int(answer.args[0]))
+            case "ACCEPT":
+                self.accepted = True
+            case "READY":
+                self.nonce = bytes.fromhex(answer.args[0])
+            case "REFUSED" | "RUNNING" | "FAILED" | "RAN":
+                self.final = answer
+        self._ring()
 
     def lose(self, why: str) -> None:
         """Note that nothing more will come."""
-        with self._changed:
-            self.lost = self.lost or why
-            self._changed.notify_all()
+        self.lost = self.lost or why
+        self._ring()
+
+    def _ring(self) -> None:
+        # Full: it has rung already.
+        with contextlib.suppress(BlockingIOError):
+            self._bell.send(b"\0")
 
     def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Wait until a condition on this box holds; False if it does not in time.
 
         Returns early, with False, when nothing more will come.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: condition() or bool(self.lost or self.final), seconds)
-            return condition()
+        end = time.monotonic() + seconds
+        while True:
+            # Before the look: what changes after it rings again.
+            with contextlib.suppress(BlockingIOError):
+                while self._ear.recv(4096):
+                    pass
+            if condition():
+                return True
+            left = end - time.monotonic()
+            if self.lost or self.final or left <= 0:
+                return False
+            select.select([self._ear], [], [], left)
+
+    def close(self) -> None:
+        """Give up its descriptors; nobody may use it then."""
+        self._bell.close()
+        self._ear.close()
 
     def failure(self) -> BhyError | None:
         """Return what ends the conversation before GO, None while it goes on."""
-        host = self.hello.args[0] if self.hello else "the destination"
+        host = self.hello.host if self.hello else "the destination"
         if self.final is not None:
             if self.final.word == "REFUSED":
                 return IncompatibleError(f"{host}: {self.final.text}")

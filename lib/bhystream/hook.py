@@ -41,6 +41,11 @@ class Hook:
                 f"guest {guest}: the -p command does not start: {error.strerror}"
             ) from error
 
+    @property
+    def group(self) -> int:
+        """Return its process group."""
+        return self._process.pid
+
     def wait(self) -> None:
         """Wait for its end.  Raises GuestError unless its status is 0."""
         status = self._process.wait()

@@ -37,17 +37,18 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from bhystream.answers import MAX_LINE_BYTES, unpack
-from bhystream.errors import FormatError, GuestError, as_error
-from bhystream.handshake import ANSWER_SECONDS, GO, PAUSED, RECORD, Act, Event
+from bhystream.errors import BhyError, FormatError, GuestError, as_error
+from bhystream.handshake import ANSWER_SECONDS, GO, MOVED, PAUSED, RECORD, Act, Event
 from bhystream.report import Console
 from bhystream.standing import EVENTS, GoneError, Standing, in_doubt
 from bhystream.state import Lock, Record, Records
 
 _READY = b"ready\n"
 _DONE = b"done\n"
+_HOOK = b"hook "
 _START_SECONDS = 30
 _END_SECONDS = 10
 _RESUME_SECONDS = 120
@@ -110,6 +111,11 @@ class Keeper:
             self._process.kill()
             self._process.wait()
 
+    def tell_hook(self, group: int) -> None:
+        """Say which process group the -p command is, or 0: it is over.  Never raises."""
+        with contextlib.suppress(OSError):
+            self._socket.sendall(b"hook %d\n" % group)
+
     @property
     def pid(self) -> int:
         """Return its process id."""
@@ -139,7 +145,7 @@ def main(argv: list[str]) -> int:
     with contextlib.suppress(OSError):
         # The last to be killed when memory runs out; only root may say so.
         Path("/proc/self/oom_score_adj").write_text("-900")
-    with socket.socket(fileno=int(argv[1])) as peer, peer.makefile("rb") as lines:
+    with socket.socket(fileno=int(argv[1])) as peer, peer.makefile("rb", buffering=0) as lines:
         order = json.loads(lines.readline())
         record = Record(**order["record"])
         # Loaded now: later the file system may be what fails.
@@ -150,8 +156,15 @@ def main(argv: list[str]) -> int:
         os.chdir("/")
         guard = Guard(os.getppid(), Records(Path(order["base"]), "source"), record.id)
         peer.sendall(_READY)
-        if _listen(peer, lines, guard) == _DONE:
+        hook = 0
+        while (line := _listen(peer, lines, guard)).startswith(_HOOK):
+            hook = int(line[len(_HOOK) :])
+        if line == _DONE:
             return 0
+    if hook:
+        # What it does belongs to a move that is over.
+        with contextlib.suppress(OSError):
+            os.killpg(hook, signal.SIGKILL)
     return take_over(order, record)
 
 
@@ -169,7 +182,9 @@ class Guard:
         self._records = records
         self._id = id_
         self._since: float | None = None
-        self._pidfd = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else -1
+        self._pidfd = -1
+        with contextlib.suppress(OSError, AttributeError):
+            self._pidfd = os.pidfd_open(pid)
 
     def look(self) -> None:
         """Look once, and act when it has been stopped for too long."""
@@ -179,9 +194,9 @@ class Guard:
         self._since = self._since or time.monotonic()
         if time.monotonic() - self._since < _STOPPED_SECONDS:
             return
-        record = self._records.get(self._id)
-        if record is not None and record.phase == PAUSED:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(BhyError, OSError):
+            record = self._records.get(self._id)
+            if record is not None and record.phase == PAUSED and self._pidfd >= 0:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _is_stopped(self) -> bool:
@@ -192,8 +207,8 @@ class Guard:
         return text[text.rindex(b")") + 2 :][:1] in b"Tt"
 
 
-def _listen(peer: socket.socket, lines: BinaryIO, guard: Guard) -> bytes:
-    """Return what bhysend says at last: DONE, or nothing when it has died."""
+def _listen(peer: socket.socket, lines: socket.SocketIO, guard: Guard) -> bytes:
+    """Return the next line that bhysend says, nothing when it has died."""
     while not select.select([peer], [], [], _LOOK_SECONDS)[0]:
         guard.look()
     return lines.readline()
@@ -204,7 +219,7 @@ def take_over(order: dict[str, Any], record: Record) -> int:
     console = Console("bhysend")
     base = Path(order["base"])
     records = Records(base, "source")
-    found = records.get(record.id)
+    found = _read(records, record, console)
     if found is None:
         return 0
     command = order["answers"]
@@ -221,6 +236,23 @@ def take_over(order: dict[str, Any], record: Record) -> int:
     if status == 0:
         _tell(console, found, event, in_doubt(found, base) if command >= 0 else "")
     return status
+
+
+def _read(records: Records, record: Record, console: Console) -> Record | None:
+    """Read the record, trying again: the disk may fail just now, and the guest stands paused.
+
+    Raises BhyError when it stays unreadable.
+    """
+    deadline = time.monotonic() + _RESUME_SECONDS
+    while True:
+        try:
+            return records.get(record.id)
+        except BhyError as error:
+            if time.monotonic() > deadline:
+                console.fail(error)
+                console.say(f"guest {record.guest}: it may stand paused here; see bhysend -l")
+                raise
+        time.sleep(_RETRY_SECONDS)
 
 
 def _await_answer(fd: int, id_: str) -> Event:
@@ -262,6 +294,11 @@ def _settle(standing: Standing, event: Event, console: Console) -> int:
             error = as_error(raised)
             if time.monotonic() > deadline:
                 console.fail(error)
+                record = standing.record
+                verb = "--discard" if record.phase == MOVED else "--resume"
+                console.say(
+                    f"guest {record.guest}: it stands paused here: bhysend {verb} {record.id}"
+                )
                 return error.status
             time.sleep(_RETRY_SECONDS)
 

@@ -267,6 +267,8 @@ class Move:
         if self.hook:
             self.hook.wait()
             self.hook = None
+            if self.keeper:
+                self.keeper.tell_hook(0)
 
     def finish(self) -> None:
         """Write END, in the forms without answers: the guest is held here, or runs again."""
@@ -325,6 +327,8 @@ class Move:
         machine = self.machine
         if machine.at == At.HELD and self.writer and self.writer.ended:
             return HeldError(str(error), f"guest {name}: held here\n{error.hint}")
+        if self.hook:
+            self.hook.kill()
         if machine.at in (At.GONE, At.RUNS_ON) and machine.undone:
             return self._stuck(error, error)
         try:
@@ -333,8 +337,6 @@ class Move:
         except BhyError as second:
             return self._stuck(error, second)
         self.dismiss_keeper()
-        if self.hook:
-            self.hook.kill()
         if isinstance(error, InDoubtError):
             return error
         if machine.at == At.DOUBT:
@@ -433,6 +435,8 @@ class Move:
         name = self.source.name
         if self.opts.hook is not None:
             self.hook = Hook(self.opts.hook, name, self.record.id)
+            if self.keeper:
+                self.keeper.tell_hook(self.hook.group)
         self.console.log(f"guest {name}: pausing, stream {self.record.id}")
         self.paused_at_ns = time.time_ns()
         self.pause_start_ns = time.monotonic_ns()
@@ -455,9 +459,9 @@ class Move:
 
     def _write_go(self) -> None:
         assert self.writer is not None
-        self.console.log(f"guest {self.source.name}: GO, stream {self.record.id}")
         self.writer.section(Type.GO, self.nonce)
         self.go_is_out = True
+        self.console.log(f"guest {self.source.name}: GO, stream {self.record.id}")
 
     def _on_batch(self, done_pages: int, sent_pages: int) -> None:
         assert self.writer is not None

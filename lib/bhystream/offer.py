@@ -31,7 +31,7 @@ from bhystream.writer import Writer
 
 _STDOUT = 1
 _SAY_SECONDS = 10
-_HELLO_STALL_S = 20.0
+_HELLO_STALL_S = 60.0
 _LAST_WORDS_S = 5.0
 _END_SECONDS = 10.0
 _SHORT_SECONDS = 0.5
@@ -146,13 +146,18 @@ class Offer:
     def settle(self) -> None:
         """Wait until the destination has read all that was written.
 
-        trip_ns is then the time that it takes when what the pipeline holds
-        back is known: where it was only found out now, that is tried again.
+        What the pipeline holds back is then known, and trip_ns is the time
+        that the way takes with it.  What was only found out now is tried
+        again from nothing: the link may just have hesitated.
         """
         assert self._push is not None
         before = self._push.held_bytes
         self._push.through()
-        if self._push.held_bytes > before:
+        found = self._push.held_bytes
+        if found > before:
+            self._push.held_bytes = 0
+            self._push.through()
+            self._push.held_bytes = min(found, self._push.held_bytes)
             self._push.through()
 
     def await_ready(self) -> bytes:
@@ -211,6 +216,7 @@ class Offer:
             return
         self._closed = True
         self._rendezvous.close(status)
+        self.box.close()
         if self._command:
             # One that waits for a password does not hear that its input ends.
             ended = self._command.end(_END_SECONDS if self.box.hello else _SHORT_SECONDS)
@@ -235,7 +241,7 @@ class Offer:
         def say() -> None:
             seconds = time.monotonic() - start
             if seconds > limit_s:
-                raise PipeError(f"{what}: nothing was taken from the stream for {seconds:.0f} s")
+                raise PipeError(f"{what}: given up after {seconds:.0f} s")
             self._console.say(f"{self._who}: {what}, for {seconds:.0f} s now{hint()}")
 
         with self._signals.ticking(say, _SAY_SECONDS):

@@ -65,9 +65,10 @@ class Push:
         """
         start_ns = time.monotonic_ns()
         pushed, step = 0, _FIRST_BYTES
-        if self.held_bytes:
-            self.pad(self.held_bytes)
-            pushed = self.held_bytes
+        while pushed < self.held_bytes and not condition():
+            part = min(self.held_bytes - pushed, fmt.CAPS[Type.PAD])
+            self.pad(part)
+            pushed += part
         since_ns = start_ns
         while not condition():
             if self._flows(condition):
@@ -86,7 +87,7 @@ class Push:
                     "and nothing comes out",
                     _CURE,
                 )
-        self.held_bytes = pushed
+        self.held_bytes = max(self.held_bytes, pushed)
         self.trip_ns = time.monotonic_ns() - start_ns
 
     def _flows(self, condition: Callable[[], bool]) -> bool:

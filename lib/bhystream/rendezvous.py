@@ -33,6 +33,7 @@ from bhystream.errors import FormatError, UsageError, from_oserror
 _MAX_PATH_BYTES = 103
 _READ_BYTES = 65536
 _GREETING_SECONDS = 30.0
+_JOIN_SECONDS = 5.0
 
 
 def path_of(base: Path, id_: str) -> str:
@@ -117,7 +118,7 @@ class Rendezvous:
         with contextlib.suppress(OSError):
             self._waker.send(b"\0")
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(_JOIN_SECONDS)
         for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.settimeout(5.0)
@@ -132,6 +133,12 @@ class Rendezvous:
         self._waker.close()
 
     def _serve(self) -> None:
+        try:
+            self._read_on()
+        finally:
+            self._box.lose("the answers are not read any more")
+
+    def _read_on(self) -> None:
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is self._woken:
@@ -143,9 +150,14 @@ class Rendezvous:
 
     def _accept(self) -> None:
         assert self._listener is not None
-        with contextlib.suppress(OSError):
+        try:
             peer, _ = self._listener.accept()
-            self._peers.append(peer)
+        except OSError:
+            # Out of descriptors, say: it would be ready again at once, for ever.
+            self._selector.unregister(self._listener)
+            return
+        self._peers.append(peer)
+        with contextlib.suppress(OSError):
             peer.sendall(self._greeting)
             self.read(peer.fileno())
 

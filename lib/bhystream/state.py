@@ -32,6 +32,8 @@ from typing import Any, Literal
 
 from bhystream.errors import BhyError, GuestError, IncompatibleError, from_oserror
 
+_ATTEMPTS = 5
+
 Role = Literal["source", "destination"]
 
 
@@ -111,7 +113,7 @@ def host_id(base: Path) -> str:
 
 def write_durably(path: Path, text: str) -> None:
     """Write a file whole or not at all, and see it on the disk.  Raises OSError."""
-    temporary = path.with_suffix(".new")
+    temporary = path.with_suffix(f".{os.getpid()}.new")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "w") as file:
@@ -153,11 +155,16 @@ class Lock:
             self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise from_oserror(error, f"open {path}") from error
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            os.close(self.fd)
-            raise GuestError(f"{what}: another bhysend or bhyrecv works on it") from error
+        for attempt in range(_ATTEMPTS):
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                return
+            except OSError as error:
+                if attempt == _ATTEMPTS - 1:
+                    os.close(self.fd)
+                    raise GuestError(f"{what}: another bhysend or bhyrecv works on it") from error
+            # A listing (-l) holds it for a moment to see whether it is free.
+            time.sleep(0.01)
 
     def __enter__(self) -> Lock:
         return self
