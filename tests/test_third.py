@@ -134,20 +134,23 @@ def test_an_input_that_does_not_end_is_left_when_it_was_told(source: Source) -> 
 
 def test_another_guests_stream_is_not_handed_on(source: Source) -> None:
     third = start("web2")
-    status, acts, err = ended(third, HELLO + RUNNING)
-    assert (status, acts) == (64, [])
-    assert f"stream {ID} is of guest web1, not web2" in err
+    feed(third, HELLO + RUNNING)
     assert source.final() == ""
     assert source.box.hello is None
+    source.rendezvous.close(69)
+    status, acts, err = ended(third)
+    assert (status, acts) == (69, [])
+    assert err == f"bhysend: stream {ID} is of guest web1, not web2\n"
 
 
 def test_garbage_is_not_handed_on_and_the_rest_is_read(source: Source) -> None:
+    """Where the guest is then bhysend says, and its status counts."""
     third = start()
-    status, acts, err = ended(third, HELLO + b"garbage\n" + RUNNING + b"x" * (1 << 20))
-    assert (status, acts) == (64, [])
-    assert err == "bhysend: not an answer\nbhysend: the answers were not handed on\n"
+    feed(third, HELLO + b"garbage\n" + RUNNING + b"x" * (1 << 20))
     assert source.final() == ""
     assert source.box.lost
+    source.rendezvous.close(81)
+    assert ended(third) == (81, [], "bhysend: not an answer\n")
 
 
 def test_the_answers_of_another_stream_find_no_bhysend(source: Source) -> None:

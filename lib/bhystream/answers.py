@@ -160,8 +160,10 @@ class Parser:
         return answer
 
     def _take_first(self, line: bytes) -> Answer | None:
+        # A shell may have left its line without an end.
+        at = max(line.find(b"bhys1 "), 0)
         try:
-            answer = unpack(line)
+            answer = unpack(line[at:])
         except FormatError:
             self._noise_bytes += len(line)
             if self._noise_bytes > MAX_NOISE_BYTES:
@@ -173,6 +175,8 @@ class Parser:
         if self.id not in (None, answer.id):
             raise FormatError(f"an answer of another stream, {answer.id}")
         self.id, self.hello = answer.id, answer
+        if at:
+            self._on_noise(line[:at])
         return answer
 
 

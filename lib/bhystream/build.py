@@ -329,7 +329,8 @@ class Build:
     def _record_dead(self) -> None:
         # READY is as good without us: nobody else has the guest, or the nonce.
         with contextlib.suppress(BhyError):
-            self._record(handshake.DEAD)
+            for before in (handshake.READY, handshake.STARTED):
+                self.records.change(self.id, before, handshake.DEAD)
 
     def _start(self) -> None:
         assert self.sink is not None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bhystream import standing, state
+from bhystream import signals, standing, state
 from bhystream.errors import OK, BhyError, GuestError, UsageError
 from bhystream.handshake import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
 from bhystream.report import Console, host_name, printable
@@ -56,6 +56,7 @@ def parse_verb(given: Sequence[str], operands: Sequence[str], usage: str) -> Ver
 
 def run(verb: Verb, role: Role, console: Console) -> int:
     """Do what the verb says for this role's guests; return the exit status."""
+    signals.obey()
     base = state.directory()
     records = Records(base, role)
     if verb.name == "-l":
@@ -63,6 +64,7 @@ def run(verb: Verb, role: Role, console: Console) -> int:
     guest = verb.guest or ""
     record = _one(records, guest)
     lock = Lock(base, record.lock, f"guest {record.guest}")
+    signals.ignore_interrupts()
     try:
         # Read again under the lock: a keeper may have acted meanwhile.
         current = records.get(record.id)
@@ -164,15 +166,13 @@ def _refuse_to_resume(record: Record, in_doubt: bool) -> None:
     name = record.guest
     if record.phase == MOVED:
         raise GuestError(
-            f"guest {name}: it runs on {record.host.partition('/')[0]}",
+            f"guest {name}: it runs on {record.there}",
             f"end what is left here: --discard {record.id}",
         )
     if record.phase == READY:
         raise GuestError(f"guest {name}: only its source can let it run (GO)")
     if record.phase == GO and not in_doubt:
-        raise GuestError(
-            f"guest {name}: it may run on {record.host.partition('/')[0]}", in_doubt_hint(record)
-        )
+        raise GuestError(f"guest {name}: it may run on {record.there}", in_doubt_hint(record))
     if record.phase != GO and in_doubt:
         raise UsageError(f"--in-doubt: guest {name} is {record.phase}, not in doubt")
 
@@ -197,7 +197,7 @@ def _resume(records: Records, record: Record, console: Console) -> None:
         records.write(record.moved(STARTED if record.phase == LOADED else PAUSED))
         try:
             paused.resume()
-        except BhyError:
+        except BaseException:
             records.write(record)
             raise
     finally:
@@ -231,8 +231,19 @@ def refuse_held(base: Path, operand: str, lock_name: str | None = None) -> None:
         paused.close()
         raise GuestError(
             f"guest {record.guest}: {record.phase} here since an earlier stream",
-            in_doubt_hint(record)
-            if record.phase == GO
-            else f"if it runs at the destination: bhysend --discard {record.id}\n"
-            f"if it surely does not: bhysend --resume {record.id}",
+            _what_to_do(record),
         )
+
+
+def _what_to_do(record: Record) -> str:
+    """Return the verbs that a guest's record allows."""
+    if record.phase == GO:
+        return in_doubt_hint(record)
+    if record.phase == MOVED:
+        return f"it runs on {record.there}; end what is left here: bhysend --discard {record.id}"
+    if record.phase == PAUSED:
+        return f"let it run on: bhysend --resume {record.id}"
+    return (
+        f"if it runs at the destination: bhysend --discard {record.id}\n"
+        f"if it surely does not: bhysend --resume {record.id}"
+    )

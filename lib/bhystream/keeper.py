@@ -42,6 +42,7 @@ from typing import Any
 from bhystream.answers import MAX_LINE_BYTES, unpack
 from bhystream.errors import BhyError, FormatError, GuestError, as_error
 from bhystream.handshake import ANSWER_SECONDS, GO, MOVED, PAUSED, RECORD, Act, Event
+from bhystream.rendezvous import path_of
 from bhystream.report import Console
 from bhystream.standing import EVENTS, GoneError, Standing, in_doubt
 from bhystream.state import Lock, Record, Records
@@ -219,6 +220,8 @@ def take_over(order: dict[str, Any], record: Record) -> int:
     console = Console("bhysend")
     base = Path(order["base"])
     records = Records(base, "source")
+    with contextlib.suppress(OSError, BhyError):
+        os.unlink(path_of(base, record.id))
     found = _read(records, record, console)
     if found is None:
         return 0
@@ -313,7 +316,7 @@ def _tell(console: Console, found: Record, event: Event, way_out: str) -> None:
     if Act.RESUME in acts:
         text += "the guest runs on here"
     elif Act.DISCARD in acts:
-        text += f"the guest runs on {found.host.partition('/')[0]}, and is gone here"
+        text += f"the guest runs on {found.there}, and is gone here"
     elif found.phase == GO:
         text += "the guest is in doubt, paused here"
     else:

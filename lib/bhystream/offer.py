@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bhystream.answers import Answer, Box, LostError
-from bhystream.errors import BhyError, GuestError, PipeError
+from bhystream.errors import IN_DOUBT, BhyError, GuestError, PipeError
 from bhystream.handshake import ACCEPT_SECONDS, ANSWER_SECONDS, READY_SECONDS, Event
 from bhystream.push import Push
 from bhystream.rendezvous import Rendezvous
@@ -122,7 +122,7 @@ class Offer:
     @property
     def host(self) -> str:
         """Return the destination as it calls itself."""
-        return self.box.hello.args[0].partition("/")[0] if self.box.hello else "the destination"
+        return self.box.hello.host if self.box.hello else "the destination"
 
     @property
     def trip_ns(self) -> int:
@@ -166,6 +166,8 @@ class Offer:
         with self._saying(f"waiting until {self.host} is ready", limit_s=READY_SECONDS):
             self._push.through()
             self._await(lambda: self.box.nonce is not None, READY_SECONDS, "READY")
+        # It may have been given up since.
+        self.box.check()
         assert self.box.nonce is not None
         return self.box.nonce
 
@@ -219,7 +221,8 @@ class Offer:
         self.box.close()
         if self._command:
             # One that waits for a password does not hear that its input ends.
-            ended = self._command.end(_END_SECONDS if self.box.hello else _SHORT_SECONDS)
+            hurry = self.box.hello is None or status == IN_DOUBT
+            ended = self._command.end(_SHORT_SECONDS if hurry else _END_SECONDS)
             if ended and not self._explained and self.box.final is None:
                 self._console.say(f"{self._command.words}: it ended with status {ended}")
 

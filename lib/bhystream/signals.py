@@ -121,3 +121,28 @@ class Signals:
     def forget(self) -> None:
         """Drop a signal that came too late to change anything."""
         self._pending = ""
+
+
+def obey() -> None:
+    """End at once by a signal, as a program that has nothing to put in order.
+
+    What was ignored from the start stays ignored.  A report is asked of a
+    program that has one: it must not end this one.
+    """
+    for number in _INTERRUPTS:
+        if signal.getsignal(number) != signal.SIG_IGN or number in _ours:
+            signal.signal(number, signal.SIG_DFL)
+    for number in _REPORTS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+
+def ignore_interrupts() -> None:
+    """Ignore what would interrupt an act; obey() takes it back."""
+    for number in (*_INTERRUPTS, signal.SIGTSTP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            _ours.add(number)
+            signal.signal(number, signal.SIG_IGN)
+
+
+_ours: set[signal.Signals] = set()

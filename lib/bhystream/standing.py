@@ -104,7 +104,7 @@ class GoneError(GuestError):
 
 def in_doubt(record: Record, base: Path) -> str:
     """Return the lines that lead out of doubt, commands as they can be typed."""
-    host = record.host.partition("/")[0]
+    host = record.there
     words = record.ask or ["ssh", host, "bhyrecv"]
     is_ssh = os.path.basename(words[0]) == "ssh"
     remote: list[str] = []

@@ -61,6 +61,11 @@ class Record:
     keeper: int = 0
     ask: list[str] = field(default_factory=list)
 
+    @property
+    def there(self) -> str:
+        """Return the destination's name, as it calls itself; "" if it is not recorded."""
+        return self.host.partition("/")[0]
+
     def moved(self, phase: str) -> Record:
         """Return the record with another phase, stamped now."""
         return replace(self, phase=phase, time_ns=time.time_ns())

@@ -14,35 +14,26 @@ has given up the guest's lock.
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import select
-import signal
 import socket
 import time
 from pathlib import Path
 
-from bhystream import options, state
+from bhystream import options, signals, state
 from bhystream.answers import Answer, Parser, pack
 from bhystream.errors import (
-    OK,
     BhyError,
-    GuestError,
-    InDoubtError,
     UsageError,
 )
-from bhystream.handshake import RECORD, Act, Event
 from bhystream.rendezvous import connect
 from bhystream.report import Console
-from bhystream.standing import GoneError, Standing, event_of, in_doubt
-from bhystream.state import Lock, Record, Records
+from bhystream.settle import Settlement
 
 _STDIN = 0
 _READ_BYTES = 65536
 # What still comes when bhysend has ended: nobody needs it.
 _DRAIN_SECONDS = 5.0
-# A keeper tries for so long to resume a guest.
-_LOCK_SECONDS = 150.0
 _DECISIVE = ("READY", "RUNNING", "FAILED", "RAN", "UNKNOWN", "REFUSED")
 
 
@@ -89,24 +80,26 @@ class Third:
 
     def _read(self) -> None:
         """Take what has come, and hand it on."""
-        data = os.read(_STDIN, _READ_BYTES)
+        try:
+            data = os.read(_STDIN, _READ_BYTES)
+        except OSError:
+            data = b""
         if not data:
             self._open = False
-            if self._peer:
-                with contextlib.suppress(OSError):
-                    self._peer.shutdown(socket.SHUT_WR)
+            self._shut()
             return
         try:
             for answer in self._parser.feed(data) if self._believed else ():
                 if answer.word in _DECISIVE:
                     self._words[answer.word] = answer
                 self._meet(answer)
-                self._tell(answer)
+                if self._peer and self._believed:
+                    self._tell(answer)
         except BhyError as error:
             # What comes from here on is not believed, and read all the same.
             self._console.fail(error)
             self._believed = False
-            self._hang_up()
+            self._shut()
 
     def _meet(self, hello: Answer) -> None:
         """Look for the bhysend of the stream, once.  Raises UsageError for another guest's."""
@@ -114,8 +107,7 @@ class Third:
             return
         self._asked = True
         # The pipeline may be interrupted at the terminal, and bhysend decides.
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP):
-            signal.signal(number, signal.SIG_IGN)
+        signals.ignore_interrupts()
         found = connect(self._base, hello.id)
         if found is None:
             return
@@ -144,6 +136,12 @@ class Third:
         if not data:
             self._hang_up()
 
+    def _shut(self) -> None:
+        """Let bhysend see that nothing more comes; its status may still come."""
+        if self._peer:
+            with contextlib.suppress(OSError):
+                self._peer.shutdown(socket.SHUT_WR)
+
     def _hang_up(self) -> None:
         if self._peer:
             self._peer.close()
@@ -152,91 +150,18 @@ class Third:
     def _noise(self, line: bytes) -> None:
         self._console.say(line.decode("utf-8", "replace").rstrip("\n"))
 
-    # Without a bhysend.
-
     def settle(self) -> int:
-        """Do for the guest what the answers say; return the exit status.
+        """Do what the answers say where no bhysend has told a status; return the exit status.
 
         Raises BhyError.
         """
+        settlement = Settlement(self._base, self._console, self._guest, self._words)
         hello = self._parser.hello
-        if not self._believed:
-            raise UsageError("the answers were not handed on")
         if hello is None:
-            raise GuestError("the destination has not answered; the guest runs where it was")
-        records = Records(self._base, "source")
-        record = records.get(hello.id)
-        if record is None:
-            return self._without_record(hello)
-        if self._guest not in (None, record.guest, record.operand):
-            raise UsageError(f"stream {hello.id} is of guest {record.guest}, not {self._guest}")
-        with self._lock(record):
-            current = records.get(hello.id)
-            if current is None:
-                return self._without_record(hello)
-            return self._act(Standing(records, current), hello)
-
-    def _lock(self, record: Record) -> Lock:
-        """Take the guest's lock, when its keeper has done what it does."""
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                return Lock(self._base, record.lock, f"guest {record.guest}")
-            except GuestError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
-
-    def _act(self, standing: Standing, hello: Answer) -> int:
-        record = standing.record
-        final = self._words.get("RUNNING") or self._words.get("FAILED")
-        event = event_of(record, hello, final)
-        if (record.phase, event) not in RECORD:
-            event = Event.ALONE
-        try:
-            standing.settle(event)
-        except GoneError as gone:
-            standing.forget()
-            raise GuestError(f"{gone}; its record is removed") from None
-        acts = RECORD.get((record.phase, event), ())
-        host = (record.host or hello.args[0]).partition("/")[0]
-        if Act.DISCARD in acts:
-            self._conclude(f"guest {record.guest}: it runs on {host}, and is gone here")
-            return OK
-        if Act.RESUME in acts:
-            why = final.text if final and final.text else "it was not started there"
-            raise GuestError(f"{host}: {why}", f"guest {record.guest}: it runs here")
-        raise InDoubtError(
-            f"guest {record.guest}: in doubt: {self._why(record, hello)}",
-            in_doubt(record, self._base),
-        )
-
-    def _why(self, record: Record, hello: Answer) -> str:
-        """Say why the answers decide nothing."""
-        host = hello.args[0].partition("/")[0]
-        if record.host and (record.host, record.directory) != hello.args:
-            return f"the stream went to {record.host} ({record.directory}), not to {host}"
-        if "RAN" in self._words:
-            return f"{host} cannot say whether it ran there; look at it there"
-        if "UNKNOWN" in self._words:
-            return f"{host} does not know the stream"
-        return f"no answer came from {host}"
-
-    def _without_record(self, hello: Answer) -> int:
-        """Say what no record means: it is settled, or somebody else's."""
-        if self._met:
-            if "RUNNING" in self._words:
-                return OK
-            raise GuestError("bhysend is gone; the guest runs on here")
-        who = f"user {getpass.getuser()}, {self._base}"
-        text = f"neither a bhysend nor a guest of stream {hello.id} is here ({who})"
-        if any(word in self._words for word in ("READY", "RUNNING", "RAN")):
-            raise InDoubtError(text, "is it another user's, or in another BHYSEND_STATE_DIR?")
-        raise GuestError(text, "nothing was started at the destination")
-
-    def _conclude(self, text: str) -> None:
-        self._console.say(text)
-        self._console.log(text)
+            settlement.without_hello()
+        if not self._believed:
+            settlement.distrusted(hello)
+        return settlement.act(hello, met=self._met)
 
 
 def run(guest: str | None, console: Console) -> int:
@@ -244,7 +169,7 @@ def run(guest: str | None, console: Console) -> int:
     options.refuse_closed(_STDIN, "standard input")
     if os.isatty(_STDIN):
         raise UsageError("standard input is a terminal: the answers come from a pipe")
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signals.obey()
     third = Third(guest, state.directory(), console)
     third.relay()
     status = third.status()

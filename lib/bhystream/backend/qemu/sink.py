@@ -234,6 +234,8 @@ class QemuSink:
     def start(self) -> None:
         """Let the guest run, verify that it does, and let go of it."""
         qmp = self._connected()
+        with self._blaming():
+            facts.status(qmp)  # one that has ended meanwhile has not run
         self.may_have_run = True
         try:
             qmp.execute("cont", doing="start", limit_s=30.0)
