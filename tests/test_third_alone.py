@@ -44,6 +44,7 @@ def records(base: Path) -> Records:
 ELSEWHERE = line("HELLO", "hv3/b2", "/d")
 ELSEWHERE_TOO = line("HELLO", "hv2/a1", "/e")
 IN_DOUBT = "in doubt: "
+RESUME, DISCARD = f"bhysend --resume {ID}", f"bhysend --discard {ID}"
 WENT = IN_DOUBT + "the stream went to hv2/a1 (/d)"
 
 
@@ -66,8 +67,11 @@ WENT = IN_DOUBT + "the stream went to hv2/a1 (/d)"
         (MOVED, HELLO + RUNNING, 0, "discard close", None, "it runs on hv2, and is gone here"),
         (MOVED, HELLO, 0, "discard close", None, "it runs on hv2, and is gone here"),
         (MOVED, ELSEWHERE + UNKNOWN, 0, "discard close", None, "it runs on hv2, and is gone here"),
-        (HELD, HELLO + FAILED, 81, "", HELD, IN_DOUBT),
-        (HELD, HELLO + RUNNING, 81, "", HELD, IN_DOUBT),
+        (HELD, HELLO + FAILED, 80, "", HELD, f"hv2 says that it never ran there: {RESUME}"),
+        (HELD, HELLO + RUNNING, 80, "", HELD, f"hv2 says that it runs there: {DISCARD}"),
+        (HELD, HELLO + RAN, 80, "", HELD, "guest web1: held here"),
+        (PAUSED, HELLO + RUNNING, 80, "", PAUSED, "paused here, and hv2 says that it started it"),
+        (PAUSED, HELLO + RAN, 80, "", PAUSED, "paused here, and hv2 says that it started it"),
     ],
 )  # fmt: skip
 def test_what_a_record_and_the_answers_come_to(
@@ -105,8 +109,8 @@ def test_doubt_comes_with_the_way_out(base: Path, records: Records) -> None:
 @pytest.mark.parametrize(
     ("phase", "final", "status", "says"),
     [
-        (PAUSED, FAILED, 69, "guest web1: its hypervisor is gone; its record is removed"),
-        (GO, FAILED, 69, "guest web1: its hypervisor is gone; its record is removed"),
+        (PAUSED, FAILED, 81, "its hypervisor here is gone: it runs nowhere"),
+        (GO, FAILED, 81, "its hypervisor here is gone: it runs nowhere"),
         (GO, RUNNING, 0, "guest web1: it runs on hv2, and is gone here"),
         (MOVED, b"", 0, "guest web1: it runs on hv2, and is gone here"),
     ],
@@ -145,9 +149,16 @@ def test_answers_with_garbage_change_nothing(records: Records, after: bytes) -> 
     records.write(record)
     for answers in (HELLO + RUNNING + after, HELLO + after + FAILED):
         status, acts, err = ended(start(), answers)
-        assert (status, acts) == (64, [])
-        assert "the answers were not handed on" in err
+        assert (status, acts) == (81, [])
+        assert "in doubt: the answers cannot be believed" in err
+        assert f"bhyrecv -q {ID} | " in err
     assert records.all() == [record]
+
+
+def test_garbage_of_a_stream_that_is_not_here_is_a_usage_error(base: Path) -> None:
+    status, acts, err = ended(start(), HELLO + b"garbage\n")
+    assert (status, acts) == (64, [])
+    assert "the answers were not handed on" in err
 
 
 @pytest.mark.parametrize("answers", [b"", b"ssh: no route to host\n", HELLO[:-1]])
@@ -155,9 +166,18 @@ def test_no_answer_changes_nothing(records: Records, answers: bytes) -> None:
     record = RECORD.moved(GO)
     records.write(record)
     status, acts, err = ended(start(), answers)
-    assert (status, acts) == (69, [])
-    assert "the destination has not answered" in err
+    assert (status, acts) == (81, [])
+    assert "no answer came; in doubt, and paused here: web1" in err
     assert records.all() == [record]
+    status, acts, err = ended(start("another"), answers)
+    assert (status, acts) == (69, [])
+    assert "no answer came, and no guest is in doubt here" in err
+
+
+@pytest.mark.parametrize("phase", [PAUSED, HELD])
+def test_no_answer_puts_no_other_guest_in_doubt(records: Records, phase: str) -> None:
+    records.write(RECORD.moved(phase))
+    assert ended(start(), b"")[:2] == (69, [])
 
 
 # Without either.
@@ -181,7 +201,7 @@ def test_answers_to_nobody(base: Path, answers: bytes, status: int) -> None:
     assert (found, acts) == (status, [])
     assert f"neither a bhysend nor a guest of stream {ID} is here" in err
     assert f", {base})" in err
-    hint = "is it another user's" if status == 81 else "nothing was started at the destination"
+    hint = "it is another user's" if status == 81 else "nothing was started at the destination"
     assert hint in err
 
 
@@ -219,9 +239,15 @@ def test_a_lock_that_is_never_given_up_is_an_error(base: Path, records: Records)
     records.write(RECORD)
     lock = Lock(base, RECORD.lock, "guest web1")
     status, _, err = ended(start(guest="impatient"), HELLO)
-    assert status == 69
+    assert status == 80
     assert "another bhysend or bhyrecv works on it" in err
     assert records.all() == [RECORD]
+    doubtful = RECORD.moved(GO)
+    records.write(doubtful)
+    status, _, err = ended(start(guest="impatient"), HELLO + RUNNING)
+    assert status == 81
+    assert f"bhyrecv -q {ID} | " in err
+    assert records.all() == [doubtful]
     lock.release()
 
 

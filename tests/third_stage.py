@@ -37,10 +37,14 @@ FAILED, REFUSED = line("FAILED", "no disk"), line("REFUSED", "too old")
 # what it is told.
 DRIVER = """
 import sys
-from bhystream import hypervisors, send, third
+import time
+from bhystream import hypervisors, send, settle, third
+
+real = time.sleep
 
 def sleep(seconds):
     print("waits", flush=True)
+    real(0.01)
 
 class Paused:
     def is_alive(self):
@@ -53,9 +57,9 @@ class Paused:
         print("close", flush=True)
 
 hypervisors.open_paused = lambda revive: Paused()
-third.time.sleep = sleep
+time.sleep = sleep
 if sys.argv[1] == "impatient":
-    third._LOCK_SECONDS = third._DRAIN_SECONDS = 0.0
+    settle._LOCK_SECONDS = third._DRAIN_SECONDS = 0.0
 sys.exit(send.main(["-A", *sys.argv[2:]]))
 """
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from qemu_rig import Rig
+
+from .qemu_rig import Rig
 
 
 @pytest.fixture

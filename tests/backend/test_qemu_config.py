@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-from qemu_rig import strings
 
 from bhystream.backend.qemu.command import build
 from bhystream.backend.qemu.compare import compare
@@ -16,6 +15,8 @@ from bhystream.backend.qemu.options import parse_size, split_keyval
 from bhystream.backend.qemu.resources import Resources
 from bhystream.backend.qemu.validate import validate
 from bhystream.errors import IncompatibleError, UsageError
+
+from .qemu_rig import strings
 
 FACTS = Facts(machine="pc-q35-7.2", accel="tcg")
 BASE = [

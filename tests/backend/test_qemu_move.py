@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from qemu_rig import SIZE, Rig, copy_memory, monitor, peer, state_of, stop, strings
 
 from bhystream.backend.base import PAGE_BYTES, Head, State
 from bhystream.backend.qemu import QemuSink, QemuSource, open_paused
 from bhystream.errors import GuestError, IncompatibleError, InternalError
+
+from .qemu_rig import SIZE, Rig, copy_memory, monitor, peer, state_of, stop, strings
 
 pytestmark = pytest.mark.guest
 

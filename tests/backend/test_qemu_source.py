@@ -10,13 +10,14 @@ import threading
 from pathlib import Path
 
 import pytest
-from qemu_rig import SIZE, Rig, await_true, monitor
 
 from bhystream.backend.base import PAGE_BYTES, Segment
 from bhystream.backend.qemu import QemuSource, qmp
 from bhystream.backend.qemu.process import end_process, identify, is_alive
 from bhystream.backend.qemu.ram import extents
 from bhystream.errors import GuestError, IncompatibleError
+
+from .qemu_rig import SIZE, Rig, await_true, monitor
 
 pytestmark = pytest.mark.guest
 

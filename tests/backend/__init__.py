@@ -1,0 +1,1 @@
+"""The QEMU backend, against real QEMUs without an operating system."""
