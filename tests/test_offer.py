@@ -161,17 +161,19 @@ def test_a_link_that_hesitated_once_holds_nothing_back(case: Case) -> None:
     writer = case.begin()
     writer.held = 3 * MIB
     writer.section(Type.ROUND_END, bytes(24))
-    real, calls = case.offer._push.through, []
+    push = case.offer._push
+    assert push is not None
+    real, calls = push.through, []
 
     def through() -> None:
         real()
         calls.append(1)
         writer.held = 0
 
-    case.offer._push.through = through  # type: ignore[method-assign]
+    push.through = through  # type: ignore[method-assign]
     case.offer.settle()
     assert calls == [1, 1, 1]
-    assert case.offer._push.held_bytes <= 64 << 10
+    assert push.held_bytes <= 64 << 10
 
 
 def test_what_is_held_is_learned_before_the_head_is_accepted(case: Case) -> None:
