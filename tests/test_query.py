@@ -50,10 +50,11 @@ def said(host: Host, monkeypatch: pytest.MonkeyPatch) -> Said:
 
 
 class Clock:
-    """Time that passes only where one waits for it; `act` is done then."""
+    """Time that passes only where one waits for it, so many seconds; `act` is done then."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
+        self.seconds = 0.0
         self.act: Callable[[], object] = lambda: None
         monkeypatch.setattr(query, "time", self)
 
@@ -61,7 +62,7 @@ class Clock:
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        self.now += seconds
+        self.now += self.seconds or seconds
         self.act()
 
 
@@ -190,6 +191,7 @@ def test_a_start_that_goes_on_for_long_may_have_been_one(
 ) -> None:
     host.record(STARTED)
     host.guest.running = True
+    clock.seconds = 15
     with Lock(host.base, f"stream-{A}", "the stream"):
         assert ask() == OK
     assert said[-1] == ("RAN", STARTED)
