@@ -296,6 +296,8 @@ class Move:
         """
         assert self.offer is not None
         start_ns = time.monotonic_ns()
+        if self.offer.box.nonce is not None:
+            raise GuestError(f"{self.offer.host}: READY came before END")
         with self.signals.interruptible():
             self.machine.on(Event.COPIED)
             self.nonce = self.offer.await_ready()

@@ -31,7 +31,8 @@ _FIRST_BYTES = 64 << 10
 _STALL_S = 10.0
 _CURE = """\
 a filter that waits for EOF cannot stand between (sponge, mbuffer -P);
-or use the plain form, without -a"""
+or nobody answers: is `| bhysend -A` at the end, and bhyrecv started?
+the plain form, without -a, needs no answers"""
 
 
 class Push:
