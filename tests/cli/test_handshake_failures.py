@@ -10,221 +10,18 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from guest import reaping
-
+from .attempt import Attempt, Gate
 from .conftest import EVERY
-from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, Words, report, run, until
-from .tap import AnswerTap, Tap
+from .pipeline import BHYSEND, report, run, until
 from .travel import Host, Traveller, is_gone, limited, process_state, processes_with, qemu_at
 
 pytestmark = pytest.mark.guest
-
-Gate = tuple[Path, int]
-THIRD = (*BHYSEND, "-A")
-# Two live rounds, and then the pause, whatever the guest does.
-ROUNDS = ("-f", "-r", "2")
-# In the command form one process does the work of the shell's, and ends with them.
-STAGES = ("bhysend", "there", "bhyrecv", "back", "third")
-
-
-def shell_of(way: Sequence[Words]) -> str:
-    """Return the shell's words for a pipeline that it leaves to itself.
-
-    It keeps no end of a pipe, so that bhysend notices, as of ssh, when somebody dies.
-    """
-    first, *others = (shlex.join([str(word) for word in each]) for each in way)
-    pipeline = " | ".join([f"{first} <&3 3<&-", *(f"{each} 3<&-" for each in others)])
-    return f"exec 3<&0; {pipeline} & exec <&- >&- 3<&-; wait $!"
-
-
-class Attempt:
-    """A move in an answered form that is held up at a point.
-
-    round-0   in the first round
-    paused    by the command at the pause, before END
-    GO        half of GO is on its way
-    any other before an answer of that word is handed on
-    """
-
-    def __init__(self, form: str, point: str, host: Host, guest: Traveller, gate: Gate) -> None:
-        """Nothing is started yet; send and receive may be changed."""
-        self.form, self.point, self.host, self.guest, self.gate = form, point, host, guest, gate
-        self.to = guest.next()
-        self.marker = host.directory / "paused"
-        self.tap: Tap | AnswerTap | None = None
-        self.send: list[str] = guest.send(*ROUNDS)
-        self.receive: list[str] = guest.receive(self.to)
-        self.there: Words = ["cat"]
-        self.back: Words = ["cat", "-"]
-        if point == "paused":
-            self.send[-1:-1] = ["-p", f": > {self.marker}; read -r line < {gate[0]}"]
-        elif point in ("round-0", "GO"):
-            self.tap = Tap("GO") if point == "GO" else Tap("MEMORY", 0, 9)
-            self.there = self.tap.argv
-        else:
-            self.tap = AnswerTap(point)
-            self.back = self.tap.argv
-        self.killed: list[str] = []
-        self.ended: list[Ended] = []
-
-    @contextmanager
-    def begin(self) -> Iterator[Attempt]:
-        """Start it, and wait until it is held up; in the end nothing of it is left."""
-        way: list[Words] = [self.there, self.receive, self.back]
-        commands: list[Words] = [[*self.send[:-1], "-a", self.send[-1]], *way, THIRD]
-        if self.form == "command":
-            commands = [[*self.send, "sh", "-c", shell_of(way)]]
-        with Pipeline(*commands, env=self.host.env) as self.pipeline, reaping(self.to.qmp):
-            if self.tap:
-                self.tap.reached()
-            else:
-                until(self.marker.exists, "the pause")
-            self.keeper = self._keeper()
-            yield self
-
-    def _keeper(self) -> int:
-        """Return the pid of the keeper, 0 where there is none yet."""
-        for pid in processes_with("bhystream.keeper"):
-            with suppress(OSError):
-                text = Path(f"/proc/{pid}/stat").read_text()
-                if int(text[text.rindex(")") + 2 :].split()[1]) == self.pipeline[0].pid:
-                    return pid
-        return 0
-
-    def pid(self, who: str) -> int:
-        """Return the pid of one of those who take part."""
-        if who == "keeper":
-            return self.keeper
-        if who == "source":
-            return self.guest.place.pid
-        if who == "destination":
-            [pid] = qemu_at(self.to.qmp)
-            return pid
-        if self.form != "command" or who == "bhysend":
-            return self.pipeline[STAGES.index(who)].pid
-        words: dict[str, Words] = {
-            "there": self.there,
-            "bhyrecv": self.receive,
-            "back": self.back,
-        }
-        [pid] = self._children([str(word) for word in words[who]])
-        return pid
-
-    def _children(self, argv: Sequence[str] = ()) -> list[int]:
-        """Return who is left of the session of bhysend, of one command line or of any."""
-        line = "\0".join(argv).encode()
-        found = []
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError, ValueError):
-                pid = int(entry.name)
-                if os.getsid(pid) != self.pipeline[0].pid or is_gone(pid):
-                    continue
-                if not argv or (entry / "cmdline").read_bytes().rstrip(b"\0") == line:
-                    found.append(pid)
-        return found
-
-    def kill(self, *who: str) -> None:
-        """Kill some of them."""
-        self.killed += who
-        pids = [self.pid(one) for one in who]
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        for pid in pids:
-            until(lambda pid=pid: is_gone(pid), "the end of the killed")  # type: ignore[misc]
-
-    def release(self, how: str) -> None:
-        """Let it go on: what was held up is delivered late, or never."""
-        if self.tap is None:
-            os.write(self.gate[1], b"\n")
-        elif ("there" if isinstance(self.tap, Tap) else "back") not in self.killed:
-            self.tap.go() if how == "late" else self.tap.close()
-
-    def wait(self) -> list[Ended]:
-        """Wait until everybody has ended."""
-        self.ended = self.pipeline.wait()
-        if self.form == "command":
-            until(lambda: not self._children(), "the command's processes")
-        until(lambda: is_gone(self.keeper) or not self.keeper, "the keeper")
-        self.host.await_unlocked()
-        # What a killed keeper, or a bhysend after it, said last.
-        self.ended[0] = self.pipeline[0].await_end()
-        if self.ended[0].status == -signal.SIGKILL:
-            # The socket of one who was killed stays until somebody wants to connect.
-            for path in (self.host.state / "run").iterdir():
-                path.unlink()
-        return self.ended
-
-    def said(self) -> str:
-        return report(*self.ended)
-
-    # What came of it.
-
-    def end(self) -> str:
-        """Return where the guest is: here, there, or in doubt; and see that there is one copy."""
-        here = not is_gone(self.guest.place.pid) and self.guest.place.status() == "running"
-        there = bool(qemu_at(self.to.qmp)) and self.to.status() == "running"
-        assert not (here and there), f"two copies\n{self.said()}"
-        rows = [(row.guest, row.phase) for row in self.host.rows()]
-        if rows == [("proof", "in-doubt")]:
-            assert self.guest.place.status() == "postmigrate"
-            return "doubt"
-        assert rows == [], self.said()
-        assert here or there, f"no copy\n{self.said()}"
-        return "here" if here else "there"
-
-    def check_statuses(self, end: str) -> None:
-        """Assert that who was not killed says where the guest is."""
-        sources = [self.ended[0], *self.ended[4:]]
-        good = {"here": range(64, 78), "there": range(1), "doubt": range(81, 82)}[end]
-        for one in sources:
-            assert one.status in good or one.status == -signal.SIGKILL, self.said()
-            assert one.status >= 0 or "Traceback" not in one.stderr
-        assert "Traceback" not in self.said()
-
-    def way_out(self) -> str:
-        """Return the command that was printed for a guest in doubt."""
-        [line] = set(
-            re.findall(r"^bhysend: +(.*bhyrecv -q .* \| .*bhysend -A)$", self.said(), re.M)
-        )
-        return str(line)
-
-    def ask(self) -> str:
-        """Run that command; return where the guest is then."""
-        asked = self.host.shell(self.way_out())
-        assert asked.status in (0, 69), report(asked)
-        end = self.end()
-        assert end == ("there" if asked.status == 0 else "here"), report(asked)
-        return end
-
-    def settle(self, end: str) -> None:
-        """See the guest unharmed where it is, nothing left behind, and a second move succeed."""
-        if end == "there":
-            self.guest.hand_over(self.host, self.to)
-            self.guest.prove(1)
-        else:
-            self._clear()
-            self.to.assert_nothing_left()
-            self.guest.run_on(self.host, sweeps=1)
-        self.guest.move(self.host, sweeps=1)
-
-    def _clear(self) -> None:
-        """End what a killed bhyrecv left at the destination, as its operator does."""
-        for row in self.host.rows(BHYRECV):
-            assert (row.guest, row.phase) == ("proof", "ready")
-            refused = self.host.run(*BHYRECV, "--resume", row.id)
-            assert refused.status == 69, report(refused)
-            self.host.act(BHYRECV, "--discard", row.id)
-        assert self.host.rows(BHYRECV) == []
-        self.to.forsake()
 
 
 @pytest.fixture(params=["three-stages", "command"])
@@ -682,4 +479,20 @@ def test_a_signal_to_all_three_stages_after_go_leaves_one_copy(
         attempt.wait()
         assert attempt.end() == "here", attempt.said()
         attempt.check_statuses("here")
+        attempt.settle("here")
+
+
+def test_a_bhysend_that_is_stopped_while_its_guest_is_paused_is_ended(
+    host: Host, small: Traveller, gate: Gate
+) -> None:
+    """It cannot be told from one that will go on some day: the keeper kills it first."""
+    attempt = Attempt("three-stages", "paused", host, small, gate)
+    with attempt.begin():
+        os.kill(attempt.pid("bhysend"), signal.SIGSTOP)
+        sent, *_, third = attempt.wait()
+        assert (sent.status, third.status) == (-signal.SIGKILL, 69), attempt.said()
+        assert "bhysend is gone; the guest runs on here" in sent.stderr
+        # Its -p command too: the move that it belongs to is over.
+        assert processes_with(str(attempt.marker)) == []
+        assert attempt.end() == "here"
         attempt.settle("here")
