@@ -14,7 +14,7 @@ from bhystream import dryrun
 from bhystream.backend.base import PAGE_BYTES
 from bhystream.dryrun import Survey, survey
 from bhystream.errors import OK, PipeError
-from bhystream.move import Options
+from bhystream.options import SendOptions
 from bhystream.precopy import NS, Limits
 from bhystream.report import Console
 from bhystream.signals import Signals
@@ -47,7 +47,7 @@ def handlers() -> Iterator[None]:
 
 
 def dry_run(source: MemorySource, limits: Limits, console: Console, *, machine: bool) -> int:
-    opts = Options(guest="qemu:/g", limits=limits, machine=machine, dry_run=True)
+    opts = SendOptions(guest="qemu:/g", limits=limits, machine=machine, dry_run=True)
     return dryrun.run(source, opts, Path("/nonexistent"), console, Signals())
 
 

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from bhystream import build, hold, move, options, recv, send
+from bhystream import build, hold, options, recv, send
 from bhystream.errors import UsageError
 from bhystream.format import Form
 from bhystream.precopy import Limits
@@ -166,14 +166,14 @@ def test_a_pipe_is_widened_and_anything_else_left_alone() -> None:
 # bhysend(8)
 
 
-def sender(*argv: str) -> move.Options:
+def sender(*argv: str) -> options.SendOptions:
     parsed = send.parse_options(argv)
-    assert isinstance(parsed, move.Options)
+    assert isinstance(parsed, options.SendOptions)
     return parsed
 
 
 def test_bhysend_defaults() -> None:
-    assert sender("qemu:/a") == move.Options("qemu:/a", Limits(300_000_000, 30, 600 * 10**9))
+    assert sender("qemu:/a") == options.SendOptions("qemu:/a", Limits(300_000_000, 30, 600 * 10**9))
 
 
 def test_bhysend_with_every_option() -> None:
@@ -195,7 +195,7 @@ def test_bhysend_with_every_option() -> None:
             "qemu:/a",
         ]
     )
-    assert opts == move.Options(
+    assert opts == options.SendOptions(
         guest="qemu:/a",
         limits=Limits(2 * 10**9, 3, 3600 * 10**9, finish=True, rate_bytes=1 << 20),
         dry_run=True,

@@ -23,8 +23,8 @@ from bhystream import format as fmt
 from bhystream.backend.base import PAGE_BYTES, Head, Source
 from bhystream.errors import OK, BhyError, InternalError
 from bhystream.format import Feature, Form, Header
-from bhystream.move import Options
 from bhystream.offer import Offer
+from bhystream.options import SendOptions
 from bhystream.page import PageHasher, mark_changed
 from bhystream.precopy import NS, Limits, forecast
 from bhystream.report import Console, duration, size
@@ -124,7 +124,7 @@ def survey(source: Source, head: Head) -> Survey:
     )
 
 
-def run(source: Source, opts: Options, base: Path, console: Console, signals: Signals) -> int:
+def run(source: Source, opts: SendOptions, base: Path, console: Console, signals: Signals) -> int:
     """Survey a guest, report, and write the stream of a dry run into a pipe.
 
     With -P standard output is the report's.  The verdict says whether the rate
@@ -142,7 +142,7 @@ def run(source: Source, opts: Options, base: Path, console: Console, signals: Si
 
 
 def ask(
-    source: Source, head: Head, opts: Options, base: Path, console: Console, signals: Signals
+    source: Source, head: Head, opts: SendOptions, base: Path, console: Console, signals: Signals
 ) -> None:
     """Write the stream of a dry run; in the answered forms, wait for the verdict."""
     stream_id = secrets.token_bytes(fmt.STREAM_ID_BYTES)
@@ -169,7 +169,7 @@ def ask(
         offer.close(status)
 
 
-def _report(source: Source, head: Head, found: Survey, opts: Options, console: Console) -> None:
+def _report(source: Source, head: Head, found: Survey, opts: SendOptions, console: Console) -> None:
     """Report for people, or with -P for machines."""
     limits = opts.limits
     links = [("-B", float(limits.rate_bytes))] if limits.rate_bytes else list(_LINKS)

@@ -11,7 +11,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from bhystream import format as fmt
@@ -31,7 +31,8 @@ from bhystream.handshake import Act, At, Event, Machine
 from bhystream.hook import Hook
 from bhystream.keeper import Keeper
 from bhystream.offer import Offer, hello_of
-from bhystream.precopy import Decision, Limits, Outlook, Round, decide, outlook
+from bhystream.options import SendOptions
+from bhystream.precopy import Decision, Outlook, Round, decide, outlook
 from bhystream.report import Console, Progress, duration, size
 from bhystream.signals import Signals
 from bhystream.standing import asking, in_doubt, open_alive, with_peer
@@ -43,36 +44,10 @@ _STDOUT = 1
 _STALL_SECONDS = 30
 
 
-@dataclass
-class Options:
-    """The command line, parsed.
-
-    command: of the command form, empty without one.  hook: -p.
-    """
-
-    guest: str
-    limits: Limits
-    answered: bool = False
-    command: tuple[str, ...] = ()
-    keep: bool = False
-    dry_run: bool = False
-    machine: bool = False
-    verbose: bool = False
-    hook: str | None = None
-    level: int | None = None
-
-    @property
-    def form(self) -> Form:
-        """Return the form of the stream."""
-        if self.keep:
-            return Form.KEPT
-        return Form.ANSWERED if self.answered or self.command else Form.PLAIN
-
-
 class Move:
     """One guest, sent to a pipe."""
 
-    def __init__(self, opts: Options, base: Path, console: Console, signals: Signals) -> None:
+    def __init__(self, opts: SendOptions, base: Path, console: Console, signals: Signals) -> None:
         """Nothing is opened yet."""
         self.opts = opts
         self.base = base

@@ -1,4 +1,4 @@
-"""What both command lines share: option parsing, units, pipes.
+"""Option parsing, units and pipes of both command lines, and what bhysend's says.
 
 Options are parsed in POSIX order by getopt(3): the first operand ends them.
 Long options are never abbreviated, because they are the dangerous ones.
@@ -12,8 +12,11 @@ import os
 import re
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from bhystream.errors import UsageError
+from bhystream.format import Form
+from bhystream.precopy import Limits
 
 _TIME_NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 _SIZE = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -21,6 +24,32 @@ _BITS = {"kbit": 10**3, "Mbit": 10**6, "Gbit": 10**9}
 _PIPE_BYTES = 1 << 20
 # So many digits stay finite as a float in any unit.
 _NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
+
+
+@dataclass
+class SendOptions:
+    """The command line of bhysend, parsed.
+
+    command: of the command form, empty without one.  hook: -p.
+    """
+
+    guest: str
+    limits: Limits
+    answered: bool = False
+    command: tuple[str, ...] = ()
+    keep: bool = False
+    dry_run: bool = False
+    machine: bool = False
+    verbose: bool = False
+    hook: str | None = None
+    level: int | None = None
+
+    @property
+    def form(self) -> Form:
+        """Return the form of the stream."""
+        if self.keep:
+            return Form.KEPT
+        return Form.ANSWERED if self.answered or self.command else Form.PLAIN
 
 
 def parse(

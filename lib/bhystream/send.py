@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from bhystream import hold, hypervisors, options, state, third
 from bhystream.backend.base import Source
 from bhystream.errors import UsageError, as_error
-from bhystream.move import Move, Options
+from bhystream.move import Move
+from bhystream.options import SendOptions
 from bhystream.precopy import Limits
 from bhystream.report import Console
 from bhystream.signals import Signals
@@ -28,7 +29,7 @@ usage: bhysend [-afknPv] [-B rate] [-d time] [-p command] [-r rounds] [-T time]
 _STDOUT = 1
 
 
-def parse_options(argv: Sequence[str]) -> Options | hold.Verb:
+def parse_options(argv: Sequence[str]) -> SendOptions | hold.Verb:
     """Parse the command line.  Raises UsageError."""
     found, operands = options.parse(
         argv, "AaB:d:fklnPp:r:T:vz:", ["discard", "in-doubt", "resume"], USAGE
@@ -49,7 +50,7 @@ def parse_options(argv: Sequence[str]) -> Options | hold.Verb:
         finish="-f" in given,
         rate_bytes=options.rate_bytes(given["-B"], "-B") if "-B" in given else None,
     )
-    return Options(
+    return SendOptions(
         guest=guest,
         limits=limits,
         answered="-a" in given,
@@ -77,7 +78,7 @@ def _refuse_mixtures(given: Mapping[str, str], is_command: bool) -> None:
         raise UsageError("--in-doubt goes with --resume only", USAGE)
 
 
-def send(opts: Options, console: Console) -> int:
+def send(opts: SendOptions, console: Console) -> int:
     """Send one guest, or say what sending it would mean."""
     if not opts.command:
         options.refuse_closed(_STDOUT, "standard output")
