@@ -1,7 +1,8 @@
-"""Fixtures of several files."""
+"""Fixtures of all files."""
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,20 @@ from pathlib import Path
 import pytest
 
 from bhystream import state
+
+_TAKEN = [
+    getattr(signal, f"SIG{name}")
+    for name in ("INT", "HUP", "TERM", "TSTP", "TTIN", "TTOU", "USR1", "PIPE", "ALRM")
+]
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Give the signals back that a program took over in the tests' own process."""
+    before = {number: signal.getsignal(number) for number in _TAKEN}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

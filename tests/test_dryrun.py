@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,16 +33,6 @@ def source() -> Iterator[MemorySource]:
     made = MemorySource(*SIZES)
     yield made
     made.close()
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """Signals takes over the signals of the tests' own process."""
-    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def dry_run(source: MemorySource, limits: Limits, console: Console, *, machine: bool) -> int:

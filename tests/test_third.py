@@ -14,6 +14,7 @@ from bhystream.answers import Answer, Box
 from bhystream.handshake import GO
 from bhystream.rendezvous import Rendezvous, path_of
 from bhystream.report import Console
+from bhystream.signals import Interrupts
 from bhystream.state import Records
 from bhystream.third import Third
 from third_stage import (
@@ -162,7 +163,7 @@ def test_the_answers_of_another_stream_find_no_bhysend(source: Source) -> None:
 
 def test_a_status_that_was_told_is_heard_when_it_hangs_up(base: Path) -> None:
     """bhysend has told it and ended, before the next answer is handed on."""
-    third = Third(None, base, Console("bhysend"))
+    third = Third(None, base, Console("bhysend"), Interrupts())
     ours, theirs = socket.socketpair()
     theirs.sendall(b"status 76\n")
     theirs.close()
@@ -174,7 +175,7 @@ def test_a_status_that_was_told_is_heard_when_it_hangs_up(base: Path) -> None:
 
 @pytest.mark.parametrize("verdict", [b"", b"status", b"status 8", b"other 8\n"])
 def test_what_is_no_status_is_none(base: Path, verdict: bytes) -> None:
-    third = Third(None, base, Console("bhysend"))
+    third = Third(None, base, Console("bhysend"), Interrupts())
     third._verdict = verdict
     assert third.status() is None
 

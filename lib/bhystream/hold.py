@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bhystream import signals, standing, state
+from bhystream import standing, state
 from bhystream.errors import OK, BhyError, GuestError, UsageError
 from bhystream.handshake import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
 from bhystream.report import Console, host_name, printable
+from bhystream.signals import Interrupts
 from bhystream.standing import open_alive
 from bhystream.state import Lock, Record, Records, Role
 from bhystream.writer import write_all
@@ -56,7 +57,7 @@ def parse_verb(given: Sequence[str], operands: Sequence[str], usage: str) -> Ver
 
 def run(verb: Verb, role: Role, console: Console) -> int:
     """Do what the verb says for this role's guests; return the exit status."""
-    signals.obey()
+    interrupts = Interrupts()
     base = state.directory()
     records = Records(base, role)
     if verb.name == "-l":
@@ -64,7 +65,7 @@ def run(verb: Verb, role: Role, console: Console) -> int:
     guest = verb.guest or ""
     record = _one(records, guest)
     lock = Lock(base, record.lock, f"guest {record.guest}")
-    signals.ignore_interrupts()
+    interrupts.ignore()
     try:
         # Read again under the lock: a keeper may have acted meanwhile.
         current = records.get(record.id)

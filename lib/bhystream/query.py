@@ -12,11 +12,12 @@ import re
 import time
 from pathlib import Path
 
-from bhystream import handshake, signals, state
+from bhystream import handshake, state
 from bhystream.errors import OK, BhyError, GuestError, UsageError
 from bhystream.handshake import QUERY, Act
 from bhystream.reply import Reply
 from bhystream.report import Console, host_name
+from bhystream.signals import Interrupts
 from bhystream.standing import open_alive
 from bhystream.state import Lock, Record, Records
 
@@ -28,7 +29,7 @@ def run(id_: str, console: Console) -> int:
     """Answer for one stream; return the exit status.  Raises BhyError."""
     if not re.fullmatch("[0-9a-f]{32}", id_):
         raise UsageError(f"-q {id_}: not a stream id, 32 hexadecimal digits")
-    signals.obey()
+    Interrupts()
     base = state.directory()
     reply = Reply(base, id_)
     records = Records(base, "destination")

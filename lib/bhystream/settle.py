@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from bhystream import signals
 from bhystream.answers import Answer
 from bhystream.errors import (
     OK,
@@ -25,6 +24,7 @@ from bhystream.errors import (
 )
 from bhystream.handshake import GO, HELD, PAUSED, RECORD, Act, Event
 from bhystream.report import Console
+from bhystream.signals import Interrupts
 from bhystream.standing import GoneError, Standing, event_of, in_doubt
 from bhystream.state import Lock, Record, Records
 
@@ -36,13 +36,19 @@ class Settlement:
     """One stream's end, by what the destination has answered."""
 
     def __init__(
-        self, base: Path, console: Console, guest: str | None, words: Mapping[str, Answer]
+        self,
+        base: Path,
+        console: Console,
+        guest: str | None,
+        words: Mapping[str, Answer],
+        interrupts: Interrupts,
     ) -> None:
         """guest: the name that the stream's must have, or None.  words: the answers, by word."""
         self._base = base
         self._console = console
         self._guest = guest
         self._words = words
+        self._interrupts = interrupts
         self._records = Records(base, "source")
 
     def without_hello(self) -> NoReturn:
@@ -85,7 +91,7 @@ class Settlement:
     def _lock(self, record: Record, hello: Answer) -> Lock:
         """Take the guest's lock, when its keeper has done what it does."""
         deadline = time.monotonic() + _LOCK_SECONDS
-        signals.obey()
+        self._interrupts.obey()
         try:
             while True:
                 try:
@@ -95,7 +101,7 @@ class Settlement:
                         self._undecided(record, hello, str(error))
                     time.sleep(0.1)
         finally:
-            signals.ignore_interrupts()
+            self._interrupts.ignore()
 
     def _settle(self, standing: Standing, hello: Answer) -> int:
         record = standing.record

@@ -123,26 +123,29 @@ class Signals:
         self._pending = ""
 
 
-def obey() -> None:
-    """End at once by a signal, as a program that has nothing to put in order.
+class Interrupts:
+    """The signals of a program that has nothing to put in order, but acts for a moment.
 
-    What was ignored from the start stays ignored.  A report is asked of a
-    program that has one: it must not end this one.
+    What was ignored from the start stays ignored.
     """
-    for number in _INTERRUPTS:
-        if signal.getsignal(number) != signal.SIG_IGN or number in _ours:
-            signal.signal(number, signal.SIG_DFL)
-    for number in _REPORTS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
-
-def ignore_interrupts() -> None:
-    """Ignore what would interrupt an act; obey() takes it back."""
-    for number in (*_INTERRUPTS, signal.SIGTSTP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            _ours.add(number)
+    def __init__(self) -> None:
+        """Let them end the program at once; one that asks for a report does nothing."""
+        self._numbers = [
+            number
+            for number in (*_INTERRUPTS, signal.SIGTSTP)
+            if signal.getsignal(number) != signal.SIG_IGN
+        ]
+        for number in (*_REPORTS, signal.SIGPIPE):
             signal.signal(number, signal.SIG_IGN)
+        self.obey()
 
+    def obey(self) -> None:
+        """Let them do what they do."""
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_DFL)
 
-_ours: set[signal.Signals] = set()
+    def ignore(self) -> None:
+        """Ignore them, until obey()."""
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_IGN)

@@ -20,7 +20,7 @@ import socket
 import time
 from pathlib import Path
 
-from bhystream import options, signals, state
+from bhystream import options, state
 from bhystream.answers import Answer, Parser, pack
 from bhystream.errors import (
     BhyError,
@@ -29,6 +29,7 @@ from bhystream.errors import (
 from bhystream.rendezvous import connect
 from bhystream.report import Console
 from bhystream.settle import Settlement
+from bhystream.signals import Interrupts
 
 _STDIN = 0
 _READ_BYTES = 65536
@@ -40,8 +41,11 @@ _DECISIVE = ("READY", "RUNNING", "FAILED", "RAN", "UNKNOWN", "REFUSED")
 class Third:
     """One run of it."""
 
-    def __init__(self, guest: str | None, base: Path, console: Console) -> None:
+    def __init__(
+        self, guest: str | None, base: Path, console: Console, interrupts: Interrupts
+    ) -> None:
         """guest: the name that the stream's must have, or None."""
+        self._interrupts = interrupts
         self._guest = guest
         self._base = base
         self._console = console
@@ -107,7 +111,7 @@ class Third:
             return
         self._asked = True
         # The pipeline may be interrupted at the terminal, and bhysend decides.
-        signals.ignore_interrupts()
+        self._interrupts.ignore()
         found = connect(self._base, hello.id)
         if found is None:
             return
@@ -155,7 +159,9 @@ class Third:
 
         Raises BhyError.
         """
-        settlement = Settlement(self._base, self._console, self._guest, self._words)
+        settlement = Settlement(
+            self._base, self._console, self._guest, self._words, self._interrupts
+        )
         hello = self._parser.hello
         if hello is None:
             settlement.without_hello()
@@ -169,8 +175,7 @@ def run(guest: str | None, console: Console) -> int:
     options.refuse_closed(_STDIN, "standard input")
     if os.isatty(_STDIN):
         raise UsageError("standard input is a terminal: the answers come from a pipe")
-    signals.obey()
-    third = Third(guest, state.directory(), console)
+    third = Third(guest, state.directory(), console, Interrupts())
     third.relay()
     status = third.status()
     return third.settle() if status is None else status
