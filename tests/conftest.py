@@ -19,8 +19,14 @@ _TAKEN = [
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Give the signals back that a program took over in the tests' own process."""
+    """Give the signals back that a program took over in the tests' own process.
+
+    A shell starts what runs beside it with SIGINT ignored, which programs respect.
+    """
     before = {number: signal.getsignal(number) for number in _TAKEN}
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
