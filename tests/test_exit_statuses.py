@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -188,37 +189,36 @@ def test_the_usage_is_said_with_it(environment: dict[str, str]) -> None:
     assert "usage: bhyrecv [-fnPuv]" in run(environment, "bhyrecv", "-x").stderr
 
 
-def test_no_stream_goes_to_a_terminal(environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.fixture
+def terminal() -> Iterator[int]:
     far, near = os.openpty()
-    try:
-        done = run(environment, "bhysend", "qemu:/a", stdout=near)
-    finally:
-        os.close(near)
-        os.close(far)
+    yield near
+    os.close(near)
+    os.close(far)
+
+
+def test_no_stream_goes_to_a_terminal(
+    environment: dict[str, str], tmp_path: Path, terminal: int
+) -> None:
+    done = run(environment, "bhysend", "qemu:/a", stdout=terminal)
     assert done.returncode == 64
     assert "standard output is a terminal" in done.stderr
     assert not (tmp_path / "state").exists()
 
 
-def test_no_answers_come_from_a_terminal(environment: dict[str, str], tmp_path: Path) -> None:
-    far, near = os.openpty()
-    try:
-        done = run(environment, "bhysend", "-A", stdin=near)
-    finally:
-        os.close(near)
-        os.close(far)
+def test_no_answers_come_from_a_terminal(
+    environment: dict[str, str], tmp_path: Path, terminal: int
+) -> None:
+    done = run(environment, "bhysend", "-A", stdin=terminal)
     assert done.returncode == 64
     assert "standard input is a terminal" in done.stderr
     assert not (tmp_path / "state").exists()
 
 
-def test_no_stream_comes_from_a_terminal(environment: dict[str, str], tmp_path: Path) -> None:
-    far, near = os.openpty()
-    try:
-        done = run(environment, "bhyrecv", "web1", stdin=near)
-    finally:
-        os.close(near)
-        os.close(far)
+def test_no_stream_comes_from_a_terminal(
+    environment: dict[str, str], tmp_path: Path, terminal: int
+) -> None:
+    done = run(environment, "bhyrecv", "web1", stdin=terminal)
     assert done.returncode == 64
     assert "standard input is a terminal" in done.stderr
     assert not (tmp_path / "state").exists()

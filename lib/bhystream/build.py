@@ -129,10 +129,13 @@ class Build:
                 case Go():
                     self.go(event)
             if self.reply and not self.let_go:
-                now = isinstance(event, Head | RoundEnd | Pad)
-                self.reply.seen(
-                    self.walk.reader.sequence - 1, self.walk.reader.offset_bytes, now=now
-                )
+                self.seen(now=isinstance(event, Head | RoundEnd | Pad))
+
+    def seen(self, *, now: bool) -> None:
+        """Answer how far the stream is read."""
+        assert self.reply is not None
+        reader = self.walk.reader
+        self.reply.seen(reader.sequence - 1, reader.offset_bytes, now=now)
 
     def check_form(self) -> None:
         """Refuse what may not be started, before anything is made."""
@@ -219,7 +222,7 @@ class Build:
         """Load the state.  Plain form: record the start; start.  The stream has verified."""
         assert self.sink is not None
         if self.reply:
-            self.reply.seen(self.walk.reader.sequence - 1, self.walk.reader.offset_bytes, now=True)
+            self.seen(now=True)
         self.sink.load(self.ended.states)
         self.record = state.Record(
             id=self.id,

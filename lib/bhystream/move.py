@@ -35,7 +35,7 @@ from bhystream.options import SendOptions
 from bhystream.precopy import Decision, Outlook, Round, decide, outlook
 from bhystream.report import Console, Progress, duration, size
 from bhystream.signals import Signals
-from bhystream.standing import asking, in_doubt, open_alive, with_peer
+from bhystream.standing import asking, end_guest, in_doubt, with_peer
 from bhystream.transfer import Transfer, write_head
 from bhystream.writer import Writer
 
@@ -422,13 +422,7 @@ class Move:
     def _discard(self) -> None:
         # QEMU's QMP socket serves one client.
         self.source.close()
-        paused = open_alive(self.record)
-        if paused is None:
-            return
-        try:
-            paused.discard()
-        finally:
-            paused.close()
+        end_guest(self.record)
 
     def _write_end(self) -> None:
         assert self.writer is not None

@@ -18,7 +18,7 @@ from bhystream.handshake import QUERY, Act
 from bhystream.reply import Reply
 from bhystream.report import Console, host_name
 from bhystream.signals import Interrupts
-from bhystream.standing import open_alive
+from bhystream.standing import end_guest, open_alive
 from bhystream.state import Lock, Record, Records
 
 # Of a bhyrecv that has got GO and starts the guest now.
@@ -90,9 +90,4 @@ def _runs(record: Record, console: Console) -> bool:
 def _clear(base: Path, record: Record) -> None:
     """End the guest that a killed bhyrecv left waiting; one that lives does it itself."""
     with contextlib.suppress(BhyError), Lock(base, f"stream-{record.id}", "the stream"):
-        paused = open_alive(record)
-        if paused is not None:
-            try:
-                paused.discard()
-            finally:
-                paused.close()
+        end_guest(record)

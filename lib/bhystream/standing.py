@@ -42,6 +42,20 @@ def open_alive(record: Record) -> Paused | None:
     return None
 
 
+def end_guest(record: Record) -> None:
+    """End the guest of a record for good; one that is gone already is no error.
+
+    Raises GuestError.
+    """
+    paused = open_alive(record)
+    if paused is None:
+        return
+    try:
+        paused.discard()
+    finally:
+        paused.close()
+
+
 def event_of(record: Record, hello: Answer | None, final: Answer | None) -> Event:
     """Return what came back means for a record: an answer of its own destination, or ALONE."""
     if hello is None or final is None or hello.id != record.id:
@@ -80,20 +94,17 @@ class Standing:
             self._records.write(self.record)
         elif act == Act.FORGET:
             self.forget()
+        elif act == Act.DISCARD:
+            end_guest(self.record)
         else:
-            self._open_and(act)
+            self._resume()
 
-    def _open_and(self, act: Act) -> None:
+    def _resume(self) -> None:
         paused = open_alive(self.record)
         if paused is None:
-            if act == Act.DISCARD:
-                return
             raise GoneError(f"guest {self.record.guest}: its hypervisor is gone")
         try:
-            if act == Act.DISCARD:
-                paused.discard()
-            else:
-                paused.resume()
+            paused.resume()
         finally:
             paused.close()
 

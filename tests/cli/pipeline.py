@@ -11,14 +11,13 @@ end a broken test.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,13 +124,12 @@ class Pipeline:
         stdin: int | IO[bytes] = subprocess.DEVNULL,
         stdout: int | IO[bytes] | None = None,
         narrow: bool = False,
-        small: Collection[int] = (),
     ) -> None:
         """Start all commands.
 
         stdin, stdout: of the first and the last; None keeps the output.
         narrow: the first command writes into a socket that takes a few KiB, so that it cannot be
-        far ahead of its reader.  small: the commands that write into a pipe of one page.
+        far ahead of its reader.
         """
         self.stages: list[Stage] = []
         self._env = env
@@ -140,8 +138,6 @@ class Pipeline:
         try:
             for index, argv in enumerate(commands[:-1]):
                 left, right = _link(narrow and index == 0)
-                if index in small:
-                    fcntl.fcntl(left, fcntl.F_SETPIPE_SZ, _NARROW_BYTES)
                 ours += [left, right]
                 self.stages.append(Stage(argv, env, reader, left))
                 reader = right
