@@ -227,6 +227,7 @@ def test_what_is_not_ready_is_an_error(case: Case, put: Callable[[Case], None], 
 def test_the_answer_to_go(case: Case, put: Callable[[Case], None], event: Event, why: str) -> None:
     case.begin()
     put(case)
+    case.offer.commit()
     assert case.offer.await_outcome() == (event, why)
 
 
@@ -244,6 +245,7 @@ def test_a_way_there_that_is_gone_leaves_the_way_back(case: Case) -> None:
 
     case.put("ACCEPT")
     case.offer.begin(Gone(case.fd, 0, case.offer.box))
+    case.offer.commit()
     assert case.offer.await_outcome() == (Event.RUNNING, "")
 
 
@@ -254,6 +256,7 @@ def give_up(*_: object) -> bool:
 def test_an_answer_that_does_not_come_is_doubt(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case.begin()
     monkeypatch.setattr(push.Push, "until", give_up)
+    case.offer.commit()
     assert case.offer.await_outcome() == (Event.DOUBT, "no answer came for 0 s")
 
 
@@ -268,6 +271,7 @@ def test_an_answer_is_waited_for_when_nothing_can_be_pushed(
 
     monkeypatch.setattr(push.Push, "until", give_up)
     monkeypatch.setattr(case.offer.box, "wait", wait)
+    case.offer.commit()
     assert case.offer.await_outcome() == (Event.RUNNING, "")
 
 
@@ -276,15 +280,17 @@ def test_what_a_tick_raises_while_it_waits_is_doubt(
 ) -> None:
     case.begin()
     monkeypatch.setattr(case.offer.box, "wait", give_up)
+    case.offer.commit()
     assert case.offer.await_outcome() == (Event.DOUBT, "no answer came for 0 s")
 
 
 def test_an_interrupt_comes_too_late_and_is_told(
     case: Case, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Also while GO is being recorded and written: from commit() on."""
     case.begin()
     case.put("RUNNING")
-    case.offer.await_outcome()
+    case.offer.commit()
     signal.raise_signal(signal.SIGINT)
     assert "SIGINT: too late, GO is out; waiting for the answer of hv2" in capfd.readouterr().err
 

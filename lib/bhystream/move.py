@@ -276,6 +276,8 @@ class Move:
         with self.signals.interruptible():
             self.machine.on(Event.COPIED)
             self.nonce = self.offer.await_ready()
+        # Before GO: a signal that comes right behind it is told so too.
+        self.offer.commit()
         self.machine.on(Event.READY)
         event, why = self.offer.await_outcome()
         self.pause_ns = time.monotonic_ns() - self.pause_start_ns

@@ -100,6 +100,7 @@ class Offer:
         self._push: Push | None = None
         self._closed = False
         self._explained = False
+        self._deadline = 0.0
 
     def open(self, base: Path, command: Sequence[str]) -> int:
         """Open the way back; return the descriptor that the stream goes to.
@@ -171,17 +172,20 @@ class Offer:
         assert self.box.nonce is not None
         return self.box.nonce
 
+    def commit(self) -> None:
+        """Say from here on what a signal hears: GO is on its way, and only the answer counts."""
+        self._deadline = time.monotonic() + ANSWER_SECONDS
+        self._signals.on_deferred = lambda name: self._console.say(
+            f"{name}: too late, GO is out; waiting for the answer of {self.host}, "
+            f"{max(self._deadline - time.monotonic(), 0):.0f} s at the most"
+        )
+
     def await_outcome(self) -> tuple[Event, str]:
         """Wait for the answer to GO; return what it means, and why if it is doubt.
 
-        Nothing is raised: GO is out, and only the answer counts.
+        commit() came before.  Nothing is raised: GO is out, and only the answer counts.
         """
         assert self._push is not None
-        deadline = time.monotonic() + ANSWER_SECONDS
-        self._signals.on_deferred = lambda name: self._console.say(
-            f"{name}: too late, GO is out; waiting for the answer of {self.host}, "
-            f"{max(deadline - time.monotonic(), 0):.0f} s at the most"
-        )
         with (
             contextlib.suppress(BhyError),
             self._saying(f"waiting for the answer of {self.host}", limit_s=ANSWER_SECONDS),
@@ -190,7 +194,7 @@ class Offer:
             # is when bhyrecv has ended, and the way back still work.
             with contextlib.suppress(BhyError):
                 self._push.until(lambda: self.box.final is not None)
-            self.box.wait(lambda: self.box.final is not None, deadline - time.monotonic())
+            self.box.wait(lambda: self.box.final is not None, self._deadline - time.monotonic())
         final = self.box.final
         if final is not None and final.word in EVENTS:
             return EVENTS[final.word], final.text
