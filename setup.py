@@ -15,7 +15,13 @@ EXTENSIONS = [
 
 setup(
     package_dir={"": "lib"},
-    packages=["bhystream", "bhystream.backend", "bhystream.backend.qemu"],
+    packages=[
+        "bhystream",
+        "bhystream.backend",
+        "bhystream.backend.bhyve",
+        "bhystream.backend.qemu",
+        "bhystream.standin",
+    ],
     package_data={"bhystream": ["py.typed", "*.pyi"]},
     ext_modules=cythonize(
         EXTENSIONS,

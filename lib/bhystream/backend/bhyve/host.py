@@ -1,0 +1,157 @@
+"""What the bhyve backend asks of its host: the device half, as protocols.
+
+Two things keep them: freebsd.py, with the ioctls, sysctls and system calls of
+a FreeBSD host, and bhystream.standin.kernel, with the files of a stand-in.
+Everything else of the backend is the same code over both.
+
+The stand-in is used where BHYSEND_VMM_DIR names its directory, and nowhere
+else; its streams and records say hypervisor "standin", and neither of the two
+takes the other's.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+VMM_DIR = "BHYSEND_VMM_DIR"
+
+LOWMEM_LIMIT_BYTES = 3 << 30
+HIGHMEM_BASE_GPA = 4 << 30
+
+
+@dataclass(frozen=True)
+class MemoryMap:
+    """One entry of a guest's memory map.  Source: vmm_dev.h, struct vm_memmap.
+
+    gpa: guest physical address, bytes.  length_bytes: multiple of 4096.
+    is_wired: VM_MEMMAP_F_WIRED.
+    """
+
+    gpa: int
+    segid: int
+    offset_bytes: int
+    length_bytes: int
+    prot: int
+    is_wired: bool
+
+
+class Vm(Protocol):
+    """One VM of the kernel's, opened to be read.  Opening it changes nothing.
+
+    All methods raise GuestError, or AccessError where it may not be asked.
+    """
+
+    def maps(self) -> Sequence[MemoryMap]:
+        """Return the memory map, ascending by gpa: also boot ROM and framebuffer."""
+
+    def topology(self) -> tuple[int, int, int]:
+        """Return (sockets, cores, threads), each for the one before."""
+
+    def map(self, gpa: int, length_bytes: int) -> mmap.mmap:
+        """Map one entry of system memory, shared, read-only.
+
+        The caller's; it keeps the memory when the VM and its process are gone.
+        """
+
+    def resident(self, mapping: mmap.mmap, gpa: int) -> bytes:
+        """Return one byte a page: other than 0 where mincore(2) says it is resident.
+
+        mapping: of map(), at gpa.
+        """
+
+    def dirty(self, lengths_bytes: Sequence[int]) -> list[bytes] | None:
+        """Return one byte a page for each of lowmem and highmem, and begin anew; or None.
+
+        Other than 0 where it may have been written since the last call.  None
+        where the kernel keeps no such log.
+        """
+
+    def close(self) -> None:
+        """Give up the node; mappings stay."""
+
+
+class Host(Protocol):
+    """The host."""
+
+    kind: str
+    """What streams and records call the hypervisor: "bhyve" or "standin"."""
+
+    run_dir: Path
+    """Where checkpoint sockets are."""
+
+    def environment(self) -> Mapping[str, str]:
+        """Return what open_host() needs to find this host again, for records."""
+
+    def sysctl(self, name: str) -> str | None:
+        """Return a value as sysctl -n prints it, None where there is none of that name."""
+
+    def swap_used_bytes(self) -> int:
+        """Return how much swap is in use."""
+
+    def free_memory_bytes(self) -> int:
+        """Return how much memory can be had."""
+
+    def program(self) -> list[str]:
+        """Return the words that run bhyve."""
+
+    def program_hash(self) -> str:
+        """Return what tells one build of bhyve from another."""
+
+    def cpu_vendor(self) -> str:
+        """Return "intel", "amd", or what else the CPU calls itself."""
+
+    def exists(self, name: str) -> bool:
+        """Say whether the VM's node exists; its process may be gone."""
+
+    def open_vm(self, name: str) -> Vm:
+        """Open a VM.  Raises GuestError where there is none."""
+
+    def create(self, name: str) -> None:
+        """Create an empty VM, as a loader does before bhyve is started."""
+
+    def destroy(self, name: str) -> None:
+        """Destroy a VM; one that is gone already is no error."""
+
+    def mount_null(self, directory: Path) -> None:
+        """Make directory/null the null device, without a name that leads out of directory.
+
+        Raises GuestError where that is not possible.  unmount_null() undoes it.
+        """
+
+    def unmount_null(self, directory: Path) -> None:
+        """Undo mount_null().  Never raises."""
+
+    def is_memory(self, directory: Path) -> bool:
+        """Say whether files in a directory live in memory (tmpfs)."""
+
+    def bridge_of(self, tap: str) -> str | None:
+        """Return the bridge that a tap belongs to, None where it belongs to none."""
+
+    def has_tap(self, tap: str) -> bool:
+        """Say whether a network interface exists."""
+
+    def make_tap(self, tap: str, bridge: str | None) -> None:
+        """Create a tap and make it a member of the bridge.  Raises GuestError."""
+
+    def datastores(self) -> Sequence[Path]:
+        """Return vm-bhyve's datastores, the default one first; none where it is not used."""
+
+
+def open_host(environment: Mapping[str, str] = os.environ) -> Host:
+    """Return the host: the stand-in's where BHYSEND_VMM_DIR names one, else FreeBSD's.
+
+    Raises GuestError on a system that is neither.
+    """
+    directory = environment.get(VMM_DIR)
+    if directory:
+        from bhystream.standin.kernel import StandinHost
+
+        return StandinHost(Path(directory))
+    from bhystream.backend.bhyve.freebsd import FreeBsdHost
+
+    return FreeBsdHost()

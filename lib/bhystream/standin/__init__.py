@@ -1,0 +1,1 @@
+"""A bhyve work-alike for machines that have no bhyve."""
