@@ -1,0 +1,375 @@
+"""bhyve's snapshot files: read, cut into states, joined again.
+
+A snapshot is three files in one directory:
+
+    FILE         the guest's memory: lowmem, highmem directly behind it
+    FILE.kern    opaque blobs back to back: structures of the kernel, then devices
+    FILE.meta    JSON by libxo: whose it is, and where in FILE.kern each blob lies
+
+A stream carries the last two as states: "meta", the text as it is, and then
+every blob in the order of the file, "kern/vmcx", "dev/virtio-blk@pci.0.3.0".
+Both ways are byte for byte, so the destination's bhyve reads what the
+source's wrote; what is in a blob only a bhyve and a kernel of the same build
+know.
+
+The text may come out of a stream, so nothing in it is believed before it is
+checked.  Source: FreeBSD usr.sbin/bhyve/snapshot.c, as of 14 and 15.  Unverified
+on FreeBSD: read there, not run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from bhystream import format as fmt
+from bhystream.backend.base import PAGE_BYTES, Segment, State
+from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, LOWMEM_LIMIT_BYTES
+from bhystream.errors import AccessError, FormatError, GuestError, UsageError
+
+META = "meta"
+MAX_META_BYTES = 1 << 20
+# Source: snapshot.c, the buffer of one blob in FreeBSD 14.
+MAX_BLOB_BYTES = 40 << 20
+# The text and the blobs become states of one stream.
+MAX_ALL_BYTES = fmt.MAX_STATE_BYTES
+MAX_ITEMS = 1024
+MAX_VCPUS = 1 << 16
+_MAX_COMPONENT_BYTES = 255  # NAME_MAX
+# What FreeBSD 14 saves of the kernel, and what no kernel can do without.
+_KERNEL_14 = frozenset(
+    ("vhpet", "vm", "vioapic", "vlapic", "vmcx", "vatpit", "vatpic", "vpmtmr", "vrtc")
+)
+_KERNEL_ALWAYS = frozenset(("vm", "vlapic", "vmcx"))
+# Its own words first; FreeBSD 13's behind them.
+_KERNEL_LISTS = ("kern_structs", "structs")
+_NAME_KEYS = ("device", "debug_name", "snapshot_req")
+# Printable, no space (a state's name has none), no slash.
+_NAME = re.compile(r"[\x21-\x2e\x30-\x7e]{1,100}")
+_VMNAME = re.compile(r"[\x21-\x2e\x30-\x7e]{1,229}")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One blob of FILE.kern.  offset_bytes: of its first byte there."""
+
+    kind: Literal["kern", "dev"]
+    name: str
+    size_bytes: int
+    offset_bytes: int
+
+    @property
+    def state_name(self) -> str:
+        """Return the name that its state has in a stream."""
+        return f"{self.kind}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What FILE.meta says.  items: in the order of FILE.kern, which they fill."""
+
+    vmname: str
+    ncpus: int
+    memory_bytes: int
+    memflags: int
+    items: tuple[Item, ...]
+
+    @property
+    def kern_bytes(self) -> int:
+        """Return the size that FILE.kern has."""
+        return sum(item.size_bytes for item in self.items)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Return the names of the devices, in their order."""
+        return tuple(item.name for item in self.items if item.kind == "dev")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a snapshot is.  name: FILE's, without its directory."""
+
+    directory: Path
+    name: str
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a name that is none, or too long with its extension."""
+        if self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name:
+            raise UsageError(f"{self.name!r}: not the name of a snapshot file")
+        if len(os.fsencode(self.kern.name)) > _MAX_COMPONENT_BYTES:
+            raise UsageError(f"{self.name}: too long for the name of a snapshot file")
+
+    @property
+    def memory(self) -> Path:
+        """Return FILE."""
+        return self.directory / self.name
+
+    @property
+    def kern(self) -> Path:
+        """Return FILE.kern."""
+        return self.directory / f"{self.name}.kern"
+
+    @property
+    def meta(self) -> Path:
+        """Return FILE.meta."""
+        return self.directory / f"{self.name}.meta"
+
+
+def memory_spans(memory_bytes: int) -> list[tuple[int, int, int]]:
+    """Return (gpa, offset in FILE, length) of lowmem and, above 3 GiB, of highmem.
+
+    All in bytes.  Source: FreeBSD lib/libvmmapi/vmmapi.c, vm_setup_memory().
+    """
+    low = min(memory_bytes, LOWMEM_LIMIT_BYTES)
+    spans = [(0, 0, low)]
+    if memory_bytes > low:
+        spans.append((HIGHMEM_BASE_GPA, low, memory_bytes - low))
+    return spans
+
+
+def layout_of(memory_bytes: int) -> tuple[Segment, ...]:
+    """Return the segments of a guest with so much memory."""
+    names = ("lowmem", "highmem")
+    spans = memory_spans(memory_bytes)
+    return tuple(
+        Segment(name, gpa, length // PAGE_BYTES)
+        for name, (gpa, _, length) in zip(names, spans, strict=False)
+    )
+
+
+def parse(text: bytes) -> Meta:
+    """Parse FILE.meta.  Raises FormatError, which says what in it is wrong.
+
+    Keys that are not known are passed over.  The lists may stand in any order;
+    what counts is where the blobs lie.
+    """
+    if len(text) > MAX_META_BYTES:
+        raise FormatError(f"meta: {len(text)} bytes are more than {MAX_META_BYTES}")
+    try:
+        value = fmt.unpack_json(text)
+    except FormatError as error:
+        raise FormatError(f"meta: {error}") from None
+    top = _object(value, "the text")
+    basic = _object(top.get("basic metadata"), "basic metadata")
+    vmname = basic.get("vmname")
+    if not isinstance(vmname, str) or not _VMNAME.fullmatch(vmname):
+        raise FormatError("meta: vmname is missing or not a name")
+    memory_bytes = _number(basic, "memsize", 1, fmt.MAX_GUEST_PAGES * PAGE_BYTES)
+    if memory_bytes % PAGE_BYTES:
+        raise FormatError(f"meta: memsize {memory_bytes} is not a multiple of {PAGE_BYTES}")
+    return Meta(
+        vmname=vmname,
+        ncpus=_number(basic, "ncpus", 1, MAX_VCPUS),
+        memory_bytes=memory_bytes,
+        memflags=_number(basic, "memflags", 0, (1 << 32) - 1),
+        items=_items(top, MAX_ALL_BYTES - len(text)),
+    )
+
+
+def _object(value: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise FormatError(f"meta: {what} is missing or not a JSON object")
+    return value
+
+
+def _number(of: Mapping[str, Any], key: str, low: int, high: int, where: str = "") -> int:
+    value = of.get(key)
+    # bool is an int to Python, not to us.
+    if type(value) is not int:
+        raise FormatError(f"meta: {where}{key} is missing or not a number")
+    if not low <= value <= high:
+        raise FormatError(f"meta: {where}{key} {value} is not within {low} to {high}")
+    return value
+
+
+def _items(top: Mapping[str, Any], room_bytes: int) -> tuple[Item, ...]:
+    """Return the blobs in the order of the file, which they fill without a gap."""
+    kernel = [key for key in _KERNEL_LISTS if key in top]
+    if len(kernel) != 1:
+        raise FormatError(f"meta: {len(kernel)} lists of kernel structures where there is one")
+    found = _list(top, kernel[0], "kern") + _list(top, "devices", "dev")
+    found.sort(key=lambda item: item.offset_bytes)
+    at = 0
+    for item in found:
+        if item.offset_bytes != at:
+            what = "overlaps" if item.offset_bytes < at else "leaves a gap behind"
+            raise FormatError(
+                f"meta: {item.state_name} at {item.offset_bytes} {what} what ends at {at}"
+            )
+        at += item.size_bytes
+    if at > room_bytes:
+        raise FormatError(f"meta: the blobs have {at} bytes, more than {room_bytes}")
+    for name, count in Counter(item.state_name for item in found).items():
+        if count > 1:
+            raise FormatError(f"meta: {name} is there {count} times")
+    _check_kernel({item.name for item in found if item.kind == "kern"})
+    return tuple(found)
+
+
+def _list(top: Mapping[str, Any], key: str, kind: Literal["kern", "dev"]) -> list[Item]:
+    values = top.get(key)
+    if not isinstance(values, list) or len(values) > MAX_ITEMS:
+        raise FormatError(f"meta: {key} is missing or not a list of at most {MAX_ITEMS}")
+    found = []
+    for index, value in enumerate(values):
+        where = f"{key}[{index}]"
+        entry = _object(value, where)
+        names = [entry[k] for k in _NAME_KEYS if isinstance(entry.get(k), str)]
+        if not names or not _NAME.fullmatch(names[0]):
+            raise FormatError(f"meta: {where} has no name of 1 to 100 printable characters")
+        # bhyve refuses to restore a blob of no bytes.
+        size = _number(entry, "size", 1, MAX_BLOB_BYTES, f"{where}.")
+        offset = _number(entry, "file_offset", 0, MAX_ALL_BYTES, f"{where}.")
+        found.append(Item(kind, names[0], size, offset))
+    return found
+
+
+def _check_kernel(names: set[str]) -> None:
+    """Refuse a snapshot without the state of the vCPUs.
+
+    A kernel that saves what we have not heard of may have moved the rest there.
+    """
+    needed = _KERNEL_ALWAYS if names - _KERNEL_14 else _KERNEL_14
+    missing = sorted(needed - names)
+    if missing:
+        raise FormatError(f"meta: kern/{missing[0]} is missing")
+
+
+def cut(meta_text: bytes, kern: bytes | memoryview) -> list[State]:
+    """Cut a snapshot into the states of a stream: "meta", then every blob.
+
+    Copies each blob once.  Raises FormatError for a text that is none, and
+    for a FILE.kern of another size.
+    """
+    meta = parse(meta_text)
+    view = memoryview(kern)
+    if len(view) != meta.kern_bytes:
+        raise FormatError(f"kern: {len(view)} bytes where meta says {meta.kern_bytes}")
+    states = [State(META, meta_text)]
+    for item in meta.items:
+        end = item.offset_bytes + item.size_bytes
+        states.append(State(item.state_name, bytes(view[item.offset_bytes : end])))
+    return states
+
+
+def join(states: Sequence[State]) -> tuple[Meta, bytes, bytes]:
+    """Put the states of a stream together: (what meta says, its text, FILE.kern).
+
+    The inverse of cut().  Raises FormatError for states that are not those
+    which the text lists, in its order, each of its size.
+    """
+    if not states or states[0].name != META:
+        raise FormatError("state meta is missing, or not the first")
+    text = states[0].data
+    meta = parse(text)
+    blobs = states[1:]
+    names = [state.name for state in blobs]
+    expected = [item.state_name for item in meta.items]
+    if names != expected:
+        _refuse_names(names, expected)
+    for state, item in zip(blobs, meta.items, strict=True):
+        if len(state.data) != item.size_bytes:
+            raise FormatError(
+                f"state {state.name} has {len(state.data)} bytes where meta says {item.size_bytes}"
+            )
+    return meta, text, b"".join(state.data for state in blobs)
+
+
+def _refuse_names(names: Sequence[str], expected: Sequence[str]) -> NoReturn:
+    """Say which state is wrong."""
+    for name in expected:
+        if name not in names:
+            raise FormatError(f"state {name} is missing: meta lists it")
+    for name, count in Counter(names).items():
+        if name not in expected:
+            raise FormatError(f"state {name} is one that meta does not list")
+        if count > 1:
+            raise FormatError(f"state {name} is there {count} times")
+    wrong = [pair for pair in zip(names, expected, strict=True) if pair[0] != pair[1]]
+    raise FormatError(f"state {wrong[0][0]} stands where {wrong[0][1]} belongs")
+
+
+def open_file(path: Path) -> tuple[int, int]:
+    """Open one file of a snapshot to read it: (descriptor, the caller's; its size in bytes).
+
+    Raises AccessError; GuestError if it is not there, no regular file, or empty.
+    """
+    try:
+        # A FIFO would block until somebody writes to it.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except PermissionError as error:
+        raise AccessError(f"cannot open {path}: {error.strerror}") from None
+    except OSError as error:
+        raise GuestError(f"cannot open {path}: {error.strerror}") from None
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
+        os.close(fd)
+        why = "is empty" if stat.S_ISREG(found.st_mode) else "is not a regular file"
+        raise GuestError(f"{path} {why}")
+    return fd, found.st_size
+
+
+def read_meta(files: Files) -> tuple[Meta, bytes]:
+    """Read FILE.meta: what it says, and its text.  Raises GuestError, AccessError."""
+    fd, size = open_file(files.meta)
+    try:
+        if size > MAX_META_BYTES:
+            raise GuestError(f"{files.meta}: {size} bytes are more than {MAX_META_BYTES}")
+        text = _read(fd, size, 0, files.meta)
+    finally:
+        os.close(fd)
+    try:
+        return parse(text), text
+    except FormatError as error:
+        raise GuestError(f"{files.meta} is not complete, or not bhyve's: {error}") from None
+
+
+def read_states(files: Files, memory_bytes: int) -> tuple[Meta, list[State]]:
+    """Read FILE.kern and FILE.meta of a guest with so much memory, as states.
+
+    FILE itself is not looked at: it need not hold the memory.  Complete and
+    consistent, or GuestError, which names the file; AccessError.
+    """
+    meta, text = read_meta(files)
+    if meta.memory_bytes != memory_bytes:
+        raise GuestError(
+            f"{files.meta} is of another guest: {meta.memory_bytes} bytes of memory, "
+            f"not {memory_bytes}"
+        )
+    fd, size = open_file(files.kern)
+    try:
+        check_size(files.kern, size, meta.kern_bytes, files.meta)
+        states = [State(META, text)]
+        for item in meta.items:
+            data = _read(fd, item.size_bytes, item.offset_bytes, files.kern)
+            states.append(State(item.state_name, data))
+    finally:
+        os.close(fd)
+    return meta, states
+
+
+def check_size(path: Path, size_bytes: int, wanted_bytes: int, meta: Path) -> None:
+    """Raise GuestError if a file has another size than FILE.meta says."""
+    if size_bytes != wanted_bytes:
+        why = "it is truncated" if size_bytes < wanted_bytes else "it is too long"
+        raise GuestError(
+            f"{path} has {size_bytes} bytes where {meta.name} says {wanted_bytes}: "
+            f"{why}, or of another snapshot"
+        )
+
+
+def _read(fd: int, size: int, offset: int, path: Path) -> bytes:
+    """Read so many bytes at an offset, in one copy: a pread(2) of a regular file is whole."""
+    try:
+        data = os.pread(fd, size, offset)
+    except OSError as error:
+        raise GuestError(f"cannot read {path}: {error.strerror}") from None
+    if len(data) != size:
+        raise GuestError(f"{path} became shorter while it was read")
+    return data

@@ -1,0 +1,393 @@
+"""bhyve's snapshot files: what of them is believed, and that nothing is lost on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bhystream import format as fmt
+from bhystream.backend.base import Segment, State
+from bhystream.backend.bhyve import snapshot
+from bhystream.backend.bhyve.snapshot import Files, cut, join, memory_spans, parse, read_states
+from bhystream.errors import FormatError, GuestError, UsageError
+
+GIB = 1 << 30
+MEMORY = 16 << 20
+KERNEL = ("vhpet", "vm", "vioapic", "vlapic", "vmcx", "vatpit", "vatpic", "vpmtmr", "vrtc")
+DEVICES = ("hostbridge@pci.0.0.0", "virtio-blk@pci.0.3.0", "virtio-blk@pci.0.4.0", "atkbdc")
+Json = dict[str, Any]
+
+
+def made(memory_bytes: int = MEMORY) -> tuple[Json, bytes]:
+    """Return what a .meta of FreeBSD 14 says, and its .kern."""
+    at = 0
+    blobs = []
+    lists: dict[str, list[Json]] = {"kern_structs": [], "devices": []}
+    for key, names in (("kern_structs", KERNEL), ("devices", DEVICES)):
+        for number, name in enumerate(names):
+            data = os.urandom(100 + 37 * number)
+            lists[key].append({"device": name, "size": len(data), "file_offset": at})
+            at += len(data)
+            blobs.append(data)
+    basic = {"ncpus": 2, "vmname": "web1", "memsize": memory_bytes, "memflags": 0}
+    return {"basic metadata": basic, **lists}, b"".join(blobs)
+
+
+def text_of(value: object) -> bytes:
+    """Return a .meta as libxo prints it, pretty."""
+    return json.dumps(value, indent=2).encode() + b"\n"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    """A sound snapshot, but for FILE, which is a hole."""
+    found = Files(tmp_path, "web1.save")
+    meta, kern = made()
+    found.meta.write_bytes(text_of(meta))
+    found.kern.write_bytes(kern)
+    found.memory.touch()
+    os.truncate(found.memory, MEMORY)
+    return found
+
+
+def test_a_snapshot_of_freebsd_14_is_understood() -> None:
+    value, kern = made()
+    meta = parse(text_of(value))
+    assert (meta.vmname, meta.ncpus, meta.memory_bytes, meta.memflags) == ("web1", 2, MEMORY, 0)
+    assert [item.name for item in meta.items] == [*KERNEL, *DEVICES]
+    assert meta.kern_bytes == len(kern)
+    assert meta.devices == DEVICES
+
+
+def test_the_words_of_freebsd_13_are_understood() -> None:
+    value, _ = made()
+    structs = [
+        {"debug_name": e["device"], "snapshot_req": i, **e}
+        for i, e in enumerate(value["kern_structs"])
+    ]
+    for entry in structs:
+        del entry["device"]
+    old = {
+        "basic metadata": value["basic metadata"],
+        "structs": structs,
+        "devices": [
+            {"snapshot_req": e["device"], "size": e["size"], "file_offset": e["file_offset"]}
+            for e in value["devices"]
+        ],
+    }
+    assert parse(text_of(old)) == parse(text_of(value))
+
+
+def test_unknown_keys_and_another_order_of_the_lists_change_nothing() -> None:
+    value, _ = made()
+    other = {"devices": value["devices"][::-1], "version": {"of": ["what", 1, None, True]}, **value}
+    other["kern_structs"] = [{"new": True, **entry} for entry in value["kern_structs"]]
+    assert parse(text_of(other)) == parse(text_of(value))
+
+
+def test_the_states_stand_in_the_order_of_the_file() -> None:
+    value, kern = made()
+    states = cut(text_of(value), kern)
+    assert [state.name for state in states] == [
+        "meta",
+        *(f"kern/{name}" for name in KERNEL),
+        *(f"dev/{name}" for name in DEVICES),
+    ]
+    assert all(type(state.data) is bytes for state in states)
+
+
+def test_cut_and_join_are_inverse() -> None:
+    value, kern = made()
+    text = text_of(value)
+    states = cut(text, memoryview(kern))
+    assert join(states) == (parse(text), text, kern)
+    assert cut(*join(states)[1:]) == states
+
+
+def test_cut_refuses_a_kern_of_another_size() -> None:
+    value, kern = made()
+    with pytest.raises(FormatError, match=f"kern: {len(kern) - 1} bytes where meta says"):
+        cut(text_of(value), kern[:-1])
+
+
+def at(value: Json, *keys: str | int) -> Any:
+    for key in keys:
+        value = value[key]  # type: ignore[index]
+    return value
+
+
+def put(*path: str | int, to: object) -> Callable[[Json], None]:
+    """Return what sets one value of a .meta."""
+
+    def change(value: Json) -> None:
+        at(value, *path[:-1])[path[-1]] = to
+
+    return change
+
+
+def drop(*path: str | int) -> Callable[[Json], None]:
+    def change(value: Json) -> None:
+        del at(value, *path[:-1])[path[-1]]
+
+    return change
+
+
+def shift(bytes_: int) -> Callable[[Json], None]:
+    """Return what moves the second device and all behind it."""
+
+    def change(value: Json) -> None:
+        for entry in value["devices"][1:]:
+            entry["file_offset"] += bytes_
+
+    return change
+
+
+def grow(value: Json) -> None:
+    """Have blobs that are too much together, each small enough."""
+    start = value["devices"][0]["file_offset"]
+    size = snapshot.MAX_BLOB_BYTES
+    value["devices"] = [
+        {"device": f"d{i}", "size": size, "file_offset": start + i * size} for i in range(4)
+    ]
+
+
+def twice(value: Json) -> None:
+    value["devices"][2]["device"] = value["devices"][1]["device"]
+
+
+def without(name: str) -> Callable[[Json], None]:
+    """Return what removes a structure of the kernel, and closes the gap."""
+
+    def change(value: Json) -> None:
+        value["kern_structs"] = [e for e in value["kern_structs"] if e["device"] != name]
+        end = 0
+        for entry in value["kern_structs"] + value["devices"]:
+            entry["file_offset"] = end
+            end += entry["size"]
+
+    return change
+
+
+BASIC = "basic metadata"
+WRONG: list[tuple[str, Callable[[Json], None], str]] = [
+    ("no-basic", drop(BASIC), "basic metadata is missing"),
+    ("basic-list", put(BASIC, to=[]), "basic metadata is missing or not a JSON object"),
+    ("no-vmname", drop(BASIC, "vmname"), "vmname is missing"),
+    ("vmname-path", put(BASIC, "vmname", to="../x"), "vmname is missing or not a name"),
+    ("vmname-long", put(BASIC, "vmname", to="x" * 230), "vmname is missing or not a name"),
+    ("no-ncpus", drop(BASIC, "ncpus"), "ncpus is missing or not a number"),
+    ("ncpus-text", put(BASIC, "ncpus", to="2"), "ncpus is missing or not a number"),
+    ("ncpus-bool", put(BASIC, "ncpus", to=True), "ncpus is missing or not a number"),
+    ("ncpus-0", put(BASIC, "ncpus", to=0), "ncpus 0 is not within 1 to"),
+    ("memsize-0", put(BASIC, "memsize", to=0), "memsize 0 is not within"),
+    ("memsize-odd", put(BASIC, "memsize", to=4097), "memsize 4097 is not a multiple of 4096"),
+    ("memsize-huge", put(BASIC, "memsize", to=1 << 62), "memsize 4611686018427387904 is not"),
+    ("memflags", put(BASIC, "memflags", to=-1), "memflags -1 is not within"),
+    ("no-kernel", drop("kern_structs"), "0 lists of kernel structures"),
+    ("two-kernels", put("structs", to=[]), "2 lists of kernel structures"),
+    ("no-devices", drop("devices"), "devices is missing or not a list"),
+    ("devices-object", put("devices", to={}), "devices is missing or not a list"),
+    ("many", put("devices", to=[{}] * 1025), "devices is missing or not a list of at most 1024"),
+    ("entry", put("devices", 0, to=7), r"devices\[0\] is missing or not a JSON object"),
+    ("no-name", drop("devices", 0, "device"), r"devices\[0\] has no name"),
+    ("name-slash", put("devices", 0, "device", to="a/b"), r"devices\[0\] has no name"),
+    ("name-space", put("devices", 0, "device", to="a b"), r"devices\[0\] has no name"),
+    ("name-wide", put("devices", 0, "device", to="\u00e9"), r"devices\[0\] has no name"),
+    ("name-long", put("devices", 0, "device", to="x" * 101), r"devices\[0\] has no name"),
+    ("name-twice", twice, "dev/virtio-blk@pci.0.3.0 is there 2 times"),
+    ("no-size", drop("devices", 0, "size"), r"devices\[0\].size is missing"),
+    ("size-0", put("devices", 0, "size", to=0), r"devices\[0\].size 0 is not within 1"),
+    ("size-huge", put("devices", 0, "size", to=1 << 40), r"devices\[0\].size 1099511627776 is"),
+    ("offset", put("devices", 0, "file_offset", to=-1), r"devices\[0\].file_offset -1 is not"),
+    ("first", put("kern_structs", 0, "file_offset", to=1), "kern/vhpet at 1 leaves a gap"),
+    ("gap", shift(1), "dev/virtio-blk@pci.0.3.0 at [0-9]+ leaves a gap"),
+    ("overlap", shift(-1), "dev/virtio-blk@pci.0.3.0 at [0-9]+ overlaps what ends at"),
+    ("too-much", grow, "the blobs have [0-9]+ bytes, more than"),
+    ("no-vmcx", without("vmcx"), "kern/vmcx is missing"),
+    ("no-vrtc", without("vrtc"), "kern/vrtc is missing"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+def test_a_meta_that_lies_is_refused_by_name(change: Callable[[Json], None], message: str) -> None:
+    value, _ = made()
+    change(value)
+    with pytest.raises(FormatError, match=f"^meta: {message}"):
+        parse(text_of(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "not JSON"),
+        (b"\xff", "not JSON in UTF-8"),
+        (b"[1]", "the text is missing or not a JSON object"),
+        (b'{"devices":1,"devices":2}', "a JSON name occurs twice"),
+        (b'{"a":' + b"9" * 5000 + b"}", "does not fit 64 bits"),
+        (b'{"basic metadata":{"ncpus":1.5}}', "not an integer"),
+        (b"[" * 200_000, "nests too deep"),
+        (b'{"x":' + b"[" * 20 + b"]" * 20 + b"}", "nests too deep"),
+        (b" " * (snapshot.MAX_META_BYTES + 1), "1048577 bytes are more than 1048576"),
+    ],
+    ids=["empty", "binary", "array", "twice", "number", "fraction", "bomb", "deep", "long"],
+)
+def test_a_text_that_is_no_meta_is_refused(text: bytes, message: str) -> None:
+    with pytest.raises(FormatError, match=f"^meta: .*{message}"):
+        parse(text)
+
+
+def test_a_newer_kernel_may_save_other_structures() -> None:
+    value, _ = made()
+    without("vrtc")(value)
+    value["kern_structs"][0]["device"] = "vclock"
+    assert parse(text_of(value)).items[0].state_name == "kern/vclock"
+    without("vlapic")(value)
+    with pytest.raises(FormatError, match="kern/vlapic is missing"):
+        parse(text_of(value))
+
+
+def test_a_snapshot_fits_the_limits_of_a_stream() -> None:
+    # Else a guest that was paused could not be sent.
+    assert snapshot.MAX_ALL_BYTES <= fmt.MAX_STATE_BYTES
+    assert 2 * snapshot.MAX_ITEMS < fmt.MAX_STATES
+    assert snapshot.MAX_ITEMS <= fmt.MAX_DEVICES
+
+
+def swap(states: list[State]) -> list[State]:
+    return [*states[:3], states[4], states[3], *states[5:]]
+
+
+def resized(states: list[State]) -> list[State]:
+    """Keep the sum: one byte moves from a blob to the next."""
+    first, second = states[1].data, states[2].data
+    moved = [State(states[1].name, first[:-1]), State(states[2].name, first[-1:] + second)]
+    return [states[0], *moved, *states[3:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: [], "state meta is missing, or not the first"),
+        (lambda s: [*s[1:], s[0]], "state meta is missing, or not the first"),
+        (lambda s: s[:-1], "state dev/atkbdc is missing: meta lists it"),
+        (lambda s: [*s, State("dev/x", b"")], "state dev/x is one that meta does not list"),
+        (lambda s: [*s, s[-1]], "state dev/atkbdc is there 2 times"),
+        (swap, "state kern/vlapic stands where kern/vioapic belongs"),
+        (resized, "state kern/vhpet has 99 bytes where meta says 100"),
+    ],
+    ids=["none", "meta-last", "missing", "extra", "twice", "order", "sizes"],
+)
+def test_states_that_are_not_those_of_the_meta_are_refused(
+    change: Callable[[list[State]], list[State]], message: str
+) -> None:
+    value, kern = made()
+    with pytest.raises(FormatError, match=message):
+        join(change(cut(text_of(value), kern)))
+
+
+def test_a_snapshot_is_read_whole(files: Files) -> None:
+    meta, states = read_states(files, MEMORY)
+    assert meta == parse(files.meta.read_bytes())
+    assert states == cut(files.meta.read_bytes(), files.kern.read_bytes())
+
+
+def remake(path: Path, data: bytes) -> None:
+    path.unlink()
+    path.write_bytes(data)
+
+
+def exchange(files: Files) -> None:
+    meta, kern = files.meta.read_bytes(), files.kern.read_bytes()
+    files.meta.write_bytes(kern)
+    files.kern.write_bytes(meta)
+
+
+def make_fifo(files: Files) -> None:
+    files.meta.unlink()
+    os.mkfifo(files.meta)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: f.meta.unlink(), "cannot open .*/web1.save.meta: No such file"),
+        (lambda f: f.kern.unlink(), "cannot open .*/web1.save.kern: No such file"),
+        (lambda f: os.truncate(f.meta, 0), "web1.save.meta is empty"),
+        (lambda f: os.truncate(f.kern, 0), "web1.save.kern is empty"),
+        (make_fifo, "web1.save.meta is not a regular file"),
+        (lambda f: os.truncate(f.meta, 300), "web1.save.meta is not complete, or not bhyve's"),
+        (lambda f: os.truncate(f.kern, 300), "web1.save.kern has 300 bytes .*: it is truncated"),
+        (
+            lambda f: f.kern.write_bytes(f.kern.read_bytes() + b"x"),
+            "web1.save.kern has .* bytes where web1.save.meta says .*: it is too long",
+        ),
+        (exchange, "web1.save.meta is not complete, or not bhyve's: meta: not JSON"),
+        (
+            lambda f: f.meta.write_bytes(text_of(made(2 * MEMORY)[0])),
+            "web1.save.meta is of another guest: 33554432 bytes of memory, not 16777216",
+        ),
+        (
+            lambda f: os.truncate(f.meta, snapshot.MAX_META_BYTES + 1),
+            "web1.save.meta: 1048577 bytes are more than",
+        ),
+    ],
+    ids=[
+        "no-meta", "no-kern", "empty-meta", "empty-kern", "fifo", "cut-meta", "cut-kern",
+        "long-kern", "swapped", "another-guest", "long-meta",
+    ],
+)  # fmt: skip
+def test_files_that_are_no_snapshot_are_refused_by_name(
+    files: Files, spoil: Callable[[Files], object], message: str
+) -> None:
+    spoil(files)
+    with pytest.raises(GuestError, match=message):
+        read_states(files, MEMORY)
+
+
+def test_no_descriptor_is_lost(files: Files) -> None:
+    before = len(os.listdir("/dev/fd"))
+    read_states(files, MEMORY)
+    os.truncate(files.kern, 300)
+    with pytest.raises(GuestError):
+        read_states(files, MEMORY)
+    os.truncate(files.kern, 0)
+    with pytest.raises(GuestError):
+        read_states(files, MEMORY)
+    assert len(os.listdir("/dev/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("memory_bytes", "spans"),
+    [
+        (4096, [(0, 0, 4096)]),
+        (3 * GIB, [(0, 0, 3 * GIB)]),
+        (3 * GIB + 4096, [(0, 0, 3 * GIB), (4 * GIB, 3 * GIB, 4096)]),
+        (64 * GIB, [(0, 0, 3 * GIB), (4 * GIB, 3 * GIB, 61 * GIB)]),
+    ],
+)
+def test_memory_lies_below_3_gib_and_above_4(
+    memory_bytes: int, spans: list[tuple[int, int, int]]
+) -> None:
+    assert memory_spans(memory_bytes) == spans
+
+
+def test_the_layout_names_both_segments() -> None:
+    assert snapshot.layout_of(4 * GIB) == (
+        Segment("lowmem", 0, 3 * GIB // 4096),
+        Segment("highmem", 4 * GIB, GIB // 4096),
+    )
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\0b", "x" * 251])
+def test_what_is_no_name_of_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError):
+        Files(tmp_path, name)
+
+
+def test_the_longest_name_of_a_file_is_taken(tmp_path: Path) -> None:
+    assert len(Files(tmp_path, "x" * 250).meta.name) == 255
