@@ -273,7 +273,7 @@ class Move:
             self.tape.append(message)
             if not self.forward_ends:
                 self.forward.append(message)
-        elif self.copy.state in (RUNS, STANDS):
+        elif self.copy.state in (RUNS, STANDS) and act is not Act.KEEP:
             self.copy.state = {Act.PAUSE: STANDS, Act.RESUME: RUNS, Act.DISCARD: OVER}[act]
 
     def end_sender(self) -> None:
@@ -291,7 +291,7 @@ class Move:
             epipe = act in (Act.WRITE_END, Act.WRITE_GO) and self.forward_ends
             if not self.shared.fault() and not (epipe and self.shared.rng.random() < 0.5):
                 self.do(act)
-            elif not sender.on(Event.UNSENT, Event.FAILURE):
+            elif act is Act.KEEP or not sender.on(Event.UNSENT, Event.FAILURE):
                 self.end_sender()
         elif sender.machine.at in FINALS:
             self.shared.ends[sender.machine.at] += 1

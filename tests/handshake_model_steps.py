@@ -86,7 +86,7 @@ def at_source(world: World, act: Act) -> World:
         if world.forward_ends:  # a buffer takes it, and it is lost
             return world._replace(tape=tape)
         return world._replace(tape=tape, forward=(*world.forward, WRITES[act]))
-    if world.guest == OVER:
+    if world.guest == OVER or act is Act.KEEP:
         return world
     return world._replace(guest={Act.PAUSE: STANDS, Act.RESUME: RUNS, Act.DISCARD: OVER}[act])
 
@@ -152,7 +152,9 @@ def sender_acts(world: World, rules: Rules) -> Iterator[Step]:
     done = at_source(world, act)._replace(sender=world.sender._replace(todo=tuple(rest)))
     yield FREE, f"bhysend: {act.value}", done
     kind = FREE if act in WRITES and world.forward_ends else FAULT
-    yield kind, f"bhysend: cannot {act.value}", sender_fails(world, rules)
+    # What cannot be kept is the keeper's to go on with: END or GO is out.
+    fails = sender_dies(world) if act is Act.KEEP else sender_fails(world, rules)
+    yield kind, f"bhysend: cannot {act.value}", fails
 
 
 def take_over(world: World, rules: Rules, event: Event) -> World:

@@ -41,6 +41,7 @@ class MemorySource:
 
     name = "stand-in"
     lock_name = "stand-in"
+    is_live = True
 
     def __init__(self, *npages: int) -> None:
         """npages: of each segment; all of it is one hole."""
@@ -71,6 +72,15 @@ class MemorySource:
     def fixed_ns(self) -> int:
         return 0
 
+    def warnings(self) -> Sequence[str]:
+        return ()
+
+    def prepare(self, id_: str) -> None:
+        pass
+
+    def changed(self) -> Iterator[tuple[int, int]] | None:
+        return None
+
     def memory(self) -> Sequence[memoryview]:
         return self._views
 
@@ -94,6 +104,9 @@ class MemorySource:
         raise GuestError("not asked for here")
 
     def resume(self) -> None:
+        raise GuestError("not asked for here")
+
+    def keep(self) -> None:
         raise GuestError("not asked for here")
 
     def revive(self) -> Json:

@@ -43,8 +43,17 @@ class Guest:
     def resume(self) -> None:
         self._do("resume")
 
-    def discard(self) -> None:
-        self._do("discard")
+    def hold(self) -> None:
+        self._do("hold")
+
+    def clear(self) -> None:
+        self._do("clear")
+
+    def keep(self) -> None:
+        self._do("keep")
+
+    def discard(self, there: str) -> None:
+        self._do(f"discard {there}".rstrip())
 
     def is_alive(self) -> bool:
         return self.alive

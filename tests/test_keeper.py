@@ -18,12 +18,25 @@ import pytest
 
 import bhystream
 from bhystream import keeper, state
+from bhystream.backend.qemu.process import identify
 from bhystream.errors import GuestError
 from bhystream.handshake import GO, HELD, MOVED, PAUSED
 from bhystream.keeper import Keeper
 from bhystream.state import Lock, Record, Records
 
-RECORD = Record("a" * 32, "web1", "qemu:/web1", "lock-1", PAUSED, {"hypervisor": "none"})
+ME = identify(os.getpid())
+# A guest whose process lives, and whose QMP socket nobody answers at.
+REVIVE = {
+    "hypervisor": "qemu",
+    "name": "web1",
+    "qmp": "/nonexistent/web1.qmp",
+    "pid": ME.pid,
+    "start_ticks": ME.start_ticks,
+    "boot_id": ME.boot_id,
+    "restore": {},
+    "announce": False,
+}
+RECORD = Record("a" * 32, "web1", "qemu:/web1", "lock-1", PAUSED, REVIVE)
 
 
 @pytest.fixture
@@ -178,15 +191,16 @@ def test_a_keeper_that_says_nothing_is_given_up(
 # When bhysend has been killed.
 
 PARENT = """
+import json
 import sys
 from bhystream import state
 from bhystream.keeper import Keeper
 from bhystream.state import Lock, Record, Records
 
 base = state.directory()
-record = Record("a" * 32, "web1", "qemu:/web1", "lock-1", "paused", {"hypervisor": "none"})
+record = Record("a" * 32, "web1", "qemu:/web1", "lock-1", "paused", json.loads(sys.argv[1]))
 keeper = Keeper(base, record, Lock(base, record.lock, "guest web1"))
-for phase in sys.argv[1:]:
+for phase in sys.argv[2:]:
     Records(base, "source").write(record.moved(phase))
 print(keeper._process.pid, flush=True)
 sys.stdin.read()
@@ -198,7 +212,7 @@ def orphan(*phases: str) -> int:
 
     Returns the keeper's pid.
     """
-    argv = [sys.executable, "-c", PARENT, *phases]
+    argv = [sys.executable, "-c", PARENT, json.dumps(REVIVE), *phases]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
         assert parent.stdout
         pid = int(parent.stdout.readline())
@@ -214,7 +228,7 @@ def test_a_keeper_is_of_the_same_program(base: Path, tmp_path: Path) -> None:
     module.write_text(module.read_text().replace('b"ready\\n"', 'b"other\\n"'))
     assert "other" in module.read_text()
     done = subprocess.run(
-        [sys.executable, "-c", PARENT],
+        [sys.executable, "-c", PARENT, json.dumps(REVIVE)],
         cwd=tree,
         env={**os.environ, "PYTHONPATH": "lib"},
         stdin=subprocess.DEVNULL,
@@ -267,20 +281,31 @@ keeper._RETRY_SECONDS = 0.001
 keeper._RESUME_SECONDS = float(sys.argv[2])
 faults = eval(sys.argv[3])
 
+def say(word):
+    print(word, flush=True)
+
 class Paused:
     def is_alive(self):
         return sys.argv[4] == "alive"
+    def hold(self):
+        say("hold")
+    def clear(self):
+        say("clear")
+    def keep(self):
+        say("keep")
+        if faults:
+            raise faults.pop(0)
     def resume(self):
-        print("resume", flush=True)
-    def discard(self):
-        print("discard", flush=True)
+        say("resume")
+        if faults:
+            raise faults.pop(0)
+    def discard(self, there):
+        say(f"discard {there}")
     def close(self):
-        print("close", flush=True)
+        say("close")
 
 def open_paused(revive):
-    print("open", revive["hypervisor"], flush=True)
-    if faults:
-        raise faults.pop(0)
+    say("open")
     return Paused()
 
 if sys.argv[4] != "none":
@@ -328,7 +353,7 @@ def test_a_paused_guest_is_resumed_and_its_record_removed(base: Path, records: R
     records.write(RECORD)
     status, out, err = driven.orphaned()
     said = "log guest web1: bhysend is gone; the guest runs on here"
-    assert out.splitlines() == ["open none", "resume", "close", said]
+    assert out.splitlines() == ["open", "hold", "resume", said]
     assert status == 0
     assert err == "bhysend: guest web1: bhysend is gone; the guest runs on here\n"
     assert records.all() == []
@@ -338,7 +363,7 @@ def test_it_tries_again_until_the_hypervisor_answers(base: Path, records: Record
     driven = Driven(base, 60, "[GuestError('busy'), GuestError('busy')]")
     records.write(RECORD)
     status, out, err = driven.orphaned()
-    assert out.splitlines()[:-1] == ["open none"] * 3 + ["resume", "close"]
+    assert out.splitlines()[:-1] == ["open", "hold"] + ["resume"] * 3
     assert status == 0
     assert err == "bhysend: guest web1: bhysend is gone; the guest runs on here\n"
     assert records.all() == []
@@ -357,11 +382,12 @@ def test_what_cannot_be_resumed_is_said_and_its_record_kept(base: Path, records:
     driven = Driven(base, 0, guest="none")
     records.write(RECORD)
     status, out, err = driven.orphaned()
+    why = "guest web1: cannot connect to /nonexistent/web1.qmp: No such file or directory"
     assert err == (
-        "bhysend: the record's hypervisor 'none' is not known here\n"
+        f"bhysend: {why}\n"
         f"bhysend: guest web1: it stands paused here: bhysend --resume {RECORD.id}\n"
     )
-    assert (status, out) == (69, "log the record's hypervisor 'none' is not known here\n")
+    assert (status, out) == (69, f"log {why}\n")
     assert records.all() == [RECORD]
 
 
@@ -370,7 +396,7 @@ def test_the_record_of_a_guest_that_is_gone_is_removed(base: Path, records: Reco
     records.write(RECORD)
     status, out, err = driven.orphaned()
     said = "log guest web1: its hypervisor is gone"
-    assert (status, out.splitlines()) == (0, ["open none", "close", said])
+    assert (status, out.splitlines()) == (0, ["open", "hold", said])
     assert err == "bhysend: guest web1: its hypervisor is gone\n"
     assert records.all() == []
 
@@ -383,9 +409,10 @@ def test_nothing_else_is_ever_resumed(base: Path, records: Records, phase: str |
         records.write(RECORD.moved(phase))
     status, out, err = driven.orphaned()
     told = {None: "", HELD: "the guest is held", GO: "the guest is in doubt, paused here"}[phase]
-    said = f"guest web1: bhysend is gone; {told}\n" if phase else ""
-    assert (status, out) == (0, f"log {said}" if phase else "")
-    assert err == (f"bhysend: {said}" if phase else "")
+    said = f"guest web1: bhysend is gone; {told}"
+    act = ["keep", f"log {said}"] if phase else ["clear"]
+    assert (status, out.splitlines()) == (0, ["open", "hold", *act])
+    assert err == (f"bhysend: {said}\n" if phase else "")
     assert [record.phase for record in records.all()] == ([phase] if phase else [])
 
 
@@ -393,7 +420,7 @@ def test_a_guest_that_has_moved_is_ended_here(base: Path, records: Records) -> N
     driven = Driven(base, 60)
     records.write(replace(RECORD.moved(MOVED), host="hv2/ff", directory="/d"))
     status, out, err = driven.orphaned()
-    assert out.splitlines()[:-1] == ["open none", "discard", "close"]
+    assert out.splitlines()[:-1] == ["open", "hold", "open", "discard hv2", "close"]
     assert status == 0
     assert err == (
         "bhysend: guest web1: bhysend is gone; the guest runs on hv2, and is gone here\n"
@@ -404,10 +431,10 @@ def test_a_guest_that_has_moved_is_ended_here(base: Path, records: Records) -> N
 @pytest.mark.parametrize(
     ("answer", "acts", "left"),
     [
-        (b"RUNNING", ["open none", "discard", "close"], []),
-        (b"FAILED no", ["open none", "resume", "close"], []),
-        (b"RAN", [], [GO]),
-        (b"", [], [GO]),
+        (b"RUNNING", ["open", "hold", "open", "discard hv2", "close"], []),
+        (b"FAILED no", ["open", "hold", "resume"], []),
+        (b"RAN", ["open", "hold", "keep"], [GO]),
+        (b"", ["open", "hold", "keep"], [GO]),
     ],
 )
 def test_a_commands_answers_are_read_on(

@@ -18,6 +18,7 @@ from bhystream.state import Record, Records
 from recorded import A, B, Host
 
 HELLO = Answer(A, "HELLO", ("hv2/a1", "/d"))
+PEER = ("hv2/a1", "/d")
 RECORDED = Record(A, "web1", "qemu:/web1", "lock-1", GO, {}, host="hv2/a1", directory="/d")
 ROWS = sorted(RECORD, key=str)
 CUTS = [(*row, acts) for row in ROWS for acts in range(len(RECORD[row]))]
@@ -50,12 +51,12 @@ def ended(host: Host) -> list[str]:
 EXPECTED = {
     (PAUSED, Event.ALONE): (("resume", PAUSED), []),
     (PAUSED, Event.FAILED): (("resume", PAUSED), []),
-    (HELD, Event.ALONE): (None, [HELD]),
-    (GO, Event.ALONE): (None, [GO]),
-    (GO, Event.RUNNING): (("discard", MOVED), []),
+    (HELD, Event.ALONE): (("keep", HELD), [HELD]),
+    (GO, Event.ALONE): (("keep", GO), [GO]),
+    (GO, Event.RUNNING): (("discard hv2", MOVED), []),
     (GO, Event.FAILED): (("resume", PAUSED), []),
-    (MOVED, Event.ALONE): (("discard", MOVED), []),
-    (MOVED, Event.RUNNING): (("discard", MOVED), []),
+    (MOVED, Event.ALONE): (("discard hv2", MOVED), []),
+    (MOVED, Event.RUNNING): (("discard hv2", MOVED), []),
 }
 
 
@@ -66,7 +67,7 @@ def test_every_row_is_tested() -> None:
 @pytest.mark.parametrize(("phase", "event"), ROWS)
 def test_a_row_is_done_with_its_record_first(host: Host, phase: str, event: Event) -> None:
     asked, left = EXPECTED[phase, event]
-    record = host.record(phase)
+    record = host.record(phase, peer=PEER)
     assert settle(host, record, event) == record
     assert host.guest.asked == ([asked, ("close", asked[1])] if asked else [])
     assert host.phases("source") == left
@@ -76,11 +77,11 @@ def test_a_row_is_done_with_its_record_first(host: Host, phase: str, event: Even
 def test_a_row_may_be_done_twice(host: Host, phase: str, event: Event) -> None:
     """The second found the record before the first had acted."""
     asked, left = EXPECTED[phase, event]
-    record = host.record(phase)
+    record = host.record(phase, peer=PEER)
     for _ in range(2):
         settle(host, record, event)
         assert host.phases("source") == left
-        host.guest.alive = host.guest.alive and "discard" not in ended(host)
+        host.guest.alive = host.guest.alive and "discard hv2" not in ended(host)
     assert set(ended(host)) == ({asked[0]} if asked else set())
 
 
@@ -109,8 +110,8 @@ def test_one_who_finds_the_record_of_a_killed_one_ends_it(
     """What it finds leads to the same end, without the answer too."""
     asked, left = EXPECTED[phase, event]
     with pytest.raises(Killed):
-        Mortal(host.roles["source"], host.record(phase), acts).settle(event)
-    host.guest.alive = "discard" not in ended(host)
+        Mortal(host.roles["source"], host.record(phase, peer=PEER), acts).settle(event)
+    host.guest.alive = "discard hv2" not in ended(host)
     found = host.roles["source"].get(A)
     assert found is not None
     settle(host, found, event if acts == 0 else Event.ALONE)
@@ -120,7 +121,7 @@ def test_one_who_finds_the_record_of_a_killed_one_ends_it(
 
 @pytest.mark.parametrize(("phase", "event"), OTHERS)
 def test_what_is_in_no_row_is_left_as_it_stands(host: Host, phase: str, event: Event) -> None:
-    record = host.record(phase)
+    record = host.record(phase, peer=PEER)
     settle(host, record, event)
     assert host.opened == []
     assert host.roles["source"].all() == [record]
@@ -131,7 +132,7 @@ def test_a_guest_that_is_gone(host: Host, phase: str, event: Event) -> None:
     """It cannot be resumed, and need not be ended."""
     asked, left = EXPECTED[phase, event]
     host.guest.alive = False
-    record = host.record(phase)
+    record = host.record(phase, peer=PEER)
     if asked and asked[0] == "resume":
         with pytest.raises(GoneError, match="guest web1: its hypervisor is gone"):
             settle(host, record, event)

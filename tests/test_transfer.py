@@ -191,6 +191,33 @@ def test_only_what_changed_is_sent_again(
     assert built.data[2] == built.zero[2] == set()
 
 
+def test_a_dirty_log_says_what_to_look_at(
+    tmp_path: Path, source: MemorySource, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it names is compared; what it does not is not looked at until it is lost (None)."""
+    for page in range(source.npages):
+        source.write(page, rng.randbytes(PAGE_BYTES))
+    logs: list[list[tuple[int, int]] | None] = [[], [(0, 3), (7, 8)], None]
+
+    def changed() -> Iterator[tuple[int, int]] | None:
+        log = logs.pop(0)
+        return None if log is None else iter(log)
+
+    monkeypatch.setattr(source, "changed", changed)
+    sending = Sending(tmp_path / "s", source)
+    first = sending.transfer.round()
+    walked = sending.transfer.walked_pages
+    for page in (1, 7, 9):
+        source.write(page, rng.randbytes(PAGE_BYTES))
+    sending.transfer.round()
+    assert sending.transfer.walked_pages == walked + 4
+    sending.transfer.round(last=True)
+    built = sending.finish()
+    assert first.data_pages == source.npages
+    assert built.data[1:3] == [{1, 7}, {9}]
+    assert built.memory == source.contents()
+
+
 def test_a_page_that_became_a_hole_becomes_zero(tmp_path: Path, source: MemorySource) -> None:
     # One inside an extent of data, a whole segment, and one never written.
     source.write(10, b"a")

@@ -51,7 +51,9 @@ class Paused:
         return sys.argv[1] != "gone"
     def resume(self):
         print("resume", flush=True)
-    def discard(self):
+    def keep(self):
+        print("keep", flush=True)
+    def discard(self, there):
         print("discard", flush=True)
     def close(self):
         print("close", flush=True)

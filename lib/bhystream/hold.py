@@ -147,7 +147,7 @@ def _discard(records: Records, record: Record, console: Console) -> None:
         console.say(f"guest {record.guest}: it was gone already; its record is removed")
     else:
         try:
-            paused.discard()
+            paused.discard(record.there if record.phase == MOVED else "")
         finally:
             paused.close()
         console.say(f"guest {record.guest}: discarded here")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bhystream.backend.base import Json, Paused, Sink, Source
+from bhystream.backend.base import Paused, Sink, Source
 from bhystream.errors import GuestError, IncompatibleError, UsageError
 from bhystream.format import GUEST_NAME
 
@@ -68,14 +68,6 @@ def _qmp_path(operand: str) -> str:
     if not path.startswith("/"):
         raise UsageError(f"guest {operand}: the path of the QMP socket is not absolute")
     return path
-
-
-def preload(revive: Json) -> None:
-    """Import all that open_paused() will need."""
-    if revive.get("hypervisor") == "qemu":
-        import qemu.qmp  # noqa: F401
-
-        from bhystream.backend.qemu import paused  # noqa: F401
 
 
 def open_paused(revive: Mapping[str, Any]) -> Paused:

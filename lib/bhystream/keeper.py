@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from bhystream.answers import MAX_LINE_BYTES, unpack
+from bhystream.backend.base import Paused
 from bhystream.errors import BhyError, FormatError, GuestError, as_error
 from bhystream.handshake import ANSWER_SECONDS, GO, MOVED, PAUSED, RECORD, Act, Event
 from bhystream.rendezvous import path_of
@@ -152,7 +153,8 @@ def main(argv: list[str]) -> int:
         # Loaded now: later the file system may be what fails.
         from bhystream import hypervisors
 
-        hypervisors.preload(record.revive)
+        held = hypervisors.open_paused(record.revive)
+        held.hold()
         # Only now: a relative PYTHONPATH is of bhysend's directory.
         os.chdir("/")
         guard = Guard(os.getppid(), Records(Path(order["base"]), "source"), record.id)
@@ -166,7 +168,7 @@ def main(argv: list[str]) -> int:
         # What it does belongs to a move that is over.
         with contextlib.suppress(OSError):
             os.killpg(hook, signal.SIGKILL)
-    return take_over(order, record)
+    return take_over(order, record, held)
 
 
 class Guard:
@@ -215,8 +217,11 @@ def _listen(peer: socket.socket, lines: socket.SocketIO, guard: Guard) -> bytes:
     return lines.readline()
 
 
-def take_over(order: dict[str, Any], record: Record) -> int:
-    """Do what bhysend cannot do any more; return the exit status."""
+def take_over(order: dict[str, Any], record: Record, held: Paused) -> int:
+    """Do what bhysend cannot do any more; return the exit status.
+
+    held: the guest, of which hold() has been taken.
+    """
     console = Console("bhysend")
     base = Path(order["base"])
     records = Records(base, "source")
@@ -224,12 +229,13 @@ def take_over(order: dict[str, Any], record: Record) -> int:
         os.unlink(path_of(base, record.id))
     found = _read(records, record, console)
     if found is None:
+        held.clear()
         return 0
     command = order["answers"]
     event = Event.ALONE
     if found.phase == GO and command >= 0:
         event = _await_answer(command, found.id)
-    standing = Standing(records, found)
+    standing = Standing(records, found, held)
     try:
         status = _settle(standing, event, console)
     except GoneError as gone:
@@ -284,9 +290,11 @@ def _await_answer(fd: int, id_: str) -> Event:
 def _settle(standing: Standing, event: Event, console: Console) -> int:
     """Act on the record, trying again while the hypervisor does not answer.
 
-    Returns the exit status.  Raises GoneError.
+    A guest that cannot be kept is tried without end: its memory is here, and
+    nowhere else.  Returns the exit status.  Raises GoneError.
     """
     deadline = time.monotonic() + _RESUME_SECONDS
+    told = False
     while True:
         try:
             standing.settle(event)
@@ -295,9 +303,14 @@ def _settle(standing: Standing, event: Event, console: Console) -> int:
             raise
         except Exception as raised:  # whatever it is, the guest stands paused
             error = as_error(raised)
-            if time.monotonic() > deadline:
+            record = standing.record
+            if Act.KEEP in RECORD.get((record.phase, event), ()):
+                if not told:
+                    console.fail(error)
+                    console.say(f"guest {record.guest}: process {os.getpid()} holds its memory")
+                    told = True
+            elif time.monotonic() > deadline:
                 console.fail(error)
-                record = standing.record
                 verb = "--discard" if record.phase == MOVED else "--resume"
                 console.say(
                     f"guest {record.guest}: it stands paused here: bhysend {verb} {record.id}"
@@ -323,7 +336,7 @@ def _tell(console: Console, found: Record, event: Event, way_out: str) -> None:
         text += f"the guest is {found.phase}"
     console.say(text)
     console.log(text)
-    if found.phase == GO and not acts:
+    if found.phase == GO and Act.FORGET not in acts:
         for line in way_out.splitlines():
             console.say(line)
 

@@ -122,6 +122,7 @@ class Move:
         features = Feature.ZSTD if self.opts.level is not None else Feature(0)
         self.writer = Writer(fd, Header(form, features, stream_id, secrets.randbits(64)))
         write_head(self.writer, self.head)
+        self.source.prepare(stream_id.hex())
         self.transfer = Transfer(
             self.source,
             self.head.layout,
@@ -139,6 +140,8 @@ class Move:
             ask=asking(self.opts.command),
         )
         self.console.log(f"guest {self.source.name}: stream {self.record.id} begins")
+        for warning in self.source.warnings():
+            self.console.say(f"guest {self.source.name}: {warning}")
         if self.offer:
             self.offer.begin(self.writer)
 
@@ -146,7 +149,8 @@ class Move:
         """Send rounds while the guest runs, until the last set is small enough."""
         limits = self.opts.limits
         start_ns = time.monotonic_ns()
-        decision = Decision.GO_ON if limits.rounds else Decision.STOP
+        is_live = limits.rounds and self.source.is_live
+        decision = Decision.GO_ON if is_live else Decision.STOP
         while decision == Decision.GO_ON:
             self.progress.round = len(self.rounds)
             self.rounds.append(self.transfer.round(rate_bytes=limits.rate_bytes))
@@ -254,9 +258,7 @@ class Move:
         else:
             self.machine.on(Event.COPIED_PLAIN)
         self.writer.sync()
-        if not self.opts.keep:
-            self.pause_ns = time.monotonic_ns() - self.pause_start_ns
-            self.dismiss_keeper()
+        self.dismiss_keeper()
         self.signals.forget()
         self._say_end("kept, it runs on here" if self.opts.keep else "held here")
         if not self.opts.keep:
@@ -282,6 +284,9 @@ class Move:
         event, why = self.offer.await_outcome()
         self.pause_ns = time.monotonic_ns() - self.pause_start_ns
         self.answers_ns = time.monotonic_ns() - start_ns
+        if event == Event.DOUBT:
+            # Said before it is kept, which may take its time.
+            self.console.say(f"guest {self.source.name}: in doubt: {why}")
         self.machine.on(event)
         self.dismiss_keeper()
         self.signals.forget()
@@ -308,14 +313,8 @@ class Move:
             return HeldError(str(error), f"guest {name}: held here\n{error.hint}")
         if self.hook:
             self.hook.kill()
-        if machine.at in (At.GONE, At.RUNS_ON) and machine.undone:
-            return self._stuck(error, error)
-        try:
-            if machine.expects(event := self._event_of_failure()):
-                machine.on(event)
-        except BhyError as second:
-            return self._stuck(error, second)
-        self.dismiss_keeper()
+        if stuck := self._undo(error):
+            return stuck
         if isinstance(error, InDoubtError):
             return error
         if machine.at == At.DOUBT:
@@ -330,6 +329,22 @@ class Move:
             error = self.offer.explain(error)
         error.hint = f"guest {name}: it runs here\n{error.hint}"
         return error
+
+    def _undo(self, error: BhyError) -> BhyError | None:
+        """Do what the table has for a failure; return what to say where even that failed."""
+        machine = self.machine
+        if machine.at in (At.GONE, At.RUNS_ON) and machine.undone:
+            return self._stuck(error, error)
+        try:
+            if machine.expects(event := self._event_of_failure()):
+                machine.on(event)
+        except BhyError as second:
+            if Act.KEEP not in machine.undone:
+                return self._stuck(error, second)
+            error.hint = f"{second}; its keeper goes on trying\n{error.hint}"
+        if Act.KEEP not in machine.undone:
+            self.dismiss_keeper()
+        return None
 
     def _event_of_failure(self) -> Event:
         """Return what a failure is, after what was recorded: could it be acted on there?"""
@@ -376,6 +391,7 @@ class Move:
             Act.FORGET: lambda: self.records.remove(self.record.id),
             Act.PAUSE: self._pause,
             Act.RESUME: self.source.resume,
+            Act.KEEP: self.source.keep,
             Act.DISCARD: self._discard,
             Act.WRITE_END: self._write_end,
             Act.WRITE_GO: self._write_go,
@@ -429,6 +445,7 @@ class Move:
     def _write_end(self) -> None:
         assert self.writer is not None
         self.writer.end()
+        self.pause_ns = time.monotonic_ns() - self.pause_start_ns
 
     def _write_go(self) -> None:
         assert self.writer is not None

@@ -51,7 +51,7 @@ def end_guest(record: Record) -> None:
     if paused is None:
         return
     try:
-        paused.discard()
+        paused.discard(record.there if record.phase == handshake.MOVED else "")
     finally:
         paused.close()
 
@@ -68,10 +68,11 @@ def event_of(record: Record, hello: Answer | None, final: Answer | None) -> Even
 class Standing:
     """One recorded guest, while its lock is held."""
 
-    def __init__(self, records: Records, record: Record) -> None:
-        """records: of the source."""
+    def __init__(self, records: Records, record: Record, held: Paused | None = None) -> None:
+        """records: of the source.  held: the guest itself, for who took hold of it before."""
         self._records = records
         self.record = record
+        self._held = held
 
     def settle(self, event: Event) -> Record:
         """Do what the table says; return the record as it was found.
@@ -97,16 +98,21 @@ class Standing:
         elif act == Act.DISCARD:
             end_guest(self.record)
         else:
-            self._resume()
+            self._with_guest(act)
 
-    def _resume(self) -> None:
-        paused = open_alive(self.record)
-        if paused is None:
-            raise GoneError(f"guest {self.record.guest}: its hypervisor is gone")
+    def _with_guest(self, act: Act) -> None:
+        """Resume or keep the guest.  Raises GoneError where there is none to resume any more."""
+        paused = self._held or hypervisors.open_paused(self.record.revive)
         try:
-            paused.resume()
+            if act == Act.KEEP and paused.is_alive():
+                paused.keep()
+            elif act == Act.RESUME:
+                if not paused.is_alive():
+                    raise GoneError(f"guest {self.record.guest}: its hypervisor is gone")
+                paused.resume()
         finally:
-            paused.close()
+            if paused is not self._held:
+                paused.close()
 
 
 class GoneError(GuestError):

@@ -128,7 +128,7 @@ class Transfer:
         start_bytes = self._writer.offset_bytes
         self._write_ns = self._data_pages = self._zero_pages = 0
         segment = 0
-        for span in spans(self._layout, self._source.touched()):
+        for span in self._spans(everything):
             if span.segment != segment:
                 # All extents of a section lie in one segment.
                 self._flush(span.base_page)
@@ -146,6 +146,14 @@ class Transfer:
             sent_bytes=self._writer.offset_bytes - start_bytes,
             write_ns=self._write_ns,
         )
+
+    def _spans(self, everything: bool) -> Iterator[Span]:
+        """Return what to look at in this round: all of it, or what the host saw written."""
+        # Asked also in round 0: the log begins anew before the first page is read.
+        changed = self._source.changed()
+        if everything or changed is None:
+            return spans(self._layout, self._source.touched())
+        return (span for span in spans(self._layout, changed) if span.present)
 
     def _walk(
         self, span: Span, everything: bool, start_ns: int, start_bytes: int, rate: int | None

@@ -68,7 +68,7 @@ def test_a_guest_moves(rig: Rig, machine: str, vcpus: int, ram: str) -> None:
     source.close()
     assert state_of(path) == "postmigrate"
     stop(there)
-    open_paused(sink.revive()).discard()
+    open_paused(sink.revive()).discard("")
 
 
 def test_the_memory_there_is_the_memory_here(rig: Rig) -> None:
@@ -106,7 +106,7 @@ def test_a_guest_moves_with_a_shared_disk(rig: Rig, interface: str, device: str)
         source.resume()
     # Only when it has gone does the source get its disk back.
     stop(there)
-    open_paused(sink.revive()).discard()
+    open_paused(sink.revive()).discard("")
     source.resume()
     assert state_of_open(source) == "running"
     source.close()
@@ -359,14 +359,14 @@ def test_a_guest_left_paused_is_resumed_and_discarded_from_its_record(rig: Rig) 
     assert state_of(there) == "running"
     # Somebody let it run: that is no guest to be ended here.
     with pytest.raises(GuestError, match="it runs, so it is not ended here"):
-        held.discard()
+        held.discard("")
     assert held.is_alive()
     with monitor(there) as ask:
         ask("stop")
         # Its socket is in use, so it cannot be asked: the operator's word counts.
-        held.discard()
+        held.discard("")
     assert not held.is_alive()
-    held.discard()
+    held.discard("")
     source.close()
 
 
@@ -387,7 +387,7 @@ def test_the_source_is_resumed_and_discarded_from_its_record(rig: Rig) -> None:
         assert not any(each["state"] for each in ask("query-migrate-capabilities"))
         assert ask("query-migrate-parameters")["max-bandwidth"] == 134217728
         ask("stop")
-    held.discard()
+    held.discard("")
     rig.processes["here"].wait(10)
     assert not held.is_alive()
     with pytest.raises(GuestError, match="has ended"):
@@ -415,7 +415,7 @@ def test_another_guest_at_the_socket_is_never_touched(rig: Rig) -> None:
         # A pid used again by another process: ours is gone, nothing is ended.
         reused = open_paused({**record, "pid": who.pid})
         assert not reused.is_alive()
-        reused.discard()
+        reused.discard("")
         assert sleeper.poll() is None
     finally:
         sleeper.kill()

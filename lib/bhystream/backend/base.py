@@ -72,7 +72,12 @@ class Source(Protocol):
     Opening one pauses nothing and changes nothing.  All methods raise
     GuestError when the hypervisor fails, AccessError where it may not be
     asked, IncompatibleError for what cannot be moved.
+
+    is_live: whether memory() shows the guest before pause(); if not, there are
+    no rounds.
     """
+
+    is_live: bool
 
     @property
     def name(self) -> str:
@@ -88,6 +93,16 @@ class Source(Protocol):
     def resources(self) -> Sequence[str]:
         """Return what the destination's operator has to give, as -o words: "disk0="."""
 
+    def warnings(self) -> Sequence[str]:
+        """Return what no tool can mend and the operator has to know, each in one line."""
+
+    def prepare(self, id_: str) -> None:
+        """Make ready what the pause needs and can be made while the guest runs.
+
+        id_: of the stream.  Called once, before revive() and memory(), never
+        by a dry run.  close() undoes it if the guest was not paused.
+        """
+
     def memory(self) -> Sequence[memoryview]:
         """Return one read-only mapping per segment, len = npages * 4096.
 
@@ -102,6 +117,14 @@ class Source(Protocol):
         round.  Pages outside are zero and must not be read.
         """
 
+    def changed(self) -> Iterator[tuple[int, int]] | None:
+        """Yield the extents of pages that may have changed since the last call, or None.
+
+        As touched(), of which it may be more or less: what is in neither is
+        as it was.  None where the host keeps no such log; then every touched
+        page is compared.
+        """
+
     def fixed_ns(self) -> int:
         """Return what of a pause no round makes shorter: to stop, to take the state, to load it.
 
@@ -109,7 +132,10 @@ class Source(Protocol):
         """
 
     def pause(self) -> None:
-        """Stop every vCPU and device.  Returns when nothing writes memory."""
+        """Stop every vCPU and device.  Returns when nothing writes memory.
+
+        Where it fails the guest may stand paused all the same: resume() follows.
+        """
 
     def states(self) -> Sequence[State]:
         """Return the state of the paused guest, whole, in memory.
@@ -121,6 +147,9 @@ class Source(Protocol):
     def resume(self) -> None:
         """Let a guest paused by pause() run on, also after states()."""
 
+    def keep(self) -> None:
+        """Make what stands paused outlive this process and its keeper.  Twice is no error."""
+
     def revive(self) -> Json:
         """Return what a keeper needs to resume or discard the guest without us.
 
@@ -129,7 +158,7 @@ class Source(Protocol):
         """
 
     def close(self) -> None:
-        """Give up every descriptor and mapping.  The guest stays as it is."""
+        """Give up every descriptor and mapping.  The guest stays as it is.  Twice is no error."""
 
 
 class Sink(Protocol):
@@ -182,14 +211,26 @@ class Paused(Protocol):
     What the keeper, --resume and --discard act through.
     """
 
+    def hold(self) -> None:
+        """Take hold of what would be lost with bhysend; the guest still runs."""
+
+    def clear(self) -> None:
+        """Remove what Source.prepare() made for a guest that was never paused.  Never raises."""
+
     def resume(self) -> None:
         """Let it run.  A guest that already runs is left alone."""
 
-    def discard(self) -> None:
-        """End it for good.  A guest that is gone already is no error, one that runs is."""
+    def keep(self) -> None:
+        """Make what stands paused outlive this process.  Twice is no error."""
+
+    def discard(self, there: str) -> None:
+        """End it for good.  A guest that is gone already is no error, one that runs is.
+
+        there: the host that it runs on now, "" if that is not known.
+        """
 
     def is_alive(self) -> bool:
-        """Say whether the hypervisor's process of this very guest exists."""
+        """Say whether this very guest is here, running or so that it can be resumed."""
 
     def runs(self) -> bool:
         """Say whether its vCPUs run now."""

@@ -79,12 +79,27 @@ class QemuPaused:
     def resume(self) -> None:
         """Let it run; a guest that runs already is left alone."""
         qmp = self._connect()
-        migration.let_run(qmp)
-        migration.restore(qmp, self._found)
-        if self._announce:
-            migration.announce(qmp)
+        try:
+            migration.let_run(qmp)
+            migration.restore(qmp, self._found)
+            if self._announce:
+                migration.announce(qmp)
+        except BaseException:
+            # The next try may need a new connection.
+            self.close()
+            raise
 
-    def discard(self) -> None:
+    def hold(self) -> None:
+        """Load what a connection needs: later the file system may be what fails."""
+        import qemu.qmp  # noqa: F401
+
+    def clear(self) -> None:
+        """Do nothing: nothing is made before the pause."""
+
+    def keep(self) -> None:
+        """Do nothing: its QEMU holds a paused guest by itself."""
+
+    def discard(self, there: str) -> None:
         """End it for good: SIGTERM, in time SIGKILL, to this very process.
 
         By its pidfd rather than by `quit`: that needs no free socket and

@@ -47,6 +47,8 @@ _PIPE_BYTES = 1 << 20
 class QemuSource:
     """A running guest, named by the path of its QMP socket."""
 
+    is_live = True
+
     def __init__(self, qmp_path: str) -> None:
         """Open the guest.  Raises GuestError, IncompatibleError or AccessError."""
         self._mapping: mmap.mmap | None = None
@@ -111,6 +113,13 @@ class QemuSource:
         keys += [key for key in ("kernel", "initrd", "bios") if config[key]]
         return [f"{key}=" for key in keys]
 
+    def warnings(self) -> Sequence[str]:
+        """Return nothing: what QEMU cannot move is refused."""
+        return ()
+
+    def prepare(self, id_: str) -> None:
+        """Do nothing: what the pause needs is set in it, in a millisecond."""
+
     def memory(self) -> Sequence[memoryview]:
         """Return the one mapping of the guest's memory, read-only."""
         return self._views
@@ -118,6 +127,10 @@ class QemuSource:
     def touched(self) -> Iterator[tuple[int, int]]:
         """Yield the page extents of the RAM file that hold data."""
         return ram.extents(self._ram_fd, self._size_bytes)
+
+    def changed(self) -> Iterator[tuple[int, int]] | None:
+        """Return None: QEMU's dirty log is its own."""
+        return None
 
     def fixed_ns(self) -> int:
         """Return what stop, state, load and cont take together."""
@@ -220,6 +233,9 @@ class QemuSource:
         """Let the guest run on, and put QEMU's settings back as found."""
         migration.let_run(self._qmp)
         migration.restore(self._qmp, self._found)
+
+    def keep(self) -> None:
+        """Do nothing: QEMU holds a paused guest by itself."""
 
     def revive(self) -> Json:
         """Return what open_paused() needs; it holds paths of this host."""
