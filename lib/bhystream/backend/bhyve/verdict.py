@@ -66,7 +66,7 @@ _HARD = {
     "hw.machine": "only a host of the same architecture can take it",
     "hw.pagesize": "only a host of the same page size can take it",
 }
-_DEVICE = re.compile(r"pci\.(\d{1,9})\.(\d{1,9})\.(\d{1,9})\.device")
+_DEVICE = re.compile(r"pci\.(\d{1,9})\.(\d{1,9})\.(\d{1,9})\.device", re.ASCII)
 _SNAPSHOT_OPTION = re.compile(r"^(?!\s*nooptions?\b)[^#\n]*\bBHYVE_SNAPSHOT\b", re.MULTILINE)
 _TRUE = frozenset({"true", "on", "yes", "1"})
 _MAX_SHOWN_CHARS = 60

@@ -1,0 +1,504 @@
+"""The verdict over two bhyve hosts and a guest: each reason, whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from bhystream.backend.bhyve import identity, verdict
+from bhystream.backend.bhyve.host import Host
+
+SYSCTLS = {
+    "hw.machine": "amd64",
+    "hw.model": "Intel(R) Xeon(R) E-2378",
+    "hw.pagesize": "4096",
+    "kern.osrelease": "15.0-RELEASE",
+    "kern.osreldate": "1500068",
+    "kern.build_id": "4f1c9d0e",
+    "kern.hostuuid": "0c5e1c1e-1dd2-11b2-8c5c-b8cb29f1a1f0",
+    "kern.conftxt": "ident\tVMHOST\noptions\tSMP\noptions\tBHYVE_SNAPSHOT\t# for bhysend\n",
+    "machdep.tsc_freq": "2600000000",
+    "vm.mincore_mapped": "0",
+}
+FPU = (
+    "fpu: bhyve's snapshots leave the guest's FPU and vector registers out; what computes with"
+    " them at the pause may go on with wrong values, so let the guest be idle then"
+)
+CLOCK = "clock: the guest's clock falls behind by the length of the pause; let it run NTP"
+KEYS = {
+    "cpus": "2",
+    "pci.0.0.0.device": "hostbridge",
+    "pci.0.3.0.device": "virtio-blk",
+    "pci.0.4.0.device": "virtio-net",
+    "pci.0.4.0.mac": "58:9c:fc:00:00:01",
+    "pci.0.31.0.device": "lpc",
+}
+
+
+@dataclass
+class StubHost:
+    """What the functions ask of a host."""
+
+    kind: str = "bhyve"
+    sysctls: dict[str, str] = field(default_factory=lambda: dict(SYSCTLS))
+    swap: int = 0
+    vendor: str = "intel"
+    hash: str = "9a0b"
+
+    def sysctl(self, name: str) -> str | None:
+        return self.sysctls.get(name)
+
+    def swap_used_bytes(self) -> int:
+        return self.swap
+
+    def cpu_vendor(self) -> str:
+        return self.vendor
+
+    def program_hash(self) -> str:
+        return self.hash
+
+
+def host(vendor: str = "intel", swap: int = 0, **changes: str | None) -> Host:
+    """Return a host; a change of None takes the sysctl away, "__" in its name is "."."""
+    sysctls: dict[str, str] = dict(SYSCTLS)
+    for key, value in changes.items():
+        name = key.replace("__", ".")
+        sysctls.pop(name)
+        if value is not None:
+            sysctls[name] = value
+    return cast(Host, StubHost(sysctls=sysctls, vendor=vendor, swap=swap))
+
+
+HERE = identity.describe(host())
+
+
+def theirs(**changes: Any) -> dict[str, Any]:
+    """Return a HOST section; a change of None takes the key away, "__" is "."."""
+    found: dict[str, Any] = dict(HERE)
+    for key, value in changes.items():
+        found.pop(key.replace("__", "."))
+        if value is not None:
+            found[key.replace("__", ".")] = value
+    return found
+
+
+# ---- identity
+
+
+def test_a_host_describes_itself_without_its_uuid_and_configuration() -> None:
+    assert identity.describe(host()) == {
+        "hypervisor": "bhyve",
+        "hw.machine": "amd64",
+        "hw.model": "Intel(R) Xeon(R) E-2378",
+        "kern.osrelease": "15.0-RELEASE",
+        "kern.build_id": "4f1c9d0e",
+        "hw.pagesize": 4096,
+        "kern.osreldate": 1500068,
+        "machdep.tsc_freq": 2600000000,
+        "cpu.vendor": "intel",
+        "bhyve.hash": "9a0b",
+    }
+
+
+def test_what_a_host_does_not_have_is_left_out() -> None:
+    stub = StubHost("standin", {"hw.model": " \n", "hw.machine": "amd64\n"}, vendor="", hash="")
+    assert identity.describe(cast(Host, stub)) == {"hypervisor": "standin", "hw.machine": "amd64"}
+
+
+@pytest.mark.parametrize(
+    ("printed", "value"),
+    [
+        ("4096", 4096),
+        (" 0\n", 0),
+        ("18446744073709551615", 2**64 - 1),
+        ("", None),
+        (None, None),
+        ("-1", None),
+        ("0x10", None),
+        ("1 2", None),
+        ("٤", None),
+        ("9" * 21, None),
+    ],
+)
+def test_an_integer_is_decimal_or_left_out(printed: str | None, value: int | None) -> None:
+    assert identity.integer(printed) == value
+
+
+# ---- two hosts
+
+
+def test_two_hosts_that_are_built_alike_have_nothing_against_each_other() -> None:
+    assert verdict.host_reasons({**HERE, "program": "bhysend 9", "kern.osrelease": "?"}, HERE) == (
+        [],
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"hw__machine": "arm64"},
+            "hw.machine: the source has 'arm64', this host 'amd64';"
+            " only a host of the same architecture can take it",
+        ),
+        (
+            {"hw__machine": None},
+            "hw.machine: the source has none, this host 'amd64';"
+            " only a host of the same architecture can take it",
+        ),
+        (
+            {"hw__pagesize": 16384},
+            "hw.pagesize: the source has 16384, this host 4096;"
+            " only a host of the same page size can take it",
+        ),
+        (
+            {"hw__pagesize": "4096"},
+            "hw.pagesize: the source has '4096', this host 4096;"
+            " only a host of the same page size can take it",
+        ),
+    ],
+)
+def test_what_no_force_overrules(changes: dict[str, Any], line: str) -> None:
+    assert verdict.host_reasons(theirs(**changes), HERE) == ([line], [])
+
+
+def test_of_another_hypervisor_nothing_else_is_compared() -> None:
+    other = {"hypervisor": "standin", "hw.machine": "arm64", "hw.model": "x"}
+    assert verdict.host_reasons(other, HERE) == (
+        [
+            "hypervisor: the source has 'standin', this host 'bhyve';"
+            " only a host of the same hypervisor can take it"
+        ],
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"hw__model": "Intel(R) Xeon(R) E-2124"},
+            "hw.model: the source has 'Intel(R) Xeon(R) E-2124', this host"
+            " 'Intel(R) Xeon(R) E-2378'; the guest may use what this CPU has not; -f overrules",
+        ),
+        (
+            {"cpu__vendor": "amd"},
+            "cpu.vendor: the source has 'amd', this host 'intel';"
+            " the saved vCPUs mean nothing to the other; -f overrules",
+        ),
+        (
+            {"bhyve__hash": "ffff"},
+            "bhyve.hash: the source has 'ffff', this host '9a0b';"
+            " install the same bhyve on both hosts; -f overrules",
+        ),
+        (
+            {"bhyve__hash": None},
+            "bhyve.hash: the source has none, this host '9a0b';"
+            " install the same bhyve on both hosts; -f overrules",
+        ),
+        (
+            {"kern__build_id": "00aa"},
+            "kern.build_id: the source has '00aa', this host '4f1c9d0e';"
+            " install the same kernel on both hosts; -f overrules",
+        ),
+        (
+            {"kern__build_id": None, "kern__osreldate": 1500067},
+            "kern.osreldate: the source has 1500067, this host 1500068;"
+            " install the same kernel on both hosts; -f overrules",
+        ),
+    ],
+)
+def test_what_a_force_overrules(changes: dict[str, Any], line: str) -> None:
+    assert verdict.host_reasons(theirs(**changes), HERE) == ([], [line])
+
+
+def test_one_build_of_the_kernel_may_show_two_dates() -> None:
+    """A jail has a date of its own; the build says more."""
+    assert verdict.host_reasons(theirs(kern__osreldate=1500067), HERE) == ([], [])
+
+
+def test_the_date_stands_in_where_this_host_has_no_build_id() -> None:
+    here = theirs(kern__build_id=None)
+    assert verdict.host_reasons(HERE, here) == ([], [])
+    assert verdict.host_reasons(theirs(kern__osreldate=1), here) == (
+        [],
+        [
+            "kern.osreldate: the source has 1, this host 1500068;"
+            " install the same kernel on both hosts; -f overrules"
+        ],
+    )
+
+
+@pytest.mark.parametrize("hz", [2600000000, 2602600000, 2602602602, 2597400000])
+def test_tsc_frequencies_within_a_thousandth_are_one(hz: int) -> None:
+    assert verdict.host_reasons(theirs(machdep__tsc_freq=hz), HERE) == ([], [])
+
+
+@pytest.mark.parametrize("hz", [2602602603, 2597399999, 0, -2600000000, "2600000000", True])
+def test_tsc_frequencies_further_apart_are_two(hz: object) -> None:
+    assert verdict.host_reasons(theirs(machdep__tsc_freq=hz), HERE) == (
+        [],
+        [
+            f"machdep.tsc_freq: the source has {hz!r}, this host 2600000000;"
+            " the guest's clock would run wrong by the difference; -f overrules"
+        ],
+    )
+
+
+def test_a_tsc_frequency_that_one_host_has_not_counts_as_another() -> None:
+    without = theirs(machdep__tsc_freq=None)
+    assert verdict.host_reasons(without, HERE)[1] == [
+        "machdep.tsc_freq: the source has none, this host 2600000000;"
+        " the guest's clock would run wrong by the difference; -f overrules"
+    ]
+    assert verdict.host_reasons(HERE, without)[1] == [
+        "machdep.tsc_freq: the source has 2600000000, this host none;"
+        " the guest's clock would run wrong by the difference; -f overrules"
+    ]
+    assert verdict.host_reasons(without, without) == ([], [])
+
+
+def test_a_hostile_value_is_shown_short_and_in_ascii() -> None:
+    (line,) = verdict.host_reasons(theirs(hw__model=["\x1b[2J\n" * 99]), HERE)[1]
+    assert line == (
+        "hw.model: the source has " + ascii(["\x1b[2J\n" * 99])[:60] + ", this host"
+        " 'Intel(R) Xeon(R) E-2378'; the guest may use what this CPU has not; -f overrules"
+    )
+    assert line.isascii()
+    assert line.isprintable()
+
+
+def test_all_that_differs_is_said_at_once() -> None:
+    head = {"hypervisor": "bhyve"}
+    hard, soft = verdict.host_reasons(head, HERE)
+    assert [line.partition(":")[0] for line in hard + soft] == [
+        "hw.machine",
+        "hw.pagesize",
+        "hw.model",
+        "cpu.vendor",
+        "kern.osreldate",
+        "bhyve.hash",
+        "machdep.tsc_freq",
+    ]
+
+
+# ---- what a host can do at all
+
+
+def test_a_host_with_snapshots_can_send_and_take() -> None:
+    assert verdict.ability_reasons(host()) == ([], [])
+    assert verdict.ability_reasons(host(kern__osreldate="1400000")) == ([], [])
+
+
+@pytest.mark.parametrize(("value", "shown"), [("arm64", "'arm64'"), (None, "none")])
+def test_only_amd64_has_snapshots(value: str | None, shown: str) -> None:
+    assert verdict.ability_reasons(host(hw__machine=value)) == (
+        [
+            f"hw.machine: this host has {shown}, bhyve's snapshots need 'amd64';"
+            " shut the guest down and move its disks"
+        ],
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [("1399999", "1399999"), (None, "none"), ("new", "none")]
+)
+def test_freebsd_before_14_is_refused(value: str | None, shown: str) -> None:
+    assert verdict.ability_reasons(host(kern__osreldate=value)) == (
+        [
+            f"kern.osreldate: this host has {shown}, 1400000 is needed;"
+            " upgrade it to FreeBSD 14 or later"
+        ],
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "options\tSMP\n",
+        "options\tSMP\n# options\tBHYVE_SNAPSHOT\n",
+        "options\tSMP # BHYVE_SNAPSHOT\n",
+        "options\tSMP\nnooptions\tBHYVE_SNAPSHOT\n",
+        "options\tSMP\n  nooption BHYVE_SNAPSHOT\n",
+        "options\tBHYVE_SNAPSHOTS\n",
+    ],
+)
+def test_a_kernel_that_says_that_it_has_no_snapshots_is_refused(text: str) -> None:
+    assert verdict.ability_reasons(host(kern__conftxt=text)) == (
+        [],
+        [
+            "kern.conftxt: this kernel has no BHYVE_SNAPSHOT, snapshots need it; build the kernel"
+            " with options BHYVE_SNAPSHOT and the world with WITH_BHYVE_SNAPSHOT=yes, or -f"
+        ],
+    )
+
+
+@pytest.mark.parametrize("text", [None, "", "options BHYVE_SNAPSHOT", "options SMP,BHYVE_SNAPSHOT"])
+def test_a_kernel_that_says_nothing_of_snapshots_is_believed(text: str | None) -> None:
+    assert verdict.ability_reasons(host(kern__conftxt=text)) == ([], [])
+
+
+# ---- the guest at its source
+
+
+def test_a_guest_of_virtio_devices_can_be_sent() -> None:
+    assert verdict.source_reasons(host(), KEYS) == ([], [])
+    assert verdict.source_reasons(host(), KEYS | {"monitor": "false"}) == ([], [])
+
+
+def test_the_source_judges_its_host_too() -> None:
+    hard, soft = verdict.source_reasons(host(hw__machine="arm64", kern__conftxt="ident X"), KEYS)
+    assert [line.partition(":")[0] for line in hard] == ["hw.machine"]
+    assert [line.partition(":")[0] for line in soft] == ["kern.conftxt"]
+
+
+def test_all_devices_that_bhyve_cannot_save_are_named_in_slot_order() -> None:
+    keys = KEYS | {
+        "pci.0.10.1.device": "hda",
+        "pci.0.10.0.device": "virtio-9p",
+        "pci.0.9.0.device": "nvme",
+        "pci.1.0.0.device": "passthru",
+        "pci.0.9.0.path": "passthru",
+    }
+    assert verdict.source_reasons(host(), keys) == (
+        [],
+        [
+            "devices: the guest has nvme (pci.0.9.0), virtio-9p (pci.0.10.0), hda (pci.0.10.1),"
+            " passthru (pci.1.0.0), which bhyve cannot save; start it without, or shut it down"
+            " and move its disks, or -f if this bhyve can"
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nvme",
+        "passthru",
+        "virtio-console",
+        "virtio-9p",
+        "virtio-scsi",
+        "virtio-input",
+        "uart",
+        "hda",
+    ],
+)
+def test_each_device_that_bhyve_cannot_save_is_refused(name: str) -> None:
+    (line,) = verdict.source_reasons(host(), {"pci.0.5.0.device": name})[1]
+    assert line.startswith(f"devices: the guest has {name} (pci.0.5.0), which bhyve cannot save")
+
+
+@pytest.mark.parametrize("said", ["key", "parent"])
+def test_a_guest_whose_parent_would_start_it_again_is_refused(said: str) -> None:
+    keys = KEYS | ({"monitor": "True"} if said == "key" else {})
+    assert verdict.source_reasons(host(), keys, is_monitored=said == "parent") == (
+        [
+            "monitor: the guest's bhyve runs in monitor mode, a suspend needs one that does not:"
+            " its parent would start the guest again; start the guest without monitor mode"
+        ],
+        [],
+    )
+
+
+# ---- warnings
+
+
+def config(resources: dict[str, str] | None = None, **keys: str) -> dict[str, Any]:
+    named = {key.replace("__", "."): value for key, value in keys.items()}
+    return {"name": "web1", "keys": KEYS | named, "resources": resources or {}}
+
+
+def test_every_guest_is_warned_of_its_fpu_and_clock() -> None:
+    assert verdict.warnings(config(), host()) == [FPU, CLOCK]
+
+
+def test_amd_is_named() -> None:
+    assert verdict.warnings(config(), host("amd")) == [
+        FPU,
+        CLOCK,
+        "cpu.vendor: it is 'amd' here, bhyve's snapshots were tried on 'intel';"
+        " Linux guests were seen to freeze after a restore",
+    ]
+
+
+def test_devices_that_bhyve_does_not_stop_are_named() -> None:
+    found = config(
+        pci__0__6__0__device="xhci", pci__0__5__0__device="e1000", pci__0__29__0__device="fbuf"
+    )
+    assert verdict.warnings(found, host()) == [
+        FPU,
+        CLOCK,
+        "devices: bhyve does not stop e1000 (pci.0.5.0), xhci (pci.0.6.0), fbuf (pci.0.29.0) while"
+        " it saves; what they do in that moment may be lost to the guest, virtio devices are"
+        " stopped",
+    ]
+
+
+def test_devices_that_nobody_looked_at_are_named() -> None:
+    found = config(pci__0__6__0__device="virtio-\x1bsound", pci__0__7__0__device="virtio-rnd")
+    assert verdict.warnings(found, host()) == [
+        FPU,
+        CLOCK,
+        "devices: whether bhyve can save virtio-\\x1bsound (pci.0.6.0) is not known here;"
+        " if it cannot, the pause fails and the guest runs on",
+    ]
+
+
+def test_what_bhyve_cannot_save_is_no_warning() -> None:
+    assert verdict.warnings(config(pci__0__6__0__device="nvme"), host()) == [FPU, CLOCK]
+
+
+def test_boot_variables_are_to_be_copied() -> None:
+    line = (
+        "lpc.bootvars: the boot variables are a file that the guest writes and no snapshot holds;"
+        " copy it with the disks"
+    )
+    found = config({"bootrom": "lpc.bootrom", "bootvars": "lpc.bootvars"})
+    assert verdict.warnings(found, host()) == [FPU, CLOCK, line]
+    assert verdict.warnings(config(lpc__bootvars="x"), host()) == [FPU, CLOCK, line]
+
+
+def test_a_tpm_is_named() -> None:
+    line = "tpm: no snapshot holds the state of the TPM; the guest may lose what it sealed"
+    assert verdict.warnings(config(tpm__type="passthru"), host()) == [FPU, CLOCK, line]
+    assert verdict.warnings(config({"tpm": "tpm.path"}), host()) == [FPU, CLOCK, line]
+
+
+def test_why_every_page_is_read_is_said() -> None:
+    (_, _, line) = verdict.warnings(config(), host(vm__mincore_mapped="1"), is_wired=True)
+    assert line.startswith("vm.mincore_mapped: it is 1 here, not 0, so every page")
+    (_, _, line) = verdict.warnings(config(), host(swap=1))
+    assert line.startswith("swap: 1 bytes are in use here, not 0, and the guest is not wired")
+    assert verdict.warnings(config(), host(swap=1), is_wired=True) == [FPU, CLOCK]
+
+
+# ---- room
+
+
+def test_room_that_just_suffices_suffices() -> None:
+    assert verdict.room_reasons(5, 5, "staging", "/tmp") == []
+    assert verdict.memory_reasons(5, 5) == []
+
+
+def test_too_little_room_is_refused_with_both_sizes() -> None:
+    assert verdict.room_reasons(6, 5, "staging", "/var/run/bhyrecv") == [
+        "staging: /var/run/bhyrecv has 5 bytes free, 6 are needed;"
+        " make room there, or name another directory"
+    ]
+
+
+def test_too_little_memory_is_refused_with_both_sizes() -> None:
+    assert verdict.memory_reasons(5, 6) == [
+        "memory: this host has 5 bytes free, up to 6 are needed until the guest runs;"
+        " stop another guest, or stage on a disk (BHYRECV_STAGING), or -f"
+    ]
+
+
+def test_a_memory_file_in_memory_counts_beside_the_guest() -> None:
+    assert verdict.needed_memory_bytes(1 << 30, is_staged_in_memory=True) == 2 << 30
+    assert verdict.needed_memory_bytes(1 << 30, is_staged_in_memory=False) == 1 << 30
