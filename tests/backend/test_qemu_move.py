@@ -406,9 +406,9 @@ def test_another_guest_at_the_socket_is_never_touched(rig: Rig) -> None:
     # A process that lives, but is not the one at the socket.
     sleeper = subprocess.Popen(["sleep", "60"])
     try:
-        from bhystream.backend.qemu.process import identify
+        from bhystream.backend.process import identify
 
-        who = identify(sleeper.pid)
+        who = identify(sleeper.pid, "sleep")
         stale = open_paused({**record, "pid": who.pid, "start_ticks": who.start_ticks})
         with pytest.raises(GuestError, match="another guest"):
             stale.resume()

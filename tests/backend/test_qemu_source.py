@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from bhystream.backend.base import PAGE_BYTES, Segment
+from bhystream.backend.process import end_process, identify, is_alive
 from bhystream.backend.qemu import QemuSource, qmp
-from bhystream.backend.qemu.process import end_process, identify, is_alive
 from bhystream.backend.qemu.ram import extents
 from bhystream.errors import GuestError, IncompatibleError
 
@@ -231,7 +231,7 @@ def test_a_daemonized_qemu_is_found(rig: Rig) -> None:
     argv = [*rig.argv("here"), "-daemonize", "-pidfile", rig.path("pid")]
     subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
     pid = int(Path(rig.path("pid")).read_text(encoding="ascii"))
-    who = identify(pid)
+    who = identify(pid, "QEMU")
     try:
         source = QemuSource(rig.path("here.qmp"))
         assert source.revive()["pid"] == pid

@@ -8,8 +8,8 @@ import os
 import select
 import time
 
+from bhystream.backend.process import identify, is_alive
 from bhystream.backend.qemu import facts, migration
-from bhystream.backend.qemu.process import identify, is_alive
 from bhystream.backend.qemu.qmp import ConnectionLostError, Qmp
 from bhystream.errors import GuestError
 
@@ -44,7 +44,7 @@ def _write_all(qmp: Qmp, fd: int, data: bytes, end: float) -> None:
     os.set_blocking(fd, False)
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
-    view, who = memoryview(data), identify(qmp.pid)
+    view, who = memoryview(data), identify(qmp.pid, "QEMU")
     while view:
         if not poll.poll(1000) and (time.monotonic() > end or not is_alive(who)):
             raise ConnectionLostError(f"{qmp.who}: cannot load state: QEMU does not take it")

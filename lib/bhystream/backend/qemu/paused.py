@@ -16,9 +16,9 @@ import contextlib
 from typing import Any
 
 from bhystream.backend.base import Json
+from bhystream.backend.process import Identity, end_process, identify, is_alive
 from bhystream.backend.qemu import migration
 from bhystream.backend.qemu.facts import status
-from bhystream.backend.qemu.process import Identity, end_process, identify, is_alive
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.errors import GuestError
 
@@ -65,7 +65,7 @@ class QemuPaused:
                 raise GuestError(f"{self._who}: its QEMU (process {self._identity.pid}) has ended")
             qmp = Qmp(self._qmp_path, self._who)
             try:
-                if identify(qmp.pid) != self._identity:
+                if identify(qmp.pid, "QEMU") != self._identity:
                     raise GuestError(
                         f"{self._who}: another guest (process {qmp.pid}) now lives at"
                         f" {self._qmp_path}; ours is process {self._identity.pid}"

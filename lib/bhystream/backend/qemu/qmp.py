@@ -21,7 +21,8 @@ import socket
 from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bhystream.backend.qemu.process import peer_pid, read_argv
+from bhystream.backend.process import peer_pid
+from bhystream.backend.qemu.process import read_argv
 from bhystream.errors import AccessError, GuestError
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Qmp:
         self.who = who
         sock = self._connect()
         try:
-            self.pid = peer_pid(sock)
+            self.pid = peer_pid(sock, "QEMU")
             if _managed_by_libvirt(path, read_argv(self.pid)):
                 raise GuestError(
                     f"{who}: cannot connect: libvirt manages this QEMU", hint="virsh migrate"

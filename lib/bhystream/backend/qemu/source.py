@@ -27,9 +27,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bhystream.backend.base import PAGE_BYTES, Head, Json, Segment, State
+from bhystream.backend.process import identify, is_alive
 from bhystream.backend.qemu import facts, host, migration, ram
 from bhystream.backend.qemu.config import reduce_argv
-from bhystream.backend.qemu.process import identify, is_alive, read_argv
+from bhystream.backend.qemu.process import read_argv
 from bhystream.backend.qemu.qmp import ConnectionLostError, Qmp
 from bhystream.errors import GuestError
 
@@ -64,7 +65,7 @@ class QemuSource:
 
     def _open(self, fallback: str) -> None:
         qmp = self._qmp
-        self._identity = identify(qmp.pid)
+        self._identity = identify(qmp.pid, "QEMU")
         state = facts.status(qmp)
         if state != "running":
             raise GuestError(
@@ -262,7 +263,7 @@ class QemuSource:
 
 def revive_json(qmp: Qmp, name: str, found: Mapping[str, Any]) -> Json:
     """Return the record by which open_paused() finds a guest again."""
-    who = identify(qmp.pid)
+    who = identify(qmp.pid, "QEMU")
     return {
         "hypervisor": "qemu",
         "name": name,

@@ -1,0 +1,144 @@
+"""Processes told apart: on this system, and FreeBSD's answers as texts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from bhystream.backend import process, process_freebsd
+from bhystream.errors import GuestError
+
+Child = subprocess.Popen[bytes]
+
+
+@pytest.fixture
+def sleeper() -> Iterator[Child]:
+    child = subprocess.Popen(["sleep", "600"])
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_process_is_known_again(sleeper: Child) -> None:
+    who = process.identify(sleeper.pid, "sleep")
+    assert who.pid == sleeper.pid
+    assert process.is_same(who, process.identify(sleeper.pid, "sleep"))
+    assert process.is_alive(who)
+
+
+@pytest.mark.parametrize(
+    ("pid", "later", "boot"), [(os.getpid(), 0, ""), (None, 1, ""), (None, 0, "x")]
+)
+def test_another_pid_start_or_boot_is_another_process(
+    sleeper: Child, pid: int | None, later: int, boot: str
+) -> None:
+    who = process.identify(sleeper.pid, "sleep")
+    other = process.Identity(pid or who.pid, who.start_ticks + later, boot or who.boot_id)
+    assert not process.is_same(who, other)
+    assert not process.is_alive(other)
+    assert process.open_ending(other) is None
+    assert process.await_end(other, 0)
+    assert process.end_process(other)
+    assert sleeper.poll() is None
+
+
+def test_a_zombie_is_not_alive(sleeper: Child) -> None:
+    who = process.identify(sleeper.pid, "sleep")
+    sleeper.kill()
+    assert process.await_end(who, 20)
+    assert not process.is_alive(who)
+
+
+def test_a_process_that_is_gone_has_no_identity(sleeper: Child) -> None:
+    who = process.identify(sleeper.pid, "sleep")
+    sleeper.kill()
+    sleeper.wait()
+    assert not process.is_alive(who)
+    assert process.await_end(who, 0)
+    assert process.end_process(who)
+    with pytest.raises(GuestError, match=f"cannot find the bhyve process {who.pid}: it has ended"):
+        process.identify(who.pid, "bhyve")
+
+
+def test_a_wait_for_a_living_process_keeps_its_limit(sleeper: Child) -> None:
+    who = process.identify(sleeper.pid, "sleep")
+    begin = time.monotonic()
+    assert not process.await_end(who, 0.05)
+    assert 0.05 <= time.monotonic() - begin < 10
+    assert sleeper.poll() is None
+
+
+def test_a_process_is_ended_politely(sleeper: Child) -> None:
+    assert process.end_process(process.identify(sleeper.pid, "sleep"))
+    assert sleeper.wait() == -signal.SIGTERM
+
+
+def test_a_process_that_ignores_it_is_ended_all_the_same() -> None:
+    program = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True)"
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"{program}; time.sleep(600)"], stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    with child.stdout:
+        child.stdout.readline()
+        assert process.end_process(process.identify(child.pid, "python"), polite_s=0.05)
+    assert child.wait() == -signal.SIGKILL
+
+
+def test_the_peer_of_a_socket_is_found() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert process.peer_pid(ours, "bhyve") == os.getpid()
+
+
+# FreeBSD: the texts and structures that its programs and kernel give.
+
+
+def test_the_boot_time_is_read() -> None:
+    text = "{ sec = 1790798684, usec = 725700 } Wed Sep 30 16:04:44 2026\n"
+    assert process_freebsd.parse_boottime(text) == 1790798684
+    with pytest.raises(GuestError, match=r"cannot read kern\.boottime: ''"):
+        process_freebsd.parse_boottime("")
+
+
+def test_the_start_of_a_process_is_read() -> None:
+    text = "SCs  Wed Sep 30 16:04:44 2026    \n"
+    assert process_freebsd.parse_ps(text) == ("S", 1790784284)
+    text = "I    Fri Jan  2 03:04:05 2026    \n"
+    assert process_freebsd.parse_ps(text) == ("I", 1767323045)
+
+
+def test_no_line_and_a_zombie_are_no_process() -> None:
+    assert process_freebsd.parse_ps("") is None
+    assert process_freebsd.parse_ps("Z    -\n") is None
+
+
+def test_another_answer_of_ps_is_not_guessed_at() -> None:
+    with pytest.raises(GuestError, match="cannot read what ps says"):
+        process_freebsd.parse_ps("S    mer. 30 sept. 16:04:44 2026\n")
+
+
+def xucred(version: int, pid: int) -> bytes:
+    groups = struct.pack("<16I", *range(1000, 1016))
+    raw = struct.pack("<IIhxx", version, 0, 16) + groups + bytes(4) + struct.pack("<ixxxx", pid)
+    assert len(raw) == 88
+    return raw
+
+
+def test_the_pid_stands_behind_the_groups_of_a_peer() -> None:
+    assert process_freebsd.unpack_xucred(xucred(0, 4711)) == 4711
+
+
+def test_a_peer_of_another_layout_has_no_pid() -> None:
+    assert process_freebsd.unpack_xucred(xucred(1, 4711)) == 0
+    assert process_freebsd.unpack_xucred(xucred(0, 4711)[:80]) == 0
