@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,31 +15,9 @@ from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.snapshot import Files, cut, join, memory_spans, parse, read_states
 from bhystream.errors import FormatError, GuestError, UsageError
 
+from .snapshot_files import DEVICES, KERNEL, MEMORY, Json, made, text_of
+
 GIB = 1 << 30
-MEMORY = 16 << 20
-KERNEL = ("vhpet", "vm", "vioapic", "vlapic", "vmcx", "vatpit", "vatpic", "vpmtmr", "vrtc")
-DEVICES = ("hostbridge@pci.0.0.0", "virtio-blk@pci.0.3.0", "virtio-blk@pci.0.4.0", "atkbdc")
-Json = dict[str, Any]
-
-
-def made(memory_bytes: int = MEMORY) -> tuple[Json, bytes]:
-    """Return what a .meta of FreeBSD 14 says, and its .kern."""
-    at = 0
-    blobs = []
-    lists: dict[str, list[Json]] = {"kern_structs": [], "devices": []}
-    for key, names in (("kern_structs", KERNEL), ("devices", DEVICES)):
-        for number, name in enumerate(names):
-            data = os.urandom(100 + 37 * number)
-            lists[key].append({"device": name, "size": len(data), "file_offset": at})
-            at += len(data)
-            blobs.append(data)
-    basic = {"ncpus": 2, "vmname": "web1", "memsize": memory_bytes, "memflags": 0}
-    return {"basic metadata": basic, **lists}, b"".join(blobs)
-
-
-def text_of(value: object) -> bytes:
-    """Return a .meta as libxo prints it, pretty."""
-    return json.dumps(value, indent=2).encode() + b"\n"
 
 
 @pytest.fixture

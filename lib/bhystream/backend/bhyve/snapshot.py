@@ -39,6 +39,7 @@ MAX_META_BYTES = 1 << 20
 MAX_BLOB_BYTES = 40 << 20
 # The text and the blobs become states of one stream.
 MAX_ALL_BYTES = fmt.MAX_STATE_BYTES
+MAX_MEMORY_BYTES = fmt.MAX_GUEST_PAGES * PAGE_BYTES
 MAX_ITEMS = 1024
 MAX_VCPUS = 1 << 16
 _MAX_COMPONENT_BYTES = 255  # NAME_MAX
@@ -160,7 +161,7 @@ def parse(text: bytes) -> Meta:
     vmname = basic.get("vmname")
     if not isinstance(vmname, str) or not _VMNAME.fullmatch(vmname):
         raise FormatError("meta: vmname is missing or not a name")
-    memory_bytes = _number(basic, "memsize", 1, fmt.MAX_GUEST_PAGES * PAGE_BYTES)
+    memory_bytes = _number(basic, "memsize", 1, MAX_MEMORY_BYTES)
     if memory_bytes % PAGE_BYTES:
         raise FormatError(f"meta: memsize {memory_bytes} is not a multiple of {PAGE_BYTES}")
     return Meta(

@@ -1,0 +1,417 @@
+"""A guest that does not run: snapshot files as base.Source, and as base.Sink.
+
+    FILE FILE.kern FILE.meta --SnapshotSource--> stream --FilesSink--> the same three files
+
+Byte for byte: a file that bhyve made here is the file that bhyve reads there,
+and holes stay holes.  Nothing here needs a bhyve, a vmm(4) or root, so a
+snapshot can be packed and unpacked on any host.
+
+The files that arrive are made in a hidden directory beside their place, and get
+their names when they are complete and on the disk, FILE.meta last; by link(2),
+which overwrites nothing, also if something came there in the meantime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bhystream.backend.base import PAGE_BYTES, Destination, Head, Json, Segment, State
+from bhystream.backend.bhyve import snapshot
+from bhystream.backend.bhyve.snapshot import Files, Meta, layout_of, memory_spans
+from bhystream.errors import (
+    FormatError,
+    GuestError,
+    IncompatibleError,
+    InternalError,
+    from_oserror,
+)
+from bhystream.format import GUEST_NAME
+
+_HYPERVISORS = ("bhyve", "standin")
+_MIB = 1 << 20
+_UNITS = {"": 1, "K": 1 << 10, "M": _MIB, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"([0-9]{1,18})([KMGT]?)", re.ASCII | re.IGNORECASE)
+# A file system that does not know its holes.  Source: lseek(2).
+_NO_HOLES = (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP)
+
+
+class SnapshotSource:
+    """Snapshot files that are to be sent.  They are read, and nothing else."""
+
+    # The memory is there without a pause.
+    is_live = True
+
+    def __init__(self, path: Path, config: Json | None, host_section: Json) -> None:
+        """Open the snapshot and look at all that can be seen without reading the memory.
+
+        path: of FILE.  config: the CONFIG section, or None for what FILE.meta
+        tells.  host_section: the HOST section.  Raises GuestError, which names
+        the file that is missing, truncated, or does not fit the others;
+        AccessError, UsageError.
+        """
+        self.files = Files(path.parent, path.name)
+        self._host = host_section
+        self._fd = -1
+        self._mapping: mmap.mmap | None = None
+        self._views: list[memoryview] = []
+        self._stamps = self._look()
+        self._fd, size = snapshot.open_file(self.files.memory)
+        try:
+            self._meta, _ = snapshot.read_meta(self.files)
+            self._check_sizes(size)
+            self._config = config if config is not None else _minimal(self._meta)
+            self._check_config()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_sizes(self, memory_size: int) -> None:
+        files, meta = self.files, self._meta
+        snapshot.check_size(files.memory, memory_size, meta.memory_bytes, files.meta)
+        fd, size = snapshot.open_file(files.kern)
+        os.close(fd)
+        snapshot.check_size(files.kern, size, meta.kern_bytes, files.meta)
+
+    def _check_config(self) -> None:
+        name = self._config.get("name")
+        if not isinstance(name, str) or not GUEST_NAME.fullmatch(name):
+            raise GuestError(f"{self.files.meta}: {ascii(name)[:80]} is not a guest's name")
+        differences = _differences(self._config, self._meta)
+        if differences:
+            raise GuestError(f"{self.files.meta} is not of this configuration: {differences[0]}")
+
+    def _look(self) -> list[tuple[int, ...]]:
+        """Return what changes when somebody writes one of the files, or replaces it."""
+        stamps: list[tuple[int, ...]] = []
+        for path in (self.files.memory, self.files.kern, self.files.meta):
+            with contextlib.suppress(OSError):  # opening it says why
+                found = path.stat()
+                stamps.append((found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+        return stamps
+
+    @property
+    def name(self) -> str:
+        """Return the guest's name: of the configuration, else of FILE.meta."""
+        return str(self._config["name"])
+
+    @property
+    def lock_name(self) -> str:
+        """Return what tells FILE from any other, whatever its path."""
+        found = os.fstat(self._fd)
+        return f"snapshot-{found.st_dev}-{found.st_ino}"
+
+    def head(self) -> Head:
+        """Return what goes into the head sections."""
+        layout = layout_of(self._meta.memory_bytes)
+        return Head(self._host, layout, self._config, self._meta.devices)
+
+    def resources(self) -> Sequence[str]:
+        """Return the -o words of the configuration's host resources."""
+        return [f"{word}=" for word in self._config.get("resources", {})]
+
+    def warnings(self) -> Sequence[str]:
+        """Say it where the stream will not tell how to start the guest."""
+        if set(self._config.get("keys", {})) <= {"cpus", "memory.size"}:
+            return ["no configuration goes with it: whoever starts it has to know its own (-C)"]
+        return []
+
+    def prepare(self, id_: str) -> None:
+        """Do nothing."""
+
+    def memory(self) -> Sequence[memoryview]:
+        """Return the mapped memory, read-only, by segment."""
+        if self._mapping is None:
+            size = self._meta.memory_bytes
+            self._mapping = mmap.mmap(self._fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+            with memoryview(self._mapping) as whole:
+                for _, offset, length in memory_spans(size):
+                    self._views.append(whole[offset : offset + length])
+        return self._views
+
+    def touched(self) -> Iterator[tuple[int, int]]:
+        """Yield the page extents of FILE that are no holes."""
+        for _, offset, length in memory_spans(self._meta.memory_bytes):
+            base = offset // PAGE_BYTES
+            for first, end in _data_extents(self._fd, offset, length):
+                yield base + first, base + end
+
+    def changed(self) -> None:
+        """Return None: nothing changes, and nobody asks a second time."""
+
+    def fixed_ns(self) -> int:
+        """Return 0: there is no pause."""
+        return 0
+
+    def pause(self) -> None:
+        """Do nothing."""
+
+    def states(self) -> Sequence[State]:
+        """Read FILE.kern and FILE.meta.
+
+        Called after the memory was sent: raises GuestError if one of the files
+        is no longer what it was when they were opened.
+        """
+        _, states = snapshot.read_states(self.files, self._meta.memory_bytes)
+        if self._look() != self._stamps:
+            raise GuestError(f"{self.files.memory}: the snapshot was written to while it was sent")
+        return states
+
+    def resume(self) -> None:
+        """Do nothing."""
+
+    def keep(self) -> None:
+        """Do nothing."""
+
+    def revive(self) -> Json:
+        """Return nothing: there is no guest to bring back."""
+        return {}
+
+    def close(self) -> None:
+        """Give up the mapping and the descriptor.
+
+        A view that the engine still holds keeps the mapping until it is dropped.
+        """
+        with contextlib.suppress(BufferError):
+            for view in self._views:
+                view.release()
+            if self._mapping is not None:
+                self._mapping.close()
+        self._views = []
+        self._mapping = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class FilesSink:
+    """Snapshot files being made of a stream (bhyrecv -S).  No guest ever runs."""
+
+    may_have_run = False
+
+    def __init__(self, directory: Path, name: str, *, force: bool = False) -> None:
+        """Prepare; touches nothing.
+
+        name: of FILE in the directory.  force: overrule the check for room,
+        which does not know how much of the memory is holes.  Raises UsageError.
+        """
+        self._files = Files(directory, name)
+        self._force = force
+        self._config: Json = {}
+        self._memory_bytes = 0
+        self._made: Files | None = None
+        self._fd = -1
+        self._placed: list[Path] = []
+        self._is_loaded = False
+        self._is_done = False
+
+    def check(self, head: Head) -> list[str]:
+        """Return the reasons why the files cannot be made here; remember the head."""
+        kind = head.host.get("hypervisor")
+        if kind not in _HYPERVISORS:
+            return [f"hypervisor: the guest runs under {ascii(kind)[:40]}, not bhyve"]
+        size = _memory_size(head.config)
+        if size is None:
+            return ["memory.size: missing, or not a size"]
+        if head.layout != layout_of(size):
+            return [f"layout: {_shown(head.layout)} are not memory.size={size}"]
+        reasons = self._reasons_of_place(size)
+        if not reasons:
+            self._config, self._memory_bytes = head.config, size
+        return reasons
+
+    def _reasons_of_place(self, size: int) -> list[str]:
+        """Look at the directory, and for room and names in it."""
+        files = self._files
+        if not files.directory.is_dir() or not os.access(files.directory, os.W_OK | os.X_OK):
+            return [f"-S: {files.directory} is not a directory that can be written to"]
+        paths = (files.memory, files.kern, files.meta)
+        reasons = [f"-S: {path} exists" for path in paths if os.path.lexists(path)]
+        found = os.statvfs(files.directory)
+        free = found.f_bavail * found.f_frsize
+        if free < size and not self._force:
+            reasons.append(f"-S: {size} bytes do not fit {files.directory}: {free} are free")
+        return reasons
+
+    def open(self) -> Sequence[Destination]:
+        """Make the memory file, one hole, in a hidden directory."""
+        if not self._memory_bytes:
+            raise InternalError("FilesSink: check() was not called, or refused the guest")
+        files = self._files
+        try:
+            prefix = f".{files.name}.partial-"
+            work = tempfile.mkdtemp(prefix=prefix, dir=files.directory)
+            self._made = Files(Path(work), files.name)
+            self._fd = _create(self._made.memory)
+            os.ftruncate(self._fd, self._memory_bytes)
+        except OSError as error:
+            raise from_oserror(error, f"make {files.memory}") from None
+        return [Destination(self._fd, offset) for _, offset, _ in memory_spans(self._memory_bytes)]
+
+    def load(self, states: Sequence[State]) -> None:
+        """Write the other two files, and see all three on the disk.
+
+        Here and not in start(), which has to be quick.  Raises FormatError for
+        states that are no snapshot of this guest.
+        """
+        if self._made is None:
+            raise InternalError("FilesSink: open() was not called")
+        meta, text, kern = snapshot.join(states)
+        differences = _differences(self._config, meta)
+        if differences:
+            raise FormatError(f"state meta is not of this guest: {differences[0]}")
+        try:
+            for path, data in ((self._made.kern, kern), (self._made.meta, text)):
+                _write(path, data)
+            os.fsync(self._fd)
+        except OSError as error:
+            raise from_oserror(error, f"write {self._files.memory}") from None
+        self._is_loaded = True
+
+    def start(self) -> None:
+        """Give the files their names, FILE.meta last, when the others are there for good."""
+        made, files = self._made, self._files
+        if made is None or not self._is_loaded:
+            raise InternalError("FilesSink: load() was not called")
+        try:
+            self._place(made.kern, files.kern)
+            self._place(made.memory, files.memory)
+            _sync(files.directory)
+            self._place(made.meta, files.meta)
+            _sync(files.directory)
+        except OSError as error:
+            raise from_oserror(error, f"make {files.memory}") from None
+        self._is_done = True
+        self._clean()
+
+    def leave_paused(self) -> None:
+        """Do as start(): what lies in files does not run."""
+        self.start()
+
+    def _place(self, made: Path, path: Path) -> None:
+        try:
+            os.link(made, path)
+        except FileExistsError:
+            raise IncompatibleError(f"{path} exists now: it is not overwritten") from None
+        self._placed.append(path)
+
+    def revive(self) -> Json:
+        """Return nothing: there is no guest to find again."""
+        return {}
+
+    def abort(self) -> None:
+        """Remove what was made."""
+        if self._is_done:
+            return
+        for path in reversed(self._placed):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        self._placed = []
+        self._clean()
+
+    def _clean(self) -> None:
+        """Remove the hidden directory; never raises."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._made is not None:
+            shutil.rmtree(self._made.directory, ignore_errors=True)
+            self._made = None
+
+
+def _minimal(meta: Meta) -> Json:
+    """Return the configuration that FILE.meta alone tells."""
+    keys = {"cpus": str(meta.ncpus), "memory.size": str(meta.memory_bytes)}
+    return {"name": meta.vmname, "keys": keys, "resources": {}}
+
+
+def _keys(config: Json) -> Mapping[str, Any]:
+    keys = config.get("keys")
+    return keys if isinstance(keys, dict) else {}
+
+
+def _memory_size(config: Json) -> int | None:
+    """Return memory.size in bytes, None if it is missing or not a size.
+
+    A bare number below 1 MiB counts MiB.  Source: FreeBSD
+    lib/libvmmapi/vmmapi.c, vm_parse_memsize().
+    """
+    text = _keys(config).get("memory.size")
+    found = _SIZE.fullmatch(text) if isinstance(text, str) else None
+    if found is None:
+        return None
+    size = int(found[1]) * _UNITS[found[2].upper()]
+    if not found[2] and size < _MIB:
+        size *= _MIB
+    return size if 0 < size <= snapshot.MAX_MEMORY_BYTES and not size % PAGE_BYTES else None
+
+
+def _differences(config: Json, meta: Meta) -> list[str]:
+    """Compare what a configuration and FILE.meta both say."""
+    found = []
+    keys = _keys(config)
+    if _memory_size(config) != meta.memory_bytes:
+        said = ascii(keys.get("memory.size"))[:40]
+        found.append(f"memory.size is {said} in the configuration, {meta.memory_bytes} in meta")
+    if str(keys.get("cpus", meta.ncpus)) != str(meta.ncpus):
+        found.append(
+            f"cpus is {ascii(keys['cpus'])[:40]} in the configuration, {meta.ncpus} in meta"
+        )
+    return found
+
+
+def _shown(layout: Sequence[Segment]) -> str:
+    return ", ".join(f"{segment.name} of {segment.npages} pages" for segment in layout)[:200]
+
+
+def _data_extents(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """Yield the page extents of a piece of a file that are no holes, counted from its start.
+
+    A file system that does not know its holes has one extent, the whole piece.
+    """
+    at, end, done = offset, offset + length, 0
+    while at < end:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+            at = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole from here on
+                return
+            if error.errno not in _NO_HOLES:
+                raise GuestError(f"cannot walk the memory file: {error.strerror}") from None
+            start, at = at, end
+        first = max((start - offset) // PAGE_BYTES, done)
+        done = -(-(min(at, end) - offset) // PAGE_BYTES)
+        if first < done:
+            yield first, done
+
+
+def _create(path: Path) -> int:
+    """Create a file, mode 0600; return its descriptor, the caller's.  Raises OSError."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Make a file of these bytes and see it on the disk.  Raises OSError."""
+    with open(_create(path), "wb", buffering=0) as file:
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    """Make what was done to a directory's names durable.  Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
