@@ -1,0 +1,197 @@
+"""Start a guest, as bhyve is started: options, exit statuses, order of events.
+
+Exit status: bhyve(8)'s.  0 rebooted (or suspended, on hosts where that is 0),
+1 powered off, and command line errors; 4 error; 5 suspended; 65 a snapshot
+that cannot be parsed.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bhystream.backend.bhyve.host import VMM_DIR, MemoryMap
+from bhystream.errors import BhyError, GuestError, UsageError
+
+from . import node
+from .checkpoint import CheckpointServer
+from .config import Config, parse
+from .devices import make_devices
+from .gate import Gate
+from .guest import Guest, boot_parameters
+from .restore import RestoreError, Snapshot, load_memory, load_state, open_snapshot
+from .settings import read_settings
+
+POWERED_OFF = 1
+ERROR = 4
+
+_WATCH_S = 0.1
+_MEM_F_INCORE, _MEM_F_WIRED = 0x01, 0x02  # vmmapi.h
+_GIB4 = 4 << 30
+_FBUF_GPA, _FBUF_BYTES = 0xC0000000, 16 << 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a guest to its end; return the exit status."""
+    directory = os.environ.get(VMM_DIR)
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        if not directory:
+            raise UsageError(f"{VMM_DIR} is not set")
+        if config.is_set("config.dump"):
+            sys.stdout.writelines(f"{key}={config.get(key)}\n" for key in sorted(config.keys))
+            return 1
+        snapshot = open_snapshot(config.snapshot) if config.snapshot is not None else None
+    except UsageError as error:
+        sys.stderr.write(f"bhyve: {error}\n{error.hint}" if str(error) else error.hint)
+        return 0 if not str(error) else 1
+    except RestoreError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_status
+    except BhyError as error:
+        sys.stderr.write(f"{error}\n")
+        return ERROR
+    return Machine(Path(directory).absolute(), config, snapshot).run()
+
+
+class Machine:
+    """One run of a guest, from its VM to its exit status."""
+
+    def __init__(self, directory: Path, config: Config, snapshot: Snapshot | None) -> None:
+        self._directory = directory
+        self._config = config
+        self._snapshot = snapshot
+        self._name = config.name or (snapshot.name if snapshot else "")
+        self._exits: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._created = False
+
+    def run(self) -> int:
+        """Make or restore the guest, let it run, and return the exit status."""
+        signal.signal(signal.SIGTERM, lambda *_: self._exits.put(POWERED_OFF))
+        try:
+            guest = self._build()
+            server = self._prepare(guest)
+        except (BhyError, OSError) as error:
+            sys.stderr.write(f"{error}\n")
+            if self._created:
+                node.destroy(self._directory, self._name)
+            return error.exit_status if isinstance(error, RestoreError) else ERROR
+        if server is not None:
+            with server.quiet():
+                guest.resume_vcpus()
+        else:
+            guest.resume_vcpus()
+        return self._watch(guest)
+
+    def _build(self) -> Guest:
+        """Make the VM, its memory and its devices, nothing of which runs yet."""
+        if not self._name:
+            raise UsageError("virtual machine name must be given")
+        memsize, topology = self._size()
+        self._take_vm()
+        has_log = read_settings(self._directory).dirty_log
+        memory = node.Memory(self._directory, self._name, memsize, has_log=has_log)
+        is_wired = self._config.is_set("memory.wired")
+        maps = node.memory_maps(memsize, is_wired=is_wired, devices=self._device_memory())
+        written = node.Map(maps, topology, is_active=True)
+        node.write_map(self._directory, self._name, written)
+        gate = Gate()
+        devices = make_devices(self._config, memory, gate, self._directory)
+        ncpus = topology[0] * topology[1] * topology[2]
+        return Guest(memory, devices, gate, ncpus)
+
+    def _size(self) -> tuple[int, tuple[int, int, int]]:
+        """Return memory and topology; those of a snapshot come before the configuration's."""
+        snapshot = self._snapshot
+        if snapshot is None:
+            return self._config.memsize_bytes(), self._config.topology()
+        topology = self._config.topology()
+        if topology[0] * topology[1] * topology[2] != snapshot.ncpus:
+            topology = (snapshot.ncpus, 1, 1)
+        return snapshot.memsize_bytes, topology
+
+    def _take_vm(self) -> None:
+        """Create the VM, or take the one that a loader made.  Raises GuestError."""
+        rom = self._config.get("lpc.bootrom")
+        if rom and not Path(rom).is_file():
+            raise GuestError(f"Error opening bootrom {rom!r}: No such file or directory")
+        if not node.node_path(self._directory, self._name).exists():
+            if not rom:
+                raise GuestError("virtual machine cannot be booted")
+            node.create(self._directory, self._name)
+            self._created = True
+        elif node.read_map(self._directory, self._name).is_active:
+            what = "vm_reinit" if rom else "could not activate CPU 0"
+            raise GuestError(f"{what}: Device busy")
+
+    def _device_memory(self) -> list[MemoryMap]:
+        found = []
+        rom = self._config.get("lpc.bootrom")
+        if rom:
+            length = -(-max(os.path.getsize(rom), 1) // 4096) * 4096
+            found.append(MemoryMap(_GIB4 - length, 1, 0, length, 5, False))
+        if any(kind == "fbuf" for kind, _ in self._config.devices()):
+            found.append(MemoryMap(_FBUF_GPA, 2, 0, _FBUF_BYTES, 3, False))
+        return found
+
+    def _prepare(self, guest: Guest) -> CheckpointServer | None:
+        """Fill the guest; then the socket appears.  No vCPU runs before run() lets it."""
+        fail = read_settings(self._directory).fail if self._snapshot else ()
+        if self._snapshot:
+            load_memory(self._snapshot, guest)
+            load_state(self._snapshot, guest)
+        else:
+            guest.boot(boot_parameters(self._config, guest.ncpus, guest.memory.npages))
+        guest.prepare()
+        if "restore" in fail:
+            raise RestoreError("Failed to restore kernel structs", ERROR)
+        while "slow-restore" in fail and not (self._directory / "release").exists():
+            time.sleep(0.005)
+        server: CheckpointServer | None = self._serve(guest)
+        if "restore-late" in fail:
+            raise RestoreError("vm_restore_time: Invalid argument", ERROR)
+        return server
+
+    def _serve(self, guest: Guest) -> CheckpointServer | None:
+        flags = _MEM_F_WIRED if self._config.is_set("memory.wired") else 0
+        flags |= _MEM_F_INCORE if self._config.is_set("memory.guest_in_core") else 0
+        server = CheckpointServer(
+            self._directory, self._name, guest, memflags=flags, end=self._end_suspended
+        )
+        try:
+            server.start()
+        except OSError as error:
+            sys.stderr.write(f"Failed to start checkpoint thread: {error}\n")
+            return None
+        return server
+
+    def _end_suspended(self) -> None:
+        """End in the middle of the handler, as bhyve does: no reply, only EOF."""
+        settings = read_settings(self._directory)
+        if not settings.node_left:
+            node.destroy(self._directory, self._name)
+        os._exit(settings.suspend_status)
+
+    def _watch(self, guest: Guest) -> int:
+        """Wait for the power-off, or for somebody to destroy the VM."""
+        while True:
+            try:
+                status = self._exits.get(timeout=_WATCH_S)
+            except queue.Empty:
+                if guest.memory.is_current():
+                    continue
+                sys.stderr.write("vm_run: Device not configured\n")
+                return ERROR
+            node.destroy(self._directory, self._name)
+            return status
+
+
+if __name__ == "__main__":
+    STATUS = main()
+    sys.stderr.flush()
+    os._exit(STATUS)

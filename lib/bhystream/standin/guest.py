@@ -1,0 +1,237 @@
+"""The guest: vCPUs, kernel structures and devices over one memory.
+
+A guest is made paused.  boot() fills it, or load_*() take over a snapshot's
+state; prepare() and resume_vcpus() let it run.  Its console is com1.
+
+    beat N                     every 100 ms; no gap, also over a move
+    sweep N pages P wrong W    every vCPU has checked all its pages once more
+    WRONG what: expected .. found ..    at once, when something is
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from .blob import number, pack_blob, unpack_blob
+from .config import Config, parse_bytes
+from .devices import Device, Ticker, blob_complaints, uart_of
+from .gate import Gate
+from .node import Memory
+from .proof import (
+    BOOT_PAGE,
+    CLOCK_PAGE,
+    FIRST_PAGE,
+    TIMER_PAGE,
+    ZERO,
+    Boot,
+    make_plans,
+    unpack_boot,
+)
+from .vcpu import Vcpu, read_registers
+
+KERNEL_STRUCTS = (
+    "vhpet",
+    "vm",
+    "vioapic",
+    "vlapic",
+    "vmcx",
+    "vatpit",
+    "vatpic",
+    "vpmtmr",
+    "vrtc",
+)
+"""In the order of FILE.kern.  Source: dossier, section 3.4, G4."""
+
+_BEAT_S = 0.1
+_TOLD_LIMIT = 50
+_STRAYS_A_SLICE = 2048
+_CLOCK = struct.Struct("<Q")
+_DEFAULTS = {"touched": "64M", "working_set": "16M", "rate": "24M", "sweep_rate": "64M"}
+
+
+def boot_parameters(config: Config, ncpus: int, npages: int) -> Boot:
+    """Return the boot parameters of a configuration, cut to the memory that there is.
+
+    Raises UsageError.
+    """
+    asked = {k: parse_bytes(config.get(f"standin.{k}", v)) for k, v in _DEFAULTS.items()}
+    touched = max(min(asked["touched"] // 4096, (npages - FIRST_PAGE) // 16 * 16), ncpus)
+    working = max(min(asked["working_set"] // 4096, touched), ncpus)
+    return Boot(ncpus, npages, touched, working, asked["rate"], asked["sweep_rate"])
+
+
+class Guest:
+    """A guest, paused until prepare() and resume_vcpus().
+
+    cpus: parks the vCPUs and the kernel's timer.  gate: parks the devices
+    that have a pause callback; it is the one that they were made with.
+    """
+
+    def __init__(self, memory: Memory, devices: Sequence[Device], gate: Gate, ncpus: int) -> None:
+        self.memory = memory
+        self.devices = devices
+        self.ncpus = ncpus
+        self._gate = gate
+        self._cpus = Gate()
+        self._uart = uart_of(devices)
+        self._timer = Ticker("vhpet", "vhpet", memory, TIMER_PAGE, self._cpus)
+        self._vcpus: list[Vcpu] = []
+        self._clock = 0
+        self._beats = 0
+        self._next_beat = 0.0
+        self._swept = 0
+        self._wrong = 0
+        self._told = 0
+        self._pages = 0
+        self._complaints: list[str] = []
+        self._strays: Iterator[None] = iter(())
+        self._telling = threading.Lock()
+        self._restored: dict[str, dict[str, Any]] = {}
+
+    def boot(self, boot: Boot) -> None:
+        """Fill a new guest's memory."""
+        self.memory.write(BOOT_PAGE, boot.pack())
+        self._advance_clock()
+        self._make_vcpus(boot)
+        for vcpu in self._vcpus:
+            vcpu.boot()
+
+    def prepare(self) -> None:
+        """Start every thread; devices run then, vCPUs stand until resume_vcpus().
+
+        What a snapshot's state says and memory does not is kept until then.
+        """
+        if self._restored:
+            self._take_state()
+        for device in self.devices:
+            device.start()
+        self._timer.start()
+        for index, vcpu in enumerate(self._vcpus):
+            vcpu.start(f"vcpu {index}")
+        self.resume_devices()
+
+    def pause_vcpus(self) -> None:
+        """Stop every vCPU; return when all stand."""
+        self._cpus.close()
+
+    def pause_devices(self) -> None:
+        """Stop every device that has a pause callback; return when all stand."""
+        self._gate.close()
+
+    def resume_devices(self) -> None:
+        """Undo pause_devices()."""
+        self._gate.open()
+
+    def resume_vcpus(self) -> None:
+        """Undo pause_vcpus()."""
+        self._cpus.open()
+
+    def save_kernel(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the name and the blob of each kernel structure of the paused guest."""
+        for name in KERNEL_STRUCTS:
+            fields: dict[str, Any] = {}
+            if name == "vhpet":
+                fields = self._timer.fields()
+            elif name == "vm":
+                fields = {"beats": self._beats, "swept": self._swept, "wrong": self._wrong}
+            elif name == "vmcx":
+                fields = {"vcpus": [vcpu.registers.fields() for vcpu in self._vcpus]}
+            yield name, pack_blob(name, name, self._clock, fields)
+
+    def save_device(self, device: Device) -> bytes:
+        """Return a device's blob."""
+        return device.save(self._clock)
+
+    def load_kernel(self, name: str, blob: bytes) -> None:
+        """Take over the blob of a kernel structure; checked when the guest starts."""
+        self._restored[name] = unpack_blob(blob)
+        if name == "vhpet":
+            self._timer.take(self._restored[name])
+
+    def _take_state(self) -> None:
+        self._clock = _CLOCK.unpack_from(self.memory.read(CLOCK_PAGE))[0]
+        boot = unpack_boot(self.memory.read(BOOT_PAGE))
+        if boot is None or boot.ncpus != self.ncpus or boot.npages != self.memory.npages:
+            self._complaints.append(f"boot page: expected parameters found {boot}")
+            boot = Boot(self.ncpus, self.memory.npages, self.ncpus, self.ncpus, 1 << 20, 1 << 20)
+        self._make_vcpus(boot)
+        state = self._restored
+        registers = state["vmcx"].get("vcpus")
+        if not isinstance(registers, list) or len(registers) != self.ncpus:
+            self._complaints.append(
+                f"registers: expected {self.ncpus} vCPUs found {registers!r:.60}"
+            )
+            registers = [None] * self.ncpus
+        for vcpu, fields in zip(self._vcpus, registers, strict=True):
+            vcpu.registers = read_registers(fields)
+        self._beats = number(state["vm"], "beats")
+        self._swept = number(state["vm"], "swept")
+        self._wrong = number(state["vm"], "wrong")
+        for name, fields in state.items():
+            self._complaints.extend(blob_complaints(name, fields, self._clock))
+        self._complaints.extend(self._timer.memory_complaints())
+        for device in self.devices:
+            self._complaints.extend(device.complaints(self._clock))
+        self._strays = self._find_strays()
+
+    def _find_strays(self) -> Iterator[None]:
+        """Look at the pages that the guest never wrote, one for each turn: they are zero."""
+        known = {page for vcpu in self._vcpus for page in vcpu.plan.working + vcpu.plan.static}
+        for page in self.memory.allocated():
+            if page >= FIRST_PAGE and page not in known:
+                found = self.memory.read(page)
+                if found != ZERO:
+                    self._tell(f"page {page}: expected never written found {found[:8].hex()}")
+            yield
+
+    def _make_vcpus(self, boot: Boot) -> None:
+        plans = make_plans(boot)
+        self._pages = sum(len(plan.working) + len(plan.static) for plan in plans)
+        for index, plan in enumerate(plans):
+            self._vcpus.append(
+                Vcpu(
+                    plan,
+                    self.memory,
+                    self._cpus,
+                    rate=boot.rate / boot.ncpus,
+                    sweep_rate=boot.sweep_rate / boot.ncpus,
+                    tell=self._tell,
+                    every_slice=None if index else self._keep_house,
+                )
+            )
+
+    def _keep_house(self) -> None:
+        """What vCPU 0 does between two batches: the clock, and the console."""
+        self._advance_clock()
+        while self._complaints:
+            self._tell(self._complaints.pop(0))
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + _BEAT_S
+            self._beats += 1
+            self._print(f"beat {self._beats}")
+        is_searched = sum(1 for _ in islice(self._strays, _STRAYS_A_SLICE)) < _STRAYS_A_SLICE
+        sweeps = min(vcpu.registers.sweeps for vcpu in self._vcpus)
+        if sweeps > self._swept and is_searched:
+            self._swept = sweeps
+            self._print(f"sweep {sweeps} pages {self._pages} wrong {self._wrong}")
+
+    def _advance_clock(self) -> None:
+        self._clock += 1
+        self.memory.write(CLOCK_PAGE, _CLOCK.pack(self._clock))
+
+    def _tell(self, complaint: str) -> None:
+        with self._telling:
+            self._wrong += 1
+            self._told += 1
+            if self._told <= _TOLD_LIMIT:
+                self._print(f"WRONG {complaint}")
+
+    def _print(self, line: str) -> None:
+        if self._uart is not None:
+            self._uart.write(line)

@@ -1,0 +1,281 @@
+"""The host half of the stand-in: what the bhyve backend asks of FreeBSD, from files.
+
+StandinHost and StandinVm keep the protocols of backend/bhyve/host.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bhystream.backend.base import PAGE_BYTES
+from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, VMM_DIR, MemoryMap
+from bhystream.errors import GuestError, from_oserror
+
+from . import node
+from .settings import read_settings
+
+_SYSCTL = {
+    "hw.machine": "amd64",
+    "hw.machine_arch": "amd64",
+    "hw.model": "Stand-in CPU",
+    "hw.ncpu": "2",
+    "hw.pagesize": "4096",
+    "hw.vmm.maxcpu": "16",
+    "hw.vmm.vmx.initialized": "1",
+    "kern.build_id": "5374616e64696e0000000000000000000000000f",
+    "kern.conftxt": "options\tBHYVE_SNAPSHOT\n",
+    "kern.osreldate": "1500068",
+    "kern.osrelease": "15.0-STANDIN",
+    "kern.ostype": "FreeBSD",
+    "kern.version": "FreeBSD 15.0-STANDIN",
+    "machdep.tsc_freq": "2500000000",
+    "vm.mincore_mapped": "0",
+}
+
+
+class StandinVm:
+    """One VM of a stand-in, opened to be read."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        """Open the node.  Raises GuestError, AccessError."""
+        self._directory = directory
+        self._name = name
+        self._read = node.read_map(directory, name)
+        try:
+            self._fd = os.open(node.node_path(directory, name), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise from_oserror(error, f"open VM {name}") from error
+
+    def maps(self) -> Sequence[MemoryMap]:
+        """Return the memory map."""
+        return self._read.maps
+
+    def topology(self) -> tuple[int, int, int]:
+        """Return (sockets, cores, threads)."""
+        return self._read.topology
+
+    def map(self, gpa: int, length_bytes: int) -> mmap.mmap:
+        """Map one entry of system memory, read-only."""
+        if not any(m.segid == 0 and m.gpa == gpa for m in self._read.maps):
+            raise GuestError(f"VM {self._name} has no system memory at {gpa:#x}")
+        try:
+            return mmap.mmap(self._fd, length_bytes, prot=mmap.PROT_READ, offset=gpa)
+        except (OSError, ValueError) as error:
+            raise GuestError(f"cannot map {gpa:#x} of VM {self._name}: {error}") from error
+
+    def resident(self, mapping: mmap.mmap, gpa: int) -> bytes:
+        """Return one byte a page, other than 0 where it has data and is not swapped.
+
+        With vm.mincore_mapped other than 0, mincore(2) reports only what the
+        caller's mapping has touched: nothing.
+        """
+        npages = len(mapping) // PAGE_BYTES
+        marks = bytearray(npages)
+        if StandinHost(self._directory).sysctl("vm.mincore_mapped") != "0":
+            return bytes(marks)
+        for start, end in node.data_extents(self._fd, gpa, gpa + len(mapping)):
+            first, stop = (start - gpa) // PAGE_BYTES, -(-(end - gpa) // PAGE_BYTES)
+            marks[first:stop] = b"\1" * (stop - first)
+        self._unmark_swapped(marks, gpa)
+        return bytes(marks)
+
+    def dirty(self, lengths_bytes: Sequence[int]) -> list[bytes] | None:
+        """Return the dirty log of each segment and clear what was seen; or None."""
+        if not read_settings(self._directory).dirty_log:
+            return None
+        npages = [length // PAGE_BYTES for length in lengths_bytes]
+        try:
+            fd = os.open(
+                node.beside(self._directory, self._name, "dirty"), os.O_RDWR | os.O_CLOEXEC
+            )
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise from_oserror(error, "open the dirty log") from error
+        try:
+            if os.fstat(fd).st_size != sum(npages):
+                raise GuestError("the dirty log is not of this layout")
+            with mmap.mmap(fd, sum(npages)) as log:
+                seen = log[:]
+                _clear_seen(log, seen)
+        finally:
+            os.close(fd)
+        parts, base = [], 0
+        for count in npages:
+            parts.append(seen[base : base + count])
+            base += count
+        return parts
+
+    def close(self) -> None:
+        """Give up the node."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _unmark_swapped(self, marks: bytearray, gpa: int) -> None:
+        try:
+            swapped = node.beside(self._directory, self._name, "swapped").read_bytes()
+        except FileNotFoundError:
+            return
+        low = next((m.length_bytes for m in self._read.maps if m.gpa == 0), 0)
+        base = low // PAGE_BYTES if gpa >= HIGHMEM_BASE_GPA else gpa // PAGE_BYTES
+        for page, is_swapped in enumerate(swapped[base : base + len(marks)]):
+            if is_swapped:
+                marks[page] = 0
+
+
+def _clear_seen(log: mmap.mmap, seen: bytes) -> None:
+    """Clear the bytes that were seen set, and no other: the guest marks meanwhile."""
+    start = seen.find(1)
+    while start >= 0:
+        end = seen.find(0, start)
+        end = len(seen) if end < 0 else end
+        log[start:end] = bytes(end - start)
+        start = seen.find(1, end)
+
+
+class StandinHost:
+    """The host that a stand-in's directory plays."""
+
+    kind = "standin"
+
+    def __init__(self, directory: Path) -> None:
+        """directory: BHYSEND_VMM_DIR.  Nothing is touched."""
+        self._directory = directory.absolute()
+        self.run_dir = self._directory / "run"
+
+    def environment(self) -> Mapping[str, str]:
+        """Return what open_host() needs to find this host again."""
+        return {VMM_DIR: str(self._directory)}
+
+    def sysctl(self, name: str) -> str | None:
+        """Return a value of host.json, else a plausible one."""
+        given = read_settings(self._directory).sysctl.get(name)
+        if given is None and name == "kern.hostuuid":
+            return str(uuid.uuid5(uuid.NAMESPACE_URL, str(self._directory)))
+        return _SYSCTL.get(name) if given is None else given
+
+    def swap_used_bytes(self) -> int:
+        """Return how much swap host.json says is in use."""
+        return read_settings(self._directory).swap_used_bytes
+
+    def free_memory_bytes(self) -> int:
+        """Return what host.json says, else what this system has."""
+        given = read_settings(self._directory).free_memory_bytes
+        if given is not None:
+            return given
+        pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def program(self) -> list[str]:
+        """Return the words that run the stand-in."""
+        return [sys.executable, "-P", "-m", "bhystream.standin"]
+
+    def program_hash(self) -> str:
+        """Return what host.json says, else a hash of the stand-in's own modules."""
+        given = read_settings(self._directory).program_hash
+        if given is not None:
+            return given
+        modules = sorted(Path(__file__).parent.glob("*.py"))
+        return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
+
+    def cpu_vendor(self) -> str:
+        """Return what host.json says."""
+        return read_settings(self._directory).cpu_vendor
+
+    def exists(self, name: str) -> bool:
+        """Say whether the VM's node exists."""
+        return node.node_path(self._directory, name).exists()
+
+    def open_vm(self, name: str) -> StandinVm:
+        """Open a VM.  Raises GuestError where there is none."""
+        return StandinVm(self._directory, name)
+
+    def create(self, name: str) -> None:
+        """Create an empty VM."""
+        node.create(self._directory, name)
+
+    def destroy(self, name: str) -> None:
+        """Destroy a VM; one that is gone already is no error."""
+        try:
+            node.destroy(self._directory, name)
+        except OSError as error:
+            raise from_oserror(error, f"destroy VM {name}") from error
+
+    def mount_null(self, directory: Path) -> None:
+        """Bind /dev/null over directory/null; on Linux root may.  Raises GuestError."""
+        target = directory / "null"
+        try:
+            target.touch(0o600)
+        except OSError as error:
+            raise from_oserror(error, f"make {target}") from error
+        error_text = _run("mount", "--bind", "/dev/null", str(target))
+        if error_text:
+            target.unlink(missing_ok=True)
+            raise GuestError(f"cannot mount the null device: {error_text}")
+
+    def unmount_null(self, directory: Path) -> None:
+        """Undo mount_null()."""
+        target = directory / "null"
+        _run("umount", str(target))
+        try:
+            target.unlink(missing_ok=True)
+        except OSError:  # still mounted, or not ours: it stays
+            return
+
+    def is_memory(self, directory: Path) -> bool:
+        """Say whether a directory is on tmpfs.  Source: proc_pid_mounts(5)."""
+        try:
+            mounts = Path("/proc/mounts").read_text().splitlines()
+            path = directory.resolve(strict=True)
+        except OSError:
+            return False
+        best, kind = Path(), ""
+        for line in mounts:
+            words = line.split()
+            point = Path(words[1].encode().decode("unicode_escape"))
+            if path.is_relative_to(point) and len(point.parts) >= len(best.parts):
+                best, kind = point, words[2]
+        return kind == "tmpfs"
+
+    def bridge_of(self, tap: str) -> str | None:
+        """Return the bridge that a tap belongs to."""
+        try:
+            return (self._directory / "net" / tap).read_text().strip() or None
+        except OSError:
+            return None
+
+    def has_tap(self, tap: str) -> bool:
+        """Say whether a tap exists."""
+        return (self._directory / "net" / tap).exists()
+
+    def make_tap(self, tap: str, bridge: str | None) -> None:
+        """Create a tap.  Raises GuestError where there is one."""
+        path = self._directory / "net" / tap
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("x") as file:
+                file.write(f"{bridge}\n" if bridge else "")
+        except OSError as error:
+            raise GuestError(f"cannot create {tap}: {error.strerror}") from error
+
+    def datastores(self) -> Sequence[Path]:
+        """Return the one datastore, if this host has vm-bhyve."""
+        store = self._directory / "vm"
+        return [store] if store.is_dir() else []
+
+
+def _run(*command: str) -> str:
+    """Run a command; return "" or what it complained of."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    except OSError as error:
+        return str(error)
+    return "" if done.returncode == 0 else done.stderr.strip() or f"status {done.returncode}"

@@ -1,0 +1,167 @@
+"""How a guest knows what each of its pages has to hold.
+
+The content of a page is a function of its number and its *generation*, other
+in all of its 4096 bytes from one generation to the next.  Static pages have
+generation 0 for ever.  The working set is shared out among the vCPUs, each of
+which rewrites its own pages in a fixed order, over and over, and counts its
+steps in a register: from that count alone follows the generation of each of
+its pages.  So a page that was lost, is old, or was torn while it was copied is
+found by the vCPU that owns it, and a register that went back in time looks
+like pages from the future.
+
+Every eighth generation of a page is zero: pages go from data to zero and back
+while they are moved.  Pages of the guest that are in no plan stay untouched.
+
+The boot parameters live in the boot page of guest memory, so that a restored
+guest needs none of them on its command line.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import xxhash
+
+from bhystream.backend.base import PAGE_BYTES
+
+ZERO = bytes(PAGE_BYTES)
+
+# Control pages, below 1 MiB; the plan's pages begin above.
+BOOT_PAGE = 1
+CLOCK_PAGE = 2
+TIMER_PAGE = 3
+UART_PAGE = 4
+DEVICE_PAGE = 64
+FIRST_PAGE = 256
+
+# 17 bytes, so that no piece of 64, 512 or 2048 bytes fits at another place of its page.
+_PERIOD = 17
+_REPEATS = -(-PAGE_BYTES // _PERIOD)
+_PAIR = struct.Struct("<QQ")
+_NEARBY = 4096
+
+# Pages lie in clusters, as an allocator leaves them, and not each by itself.
+_CLUSTER = 16
+
+_BOOT = struct.Struct("<8sQQQQQQ")
+_MAGIC = b"STANDIN1"
+
+
+def content(page: int, generation: int) -> bytes:
+    """Return the 4096 bytes of a page in a generation."""
+    if (page + generation) & 7 == 7:
+        return ZERO
+    return page_bytes(page, generation)
+
+
+def page_bytes(page: int, number: int) -> bytes:
+    """Return 4096 bytes, never zero, other in nearly all of them for another number."""
+    digest: bytes = xxhash.xxh3_128_digest(_PAIR.pack(page, number), 0x5354414E)
+    return ((digest + bytes(((number & 0x7F) + 1,))) * _REPEATS)[:PAGE_BYTES]
+
+
+def describe(page: int, found: bytes, expected_generation: int) -> str:
+    """Say what a page holds instead: a generation nearby, zero, two torn halves, or unknown."""
+    if found == ZERO:
+        return "zero"
+    first = max(0, expected_generation - _NEARBY)
+    torn = ""
+    for generation in range(expected_generation + _NEARBY, first - 1, -1):
+        candidate = content(page, generation)
+        if candidate == found:
+            return f"generation {generation}"
+        if not torn and candidate[:64] == found[:64]:
+            torn = f"torn, begins as generation {generation}"
+    return torn or f"unknown {found[:8].hex()}"
+
+
+@dataclass(frozen=True)
+class Boot:
+    """The parameters of a guest.
+
+    ncpus, npages: of the machine.  touched_pages: written once at boot.
+    working_pages: of these, rewritten over and over.  rate: bytes a second
+    that all vCPUs together rewrite, 0 as fast as they can.  sweep_rate: bytes
+    a second that they check of the others.
+    """
+
+    ncpus: int
+    npages: int
+    touched_pages: int
+    working_pages: int
+    rate: int
+    sweep_rate: int
+
+    def pack(self) -> bytes:
+        """Return the boot page."""
+        packed = _BOOT.pack(
+            _MAGIC,
+            self.ncpus,
+            self.npages,
+            self.touched_pages,
+            self.working_pages,
+            self.rate,
+            self.sweep_rate,
+        )
+        return packed + xxhash.xxh3_64_digest(packed) + bytes(PAGE_BYTES - _BOOT.size - 8)
+
+
+def unpack_boot(data: bytes) -> Boot | None:
+    """Return the parameters of a boot page; None for one that is not as pack() made it."""
+    magic, *numbers = _BOOT.unpack_from(data)
+    boot = Boot(*numbers)
+    return boot if magic == _MAGIC and boot.pack() == data else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The pages of one vCPU.
+
+    working: in the order in which they are rewritten.  static: never written
+    again.
+    """
+
+    working: tuple[int, ...]
+    static: tuple[int, ...]
+
+    def at(self, step: int) -> tuple[int, int]:
+        """Return what a step rewrites: the page, and the generation that it has before."""
+        generation, index = divmod(step, len(self.working))
+        return self.working[index], generation
+
+    def generations(self, step: int) -> Iterator[tuple[int, int]]:
+        """Yield (page, generation) of each of the working set, before a step."""
+        generation, done = divmod(step, len(self.working))
+        for index, page in enumerate(self.working):
+            yield page, generation + (index < done)
+
+
+def make_plans(boot: Boot) -> list[Plan]:
+    """Return the plan of each vCPU.  Every vCPU has at least one working page."""
+    pages = _scatter(boot.npages, boot.touched_pages)
+    every = max(1, len(pages) // boot.working_pages)
+    working = pages[::every][: boot.working_pages]
+    rest = sorted(set(pages) - set(working))
+    plans = []
+    for vcpu in range(boot.ncpus):
+        own = working[vcpu :: boot.ncpus]
+        plans.append(Plan(tuple(_shuffled(own)), tuple(rest[vcpu :: boot.ncpus])))
+    return plans
+
+
+def _scatter(npages: int, touched: int) -> list[int]:
+    """Spread clusters of pages evenly over all of the memory above the control pages."""
+    usable = (npages - FIRST_PAGE) // _CLUSTER
+    wanted = -(-touched // _CLUSTER)
+    pages: list[int] = []
+    for cluster in range(wanted):
+        first = FIRST_PAGE + cluster * usable // wanted * _CLUSTER
+        pages.extend(range(first, first + _CLUSTER))
+    return pages[:touched]
+
+
+def _shuffled(pages: list[int]) -> list[int]:
+    """Return the pages in an order of no pattern, the same each time."""
+    return sorted(pages, key=lambda page: xxhash.xxh3_64_intdigest(_PAIR.pack(page, 0), 7))

@@ -1,0 +1,62 @@
+"""What a stand-in's host is like: DIR/host.json, read anew each time it is asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from bhystream.errors import GuestError
+
+FAILURES = frozenset({"hang", "restore", "restore-late", "die", "slow-restore"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keys of host.json.  Every one has a default.
+
+    generation: of the checkpoint interface, 4 or 5.  suspend_status: exit
+    status after a suspend, 0 or 5.  node_left: vm_destroy() fails silently in
+    a suspend, as it does in capability mode on 14.  fail: words of FAILURES.
+    free_memory_bytes, program_hash: None: this system's own.
+    """
+
+    generation: int = 5
+    suspend_status: int = 5
+    node_left: bool = False
+    dirty_log: bool = False
+    fail: tuple[str, ...] = ()
+    swap_used_bytes: int = 0
+    free_memory_bytes: int | None = None
+    program_hash: str | None = None
+    cpu_vendor: str = "intel"
+    sysctl: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_settings(directory: Path) -> Settings:
+    """Return the settings of a stand-in's directory, the defaults where it has none.
+
+    Raises GuestError for what is not a setting.
+    """
+    path = directory / "host.json"
+    try:
+        found: Any = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return Settings()
+    except (OSError, ValueError) as error:
+        raise GuestError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise GuestError(f"{path} is not a JSON object")
+    unknown = found.keys() - {f.name for f in fields(Settings)}
+    if unknown:
+        raise GuestError(f"{path}: unknown key: {', '.join(sorted(unknown))}")
+    if "fail" in found:
+        found["fail"] = tuple(found["fail"])
+    settings = Settings(**found)
+    if settings.generation not in (4, 5):
+        raise GuestError(f"{path}: no generation {settings.generation}")
+    if not FAILURES.issuperset(settings.fail):
+        raise GuestError(f"{path}: no such failure: {settings.fail}")
+    return settings

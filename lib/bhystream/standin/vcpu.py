@@ -1,0 +1,136 @@
+"""A vCPU: a thread that rewrites its working set, and checks every page before.
+
+Its registers are the step count and how far its sweep of the static pages
+has come; they travel in the vmcx blob and nowhere in memory.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bhystream.backend.base import PAGE_BYTES
+
+from .blob import number
+from .gate import Gate
+from .node import Memory
+from .proof import Plan, content, describe
+
+_SLICE_S = 0.005
+_BATCH_PAGES = 64
+# What was not done in this time is not caught up: a pause is no debt.
+_DEBT_S = 0.05
+
+
+@dataclass
+class Registers:
+    """What a vCPU knows that memory does not.
+
+    step: pages of the working set rewritten since boot.  swept: static pages
+    checked in this sweep.  sweep_step: the step at which it began.  sweeps:
+    full sweeps since boot: every static page and every working page checked.
+    """
+
+    step: int = 0
+    swept: int = 0
+    sweep_step: int = 0
+    sweeps: int = 0
+
+    def fields(self) -> dict[str, int]:
+        """Return the registers by name."""
+        return asdict(self)
+
+
+def read_registers(fields: Any) -> Registers:
+    """Return the registers of a blob, each 0 that is missing."""
+    if not isinstance(fields, dict):
+        return Registers()
+    return Registers(**{name: number(fields, name) for name in Registers().fields()})
+
+
+class Vcpu:
+    """One vCPU and its program.
+
+    rate, sweep_rate: bytes a second of this vCPU; a rate of 0 is as fast as
+    it can.  tell: prints a line about a wrong page.  every_slice: called
+    between two batches, about every 5 ms.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        memory: Memory,
+        gate: Gate,
+        *,
+        rate: float,
+        sweep_rate: float,
+        tell: Callable[[str], None],
+        every_slice: Callable[[], None] | None = None,
+    ) -> None:
+        self.registers = Registers()
+        self.plan = plan
+        self._memory = memory
+        self._gate = gate
+        self._rate = rate
+        self._sweep_rate = sweep_rate
+        self._tell = tell
+        self._every_slice = every_slice
+
+    def boot(self) -> None:
+        """Write every page of the plan for the first time."""
+        for page in (*self.plan.working, *self.plan.static):
+            self._memory.write(page, content(page, 0))
+
+    def start(self, name: str) -> None:
+        """Start the thread; it runs when the gate opens."""
+        self._gate.join(threading.Thread(target=self._run, name=name, daemon=True))
+
+    def _run(self) -> None:
+        self._gate.rest()
+        last = time.monotonic()
+        steps = sweeps = 0.0
+        while True:
+            now = time.monotonic()
+            passed = min(now - last, _DEBT_S)
+            last = now
+            steps += passed * self._rate / PAGE_BYTES if self._rate else _BATCH_PAGES
+            sweeps += passed * self._sweep_rate / PAGE_BYTES
+            while steps >= 1 and not self._gate.is_closed:
+                steps -= 1
+                self._step()
+            while sweeps >= 1 and not self._gate.is_closed:
+                sweeps -= 1
+                self._sweep()
+            if self._every_slice is not None:
+                self._every_slice()
+            self._gate.rest(_SLICE_S if self._rate else 0.0)
+
+    def _step(self) -> None:
+        page, generation = self.plan.at(self.registers.step)
+        self._check(page, generation)
+        self._memory.write(page, content(page, generation + 1))
+        self.registers.step += 1
+
+    def _sweep(self) -> None:
+        registers, plan = self.registers, self.plan
+        if registers.swept < len(plan.static):
+            page = plan.static[registers.swept]
+            if self._check(page, 0):
+                self._memory.write(page, content(page, 0))
+            registers.swept += 1
+        elif registers.step - registers.sweep_step >= len(plan.working):
+            registers.sweeps += 1
+            registers.swept = 0
+            registers.sweep_step = registers.step
+
+    def _check(self, page: int, generation: int) -> bool:
+        """Say whether a page is wrong; a line is printed then."""
+        found = self._memory.read(page)
+        if found == content(page, generation):
+            return False
+        what = describe(page, found, generation)
+        self._tell(f"page {page}: expected generation {generation} found {what}")
+        return True
