@@ -62,7 +62,8 @@ def test_the_words_of_freebsd_13_are_understood() -> None:
 
 def test_unknown_keys_and_another_order_of_the_lists_change_nothing() -> None:
     value, _ = made()
-    other = {"devices": value["devices"][::-1], "version": {"of": ["what", 1, None, True]}, **value}
+    other = {"version": {"of": ["what", 1, None, True]}, **value}
+    other["devices"] = value["devices"][::-1]
     other["kern_structs"] = [{"new": True, **entry} for entry in value["kern_structs"]]
     assert parse(text_of(other)) == parse(text_of(value))
 
@@ -284,6 +285,11 @@ def exchange(files: Files) -> None:
     files.kern.write_bytes(meta)
 
 
+def make_directory(files: Files) -> None:
+    files.kern.unlink()
+    files.kern.mkdir()
+
+
 def make_fifo(files: Files) -> None:
     files.meta.unlink()
     os.mkfifo(files.meta)
@@ -297,6 +303,7 @@ def make_fifo(files: Files) -> None:
         (lambda f: os.truncate(f.meta, 0), "web1.save.meta is empty"),
         (lambda f: os.truncate(f.kern, 0), "web1.save.kern is empty"),
         (make_fifo, "web1.save.meta is not a regular file"),
+        (make_directory, "web1.save.kern is not a regular file"),
         (lambda f: os.truncate(f.meta, 300), "web1.save.meta is not complete, or not bhyve's"),
         (lambda f: os.truncate(f.kern, 300), "web1.save.kern has 300 bytes .*: it is truncated"),
         (
@@ -314,8 +321,8 @@ def make_fifo(files: Files) -> None:
         ),
     ],
     ids=[
-        "no-meta", "no-kern", "empty-meta", "empty-kern", "fifo", "cut-meta", "cut-kern",
-        "long-kern", "swapped", "another-guest", "long-meta",
+        "no-meta", "no-kern", "empty-meta", "empty-kern", "fifo", "directory", "cut-meta",
+        "cut-kern", "long-kern", "swapped", "another-guest", "long-meta",
     ],
 )  # fmt: skip
 def test_files_that_are_no_snapshot_are_refused_by_name(
