@@ -151,6 +151,8 @@ class Machine:
         if "restore" in fail:
             raise RestoreError("Failed to restore kernel structs", ERROR)
         while "slow-restore" in fail and not (self._directory / "release").exists():
+            if not guest.memory.is_current():
+                raise GuestError("vm_restore_time: Device not configured")
             time.sleep(0.005)
         server: CheckpointServer | None = self._serve(guest)
         if "restore-late" in fail:

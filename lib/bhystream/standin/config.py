@@ -17,7 +17,7 @@ from bhystream.errors import GuestError, UsageError
 
 USAGE = (
     "usage: bhyve [-AaCDeHhPSuWwxY] [-c [[cpus=]n][,sockets=n][,cores=n][,threads=n]]\n"
-    "             [-k config] [-l lpc] [-m memsize] [-o key=value] [-r snapshot]\n"
+    "             [-K layout] [-k config] [-l lpc] [-m memsize] [-o key=value] [-r snapshot]\n"
     "             [-s slot,emulation[,conf]] [-U uuid] [vmname]\n"
 )
 _FLAGS = {
@@ -131,7 +131,7 @@ def parse(argv: Sequence[str]) -> Config:
     with it, GuestError for a file that cannot be read.
     """
     try:
-        options, operands = getopt.getopt(list(argv), "AaCDeHhPSuWwxYc:k:l:m:o:r:s:U:")
+        options, operands = getopt.getopt(list(argv), "AaCDeHhPSuWwxYc:K:k:l:m:o:r:s:U:")
     except getopt.GetoptError as error:
         raise UsageError(str(error), hint=USAGE) from error
     config = Config()
@@ -157,8 +157,8 @@ def _take(config: Config, option: str, value: str) -> None:
             {"-c": _take_cpus, "-l": _take_lpc, "-o": _take_pair, "-s": _take_slot}[option](
                 keys, value
             )
-        case "-m" | "-U":
-            keys["memory.size" if option == "-m" else "uuid"] = value
+        case "-K" | "-m" | "-U":
+            keys[{"-K": "keyboard.layout", "-m": "memory.size", "-U": "uuid"}[option]] = value
         case _:
             key, word = _FLAGS[option]
             keys[key] = word
@@ -214,10 +214,21 @@ def _take_slot(keys: dict[str, str], text: str) -> None:
     }[len(numbers)]
     prefix = f"pci.{int(bus)}.{int(slot)}.{int(function)}"
     keys[f"{prefix}.device"] = kind
-    first = {_BLOCK: "path", _NET: "backend"}
     for index, word in enumerate(conf.split(",") if conf else ()):
-        key, equals, value = word.partition("=")
-        if not equals:
-            names = [name for kinds, name in first.items() if kind in kinds and index == 0]
-            key, value = (names[0], word) if names else (word, "true")
+        key, value = _slot_key(kind, word, index)
         keys[f"{prefix}.{key}"] = value
+
+
+def _slot_key(kind: str, word: str, index: int) -> tuple[str, str]:
+    """Return the key that a word of -s writes, below its device, and the value."""
+    port, colon, path = word.partition(":")
+    if kind == "ahci" and colon and port in ("hd", "cd"):
+        return f"port.{index}.path", path
+    key, equals, value = word.partition("=")
+    if equals:
+        return key, value
+    if index == 0 and kind in _BLOCK:
+        return "path", word
+    if index == 0 and kind in _NET:
+        return "backend", word
+    return word, "true"

@@ -256,9 +256,13 @@ def uart_of(devices: Sequence[Device]) -> Uart | None:
 def _check(config: Config, kind: str, key: str, directory: Path) -> None:
     if kind not in KNOWN:
         raise GuestError(f"{key}: unknown device {kind!r}")
-    path = config.get(f"{key}.path")
-    if kind in BLOCK and not Path(path).exists():
-        raise GuestError(f"{key}: could not open backing file: {path!r}: No such file or directory")
+    paths = [config.get(f"{key}.path")] if kind in BLOCK else []
+    if kind == "ahci":
+        ports = (word for word in config.keys if word.startswith(f"{key}.port."))
+        paths = [config.get(port) for port in ports if port.endswith(".path")]
+    for path in paths:
+        if not Path(path).exists():
+            raise GuestError(f"{key}: could not open {path!r}: No such file or directory")
     backend = config.get(f"{key}.backend")
     if kind in NET and backend.startswith("tap") and not (directory / "net" / backend).exists():
         raise GuestError(f"{key}: open of tap device {backend} failed")
