@@ -1,0 +1,1 @@
+"""The stand-in, tested from outside: processes, sockets, files, what the guest prints."""

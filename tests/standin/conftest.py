@@ -1,0 +1,16 @@
+"""Fixtures of the stand-in's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from .rig import Rig
+
+
+@pytest.fixture
+def host() -> Iterator[Rig]:
+    """Make a host with the defaults."""
+    with Rig() as made:
+        yield made
