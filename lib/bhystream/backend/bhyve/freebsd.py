@@ -1,0 +1,217 @@
+"""The FreeBSD host: host.Host over sysctls, the base system's programs and /dev/vmm.
+
+Unverified: none of it has run on FreeBSD.  Every fact names where it was
+read: a manual page, a header, a source file.
+
+Programs are run by absolute path, with an argument vector and no shell, and
+no name that begins with "-" or leads out of a directory reaches one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import xxhash
+
+from bhystream.backend import programs
+from bhystream.backend.bhyve import freebsd_text, libc
+from bhystream.backend.bhyve.freebsd_vm import FreeBsdVm
+from bhystream.errors import AccessError, GuestError, from_oserror
+
+BHYVE = "/usr/sbin/bhyve"  # Source: bhyve(8)
+_BHYVECTL = "/usr/sbin/bhyvectl"  # Source: bhyvectl(8)
+_IFCONFIG = "/sbin/ifconfig"  # Source: ifconfig(8)
+_MOUNT = "/sbin/mount"  # Source: mount(8)
+_UMOUNT = "/sbin/umount"  # Source: umount(8)
+_SWAPINFO = "/usr/sbin/swapinfo"  # Source: swapinfo(8)
+_SYSRC = "/usr/sbin/sysrc"  # Source: sysrc(8)
+_NODES = "/dev/vmm"  # Source: sys/amd64/vmm/vmm_dev.c: make_dev("vmm/%s")
+_RUN_DIR = "/var/run/bhyve"  # Source: usr.sbin/bhyve/ipc.h, BHYVE_RUN_DIR
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+_INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,14}")  # IFNAMSIZ is 16.  Source: net/if.h
+_UNIT = re.compile(r"(tap|vmnet)[0-9]+")  # interfaces that are made under their own name
+_CHUNK_BYTES = 1 << 20
+
+
+def _checked(name: str, pattern: re.Pattern[str], what: str) -> str:
+    if not pattern.fullmatch(name):
+        raise GuestError(f"{name!r} is no name of {what}")
+    return name
+
+
+class FreeBsdHost:
+    """host.Host on FreeBSD.  It keeps nothing open."""
+
+    kind = "bhyve"
+
+    def __init__(self) -> None:
+        """Raises GuestError on another system."""
+        if os.uname().sysname != "FreeBSD":
+            raise GuestError("there is no bhyve here: this is no FreeBSD host")
+        self.run_dir = Path(_RUN_DIR)
+
+    def environment(self) -> Mapping[str, str]:
+        """As host.Host's: nothing, the host is this one."""
+        return {}
+
+    def sysctl(self, name: str) -> str | None:
+        """As host.Host's."""
+        return libc.sysctl(name)
+
+    def swap_used_bytes(self) -> int:
+        """As host.Host's."""
+        return freebsd_text.swap_used_bytes(programs.ask(_SWAPINFO, "-k"))
+
+    def free_memory_bytes(self) -> int:
+        """As host.Host's: free and inactive pages; what ZFS's ARC could give back is not in it.
+
+        Source: sys/vm/vm_meter.c, vm.stats.vm.
+        """
+        npages = 0
+        for name in ("v_free_count", "v_inactive_count"):
+            npages += int(self.sysctl(f"vm.stats.vm.{name}") or 0)
+        return npages * int(self.sysctl("hw.pagesize") or 4096)
+
+    def program(self) -> list[str]:
+        """As host.Host's."""
+        return [BHYVE]
+
+    def program_hash(self) -> str:
+        """As host.Host's: XXH3-128 of the program's file, hex."""
+        digest = xxhash.xxh3_128()
+        try:
+            with open(BHYVE, "rb") as file:
+                while piece := file.read(_CHUNK_BYTES):
+                    digest.update(piece)
+        except OSError as error:
+            raise from_oserror(error, f"read {BHYVE}") from None
+        return digest.hexdigest()
+
+    def cpu_vendor(self) -> str:
+        """As host.Host's."""
+        return freebsd_text.vendor(
+            self.sysctl("hw.model") or "", self.sysctl("hw.vmm.vmx.initialized")
+        )
+
+    # VMs.
+
+    def _node(self, name: str) -> str:
+        return f"{_NODES}/{_checked(name, _NAME, 'a guest')}"
+
+    def exists(self, name: str) -> bool:
+        """As host.Host's."""
+        return os.path.exists(self._node(name))
+
+    def open_vm(self, name: str) -> FreeBsdVm:
+        """As host.Host's."""
+        return FreeBsdVm(name, self._node(name))
+
+    def create(self, name: str) -> None:
+        """As host.Host's.  Source: bhyvectl(8)."""
+        node = self._node(name)
+        if os.path.exists(node):
+            raise GuestError(f"guest {name}: {node} exists already")
+        programs.do(f"create guest {name}", _BHYVECTL, "--create", f"--vm={name}")
+
+    def destroy(self, name: str) -> None:
+        """As host.Host's.  Source: bhyvectl(8)."""
+        if not self.exists(name):
+            return
+        try:
+            programs.do(f"destroy guest {name}", _BHYVECTL, "--destroy", f"--vm={name}")
+        except GuestError:
+            if self.exists(name):  # else somebody else was faster
+                raise
+
+    # Directories.
+
+    def mount_null(self, directory: Path) -> None:
+        """As host.Host's: a devfs on the directory, with all the host's devices.
+
+        bhyve opens the file in capability mode: a relative name below a
+        directory may cross a mount point, a symbolic link out of it may not.
+        Source: mount(8), devfs(5); sys/kern/vfs_lookup.c, NI_LCF_STRICTREL.
+        """
+        programs.do(f"mount devfs on {directory}", _MOUNT, "-t", "devfs", "devfs", str(directory))
+        try:
+            mode = os.stat(directory / "null", follow_symlinks=False).st_mode
+        except OSError as error:
+            self.unmount_null(directory)
+            raise GuestError(f"cannot use {directory}/null: {error.strerror}") from None
+        if not stat.S_ISCHR(mode):
+            self.unmount_null(directory)
+            raise GuestError(f"cannot use {directory}/null: it is no device")
+
+    def unmount_null(self, directory: Path) -> None:
+        """As host.Host's.  Forced where it is busy: nothing of ours is behind it."""
+        with contextlib.suppress(GuestError):
+            if programs.run(_UMOUNT, str(directory)).returncode != 0:
+                programs.run(_UMOUNT, "-f", str(directory))
+
+    def _mounts(self) -> list[freebsd_text.Mount]:
+        return freebsd_text.mounts(programs.ask(_MOUNT, "-p"))
+
+    def is_memory(self, directory: Path) -> bool:
+        """As host.Host's: the file system that it lies in is mounted as tmpfs."""
+        try:
+            device = os.stat(directory).st_dev
+        except OSError as error:
+            raise from_oserror(error, f"look at {directory}") from None
+        for mount in self._mounts():
+            if mount.fstype == "tmpfs":
+                with contextlib.suppress(OSError):
+                    if os.stat(mount.directory).st_dev == device:
+                        return True
+        return False
+
+    def datastores(self) -> Sequence[Path]:
+        """As host.Host's.  Source: vm-bhyve lib/vm-datastore; sysrc(8) for rc.conf's vm_dir."""
+        spec = programs.ask(_SYSRC, "-n", "vm_dir").strip()
+        table = self._mounts() if spec else []
+        default = freebsd_text.store_path(spec, table)
+        if default is None:
+            return ()
+        try:
+            text = Path(default, ".config", "system.conf").read_text("utf-8", "replace")
+        except FileNotFoundError:
+            text = ""
+        except PermissionError as error:
+            raise AccessError(f"cannot read {error.filename}: {error.strerror}") from None
+        except OSError as error:
+            raise from_oserror(error, f"read {error.filename}") from None
+        config = freebsd_text.assignments(text)
+        return [Path(default), *map(Path, freebsd_text.more_stores(config, table))]
+
+    # The network.  Source for all: ifconfig(8), tap(4), bridge(4).
+
+    def has_tap(self, tap: str) -> bool:
+        """As host.Host's."""
+        return programs.run(_IFCONFIG, _checked(tap, _INTERFACE, "an interface")).returncode == 0
+
+    def bridge_of(self, tap: str) -> str | None:
+        """As host.Host's: every interface of the group "bridge" is asked for its members."""
+        for bridge in programs.ask(_IFCONFIG, "-g", "bridge").split():
+            if tap in freebsd_text.members(programs.ask(_IFCONFIG, bridge)):
+                return bridge
+        return None
+
+    def make_tap(self, tap: str, bridge: str | None) -> None:
+        """As host.Host's.  What fails on the way takes the tap away again."""
+        _checked(tap, _INTERFACE, "an interface")
+        made = [tap, "create"] if _UNIT.fullmatch(tap) else ["tap", "create", "name", tap]
+        programs.do(f"create {tap}", _IFCONFIG, *made)
+        try:
+            if bridge is not None:
+                _checked(bridge, _INTERFACE, "an interface")
+                programs.do(f"add {tap} to {bridge}", _IFCONFIG, bridge, "addm", tap, "up")
+            programs.do(f"bring {tap} up", _IFCONFIG, tap, "up")
+        except GuestError:
+            with contextlib.suppress(GuestError):
+                programs.run(_IFCONFIG, tap, "destroy")
+            raise

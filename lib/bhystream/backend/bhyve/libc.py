@@ -1,0 +1,149 @@
+"""System calls that Python has no word for: mincore(2) and sysctl(3).
+
+mincore is the same on Linux, where its test runs; what concerns sysctl has
+not run on FreeBSD.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+from typing import Any
+
+from bhystream.errors import GuestError
+
+PAGE_BYTES = 4096
+INCORE = 0x1  # MINCORE_INCORE.  Source: sys/sys/mman.h; Linux has only this bit.
+
+_ONLY_INCORE = bytes(value & INCORE for value in range(256))
+
+# Source: sys/sys/sysctl.h, CTLTYPE_*; signed and unsigned, by size.
+_CTLTYPE_MASK = 0xF
+_CTLTYPE_STRING = 3
+_INTEGERS = {
+    0x2: "<i",  # INT
+    0x4: "<q",  # S64
+    0x6: "<I",  # UINT
+    0x7: "<q",  # LONG
+    0x8: "<Q",  # ULONG
+    0x9: "<Q",  # U64
+    0xA: "<B",  # U8
+    0xB: "<H",  # U16
+    0xC: "<b",  # S8
+    0xD: "<h",  # S16
+    0xE: "<i",  # S32
+    0xF: "<I",  # U32
+}
+# Source: sys/sys/sysctl.h, CTL_SYSCTL and CTL_SYSCTL_OIDFMT; sysctl(8) asks the same way.
+_CTL_SYSCTL = 0
+_CTL_SYSCTL_OIDFMT = 4
+_CTL_MAXNAME = 24
+
+
+class _Buffer(ctypes.Structure):
+    """Py_buffer.  Source: Python's C API, "Buffer structure"."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+def resident(mapping: mmap.mmap) -> bytes:
+    """Return one byte a page of a mapping: 1 where mincore(2) says it is resident, else 0.
+
+    Raises GuestError.  Source: mincore(2); only the bit INCORE is kept.
+    """
+    npages = -(-len(mapping) // PAGE_BYTES)
+    marks = ctypes.create_string_buffer(npages)
+    call = ctypes.CDLL(None, use_errno=True).mincore
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    call.restype = ctypes.c_int
+    # A read-only mapping does not give its address to ctypes.from_buffer().
+    # While the buffer is held, the mapping cannot be closed.
+    held = _Buffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(mapping), ctypes.byref(held), 0)
+    try:
+        done = call(held.buf, len(mapping), marks)
+        number = ctypes.get_errno()
+    finally:
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(held))
+    if done != 0:
+        raise GuestError(f"cannot ask which pages are resident: {os.strerror(number)}")
+    return marks.raw.translate(_ONLY_INCORE)
+
+
+def show(kind: int, raw: bytes) -> str | None:
+    """Return a sysctl's value as `sysctl -n` prints it.
+
+    kind: as the kernel tells it with the format.  None for a node, a
+    structure, or a value of another size than its kind's.
+    """
+    ctltype = kind & _CTLTYPE_MASK
+    if ctltype == _CTLTYPE_STRING:
+        return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
+    layout = _INTEGERS.get(ctltype)
+    if layout is None or len(raw) != struct.calcsize(layout):
+        return None
+    return str(struct.unpack(layout, raw)[0])
+
+
+def _call(function: Any, *arguments: Any) -> int:
+    """Call and return errno, 0 for success."""
+    ctypes.set_errno(0)
+    return 0 if function(*arguments) == 0 else ctypes.get_errno()
+
+
+def _read(libc: Any, mib: list[int]) -> bytes | None:
+    """Return the raw value at a MIB, None where it cannot be had."""
+    name = (ctypes.c_int * len(mib))(*mib)
+    for _ in range(4):  # it may grow between the two calls
+        length = ctypes.c_size_t(0)
+        if _call(libc.sysctl, name, len(mib), None, ctypes.byref(length), None, 0):
+            return None
+        value = ctypes.create_string_buffer(max(length.value, 1))
+        number = _call(libc.sysctl, name, len(mib), value, ctypes.byref(length), None, 0)
+        if number == 0:
+            return value.raw[: length.value]
+        if number != errno.ENOMEM:
+            return None
+    return None
+
+
+def sysctl(name: str) -> str | None:
+    """Return a value as `sysctl -n` prints it, None where there is none of that name.
+
+    Source: sysctl(3), sysctlnametomib; the type is asked for as sysctl(8)
+    does (sbin/sysctl/sysctl.c, oidfmt).  Unverified: it has not run on FreeBSD.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    mib = (ctypes.c_int * _CTL_MAXNAME)()
+    length = ctypes.c_size_t(_CTL_MAXNAME)
+    libc.sysctl.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_uint,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+    )
+    if _call(libc.sysctlnametomib, name.encode("ascii"), mib, ctypes.byref(length)):
+        return None
+    found = list(mib)[: length.value]
+    kind = _read(libc, [_CTL_SYSCTL, _CTL_SYSCTL_OIDFMT, *found])
+    if kind is None or len(kind) < 4:
+        return None
+    raw = _read(libc, found)
+    return None if raw is None else show(struct.unpack_from("<I", kind)[0], raw)
