@@ -91,8 +91,8 @@ def test_a_field_does_not_break_the_line(host: Host, capfd: pytest.CaptureFixtur
 def test_discard_ends_the_guest_and_then_its_record(host: Host, phase: str, role: Role) -> None:
     record = host.record(phase)
     assert host.run("--discard", role=role) == OK
-    assert host.opened == [record.revive]
-    assert host.guest.asked == [("discard", phase), ("close", phase)]
+    assert host.opened == [record.revive] * 2
+    assert host.guest.asked == [("close", phase), ("discard", phase), ("close", phase)]
     assert host.roles[role].all() == []
 
 
@@ -100,7 +100,8 @@ def test_discard_of_a_guest_that_is_gone_removes_its_record(host: Host) -> None:
     host.record(HELD)
     host.guest.alive = False
     assert host.run("--discard") == OK
-    assert host.guest.asked == [("close", HELD)]
+    # What is left of it goes too.
+    assert host.guest.asked == [("close", HELD), ("discard", HELD), ("close", HELD)]
     assert host.roles["source"].all() == []
 
 
@@ -233,7 +234,7 @@ def test_what_runs_elsewhere_may_be_discarded(host: Host, phase: str) -> None:
     host.record(phase, peer=PEER)
     assert host.run("--discard") == OK
     where = {GO: "discard", MOVED: "discard hv2"}[phase]
-    assert host.guest.asked == [(where, phase), ("close", phase)]
+    assert host.guest.asked == [("close", phase), (where, phase), ("close", phase)]
     assert host.phases("source") == []
 
 
@@ -245,8 +246,7 @@ def test_a_guest_that_waits_for_go_is_buried_before_it_is_discarded(
     host.record(READY)
     host.guest.alive = alive
     assert host.run("--discard", role="destination") == OK
-    if alive:
-        assert host.guest.asked == [("discard", DEAD), ("close", DEAD)]
+    assert host.guest.asked == [("close", READY), ("discard", DEAD), ("close", DEAD)]
     assert host.phases("destination") == [DEAD]
     with pytest.raises(GuestError, match="none of that name is held"):
         host.run("--discard", role="destination")
@@ -374,6 +374,18 @@ def test_another_guest_is_sent(host: Host) -> None:
     refuse_held(host.base, "qemu:/web2")
     assert host.roles["source"].all() == [record]
     assert host.opened == []
+
+
+def test_a_guest_that_is_being_brought_back_is_not_taken_for_gone(host: Host) -> None:
+    """Between its suspend and its return a guest is nowhere, but for who has its lock."""
+    record = host.record(PAUSED)
+    host.guest.alive = False
+    lock = Lock(host.base, "lock-1", "guest web1")
+    with pytest.raises(GuestError, match="another bhysend or bhyrecv works on it"):
+        refuse_held(host.base, "qemu:/web1")
+    lock.release()
+    assert host.opened == []
+    assert host.roles["source"].all() == [record]
 
 
 def test_the_record_of_a_guest_that_is_gone_is_no_obstacle(host: Host) -> None:

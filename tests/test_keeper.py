@@ -18,13 +18,13 @@ import pytest
 
 import bhystream
 from bhystream import keeper, state
-from bhystream.backend.qemu.process import identify
+from bhystream.backend.process import identify
 from bhystream.errors import GuestError
 from bhystream.handshake import GO, HELD, MOVED, PAUSED
 from bhystream.keeper import Keeper
 from bhystream.state import Lock, Record, Records
 
-ME = identify(os.getpid())
+ME = identify(os.getpid(), "QEMU")
 # A guest whose process lives, and whose QMP socket nobody answers at.
 REVIVE = {
     "hypervisor": "qemu",
@@ -396,7 +396,7 @@ def test_the_record_of_a_guest_that_is_gone_is_removed(base: Path, records: Reco
     records.write(RECORD)
     status, out, err = driven.orphaned()
     said = "log guest web1: its hypervisor is gone"
-    assert (status, out.splitlines()) == (0, ["open", "hold", said])
+    assert (status, out.splitlines()) == (0, ["open", "hold", "clear", said])
     assert err == "bhysend: guest web1: its hypervisor is gone\n"
     assert records.all() == []
 

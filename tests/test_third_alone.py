@@ -108,20 +108,20 @@ def test_doubt_comes_with_the_way_out(base: Path, records: Records) -> None:
 
 
 @pytest.mark.parametrize(
-    ("phase", "final", "status", "says"),
+    ("phase", "final", "status", "done", "says"),
     [
-        (PAUSED, FAILED, 81, "its hypervisor here is gone: it runs nowhere"),
-        (GO, FAILED, 81, "its hypervisor here is gone: it runs nowhere"),
-        (GO, RUNNING, 0, "guest web1: it runs on hv2, and is gone here"),
-        (MOVED, b"", 0, "guest web1: it runs on hv2, and is gone here"),
+        (PAUSED, FAILED, 81, "clear", "its hypervisor here is gone: it runs nowhere"),
+        (GO, FAILED, 81, "clear", "its hypervisor here is gone: it runs nowhere"),
+        (GO, RUNNING, 0, "discard", "guest web1: it runs on hv2, and is gone here"),
+        (MOVED, b"", 0, "discard", "guest web1: it runs on hv2, and is gone here"),
     ],
 )
 def test_a_guest_that_is_gone_is_forgotten(
-    records: Records, phase: str, final: bytes, status: int, says: str
+    records: Records, phase: str, final: bytes, status: int, done: str, says: str
 ) -> None:
     records.write(RECORD.moved(phase))
     found, acts, err = ended(start(guest="gone"), HELLO + final)
-    assert (found, acts) == (status, ["close"])
+    assert (found, acts) == (status, [done, "close"])
     assert says in err
     assert records.all() == []
 

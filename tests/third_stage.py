@@ -51,6 +51,8 @@ class Paused:
         return sys.argv[1] != "gone"
     def resume(self):
         print("resume", flush=True)
+    def clear(self):
+        print("clear", flush=True)
     def keep(self):
         print("keep", flush=True)
     def discard(self, there):

@@ -59,6 +59,20 @@ class Options:
     verbose: bool = False
     again: bool = False
     resources: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    directory: str | None = None
+
+    def receiving(self, base: Path, walk: Walk) -> hypervisors.Receiving:
+        """Return what hypervisors.open_sink() wants to know."""
+        return hypervisors.Receiving(
+            self.guest,
+            base,
+            walk.header.stream_id.hex(),
+            self.resources,
+            self.dropped,
+            self.directory,
+            self.force,
+        )
 
 
 class Build:
@@ -141,8 +155,13 @@ class Build:
         """Refuse what may not be started, before anything is made."""
         if self.walk.is_dry_run:
             raise UsageError("the stream is a dry run (bhysend -n): read it with bhyrecv -n")
-        if self.answered and self.opts.unstarted:
-            raise IncompatibleError("-u: a guest of the answered form is started, or not taken")
+        for option, given in (("-u", self.opts.unstarted), ("-S", self.opts.directory)):
+            if self.answered and given:
+                raise IncompatibleError(
+                    f"{option}: a guest of the answered form is started, or not taken"
+                )
+        if self.opts.directory is not None:
+            return  # files start nothing, and may be made of a stream again
         record = self.records.get(self.id)
         if record and record.phase == handshake.LOADED and hold.is_alive(record):
             raise IncompatibleError(
@@ -159,11 +178,8 @@ class Build:
         """Give the verdict, and make the empty guest."""
         self.sink, self.name, self.operand = hypervisors.open_sink(
             head.host["hypervisor"],
-            self.opts.guest,
             head.config["name"],
-            self.opts.resources,
-            self.base,
-            force=self.opts.force,
+            self.opts.receiving(self.base, self.walk),
         )
         self.lock = state.Lock(self.base, f"to-{self.operand}", f"guest {self.name}")
         refuse(self.sink.check(head), self.name)
@@ -224,6 +240,11 @@ class Build:
         if self.reply:
             self.seen(now=True)
         self.sink.load(self.ended.states)
+        if self.opts.directory is not None:
+            self.sink.start()
+            self.let_go = True
+            self.say_end()
+            return
         self.record = state.Record(
             id=self.id,
             guest=self.name,
@@ -259,12 +280,15 @@ class Build:
         """Say where the guest is now, and how long it stood still."""
         event = self.ended
         what = "loaded, paused" if self.opts.unstarted else "it runs here"
+        if self.opts.directory is not None:
+            what = f"its snapshot files are made: {self.operand}"
         text = (
             f"guest {self.name}: {what}; {event.end.rounds} rounds, "
             f"{size(self.walk.reader.offset_bytes)}"
         )
         here_ns = time.monotonic_ns() - self.ended_ns
-        if event.time and event.time.paused_for_ns and self.walk.header.form != Form.KEPT:
+        is_moved = self.walk.header.form != Form.KEPT and self.opts.directory is None
+        if is_moved and event.time and event.time.paused_for_ns:
             total = event.time.paused_for_ns + here_ns
             text += f"; paused {duration(total)} and the way of END, {duration(here_ns)} of it here"
         self.console.say(text)

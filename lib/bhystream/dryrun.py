@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,7 +180,7 @@ def _report(source: Source, head: Head, found: Survey, opts: SendOptions, consol
         lines = ["\t".join(str(value) for value in row) + "\n" for row in rows]
         write_all(_STDOUT, "".join(lines).encode())
     else:
-        for line in _lines(head, found, links, limits, source.name, source.resources()):
+        for line in _lines(head, found, links, limits, source):
             console.say(line)
 
 
@@ -202,10 +201,10 @@ def _lines(
     found: Survey,
     links: list[tuple[str, float]],
     limits: Limits,
-    name: str,
-    resources: Sequence[str],
+    source: Source,
 ) -> list[str]:
-    """Return the report for people.  resources: what the destination's -o has to give."""
+    """Return the report for people."""
+    name = source.name
     lines = [
         f"guest {name}: {size(found.npages * PAGE_BYTES)} of memory, "
         f"{size(found.touched_pages * PAGE_BYTES)} touched, "
@@ -227,7 +226,8 @@ def _lines(
                 f"guest {name}: at {link} ({size(rate)}/s): it changes too fast for "
                 f"-d {duration(limits.downtime_ns)}; it would run on here, or -f pauses it"
             )
-    if resources:
+    lines += [f"guest {name}: {warning}" for warning in source.warnings()]
+    if resources := source.resources():
         wanted = " ".join(f"-o {word}" for word in resources)
         lines.append(f"guest {name}: the destination needs: {wanted}")
     lines.append(f"guest {name}: it can be moved from here; nothing was changed")

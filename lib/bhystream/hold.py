@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bhystream import standing, state
+from bhystream import hypervisors, standing, state
 from bhystream.errors import OK, BhyError, GuestError, UsageError
 from bhystream.handshake import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
 from bhystream.report import Console, host_name, printable
 from bhystream.signals import Interrupts
-from bhystream.standing import open_alive
+from bhystream.standing import end_guest, open_alive
 from bhystream.state import Lock, Record, Records, Role
 from bhystream.writer import write_all
 
@@ -134,23 +134,19 @@ def is_alive(record: Record) -> bool:
 
 
 def _discard(records: Records, record: Record, console: Console) -> None:
-    paused = open_alive(record)
+    was_alive = is_alive(record)
     if record.phase == READY:
         _bury(records, record)
-    if paused is not None and record.phase == PAUSED:
-        paused.close()
+    if was_alive and record.phase == PAUSED:
         raise GuestError(
             f"guest {record.guest}: its stream is not complete, so this may be the only copy",
             f"let it run on: bhysend --resume {record.id}",
         )
-    if paused is None:
-        console.say(f"guest {record.guest}: it was gone already; its record is removed")
-    else:
-        try:
-            paused.discard(record.there if record.phase == MOVED else "")
-        finally:
-            paused.close()
+    end_guest(record)
+    if was_alive:
         console.say(f"guest {record.guest}: discarded here")
+    else:
+        console.say(f"guest {record.guest}: it was gone already; its record is removed")
     if record.phase != READY:
         records.remove(record.id)
     console.log(f"guest {record.guest}: stream {record.id} discarded")
@@ -222,18 +218,27 @@ def refuse_held(base: Path, operand: str, lock_name: str | None = None) -> None:
     else:
         found = [record for record in records.all() if record.lock == lock_name]
     for record in found:
+        if lock_name is None:
+            # Whoever is about to bring it back, or to end it, goes first.
+            Lock(base, record.lock, f"guest {record.guest}").release()
         try:
-            paused = open_alive(record)
+            if not is_alive(record):
+                _forget(records, record)
+                continue
         except BhyError:
             continue  # another guest lives there now; opening it will tell
-        if paused is None:
-            records.remove(record.id)
-            continue
-        paused.close()
         raise GuestError(
             f"guest {record.guest}: {record.phase} here since an earlier stream",
             _what_to_do(record),
         )
+
+
+def _forget(records: Records, record: Record) -> None:
+    """Remove the record of a guest that is gone, and what is left of it."""
+    paused = hypervisors.open_paused(record.revive)
+    paused.clear()
+    paused.close()
+    records.remove(record.id)
 
 
 def _what_to_do(record: Record) -> str:

@@ -1,13 +1,20 @@
 """The one place that knows which hypervisors there are.
 
-An operand names its hypervisor by a prefix ("qemu:/path"), a stream by its
-HOST section, a record by the "hypervisor" of its revive data.  Backends are
-imported here when one is needed, so a start pays for one only.
+An operand names its hypervisor by its form, a stream by its HOST section, a
+record by the "hypervisor" of its revive data:
+
+    web1                 a bhyve guest of this host; where BHYSEND_VMM_DIR names
+                         a stand-in's directory, a guest of the stand-in
+    qemu:/run/web1.qmp   a QEMU guest
+    ./web1.ckp, /a/ckp   bhyve's snapshot files, which are sent and received cold
+
+Backends are imported here when one is needed, so a start pays for one only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +23,132 @@ from bhystream.errors import GuestError, IncompatibleError, UsageError
 from bhystream.format import GUEST_NAME
 
 _QEMU = "qemu:"
+_BHYVE = ("bhyve", "standin")
 
 
-def open_source(operand: str) -> Source:
-    """Open the running guest that an operand names.
+@dataclass(frozen=True)
+class Sending:
+    """What the command line says of a source.
 
-    Raises UsageError for an operand that names none, GuestError, and
-    IncompatibleError for a guest that cannot be moved.
+    operand: as above.  config: -C, or None.  keep: -k.  force: -f.  base: the
+    state directory.
     """
-    if not operand.startswith(_QEMU):
-        raise UsageError(f"guest {operand}: not qemu:/path/to/qmp.sock")
-    from bhystream.backend.qemu.source import QemuSource
 
-    return QemuSource(_qmp_path(operand))
+    operand: str
+    base: Path
+    config: str | None = None
+    keep: bool = False
+    force: bool = False
+
+    @property
+    def is_cold(self) -> bool:
+        """Say whether snapshot files are meant."""
+        return "/" in self.operand and not self.operand.startswith(_QEMU)
 
 
-def open_sink(
-    hypervisor: str,
-    operand: str | None,
-    stream_name: str,
-    resources: Mapping[str, str],
-    base: Path,
-    *,
-    force: bool,
-) -> tuple[Sink, str, str]:
+@dataclass(frozen=True)
+class Receiving:
+    """What the command line and the stream say of a sink.
+
+    operand: the destination's, or None for the stream's name.  resources: -o.
+    dropped: -x.  directory: -S, or None.  id_: of the stream.
+    """
+
+    operand: str | None
+    base: Path
+    id_: str
+    resources: Mapping[str, str] = field(default_factory=dict)
+    dropped: Sequence[str] = ()
+    directory: str | None = None
+    force: bool = False
+
+
+def open_source(what: Sending) -> Source:
+    """Open the guest that an operand names.
+
+    Raises UsageError for an operand that names none, GuestError, AccessError,
+    and IncompatibleError for a guest that cannot be moved.
+    """
+    if what.operand.startswith(_QEMU):
+        if what.config is not None:
+            raise UsageError("-C: QEMU tells its own configuration")
+        from bhystream.backend.qemu.source import QemuSource
+
+        return QemuSource(_qmp_path(what.operand))
+    if what.is_cold:
+        return _open_snapshot(what)
+    name = _name(what.operand)
+    from bhystream.backend.bhyve.host import open_host
+    from bhystream.backend.bhyve.source import BhyveSource
+
+    return BhyveSource(open_host(), name, what.base, what.config, keep=what.keep, force=what.force)
+
+
+def _open_snapshot(what: Sending) -> Source:
+    from bhystream.backend.bhyve import identity
+    from bhystream.backend.bhyve.cold import SnapshotSource
+    from bhystream.backend.bhyve.host import open_host
+    from bhystream.backend.bhyve.source import read_config
+
+    section = read_config(what.config).section if what.config is not None else None
+    path = Path(what.operand).absolute()
+    return SnapshotSource(path, section, identity.describe(open_host()))
+
+
+def open_sink(hypervisor: str, stream_name: str, what: Receiving) -> tuple[Sink, str, str]:
     """Return the sink for a stream's hypervisor, the guest's name and operand here.
 
-    operand: the destination's, or None for the stream's name.  Raises
-    IncompatibleError for a hypervisor that is not known.
+    Raises IncompatibleError for a hypervisor that is not known, UsageError.
     """
+    if hypervisor in _BHYVE:
+        return _open_bhyve(stream_name, what)
     if hypervisor != "qemu":
         raise IncompatibleError(f"the guest's hypervisor {hypervisor!r} is not known here")
+    if what.directory is not None or what.dropped:
+        raise UsageError("-S and -x are for guests of bhyve; this one runs under QEMU")
     from bhystream.backend.qemu.sink import QemuSink
 
     name = stream_name
-    if operand is not None and not operand.startswith(_QEMU):
-        if not GUEST_NAME.fullmatch(operand):
-            raise UsageError(f"guest {operand}: not a guest's name, nor qemu:/path/to/qmp.sock")
-        name = operand
-        path = str(base / f"{name}.qmp")
-    elif operand is not None:
-        path = _qmp_path(operand)
+    if what.operand is not None and what.operand.startswith(_QEMU):
+        path = _qmp_path(what.operand)
     else:
-        path = str(base / f"{name}.qmp")
-    sink = QemuSink(path, resources, name, state_dir=str(base), force=force)
+        name = _name(what.operand or stream_name)
+        path = str(what.base / f"{name}.qmp")
+    sink = QemuSink(path, what.resources, name, state_dir=str(what.base), force=what.force)
     return sink, name, _QEMU + path
+
+
+def _open_bhyve(stream_name: str, what: Receiving) -> tuple[Sink, str, str]:
+    name = _name(what.operand or stream_name)
+    if what.directory is not None:
+        if what.resources or what.dropped:
+            raise UsageError("-S makes files and starts nothing: -o and -x do not go with it")
+        from bhystream.backend.bhyve.cold import FilesSink
+
+        directory = Path(what.directory).absolute()
+        return FilesSink(directory, name, force=what.force), name, str(directory / name)
+    from bhystream.backend.bhyve.host import open_host
+    from bhystream.backend.bhyve.sink import BhyveSink
+
+    sink = BhyveSink(
+        open_host(),
+        name,
+        what.resources,
+        what.dropped,
+        what.base,
+        what.id_,
+        force=what.force,
+    )
+    return sink, name, name
+
+
+def _name(operand: str) -> str:
+    if not GUEST_NAME.fullmatch(operand):
+        raise UsageError(
+            f"guest {operand}: not a guest's name, nor qemu:/path/to/qmp.sock,"
+            " nor the path of snapshot files"
+        )
+    return operand
 
 
 def _qmp_path(operand: str) -> str:
@@ -72,8 +160,13 @@ def _qmp_path(operand: str) -> str:
 
 def open_paused(revive: Mapping[str, Any]) -> Paused:
     """Find a recorded guest again.  Raises GuestError if it is not the same."""
-    if revive.get("hypervisor") != "qemu":
-        raise GuestError(f"the record's hypervisor {revive.get('hypervisor')!r} is not known here")
+    kind = revive.get("hypervisor")
+    if kind in _BHYVE:
+        from bhystream.backend.bhyve.paused import open_paused as open_bhyve
+
+        return open_bhyve(revive)
+    if kind != "qemu":
+        raise GuestError(f"the record's hypervisor {kind!r} is not known here")
     from bhystream.backend.qemu.paused import open_paused as open_qemu
 
     return open_qemu(revive)

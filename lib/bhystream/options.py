@@ -30,7 +30,7 @@ _NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
 class SendOptions:
     """The command line of bhysend, parsed.
 
-    command: of the command form, empty without one.  hook: -p.
+    command: of the command form, empty without one.  hook: -p.  config: -C.
     """
 
     guest: str
@@ -43,6 +43,7 @@ class SendOptions:
     verbose: bool = False
     hook: str | None = None
     level: int | None = None
+    config: str | None = None
 
     @property
     def form(self) -> Form:

@@ -21,7 +21,7 @@ from bhystream.signals import Signals
 from bhystream.verify import Walk
 
 USAGE = """\
-usage: bhyrecv [-fnPuv] [--again] [-o key=value]... [guest]
+usage: bhyrecv [-fnPuv] [--again] [-o key=value]... [-S directory] [-x key]... [guest]
        bhyrecv -l [guest]
        bhyrecv -q id
        bhyrecv --discard guest | --resume guest"""
@@ -32,7 +32,7 @@ _STDOUT = 1
 
 def parse_options(argv: Sequence[str]) -> Options | hold.Verb:
     """Parse the command line.  Raises UsageError."""
-    found, operands = options.parse(argv, "flno:Pquv", ["again", "discard", "resume"], USAGE)
+    found, operands = options.parse(argv, "flno:PqS:uvx:", ["again", "discard", "resume"], USAGE)
     names = [name for name, _ in found]
     verb = hold.parse_verb(names, operands, USAGE)
     if verb:
@@ -54,6 +54,12 @@ def parse_options(argv: Sequence[str]) -> Options | hold.Verb:
             if not equals or key in opts.resources:
                 raise UsageError(f"-o {value}: not a key=value, or given twice", USAGE)
             opts.resources[key] = text
+        elif name == "-x":
+            opts.dropped.append(value)
+        elif name == "-S":
+            opts.directory = value
+    if opts.directory is not None and opts.unstarted:
+        raise UsageError("-S makes files and starts nothing: -u does not go with it", USAGE)
     return opts
 
 
@@ -93,12 +99,7 @@ def _judge(
             break
         if isinstance(event, Head):
             sink, name, _ = hypervisors.open_sink(
-                event.host["hypervisor"],
-                opts.guest,
-                event.config["name"],
-                opts.resources,
-                base,
-                force=opts.force,
+                event.host["hypervisor"], event.config["name"], opts.receiving(base, walk)
             )
             reasons = sink.check(event)
             if reply and not reasons:

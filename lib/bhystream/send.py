@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from bhystream import hold, hypervisors, options, state, third
+from bhystream import cold, hold, hypervisors, options, state, third
 from bhystream.backend.base import Source
 from bhystream.errors import UsageError, as_error
 from bhystream.move import Move
@@ -20,8 +20,8 @@ from bhystream.report import Console
 from bhystream.signals import Signals
 
 USAGE = """\
-usage: bhysend [-afknPv] [-B rate] [-d time] [-p command] [-r rounds] [-T time]
-               [-z level] guest [command [argument ...]]
+usage: bhysend [-afknPv] [-B rate] [-C config] [-d time] [-p command] [-r rounds]
+               [-T time] [-z level] guest [command [argument ...]]
        bhysend -A [guest]
        bhysend -l [guest]
        bhysend --discard guest | --resume [--in-doubt] guest"""
@@ -32,7 +32,7 @@ _STDOUT = 1
 def parse_options(argv: Sequence[str]) -> SendOptions | hold.Verb:
     """Parse the command line.  Raises UsageError."""
     found, operands = options.parse(
-        argv, "AaB:d:fklnPp:r:T:vz:", ["discard", "in-doubt", "resume"], USAGE
+        argv, "AaB:C:d:fklnPp:r:T:vz:", ["discard", "in-doubt", "resume"], USAGE
     )
     given = dict(found)
     verb = hold.parse_verb([name for name, _ in found], operands, USAGE)
@@ -61,6 +61,7 @@ def parse_options(argv: Sequence[str]) -> SendOptions | hold.Verb:
         verbose="-v" in given,
         hook=given.get("-p"),
         level=options.number(given["-z"], "-z", 1, 19) if "-z" in given else None,
+        config=given.get("-C"),
     )
 
 
@@ -87,8 +88,13 @@ def send(opts: SendOptions, console: Console) -> int:
     signals = Signals()
     base = state.directory()
     hold.refuse_held(base, opts.guest)
-    source = hypervisors.open_source(opts.guest)
+    what = hypervisors.Sending(
+        opts.guest, base, config=opts.config, keep=opts.keep, force=opts.limits.finish
+    )
+    source = hypervisors.open_source(what)
     try:
+        if what.is_cold and not opts.dry_run:
+            return cold.send(source, opts, console, signals)
         with state.Lock(base, source.lock_name, f"guest {source.name}") as lock:
             hold.refuse_held(base, opts.guest, source.lock_name)
             if opts.dry_run:

@@ -43,13 +43,11 @@ def open_alive(record: Record) -> Paused | None:
 
 
 def end_guest(record: Record) -> None:
-    """End the guest of a record for good; one that is gone already is no error.
+    """End the guest of a record for good, and remove what is left of one that is gone already.
 
     Raises GuestError.
     """
-    paused = open_alive(record)
-    if paused is None:
-        return
+    paused = hypervisors.open_paused(record.revive)
     try:
         paused.discard(record.there if record.phase == handshake.MOVED else "")
     finally:
@@ -108,6 +106,7 @@ class Standing:
                 paused.keep()
             elif act == Act.RESUME:
                 if not paused.is_alive():
+                    paused.clear()
                     raise GoneError(f"guest {self.record.guest}: its hypervisor is gone")
                 paused.resume()
         finally:

@@ -141,7 +141,7 @@ class SnapshotSource:
         """Yield the page extents of FILE that are no holes."""
         for _, offset, length in memory_spans(self._meta.memory_bytes):
             base = offset // PAGE_BYTES
-            for first, end in _data_extents(self._fd, offset, length):
+            for first, end in data_extents(self._fd, offset, length):
                 yield base + first, base + end
 
     def changed(self) -> None:
@@ -372,7 +372,7 @@ def _shown(layout: Sequence[Segment]) -> str:
     return ", ".join(f"{segment.name} of {segment.npages} pages" for segment in layout)[:200]
 
 
-def _data_extents(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
+def data_extents(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
     """Yield the page extents of a piece of a file that are no holes, counted from its start.
 
     A file system that does not know its holes has one extent, the whole piece.

@@ -1,0 +1,159 @@
+"""A guest's memory, mapped: what the source reads, and the keeper keeps.
+
+    /dev/vmm/NAME --VM_MMAP_GETNEXT--> lowmem, highmem --mmap(2)--> one view each
+
+A mapping outlives the VM and its process (unverified; vmm's destruction drops
+only its own reference to the memory object).  That is what makes a suspended
+guest whole: bhyve's snapshot needs no memory file, because the memory is here.
+So the last pages are read from here, and a rollback writes them from here.
+
+Pages that were never touched are not read: reading one allocates it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from bhystream.backend.base import PAGE_BYTES, Segment
+from bhystream.backend.bhyve.host import (
+    HIGHMEM_BASE_GPA,
+    LOWMEM_LIMIT_BYTES,
+    Host,
+    MemoryMap,
+    Vm,
+)
+from bhystream.backend.bhyve.residency import believes_mincore, dirty_extents, extents
+from bhystream.backend.bhyve.snapshot import layout_of, memory_spans
+from bhystream.errors import IncompatibleError, from_oserror
+
+_CHUNK_BYTES = 1 << 20
+_ZEROS = bytes(_CHUNK_BYTES)
+
+
+def system_memory(maps: Sequence[MemoryMap], who: str) -> list[MemoryMap]:
+    """Return the maps of system memory: lowmem, and highmem if there is any.
+
+    Boot ROM and framebuffer lie between the two.  Raises IncompatibleError for
+    a guest with several memory domains (bhyve -n), whose layout is not known.
+    """
+    found = [one for one in maps if one.gpa < LOWMEM_LIMIT_BYTES or one.gpa >= HIGHMEM_BASE_GPA]
+    spans = memory_spans(sum(one.length_bytes for one in found))
+    if [(one.gpa, one.length_bytes) for one in found] != [(gpa, size) for gpa, _, size in spans]:
+        places = ", ".join(f"0x{one.gpa:x}" for one in found) or "nowhere"
+        raise IncompatibleError(
+            f"{who}: its memory lies at {places}, not at 0 up to 3 GiB and then at 4 GiB;"
+            " guests with several memory domains cannot be moved"
+        )
+    return found
+
+
+class Memory:
+    """The memory of one guest: lowmem, then highmem, in pages and in the snapshot's order.
+
+    Owns the open VM and the mappings until close().
+    """
+
+    def __init__(self, host: Host, name: str) -> None:
+        """Map the memory of a VM.  Raises GuestError, AccessError or IncompatibleError."""
+        self._host = host
+        self._vm: Vm = host.open_vm(name)
+        self._mappings: list[mmap.mmap] = []
+        self.views: list[memoryview] = []
+        try:
+            self._maps = system_memory(self._vm.maps(), f"guest {name}")
+            for one in self._maps:
+                mapping = self._vm.map(one.gpa, one.length_bytes)
+                self._mappings.append(mapping)
+                self.views.append(memoryview(mapping))
+            self.topology = self._vm.topology()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def layout(self) -> tuple[Segment, ...]:
+        """Return the segments of the LAYOUT section."""
+        return layout_of(self.size_bytes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the guest's memory size."""
+        return sum(one.length_bytes for one in self._maps)
+
+    @property
+    def is_wired(self) -> bool:
+        """Say whether all of it is wired, so that none is ever swapped out."""
+        return all(one.is_wired for one in self._maps)
+
+    @property
+    def base_pages(self) -> list[int]:
+        """Return the first page of each segment."""
+        return [0, self._maps[0].length_bytes // PAGE_BYTES][: len(self._maps)]
+
+    def touched(self) -> Iterator[tuple[int, int]]:
+        """Return the extents of pages that may be other than zero; all, where that is not known."""
+        if believes_mincore(self._host, self.is_wired)[0]:
+            found = [
+                self._vm.resident(mapping, one.gpa)
+                for mapping, one in zip(self._mappings, self._maps, strict=True)
+            ]
+            # Something may have been swapped out while we asked.
+            if believes_mincore(self._host, self.is_wired)[0]:
+                pairs = zip(found, self.base_pages, strict=True)
+                return chain.from_iterable(extents(marks, base) for marks, base in pairs)
+        return iter(
+            [
+                (base, base + one.length_bytes // PAGE_BYTES)
+                for base, one in zip(self.base_pages, self._maps, strict=True)
+            ]
+        )
+
+    def changed(self) -> Iterator[tuple[int, int]] | None:
+        """Return the extents written since the last call, None where the kernel has no log."""
+        log = self._vm.dirty([one.length_bytes for one in self._maps])
+        return None if log is None else dirty_extents(log, self.base_pages)
+
+    def write(self, path: str) -> None:
+        """Write the memory into a new file, as bhyve's snapshot has it: sparse, not synced.
+
+        Raises PipeError or AccessError; then the file is incomplete.
+        """
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.ftruncate(fd, self.size_bytes)
+                for first, end in self.touched():
+                    self._write(fd, first, end)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise from_oserror(error, f"write {path}") from error
+
+    def _write(self, fd: int, first: int, end: int) -> None:
+        """Write an extent, but for the pieces of it that are zero."""
+        index = int(len(self.views) > 1 and first >= self.base_pages[1])
+        view, base_bytes = self.views[index], self.base_pages[index] * PAGE_BYTES
+        at, end_bytes = first * PAGE_BYTES, end * PAGE_BYTES
+        while at < end_bytes:
+            piece = view[at - base_bytes : min(at + _CHUNK_BYTES, end_bytes) - base_bytes]
+            if piece == _ZEROS[: len(piece)]:
+                at += len(piece)
+            else:
+                at += os.pwrite(fd, piece, at)
+
+    def close(self) -> None:
+        """Give up the VM and the mappings.  Twice is no error.
+
+        A view that the engine still holds keeps its mapping until it is dropped.
+        """
+        for view, mapping in zip(self.views, self._mappings, strict=True):
+            try:
+                view.release()
+                mapping.close()
+            except BufferError:
+                continue
+        self.views, self._mappings = [], []
+        self._vm.close()

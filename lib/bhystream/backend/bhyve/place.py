@@ -1,0 +1,182 @@
+"""What is recorded of a bhyve guest: all that is needed to bring it back without bhysend.
+
+The record is written before the pause, and read by the keeper and the verbs.
+Two directories belong to it, each with the three files of a snapshot, named
+ckp, ckp.kern and ckp.meta:
+
+    staging   in memory; bhyve's suspend writes here, and the memory file is
+              the null device where that can be had
+    kept      in the state directory, on disk; made when the guest is brought
+              back or kept, and no manager of guests looks there
+
+The staging directory of a source also takes a request back: it is handed to
+bhyve as a descriptor, and in a directory that was removed no file can be
+made, so a request that comes late pauses nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bhystream.backend.base import Json
+from bhystream.backend.bhyve.host import VMM_DIR, Host, open_host
+from bhystream.backend.bhyve.snapshot import Files
+from bhystream.backend.process import Identity
+from bhystream.errors import BhyError, GuestError, from_oserror
+
+FILE = "ckp"
+_NULL_DIR = "dev"
+_SINK = f"{_NULL_DIR}/null"
+STAGING = {"source": "BHYSEND_STAGING", "destination": "BHYRECV_STAGING"}
+_MEMORY_DIRS = ("/dev/shm", "/tmp", "/var/run")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One guest's record.  Paths are absolute.
+
+    kind: of the host.  vmm_dir: the stand-in's directory, "" on FreeBSD.
+    process: of the source's guest; None at the destination, where it is not
+    started yet.  keys: the whole bhyve_config(5), host resources too.
+    bridges: tap -> its bridge, or None.  manager: the guest's directory in
+    vm-bhyve's datastore, "" where it is not vm-bhyve's.
+    """
+
+    kind: str
+    vmm_dir: str
+    name: str
+    process: Identity | None
+    staging: str
+    kept: str
+    keys: dict[str, str]
+    memory_bytes: int
+    bridges: dict[str, str | None]
+    manager: str
+
+    @property
+    def staged(self) -> Files:
+        """Return the snapshot in memory."""
+        return Files(Path(self.staging), FILE)
+
+    @property
+    def kept_files(self) -> Files:
+        """Return the snapshot on disk."""
+        return Files(Path(self.kept), FILE)
+
+    def host(self) -> Host:
+        """Return the host that the record is of."""
+        return open_host({VMM_DIR: self.vmm_dir} if self.vmm_dir else {})
+
+    def to_json(self) -> Json:
+        """Return the record, JSON."""
+        return {"hypervisor": self.kind, **asdict(self)}
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> Place:
+        """Return the place that to_json() wrote.  Raises GuestError."""
+        try:
+            fields = {key: value for key, value in record.items() if key != "hypervisor"}
+            if fields["process"] is not None:
+                fields["process"] = Identity(**fields["process"])
+            return Place(**fields)
+        except (KeyError, TypeError) as error:
+            raise GuestError(f"cannot read the record of a bhyve guest: {error}") from None
+
+    # The staging directory.
+
+    def make_staging(self) -> None:
+        """Make the staging directory.  Raises PipeError, AccessError."""
+        try:
+            os.mkdir(self.staging, 0o700)
+        except OSError as error:
+            raise from_oserror(error, f"make the staging directory {self.staging}") from None
+
+    def make_sink(self, host: Host) -> str:
+        """Let the memory file be the null device; return "", or why that cannot be had.
+
+        It is believed only when it is seen: a memory file that is no device
+        would be one without the guest's memory.
+        """
+        directory = Path(self.staging, _NULL_DIR)
+        try:
+            directory.mkdir(0o700)
+            host.mount_null(directory)
+            os.symlink(_SINK, self.staged.memory)
+            if not self.has_sink():
+                raise GuestError("the memory file is no null device")
+        except OSError as error:
+            self.drop_sink(host)
+            return error.strerror or str(error)
+        except BhyError as error:
+            self.drop_sink(host)
+            return str(error)
+        return ""
+
+    def has_sink(self) -> bool:
+        """Say whether the memory file is the null device."""
+        try:
+            found, null = os.stat(self.staged.memory), os.stat("/dev/null")
+        except OSError:
+            return False
+        return stat.S_ISCHR(found.st_mode) and found.st_rdev == null.st_rdev
+
+    def drop_sink(self, host: Host) -> None:
+        """Undo make_sink().  Never raises; twice is no error."""
+        directory = Path(self.staging, _NULL_DIR)
+        if self.staged.memory.is_symlink():
+            with contextlib.suppress(OSError):
+                os.unlink(self.staged.memory)
+        if directory.exists():
+            host.unmount_null(directory)
+            with contextlib.suppress(OSError):
+                # A stand-in's, or an empty one; a mount that stays keeps it.
+                shutil.rmtree(directory)
+
+    def withdraw(self, host: Host) -> bool:
+        """Make sure that no request can use the staging directory any more.
+
+        Returns False if one has begun to: its first file is there.  A removed
+        directory takes no new file (unverified on FreeBSD).
+        """
+        if not os.path.isdir(self.staging):
+            return True
+        if os.path.lexists(self.staged.kern):
+            return False
+        self.drop_sink(host)
+        try:
+            os.rmdir(self.staging)
+        except OSError:
+            return False
+        return True
+
+    def remove(self, host: Host) -> None:
+        """Remove both directories.  Never raises."""
+        if os.path.isdir(self.staging):
+            self.drop_sink(host)
+            shutil.rmtree(self.staging, ignore_errors=True)
+        shutil.rmtree(self.kept, ignore_errors=True)
+
+
+def staging_root(host: Host, role: str, base: Path, environment: Mapping[str, str]) -> Path:
+    """Return where staging directories are made: in memory, if any such place is known.
+
+    role: "source" or "destination", which have a variable each.  base: the
+    state directory, where nothing better is found.
+    """
+    named = environment.get(STAGING[role])
+    if named:
+        return Path(named).absolute()
+    for name in _MEMORY_DIRS:
+        path = Path(name)
+        if path.is_dir() and os.access(path, os.W_OK) and host.is_memory(path):
+            return path
+    path = base / "staging"
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path

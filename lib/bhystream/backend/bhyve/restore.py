@@ -1,0 +1,129 @@
+"""`bhyve -r`, started by us: what runs a guest from snapshot files.
+
+    created?   a guest without a boot ROM needs its VM to exist before
+    socket     bhyve makes its checkpoint socket after the whole restore and
+               before it lets the vCPUs run: while there is none, they never ran
+
+So a socket node that others left is removed first, and afterwards its mere
+existence says that the vCPUs may have run.  Source: FreeBSD bhyverun.c, order
+of init_checkpoint_thread() and vm_resume; unverified there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from bhystream.backend.bhyve.command import argv, config_file
+from bhystream.backend.bhyve.host import Host
+from bhystream.backend.bhyve.snapshot import Files
+from bhystream.backend.launch import Child
+from bhystream.errors import GuestError, from_oserror
+
+_LIMIT_S = 60.0
+_BYTES_PER_SECOND = 100 << 20
+_POLL_S = 0.002
+
+
+def listens(host: Host, name: str) -> bool:
+    """Say whether a bhyve answers at a guest's checkpoint socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(5.0)
+        try:
+            probe.connect(str(host.run_dir / name))
+        except TimeoutError:
+            return True  # its backlog is full: somebody is there
+        except OSError:
+            return False
+    return True
+
+
+class Restore:
+    """One guest that is started from its snapshot; its process is ours until let_go()."""
+
+    def __init__(
+        self,
+        host: Host,
+        name: str,
+        keys: Mapping[str, str],
+        files: Files,
+        memory_bytes: int,
+        log_path: str,
+    ) -> None:
+        """Nothing is started yet.  keys: the whole bhyve_config(5).  log_path: absolute."""
+        self._host = host
+        self._name = name
+        self._who = f"guest {name}"
+        self._keys = keys
+        self._files = files
+        self._limit_s = _LIMIT_S + memory_bytes / _BYTES_PER_SECOND
+        self._log_path = log_path
+        self._socket = host.run_dir / name
+        self._child: Child | None = None
+        self._made = False
+        self.may_have_run = False
+
+    def run(self) -> None:
+        """Start it, and return when it runs; it is nobody's from then on.
+
+        Raises BhyError: then may_have_run says whether it may have, and if not,
+        nothing of it is left.
+        """
+        try:
+            self._start()
+            self._await()
+        except BaseException:
+            self._undo()
+            raise
+        if self._child:
+            self._child.let_go()
+
+    def _start(self) -> None:
+        if listens(self._host, self._name):
+            raise GuestError(f"{self._who}: a bhyve of that name runs here")
+        if self._host.exists(self._name):
+            raise GuestError(f"{self._who}: a VM of that name is here; destroy it first")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._socket)
+        config = Path(f"{self._files.memory}.conf")
+        try:
+            config.write_text(config_file(self._keys, {}))
+            config.chmod(0o600)
+        except OSError as error:
+            raise from_oserror(error, f"write {config}") from None
+        self._made = True
+        if "lpc.bootrom" not in self._keys:
+            self._host.create(self._name)
+        words = argv(self._host.program(), self._name, str(config), str(self._files.memory))
+        self._child = Child(words, self._log_path)
+
+    def _await(self) -> None:
+        """Wait for the socket.  Raises GuestError."""
+        assert self._child is not None
+        end = time.monotonic() + self._limit_s
+        while not listens(self._host, self._name):
+            if self._child.has_ended():
+                raise GuestError(f"{self._who}: bhyve -r: {self._child.last_words()}")
+            if time.monotonic() > end:
+                raise GuestError(f"{self._who}: bhyve -r: not done in {self._limit_s:.0f} s")
+            time.sleep(_POLL_S)
+        if self._child.has_ended():
+            raise GuestError(f"{self._who}: bhyve -r: {self._child.last_words()}")
+
+    def _undo(self) -> None:
+        """End what never ran; what may have run is left alone."""
+        if self._child and not self._child.has_ended() and not self._socket.exists():
+            self._child.kill()
+        if self._child and self._socket.exists():
+            self.may_have_run = True
+            self._child.let_go()
+            return
+        if self._child:
+            self._child.remove_log()
+        if self._made:
+            with contextlib.suppress(GuestError):
+                self._host.destroy(self._name)

@@ -1,0 +1,93 @@
+"""One hypervisor started by us: its log, its last words, its end.
+
+It gets its own session and standard streams (else ssh would wait for it, and
+a Ctrl-C would reach it), the root directory, and no descriptor of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Sequence
+
+from bhystream.errors import from_oserror
+
+_LOG_LINES = 4
+
+
+class Child:
+    """A child process and its log file; both ours until let_go()."""
+
+    def __init__(self, argv: Sequence[str], log_path: str) -> None:
+        """Start it.  argv: program first.  log_path: created, 0600.
+
+        Raises a BhyError if the program cannot be run.
+        """
+        self.log_path = log_path
+        try:
+            log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise from_oserror(error, f"open {log_path}") from None
+        try:
+            self._child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                close_fds=True,
+                cwd="/",
+                start_new_session=True,
+                umask=0o077,
+            )
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(log_path)
+            raise from_oserror(error, f"run {argv[0]}") from None
+        finally:
+            os.close(log)
+
+    @property
+    def pid(self) -> int:
+        """Return the process id."""
+        return self._child.pid
+
+    def has_ended(self) -> bool:
+        """Say whether it is gone; reaps it."""
+        return self._child.poll() is not None
+
+    def ends_within(self, limit_s: float) -> bool:
+        """Wait for its end for so long; say whether it is gone."""
+        try:
+            self._child.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def last_words(self) -> str:
+        """Return the last lines of its log as one, or else its status."""
+        try:
+            with open(self.log_path, encoding="utf-8", errors="replace") as file:
+                lines = [line.strip() for line in file.read()[-4096:].splitlines()]
+        except OSError:
+            lines = []
+        words = "; ".join([line for line in lines if line][-_LOG_LINES:])
+        return words or f"status {self._child.returncode}"
+
+    def kill(self) -> None:
+        """End it at once and wait for it.  Never raises."""
+        with contextlib.suppress(OSError):
+            self._child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(10.0)
+
+    def remove_log(self) -> None:
+        """Remove the log file."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.log_path)
+
+    def let_go(self) -> None:
+        """Leave the process to itself: it outlives us, and nobody waits for it."""
+        if self._child.poll() is None:
+            # Popen's destructor complains of a child that still runs.
+            self._child.returncode = 0
