@@ -1,0 +1,170 @@
+"""bhyve's command line, turned into bhyve_config(5) keys.
+
+For guests whose manager recorded the argv of the last start.  Options are read
+as getopt(3) reads them: letters may stand together ("-AHPw"), an argument may
+be glued to its letter, and the first word without "-" is the guest's name.
+The later of two settings wins, also between -s, -o and -k.
+
+Source: freebsd/freebsd-src@0040b685 usr.sbin/bhyve/bhyverun.c main(),
+topology_parse(), pincpu_parse(), parse_gdb_options(); the option letters of
+later versions from amd64/bhyverun_machdep.c.  Read, not run on FreeBSD.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from bhystream.backend.bhyve import config
+from bhystream.backend.bhyve.keys import KEY, refuse, shown
+from bhystream.backend.bhyve.legacy import lpc_option, slot_option
+from bhystream.errors import from_oserror
+
+_SWITCHES = {
+    "a": ("x86.x2apic", "false"),
+    "A": ("acpi_tables", "true"),
+    "C": ("memory.guest_in_core", "true"),
+    "D": ("destroy_on_poweroff", "true"),
+    "e": ("x86.strictio", "true"),
+    "H": ("x86.vmexit_on_hlt", "true"),
+    "M": ("monitor", "true"),
+    "P": ("x86.vmexit_on_pause", "true"),
+    "S": ("memory.wired", "true"),
+    "u": ("rtc.use_localtime", "false"),
+    "w": ("x86.strictmsr", "false"),
+    "W": ("virtio_msix", "false"),
+    "x": ("x86.x2apic", "true"),
+    "Y": ("x86.mptable", "false"),
+}
+_VALUES = {"m": "memory.size", "K": "keyboard.layout", "U": "uuid"}
+_IGNORED = {"I"}  # an I/O APIC is always there
+_WITH_ARGUMENT = frozenset("cfGklmnopKrsU")
+_REFUSED = {
+    "f": "fw_cfg files name files of the host and are not in bhyve's snapshot",
+    "n": "NUMA domains cannot travel yet",
+    "h": "it starts no guest",
+}
+
+
+def parse_argv(words: Sequence[str]) -> dict[str, str]:
+    """Return the keys that an argv (without the program) sets, with "name" where it has one.
+
+    Raises IncompatibleError naming the first option that is not known.
+    Reads the files that -k names.
+    """
+    reader = _Reader()
+    rest = reader.run(words)
+    if len(rest) > 1:
+        raise refuse(f"argument {shown(rest[1])}: a second name")
+    if rest:
+        reader.keys["name"] = rest[0]
+    return reader.keys
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.keys: dict[str, str] = {}
+        self._slots: set[str] = set()
+        self._with_argument: dict[str, Callable[[str], None]] = {
+            "c": self._on_topology,
+            "G": self._on_gdb,
+            "k": self._on_file,
+            "l": lambda text: self.keys.update(lpc_option(text)),
+            "o": self._on_setting,
+            "p": self._on_pin,
+            "r": lambda text: None,  # the state that it was resumed from is no configuration
+            "s": self._on_slot,
+        }
+
+    def run(self, words: Sequence[str]) -> list[str]:
+        """Take all options; return the words behind them."""
+        queue = iter(words)
+        for word in queue:
+            if word == "--":
+                break
+            if not word.startswith("-") or word == "-":
+                return [word, *queue]
+            self._letters(word[1:], queue)
+        return list(queue)
+
+    def _letters(self, text: str, queue: Iterator[str]) -> None:
+        while text:
+            letter, text = text[0], text[1:]
+            if letter in _REFUSED:
+                raise refuse(f"option -{letter}: {_REFUSED[letter]}")
+            if letter in _WITH_ARGUMENT:
+                value = text or next(queue, None)
+                if value is None:
+                    raise refuse(f"option -{letter}: its argument is missing")
+                self._take(letter, value)
+                return
+            if letter in _SWITCHES:
+                key, value = _SWITCHES[letter]
+                self.keys[key] = value
+            elif letter not in _IGNORED:
+                raise refuse(
+                    f"option -{letter if letter.isalnum() else shown(letter)} is not known"
+                )
+
+    def _take(self, letter: str, value: str) -> None:
+        if letter in _VALUES:
+            self.keys[_VALUES[letter]] = value
+        else:
+            self._with_argument[letter](value)
+
+    def _on_topology(self, text: str) -> None:
+        """-c [[cpus=]N][,sockets=N][,cores=N][,threads=N]; nothing is one CPU."""
+        if not text:
+            self.keys |= dict.fromkeys(("cpus", "sockets", "cores", "threads"), "1")
+            return
+        for part in text.split(","):
+            key, equals, value = part.partition("=")
+            if not equals:
+                key, value = "cpus", part
+            if key not in ("cpus", "sockets", "cores", "threads") or not value:
+                raise refuse(f"option -c {shown(text)}: {shown(part)} is not known")
+            self.keys[key] = value
+
+    def _on_setting(self, text: str) -> None:
+        key, _, value = text.partition("=")
+        if not KEY.fullmatch(key) or not value:
+            raise refuse(f"option -o {shown(text)}: say key=value")
+        self.keys[key] = value
+
+    def _on_file(self, text: str) -> None:
+        try:
+            with Path(text).open("rb") as file:
+                data = file.read(config.MAX_FILE_BYTES + 1)
+        except OSError as error:
+            raise from_oserror(error, f"read {text}") from error
+        try:
+            self.keys |= config.parse(data.decode())
+        except UnicodeDecodeError:
+            raise refuse(f"option -k {shown(text)}: it is no text") from None
+
+    def _on_slot(self, text: str) -> None:
+        slot, pairs = slot_option(text)
+        if str(slot) in self._slots:
+            raise refuse(f"option -s {shown(text)}: {slot} is given twice")
+        self._slots.add(str(slot))
+        self.keys |= {f"{slot}.{key}": value for key, value in pairs.items()}
+
+    def _on_pin(self, text: str) -> None:
+        """-p vcpu:hostcpu; several for one vCPU add up."""
+        found = re.fullmatch(r"(\d{1,5}):(\d{1,5})", text)
+        if not found:
+            raise refuse(f"option -p {shown(text)}: say vcpu:hostcpu")
+        key = f"vcpu.{int(found[1])}.cpuset"
+        before = f"{self.keys[key]}," if key in self.keys else ""
+        self.keys[key] = before + found[2]
+
+    def _on_gdb(self, text: str) -> None:
+        """-G [w][address:]port."""
+        if text.startswith("w"):
+            self.keys["gdb.wait"] = "true"
+            text = text[1:]
+        address, colon, port = text.rpartition(":")
+        if colon:
+            self.keys["gdb.address"] = address
+        self.keys["gdb.port"] = port

@@ -1,0 +1,48 @@
+"""Configuration + resources -> what bhyve is started with.
+
+Everything is handed over in a bhyve_config(5) file, `bhyve -k FILE`: it has no
+quoting, and no value of it can become another option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bhystream.backend.bhyve.keys import KEY, NAME, VALUE, refuse, shown
+
+
+def config_file(keys: Mapping[str, str], resources: Mapping[str, str]) -> str:
+    """Return the text of a bhyve_config(5) file.
+
+    keys: of a validated CONFIG section, or, for a rollback at the source,
+    GuestConfig.full with no resources.  resources: key -> value; they win.
+    An interface whose name does not begin with tap or vmnet gets type=tap:
+    bhyve infers the type from the name [bhyve_config(5); unverified].
+    Raises IncompatibleError for what cannot stand in such a file.
+    """
+    whole = {**keys, **resources}
+    for key, value in list(whole.items()):
+        if key.endswith(".backend") and not value.startswith(("tap", "vmnet")):
+            whole.setdefault(f"{key.removesuffix('backend')}type", "tap")
+    lines = []
+    for key, value in sorted(whole.items()):
+        if not KEY.fullmatch(key) or not VALUE.fullmatch(value):
+            raise refuse(f"{shown(key)}={shown(value)} cannot be written")
+        lines.append(f"{key}={value}\n")
+    return "".join(lines)
+
+
+def argv(
+    program: Sequence[str], name: str, config_path: str, snapshot_path: str | None
+) -> list[str]:
+    """Return the argv that starts a guest.
+
+    program: the words that run bhyve.  name: the guest's here.  config_path:
+    of config_file()'s text.  snapshot_path: the memory file of a snapshot,
+    with .kern and .meta beside it; None starts the guest from its boot ROM.
+    The name on the command line wins over the snapshot's [dossier bhyve.md, 5].
+    """
+    if not NAME.fullmatch(name):
+        raise refuse(f"name: {shown(name)} cannot be a guest's")
+    resume = ["-r", snapshot_path] if snapshot_path is not None else []
+    return [*program, "-k", config_path, *resume, name]

@@ -1,0 +1,215 @@
+"""A bhyve guest's configuration: bhyve_config(5) text, and the CONFIG section made of it.
+
+The snapshot holds no configuration in any version of bhyve, and the argv of a
+running bhyve is lost (setproctitle), so the configuration comes from a file, a
+manager's log (vmbhyve.py), or a command line (argv.py), and always ends up
+here as a flat mapping of keys.  Two halves of it are kept apart:
+
+    full      the source's own, with its paths and taps: for a rollback on the source
+    section   {"name", "keys", "resources"}: what travels; no path, tap or address
+
+What bhyve expands when it reads a value, %(name), is expanded here first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bhystream.backend.bhyve import keys as known
+from bhystream.backend.bhyve.defaults import explicit, memory_bytes
+from bhystream.backend.bhyve.keys import refuse, shown
+
+MAX_FILE_BYTES = 256 << 10
+_MAX_KEYS = 1024
+_MAX_DEPTH = 16
+_MAX_VALUE = 1023
+_TAP_PREFIXES = ("tap", "vmnet")
+
+
+@dataclass(frozen=True)
+class GuestConfig:
+    """One guest's configuration, both halves.
+
+    name: [A-Za-z0-9._-]{1,64}.  full: every key with its value, no default
+    left that depends on the host.  section: the CONFIG section.  computed:
+    the keys of full that bhyve's defaults gave and nobody set.
+    """
+
+    name: str
+    full: Mapping[str, str]
+    section: Mapping[str, Any]
+    computed: frozenset[str] = field(default=frozenset())
+
+    def resources(self) -> dict[str, str]:
+        """Return the resource keys with their values here: paths, taps, addresses."""
+        wanted = self.section["resources"].values()
+        return {key: self.full[key] for key in wanted if key in self.full}
+
+
+def parse(text: str) -> dict[str, str]:
+    """Return the keys of a bhyve_config(5) file, the last of each one, not expanded.
+
+    Raises IncompatibleError with the line's number.
+    Source: freebsd/freebsd-src@0040b685 usr.sbin/bhyve/bhyverun.c, parse_simple_config_file():
+    a line is a comment only where "#" is its first character, and no space is removed.
+    """
+    if len(text) > MAX_FILE_BYTES:
+        raise refuse(f"the file is longer than {MAX_FILE_BYTES} bytes")
+    found: dict[str, str] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line or line.startswith("#"):
+            continue
+        key, _, value = line.partition("=")
+        if not key or not value:
+            raise refuse(f"line {number}: {shown(line)} is not key=value")
+        if not known.KEY.fullmatch(key):
+            raise refuse(f"line {number}: {shown(key)} is no key")
+        found[key] = value
+        if len(found) > _MAX_KEYS:
+            raise refuse(f"line {number}: more than {_MAX_KEYS} keys")
+    return found
+
+
+def expand(keys: Mapping[str, str]) -> dict[str, str]:
+    """Return the keys with every %(key) replaced, as bhyve does when it reads them.
+
+    Refuses by name a value that refers to a key that is not set, that runs in
+    a circle, that grows beyond 1,023 characters, or that holds another "%":
+    bhyve's manual page and its code differ there.
+    """
+    return {key: _expanded(keys, key, keys[key], 0) for key in keys}
+
+
+def _expanded(keys: Mapping[str, str], key: str, value: str, depth: int) -> str:
+    if depth > _MAX_DEPTH:
+        raise refuse(f"{key}: its references do not end")
+    out = ""
+    rest = value
+    while "%" in rest:
+        before, _, rest = rest.partition("%")
+        name, bracket, behind = rest[1:].partition(")")
+        if not rest.startswith("(") or not bracket or "\\" in value:
+            raise refuse(f"{key}: {shown(value)}: a % that is no reference")
+        if name not in keys:
+            raise refuse(f"{key}: it refers to {shown(name)}, which is not set")
+        out += before + _expanded(keys, key, keys[name], depth + 1)
+        if len(out) > _MAX_VALUE:
+            break
+        rest = behind
+    out += rest
+    if not known.VALUE.fullmatch(out):
+        raise refuse(f"{key}: {shown(out)} is empty, too long, or not printable")
+    return out
+
+
+def read(text: str, name: str) -> GuestConfig:
+    """Return the configuration of a bhyve_config(5) file.
+
+    name: the guest's, which wins over the file's.  Raises IncompatibleError.
+    """
+    return split(parse(text), name)
+
+
+def split(keys: Mapping[str, str], name: str | None = None) -> GuestConfig:
+    """Part a source's keys: its resources stay, what describes the guest travels.
+
+    keys: as parse() or argv.parse_argv() returns them.  name: wins over the
+    key "name".  Raises IncompatibleError naming the first key or device that
+    cannot travel.
+    """
+    if name is not None:
+        keys = {**keys, "name": _guest_name(name)}
+    full = expand(keys)
+    name = _guest_name(full.pop("name", ""))
+    _settle(full)
+    devices = known.pci_devices(full)
+    _refuse_unsaved(full, devices)
+    known.shape_of(full, devices)
+    added = explicit(full, devices, name)
+    full |= added
+    _refuse_other_nets(full, devices)
+    guest, resources = _sort(full, devices)
+    words = known.words(guest, devices, resources)
+    nameless = resources - set(words.values())
+    if nameless:
+        raise refuse(f"{min(nameless)} belongs to nothing")
+    section = {"name": name, "keys": guest, "resources": words}
+    return GuestConfig(name, full, section, frozenset(added))
+
+
+def _guest_name(name: str) -> str:
+    if not known.NAME.fullmatch(name):
+        raise refuse(f"name: {shown(name)} cannot be a guest's")
+    return name
+
+
+def _settle(full: dict[str, str]) -> None:
+    """Remove what only matters while bhyve starts, and make one key of two names."""
+    full.pop("config.dump", None)
+    if known.boolean(full.pop("monitor", "false")) != "false":
+        raise refuse(
+            "monitor: bhyve's monitor would start the guest again after the suspend",
+            "start the guest without -M",
+        )
+    for key in list(full):
+        place = known.where(key)
+        if place and place[1] == "tcp":
+            full.setdefault(f"{place[0]}.rfb", full.pop(key))
+    for key in ("bootrom", "bootvars"):
+        if key in full:
+            full.pop(f"lpc.{key}", None)
+
+
+def _refuse_unsaved(full: Mapping[str, str], devices: Mapping[known.Slot, str]) -> None:
+    lost = [f"{kind}@{slot}" for slot, kind in devices.items() if kind in known.UNSAVED]
+    lost += ["tpm"] if any(key.startswith("tpm.") for key in full) else []
+    if lost:
+        raise refuse(
+            f"bhyve does not save {', '.join(lost)}", "the guest has to be started without it"
+        )
+
+
+def _refuse_other_nets(full: Mapping[str, str], devices: Mapping[known.Slot, str]) -> None:
+    """Refuse backends whose offloads the card has offered to the guest.
+
+    netgraph, netmap and slirp differ from tap in what a virtio-net card
+    offers, which is in the card's saved state [inferred, unverified].
+    """
+    for net in known.nets(devices):
+        kind = full.get(f"{net}.type", full.get(f"{net}.backend", "tap"))
+        if not kind.startswith(_TAP_PREFIXES):
+            raise refuse(f"{net}.backend: {shown(kind)} cannot travel, only tap and vmnet")
+
+
+def _sort(
+    full: Mapping[str, str], devices: Mapping[known.Slot, str]
+) -> tuple[dict[str, str], set[str]]:
+    """Return the guest's keys, clean, and the names of the resource keys."""
+    guest: dict[str, str] = {}
+    resources = set()
+    for key, value in sorted(full.items()):
+        rule = known.rule_of(key, devices)
+        if rule is None:
+            raise known.unknown(key)
+        if rule.role == "resource":
+            resources.add(key)
+        elif rule.role == "guest":
+            cleaned = rule.clean(str(memory_bytes(value)) if key == "memory.size" else value)
+            if cleaned is None:
+                raise refuse(f"{key}: {shown(value)} is not allowed")
+            guest[key] = cleaned
+    return guest, resources
+
+
+def devices(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the devices that .meta names, in its order, for the DEVICES section.
+
+    config: a CONFIG section.  PCI devices by bus, slot and function as
+    "virtio-blk@pci.0.3.0", then "atkbdc", which every amd64 bhyve has.
+    Source: fel1x-developer/freebsd-src@2d614aa2 usr.sbin/bhyve/snapshot.c,
+    vm_snapshot_devices(), and pci_emul.c; the order is inferred from pci_next().
+    """
+    slots = known.pci_devices(config["keys"])
+    return (*(f"{device}@{slot}" for slot, device in slots.items()), "atkbdc")

@@ -1,0 +1,121 @@
+"""Values that bhyve makes up where none is configured, made explicit before a guest moves.
+
+They are in the guest's sight and depend on the host or on a path, so at
+another host, or with a disk under another path, the guest would find another
+machine.  Computed here only where the rule was read, else refused with the
+cure.
+
+    mac   00:a0:98 and the first three bytes of MD5("SLOT-FUNC-NAME"), decimal; NAME is the
+          guest's.  Source: freebsd/freebsd-src@1ff57e3a usr.sbin/bhyve/net_utils.c, net_genmac()
+    ser   "BHYVE-" and the first six bytes of MD5(path), as XXXX-XXXX-XXXX, for virtio-blk and
+          each AHCI port.  Source: freebsd/freebsd-src@03ccfdd2 usr.sbin/bhyve/pci_ahci.c; the
+          same in pci_virtio_block.c, whose buffer holds 20 characters and the NUL
+    uuid  not computable: the MD5 goes over the whole hostname buffer, also behind its NUL.
+          Source: freebsd/freebsd-src@04f55b5b usr.sbin/bhyve/smbiostbl.c
+    sockets = cpus, cores = threads = 1; cpus = sockets * cores * threads where only those are
+          given.  Source: freebsd/freebsd-src@0040b685 usr.sbin/bhyve/bhyverun.c
+    memory.size 256M.  Source: bhyve_config(5)
+
+None of it was run on FreeBSD.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+from bhystream.backend.base import PAGE_BYTES
+from bhystream.backend.bhyve import keys as known
+from bhystream.backend.bhyve.keys import Slot, refuse, shown
+
+_SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|\d+)([kmgtpe]?)(b?)", re.IGNORECASE)
+_SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_MIB = 1 << 20
+_TOPOLOGY = ("sockets", "cores", "threads")
+
+
+def default_mac(slot: Slot, name: str) -> str:
+    """Return the MAC address of a card without a mac key."""
+    seed = f"{slot.slot}-{slot.func}-{name}"[:79]
+    digest = hashlib.md5(seed.encode(), usedforsecurity=False).digest()
+    return ":".join(f"{octet:02x}" for octet in b"\x00\xa0\x98" + digest[:3])
+
+
+def default_serial(path: str) -> str:
+    """Return the serial number of a disk without a ser key, 20 characters."""
+    digest = hashlib.md5(path.encode(), usedforsecurity=False).hexdigest().upper()
+    return f"BHYVE-{digest[0:4]}-{digest[4:8]}-{digest[8:12]}"
+
+
+def memory_bytes(size: str) -> int:
+    """Return the bytes of a memory.size as bhyve reads it.
+
+    A number without a suffix below 1 MiB counts MiB.  Raises
+    IncompatibleError where it is no size, or no multiple of a page.
+    Source: freebsd/freebsd-src lib/libvmmapi/vmmapi.c, vm_parse_memsize(); expand_number(3).
+    """
+    found = _SIZE.fullmatch(size)
+    if not found or len(size) > 32:
+        raise refuse(f"memory.size: {shown(size)} is no size")
+    digits = found[1]
+    if digits[:2].lower() == "0x":
+        count = int(digits, 16)
+    else:
+        octal = len(digits) > 1 and digits.startswith("0")
+        if octal and set(digits) - set("01234567"):
+            raise refuse(f"memory.size: {shown(size)} is no size")
+        count = int(digits, 8 if octal else 10)
+    if not found[2] and not found[3]:
+        size_bytes = count * _MIB if count < _MIB else count
+    else:
+        size_bytes = count << _SHIFT[found[2].lower()]
+    if size_bytes == 0 or size_bytes % PAGE_BYTES:
+        raise refuse(f"memory.size: {shown(size)} is no multiple of {PAGE_BYTES} bytes")
+    return size_bytes
+
+
+def topology(keys: Mapping[str, str]) -> dict[str, str]:
+    """Return cpus, sockets, cores and threads, all explicit.
+
+    Raises IncompatibleError where they do not agree: bhyve would not start.
+    """
+    given: dict[str, int] = {}
+    for key in ("cpus", *_TOPOLOGY):
+        if key in keys:
+            value = known.number(1, 65535)(keys[key])
+            if value is None:
+                raise refuse(f"{key}: {shown(keys[key])} is no number from 1 to 65535")
+            given[key] = int(value)
+    sockets = given.get("sockets", given.get("cpus", 1))
+    cores, threads = given.get("cores", 1), given.get("threads", 1)
+    total = sockets * cores * threads
+    if given.get("cpus", total) != total or total > 65535:
+        raise refuse(
+            f"{sockets} sockets of {cores} cores of {threads} threads are not"
+            f" {given.get('cpus', 'at most 65535')} cpus"
+        )
+    counts = {"cpus": total, "sockets": sockets, "cores": cores, "threads": threads}
+    return {key: str(count) for key, count in counts.items()}
+
+
+def explicit(keys: Mapping[str, str], devices: Mapping[Slot, str], name: str) -> dict[str, str]:
+    """Return what has to be added to the keys so that no default depends on the host.
+
+    keys: the source's own, with its resources.  Raises IncompatibleError for
+    a default that cannot be computed.
+    """
+    added = {key: value for key, value in topology(keys).items() if key not in keys}
+    added |= {} if "memory.size" in keys else {"memory.size": "256M"}
+    if "uuid" not in keys:
+        raise refuse("uuid is not set: the default changes with the host", "set uuid (bhyve -U)")
+    for slot, device in devices.items():
+        if device in ("virtio-net", "e1000") and f"{slot}.mac" not in keys:
+            added[f"{slot}.mac"] = default_mac(slot, name)
+    for disk in known.disks(keys, devices):
+        if f"{disk}.ser" in keys or f"{disk}.serial" in keys:
+            continue
+        if f"{disk}.path" not in keys:
+            raise refuse(f"set {disk}.ser: the default changes with the path")
+        added[f"{disk}.ser"] = default_serial(keys[f"{disk}.path"])
+    return added

@@ -1,0 +1,348 @@
+"""Every bhyve_config(5) key that is known, by device type, and what becomes of it.
+
+    guest       travels in the CONFIG section: it describes the guest's hardware
+    resource    stays; the destination's operator gives its value with -o
+    host        stays, and nobody has to give it: gdb, CPU pinning, a VNC password
+
+A key that is not here is refused by name at both ends.  bhyve itself ignores
+keys that it does not know, so an unknown one may be anything from a comment to
+a device that our list forgot, and a guest whose configuration is not known
+could not be started again, here or there.
+
+To add a key: know what bhyve does with a hostile value of it.  A key that
+takes a path, an address or an interface is never a guest's.
+
+Source: bhyve_config(5), freebsd/freebsd-src@0487408a usr.sbin/bhyve/bhyve_config.5.
+Which devices bhyve saves: the tables of pci_*.c of FreeBSD 14.  Unverified on FreeBSD.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from bhystream.errors import IncompatibleError
+
+Clean = Callable[[str], str | None]
+"""Returns the value in the one form that travels, None for what is not allowed."""
+
+# Not "." and "..": it becomes a file name; no "-" in front: getopt(3) would take it.
+NAME = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9._][A-Za-z0-9._-]{0,63}")
+KEY = re.compile(r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64}){0,7}")
+# What can stand in a configuration file: "%" begins a reference, and bhyve's
+# manual page and its code do not agree on how to escape one.
+VALUE = re.compile(r"[^\x00-\x1f\x7f%]{1,1023}")
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+_PCI = re.compile(r"pci\.(0|[1-9]\d{0,2})\.(0|[1-9]\d?)\.([0-7])(?:\.(.+))?")
+_PORT = re.compile(r"port\.(0|[1-9]\d?)\.([a-z]+)")
+_USB_SLOT = re.compile(r"slot\.[1-8]\.device")
+_COM = re.compile(r"lpc\.com[1-4]\.path")
+_CPUSET = re.compile(r"vcpu\.\d{1,5}\.cpuset")
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|\d{1,20}")
+_TRUE = {"true", "on", "yes", "1"}
+_FALSE = {"false", "off", "no", "0"}
+_AHCI_PORTS = 32
+_TAP = re.compile(r"[A-Za-z0-9_.-]{1,15}")
+_VNC = re.compile(r"(?:\d{1,3}(?:\.\d{1,3}){3}:|\[[0-9A-Fa-f:.]{2,45}\]:)?\d{1,5}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of a key.  role: "guest", "resource" or "host"."""
+
+    role: str
+    clean: Clean
+
+
+@dataclass(frozen=True, order=True)
+class Slot:
+    """Where a PCI device sits: bus 0 to 255, slot 0 to 31, function 0 to 7."""
+
+    bus: int
+    slot: int
+    func: int
+
+    def __str__(self) -> str:
+        return f"pci.{self.bus}.{self.slot}.{self.func}"
+
+
+def _words(*lines: str) -> frozenset[str]:
+    return frozenset(" ".join(lines).split())
+
+
+def boolean(value: str) -> str | None:
+    """Return "true" or "false".  Source: bhyve_config(5), VARIABLE VALUES."""
+    word = value.lower()
+    return "true" if word in _TRUE else "false" if word in _FALSE else None
+
+
+def number(low: int, high: int) -> Clean:
+    """Return a Clean for numbers as strtol(3) with base 0 reads them, made decimal."""
+
+    def clean(value: str) -> str | None:
+        if not _NUMBER.fullmatch(value):
+            return None
+        if value[:2].lower() == "0x":
+            found = int(value, 16)
+        elif value.startswith("0") and value != "0":
+            if set(value) - set("01234567"):
+                return None
+            found = int(value, 8)
+        else:
+            found = int(value)
+        return str(found) if low <= found <= high else None
+
+    return clean
+
+
+def text(pattern: str) -> Clean:
+    """Return a Clean for a pattern; letters keep their case."""
+    compiled = re.compile(pattern)
+    return lambda value: value if compiled.fullmatch(value) else None
+
+
+def one_of(*words: str) -> Clean:
+    """Return a Clean for a few words."""
+    return lambda value: value if value in words else None
+
+
+def _lower(pattern: re.Pattern[str]) -> Clean:
+    return lambda value: value.lower() if pattern.fullmatch(value.lower()) else None
+
+
+def mac(value: str) -> str | None:
+    """Return a unicast MAC address in lower case.  Source: net_utils.c, net_parsemac()."""
+    found = re.fullmatch(r"([0-9a-f]{1,2})(:[0-9a-f]{1,2}){5}", value.lower())
+    octets = [int(part, 16) for part in value.split(":")] if found else []
+    if not any(octets) or octets[0] & 1:
+        return None
+    return ":".join(f"{octet:02x}" for octet in octets)
+
+
+def absolute_path(value: str) -> str | None:
+    """Return a path that begins with a slash and can stand in a configuration file."""
+    return value if value.startswith("/") and VALUE.fullmatch(value) else None
+
+
+def tap(value: str) -> str | None:
+    """Return a network interface's name."""
+    return value if _TAP.fullmatch(value) and value not in (".", "..") else None
+
+
+def address(value: str) -> str | None:
+    """Return [IP:]port as fbuf's rfb takes it; a UNIX socket is not one."""
+    port = value.rpartition(":")[2]
+    return value if _VNC.fullmatch(value) and 0 < int(port) < 65536 else None
+
+
+_anything = text(VALUE.pattern)
+_serial = text(r"[A-Za-z0-9._:+ -]{1,40}")
+_hex16 = text(r"0[xX][0-9a-fA-F]{1,4}|[0-9a-fA-F]{1,4}")  # pcireg "host" is the host's
+_smbios = text(r"[A-Za-z0-9._:+()/, -]{1,64}")
+_yes = Rule("guest", boolean)
+
+_GLOBAL: dict[str, Rule] = {
+    "cpus": Rule("guest", number(1, 65535)),
+    "sockets": Rule("guest", number(1, 65535)),
+    "cores": Rule("guest", number(1, 65535)),
+    "threads": Rule("guest", number(1, 65535)),
+    # Bytes, as config.py makes it of whatever bhyve was given.
+    "memory.size": Rule("guest", number(1 << 20, 1 << 46)),
+    "uuid": Rule("guest", _lower(UUID)),
+    # A file below /usr/share/bhyve/kbdlayout: a word, so that it stays there.
+    "keyboard.layout": Rule("guest", text(r"[A-Za-z0-9_]{1,32}")),
+    "lpc.fwcfg": Rule("guest", one_of("bhyve", "qemu")),
+    "gdb.address": Rule("host", _anything),
+    "gdb.port": Rule("host", _anything),
+    "gdb.wait": Rule("host", _anything),
+    "bootrom": Rule("resource", absolute_path),
+    "bootvars": Rule("resource", absolute_path),
+    "lpc.bootrom": Rule("resource", absolute_path),
+    "lpc.bootvars": Rule("resource", absolute_path),
+}
+_GLOBAL |= dict.fromkeys(
+    _words(
+        "acpi_tables acpi_tables_in_memory destroy_on_poweroff memory.wired memory.guest_in_core",
+        "rtc.use_localtime virtio_msix x86.mptable x86.x2apic x86.strictio x86.strictmsr",
+        "x86.vmexit_on_hlt x86.vmexit_on_pause",
+    ),
+    _yes,
+)
+_GLOBAL |= {
+    f"{table}.{field}": Rule("guest", _smbios)
+    for table, fields in {
+        "bios": "vendor version release_date",
+        "system": "family_name manufacturer product_name serial_number sku version",
+        "board": "manufacturer product_name version serial_number asset_tag location",
+        "chassis": "manufacturer version serial_number asset_tag sku",
+    }.items()
+    for field in fields.split()
+}
+_REGISTERS = {
+    f"pcireg.{name}": Rule("guest", _hex16)
+    for name in ("vendor", "device", "revid", "subvendor", "subdevice")
+}
+_GLOBAL |= {f"lpc.{name}": rule for name, rule in _REGISTERS.items()}
+
+_BLOCK: dict[str, Rule] = {
+    "path": Rule("resource", absolute_path),
+    "ser": Rule("guest", _serial),
+    "sectorsize": Rule("guest", text(r"\d{1,7}(/\d{1,7})?")),
+    "bootindex": Rule("guest", number(0, 65535)),
+} | dict.fromkeys(("nocache", "nodelete", "sync", "direct", "ro"), _yes)
+_NET: dict[str, Rule] = {
+    "backend": Rule("resource", tap),
+    "type": Rule("host", one_of("tap", "vmnet")),
+    "mac": Rule("guest", mac),
+}
+_AHCI_PORT = _BLOCK | {
+    "type": Rule("guest", one_of("hd", "cd")),
+    "nmrr": Rule("guest", number(0, 65535)),
+    "rev": Rule("guest", _serial),
+    "model": Rule("guest", _serial),
+}
+
+SAVED: dict[str, dict[str, Rule]] = {
+    # Older bhyve: vendor, devid; newer: pcireg.
+    "hostbridge": _REGISTERS | {"vendor": Rule("guest", _hex16), "devid": Rule("guest", _hex16)},
+    "lpc": _REGISTERS | {"fwcfg": Rule("guest", one_of("bhyve", "qemu"))},
+    "virtio-blk": _BLOCK | {"serial": Rule("guest", _serial)},
+    "virtio-net": _NET | {"mtu": Rule("guest", number(64, 65535))},
+    "virtio-rnd": {},
+    "e1000": _NET,
+    "ahci": {},
+    "xhci": {},
+    "fbuf": {
+        "rfb": Rule("resource", address),
+        "w": Rule("guest", number(0, 65535)),
+        "h": Rule("guest", number(0, 65535)),
+        "vga": Rule("guest", one_of("io", "on", "off")),
+        # A restored guest that waits for a viewer stands still.
+        "wait": Rule("host", boolean),
+        "password": Rule("host", _anything),
+    },
+}
+"""What bhyve's snapshot holds, with the keys of each type besides "device"."""
+
+UNSAVED = _words("nvme passthru virtio-console virtio-9p virtio-scsi virtio-input hda uart")
+"""Devices without a save function: one of them, and the whole checkpoint fails (ENOTSUP)."""
+
+
+def where(key: str) -> tuple[Slot, str] | None:
+    """Split a key into its PCI slot and the rest, None for a key that has no slot."""
+    found = _PCI.fullmatch(key)
+    if not found:
+        return None
+    slot = Slot(int(found[1]), int(found[2]), int(found[3]))
+    if slot.bus > 255 or slot.slot > 31 or not found[4]:
+        return None
+    return slot, found[4]
+
+
+def pci_devices(keys: Mapping[str, str]) -> dict[Slot, str]:
+    """Return the device of each slot, in slot order."""
+    found = {}
+    for key, value in keys.items():
+        place = where(key)
+        if place and place[1] == "device":
+            found[place[0]] = value
+    return dict(sorted(found.items()))
+
+
+def rule_of(key: str, devices: Mapping[Slot, str]) -> Rule | None:
+    """Return what becomes of a key, None where it is not known.
+
+    devices: of pci_devices(); a device's keys depend on its type.
+    """
+    if key in _GLOBAL:
+        return _GLOBAL[key]
+    if _COM.fullmatch(key):
+        return Rule("resource", absolute_path)
+    if _CPUSET.fullmatch(key):
+        return Rule("host", _anything)
+    place = where(key)
+    if place is None or place[0] not in devices:
+        return None
+    device, rest = devices[place[0]], place[1]
+    if rest == "device":
+        return Rule("guest", one_of(*SAVED))
+    if device == "ahci":
+        port = _PORT.fullmatch(rest)
+        return _AHCI_PORT.get(port[2]) if port and int(port[1]) < _AHCI_PORTS else None
+    if device == "xhci":
+        return Rule("guest", one_of("tablet")) if _USB_SLOT.fullmatch(rest) else None
+    return SAVED.get(device, {}).get(rest)
+
+
+def disks(keys: Mapping[str, str], devices: Mapping[Slot, str]) -> Iterator[str]:
+    """Yield the key of each block device, without ".path", in slot and port order."""
+    for slot, device in devices.items():
+        if device == "virtio-blk":
+            yield str(slot)
+        elif device == "ahci":
+            for port in range(_AHCI_PORTS):
+                if f"{slot}.port.{port}.type" in keys:
+                    yield f"{slot}.port.{port}"
+
+
+def nets(devices: Mapping[Slot, str]) -> list[str]:
+    """Return the key of each network card, without ".backend", in slot order."""
+    return [str(slot) for slot, device in devices.items() if device in ("virtio-net", "e1000")]
+
+
+def words(
+    keys: Mapping[str, str], devices: Mapping[Slot, str], present: frozenset[str] | set[str]
+) -> dict[str, str]:
+    """Return the -o words of the resources: {"disk0": "pci.0.3.0.path", ...}.
+
+    present: resource keys that the guest has; disks and the framebuffer's
+    address are resources whether or not they are in it.
+    """
+    out = {f"disk{at}": f"{disk}.path" for at, disk in enumerate(disks(keys, devices))}
+    backends = [f"{net}.backend" for net in nets(devices) if f"{net}.backend" in present]
+    out |= {f"net{at}": key for at, key in enumerate(backends)}
+    out |= {f"com{n}": f"lpc.com{n}.path" for n in range(1, 5) if f"lpc.com{n}.path" in present}
+    for word in ("bootrom", "bootvars"):
+        for key in (word, f"lpc.{word}"):
+            if key in present:
+                out.setdefault(word, key)
+    screens = [slot for slot, device in devices.items() if device == "fbuf"]
+    if screens:
+        out["vnc"] = f"{screens[0]}.rfb"
+    return out
+
+
+def shape_of(keys: Mapping[str, str], devices: Mapping[Slot, str]) -> None:
+    """Refuse what bhyve would not start, or would start as something else.
+
+    Raises IncompatibleError by name.
+    """
+    for device in ("lpc", "fbuf"):
+        slots = [slot for slot, kind in devices.items() if kind == device]
+        if len(slots) > 1:
+            raise refuse(f"{slots[1]}: a second {device}")
+    for key in keys:
+        place = where(key)
+        if place and devices.get(place[0]) == "ahci" and place[1].startswith("port."):
+            kind = f"{key.rpartition('.')[0]}.type"
+            if kind not in keys:
+                raise refuse(f"{kind} is missing")
+
+
+def refuse(what: str, hint: str = "") -> IncompatibleError:
+    """Return the error for a configuration that cannot travel."""
+    return IncompatibleError(f"configuration: {what}", hint=hint)
+
+
+def shown(value: object) -> str:
+    """Return text that may be hostile for a message: ASCII, quoted, short."""
+    quoted = ascii(value)
+    return quoted if len(quoted) <= 80 else quoted[:77] + "..."
+
+
+def unknown(key: str) -> IncompatibleError:
+    """Return the error for a key that is on no list."""
+    plain = key if KEY.fullmatch(key) and len(key) <= 80 else shown(key)
+    return refuse(f"key {plain} is not known")

@@ -1,0 +1,120 @@
+"""A CONFIG section from a stream is hostile until it has passed here.
+
+validate() takes whatever JSON the section held and returns a fresh, wholly
+checked copy of the shape that config.split() makes; nothing of the original is
+used after it.  Every key is on the allow-list of its device's type, every
+value in the form in which it travels, and no key holds a resource of a host:
+a path, a tap, an address.  Those are only named, by the words that the
+operator fills in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bhystream.backend.bhyve import keys as known
+from bhystream.backend.bhyve.defaults import memory_bytes, topology
+from bhystream.backend.bhyve.keys import Slot, shown
+from bhystream.errors import IncompatibleError
+
+_MAX_KEYS = 1024
+_MAX_RESOURCES = 512
+_FIELDS = ("name", "keys", "resources")
+_REQUIRED = ("cpus", "sockets", "cores", "threads", "memory.size", "uuid")
+
+
+def validate(section: object) -> dict[str, Any]:
+    """Return a clean copy of a CONFIG section.  Raises IncompatibleError by name."""
+    table = _table(section, "the section", len(_FIELDS))
+    for field in table:
+        if field not in _FIELDS:
+            raise _bad(f"unknown field {shown(field)}")
+    for field in _FIELDS:
+        if field not in table:
+            raise _bad(f"'{field}' is missing")
+    name = table["name"]
+    if not isinstance(name, str) or not known.NAME.fullmatch(name):
+        raise _bad(f"name: {shown(name)} is not allowed")
+    keys = _strings(table["keys"], "keys", _MAX_KEYS)
+    clean = check_keys(keys)
+    devices = known.pci_devices(clean)
+    resources = _resources(_strings(table["resources"], "resources", _MAX_RESOURCES), devices)
+    _words(clean, devices, resources)
+    return {"name": name, "keys": clean, "resources": resources}
+
+
+def _bad(why: str) -> IncompatibleError:
+    return IncompatibleError(f"the stream's configuration: {why}")
+
+
+def _table(value: object, what: str, limit: int) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise _bad(f"{what} is not an object")
+    if len(value) > limit:
+        raise _bad(f"{what} has more than {limit} entries")
+    return value
+
+
+def _strings(value: object, what: str, limit: int) -> dict[str, str]:
+    out = {}
+    for key, each in _table(value, what, limit).items():
+        if not isinstance(key, str) or not known.KEY.fullmatch(key):
+            raise _bad(f"{what}: {shown(key)} is no key")
+        if not isinstance(each, str) or not known.VALUE.fullmatch(each):
+            raise _bad(f"{key}: {shown(each)} is not allowed")
+        out[key] = each
+    return out
+
+
+def check_keys(keys: Mapping[str, str]) -> dict[str, str]:
+    """Return the keys of a section, all allowed and complete.  Raises IncompatibleError."""
+    devices = known.pci_devices(keys)
+    for slot, device in devices.items():
+        if device not in known.SAVED:
+            raise _bad(f"{slot}.device: {shown(device)} is not allowed")
+    clean = {}
+    for key, value in sorted(keys.items()):
+        rule = known.rule_of(key, devices)
+        if rule is None:
+            raise _bad(f"key {key[:80]} is not known")
+        if rule.role != "guest":
+            raise _bad(f"{key} belongs to the host and cannot travel")
+        if rule.clean(value) != value:
+            raise _bad(f"{key}: {shown(value)} is not allowed")
+        clean[key] = value
+    _complete(clean, devices)
+    known.shape_of(clean, devices)
+    return clean
+
+
+def _complete(keys: Mapping[str, str], devices: Mapping[Slot, str]) -> None:
+    """Refuse a section that leaves anything to a default of this host."""
+    wanted = [*_REQUIRED, *(f"{net}.mac" for net in known.nets(devices))]
+    wanted += [f"{disk}.ser" for disk in known.disks(keys, devices) if f"{disk}.serial" not in keys]
+    for key in wanted:
+        if key not in keys:
+            raise _bad(f"{key} is missing")
+    topology(keys)
+    memory_bytes(keys["memory.size"])
+
+
+def _resources(resources: dict[str, str], devices: Mapping[Slot, str]) -> dict[str, str]:
+    for word, key in resources.items():
+        rule = known.rule_of(key, devices)
+        if rule is None or rule.role != "resource":
+            raise _bad(f"resources: {word[:40]}: {shown(key)} is no resource")
+    return resources
+
+
+def _words(
+    keys: Mapping[str, str], devices: Mapping[Slot, str], resources: Mapping[str, str]
+) -> None:
+    """Refuse words that are not the ones that these keys have at a source."""
+    right = known.words(keys, devices, set(resources.values()))
+    for word, key in right.items():
+        if resources.get(word) != key:
+            raise _bad(f"resources: {word} has to be {key}")
+    for word in resources:
+        if word not in right:
+            raise _bad(f"resources: {word[:40]} belongs to nothing")

@@ -1,0 +1,202 @@
+"""A bhyve configuration from a stream is hostile: one test case for each rule broken."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from backend.bhyve_samples import ARGV
+from bhystream.backend.bhyve.argv import parse_argv
+from bhystream.backend.bhyve.compare import differences
+from bhystream.backend.bhyve.config import split
+from bhystream.backend.bhyve.validate import validate
+from bhystream.errors import IncompatibleError
+
+GOOD: dict[str, Any] = {
+    "name": "web1",
+    "keys": {
+        "cpus": "2", "sockets": "1", "cores": "2", "threads": "1",
+        "memory.size": str(4 << 30), "uuid": "4ca2e2b7-6f0b-11ef-8a6a-0cc47a8c1a2e",
+        "acpi_tables": "true",
+        "pci.0.0.0.device": "hostbridge", "pci.0.31.0.device": "lpc",
+        "pci.0.3.0.device": "virtio-blk", "pci.0.3.0.ser": "BHYVE-0001",
+        "pci.0.4.0.device": "ahci", "pci.0.4.0.port.0.type": "cd", "pci.0.4.0.port.0.ser": "CD",
+        "pci.0.5.0.device": "virtio-net", "pci.0.5.0.mac": "58:9c:fc:00:00:01",
+        "pci.0.6.0.device": "fbuf", "pci.0.6.0.w": "1024",
+        "pci.0.7.0.device": "xhci", "pci.0.7.0.slot.1.device": "tablet",
+    },
+    "resources": {
+        "disk0": "pci.0.3.0.path", "disk1": "pci.0.4.0.port.0.path",
+        "net0": "pci.0.5.0.backend", "com1": "lpc.com1.path", "bootrom": "lpc.bootrom",
+        "vnc": "pci.0.6.0.rfb",
+    },
+}  # fmt: skip
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def without(key: str) -> Change:
+    return lambda section: section["keys"].pop(key)
+
+
+def test_the_good_one_is_good() -> None:
+    assert validate(GOOD) == GOOD
+
+
+def test_the_result_shares_nothing_with_the_stream() -> None:
+    given = copy.deepcopy(GOOD)
+    result = validate(given)
+    given["keys"]["pci.0.3.0.ser"] = "x\nmonitor=true"
+    given["resources"]["disk0"] = "bogus"
+    assert result == GOOD
+
+
+def set_key(key: str, value: object) -> Change:
+    return lambda section: section["keys"].__setitem__(key, value)
+
+
+def set_word(word: str, key: object) -> Change:
+    return lambda section: section["resources"].__setitem__(word, key)
+
+
+HOSTILE: list[tuple[str, Change]] = [
+    ("unknown field 'exec'|has more than 3", lambda s: s.update(exec="/bin/sh")),
+    ("'keys' is missing", lambda s: s.pop("keys")),
+    ("unknown field 'key'", lambda s: s.update(key=s.pop("keys"))),
+    ("name: '../x'", lambda s: s.update(name="../x")),
+    ("name: '..'", lambda s: s.update(name="..")),
+    ("name: '-r'", lambda s: s.update(name="-r")),
+    (r"name: 'web1\\n'", lambda s: s.update(name="web1\n")),
+    ("name: 7", lambda s: s.update(name=7)),
+    ("keys is not an object", lambda s: s.update(keys=["a"])),
+    ("resources is not an object", lambda s: s.update(resources=None)),
+    ("keys has more than 1024", lambda s: s["keys"].update({f"k{n}": "1" for n in range(1100)})),
+    ("resources has more", lambda s: s["resources"].update({f"d{n}": "x" for n in range(600)})),
+    (r"keys: 'a\\nb' is no key", set_key("a\nb", "1")),
+    ("keys: '' is no key", set_key("", "1")),
+    ("keys: '#' is no key", set_key("#", "1")),
+    ("is no key", set_key("k" * 65, "1")),
+    ("keys: 7 is no key", lambda s: s["keys"].update({7: "1"})),
+    ("cpus: 2 is not allowed", set_key("cpus", 2)),
+    ("uuid: None is not allowed", set_key("uuid", None)),
+    (r"uuid: 'a\\nmonitor=true'", set_key("uuid", "a\nmonitor=true")),
+    (r"pci.0.3.0.ser: 'x\\x00'", set_key("pci.0.3.0.ser", "x\0")),
+    ("pci.0.3.0.ser: .*is not allowed", set_key("pci.0.3.0.ser", "x" * 2000)),
+    ("pci.0.3.0.ser: '%.uuid.'", set_key("pci.0.3.0.ser", "%(uuid)")),
+    ("pci.0.3.0.ser: '/etc/shadow'", set_key("pci.0.3.0.ser", "/etc/shadow")),
+    ("key pci.0.9.0.foo is not known", set_key("pci.0.9.0.foo", "1")),
+    ("key pci.0.3.0.foo is not known", set_key("pci.0.3.0.foo", "1")),
+    ("key pci.256.0.0.device is not known", set_key("pci.256.0.0.device", "lpc")),
+    ("key pci.0.32.0.device is not known", set_key("pci.0.32.0.device", "virtio-rnd")),
+    ("key config.dump is not known", set_key("config.dump", "true")),
+    ("key monitor is not known", set_key("monitor", "true")),
+    ("key name is not known", set_key("name", "web2")),
+    ("key tpm.path is not known", set_key("tpm.path", "/dev/tpm0")),
+    ("key pci.0.7.0.slot.9.device is not known", set_key("pci.0.7.0.slot.9.device", "tablet")),
+    ("pci.0.9.0.device: 'nvme' is not allowed", set_key("pci.0.9.0.device", "nvme")),
+    ("pci.0.9.0.device: 'passthru' is not allowed", set_key("pci.0.9.0.device", "passthru")),
+    ("pci.0.9.0.device: 'virtio-9p' is not allowed", set_key("pci.0.9.0.device", "virtio-9p")),
+    ("pci.0.9.0.device: '/bin/sh' is not allowed", set_key("pci.0.9.0.device", "/bin/sh")),
+    ("pci.0.3.0.path belongs to the host", set_key("pci.0.3.0.path", "/etc/shadow")),
+    ("pci.0.4.0.port.0.path belongs", set_key("pci.0.4.0.port.0.path", "/etc/shadow")),
+    ("pci.0.5.0.backend belongs", set_key("pci.0.5.0.backend", "tap0")),
+    ("pci.0.5.0.type belongs", set_key("pci.0.5.0.type", "tap")),
+    ("pci.0.6.0.rfb belongs", set_key("pci.0.6.0.rfb", "0.0.0.0:1")),
+    ("pci.0.6.0.password belongs", set_key("pci.0.6.0.password", "x")),
+    ("pci.0.6.0.wait belongs", set_key("pci.0.6.0.wait", "true")),
+    ("key pci.0.6.0.tcp is not known", set_key("pci.0.6.0.tcp", "0.0.0.0:1")),
+    ("lpc.com1.path belongs", set_key("lpc.com1.path", "/dev/mem")),
+    ("lpc.bootrom belongs", set_key("lpc.bootrom", "/etc/shadow")),
+    ("bootvars belongs", set_key("bootvars", "/etc/shadow")),
+    ("gdb.port belongs", set_key("gdb.port", "1")),
+    ("vcpu.0.cpuset belongs", set_key("vcpu.0.cpuset", "0")),
+    ("keyboard.layout: .* is not allowed", set_key("keyboard.layout", "../../../etc/passwd")),
+    ("pci.0.31.0.pcireg.vendor: 'host'", set_key("pci.0.31.0.pcireg.vendor", "host")),
+    ("acpi_tables: 'yes' is not allowed", set_key("acpi_tables", "yes")),
+    ("cpus: '0x2' is not allowed", set_key("cpus", "0x2")),
+    ("cpus: '99999' is not allowed", set_key("cpus", "99999")),
+    ("are not 3 cpus", set_key("cpus", "3")),
+    ("memory.size: '4G' is not allowed", set_key("memory.size", "4G")),
+    ("memory.size: .* is not allowed", set_key("memory.size", str(1 << 60))),
+    ("no multiple of 4096", set_key("memory.size", str((1 << 30) + 1))),
+    ("uuid: 'x' is not allowed", set_key("uuid", "x")),
+    ("pci.0.5.0.mac: .* is not allowed", set_key("pci.0.5.0.mac", "01:00:00:00:00:00")),
+    ("uuid is missing", without("uuid")),
+    ("sockets is missing", without("sockets")),
+    ("memory.size is missing", without("memory.size")),
+    ("pci.0.5.0.mac is missing", without("pci.0.5.0.mac")),
+    ("pci.0.3.0.ser is missing", without("pci.0.3.0.ser")),
+    ("pci.0.4.0.port.0.ser is missing", without("pci.0.4.0.port.0.ser")),
+    ("pci.0.4.0.port.0.type is missing", without("pci.0.4.0.port.0.type")),
+    ("key pci.0.3.0.ser is not known", without("pci.0.3.0.device")),
+    ("a second fbuf", set_key("pci.0.9.0.device", "fbuf")),
+    ("a second lpc", set_key("pci.0.9.0.device", "lpc")),
+    ("resources: disk0: 'pci.0.3.0.ser' is no resource", set_word("disk0", "pci.0.3.0.ser")),
+    ("resources: x: 'uuid' is no resource", set_word("x", "uuid")),
+    ("resources: x: 'gdb.address' is no resource", set_word("x", "gdb.address")),
+    ("resources: disk0 has to be pci.0.3.0.path", set_word("disk0", "pci.0.4.0.port.0.path")),
+    ("resources: disk0 has to be", lambda s: s["resources"].pop("disk0")),
+    ("resources: vnc has to be", lambda s: s["resources"].pop("vnc")),
+    ("resources: disk2 belongs to nothing", set_word("disk2", "pci.0.3.0.path")),
+    ("resources: bootrom has to be bootrom", set_word("bootrom2", "bootrom")),
+    ("resources: net0 has to be", lambda s: s["resources"].update(
+        net1=s["resources"].pop("net0"))),
+    ("disk0: 7 is not allowed", set_word("disk0", 7)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "change"), HOSTILE, ids=[case[0] for case in HOSTILE])
+def test_a_hostile_section_is_refused(message: str, change: Change) -> None:
+    section = copy.deepcopy(GOOD)
+    change(section)
+    with pytest.raises(IncompatibleError, match=message):
+        validate(section)
+
+
+@pytest.mark.parametrize("section", [None, [], "x", 7, [GOOD], {}])
+def test_what_is_no_section_is_refused(section: object) -> None:
+    with pytest.raises(IncompatibleError, match="the stream's configuration"):
+        validate(section)
+
+
+def test_a_message_shows_hostile_text_short_and_plain() -> None:
+    section = copy.deepcopy(GOOD)
+    section["keys"]["uuid"] = "\x1b[2J" * 500
+    with pytest.raises(IncompatibleError) as caught:
+        validate(section)
+    assert len(str(caught.value)) < 200 and str(caught.value).isprintable()
+
+
+def test_the_same_machine_differs_in_nothing() -> None:
+    assert differences(GOOD, copy.deepcopy(GOOD)) == []
+
+
+def test_every_difference_is_listed() -> None:
+    here = copy.deepcopy(GOOD)
+    here["keys"]["cpus"] = "4"
+    here["keys"]["x86.mptable"] = "false"
+    del here["keys"]["pci.0.7.0.slot.1.device"]
+    del here["resources"]["com1"]
+    assert differences(GOOD, here) == [
+        "cpus: the stream says 2, here 4",
+        "pci.0.7.0.slot.1.device: the stream says tablet, here nothing",
+        "x86.mptable: the stream says true, here false",
+        "com1: the stream says lpc.com1.path, here nothing",
+    ]
+
+
+def test_a_default_that_is_written_down_is_no_difference() -> None:
+    here = copy.deepcopy(GOOD)
+    here["keys"] |= {"x86.mptable": "true", "pci.0.3.0.ro": "false"}
+    assert differences(GOOD, here) == []
+
+
+def test_a_serial_that_only_the_path_gave_is_no_difference() -> None:
+    ours = split(parse_argv(ARGV))
+    theirs = split(parse_argv([word.replace("/zroot/vm/", "/other/vm/") for word in ARGV]))
+    assert ours.section != theirs.section
+    assert differences(ours.section, theirs.section, theirs.computed) == []
+    assert len(differences(ours.section, theirs.section)) == 2
