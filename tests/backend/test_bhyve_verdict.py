@@ -290,7 +290,8 @@ def test_all_that_differs_is_said_at_once() -> None:
 
 def test_a_host_with_snapshots_can_send_and_take() -> None:
     assert verdict.ability_reasons(host()) == ([], [])
-    assert verdict.ability_reasons(host(kern__osreldate="1400000")) == ([], [])
+    edge = host(kern__osreldate="1400000\n", hw__machine="amd64\n")
+    assert verdict.ability_reasons(edge) == ([], [])
 
 
 @pytest.mark.parametrize(("value", "shown"), [("arm64", "'arm64'"), (None, "none")])
@@ -348,7 +349,6 @@ def test_a_kernel_that_says_nothing_of_snapshots_is_believed(text: str | None) -
 
 def test_a_guest_of_virtio_devices_can_be_sent() -> None:
     assert verdict.source_reasons(host(), KEYS) == ([], [])
-    assert verdict.source_reasons(host(), KEYS | {"monitor": "false"}) == ([], [])
 
 
 def test_the_source_judges_its_host_too() -> None:
@@ -368,8 +368,8 @@ def test_all_devices_that_bhyve_cannot_save_are_named_in_slot_order() -> None:
     assert verdict.source_reasons(host(), keys) == (
         [],
         [
-            "devices: the guest has nvme (pci.0.9.0), virtio-9p (pci.0.10.0), hda (pci.0.10.1),"
-            " passthru (pci.1.0.0), which bhyve cannot save; start it without, or shut it down"
+            "devices: the guest has nvme@pci.0.9.0, virtio-9p@pci.0.10.0, hda@pci.0.10.1,"
+            " passthru@pci.1.0.0, which bhyve cannot save; start it without, or shut it down"
             " and move its disks, or -f if this bhyve can"
         ],
     )
@@ -390,13 +390,11 @@ def test_all_devices_that_bhyve_cannot_save_are_named_in_slot_order() -> None:
 )
 def test_each_device_that_bhyve_cannot_save_is_refused(name: str) -> None:
     (line,) = verdict.source_reasons(host(), {"pci.0.5.0.device": name})[1]
-    assert line.startswith(f"devices: the guest has {name} (pci.0.5.0), which bhyve cannot save")
+    assert line.startswith(f"devices: the guest has {name}@pci.0.5.0, which bhyve cannot save")
 
 
-@pytest.mark.parametrize("said", ["key", "parent"])
-def test_a_guest_whose_parent_would_start_it_again_is_refused(said: str) -> None:
-    keys = KEYS | ({"monitor": "True"} if said == "key" else {})
-    assert verdict.source_reasons(host(), keys, is_monitored=said == "parent") == (
+def test_a_guest_whose_parent_would_start_it_again_is_refused() -> None:
+    assert verdict.source_reasons(host(), KEYS, is_monitored=True) == (
         [
             "monitor: the guest's bhyve runs in monitor mode, a suspend needs one that does not:"
             " its parent would start the guest again; start the guest without monitor mode"
@@ -433,19 +431,9 @@ def test_devices_that_bhyve_does_not_stop_are_named() -> None:
     assert verdict.warnings(found, host()) == [
         FPU,
         CLOCK,
-        "devices: bhyve does not stop e1000 (pci.0.5.0), xhci (pci.0.6.0), fbuf (pci.0.29.0) while"
+        "devices: bhyve does not stop e1000@pci.0.5.0, xhci@pci.0.6.0, fbuf@pci.0.29.0 while"
         " it saves; what they do in that moment may be lost to the guest, virtio devices are"
         " stopped",
-    ]
-
-
-def test_devices_that_nobody_looked_at_are_named() -> None:
-    found = config(pci__0__6__0__device="virtio-\x1bsound", pci__0__7__0__device="virtio-rnd")
-    assert verdict.warnings(found, host()) == [
-        FPU,
-        CLOCK,
-        "devices: whether bhyve can save virtio-\\x1bsound (pci.0.6.0) is not known here;"
-        " if it cannot, the pause fails and the guest runs on",
     ]
 
 
@@ -453,20 +441,21 @@ def test_what_bhyve_cannot_save_is_no_warning() -> None:
     assert verdict.warnings(config(pci__0__6__0__device="nvme"), host()) == [FPU, CLOCK]
 
 
+@pytest.mark.parametrize("name", ["ahci", "virtio-blk", "virtio-net", "virtio-rnd"])
+def test_a_device_that_bhyve_saves_is_no_warning(name: str) -> None:
+    assert verdict.warnings(config(pci__0__6__0__device=name), host()) == [FPU, CLOCK]
+    assert verdict.source_reasons(host(), {"pci.0.6.0.device": name}) == ([], [])
+
+
 def test_boot_variables_are_to_be_copied() -> None:
-    line = (
-        "lpc.bootvars: the boot variables are a file that the guest writes and no snapshot holds;"
-        " copy it with the disks"
-    )
     found = config({"bootrom": "lpc.bootrom", "bootvars": "lpc.bootvars"})
-    assert verdict.warnings(found, host()) == [FPU, CLOCK, line]
-    assert verdict.warnings(config(lpc__bootvars="x"), host()) == [FPU, CLOCK, line]
-
-
-def test_a_tpm_is_named() -> None:
-    line = "tpm: no snapshot holds the state of the TPM; the guest may lose what it sealed"
-    assert verdict.warnings(config(tpm__type="passthru"), host()) == [FPU, CLOCK, line]
-    assert verdict.warnings(config({"tpm": "tpm.path"}), host()) == [FPU, CLOCK, line]
+    assert verdict.warnings(found, host()) == [
+        FPU,
+        CLOCK,
+        "bootvars: the boot variables are a file that the guest writes and no snapshot holds;"
+        " copy it with the disks",
+    ]
+    assert verdict.warnings(config({"bootrom": "lpc.bootrom"}), host()) == [FPU, CLOCK]
 
 
 def test_why_every_page_is_read_is_said() -> None:

@@ -15,10 +15,11 @@ Source: FreeBSD's bhyve and vmm as read; nothing here was run on FreeBSD.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from bhystream.backend.base import Json
+from bhystream.backend.bhyve import keys as known
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.identity import integer
 from bhystream.backend.bhyve.residency import believes_mincore
@@ -26,49 +27,23 @@ from bhystream.backend.bhyve.residency import believes_mincore
 MIN_OSRELDATE = 1400000  # FreeBSD 14.0, the first with the checkpoint messages that we speak
 
 # Two hosts of one CPU model show frequencies that differ by their calibration,
-# some 10 ppm; other models differ by percents.  bhyve restores the guest's TSC
-# as it was but not its rate, so the guest's clock runs wrong by the difference,
-# more than NTP can mend (500 ppm).  Unverified: from general knowledge.
+# at most some hundred ppm; other models differ by percents.  bhyve restores the
+# guest's TSC but not its rate, so the guest's clock runs wrong by the
+# difference, and NTP mends up to 500 ppm.  Unverified: from general knowledge.
 TSC_TOLERANCE_PPM = 1000
 
-# Type names of bhyve_config(5) "device" keys.  Source: usr.sbin/bhyve pci_*.c,
-# the pe_snapshot and pe_pause members; a checkpoint fails with ENOTSUP at the
-# first device that has no pe_snapshot, and the guest runs on.
-UNSAVED = frozenset(
-    {
-        "hda",
-        "nvme",
-        "passthru",
-        "uart",
-        "virtio-9p",
-        "virtio-console",
-        "virtio-input",
-        "virtio-scsi",
-    }
-)
-# Without pe_pause, and with threads of their own.  virtio-rnd and lpc have no
-# pe_pause either, but act only when a vCPU makes them (unverified).
+# Devices without pe_pause, and with threads of their own.  virtio-rnd and lpc
+# have none either, but act only when a vCPU makes them (unverified).
+# Source: usr.sbin/bhyve/pci_*.c.
 UNPAUSED = frozenset({"e1000", "fbuf", "xhci"})
-SAVED = UNPAUSED | {
-    "ahci",
-    "ahci-cd",
-    "ahci-hd",
-    "amd_hostbridge",
-    "hostbridge",
-    "lpc",
-    "virtio-blk",
-    "virtio-net",
-    "virtio-rnd",
-}
 
 _HARD = {
     "hypervisor": "only a host of the same hypervisor can take it",
     "hw.machine": "only a host of the same architecture can take it",
     "hw.pagesize": "only a host of the same page size can take it",
 }
-_DEVICE = re.compile(r"pci\.(\d{1,9})\.(\d{1,9})\.(\d{1,9})\.device", re.ASCII)
+
 _SNAPSHOT_OPTION = re.compile(r"^(?!\s*nooptions?\b)[^#\n]*\bBHYVE_SNAPSHOT\b", re.MULTILINE)
-_TRUE = frozenset({"true", "on", "yes", "1"})
 _MAX_SHOWN_CHARS = 60
 
 
@@ -130,10 +105,10 @@ def ability_reasons(host: Host) -> tuple[list[str], list[str]]:
     nothing about BHYVE_SNAPSHOT.
     """
     hard, soft = [], []
-    machine = host.sysctl("hw.machine")
+    machine = (host.sysctl("hw.machine") or "").strip()
     if machine != "amd64":
         hard.append(
-            f"hw.machine: this host has {_shown(machine)}, bhyve's snapshots need 'amd64';"
+            f"hw.machine: this host has {_shown(machine or None)}, bhyve's snapshots need 'amd64';"
             " shut the guest down and move its disks"
         )
     date = integer(host.sysctl("kern.osreldate"))
@@ -158,16 +133,16 @@ def source_reasons(
     """Say why a guest of this host cannot be sent: (hard, soft).
 
     keys: its bhyve_config(5).  is_monitored: its process is the child of
-    another bhyve, which is monitor mode (FreeBSD 15 and later).  The key
-    "monitor" says the same; its name is unverified.
+    another bhyve, which is monitor mode (FreeBSD 15 and later).  A device that
+    cannot be saved only makes the checkpoint fail, and the guest runs on.
     """
     hard, soft = ability_reasons(host)
-    if is_monitored or keys.get("monitor", "").lower() in _TRUE:
+    if is_monitored:
         hard.append(
             "monitor: the guest's bhyve runs in monitor mode, a suspend needs one that does not:"
             " its parent would start the guest again; start the guest without monitor mode"
         )
-    unsaved = _named(keys, UNSAVED)
+    unsaved = _named(keys, known.UNSAVED)
     if unsaved:
         soft.append(
             f"devices: the guest has {unsaved}, which bhyve cannot save; start it without,"
@@ -176,22 +151,10 @@ def source_reasons(
     return hard, soft
 
 
-def _devices(keys: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return (type name, "pci.B.S.F") of a configuration's devices, in slot order."""
-    found = []
-    for key, name in keys.items():
-        match = _DEVICE.fullmatch(key)
-        if match:
-            found.append(([int(number) for number in match.groups()], name))
-    return [(name, "pci." + ".".join(map(str, place))) for place, name in sorted(found)]
-
-
-def _named(keys: Mapping[str, str], names: frozenset[str]) -> str:
-    return _listed((name, place) for name, place in _devices(keys) if name in names)
-
-
-def _listed(devices: Iterable[tuple[str, str]]) -> str:
-    return ", ".join(f"{ascii(name)[1:-1]} ({place})" for name, place in devices)
+def _named(keys: Mapping[str, str], kinds: frozenset[str]) -> str:
+    """Return the devices of these kinds as bhyve names them, in slot order."""
+    devices = known.pci_devices(keys)
+    return ", ".join(f"{kind}@{slot}" for slot, kind in devices.items() if kind in kinds)
 
 
 def warnings(config: Json, host: Host, *, is_wired: bool = False) -> list[str]:
@@ -211,35 +174,19 @@ def warnings(config: Json, host: Host, *, is_wired: bool = False) -> list[str]:
             "cpu.vendor: it is 'amd' here, bhyve's snapshots were tried on 'intel';"
             " Linux guests were seen to freeze after a restore"
         )
-    out += _device_warnings(config["keys"])
-    used = {*config["keys"], *config["resources"].values()}
-    if "lpc.bootvars" in used:
-        out.append(
-            "lpc.bootvars: the boot variables are a file that the guest writes and no snapshot"
-            " holds; copy it with the disks"
-        )
-    if any(key.startswith("tpm.") for key in used):
-        out.append("tpm: no snapshot holds the state of the TPM; the guest may lose what it sealed")
-    is_believed, why = believes_mincore(host, is_wired)
-    return out if is_believed else [*out, why]
-
-
-def _device_warnings(keys: Mapping[str, str]) -> list[str]:
-    out = []
-    unpaused = _named(keys, UNPAUSED)
+    unpaused = _named(config["keys"], UNPAUSED)
     if unpaused:
         out.append(
             f"devices: bhyve does not stop {unpaused} while it saves; what they do in that moment"
             " may be lost to the guest, virtio devices are stopped"
         )
-    known = SAVED | UNSAVED
-    unknown = _listed(device for device in _devices(keys) if device[0] not in known)
-    if unknown:
+    if "bootvars" in config["resources"]:
         out.append(
-            f"devices: whether bhyve can save {unknown} is not known here; if it cannot, the pause"
-            " fails and the guest runs on"
+            "bootvars: the boot variables are a file that the guest writes and no snapshot holds;"
+            " copy it with the disks"
         )
-    return out
+    is_believed, why = believes_mincore(host, is_wired)
+    return out if is_believed else [*out, why]
 
 
 def room_reasons(needed_bytes: int, free_bytes: int, what: str, path: str) -> list[str]:
