@@ -88,10 +88,14 @@ def _open_snapshot(what: Sending) -> Source:
     from bhystream.backend.bhyve import identity
     from bhystream.backend.bhyve.cold import SnapshotSource
     from bhystream.backend.bhyve.host import open_host
+    from bhystream.backend.bhyve.snapshot import Files, read_meta
     from bhystream.backend.bhyve.source import read_config
 
-    section = read_config(what.config).section if what.config is not None else None
     path = Path(what.operand).absolute()
+    section = None
+    if what.config is not None:
+        meta, _ = read_meta(Files(path.parent, path.name))
+        section = read_config(what.config, meta.vmname).section
     return SnapshotSource(path, section, identity.describe(open_host()))
 
 

@@ -16,8 +16,10 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 
 from bhystream.backend.base import PAGE_BYTES, Segment
+from bhystream.backend.bhyve.cold import data_extents
 from bhystream.backend.bhyve.host import (
     HIGHMEM_BASE_GPA,
     LOWMEM_LIMIT_BYTES,
@@ -31,6 +33,24 @@ from bhystream.errors import IncompatibleError, from_oserror
 
 _CHUNK_BYTES = 1 << 20
 _ZEROS = bytes(_CHUNK_BYTES)
+
+
+def copy_sparse(source: Path, target: Path) -> None:
+    """Copy a file into a new one, mode 0600; its holes stay holes.  Raises OSError."""
+    inner = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        outer = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            size = os.fstat(inner).st_size
+            os.ftruncate(outer, size)
+            for first, end in data_extents(inner, 0, size):
+                at = first * PAGE_BYTES
+                while at < (stop := min(end * PAGE_BYTES, size)):
+                    at += os.pwrite(outer, os.pread(inner, min(_CHUNK_BYTES, stop - at), at), at)
+        finally:
+            os.close(outer)
+    finally:
+        os.close(inner)
 
 
 def system_memory(maps: Sequence[MemoryMap], who: str) -> list[MemoryMap]:

@@ -25,7 +25,7 @@ from bhystream.backend.base import Json
 from bhystream.backend.bhyve import checkpoint, snapshot
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.locks import Locks
-from bhystream.backend.bhyve.memory import Memory
+from bhystream.backend.bhyve.memory import Memory, copy_sparse
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import Restore, listens
 from bhystream.backend.process import is_alive
@@ -134,10 +134,7 @@ class BhyvePaused:
         for tap, bridge in self.place.bridges.items():
             if not self._host.has_tap(tap):
                 self._host.make_tap(tap, bridge)
-        log = os.path.join(os.path.dirname(self.place.kept), f"{self.place.name}.log")
-        Restore(
-            self._host, self.place.name, self.place.keys, files, self.place.memory_bytes, log
-        ).run()
+        Restore(self._host, self.place, files).run()
         if self._locks:
             self._locks.runs_here()
 
@@ -187,7 +184,7 @@ class BhyvePaused:
     def _write_memory(self, path: str) -> None:
         """Write the memory file from where the memory still is."""
         if self._memory is None and self._has_memory_file():
-            shutil.copyfile(self.place.staged.memory, path)
+            copy_sparse(self.place.staged.memory, Path(path))
         elif self._memory is not None:
             self._memory.write(path)
         else:

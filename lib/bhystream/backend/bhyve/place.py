@@ -70,6 +70,11 @@ class Place:
         """Return the snapshot on disk."""
         return Files(Path(self.kept), FILE)
 
+    @property
+    def log_path(self) -> str:
+        """Return the log of a bhyve that we start, in the state directory."""
+        return str(Path(self.kept).parents[1] / "log" / f"{self.name}.log")
+
     def host(self) -> Host:
         """Return the host that the record is of."""
         return open_host({VMM_DIR: self.vmm_dir} if self.vmm_dir else {})

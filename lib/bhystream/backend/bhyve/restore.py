@@ -15,11 +15,11 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from bhystream.backend.bhyve.command import argv, config_file
 from bhystream.backend.bhyve.host import Host
+from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.snapshot import Files
 from bhystream.backend.launch import Child
 from bhystream.errors import GuestError, from_oserror
@@ -45,24 +45,16 @@ def listens(host: Host, name: str) -> bool:
 class Restore:
     """One guest that is started from its snapshot; its process is ours until let_go()."""
 
-    def __init__(
-        self,
-        host: Host,
-        name: str,
-        keys: Mapping[str, str],
-        files: Files,
-        memory_bytes: int,
-        log_path: str,
-    ) -> None:
-        """Nothing is started yet.  keys: the whole bhyve_config(5).  log_path: absolute."""
+    def __init__(self, host: Host, place: Place, files: Files) -> None:
+        """Nothing is started yet.  files: the snapshot, complete."""
         self._host = host
-        self._name = name
-        self._who = f"guest {name}"
-        self._keys = keys
+        self._name = place.name
+        self._who = f"guest {place.name}"
+        self._keys = place.keys
         self._files = files
-        self._limit_s = _LIMIT_S + memory_bytes / _BYTES_PER_SECOND
-        self._log_path = log_path
-        self._socket = host.run_dir / name
+        self._limit_s = _LIMIT_S + place.memory_bytes / _BYTES_PER_SECOND
+        self._log_path = place.log_path
+        self._socket = host.run_dir / place.name
         self._child: Child | None = None
         self._made = False
         self.may_have_run = False

@@ -203,8 +203,7 @@ class BhyveSink:
         place = self._known()
         if self._host.exists(place.name):
             raise IncompatibleError(f"guest {place.name}: a VM of that name came here meanwhile")
-        log = str(self._base / "log" / f"{place.name}.log")
-        restore = Restore(self._host, place.name, place.keys, place.staged, place.memory_bytes, log)
+        restore = Restore(self._host, place, place.staged)
         try:
             restore.run()
         except BaseException:

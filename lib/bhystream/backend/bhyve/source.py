@@ -326,7 +326,7 @@ class BhyveSource:
             self._memory.close()
 
 
-def read_config(path: str, name: str | None = None) -> GuestConfig:
+def read_config(path: str, name: str) -> GuestConfig:
     """Read a bhyve_config(5) file (-C).  name: the guest's; wins over the file's.
 
     Raises GuestError, AccessError; IncompatibleError for what cannot travel.
