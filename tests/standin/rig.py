@@ -168,7 +168,10 @@ class Spec:
 class Guest:
     """One stand-in process.  console: what it prints; stderr: its messages."""
 
-    def __init__(self, process: subprocess.Popen[bytes], console: Path, messages: Path) -> None:
+    def __init__(
+        self, name: str, process: subprocess.Popen[bytes], console: Path, messages: Path
+    ) -> None:
+        self.name = name
         self.process = process
         self.messages = messages
         self.console = Console(console, self._why_ended)
@@ -335,23 +338,26 @@ class Rig:
 
     def run(
         self,
-        name: str,
         *arguments: str,
+        name: str = "g",
         console: Path | None = None,
         **environment: str,
     ) -> Guest:
-        """Start the stand-in with a command line of one's own and return at once."""
+        """Start the stand-in with a command line of one's own and return at once.
+
+        name: only what guest() finds it by; the guest's own is an argument.
+        """
         messages = self.directory / f"{name}-{len(self._guests)}.stderr"
         with messages.open("wb") as file:
             process = subprocess.Popen(
-                [*self.host.program(), *arguments, name],
+                [*self.host.program(), *arguments],
                 env={**self.environment, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
             )
-        guest = Guest(process, console or self.directory / "no-console", messages)
+        guest = Guest(name, process, console or self.directory / "no-console", messages)
         self._guests.append(guest)
         return guest
 
@@ -377,7 +383,11 @@ class Rig:
             self.host.create(name)
         arguments = ["-A", "-H", "-P", "-k", str(config)]
         arguments += ["-r", str(restore)] if restore else []
-        return self.run(name, *arguments, console=console)
+        return self.run(*arguments, name, name=name, console=console)
+
+    def guest(self, name: str) -> Guest:
+        """Return the guest of this name that was started last."""
+        return next(guest for guest in reversed(self._guests) if guest.name == name)
 
     def snapshot(self, name: str) -> Snapshot:
         """Return the snapshot that checkpoint() and suspend() write for a guest."""
@@ -472,7 +482,7 @@ def supervised(host: Rig, name: str, *arguments: str, tap: str = "") -> Iterator
             start_new_session=True,
         )
     try:
-        yield Guest(process, host.directory / f"{name}-0.console", messages)
+        yield Guest(name, process, host.directory / f"{name}-0.console", messages)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bhystream.backend.bhyve import nvlist
-from bhystream.errors import FormatError
+from bhystream.errors import BhyError
 
 from .below import open_below
 from .guest import Guest
@@ -104,23 +104,25 @@ class CheckpointServer:
                     request = nvlist.receive(connection)
                     if request is not None:
                         self._answer(connection, request)
-                except (FormatError, OSError) as error:
+                except (BhyError, OSError) as error:
                     _complain(f"checkpoint socket: {error}")
 
     def _answer(self, connection: socket.socket, request: Mapping[str, nvlist.Value]) -> None:
         settings = read_settings(self._directory)
+        if "hang" in settings.fail:
+            threading.Event().wait()
         try:
-            if "hang" in settings.fail:
-                threading.Event().wait()
             error = self._handle(request, settings)
+            if error:
+                _complain(error)
+            if settings.generation == 5:
+                # Without a command the list comes back, as it was, with the error in it.
+                echo = {} if "cmd" in request else request
+                nvlist.send(connection, {**echo, "error": error} if error else {})
         finally:
             for value in request.values():
                 if isinstance(value, nvlist.Descriptor):
                     os.close(value.fd)
-        if error:
-            _complain(error)
-        if settings.generation == 5:
-            nvlist.send(connection, {"error": error} if error else {})
 
     def _handle(self, request: Mapping[str, nvlist.Value], settings: Settings) -> str:
         """Do what is asked; return "" or the error."""
