@@ -262,8 +262,8 @@ def test_a_name_that_is_none_is_refused(name: str) -> None:
 
 def test_either_name_of_the_boot_rom_will_do() -> None:
     found = config.read(FILE + "bootrom=/new.fd\n", "web1")
-    assert found.section["resources"]["bootrom"] == "bootrom"
-    assert "lpc.bootrom" not in found.full
+    assert found.section["resources"]["bootrom"] == "lpc.bootrom"
+    assert found.full["lpc.bootrom"] == "/new.fd" and "bootrom" not in found.full
 
 
 def test_the_command_names_the_file_the_snapshot_and_the_guest() -> None:

@@ -110,7 +110,8 @@ HOSTILE: list[tuple[str, Change]] = [
     ("key pci.0.6.0.tcp is not known", set_key("pci.0.6.0.tcp", "0.0.0.0:1")),
     ("lpc.com1.path belongs", set_key("lpc.com1.path", "/dev/mem")),
     ("lpc.bootrom belongs", set_key("lpc.bootrom", "/etc/shadow")),
-    ("bootvars belongs", set_key("bootvars", "/etc/shadow")),
+    ("lpc.bootvars belongs", set_key("lpc.bootvars", "/etc/shadow")),
+    ("key bootvars is not known", set_key("bootvars", "/etc/shadow")),
     ("gdb.port belongs", set_key("gdb.port", "1")),
     ("vcpu.0.cpuset belongs", set_key("vcpu.0.cpuset", "0")),
     ("keyboard.layout: .* is not allowed", set_key("keyboard.layout", "../../../etc/passwd")),
@@ -141,7 +142,7 @@ HOSTILE: list[tuple[str, Change]] = [
     ("resources: disk0 has to be", lambda s: s["resources"].pop("disk0")),
     ("resources: vnc has to be", lambda s: s["resources"].pop("vnc")),
     ("resources: disk2 belongs to nothing", set_word("disk2", "pci.0.3.0.path")),
-    ("resources: bootrom has to be bootrom", set_word("bootrom2", "bootrom")),
+    ("resources: bootrom2 belongs to nothing", set_word("bootrom2", "lpc.bootrom")),
     ("resources: net0 has to be", lambda s: s["resources"].update(
         net1=s["resources"].pop("net0"))),
     ("disk0: 7 is not allowed", set_word("disk0", 7)),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from backend.bhyve_samples import ARGV, CONF, DEVICES, MAC, OPTIONS, UUID, log_of, make_guest
+from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest, find, last_argv, parse_conf
 from bhystream.errors import GuestError, IncompatibleError, InternalError, PipeError
@@ -73,6 +74,11 @@ def test_an_iso_of_the_last_start_is_a_disk(tmp_path: Path) -> None:
 def test_the_state_that_it_was_resumed_from_is_no_configuration(tmp_path: Path) -> None:
     guest = guest_in(tmp_path, log_of(OPTIONS + " -r /zroot/my vms/web1/web1.save"))
     assert guest.argv() == ARGV
+
+
+def test_a_log_with_the_dates_of_older_versions_is_read(tmp_path: Path) -> None:
+    old = log_of().replace("2026-02-03T04:05:06+00:00", "Feb 03 04:05:06")
+    assert guest_in(tmp_path, old).argv() == ARGV
 
 
 def test_a_log_without_a_start_is_refused_with_its_cure(tmp_path: Path) -> None:
@@ -173,8 +179,40 @@ def test_a_held_guest_is_locked_with_a_foreign_word(locks: Locks) -> None:
     assert locks.holder() == "dst.example"
 
 
-def test_nothing_is_written_over_a_supervisor(locks: Locks) -> None:
+def supervise(locks: Locks) -> Path:
+    """Write run.lock as vm-bhyve does."""
+    lock = locks.directory / "run.lock"
+    lock.write_text(f"{HOST}\n")
+    return lock
+
+
+def test_a_guest_that_we_started_has_no_supervisor_to_wait_for(locks: Locks) -> None:
     locks.runs_here()
+    assert locks.holder() == HOST and not locks.is_supervised() and not locks.reasons()
+    assert locks.supervisor_gone(0)
+    locks.gone_to("dst.example")
+    assert locks.holder() == "dst.example"
+
+
+def test_the_configuration_of_a_guest_that_we_started_is_ours(tmp_path: Path) -> None:
+    guest = guest_in(tmp_path)
+    full = dict(guest.config().full) | {"pci.0.6.0.backend": "tap42"}
+    guest.locks.runs_here(config_file(full, {}))
+    assert guest.config().full == full
+    assert (guest.directory / "bhysend.conf").stat().st_mode & 0o777 == 0o600
+    supervise(guest.locks)  # vm-bhyve has started it anew
+    assert guest.config().full["pci.0.6.0.backend"] == "tap0"
+
+
+def test_a_configuration_of_an_earlier_start_of_ours_is_not_believed(tmp_path: Path) -> None:
+    guest = guest_in(tmp_path)
+    guest.locks.runs_here("cpus=1\n")
+    guest.locks.runs_here()
+    assert guest.config().full["cpus"] == "2"
+
+
+def test_nothing_is_written_over_a_supervisor(locks: Locks) -> None:
+    supervise(locks)
     for take in (locks.gone_to, locks.held):
         with pytest.raises(GuestError, match="supervisor has not ended"):
             take("dst.example")
@@ -195,9 +233,9 @@ def test_the_word_for_held_is_never_this_host(locks: Locks) -> None:
 
 
 def test_the_end_of_the_supervisor_is_waited_for(locks: Locks) -> None:
-    locks.runs_here()
+    lock = supervise(locks)
     assert not locks.supervisor_gone(0)
-    ended = threading.Timer(0.1, (locks.directory / "run.lock").unlink)
+    ended = threading.Timer(0.1, lock.unlink)
     ended.start()
     assert locks.supervisor_gone(30)
     ended.join()
@@ -211,9 +249,9 @@ def test_a_supervisor_is_gone_when_the_destination_has_the_lock(locks: Locks) ->
 def test_a_lock_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     locks = Locks("web1", tmp_path / "none", HOST)
     with pytest.raises(PipeError, match=r"cannot write .*run\.lock"):
-        locks.runs_here()
+        locks.held("x")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "run.lock").mkdir()
     with pytest.raises(PipeError):
-        locks.runs_here()
+        locks.held("x")
     assert [path.name for path in (tmp_path / "none").iterdir()] == ["run.lock"]

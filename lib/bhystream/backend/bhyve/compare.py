@@ -51,7 +51,7 @@ def differences(
     wanted, lent = ours["resources"], theirs["resources"]
     for word in sorted(wanted.keys() | lent.keys()):
         a, b = wanted.get(word, _NONE), lent.get(word, _NONE)
-        if a.removeprefix("lpc.") != b.removeprefix("lpc."):
+        if a != b:
             lines.append(f"{word}: the stream says {a}, here {b}")
     return lines
 

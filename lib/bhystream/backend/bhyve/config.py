@@ -157,9 +157,10 @@ def _settle(full: dict[str, str]) -> None:
         place = known.where(key)
         if place and place[1] == "tcp":
             full.setdefault(f"{place[0]}.rfb", full.pop(key))
+    # Later versions know both names and prefer the short one; all know the long one.
     for key in ("bootrom", "bootvars"):
         if key in full:
-            full.pop(f"lpc.{key}", None)
+            full[f"lpc.{key}"] = full.pop(key)
 
 
 def _refuse_unsaved(full: Mapping[str, str], devices: Mapping[known.Slot, str]) -> None:

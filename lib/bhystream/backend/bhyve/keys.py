@@ -157,8 +157,6 @@ _GLOBAL: dict[str, Rule] = {
     "gdb.address": Rule("host", _anything),
     "gdb.port": Rule("host", _anything),
     "gdb.wait": Rule("host", _anything),
-    "bootrom": Rule("resource", absolute_path),
-    "bootvars": Rule("resource", absolute_path),
     "lpc.bootrom": Rule("resource", absolute_path),
     "lpc.bootvars": Rule("resource", absolute_path),
 }
@@ -304,10 +302,7 @@ def words(
     backends = [f"{net}.backend" for net in nets(devices) if f"{net}.backend" in present]
     out |= {f"net{at}": key for at, key in enumerate(backends)}
     out |= {f"com{n}": f"lpc.com{n}.path" for n in range(1, 5) if f"lpc.com{n}.path" in present}
-    for word in ("bootrom", "bootvars"):
-        for key in (word, f"lpc.{word}"):
-            if key in present:
-                out.setdefault(word, key)
+    out |= {w: f"lpc.{w}" for w in ("bootrom", "bootvars") if f"lpc.{w}" in present}
     screens = [slot for slot, device in devices.items() if device == "fbuf"]
     if screens:
         out["vnc"] = f"{screens[0]}.rfb"

@@ -6,6 +6,12 @@
     NAME.save        its existence alone makes the next `vm start` resume it, and nothing
                      removes it then: after a reboot in the guest it would be resumed again
 
+A guest that was started by bhyrecv, or again after a rollback, has no
+supervisor, and its start is in no log of vm-bhyve's.  Its run.lock has a
+second line, of which vm-bhyve reads nothing ("head -n 1"), and beside it is
+
+    bhysend.conf     the bhyve_config(5) text that it was started with
+
 At the source: before_suspend(), the suspend, supervisor_gone(), then
 gone_to(destination) or held(word), or, where the guest runs on here,
 runs_here().  The supervisor unlinks run.lock, suspending.lock and console when
@@ -32,6 +38,8 @@ from bhystream.errors import GuestError, InternalError, from_oserror
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 _POLL_S = 0.05
 _MAX_LOCK_BYTES = 1024
+_MAX_CONF_BYTES = 256 << 10
+_OURS = "bhysend"
 
 
 @dataclass(frozen=True)
@@ -54,16 +62,14 @@ class Locks:
     def _suspending(self) -> Path:
         return self.directory / "suspending.lock"
 
+    @property
+    def _conf(self) -> Path:
+        return self.directory / "bhysend.conf"
+
     def holder(self) -> str | None:
         """Return run.lock's first line, None where there is no run.lock."""
-        try:
-            with self._run.open("rb") as file:
-                data = file.read(_MAX_LOCK_BYTES)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise from_oserror(error, f"read {self._run}") from error
-        return data.decode(errors="replace").partition("\n")[0].strip()
+        lines = _read(self._run, _MAX_LOCK_BYTES)
+        return None if lines is None else lines.partition("\n")[0].strip()
 
     def reasons(self, allowed: Collection[str] = ()) -> list[str]:
         """Return why the guest must not be moved from or to here, one line each.
@@ -87,7 +93,15 @@ class Locks:
 
     def is_supervised(self) -> bool:
         """Say whether a supervisor of this host holds the guest (vm _run)."""
-        return self.holder() == self.hostname
+        return self.holder() == self.hostname and not self._is_ours()
+
+    def _is_ours(self) -> bool:
+        """Say whether run.lock was written by runs_here()."""
+        return (_read(self._run, _MAX_LOCK_BYTES) or "").split("\n") == [self.hostname, _OURS, ""]
+
+    def started_with(self) -> str | None:
+        """Return the configuration of a guest that we started here, None for any other."""
+        return _read(self._conf, _MAX_CONF_BYTES) if self._is_ours() else None
 
     def before_suspend(self) -> None:
         """Tell the supervisor that the coming exit is a suspend: it will not start it again."""
@@ -120,9 +134,17 @@ class Locks:
         """Lock the guest with a word that is no host's, durably, so that no `vm start` runs it."""
         self._take(word)
 
-    def runs_here(self) -> None:
-        """Lock the guest for this host, durably: it runs here without a supervisor."""
-        self._write(self._run, self.hostname)
+    def runs_here(self, config: str = "") -> None:
+        """Lock the guest for this host, durably: we started it, without a supervisor.
+
+        config: the bhyve_config(5) text that it was started with; without it
+        the next move of this guest needs -C, or believes vm-bhyve's last log.
+        """
+        if config:
+            self._write(self._conf, config.removesuffix("\n"), 0o600)  # may hold a VNC password
+        else:
+            self._remove(self._conf)
+        self._write(self._run, f"{self.hostname}\n{_OURS}")
 
     def release(self) -> None:
         """Undo gone_to() and held().  A lock of a supervisor of this host stays."""
@@ -138,12 +160,13 @@ class Locks:
             raise GuestError(f"{self._run}: the guest's vm-bhyve supervisor has not ended")
         self._write(self._run, word)
 
-    def _write(self, path: Path, line: str) -> None:
-        """Replace a lock by one line, whole and durable."""
+    def _write(self, path: Path, text: str, mode: int = 0o644) -> None:
+        """Replace a file, whole and durable; a newline is added."""
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with fresh.open("w", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+            with open(fd, "w", encoding="utf-8") as file:
+                file.write(f"{text}\n")
                 file.flush()
                 os.fsync(file.fileno())
             fresh.replace(path)
@@ -166,3 +189,14 @@ class Locks:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _read(path: Path, limit: int) -> str | None:
+    """Return a file's first bytes as text, None where there is no such file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(limit).decode(errors="replace")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise from_oserror(error, f"read {path}") from error

@@ -149,7 +149,7 @@ def _can_be(keys: Mapping[str, str], without: Sequence[str]) -> bool:
     except IncompatibleError:
         return False
     disks = {f"{disk}.path" for disk in known.disks(keys, known.pci_devices(keys))}
-    return not any(key in disks or key.endswith("bootrom") for key in without)
+    return not any(key in disks or key == "lpc.bootrom" for key in without)
 
 
 def _describe(section: Mapping[str, Any], key: str) -> str:

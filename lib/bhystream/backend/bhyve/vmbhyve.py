@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bhystream.backend.bhyve import keys as known
 from bhystream.backend.bhyve.argv import parse_argv
-from bhystream.backend.bhyve.config import GuestConfig, split
+from bhystream.backend.bhyve.config import GuestConfig, read, split
 from bhystream.backend.bhyve.keys import refuse, shown
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.errors import from_oserror
@@ -31,7 +31,8 @@ _MAX_CONF_BYTES = 256 << 10
 _MAX_LOG_BYTES = 8 << 20
 _NETWORK = re.compile(r"network\d{1,3}_type")
 _CONF_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-_ENTRY = re.compile(r"[^ ]+: +\[bhyve (options|devices|console|iso device): (.*)\]")
+# Behind the date: ISO 8601 since 1.7, "Feb 03 04:05:06" before.
+_ENTRY = re.compile(r"[^\[]{1,40}: +\[bhyve (options|devices|console|iso device): (.*)\]")
 # Written last of all options, and the only one whose argument may hold spaces.
 _RESUMED = re.compile(r"(?:^| )-r /.*\.save$")
 
@@ -66,12 +67,13 @@ class VmBhyveGuest:
         return [*words, self.name]
 
     def config(self) -> GuestConfig:
-        """Return the configuration of the last start.
+        """Return the configuration of the last start, by vm-bhyve or by ours.
 
         Raises IncompatibleError where it and the .conf disagree on the uuid
         or a MAC address, or where something of it cannot travel.
         """
-        found = split(parse_argv(self.argv()), self.name)
+        ours = self.locks.started_with()
+        found = read(ours, self.name) if ours else split(parse_argv(self.argv()), self.name)
         self._compare(self.conf(), found)
         return found
 
