@@ -66,7 +66,9 @@ def test_a_process_that_is_gone_has_no_identity(sleeper: Child) -> None:
     assert not process.is_alive(who)
     assert process.await_end(who, 0)
     assert process.end_process(who)
-    with pytest.raises(GuestError, match=f"cannot find the bhyve process {who.pid}: it has ended"):
+    with pytest.raises(
+        process.EndedError, match=f"cannot find the bhyve process {who.pid}: it has ended"
+    ):
         process.identify(who.pid, "bhyve")
 
 

@@ -24,6 +24,10 @@ _UCRED = struct.Struct("=iii")  # struct ucred: pid, uid, gid.  Source: unix(7)
 _IS_FREEBSD: bool = sys.platform.startswith("freebsd")
 
 
+class EndedError(GuestError):
+    """There is no such process, or no longer."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """One process: pid, start time since boot, and the boot.
@@ -81,10 +85,10 @@ def _stat(pid: int) -> tuple[str, int] | None:
 
 
 def identify(pid: int, what: str) -> Identity:
-    """Return the identity of a living process.  Raises GuestError if it is gone."""
+    """Return the identity of a living process.  Raises EndedError if it is gone."""
     found = _stat(pid)
     if found is None:
-        raise GuestError(f"cannot find the {what} process {pid}: it has ended")
+        raise EndedError(f"cannot find the {what} process {pid}: it has ended")
     return Identity(pid, found[1], boot_id())
 
 
@@ -109,7 +113,7 @@ def is_alive(who: Identity) -> bool:
 
 
 class Ending:
-    """The end of one process, to be waited for.  The descriptor is ours until close()."""
+    """The end of one process, to be waited for: on Linux by a pidfd, ours until close()."""
 
     def __init__(self, pid: int) -> None:
         """Raises ProcessLookupError if there is no such process, OSError else."""
