@@ -77,7 +77,8 @@ class BhyvePaused:
             return listens(self._host, self.place.name)
         if self.place.withdraw(self._host):
             return is_alive(process)
-        return checkpoint.settle(self._host.run_dir, self.place.name, self._who, _SETTLE_S)
+        run_dir, name = self._host.run_dir, self.place.name
+        return checkpoint.settle(run_dir, name, self._who, _SETTLE_S, process)
 
     def is_alive(self) -> bool:
         """Say whether it runs, or can be brought back."""

@@ -29,14 +29,14 @@ from pathlib import Path
 
 from bhystream.backend.base import PAGE_BYTES, Head, Json, State
 from bhystream.backend.bhyve import identity, snapshot, verdict, vmbhyve
-from bhystream.backend.bhyve.checkpoint import Checkpoint
+from bhystream.backend.bhyve.checkpoint import Checkpoint, RefusedError
 from bhystream.backend.bhyve.cold import data_extents
 from bhystream.backend.bhyve.config import GuestConfig, devices, parse, split
 from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.paused import BhyvePaused
 from bhystream.backend.bhyve.place import FILE, Place, staging_root
-from bhystream.backend.process import is_alive
+from bhystream.backend.process import is_alive, parent_name
 from bhystream.errors import AccessError, GuestError, IncompatibleError, from_oserror
 
 _SUSPEND_S = 60.0
@@ -74,6 +74,7 @@ class BhyveSource:
         self._image_views: list[memoryview] = []
         self._image_fd = -1
         self._sink_warnings: list[str] = []
+        self._said = ""
         self._states: Sequence[State] = ()
         self._was_paused = False
         self._manager = vmbhyve.find(host.datastores(), name, socket.gethostname())
@@ -90,12 +91,13 @@ class BhyveSource:
         if self._manager:
             self._manager.locks.require_free()
         self._config = self._find_config(config_path)
-        hard, soft = verdict.source_reasons(host, self._config.full)
-        if reasons := hard + ([] if force else soft):
-            raise IncompatibleError(f"guest {name}: {reasons[0]}", "\n".join(reasons[1:]))
         self._memory = Memory(host, name)
         self._compare()
         self._checkpoint = Checkpoint(host.run_dir, name, f"guest {name}")
+        is_monitored = parent_name(self._checkpoint.identity.pid) == "bhyve"
+        hard, soft = verdict.source_reasons(host, is_monitored=is_monitored)
+        if reasons := hard + ([] if force else soft):
+            raise IncompatibleError(f"guest {name}: {reasons[0]}", "\n".join(reasons[1:]))
 
     def _find_config(self, path: str | None) -> GuestConfig:
         """Return the guest's configuration.  Without one nothing could start it again."""
@@ -255,9 +257,9 @@ class BhyveSource:
         self._was_paused = True
         self._request()
         if not self._keep and is_alive(self._checkpoint.identity):
+            # bhyve may not be allowed to open the device; then into a file.
             if not self._place.has_sink():
                 raise self._refused()
-            # bhyve may not be allowed to open the device; then into a file.
             self._place.drop_sink(self._host)
             self._check_room()
             self._checkpoint.close()
@@ -275,11 +277,19 @@ class BhyveSource:
             self._checkpoint.request(directory, FILE, suspend=not self._keep)
         finally:
             os.close(directory)
-        self._checkpoint.await_outcome(limit_s)
+        self._said = ""
+        try:
+            self._checkpoint.await_outcome(limit_s)
+        except RefusedError as error:
+            if self._keep:
+                raise
+            self._said = str(error)
 
     def _refused(self) -> GuestError:
+        """Return why the guest was not suspended: G5's own words, which G4 does not tell."""
         return GuestError(
-            f"guest {self._name}: bhyve did not suspend it, and says why on its standard error",
+            self._said
+            or f"guest {self._name}: its bhyve did not suspend it, and logs the reason itself",
             "a device that cannot be saved is the usual reason",
         )
 

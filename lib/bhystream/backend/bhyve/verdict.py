@@ -30,7 +30,7 @@ MIN_OSRELDATE = 1400000  # FreeBSD 14.0, the first with the checkpoint messages 
 # at most some hundred ppm; other models differ by percents.  bhyve restores the
 # guest's TSC but not its rate, so the guest's clock runs wrong by the
 # difference, and NTP mends up to 500 ppm.  Unverified: from general knowledge.
-TSC_TOLERANCE_PPM = 1000
+TSC_TOLERANCE_PPM = 500
 
 # Devices without pe_pause, and with threads of their own.  virtio-rnd and lpc
 # have none either, but act only when a vCPU makes them (unverified).
@@ -41,6 +41,7 @@ _HARD = {
     "hypervisor": "only a host of the same hypervisor can take it",
     "hw.machine": "only a host of the same architecture can take it",
     "hw.pagesize": "only a host of the same page size can take it",
+    "cpu.vendor": "the saved vCPUs mean nothing to the other",
 }
 
 _SNAPSHOT_OPTION = re.compile(r"^(?!\s*nooptions?\b)[^#\n]*\bBHYVE_SNAPSHOT\b", re.MULTILINE)
@@ -64,7 +65,6 @@ def host_reasons(head_host: Json, here: Json) -> tuple[list[str], list[str]]:
     kernel = "kern.build_id" if has_ids else "kern.osreldate"
     cures = {
         "hw.model": "the guest may use what this CPU has not",
-        "cpu.vendor": "the saved vCPUs mean nothing to the other",
         kernel: "install the same kernel on both hosts",
         "bhyve.hash": "install the same bhyve on both hosts",
     }
@@ -127,26 +127,17 @@ def ability_reasons(host: Host) -> tuple[list[str], list[str]]:
     return hard, soft
 
 
-def source_reasons(
-    host: Host, keys: Mapping[str, str], *, is_monitored: bool = False
-) -> tuple[list[str], list[str]]:
+def source_reasons(host: Host, *, is_monitored: bool) -> tuple[list[str], list[str]]:
     """Say why a guest of this host cannot be sent: (hard, soft).
 
-    keys: its bhyve_config(5).  is_monitored: its process is the child of
-    another bhyve, which is monitor mode (FreeBSD 15 and later).  A device that
-    cannot be saved only makes the checkpoint fail, and the guest runs on.
+    is_monitored: its process is the child of another bhyve, which is monitor
+    mode (FreeBSD 15 and later).
     """
     hard, soft = ability_reasons(host)
     if is_monitored:
         hard.append(
             "monitor: the guest's bhyve runs in monitor mode, a suspend needs one that does not:"
             " its parent would start the guest again; start the guest without monitor mode"
-        )
-    unsaved = _named(keys, known.UNSAVED)
-    if unsaved:
-        soft.append(
-            f"devices: the guest has {unsaved}, which bhyve cannot save; start it without,"
-            " or shut it down and move its disks, or -f if this bhyve can"
         )
     return hard, soft
 
