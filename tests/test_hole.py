@@ -77,7 +77,7 @@ def test_random_ranges(fd: int) -> None:
         assert contents(fd) == expected
 
 
-@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, None], ids=["no-holes", "no-fallocate"])
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, None], ids=["no-holes", "no-such-call"])
 def test_zeros_are_written_where_no_hole_can_be(
     fd: int, monkeypatch: pytest.MonkeyPatch, number: int | None
 ) -> None:
@@ -85,7 +85,7 @@ def test_zeros_are_written_where_no_hole_can_be(
         ctypes.set_errno(number or 0)
         return -1
 
-    monkeypatch.setattr(hole, "_fallocate", refuse if number else None)
+    monkeypatch.setattr(hole, "_deallocate", refuse if number else None)
     monkeypatch.setattr(hole, "_ZEROS", bytes(1000))  # more than one write
     hole.punch(fd, 4096, 3 * 4096)
     assert contents(fd) == punched(4096, 4 * 4096)
@@ -93,7 +93,7 @@ def test_zeros_are_written_where_no_hole_can_be(
 
 
 def test_an_interrupted_call_is_repeated(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = hole._fallocate, []
+    real, calls = hole._deallocate, []
     assert real is not None
 
     def interrupted(*args: int) -> int:
@@ -103,7 +103,7 @@ def test_an_interrupted_call_is_repeated(fd: int, monkeypatch: pytest.MonkeyPatc
             return -1
         return int(real(*args))
 
-    monkeypatch.setattr(hole, "_fallocate", interrupted)
+    monkeypatch.setattr(hole, "_deallocate", interrupted)
     hole.punch(fd, 0, 4096)
     assert len(calls) == 3
     assert os.fstat(fd).st_blocks * 512 == SIZE - 4096

@@ -6,17 +6,57 @@ import ctypes
 import errno
 import os
 import sys
+from collections.abc import Callable
 
 # Source: Linux, include/uapi/linux/falloc.h.
 _KEEP_SIZE = 0x01
 _PUNCH_HOLE = 0x02
+# Source: FreeBSD 14, fspacectl(2), sys/fcntl.h.  Unverified there.
+_SPACECTL_DEALLOC = 1
 _ZEROS = bytes(1 << 20)
+# The system knows no holes, or the file system does not.
+_NO_HOLES = (errno.EOPNOTSUPP, errno.ENOSYS)
 
-_fallocate = None
+
+class _Range(ctypes.Structure):
+    """struct spacectl_range: what is left of it is returned in it."""
+
+    _fields_ = (("offset", ctypes.c_int64), ("length", ctypes.c_int64))
+
+
+def _linux() -> Callable[[int, int, int], int]:
+    call = ctypes.CDLL(None, use_errno=True).fallocate64
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    call.restype = ctypes.c_int
+
+    def deallocate(fd: int, offset_bytes: int, length_bytes: int) -> int:
+        found: int = call(fd, _PUNCH_HOLE | _KEEP_SIZE, offset_bytes, length_bytes)
+        return found
+
+    return deallocate
+
+
+def _freebsd() -> Callable[[int, int, int], int]:
+    call = ctypes.CDLL(None, use_errno=True).fspacectl
+    pointer = ctypes.POINTER(_Range)
+    call.argtypes = (ctypes.c_int, ctypes.c_int, pointer, ctypes.c_int, pointer)
+    call.restype = ctypes.c_int
+
+    def deallocate(fd: int, offset_bytes: int, length_bytes: int) -> int:
+        left = _Range(offset_bytes, length_bytes)
+        found = 0
+        while left.length and not found:
+            found = call(fd, _SPACECTL_DEALLOC, ctypes.byref(left), 0, ctypes.byref(left))
+        return found
+
+    return deallocate
+
+
+_deallocate: Callable[[int, int, int], int] | None = None
 if sys.platform == "linux":
-    _fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
-    _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    _fallocate.restype = ctypes.c_int
+    _deallocate = _linux()
+elif sys.platform.startswith("freebsd"):
+    _deallocate = _freebsd()
 
 
 def punch(fd: int, offset_bytes: int, length_bytes: int) -> None:
@@ -25,15 +65,14 @@ def punch(fd: int, offset_bytes: int, length_bytes: int) -> None:
     A hole where the system and the file system make one, else zeros written.
     The range lies inside the file.  Raises OSError.
     """
-    if _fallocate is not None:
-        while _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset_bytes, length_bytes):
-            number = ctypes.get_errno()
-            if number == errno.EOPNOTSUPP:
-                break
-            if number != errno.EINTR:
-                raise OSError(number, os.strerror(number))
-        else:
+    while _deallocate is not None:
+        if not _deallocate(fd, offset_bytes, length_bytes):
             return
+        number = ctypes.get_errno()
+        if number in _NO_HOLES:
+            break
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
     end = offset_bytes + length_bytes
     while offset_bytes < end:
         offset_bytes += os.pwrite(fd, _ZEROS[: end - offset_bytes], offset_bytes)

@@ -62,6 +62,7 @@ class Move:
         self.unrecorded: BhyError | None = None
         self.nonce = b""
         self.go_is_out = False
+        self.fixed_ns = 0
         self.predicted_ns = 0
         self.pause_ns = 0
         self.pause_start_ns = 0
@@ -123,6 +124,7 @@ class Move:
         self.writer = Writer(fd, Header(form, features, stream_id, secrets.randbits(64)))
         write_head(self.writer, self.head)
         self.source.prepare(stream_id.hex())
+        self.fixed_ns = self.source.fixed_ns()
         self.transfer = Transfer(
             self.source,
             self.head.layout,
@@ -196,8 +198,9 @@ class Move:
     def _predict(self, view: Outlook) -> None:
         """Note the pause that is to be expected, with the ways of END and of GO."""
         trips_ns = 2 * self.offer.trip_ns if self.offer else 0
-        fixed_ns = trips_ns + self.source.fixed_ns()
-        self.predicted_ns = self.progress.predicted_ns = view.copy_ns + view.scan_ns + fixed_ns
+        self.fixed_ns = self.source.fixed_ns()
+        found_ns = view.copy_ns + view.scan_ns + trips_ns + self.fixed_ns
+        self.predicted_ns = self.progress.predicted_ns = found_ns
 
     def start_keeper(self) -> None:
         """Start the keeper: long before the pause, or pages change while it starts."""
@@ -279,7 +282,7 @@ class Move:
             self.machine.on(Event.COPIED)
             self.nonce = self.offer.await_ready()
         # Before GO: a signal that comes right behind it is told so too.
-        self.offer.commit()
+        self.offer.commit(self.fixed_ns / 10**9)
         self.machine.on(Event.READY)
         event, why = self.offer.await_outcome()
         self.pause_ns = time.monotonic_ns() - self.pause_start_ns

@@ -35,6 +35,8 @@ _HELLO_STALL_S = 60.0
 _LAST_WORDS_S = 5.0
 _END_SECONDS = 10.0
 _SHORT_SECONDS = 0.5
+# Of a prediction that may be wrong.
+_LOAD_SLACK = 3
 # A Ctrl-C or a closed terminal must not cut the way back at the worst moment;
 # what is to end, we end, by closing its standard input.
 _IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP)
@@ -100,6 +102,7 @@ class Offer:
         self._push: Push | None = None
         self._closed = False
         self._explained = False
+        self._limit_s = 0.0
         self._deadline = 0.0
 
     def open(self, base: Path, command: Sequence[str]) -> int:
@@ -172,9 +175,14 @@ class Offer:
         assert self.box.nonce is not None
         return self.box.nonce
 
-    def commit(self) -> None:
-        """Say from here on what a signal hears: GO is on its way, and only the answer counts."""
-        self._deadline = time.monotonic() + ANSWER_SECONDS
+    def commit(self, load_s: float = 0.0) -> None:
+        """Say from here on what a signal hears: GO is on its way, and only the answer counts.
+
+        load_s: what the destination may need to load the guest, where it does
+        so after GO; the answer is waited for so much longer.
+        """
+        self._limit_s = ANSWER_SECONDS + _LOAD_SLACK * load_s
+        self._deadline = time.monotonic() + self._limit_s
         self._signals.on_deferred = lambda name: self._console.say(
             f"{name}: too late, GO is out; waiting for the answer of {self.host}, "
             f"{max(self._deadline - time.monotonic(), 0):.0f} s at the most"
@@ -188,7 +196,7 @@ class Offer:
         assert self._push is not None
         with (
             contextlib.suppress(BhyError),
-            self._saying(f"waiting for the answer of {self.host}", limit_s=ANSWER_SECONDS),
+            self._saying(f"waiting for the answer of {self.host}", limit_s=self._limit_s),
         ):
             # Given up pushing, we still wait: the way there may be gone, as it
             # is when bhyrecv has ended, and the way back still work.
@@ -200,7 +208,7 @@ class Offer:
             return EVENTS[final.word], final.text
         if final is not None:
             return Event.DOUBT, f"{self.host} cannot say whether the guest ran there"
-        return Event.DOUBT, self.box.lost or f"no answer came for {ANSWER_SECONDS} s"
+        return Event.DOUBT, self.box.lost or f"no answer came for {self._limit_s:.0f} s"
 
     def explain(self, error: BhyError) -> BhyError:
         """Return why the stream or the way back broke, if anybody says it; else the error."""
