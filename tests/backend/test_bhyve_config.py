@@ -105,6 +105,7 @@ def test_a_reference_is_replaced_also_by_a_later_line() -> None:
     [
         ("novalue", "line 1: 'novalue' is not key=value"),
         ("a=1\nb=", "line 2: 'b=' is not key=value"),
+        ("=1", "line 1: '=1' is not key=value"),
         ("a b=1", "line 1: 'a b' is no key"),
         ("a=" + "x" * (300 << 10), "longer than"),
         ("\n".join(f"k{n}=1" for n in range(1025)), "more than 1024 keys"),
@@ -123,6 +124,7 @@ def test_a_malformed_file_is_refused(text: str, message: str) -> None:
         ("a=100%", "a % that is no reference"),
         ("a=%%(b)\nb=1", "a % that is no reference"),
         ("a=%(b", "a % that is no reference"),
+        ("a=\\%(b)\nb=1", "a % that is no reference"),
         ("a=x\tb", "not printable"),
         ("a=" + "x" * 1024, "too long"),
         ("b=" + "x" * 1000 + "\na=%(b)%(b)", "a: .* too long"),
@@ -144,6 +146,10 @@ def test_references_that_multiply_are_stopped_early() -> None:
     [
         ("pci.0.9.0.foo=1", "^configuration: key pci.0.9.0.foo is not known$"),
         ("pci.0.4.0.foo=1", "key pci.0.4.0.foo is not known"),
+        ("pci.0.4.0=virtio-net", "key pci.0.4.0 is not known"),
+        ("pci.0.3.0.porto=1", "key pci.0.3.0.porto is not known"),
+        ("pci.0.4.0.mtu=09", "pci.0.4.0.mtu: '09' is not allowed"),
+        ("pci.0.4.0.mtu=9e3", "pci.0.4.0.mtu: '9e3' is not allowed"),
         ("pci.0.3.0.port.32.type=hd", "key pci.0.3.0.port.32.type is not known"),
         ("pci.0.04.0.mac=58:9c:fc:00:00:01", "key pci.0.04.0.mac is not known"),
         ("bogus=1", "key bogus is not known"),
@@ -163,6 +169,7 @@ def test_references_that_multiply_are_stopped_early() -> None:
         ("pci.0.31.0.pcireg.vendor=host", "pcireg.vendor: 'host' is not allowed"),
         ("keyboard.layout=../../etc/passwd", "keyboard.layout: .* is not allowed"),
         ("cpus=5", "2 sockets of 2 cores of 1 threads are not 5 cpus"),
+        ("cores=65535", "are not 4 cpus"),
         ("cpus=many", "cpus: 'many' is no number"),
         ("memory.size=4X", "memory.size: '4X' is no size"),
         ("memory.size=5000000b", "no multiple of 4096"),
@@ -172,6 +179,31 @@ def test_references_that_multiply_are_stopped_early() -> None:
 def test_what_cannot_travel_is_refused_by_name(line: str, message: str) -> None:
     with pytest.raises(IncompatibleError, match=message):
         config.read(FILE + line + "\n", "web1")
+
+
+def test_more_cpus_than_bhyve_counts_are_refused() -> None:
+    with pytest.raises(IncompatibleError, match="are not at most 65535 cpus"):
+        topology({"sockets": "65535", "cores": "2"})
+
+
+@pytest.mark.parametrize(("mtu", "made"), [("0x5dc", "1500"), ("02734", "1500"), ("1500", "1500")])
+def test_a_number_is_read_as_bhyve_does(mtu: str, made: str) -> None:
+    found = config.read(f"{FILE}pci.0.4.0.mtu={mtu}\n", "web1")
+    assert found.section["keys"]["pci.0.4.0.mtu"] == made
+
+
+def test_a_guest_without_a_size_has_bhyves() -> None:
+    found = config.read(FILE.replace("memory.size=4G\n", ""), "web1")
+    assert found.section["keys"]["memory.size"] == str(256 << 20)
+    assert found.full["memory.size"] == "256M"
+
+
+@pytest.mark.parametrize("key", ["a\x1bb", "k" * 200, "a..b"])
+def test_a_strange_key_is_shown_short_and_plain(key: str) -> None:
+    keys = config.parse(FILE) | {key: "1"}
+    with pytest.raises(IncompatibleError, match="is not known") as caught:
+        config.split(keys, "web1")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 140
 
 
 def test_a_missing_uuid_is_refused_with_its_cure() -> None:

@@ -102,6 +102,7 @@ def test_what_is_the_hosts_may_be_given_too(section: dict[str, Any]) -> None:
         ("bootrom", "rom.fd", "say an absolute path"),
         ("net0", "a" * 16, "say an interface's name"),
         ("net0", "tap0,mac=1", "say an interface's name"),
+        ("net0", "..", "say an interface's name"),
         ("net0", "/dev/tap0", "say an interface's name"),
         ("vnc", "unix:/x", r"say \[ADDRESS:\]PORT"),
         ("vnc", "localhost:1", r"say \[ADDRESS:\]PORT"),

@@ -90,6 +90,7 @@ def test_a_log_without_a_start_is_refused_with_its_cure(tmp_path: Path) -> None:
 
 def test_a_start_that_broke_off_in_the_log_is_none() -> None:
     assert last_argv("x:  [bhyve options: -c 2]\n") is None
+    assert last_argv("x:  [bhyve devices: -s 0,lpc]\n") is None
     assert last_argv("") is None
 
 
@@ -117,6 +118,17 @@ def test_a_conf_of_another_machine_is_refused(
 def test_a_conf_written_otherwise_is_the_same(tmp_path: Path) -> None:
     conf = CONF.replace(UUID, UUID.upper()).replace(MAC, MAC.upper())
     assert guest_in(tmp_path, conf=conf).config().section["keys"]["uuid"] == UUID
+
+
+def test_a_conf_without_uuid_and_mac_contradicts_nothing(tmp_path: Path) -> None:
+    conf = 'loader="uefi"\nnetwork0_type="virtio-net"\n'
+    assert guest_in(tmp_path, conf=conf).config().section["keys"]["uuid"] == UUID
+
+
+def test_a_card_that_the_last_start_had_not_is_refused(tmp_path: Path) -> None:
+    start = log_of(devices="-s 0,hostbridge -s 31,lpc")
+    with pytest.raises(IncompatibleError, match=r"has network0_mac .*, the last start had none"):
+        guest_in(tmp_path, start).config()
 
 
 def test_a_device_that_bhyve_cannot_save_is_refused(tmp_path: Path) -> None:

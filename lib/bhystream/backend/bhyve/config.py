@@ -132,9 +132,6 @@ def split(keys: Mapping[str, str], name: str | None = None) -> GuestConfig:
     _refuse_other_nets(full, devices)
     guest, resources = _sort(full, devices)
     words = known.words(guest, devices, resources)
-    nameless = resources - set(words.values())
-    if nameless:
-        raise refuse(f"{min(nameless)} belongs to nothing")
     section = {"name": name, "keys": guest, "resources": words}
     return GuestConfig(name, full, section, frozenset(added))
 

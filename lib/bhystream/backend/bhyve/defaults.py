@@ -56,7 +56,7 @@ def memory_bytes(size: str) -> int:
     Source: freebsd/freebsd-src lib/libvmmapi/vmmapi.c, vm_parse_memsize(); expand_number(3).
     """
     found = _SIZE.fullmatch(size)
-    if not found or len(size) > 32:
+    if not found:
         raise refuse(f"memory.size: {shown(size)} is no size")
     digits = found[1]
     if digits[:2].lower() == "0x":
