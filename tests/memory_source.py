@@ -106,7 +106,7 @@ class MemorySource:
     def resume(self) -> None:
         raise GuestError("not asked for here")
 
-    def keep(self) -> None:
+    def keep(self) -> str:
         raise GuestError("not asked for here")
 
     def revive(self) -> Json:

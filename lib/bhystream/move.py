@@ -394,7 +394,7 @@ class Move:
             Act.FORGET: lambda: self.records.remove(self.record.id),
             Act.PAUSE: self._pause,
             Act.RESUME: self.source.resume,
-            Act.KEEP: self.source.keep,
+            Act.KEEP: self._keep,
             Act.DISCARD: self._discard,
             Act.WRITE_END: self._write_end,
             Act.WRITE_GO: self._write_go,
@@ -444,6 +444,11 @@ class Move:
         # QEMU's QMP socket serves one client.
         self.source.close()
         end_guest(self.record)
+
+    def _keep(self) -> None:
+        where = self.source.keep()
+        if where:
+            self.console.say(f"guest {self.source.name}: kept in {where}")
 
     def _write_end(self) -> None:
         assert self.writer is not None

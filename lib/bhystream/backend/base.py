@@ -147,8 +147,11 @@ class Source(Protocol):
     def resume(self) -> None:
         """Let a guest paused by pause() run on, also after states()."""
 
-    def keep(self) -> None:
-        """Make what stands paused outlive this process and its keeper.  Twice is no error."""
+    def keep(self) -> str:
+        """Make what stands paused outlive this process and its keeper.  Twice is no error.
+
+        Returns the directory where it is kept, "" where its hypervisor does.
+        """
 
     def revive(self) -> Json:
         """Return what a keeper needs to resume or discard the guest without us.

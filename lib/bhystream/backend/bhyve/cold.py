@@ -168,8 +168,9 @@ class SnapshotSource:
     def resume(self) -> None:
         """Do nothing."""
 
-    def keep(self) -> None:
-        """Do nothing."""
+    def keep(self) -> str:
+        """Do nothing: it is on disk."""
+        return ""
 
     def revive(self) -> Json:
         """Return nothing: there is no guest to bring back."""

@@ -114,7 +114,8 @@ class BhyveSink:
             name=self._name,
             process=None,
             staging=str(root / f"bhyrecv-{self._id[:16]}"),
-            kept=str(self._base / "held" / self._id),
+            # Not "held": source and destination may be one host.
+            kept=str(self._base / "loaded" / self._id),
             keys=keys,
             memory_bytes=size,
             bridges={},

@@ -195,10 +195,10 @@ class BhyveSource:
         staged = _STATE_BYTES + (0 if place.has_sink() else self._mapped.size_bytes)
         os.makedirs(os.path.dirname(place.kept), 0o700, exist_ok=True)
         reasons = []
-        for key, path, needed in (
-            ("staging", os.path.dirname(place.staging), staged),
-            ("state directory", os.path.dirname(place.kept), used + _STATE_BYTES),
-        ):
+        wanted = [("staging", os.path.dirname(place.staging), staged)]
+        if not self._keep:
+            wanted += [("state directory", os.path.dirname(place.kept), used + _STATE_BYTES)]
+        for key, path, needed in wanted:
             found = os.statvfs(path)
             free = found.f_bavail * found.f_frsize
             reasons += verdict.room_reasons(needed, free, key, path)
@@ -303,10 +303,12 @@ class BhyveSource:
             self._drop_checkpoint()
             self._paused.resume()
 
-    def keep(self) -> None:
-        """Write the suspended guest to disk, synced."""
-        if self._paused:
-            self._paused.keep()
+    def keep(self) -> str:
+        """Write the suspended guest to disk, synced; return the directory."""
+        if self._paused is None or self._place is None:
+            return ""
+        self._paused.keep()
+        return self._place.kept
 
     def revive(self) -> Json:
         """Return what open_paused() needs; known after prepare()."""

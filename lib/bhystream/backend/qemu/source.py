@@ -235,8 +235,9 @@ class QemuSource:
         migration.let_run(self._qmp)
         migration.restore(self._qmp, self._found)
 
-    def keep(self) -> None:
+    def keep(self) -> str:
         """Do nothing: QEMU holds a paused guest by itself."""
+        return ""
 
     def revive(self) -> Json:
         """Return what open_paused() needs; it holds paths of this host."""
