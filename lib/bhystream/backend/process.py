@@ -191,3 +191,20 @@ def end_process(who: Identity, polite_s: float = 5.0) -> bool:
         return False
     finally:
         ending.close()
+
+
+def parent_name(pid: int) -> str:
+    """Return the name of the program that is a process's parent, "" if it is not seen.
+
+    Source: proc_pid_stat(5), field 4, and proc_pid_comm(5); ps(1) on FreeBSD.
+    """
+    if _IS_FREEBSD:
+        return process_freebsd.parent_name(pid)
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read()
+        parent = int(text[text.rindex(b")") + 2 :].split()[1])
+        with open(f"/proc/{parent}/comm", "rb") as file:
+            return file.read().decode(errors="replace").strip()
+    except OSError:
+        return ""

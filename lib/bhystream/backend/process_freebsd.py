@@ -150,3 +150,11 @@ class Ending:
 
     def close(self) -> None:
         self._queue.close()
+
+
+def parent_name(pid: int) -> str:
+    """Return the name of a process's parent, "" if it is not seen.  Source: ps(1), ppid, comm."""
+    parent = _run("/bin/ps", "-o", "ppid=", "-p", str(pid)).strip()
+    if not parent.isdigit():
+        return ""
+    return _run("/bin/ps", "-o", "comm=", "-p", parent.decode()).decode(errors="replace").strip()

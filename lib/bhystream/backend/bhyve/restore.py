@@ -35,8 +35,8 @@ def listens(host: Host, name: str) -> bool:
         probe.settimeout(5.0)
         try:
             probe.connect(str(host.run_dir / name))
-        except TimeoutError:
-            return True  # its backlog is full: somebody is there
+        except (TimeoutError, BlockingIOError):
+            return True  # its queue is full: somebody is there
         except OSError:
             return False
     return True
