@@ -316,3 +316,5 @@ def test_a_tap_of_another_name_gets_its_type() -> None:
 def test_a_value_that_would_be_read_otherwise_is_not_written(value: str) -> None:
     with pytest.raises(IncompatibleError, match="cannot be written"):
         command.config_file({"uuid": value}, {})
+    with pytest.raises(IncompatibleError, match="cannot be written"):
+        command.config_file({"#uuid": "1"}, {})

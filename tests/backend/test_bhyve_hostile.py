@@ -137,6 +137,7 @@ HOSTILE: list[tuple[str, Change]] = [
     ("a second lpc", set_key("pci.0.9.0.device", "lpc")),
     ("resources: disk0: 'pci.0.3.0.ser' is no resource", set_word("disk0", "pci.0.3.0.ser")),
     ("resources: x: 'uuid' is no resource", set_word("x", "uuid")),
+    ("resources: x: 'pci.0.9.0.path' is no resource", set_word("x", "pci.0.9.0.path")),
     ("resources: x: 'gdb.address' is no resource", set_word("x", "gdb.address")),
     ("resources: disk0 has to be pci.0.3.0.path", set_word("disk0", "pci.0.4.0.port.0.path")),
     ("resources: disk0 has to be", lambda s: s["resources"].pop("disk0")),
@@ -193,6 +194,13 @@ def test_a_default_that_is_written_down_is_no_difference() -> None:
     here = copy.deepcopy(GOOD)
     here["keys"] |= {"x86.mptable": "true", "pci.0.3.0.ro": "false"}
     assert differences(GOOD, here) == []
+
+
+def test_a_computed_serial_of_a_disk_more_is_a_difference() -> None:
+    here = copy.deepcopy(GOOD)
+    here["keys"] |= {"pci.0.9.0.device": "virtio-blk", "pci.0.9.0.ser": "BHYVE-X"}
+    lines = differences(GOOD, here, {"pci.0.9.0.ser"})
+    assert "pci.0.9.0.ser: the stream says nothing, here BHYVE-X" in lines
 
 
 def test_a_serial_that_only_the_path_gave_is_no_difference() -> None:

@@ -158,6 +158,10 @@ def test_words_keep_their_numbers_when_a_device_is_left_out(section: dict[str, A
 def test_a_resource_of_what_is_left_out_is_a_reason(section: dict[str, Any]) -> None:
     found = Wishes.parse(ALL, ["pci.0.8.0"]).resolve(section)
     assert found.reasons == ("vnc: it is left out by -x; remove -o vnc=",)
+    given = {word: value for word, value in ALL.items() if word != "vnc"} | {"pci.0.8.0.rfb": "1"}
+    assert Wishes.parse(given, ["pci.0.8.0"]).resolve(section).reasons == (
+        "pci.0.8.0.rfb: it is left out by -x; remove -o pci.0.8.0.rfb=",
+    )
 
 
 def test_a_single_key_is_left_out(section: dict[str, Any]) -> None:

@@ -70,9 +70,6 @@ def _strings(value: object, what: str, limit: int) -> dict[str, str]:
 def check_keys(keys: Mapping[str, str]) -> dict[str, str]:
     """Return the keys of a section, all allowed and complete.  Raises IncompatibleError."""
     devices = known.pci_devices(keys)
-    for slot, device in devices.items():
-        if device not in known.SAVED:
-            raise _bad(f"{slot}.device: {shown(device)} is not allowed")
     clean = {}
     for key, value in sorted(keys.items()):
         rule = known.rule_of(key, devices)
