@@ -207,6 +207,9 @@ def test_bhysend_with_every_option() -> None:
     assert sender("-k", "qemu:/a").keep
     assert sender("-r", "0", "qemu:/a").limits.rounds == 0
     assert sender("-p", "", "qemu:/a").hook == ""
+    assert sender("-C", "/vm/web1.conf", "web1").config == "/vm/web1.conf"
+    assert sender("-kC/a", "web1").config == "/a"
+    assert sender("web1").config is None
 
 
 @pytest.mark.parametrize(
@@ -242,6 +245,11 @@ def test_the_form_of_the_stream_and_the_command(
         ("-k a b", "-k and a command exclude each other"),
         ("-k -n a", "-k and -n exclude each other"),
         ("-nk a", "-k and -n exclude each other"),
+        ("-C", "option -C requires argument"),
+        ("-C a", "name a guest"),
+        ("-C a -l", "-l goes with no other option"),
+        ("-C a --resume b", "--resume goes with no other option"),
+        ("-S a b", "option -S not recognized"),
         ("-r 1001 a", "-r 1001: not a number from 0 to 1000"),
         ("-r -1 a", "-r -1: not a number"),
         ("-z 0 a", "-z 0: not a number from 1 to 19"),
@@ -310,6 +318,14 @@ def test_bhyrecv_with_every_option() -> None:
         resources={"disk0": "/a=b", "net0": ""},
     )
     assert recv.parse_options([]) == build.Options()
+    argv = ["-x", "pci.0.30.0", "-o", "disk0=/a", "-xlpc.com2", "web1"]
+    assert recv.parse_options(argv) == build.Options(
+        "web1", resources={"disk0": "/a"}, dropped=["pci.0.30.0", "lpc.com2"]
+    )
+    argv = ["-fnPv", "-S", "dir", "web1"]
+    assert recv.parse_options(argv) == build.Options(
+        "web1", force=True, dry_run=True, machine=True, verbose=True, directory="dir"
+    )
 
 
 @pytest.mark.parametrize(
@@ -319,6 +335,16 @@ def test_bhyrecv_with_every_option() -> None:
         ("-o disk0 a", "-o disk0: not a key=value, or given twice"),
         ("-o disk0=a -o disk0=b a", "-o disk0=b: not a key=value, or given twice"),
         ("-k a", "option -k not recognized"),
+        ("-C a b", "option -C not recognized"),
+        ("-S", "option -S requires argument"),
+        ("-x", "option -x requires argument"),
+        ("-S d -u", "-S makes files and starts nothing: not with -u"),
+        ("-uS d", "-S makes files and starts nothing: not with -u"),
+        ("-o disk0=/a -S d", "-S makes files and starts nothing: not with -o"),
+        ("-S d -x pci.0.3.0", "-S makes files and starts nothing: not with -x"),
+        ("--again -S d", "-S makes files and starts nothing: not with --again"),
+        ("-S d -l", "-l goes with no other option"),
+        ("-x a --discard b", "--discard goes with no other option"),
         ("--resume", "--resume: name one guest"),
         ("-u --resume a", "--resume goes with no other option"),
         ("-a", "option -a not recognized"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -252,9 +254,15 @@ def test_the_destination_is_asked_there_and_answers_here(
     assert pipeline(lines[3]) == [["env", name, "bhysend", "--resume", "--in-doubt", A]]
 
 
-def test_directories_of_their_own_need_no_words(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("system", "directory"), [("Linux", "/var/lib/bhysend"), ("FreeBSD", "/var/db/bhysend")]
+)
+def test_directories_of_their_own_need_no_words(
+    monkeypatch: pytest.MonkeyPatch, system: str, directory: str
+) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(sysname=system))
     monkeypatch.delenv("BHYSEND_STATE_DIR", raising=False)
-    record = replace(RECORDED, directory="/var/lib/bhysend")
+    record = replace(RECORDED, directory=directory)
     lines = in_doubt(record, Path("/root/.local/state/bhysend")).splitlines()
     assert lines == [
         "it stands paused here until hv2 has answered; ask it:",

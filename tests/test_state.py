@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,7 +91,13 @@ def test_where_the_directory_is(
     assert made == [tmp_path / expected]
 
 
-def test_root_has_its_directory_under_var(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("system", "expected"), [("Linux", "/var/lib/bhysend"), ("FreeBSD", "/var/db/bhysend")]
+)
+def test_root_has_its_directory_where_the_system_keeps_such(
+    monkeypatch: pytest.MonkeyPatch, system: str, expected: str
+) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(sysname=system))
     monkeypatch.delenv("BHYSEND_STATE_DIR", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", "/elsewhere")
     made: list[Path] = []
@@ -101,9 +108,9 @@ def test_root_has_its_directory_under_var(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    with pytest.raises(AccessError, match="state directory /var/lib/bhysend: Permission denied"):
+    with pytest.raises(AccessError, match=f"state directory {expected}: Permission denied"):
         state.directory()
-    assert made == [Path("/var/lib/bhysend")]
+    assert made == [Path(expected)]
 
 
 @pytest.mark.parametrize("bits", [0o755, 0o770, 0o701, 0o710, 0o704])

@@ -16,11 +16,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bhystream.backend.base import Paused, Sink, Source
 from bhystream.errors import GuestError, IncompatibleError, UsageError
 from bhystream.format import GUEST_NAME
+
+if TYPE_CHECKING:
+    from bhystream.backend.bhyve.host import Host
 
 _QEMU = "qemu:"
 _BHYVE = ("bhyve", "standin")
@@ -66,8 +69,8 @@ class Receiving:
 def open_source(what: Sending) -> Source:
     """Open the guest that an operand names.
 
-    Raises UsageError for an operand that names none, GuestError, AccessError,
-    and IncompatibleError for a guest that cannot be moved.
+    Raises UsageError for an operand that names none on a host like this one,
+    GuestError, AccessError, and IncompatibleError for a guest that cannot be moved.
     """
     if what.operand.startswith(_QEMU):
         if what.config is not None:
@@ -78,25 +81,38 @@ def open_source(what: Sending) -> Source:
     if what.is_cold:
         return _open_snapshot(what)
     name = _name(what.operand)
-    from bhystream.backend.bhyve.host import open_host
+    host = _host_of(f"guest {name}: bhyve guests live on FreeBSD")
     from bhystream.backend.bhyve.source import BhyveSource
 
-    return BhyveSource(open_host(), name, what.base, what.config, keep=what.keep, force=what.force)
+    return BhyveSource(host, name, what.base, what.config, keep=what.keep, force=what.force)
+
+
+def _host_of(why: str) -> Host:
+    """Return the host of a bhyve operand.  Raises UsageError, which begins with `why`."""
+    from bhystream.backend.bhyve.host import NoBhyveError, open_host
+
+    try:
+        return open_host()
+    except NoBhyveError:
+        raise UsageError(f"{why}; a QEMU guest is qemu:/path/to/qmp.sock") from None
 
 
 def _open_snapshot(what: Sending) -> Source:
     from bhystream.backend.bhyve import identity
     from bhystream.backend.bhyve.cold import SnapshotSource
-    from bhystream.backend.bhyve.host import open_host
     from bhystream.backend.bhyve.snapshot import Files, read_meta
     from bhystream.backend.bhyve.source import read_config
 
+    # The stream says which host the files are of.
+    host = _host_of(
+        f"guest {what.operand}: bhyve's snapshot files are sent from their FreeBSD host"
+    )
     path = Path(what.operand).absolute()
     section = None
     if what.config is not None:
         meta, _ = read_meta(Files(path.parent, path.name))
         section = read_config(what.config, meta.vmname).section
-    return SnapshotSource(path, section, identity.describe(open_host()))
+    return SnapshotSource(path, section, identity.describe(host))
 
 
 def open_sink(hypervisor: str, stream_name: str, what: Receiving) -> tuple[Sink, str, str]:
@@ -105,7 +121,7 @@ def open_sink(hypervisor: str, stream_name: str, what: Receiving) -> tuple[Sink,
     Raises IncompatibleError for a hypervisor that is not known, UsageError.
     """
     if hypervisor in _BHYVE:
-        return _open_bhyve(stream_name, what)
+        return _open_bhyve(hypervisor, stream_name, what)
     if hypervisor != "qemu":
         raise IncompatibleError(f"the guest's hypervisor {hypervisor!r} is not known here")
     if what.directory is not None or what.dropped:
@@ -122,20 +138,25 @@ def open_sink(hypervisor: str, stream_name: str, what: Receiving) -> tuple[Sink,
     return sink, name, _QEMU + path
 
 
-def _open_bhyve(stream_name: str, what: Receiving) -> tuple[Sink, str, str]:
+def _open_bhyve(hypervisor: str, stream_name: str, what: Receiving) -> tuple[Sink, str, str]:
     name = _name(what.operand or stream_name)
     if what.directory is not None:
-        if what.resources or what.dropped:
-            raise UsageError("-S makes files and starts nothing: -o and -x do not go with it")
         from bhystream.backend.bhyve.cold import FilesSink
 
         directory = Path(what.directory).absolute()
         return FilesSink(directory, name, force=what.force), name, str(directory / name)
-    from bhystream.backend.bhyve.host import open_host
+    from bhystream.backend.bhyve.host import NoBhyveError, open_host
     from bhystream.backend.bhyve.sink import BhyveSink
 
+    try:
+        host = open_host()
+    except NoBhyveError as error:
+        raise IncompatibleError(
+            f"guest {name}: it runs under {hypervisor}; {error}",
+            "bhyrecv -S directory makes snapshot files of it, on any host",
+        ) from None
     sink = BhyveSink(
-        open_host(),
+        host,
         name,
         what.resources,
         what.dropped,

@@ -24,7 +24,8 @@ USAGE = """\
 usage: bhyrecv [-fnPuv] [--again] [-o key=value]... [-S directory] [-x key]... [guest]
        bhyrecv -l [guest]
        bhyrecv -q id
-       bhyrecv --discard guest | --resume guest"""
+       bhyrecv --discard guest
+       bhyrecv --resume guest"""
 
 _STDIN = 0
 _STDOUT = 1
@@ -39,6 +40,7 @@ def parse_options(argv: Sequence[str]) -> Options | hold.Verb:
         return verb
     if len(operands) > 1:
         raise UsageError("name at most one guest", USAGE)
+    _refuse_mixtures(names)
     opts = Options(
         guest=operands[0] if operands else None,
         force="-f" in names,
@@ -58,9 +60,14 @@ def parse_options(argv: Sequence[str]) -> Options | hold.Verb:
             opts.dropped.append(value)
         elif name == "-S":
             opts.directory = value
-    if opts.directory is not None and opts.unstarted:
-        raise UsageError("-S makes files and starts nothing: -u does not go with it", USAGE)
     return opts
+
+
+def _refuse_mixtures(names: Sequence[str]) -> None:
+    """Refuse options that mean something to a guest only, where files are made."""
+    for name in ("-o", "-u", "-x", "--again"):
+        if "-S" in names and name in names:
+            raise UsageError(f"-S makes files and starts nothing: not with {name}", USAGE)
 
 
 def verdict(opts: Options, walk: Walk, base: Path, console: Console, signals: Signals) -> None:

@@ -20,11 +20,12 @@ from bhystream.report import Console
 from bhystream.signals import Signals
 
 USAGE = """\
-usage: bhysend [-afknPv] [-B rate] [-C config] [-d time] [-p command] [-r rounds]
+usage: bhysend [-afknPv] [-B rate] [-C config] [-d time] [-p hook] [-r rounds]
                [-T time] [-z level] guest [command [argument ...]]
        bhysend -A [guest]
        bhysend -l [guest]
-       bhysend --discard guest | --resume [--in-doubt] guest"""
+       bhysend --discard guest
+       bhysend --resume [--in-doubt] guest"""
 
 _STDOUT = 1
 

@@ -19,7 +19,7 @@ from bhystream.answers import Answer
 from bhystream.backend.base import Paused
 from bhystream.errors import GuestError
 from bhystream.handshake import Act, Event
-from bhystream.state import Record, Records
+from bhystream.state import Record, Records, default_directory
 
 _PHASES = {
     Act.RECORD_PAUSED: handshake.PAUSED,
@@ -27,7 +27,6 @@ _PHASES = {
 }
 # What an answer is to the table; others leave it as it stands.
 EVENTS = {"RUNNING": Event.RUNNING, "FAILED": Event.FAILED}
-_DEFAULT_DIRECTORY = "/var/lib/bhysend"
 
 
 def open_alive(record: Record) -> Paused | None:
@@ -124,7 +123,7 @@ def in_doubt(record: Record, base: Path) -> str:
     words = record.ask or ["ssh", host, "bhyrecv"]
     is_ssh = os.path.basename(words[0]) == "ssh"
     remote: list[str] = []
-    if record.directory != _DEFAULT_DIRECTORY:
+    if record.directory != str(default_directory()):
         name = f"BHYSEND_STATE_DIR={record.directory}"
         # ssh(1) hands its words to a shell once more.
         remote = ["env", shlex.quote(name) if is_ssh else name]

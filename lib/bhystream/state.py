@@ -71,10 +71,19 @@ class Record:
         return replace(self, phase=phase, time_ns=time.time_ns())
 
 
+def default_directory() -> Path:
+    """Return root's state directory on a system like this one.
+
+    Source: hier(7) of FreeBSD, which has no /var/lib and empties /var/run at
+    boot; the Filesystem Hierarchy Standard.
+    """
+    return Path("/var/db" if os.uname().sysname == "FreeBSD" else "/var/lib", "bhysend")
+
+
 def directory() -> Path:
     """Return the state directory, absolute, made with mode 0700 if it is not there.
 
-    BHYSEND_STATE_DIR, else /var/lib/bhysend for root, else under
+    BHYSEND_STATE_DIR, else default_directory() for root, else under
     XDG_STATE_HOME.  Raises AccessError, PipeError; IncompatibleError if it
     belongs to somebody else or others may enter it.
     """
@@ -82,7 +91,7 @@ def directory() -> Path:
     if named:
         path = Path(named)
     elif os.geteuid() == 0:
-        path = Path("/var/lib/bhysend")
+        path = default_directory()
     else:
         home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
         path = Path(home) / "bhysend"

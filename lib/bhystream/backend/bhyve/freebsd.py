@@ -21,6 +21,7 @@ import xxhash
 from bhystream.backend import programs
 from bhystream.backend.bhyve import freebsd_text, libc
 from bhystream.backend.bhyve.freebsd_vm import FreeBsdVm
+from bhystream.backend.bhyve.host import NoBhyveError
 from bhystream.errors import AccessError, GuestError, from_oserror
 
 BHYVE = "/usr/sbin/bhyve"  # Source: bhyve(8)
@@ -51,9 +52,9 @@ class FreeBsdHost:
     kind = "bhyve"
 
     def __init__(self) -> None:
-        """Raises GuestError on another system."""
+        """Raises NoBhyveError on another system."""
         if os.uname().sysname != "FreeBSD":
-            raise GuestError("there is no bhyve here: this is no FreeBSD host")
+            raise NoBhyveError("there is no bhyve here: this is no FreeBSD host")
         self.run_dir = Path(_RUN_DIR)
 
     def environment(self) -> Mapping[str, str]:

@@ -18,10 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from bhystream.errors import GuestError
+
 VMM_DIR = "BHYSEND_VMM_DIR"
 
 LOWMEM_LIMIT_BYTES = 3 << 30
 HIGHMEM_BASE_GPA = 4 << 30
+
+
+class NoBhyveError(GuestError):
+    """This host has no bhyve: it does not run FreeBSD, and no stand-in is named."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ class Host(Protocol):
 def open_host(environment: Mapping[str, str] = os.environ) -> Host:
     """Return the host: the stand-in's where BHYSEND_VMM_DIR names one, else FreeBSD's.
 
-    Raises GuestError on a system that is neither.
+    Raises NoBhyveError on a system that has neither.
     """
     directory = environment.get(VMM_DIR)
     if directory:
