@@ -7,7 +7,8 @@ ckp, ckp.kern and ckp.meta:
     staging   in memory; bhyve's suspend writes here, and the memory file is
               the null device where that can be had
     kept      in the state directory, on disk; made when the guest is brought
-              back or kept, and no manager of guests looks there
+              back or kept, and no manager of guests looks there.  held/ID at
+              a source, loaded/ID at a destination: both may be one host
 
 The staging directory of a source also takes a request back: it is handed to
 bhyve as a descriptor, and in a directory that was removed no file can be
