@@ -118,8 +118,9 @@ class Supervisor:
     def _confirm_stopped(self) -> None:
         """Refuse a guest that runs somewhere.  Source: vm::confirm_stopped."""
         lock = self._guest / RUN_LOCK
-        if lock.exists() and lock.read_text().strip() != os.uname().nodename:
-            raise GuestError(f"{self._name} appears to be running on {lock.read_text().strip()}")
+        holder = lock.read_text().partition("\n")[0].strip() if lock.exists() else ""
+        if holder and holder != os.uname().nodename:
+            raise GuestError(f"{self._name} appears to be running on {holder}")
         if self._host.exists(self._name):
             raise GuestError(f"{self._name} appears to be running already (vmm exists)")
 

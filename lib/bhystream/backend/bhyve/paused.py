@@ -23,6 +23,7 @@ from pathlib import Path
 
 from bhystream.backend.base import Json
 from bhystream.backend.bhyve import checkpoint, snapshot
+from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.memory import Memory, copy_sparse
@@ -137,7 +138,7 @@ class BhyvePaused:
                 self._host.make_tap(tap, bridge)
         Restore(self._host, self.place, files).run()
         if self._locks:
-            self._locks.runs_here()
+            self._locks.runs_here(config_file(self.place.keys, {}))
 
     def _await_supervisor(self) -> None:
         """Wait for the end of vm-bhyve's: until then it may take our VM and taps for its own."""

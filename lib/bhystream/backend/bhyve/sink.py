@@ -23,6 +23,7 @@ from typing import Any
 
 from bhystream.backend.base import Destination, Head, Json, State
 from bhystream.backend.bhyve import identity, snapshot, verdict, vmbhyve
+from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.compare import differences
 from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.paused import BhyvePaused
@@ -214,7 +215,7 @@ class BhyveSink:
         self._released = True
         place.remove(self._host)
         if self._manager:
-            self._manager.locks.runs_here()
+            self._manager.locks.runs_here(config_file(place.keys, {}))
 
     def leave_paused(self) -> None:
         """Keep the guest as files on disk; revive() finds them again."""
