@@ -29,10 +29,10 @@ stream, and comes from the host and state directory that said READY.
 
 Why somebody always has the guest: before GO is recorded every end of bhysend
 resumes it, its own or the keeper's; afterwards it stands paused and recorded,
-until an answer or the operator decides.  A QEMU holds its guest by itself; a
-bhyve is gone with the pause, and the guest's memory is bhysend's and the
-keeper's, until it is resumed, moved, or kept on disk (KEEP).  Whoever kills
-both of them at once before that has ended the guest.
+until an answer or the operator decides.  Some hypervisors hold a paused guest
+by themselves.  With others the process is gone with the pause: the guest's
+memory is bhysend's and the keeper's then, until it is resumed, moved, or kept
+on disk (KEEP), and whoever kills both of them at once has ended the guest.
 
 tests/test_handshake.py searches everything that this composition can do, with
 kills, cuts, delays and replays, and shows that it goes wrong without the

@@ -21,7 +21,7 @@ that it has too: after GO it goes on reading them in bhysend's place.  With
 It inherits the guest's lock, so no second bhysend can come between.  It is a
 new program, not a fork: bhysend has mappings and an event loop that a child
 must not share.  Its connection to the hypervisor is opened only when bhysend's
-has closed, as QEMU's QMP socket serves one client.
+has closed, as a hypervisor may serve one client at a time.
 """
 
 from __future__ import annotations

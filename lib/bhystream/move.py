@@ -441,7 +441,7 @@ class Move:
         self.source.pause()
 
     def _discard(self) -> None:
-        # QEMU's QMP socket serves one client.
+        # The hypervisor may serve one client at a time.
         self.source.close()
         end_guest(self.record)
 

@@ -13,7 +13,7 @@ new one.  What is recorded is recorded *before* it is done: a record says what
 may have happened, never less.
 
 Whose record it is matters more than it looks: source and destination may be
-one host (a move to another QEMU, every test), so the two never share a name.
+one host (a move to another process, every test), so the two never share a name.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def directory() -> Path:
         home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
         path = Path(home) / "bhysend"
     try:
-        # The keeper and QEMU are told this path, and have other directories.
+        # The keeper and the hypervisor are told this path, and have other directories.
         path = path.absolute()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()
