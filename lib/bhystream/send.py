@@ -133,3 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return send(parsed, console)
     except Exception as raised:
         return console.fail(as_error(raised))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -171,8 +172,7 @@ class StandinHost:
         given = read_settings(self._directory).free_memory_bytes
         if given is not None:
             return given
-        pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+        return _available_bytes()
 
     def program(self) -> list[str]:
         """Return the words that run the stand-in."""
@@ -270,6 +270,17 @@ class StandinHost:
         """Return the one datastore, if this host has vm-bhyve."""
         store = self._directory / "vm"
         return [store] if store.is_dir() else []
+
+
+def _available_bytes() -> int:
+    """Return the memory that can be had without swapping; where that is not told, all there is."""
+    try:
+        found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    except OSError:
+        found = None
+    if found:
+        return int(found[1]) << 10
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _run(*command: str) -> str:

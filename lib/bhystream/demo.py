@@ -1,0 +1,319 @@
+"""Show a live migration: a guest moves between two hosts that this machine plays.
+
+    python -m bhystream.demo
+
+bhysend, bhyrecv, the pipe between them and the whole protocol are the real
+ones, run as a user would run them.  Only bhyve is played, by a stand-in whose
+guest proves itself (bhystream.standin): it rewrites its memory all the time
+and knows what each of its pages has to hold.  No root, no hypervisor.
+
+Every number of the report is bhysend's own, taken from what it printed, or
+the guest's, from its console; the silence and the time are measured here.
+
+Exit status: 0 only if the guest proved itself on the other side; 69 if
+anything else came of it; 128 and the signal's number if it was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import termios
+import time
+import tty
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from bhystream.errors import BhyError, GuestError
+from bhystream.report import duration
+from bhystream.standin.stage import PlayedHost, Stage
+
+_NAME = "web1"
+_MEMORY_MIB, _TOUCHED_MIB, _WORKING_MIB, _RATE_MIB = 256, 128, 16, 24
+_KEYS = ("cpus=2", f"memory.size={_MEMORY_MIB}M")
+_OPTIONS = (
+    *("-o", f"standin.touched={_TOUCHED_MIB}M"),
+    *("-o", f"standin.working_set={_WORKING_MIB}M"),
+    *("-o", f"standin.rate={_RATE_MIB}M"),
+    *("-o", "standin.sweep_rate=128M"),
+)
+# The memory of both hosts, once more in a file each, and room for records.
+_NEEDED_BYTES = (2 * _MEMORY_MIB + 128) << 20
+_LINK = "1Gbit"  # of -B: as on a network
+
+_WAIT_S = 60.0
+_LOOK_S = 0.002
+_SWEEPS = 2
+
+_BEAT = re.compile(r"beat (\d+)")
+_SWEEP = re.compile(r"sweep (\d+) pages (\d+) wrong (\d+)")
+# What move.py prints at the end, and what source.py says of a memory file that is none.
+_CLOSING = re.compile(
+    r"it runs on .*?; (\d+) rounds, ([^;]+); paused (.+?) "
+    r"\(state (.+?), last pages (.+?), answers (.+?), (.+?) predicted\)"
+)
+_WRITTEN = re.compile(r"bhyve writes the memory into .*?: (.+)")
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What bhysend and the consoles told of a move.  Times in ns."""
+
+    rounds: str
+    sent: str
+    paused: str
+    state: str
+    predicted: str
+    why_written: str
+    took_ns: int
+    silent_ns: int
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the guest said: beats from 1 on, full sweeps there, pages in each."""
+
+    beats: int
+    sweeps: int
+    pages: int
+
+
+class Demo:
+    """One demonstration on a stage."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._is_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def run(self) -> Proof:
+        """Start the guest, move it, let it prove itself.  Raises GuestError."""
+        config = self._stage.write_config(_NAME, _KEYS)
+        self._title(
+            f"{_NAME} starts on host a: 2 vCPUs, {_MEMORY_MIB} MiB; all the time it rewrites"
+            " memory and checks it"
+        )
+        self._stage.start_guest(_NAME, config, _OPTIONS)
+        await_true(lambda: sweeps(self._stage.here), "the guest has not started", self._log())
+        self._say(f"    {self._stage.here.lines()[-1]}\n")
+        self._title(f"it moves to host b through a pipe of {_LINK}/s, and runs on meanwhile")
+        moved = self._move(config)
+        self._title("on host b it checks every page, and goes on checking")
+        found = self._prove()
+        self._report(moved, found)
+        return found
+
+    def _move(self, config: Path) -> Moved:
+        here, there = self._stage.here, self._stage.there
+        lent = [word for pair in there.resources().items() for word in ("-o", "=".join(pair))]
+        receiver = [f"{key}={value}" for key, value in there.variables("BHYRECV_STAGING").items()]
+        send = ["-v", "-B", _LINK, "-C", str(config), _NAME]
+        receive = ["env", *receiver, *program("bhyrecv"), *lent, _NAME]
+        self._show_command(send, receiver, lent)
+        variables = here.variables("BHYSEND_STAGING")
+        ours, theirs = _stderr_pair()
+        try:
+            start_ns = time.monotonic_ns()
+            process = self._stage.start_program(
+                [*program("bhysend"), *send, *receive], variables, theirs
+            )
+            os.close(theirs)
+            said, silent_ns = _follow(process, ours, here, there)
+        finally:
+            os.close(ours)
+        took_ns = time.monotonic_ns() - start_ns
+        closing = _CLOSING.search(said)
+        if process.returncode != 0 or not closing:
+            raise GuestError(f"bhysend ended with {process.returncode}: the guest has not moved")
+        written = _WRITTEN.search(said)
+        rounds, sent, paused, state, _, _, predicted = closing.groups()
+        why = written[1].strip() if written else ""
+        return Moved(rounds, sent, paused, state, predicted, why, took_ns, silent_ns)
+
+    def _prove(self) -> Proof:
+        """Wait for whole sweeps over there; the one that was under way does not count."""
+        here, there = self._stage.here, self._stage.there
+        await_true(
+            lambda: len(sweeps(there)) > _SWEEPS or wrong(there),
+            "the guest does not go on",
+            self._log(),
+        )
+        lines = here.lines() + there.lines()
+        beats = [int(found[1]) for line in lines if (found := _BEAT.fullmatch(line))]
+        if complaints := wrong(here) + wrong(there):
+            raise GuestError(f"the guest found a fault: {complaints[0]}")
+        if beats != list(range(1, len(beats) + 1)):
+            raise GuestError("a beat of the guest is missing")
+        done = sweeps(there)
+        if any(count for _, _, count in done):
+            raise GuestError(f"the guest found {done[-1][2]} wrong pages")
+        return Proof(len(beats), len(done) - 1, done[-1][1])
+
+    def _log(self) -> Path:
+        return self._stage.directory / f"{_NAME}.log"
+
+    # ---- what is shown
+
+    def _show_command(self, send: list[str], receiver: list[str], lent: list[str]) -> None:
+        own = [f"{k}={v}" for k, v in self._stage.here.variables("BHYSEND_STAGING").items()]
+        root = str(self._stage.directory)
+        pieces = [own, ["bhysend", *send], ["env", *receiver], ["bhyrecv", *lent[:4]]]
+        pieces += [[*lent[4:], _NAME]]
+        text = " \\\n        ".join(shlex.join(piece) for piece in pieces)
+        self._say(f"    D={root}\n    {text.replace(root, '$D')}\n")
+
+    def _report(self, moved: Moved, found: Proof) -> None:
+        if moved.why_written:
+            file = (
+                f"a file of {_MEMORY_MIB} MiB: the null device could not be had"
+                f" ({moved.why_written}),\n"
+                f"so bhyve wrote the memory once more while the guest stood,"
+                f" in {moved.state}"
+            )
+        else:
+            file = (
+                "the null device: no memory was written while the guest stood;\n"
+                f"its state took {moved.state}"
+            )
+        rows = {
+            "proof": f"beats 1 to {found.beats}, none missing; {found.sweeps} sweeps of"
+            f" {found.pages} pages there, 0 wrong",
+            "moved": f"{moved.sent} in {moved.rounds} rounds, {duration(moved.took_ns)}",
+            "pause": f"{moved.paused}, predicted {moved.predicted}; its console was silent for"
+            f" {duration(moved.silent_ns)}",
+            "memory file": file,
+        }
+        for key, text in rows.items():
+            first, *more = text.split("\n")
+            self._say(f"    {key:12} {first}")
+            for line in more:
+                self._say(f"    {'':12} {line}")
+        self._say("")
+
+    def _title(self, text: str) -> None:
+        self._say(self._styled("1", text))
+
+    def passed(self, took_ns: int) -> None:
+        """Say that all is well, when nothing is left."""
+        self._say(
+            f"{self._styled('1;32', 'passed')} in {duration(took_ns)}; nothing is left behind"
+        )
+
+    def _styled(self, code: str, text: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._is_color else text
+
+    def _say(self, text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def program(name: str) -> list[str]:
+    """Return the words that run bhysend or bhyrecv: as installed, else the module."""
+    installed = Path(sys.executable).parent / name
+    if os.access(installed, os.X_OK):
+        return [str(installed)]
+    return [sys.executable, "-P", "-m", f"bhystream.{name.removeprefix('bhy')}"]
+
+
+def sweeps(host: PlayedHost) -> list[tuple[int, int, int]]:
+    """Return (number, pages, wrong) of each sweep that the console tells of."""
+    found = (_SWEEP.fullmatch(line) for line in host.lines())
+    return [(int(one[1]), int(one[2]), int(one[3])) for one in found if one]
+
+
+def wrong(host: PlayedHost) -> list[str]:
+    """Return the faults that a guest has printed."""
+    return [line for line in host.lines() if line.startswith("WRONG ")]
+
+
+def await_true(condition: Callable[[], object], what: str, log: Path) -> None:
+    """Wait until a condition holds.  Raises GuestError: what, and the last line of the log."""
+    end = time.monotonic() + _WAIT_S
+    while not condition():
+        if time.monotonic() > end:
+            last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            raise GuestError(f"{what} in {_WAIT_S:.0f} s: {last or 'no word from it'}")
+        time.sleep(_LOOK_S)
+
+
+def _stderr_pair() -> tuple[int, int]:
+    """Return (ours, theirs) for bhysend's standard error: a terminal where ours is one."""
+    if not sys.stderr.isatty():
+        return os.pipe()
+    ours, theirs = pty.openpty()
+    tty.setraw(theirs)
+    termios.tcsetwinsize(theirs, termios.tcgetwinsize(sys.stderr.fileno()))
+    return ours, theirs
+
+
+def _follow(
+    process: subprocess.Popen[bytes], ours: int, here: PlayedHost, there: PlayedHost
+) -> tuple[str, int]:
+    """Pass on what a program says until it has ended.
+
+    Returns all of it, and for how long the guest was silent, ns: from its last
+    line on the console here to the first one there.
+    """
+    said = b""
+    sizes = [0, 0]
+    heard_ns = [0, 0]
+    is_over = False
+    while not is_over:
+        is_over = process.poll() is not None
+        while select.select([ours], [], [], _LOOK_S)[0]:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:  # EIO: nobody has that terminal any more
+                piece = b""
+            if not piece:
+                break
+            said += piece
+            sys.stderr.buffer.write(piece)
+            sys.stderr.flush()
+        for side, host in enumerate((here, there)):
+            size = host.console.stat().st_size if host.console.exists() else 0
+            if size != sizes[side] and not (side and heard_ns[1]):
+                sizes[side], heard_ns[side] = size, time.monotonic_ns()
+    return said.decode(errors="replace"), heard_ns[1] - heard_ns[0]
+
+
+class Interrupted(BaseException):
+    """A signal asked to stop; everything is taken down on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def main() -> int:
+    """Run the demonstration; return its exit status."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    start_ns = time.monotonic_ns()
+    try:
+        with Stage(_NEEDED_BYTES) as stage:
+            demo = Demo(stage)
+            demo.run()
+        demo.passed(time.monotonic_ns() - start_ns)
+    except BhyError as error:
+        sys.stderr.write(f"demo: FAILED: {error}\n")
+        return error.status
+    except Interrupted as stopped:
+        sys.stderr.write(f"demo: interrupted by {signal.Signals(stopped.number).name}\n")
+        return 128 + stopped.number
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

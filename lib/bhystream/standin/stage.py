@@ -1,0 +1,254 @@
+"""Two hosts of stand-ins in one temporary directory, and the end of all that runs in them.
+
+    DIR/NAME.conf        a guest's bhyve_config(5)
+    DIR/a/, DIR/b/       the hosts; each is a stand-in's directory (__init__.py) and has beside that
+        state/           its state directory
+        disk rom console what the guest's configuration names
+
+Nothing outside of DIR is touched.  A stand-in ends by itself when its node is
+gone, and whatever a program leaves behind on Linux becomes our child, so when
+the stage closes no process of it lives on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from bhystream.backend.bhyve.host import VMM_DIR
+from bhystream.errors import GuestError
+
+from .kernel import StandinHost
+
+_PR_SET_CHILD_SUBREAPER = 36  # Source: prctl(2), linux/prctl.h
+_POLL_S = 0.01
+_POLITE_S = 10.0  # a bhysend that was interrupted brings its guest back first
+_END_S = 5.0
+_TAP = "tap0"
+_UUID = "6d6f7665-6420-6c69-7665-000000000001"
+
+
+class PlayedHost:
+    """One host: a directory, and the environment in which programs find it."""
+
+    def __init__(self, directory: Path) -> None:
+        """Make the directory with everything that a guest's configuration names."""
+        self.directory = directory
+        self.console = directory / "console"
+        self.disk = directory / "disk"
+        self.rom = directory / "rom"
+        for name in ("vmm", "run", "net", "state"):
+            (directory / name).mkdir(mode=0o700, parents=True)
+        (directory / "net" / _TAP).write_text("bridge0\n")
+        self.rom.write_bytes(b"boot ROM")
+        self.disk.touch()
+        os.truncate(self.disk, 1 << 20)
+
+    def variables(self, staging: str) -> dict[str, str]:
+        """Return the variables that name this host.
+
+        staging: the one for its part, BHYSEND_STAGING or BHYRECV_STAGING.
+        """
+        own = str(self.directory)
+        return {VMM_DIR: own, "BHYSEND_STATE_DIR": f"{own}/state", staging: own}
+
+    def resources(self) -> dict[str, str]:
+        """Return what this host lends a guest, by the short words of `bhyrecv -o`."""
+        return {
+            "disk0": str(self.disk),
+            "net0": _TAP,
+            "com1": str(self.console),
+            "bootrom": str(self.rom),
+        }
+
+    def lines(self) -> list[str]:
+        """Return the complete lines that a guest has printed on its console here."""
+        try:
+            return self.console.read_text().split("\n")[:-1]
+        except FileNotFoundError:
+            return []
+
+
+class Stage:
+    """The directory with two hosts, `here` and `there`; a context manager.
+
+    needed_bytes: room for all that the guests will write.  Raises GuestError
+    where no directory has it.
+    """
+
+    def __init__(self, needed_bytes: int) -> None:
+        adopt_orphans()
+        base = _roomy(needed_bytes)
+        self.directory = Path(tempfile.mkdtemp(prefix="bhydemo-", dir=base))
+        self._programs: list[subprocess.Popen[bytes]] = []
+        try:
+            self.here = PlayedHost(self.directory / "a")
+            self.there = PlayedHost(self.directory / "b")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def write_config(self, name: str, keys: Sequence[str]) -> Path:
+        """Write a guest's configuration for the host `here`; return its path.
+
+        keys: further lines of bhyve_config(5).
+        """
+        host = self.here
+        lines = [
+            *keys,
+            f"uuid={_UUID}",
+            f"lpc.bootrom={host.rom}",
+            f"lpc.com1.path={host.console}",
+            "pci.0.0.0.device=hostbridge",
+            "pci.0.3.0.device=virtio-blk",
+            f"pci.0.3.0.path={host.disk}",
+            "pci.0.3.0.ser=DEMO-1",
+            "pci.0.4.0.device=virtio-net",
+            f"pci.0.4.0.backend={_TAP}",
+            "pci.0.4.0.mac=58:9c:fc:00:00:01",
+            "pci.0.31.0.device=lpc",
+        ]
+        path = self.directory / f"{name}.conf"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def start_guest(self, name: str, config: Path, options: Sequence[str] = ()) -> None:
+        """Start a stand-in on the host `here`; what it complains of goes to DIR/NAME.log.
+
+        options: further ones of its command line.
+        """
+        with (self.directory / f"{name}.log").open("wb") as log:
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "bhystream.standin",
+                    "-k",
+                    str(config),
+                    *options,
+                    name,
+                ],
+                env={**os.environ, VMM_DIR: str(self.here.directory)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def start_program(
+        self, words: Sequence[str], variables: dict[str, str], stderr: int
+    ) -> subprocess.Popen[bytes]:
+        """Start a program that a Ctrl-C at the terminal reaches too.
+
+        variables: beside the environment's.  stderr: a descriptor, the caller's.
+        """
+        program = subprocess.Popen(
+            words,
+            env={**os.environ, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+        self._programs.append(program)
+        return program
+
+    def close(self) -> None:
+        """End every process of the stage and remove its directory.  Bounded; never raises."""
+        with _undisturbed():
+            # The programs first: one that is interrupted brings its guest back,
+            # and the guest is ended after that.
+            for program in self._programs:
+                if program.poll() is None:
+                    program.terminate()
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        program.wait(_POLITE_S)
+            for node in self.directory.glob("?/vmm/*"):
+                node.unlink(missing_ok=True)
+            _end_children()
+            for mounted in self.directory.glob("?/*/dev/null"):  # of a bhysend that was killed
+                StandinHost(self.directory).unmount_null(mounted.parent)
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _roomy(needed_bytes: int) -> Path:
+    """Return a directory with room, in memory if there is one.
+
+    Names in it must be short: an AF_UNIX path has 104 bytes on FreeBSD, 108 on
+    Linux.  A container's /dev/shm often has 64 MiB.
+    """
+    for name in ("/dev/shm", "/tmp", tempfile.gettempdir()):
+        path = Path(name)
+        if path.is_dir() and os.access(path, os.W_OK | os.X_OK):
+            found = os.statvfs(path)
+            if found.f_bavail * found.f_frsize >= needed_bytes:
+                return path
+    raise GuestError(f"{needed_bytes >> 20} MiB are needed in /dev/shm or /tmp, and not free there")
+
+
+def adopt_orphans() -> None:
+    """Become the parent of what our children leave behind, where the system can do that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _end_children() -> None:
+    """Wait for all children, and kill those that do not end by themselves."""
+    start = time.monotonic()
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid:
+            continue
+        waited_s = time.monotonic() - start
+        if waited_s >= 2 * _END_S:
+            return  # one that not even SIGKILL ends
+        for child in _children() if waited_s >= _END_S else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        time.sleep(_POLL_S)
+
+
+def _children() -> list[int]:
+    """Return the process ids of our children.  Source: proc_pid_task(5); Linux only."""
+    found: list[int] = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(word) for word in path.read_text().split()]
+    return found
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let no signal end us in between."""
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
