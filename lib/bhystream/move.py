@@ -232,7 +232,8 @@ class Move:
         with self.signals.interruptible():
             self.wait_for_hook()
         self.machine.on(Event.COPIED_KEPT)
-        self.pause_ns = time.monotonic_ns() - self.pause_start_ns
+        if self.source.is_live:
+            self.pause_ns = time.monotonic_ns() - self.pause_start_ns
 
     def write_state(self) -> None:
         """Write the state sections and the time."""
@@ -431,14 +432,18 @@ class Move:
 
     def _pause(self) -> None:
         name = self.source.name
-        if self.opts.hook is not None:
-            self.hook = Hook(self.opts.hook, name, self.record.id)
-            if self.keeper:
-                self.keeper.tell_hook(self.hook.group)
         self.console.log(f"guest {name}: pausing, stream {self.record.id}")
         self.paused_at_ns = time.time_ns()
         self.pause_start_ns = time.monotonic_ns()
         self.source.pause()
+        if not self.source.is_live:
+            # A checkpoint: it runs again.
+            self.pause_ns = time.monotonic_ns() - self.pause_start_ns
+        if self.opts.hook is not None:
+            # Not before: until then the guest writes to its disks.
+            self.hook = Hook(self.opts.hook, name, self.record.id)
+            if self.keeper:
+                self.keeper.tell_hook(self.hook.group)
 
     def _discard(self) -> None:
         # The hypervisor may serve one client at a time.

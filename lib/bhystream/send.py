@@ -94,6 +94,8 @@ def send(opts: SendOptions, console: Console) -> int:
     )
     source = hypervisors.open_source(what)
     try:
+        if opts.hook is not None and not source.is_live:
+            raise UsageError("-p with -k: bhyve's checkpoint lets the guest run on by itself")
         if what.is_cold and not opts.dry_run:
             return cold.send(source, opts, console, signals)
         with state.Lock(base, source.lock_name, f"guest {source.name}") as lock:
