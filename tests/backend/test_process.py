@@ -52,6 +52,28 @@ def test_another_pid_start_or_boot_is_another_process(
     assert sleeper.poll() is None
 
 
+def test_a_process_lives_until_its_last_thread_has_ended() -> None:
+    """One of many threads looks like a zombie when its first thread ends before the others."""
+    code = (
+        "import ctypes, os, threading, sys\n"
+        "threading.Thread(target=sys.stdin.read).start()\n"
+        "exit_thread = {'x86_64': 60, 'aarch64': 93}[os.uname().machine]\n"
+        "ctypes.CDLL(None).syscall(exit_thread, 0)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    try:
+        who = process.identify(child.pid, "python")
+        while (process._stat(child.pid) or ("Z",))[0] != "Z":
+            time.sleep(0.001)
+        assert process.is_alive(who)
+        assert not process.await_end(who, 0.05)
+    finally:
+        child.kill()
+    assert process.await_end(who, 20)
+    assert not process.is_alive(who)
+    child.communicate()
+
+
 def test_a_zombie_is_not_alive(sleeper: Child) -> None:
     who = process.identify(sleeper.pid, "sleep")
     sleeper.kill()

@@ -103,13 +103,27 @@ def is_same(one: Identity, other: Identity) -> bool:
 
 
 def is_alive(who: Identity) -> bool:
-    """Say whether this very process exists; a zombie does not count."""
+    """Say whether this very process exists; a zombie does not count.
+
+    On Linux a process whose first thread has ended looks like a zombie while
+    its others still hold its descriptors and memory: it lives until the last.
+    """
     found = _stat(who.pid)
     return (
         found is not None
-        and found[0] not in "ZX"
+        and (found[0] not in "ZX" or _has_threads(who.pid))
         and is_same(who, Identity(who.pid, found[1], boot_id()))
     )
+
+
+def _has_threads(pid: int) -> bool:
+    """Say whether threads are left beside a zombie's first.  Source: proc_pid_task(5)."""
+    if _IS_FREEBSD:
+        return False
+    try:
+        return len(os.listdir(f"/proc/{pid}/task")) > 1
+    except OSError:
+        return False
 
 
 class Ending:
