@@ -36,6 +36,7 @@ from bhystream.errors import BhyError, GuestError
 from bhystream.report import duration
 from bhystream.standin.stage import PlayedHost, Stage
 
+_BIN = Path(sys.executable).parent
 _NAME = "web1"
 _MEMORY_MIB, _TOUCHED_MIB, _WORKING_MIB, _RATE_MIB = 256, 128, 16, 24
 _KEYS = ("cpus=2", f"memory.size={_MEMORY_MIB}M")
@@ -93,22 +94,25 @@ class Demo:
         self._stage = stage
         self._is_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
-    def run(self) -> Proof:
+    def run(self) -> None:
         """Start the guest, move it, let it prove itself.  Raises GuestError."""
+        here = self._stage.here
+        self._title("A live migration between two hosts; this machine plays both, and bhyve")
+        self._say("")
+        self._title(f"{_NAME} starts on host a: 2 vCPUs, {_MEMORY_MIB} MiB")
         config = self._stage.write_config(_NAME, _KEYS)
-        self._title(
-            f"{_NAME} starts on host a: 2 vCPUs, {_MEMORY_MIB} MiB; all the time it rewrites"
-            " memory and checks it"
-        )
         self._stage.start_guest(_NAME, config, _OPTIONS)
-        await_true(lambda: sweeps(self._stage.here), "the guest has not started", self._log())
-        self._say(f"    {self._stage.here.lines()[-1]}\n")
-        self._title(f"it moves to host b through a pipe of {_LINK}/s, and runs on meanwhile")
+        await_true(lambda: sweeps(here), "the guest has not started", self._log())
+        _, pages, bad = sweeps(here)[-1]
+        self._say(
+            f"  it has checked its {pages} pages, {bad} were wrong; it rewrites"
+            f" {_RATE_MIB} MiB of them\n  each second, and goes on checking\n"
+        )
+        self._title(f"It moves to host b through a pipe of {_LINK}/s, and runs on meanwhile")
         moved = self._move(config)
-        self._title("on host b it checks every page, and goes on checking")
-        found = self._prove()
-        self._report(moved, found)
-        return found
+        self._say("")
+        self._title("It proves on host b that nothing of it was lost")
+        self._report(moved, self._prove())
 
     def _move(self, config: Path) -> Moved:
         here, there = self._stage.here, self._stage.there
@@ -134,7 +138,7 @@ class Demo:
             raise GuestError(f"bhysend ended with {process.returncode}: the guest has not moved")
         written = _WRITTEN.search(said)
         rounds, sent, paused, state, _, _, predicted = closing.groups()
-        why = written[1].strip() if written else ""
+        why = written[1].strip().rpartition(": ")[2] if written else ""
         return Moved(rounds, sent, paused, state, predicted, why, took_ns, silent_ns)
 
     def _prove(self) -> Proof:
@@ -166,35 +170,27 @@ class Demo:
         root = str(self._stage.directory)
         pieces = [own, ["bhysend", *send], ["env", *receiver], ["bhyrecv", *lent[:4]]]
         pieces += [[*lent[4:], _NAME]]
-        text = " \\\n        ".join(shlex.join(piece) for piece in pieces)
-        self._say(f"    D={root}\n    {text.replace(root, '$D')}\n")
+        text = " \\\n    ".join(shlex.join(piece) for piece in pieces)
+        self._say(f"  D={root}\n  {text.replace(root, '$D')}\n")
 
     def _report(self, moved: Moved, found: Proof) -> None:
-        if moved.why_written:
-            file = (
-                f"a file of {_MEMORY_MIB} MiB: the null device could not be had"
-                f" ({moved.why_written}),\n"
-                f"so bhyve wrote the memory once more while the guest stood,"
-                f" in {moved.state}"
-            )
-        else:
-            file = (
-                "the null device: no memory was written while the guest stood;\n"
-                f"its state took {moved.state}"
-            )
         rows = {
-            "proof": f"beats 1 to {found.beats}, none missing; {found.sweeps} sweeps of"
-            f" {found.pages} pages there, 0 wrong",
+            "guest": f"beats 1 to {found.beats}, none missing; checked {found.sweeps} times there:"
+            f"\n{found.pages} pages, 0 wrong",
             "moved": f"{moved.sent} in {moved.rounds} rounds, {duration(moved.took_ns)}",
-            "pause": f"{moved.paused}, predicted {moved.predicted}; its console was silent for"
-            f" {duration(moved.silent_ns)}",
-            "memory file": file,
+            "pause": f"{moved.paused}, predicted {moved.predicted};"
+            f" its console was silent for {duration(moved.silent_ns)}",
+            "memory file": f"the null device: bhyve wrote no memory in the pause, only its\nstate,"
+            f" in {moved.state}",
         }
+        if moved.why_written:
+            rows["memory file"] = (
+                f"the null device cannot be mounted ({moved.why_written}),"
+                f"\nso bhyve wrote the memory too in the pause, {_MEMORY_MIB} MiB and its"
+                f"\nstate in {moved.state}; root is spared most of that"
+            )
         for key, text in rows.items():
-            first, *more = text.split("\n")
-            self._say(f"    {key:12} {first}")
-            for line in more:
-                self._say(f"    {'':12} {line}")
+            self._say(f"  {key:13}" + text.replace("\n", "\n" + " " * 15))
         self._say("")
 
     def _title(self, text: str) -> None:
@@ -216,7 +212,7 @@ class Demo:
 
 def program(name: str) -> list[str]:
     """Return the words that run bhysend or bhyrecv: as installed, else the module."""
-    installed = Path(sys.executable).parent / name
+    installed = _BIN / name
     if os.access(installed, os.X_OK):
         return [str(installed)]
     return [sys.executable, "-P", "-m", f"bhystream.{name.removeprefix('bhy')}"]

@@ -226,6 +226,7 @@ class Move:
         """Send what changed since the last look; the guest is paused."""
         last = self.transfer.round(last=True)
         self.last_ns = last.end_ns - last.start_ns
+        self.console.clear()  # the destination's lines often come to the same terminal
 
     def release(self) -> None:
         """Resume a kept guest: its copy is complete."""

@@ -284,9 +284,11 @@ def _available_bytes() -> int:
 
 
 def _run(*command: str) -> str:
-    """Run a command; return "" or what it complained of."""
+    """Run a command; return "" or what it complained of, in one line."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     except OSError as error:
         return str(error)
-    return "" if done.returncode == 0 else done.stderr.strip() or f"status {done.returncode}"
+    if done.returncode == 0:
+        return ""
+    return done.stderr.strip().partition("\n")[0].rstrip(".") or f"status {done.returncode}"

@@ -2,7 +2,7 @@
 
     DIR/NAME.conf        a guest's bhyve_config(5)
     DIR/a/, DIR/b/       the hosts; each is a stand-in's directory (__init__.py) and has beside that
-        state/           its state directory
+        var/             its state directory
         disk rom console what the guest's configuration names
 
 Nothing outside of DIR is touched.  A stand-in ends by itself when its node is
@@ -32,6 +32,7 @@ from bhystream.errors import GuestError
 from .kernel import StandinHost
 
 _PR_SET_CHILD_SUBREAPER = 36  # Source: prctl(2), linux/prctl.h
+_BASES = ("/dev/shm", "/tmp")
 _POLL_S = 0.01
 _POLITE_S = 10.0  # a bhysend that was interrupted brings its guest back first
 _END_S = 5.0
@@ -48,7 +49,7 @@ class PlayedHost:
         self.console = directory / "console"
         self.disk = directory / "disk"
         self.rom = directory / "rom"
-        for name in ("vmm", "run", "net", "state"):
+        for name in ("vmm", "run", "net", "var"):
             (directory / name).mkdir(mode=0o700, parents=True)
         (directory / "net" / _TAP).write_text("bridge0\n")
         self.rom.write_bytes(b"boot ROM")
@@ -61,7 +62,7 @@ class PlayedHost:
         staging: the one for its part, BHYSEND_STAGING or BHYRECV_STAGING.
         """
         own = str(self.directory)
-        return {VMM_DIR: own, "BHYSEND_STATE_DIR": f"{own}/state", staging: own}
+        return {VMM_DIR: own, "BHYSEND_STATE_DIR": f"{own}/var", staging: own}
 
     def resources(self) -> dict[str, str]:
         """Return what this host lends a guest, by the short words of `bhyrecv -o`."""
@@ -199,7 +200,7 @@ def _roomy(needed_bytes: int) -> Path:
     Names in it must be short: an AF_UNIX path has 104 bytes on FreeBSD, 108 on
     Linux.  A container's /dev/shm often has 64 MiB.
     """
-    for name in ("/dev/shm", "/tmp", tempfile.gettempdir()):
+    for name in (*_BASES, tempfile.gettempdir()):
         path = Path(name)
         if path.is_dir() and os.access(path, os.W_OK | os.X_OK):
             found = os.statvfs(path)
