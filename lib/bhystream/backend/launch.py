@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bhystream.errors import from_oserror
 
@@ -19,10 +19,13 @@ _LOG_LINES = 4
 class Child:
     """A child process and its log file; both ours until let_go()."""
 
-    def __init__(self, argv: Sequence[str], log_path: str) -> None:
+    def __init__(
+        self, argv: Sequence[str], log_path: str, environment: Mapping[str, str] | None = None
+    ) -> None:
         """Start it.  argv: program first.  log_path: created, 0600.
 
-        Raises a BhyError if the program cannot be run.
+        environment: what is set beside our own.  Raises a BhyError if the
+        program cannot be run.
         """
         self.log_path = log_path
         try:
@@ -36,6 +39,7 @@ class Child:
                 stdout=log,
                 stderr=log,
                 close_fds=True,
+                env={**os.environ, **(environment or {})},
                 cwd="/",
                 start_new_session=True,
                 umask=0o077,

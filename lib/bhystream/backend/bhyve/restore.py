@@ -91,7 +91,8 @@ class Restore:
         if "lpc.bootrom" not in self._keys:
             self._host.create(self._name)
         words = argv(self._host.program(), self._name, str(config), str(self._files.memory))
-        self._child = Child(words, self._log_path)
+        # Our own environment may be that of an operator's --resume.
+        self._child = Child(words, self._log_path, self._host.environment())
 
     def _await(self) -> None:
         """Wait for the socket.  Raises GuestError."""
