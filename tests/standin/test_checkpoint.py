@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from bhystream.errors import GuestError
 from bhystream.standin.devices import UNSAVED
 from bhystream.standin.guest import KERNEL_STRUCTS
 from bhystream.standin.kernel import StandinVm
+from bhystream.standin.proof import DEVICE_PAGE, TIMER_PAGE
 
-from .rig import Rig, Spec, assert_unbroken
+from .rig import Rig, Spec, assert_unbroken, await_true
 
 _DEVICES = [
     "hostbridge@pci.0.0.0",
@@ -211,6 +213,68 @@ def test_the_meta_file_may_be_a_fifo(host: Rig) -> None:
     meta = json.loads(os.read(reader, 1 << 16))
     os.close(reader)
     assert meta["basic metadata"]["vmname"] == "g"
+
+
+def test_all_stand_but_e1000_until_the_meta_file_is_flushed(host: Rig) -> None:
+    """Its reader holds bhyve in the flush; e1000, which nothing pauses, is the clock meanwhile."""
+    host.start("g", Spec(devices=(*Spec().devices, ("0.5.0", "e1000"))))
+    fifo = host.directory / "s" / "g.meta"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    filling = fill(writer)
+    received = DEVICE_PAGE + 3  # the fourth device by slot
+    with host.host.open_vm("g").map(0, 64 << 20) as mapping, ThreadPoolExecutor() as pool:
+        asked = pool.submit(host.checkpoint, "g")
+        kern = host.snapshot("g").kern
+        await_true(lambda: kern.exists() and kern.stat().st_size > 20 << 10, "no kern file")
+        before = mapping[:]
+        await_count(mapping, received, count_of(mapping, received) + 40)
+        after = mapping[:]
+        pages = [
+            p
+            for p in range(16384)
+            if before[p * 4096 : (p + 1) * 4096] != after[p * 4096 : (p + 1) * 4096]
+        ]
+        assert pages == [received]
+        assert not asked.done()
+        os.close(writer)
+        text = b""
+        while not asked.done() or len(text) < filling + 100:
+            with suppress(BlockingIOError):
+                text += os.read(reader, 1 << 16)
+        assert asked.result() == {}
+    os.close(reader)
+    assert json.loads(text[filling:])["basic metadata"]["vmname"] == "g"
+    assert goes_on(host)
+
+
+@pytest.mark.parametrize("kind", ["virtio-rnd", "nvme"])
+def test_devices_run_on_after_a_checkpoint_whether_it_failed_or_not(host: Rig, kind: str) -> None:
+    host.start("g", Spec(devices=(*Spec().devices, ("0.5.0", kind))))
+    assert host.checkpoint("g") == {} or kind == "nvme"
+    with host.host.open_vm("g").map(0, 64 << 20) as mapping:
+        for page in (TIMER_PAGE, DEVICE_PAGE + 1, DEVICE_PAGE + 2):
+            await_count(mapping, page, count_of(mapping, page) + 1)
+    assert goes_on(host)
+
+
+def fill(pipe: int) -> int:
+    """Fill a pipe; return how many bytes it took."""
+    count = 0
+    with suppress(BlockingIOError):
+        while True:
+            count += os.write(pipe, bytes(4096))
+    return count
+
+
+def await_count(mapping: mmap.mmap, page: int, count: int) -> None:
+    await_true(lambda: count_of(mapping, page) >= count, f"page {page} stands")
+
+
+def count_of(mapping: mmap.mmap, page: int) -> int:
+    """Return the counter at the start of a page."""
+    return int.from_bytes(mapping[page * 4096 : page * 4096 + 8], "little")
 
 
 def test_memory_into_the_null_device_touches_nothing(host: Rig) -> None:

@@ -65,7 +65,10 @@ def test_a_plan_says_the_generation_of_each_page_at_each_step() -> None:
         page, generation = plan.at(step)
         assert held[page] == generation
         held[page] += 1
-    assert dict(plan.generations(3 * len(plan.working) + 7)) == held
+    step = 3 * len(plan.working) + 7
+    assert dict.fromkeys(plan.static, 0) | held == dict(
+        plan.held(index, step) for index in range(plan.npages)
+    )
 
 
 def test_plans_share_nothing_and_reach_into_highmem() -> None:
@@ -100,6 +103,14 @@ def test_a_guest_that_was_not_harmed_goes_on_without_a_gap(host: Rig) -> None:
     again = host.start("g", SPEC, host.snapshot("g").path)
     again.console.await_sweeps(2)
     assert_unbroken(guest.console, again.console)
+
+
+def test_a_guest_that_hardly_writes_is_swept_all_the_same(host: Rig) -> None:
+    guest = host.start("g", Spec(rate="1B"))
+    guest.console.await_sweeps(2)
+    snapshot = host.suspend("g")
+    snapshot.flip(WORKING)
+    wrong_after(host, snapshot, f"page {WORKING}:", Spec(rate="1B"))
 
 
 def test_a_flipped_bit_of_a_static_page_is_reported(host: Rig) -> None:

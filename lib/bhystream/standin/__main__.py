@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bhystream.backend.bhyve.host import VMM_DIR, MemoryMap
+from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, VMM_DIR, MemoryMap
 from bhystream.errors import BhyError, GuestError, UsageError
 
 from . import node
@@ -32,7 +32,6 @@ ERROR = 4
 
 _WATCH_S = 0.1
 _MEM_F_INCORE, _MEM_F_WIRED = 0x01, 0x02  # vmmapi.h
-_GIB4 = 4 << 30
 _FBUF_GPA, _FBUF_BYTES = 0xC0000000, 16 << 20
 
 
@@ -134,7 +133,7 @@ class Machine:
         rom = self._config.get("lpc.bootrom")
         if rom:
             length = -(-max(os.path.getsize(rom), 1) // 4096) * 4096
-            found.append(MemoryMap(_GIB4 - length, 1, 0, length, 5, False))
+            found.append(MemoryMap(HIGHMEM_BASE_GPA - length, 1, 0, length, 5, False))
         if any(kind == "fbuf" for kind, _ in self._config.devices()):
             found.append(MemoryMap(_FBUF_GPA, 2, 0, _FBUF_BYTES, 3, False))
         return found
@@ -163,7 +162,11 @@ class Machine:
         flags = _MEM_F_WIRED if self._config.is_set("memory.wired") else 0
         flags |= _MEM_F_INCORE if self._config.is_set("memory.guest_in_core") else 0
         server = CheckpointServer(
-            self._directory, self._name, guest, memflags=flags, end=self._end_suspended
+            self._directory,
+            self._name,
+            guest,
+            memflags=flags,
+            end=lambda: self._end_suspended(guest),
         )
         try:
             server.start()
@@ -172,11 +175,11 @@ class Machine:
             return None
         return server
 
-    def _end_suspended(self) -> None:
+    def _end_suspended(self, guest: Guest) -> None:
         """End in the middle of the handler, as bhyve does: no reply, only EOF."""
         settings = read_settings(self._directory)
         if not settings.node_left:
-            node.destroy(self._directory, self._name)
+            self._destroy(guest)
         os._exit(settings.suspend_status)
 
     def _watch(self, guest: Guest) -> int:
@@ -189,8 +192,13 @@ class Machine:
                     continue
                 sys.stderr.write("vm_run: Device not configured\n")
                 return ERROR
-            node.destroy(self._directory, self._name)
+            self._destroy(guest)
             return status
+
+    def _destroy(self, guest: Guest) -> None:
+        """Destroy the VM, unless somebody did and the name is another's by now."""
+        if guest.memory.is_current():
+            node.destroy(self._directory, self._name)
 
 
 if __name__ == "__main__":

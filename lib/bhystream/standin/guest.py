@@ -191,7 +191,7 @@ class Guest:
 
     def _make_vcpus(self, boot: Boot) -> None:
         plans = make_plans(boot)
-        self._pages = sum(len(plan.working) + len(plan.static) for plan in plans)
+        self._pages = sum(plan.npages for plan in plans)
         for index, plan in enumerate(plans):
             self._vcpus.append(
                 Vcpu(

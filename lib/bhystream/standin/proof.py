@@ -19,7 +19,6 @@ guest needs none of them on its command line.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import xxhash
@@ -131,11 +130,18 @@ class Plan:
         generation, index = divmod(step, len(self.working))
         return self.working[index], generation
 
-    def generations(self, step: int) -> Iterator[tuple[int, int]]:
-        """Yield (page, generation) of each of the working set, before a step."""
+    @property
+    def npages(self) -> int:
+        """How many pages there are, static and working."""
+        return len(self.static) + len(self.working)
+
+    def held(self, index: int, step: int) -> tuple[int, int]:
+        """Return a page and its generation before a step; index: static first, then working."""
+        if index < len(self.static):
+            return self.static[index], 0
         generation, done = divmod(step, len(self.working))
-        for index, page in enumerate(self.working):
-            yield page, generation + (index < done)
+        index -= len(self.static)
+        return self.working[index], generation + (index < done)
 
 
 def make_plans(boot: Boot) -> list[Plan]:

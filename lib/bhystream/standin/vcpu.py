@@ -1,7 +1,7 @@
 """A vCPU: a thread that rewrites its working set, and checks every page before.
 
-Its registers are the step count and how far its sweep of the static pages
-has come; they travel in the vmcx blob and nowhere in memory.
+Its registers are the step count and how far its sweep of all of its pages has
+come; they travel in the vmcx blob and nowhere in memory.
 """
 
 from __future__ import annotations
@@ -29,14 +29,12 @@ _DEBT_S = 0.05
 class Registers:
     """What a vCPU knows that memory does not.
 
-    step: pages of the working set rewritten since boot.  swept: static pages
-    checked in this sweep.  sweep_step: the step at which it began.  sweeps:
-    full sweeps since boot: every static page and every working page checked.
+    step: pages of the working set rewritten since boot.  swept: pages, static
+    and working, checked in this sweep.  sweeps: full sweeps since boot.
     """
 
     step: int = 0
     swept: int = 0
-    sweep_step: int = 0
     sweeps: int = 0
 
     def fields(self) -> dict[str, int]:
@@ -115,16 +113,14 @@ class Vcpu:
         self.registers.step += 1
 
     def _sweep(self) -> None:
-        registers, plan = self.registers, self.plan
-        if registers.swept < len(plan.static):
-            page = plan.static[registers.swept]
-            if self._check(page, 0):
-                self._memory.write(page, content(page, 0))
-            registers.swept += 1
-        elif registers.step - registers.sweep_step >= len(plan.working):
+        registers = self.registers
+        page, generation = self.plan.held(registers.swept, registers.step)
+        if self._check(page, generation):
+            self._memory.write(page, content(page, generation))
+        registers.swept += 1
+        if registers.swept == self.plan.npages:
             registers.sweeps += 1
             registers.swept = 0
-            registers.sweep_step = registers.step
 
     def _check(self, page: int, generation: int) -> bool:
         """Say whether a page is wrong; a line is printed then."""
