@@ -11,7 +11,8 @@ Every number of the report is bhysend's own, taken from what it printed, or
 the guest's, from its console; the silence and the time are measured here.
 
 Exit status: 0 only if the guest proved itself on the other side; 69 if
-anything else came of it; 128 and the signal's number if it was interrupted.
+anything else came of it, 74 or 77 if files could not be written; 128 and the
+signal's number if it was interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from bhystream.errors import BhyError, GuestError
+from bhystream.errors import BhyError, GuestError, from_oserror
 from bhystream.report import duration
 from bhystream.standin.stage import PlayedHost, Stage
 
@@ -102,7 +103,7 @@ class Demo:
         self._title(f"{_NAME} starts on host a: 2 vCPUs, {_MEMORY_MIB} MiB")
         config = self._stage.write_config(_NAME, _KEYS)
         self._stage.start_guest(_NAME, config, _OPTIONS)
-        await_true(lambda: sweeps(here), "the guest has not started", self._log())
+        await_true(lambda: sweeps(here), "the guest has not started", self._log)
         _, pages, bad = sweeps(here)[-1]
         self._say(
             f"  it has checked its {pages} pages, {bad} were wrong; it rewrites"
@@ -147,7 +148,7 @@ class Demo:
         await_true(
             lambda: len(sweeps(there)) > _SWEEPS or wrong(there),
             "the guest does not go on",
-            self._log(),
+            there.directory / "var" / "log" / f"{_NAME}.log",
         )
         lines = here.lines() + there.lines()
         beats = [int(found[1]) for line in lines if (found := _BEAT.fullmatch(line))]
@@ -160,6 +161,7 @@ class Demo:
             raise GuestError(f"the guest found {done[-1][2]} wrong pages")
         return Proof(len(beats), len(done) - 1, done[-1][1])
 
+    @property
     def _log(self) -> Path:
         return self._stage.directory / f"{_NAME}.log"
 
@@ -185,9 +187,9 @@ class Demo:
         }
         if moved.why_written:
             rows["memory file"] = (
-                f"the null device cannot be mounted ({moved.why_written}),"
-                f"\nso bhyve wrote the memory too in the pause, {_MEMORY_MIB} MiB and its"
-                f"\nstate in {moved.state}; root is spared most of that"
+                f"a file, no null device: {moved.why_written};"
+                f"\nso bhyve wrote the memory too in the pause, in {moved.state}"
+                "\nwith its state; as root it writes its state only"
             )
         for key, text in rows.items():
             self._say(f"  {key:13}" + text.replace("\n", "\n" + " " * 15))
@@ -234,7 +236,8 @@ def await_true(condition: Callable[[], object], what: str, log: Path) -> None:
     end = time.monotonic() + _WAIT_S
     while not condition():
         if time.monotonic() > end:
-            last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            words = log.read_text(errors="replace") if log.exists() else ""
+            last = words.strip().rpartition("\n")[2]
             raise GuestError(f"{what} in {_WAIT_S:.0f} s: {last or 'no word from it'}")
         time.sleep(_LOOK_S)
 
@@ -302,7 +305,8 @@ def main() -> int:
             demo = Demo(stage)
             demo.run()
         demo.passed(time.monotonic_ns() - start_ns)
-    except BhyError as error:
+    except (BhyError, OSError) as raised:
+        error = from_oserror(raised, "show it") if isinstance(raised, OSError) else raised
         sys.stderr.write(f"demo: FAILED: {error}\n")
         return error.status
     except Interrupted as stopped:
