@@ -1,0 +1,125 @@
+"""The man pages and the two programs know the same options and variables."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+import bhystream
+from bhystream import options, recv, send
+from bhystream.errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = {"bhysend": send, "bhyrecv": recv}
+Letters = dict[str, bool]
+
+needs_mandoc = pytest.mark.skipif(shutil.which("mandoc") is None, reason="mandoc is not here")
+
+
+def section(page: str, name: str) -> str:
+    """Return the source of one section of a page."""
+    text = (ROOT / "man" / page).read_text()
+    return text.split(f".Sh {name}\n")[1].split("\n.Sh ")[0]
+
+
+def flags(lines: Sequence[str]) -> Letters:
+    """Return each option in lines of mdoc, and whether it has an argument."""
+    found: Letters = {}
+    for line in lines:
+        match = re.search(r"\bFl (\S+)( Ar)?", line)
+        assert match, line
+        if match[1].startswith("-"):
+            found["-" + match[1]] = False  # the operand is that of the verb
+        elif match[2] and len(match[1]) == 1:
+            found[f"-{match[1]}"] = True
+        else:
+            found |= {f"-{letter}": False for letter in match[1]}
+    return found
+
+
+def parsed_by(program: str, monkeypatch: pytest.MonkeyPatch) -> Letters:
+    """Return what a program's parser is told, in the form of flags()."""
+    told: Letters = {}
+
+    def record(argv: Sequence[str], short: str, long: Sequence[str], usage: str) -> None:
+        told.update({f"-{m[0]}": bool(m[1]) for m in re.findall(r"(\w)(:?)", short)})
+        told.update({f"--{word}": word.endswith("=") for word in long})
+        raise UsageError("seen")
+
+    monkeypatch.setattr(options, "parse", record)
+    with pytest.raises(UsageError, match="seen"):
+        parse: Callable[[Sequence[str]], object] = PROGRAMS[program].parse_options
+        parse([])
+    return told
+
+
+# -q of bhyrecv is a verb, and takes the stream's id as its operand, as -l takes a guest.
+VERBS = {"-A", "-l", "-q"}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("part", ["SYNOPSIS", "OPTIONS"])
+def test_a_page_has_the_options_of_its_program_and_no_other(
+    program: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = section(f"{program}.8", part).splitlines()
+    if part == "OPTIONS":
+        lines = [line for line in lines if line.startswith(".It Fl ")]
+    found = flags([line for line in lines if re.search(r"\bFl ", line)])
+    found |= dict.fromkeys(VERBS & set(found), False)
+    assert found == parsed_by(program, monkeypatch)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_options_are_sorted(program: str) -> None:
+    lines = section(f"{program}.8", "OPTIONS").splitlines()
+    words = [line.split()[2].lstrip("-") for line in lines if line.startswith(".It Fl ")]
+    assert words == sorted(words, key=lambda word: (word.lower(), word))
+
+
+@needs_mandoc
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_usage_is_the_synopsis(program: str) -> None:
+    page = ROOT / "man" / f"{program}.8"
+    done = subprocess.run(
+        ["mandoc", "-T", "ascii", "-O", "width=300", page], capture_output=True, check=True
+    )
+    text = re.sub(r".\x08", "", done.stdout.decode())
+    synopsis = text.split("\nSYNOPSIS\n")[1].split("\nDESCRIPTION\n")[0]
+    usage: str = PROGRAMS[program].USAGE
+    for said in (synopsis, usage):
+        assert program in said
+    lines = [" ".join(line.split()) for line in synopsis.splitlines() if line.strip()]
+    joined = re.sub(r"\n {10,}", " ", usage.removeprefix("usage: "))
+    assert [" ".join(line.split()) for line in joined.splitlines()] == lines
+
+
+@needs_mandoc
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "man").iterdir()))
+def test_a_page_is_sound(page: str) -> None:
+    done = subprocess.run(
+        ["mandoc", "-T", "lint", "-W", "warning", ROOT / "man" / page],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_variables_that_are_read_are_on_a_page() -> None:
+    """What is on a page is read, and what is read is on the page of who reads it."""
+    read: set[str] = set()
+    for path in Path(bhystream.__path__[0]).rglob("*.py"):
+        read |= set(re.findall(r'"((?:BHYSEND|BHYRECV|XDG)_[A-Z_]+)"', path.read_text()))
+    said = {
+        page: set(re.findall(r"^\.It Ev (\S+)$", section(f"{page}.8", "ENVIRONMENT"), re.M))
+        for page in PROGRAMS
+    }
+    assert said["bhysend"] | said["bhyrecv"] == read
+    assert not any(name.startswith("BHYRECV") for name in said["bhysend"])
+    shared = {"BHYSEND_STATE_DIR", "BHYSEND_VMM_DIR", "XDG_STATE_HOME"}
+    assert said["bhysend"] & said["bhyrecv"] == shared
