@@ -78,6 +78,7 @@ def test_argv_to_keys_to_file_to_keys_is_the_same_guest() -> None:
         ("-o cpus=2 -o cpus=3", {"cpus": "3"}),
         ("-U X -o uuid=Y", {"uuid": "Y"}),
         ("-M", {"monitor": "true"}),
+        ("-NM", {"monitor": "true"}),
         ("-r /x/a.save -A", {"acpi_tables": "true"}),
         ("-l COM2,stdio", {"lpc.com2.path": "stdio"}),
         ("-l bootrom,/a.fd", {"lpc.bootrom": "/a.fd"}),

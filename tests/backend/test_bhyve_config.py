@@ -160,6 +160,7 @@ def test_references_that_multiply_are_stopped_early() -> None:
         ("pci.0.9.0.device=passthru", "bhyve does not save passthru@pci.0.9.0"),
         ("tpm.type=passthru", "bhyve does not save tpm"),
         ("monitor=true", "monitor: .* start the guest again"),
+        ("monitor.enabled=yes", "monitor: .* start the guest again"),
         ("pci.0.9.0.device=lpc", "a second lpc"),
         ("pci.0.9.0.device=fbuf", "a second fbuf"),
         ("pci.0.3.0.port.2.path=/x", "pci.0.3.0.port.2.type is missing"),
@@ -296,6 +297,17 @@ def test_either_name_of_the_boot_rom_will_do() -> None:
     found = config.read(FILE + "bootrom=/new.fd\n", "web1")
     assert found.section["resources"]["bootrom"] == "lpc.bootrom"
     assert found.full["lpc.bootrom"] == "/new.fd" and "bootrom" not in found.full
+
+
+def test_a_later_key_travels_under_the_name_that_all_versions_know() -> None:
+    found = config.read(FILE + "virtio_msix=true\nvirtio.msix=off\n", "web1")
+    assert found.section["keys"]["virtio_msix"] == "false"
+    assert "virtio.msix" not in found.full
+
+
+def test_what_matters_to_a_monitor_only_is_dropped() -> None:
+    found = config.read(FILE + "monitor.enabled=no\nmonitor.no_reboot=true\n", "web1")
+    assert not [key for key in found.full if key.startswith("monitor")]
 
 
 def test_the_command_names_the_file_the_snapshot_and_the_guest() -> None:

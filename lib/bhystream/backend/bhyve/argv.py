@@ -38,7 +38,7 @@ _SWITCHES = {
     "Y": ("x86.mptable", "false"),
 }
 _VALUES = {"m": "memory.size", "K": "keyboard.layout", "U": "uuid"}
-_IGNORED = {"I"}  # an I/O APIC is always there
+_IGNORED = {"I", "N"}  # an I/O APIC is always there; -N matters to -M only
 _WITH_ARGUMENT = frozenset("cfGklmnopKrsU")
 _REFUSED = {
     "f": "fw_cfg files name files of the host and are not in bhyve's snapshot",

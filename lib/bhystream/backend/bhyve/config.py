@@ -26,6 +26,14 @@ _MAX_KEYS = 1024
 _MAX_DEPTH = 16
 _MAX_VALUE = 1023
 _TAP_PREFIXES = ("tap", "vmnet")
+# Later versions know both names and prefer the new one; all know the old one.
+# Source: usr.sbin/bhyve/amd64/bhyverun_machdep.c, end of bhyve_optparse():
+# hrosenfeld/freebsd-src@77d3f9b6, revytechinc/freebsd-src-nested-vm@02c13c93.
+_RENAMED = {
+    "bootrom": "lpc.bootrom",
+    "bootvars": "lpc.bootvars",
+    "virtio.msix": "virtio_msix",
+}
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,9 @@ def _guest_name(name: str) -> str:
 def _settle(full: dict[str, str]) -> None:
     """Remove what only matters while bhyve starts, and make one key of two names."""
     full.pop("config.dump", None)
-    if known.boolean(full.pop("monitor", "false")) != "false":
+    full.pop("monitor.no_reboot", None)
+    monitors = [full.pop(key, "false") for key in ("monitor", "monitor.enabled")]
+    if any(known.boolean(value) != "false" for value in monitors):
         raise refuse(
             "monitor: bhyve's monitor would start the guest again after the suspend",
             "start the guest without -M",
@@ -154,10 +164,9 @@ def _settle(full: dict[str, str]) -> None:
         place = known.where(key)
         if place and place[1] == "tcp":
             full.setdefault(f"{place[0]}.rfb", full.pop(key))
-    # Later versions know both names and prefer the short one; all know the long one.
-    for key in ("bootrom", "bootvars"):
-        if key in full:
-            full[f"lpc.{key}"] = full.pop(key)
+    for new, old in _RENAMED.items():
+        if new in full:
+            full[old] = full.pop(new)
 
 
 def _refuse_unsaved(full: Mapping[str, str], devices: Mapping[known.Slot, str]) -> None:

@@ -164,7 +164,7 @@ _GLOBAL |= dict.fromkeys(
     _words(
         "acpi_tables acpi_tables_in_memory destroy_on_poweroff memory.wired memory.guest_in_core",
         "rtc.use_localtime virtio_msix x86.mptable x86.x2apic x86.strictio x86.strictmsr",
-        "x86.vmexit_on_hlt x86.vmexit_on_pause",
+        "x86.verbosemsr x86.vmexit_on_hlt x86.vmexit_on_pause",
     ),
     _yes,
 )
