@@ -2,10 +2,14 @@
 
     /dev/vmm/NAME --VM_MMAP_GETNEXT--> lowmem, highmem --mmap(2)--> one view each
 
-A mapping outlives the VM and its process (unverified; vmm's destruction drops
-only its own reference to the memory object).  That is what makes a suspended
-guest whole: bhyve's snapshot needs no memory file, because the memory is here.
-So the last pages are read from here, and a rollback writes them from here.
+A mapping outlives the VM and its process: mmap(2) of the node takes a reference
+of its own to the memory's object, and vmm's destruction drops only vmm's.  That
+is what makes a suspended guest whole: bhyve's snapshot needs no memory file,
+because the memory is here.  So the last pages are read from here, and a
+rollback writes them from here.
+Confirmed in source, never run: freebsd/freebsd-src@012895d5 sys/dev/vmm/vmm_dev.c,
+vmmdev_mmap_single(); @09fa9c6f sys/dev/vmm/vmm_mem.c, vm_free_memseg(); 14 the
+same (index id 189825660).
 
 Pages that were never touched are not read: reading one allocates it.
 """
@@ -79,6 +83,7 @@ class Memory:
     def __init__(self, host: Host, name: str) -> None:
         """Map the memory of a VM.  Raises GuestError, AccessError or IncompatibleError."""
         self._host = host
+        self._name = name
         self._vm: Vm = host.open_vm(name)
         self._mappings: list[mmap.mmap] = []
         self.views: list[memoryview] = []
@@ -105,8 +110,13 @@ class Memory:
 
     @property
     def is_wired(self) -> bool:
-        """Say whether all of it is wired, so that none is ever swapped out."""
-        return all(one.is_wired for one in self._maps)
+        """Say whether all of it is wired, so that none is swapped out.
+
+        The pages are wired by the VM, which unwires them when it is destroyed,
+        after its node has gone.  Source: vmm_mem.c, vm_mmap_memseg() and
+        vm_free_memmap(); vmm_dev.c, vmmdev_lookup_and_destroy().
+        """
+        return all(one.is_wired for one in self._maps) and self._host.exists(self._name)
 
     @property
     def base_pages(self) -> list[int]:

@@ -8,14 +8,16 @@ tell, but lies in two ways:
   have mapped, so that all are missing at first.  At 0 it looks at the memory
   object.
 - a page in swap is as little resident as one never touched.  Taken for zero it
-  would be lost.  A wired guest is never swapped, and where no swap is in use
-  nothing of it is there.
+  would be lost.  A guest that is wired, and whose VM is still there, is not
+  swapped, and where no swap is in use nothing of it is there.
 
 So it is believed only where both are excluded; otherwise every page is read,
 which is always right.  We never set the sysctl: it is the whole host's.
 
-Source: sys/vm/vm_mmap.c, kern_mincore() and vm.mincore_mapped.  Unverified on
-FreeBSD.
+Confirmed in source, never run: sys/vm/vm_mmap.c, kern_mincore(): at 0, a page
+that is not in our page tables is looked up in the mapping's own object, if
+that is of swap (OBJ_SWAP), as vmm's is; superpages make no difference (read in
+CTSRD-CHERI/cheribsd, index id 110372955; vmm_mem.c, vm_alloc_memseg()).
 """
 
 from __future__ import annotations

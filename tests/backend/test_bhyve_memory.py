@@ -1,0 +1,88 @@
+"""A guest's memory as mapped: which pages need not be read."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import pytest
+
+from bhystream.backend.bhyve.host import Host, MemoryMap
+from bhystream.backend.bhyve.memory import Memory
+
+NPAGES = 4
+SIZE = NPAGES * 4096
+
+
+class StubVm:
+    """A VM of four pages, of which the second is resident."""
+
+    def __init__(self, *, is_wired: bool) -> None:
+        self._is_wired = is_wired
+
+    def maps(self) -> Sequence[MemoryMap]:
+        return [MemoryMap(0, 0, 0, SIZE, 7, self._is_wired)]
+
+    def topology(self) -> tuple[int, int, int]:
+        return 1, 1, 1
+
+    def map(self, gpa: int, length_bytes: int) -> mmap.mmap:
+        return mmap.mmap(-1, length_bytes)
+
+    def resident(self, mapping: mmap.mmap, gpa: int) -> bytes:
+        return b"\0\1\0\0"
+
+    def close(self) -> None:
+        pass
+
+
+class StubHost:
+    """What Memory asks of a host whose swap is in use."""
+
+    def __init__(self, *, is_wired: bool) -> None:
+        self._is_wired = is_wired
+        self.has_vm = True
+        self.swap = 4096
+
+    def open_vm(self, name: str) -> StubVm:
+        return StubVm(is_wired=self._is_wired)
+
+    def exists(self, name: str) -> bool:
+        return self.has_vm
+
+    def sysctl(self, name: str) -> str | None:
+        return "0"
+
+    def swap_used_bytes(self) -> int:
+        return self.swap
+
+
+@pytest.fixture
+def host() -> StubHost:
+    return StubHost(is_wired=True)
+
+
+@pytest.fixture
+def memory(host: StubHost) -> Iterator[Memory]:
+    made = Memory(cast(Host, host), "web1")
+    yield made
+    made.close()
+
+
+def test_pages_that_a_wired_guest_never_touched_are_not_read(memory: Memory) -> None:
+    assert memory.is_wired
+    assert list(memory.touched()) == [(1, 2)]
+
+
+def test_a_guest_whose_vm_is_gone_is_not_wired_any_more(host: StubHost, memory: Memory) -> None:
+    host.has_vm = False
+    assert not memory.is_wired
+    assert list(memory.touched()) == [(0, NPAGES)]
+
+
+def test_without_swap_it_does_not_matter_that_the_vm_is_gone(
+    host: StubHost, memory: Memory
+) -> None:
+    host.has_vm, host.swap = False, 0
+    assert list(memory.touched()) == [(1, 2)]
