@@ -15,11 +15,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from guest import reaping
-
 from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, Words, report, until
 from .tap import AnswerTap, Tap
-from .travel import Host, Traveller, is_gone, processes_with, qemu_at
+from .travel import Host, Traveller, is_gone, processes_with, program_at
 
 Gate = tuple[Path, int]
 THIRD = (*BHYSEND, "-A")
@@ -76,7 +74,7 @@ class Attempt:
         commands: list[Words] = [[*self.send[:-1], "-a", self.send[-1]], *way, THIRD]
         if self.form == "command":
             commands = [[*self.send, "sh", "-c", shell_of(way)]]
-        with Pipeline(*commands, env=self.host.env) as self.pipeline, reaping(self.to.qmp):
+        with Pipeline(*commands, env=self.host.env) as self.pipeline, self.to.reaped():
             if self.tap:
                 self.tap.reached()
             else:
@@ -100,7 +98,7 @@ class Attempt:
         if who == "source":
             return self.guest.place.pid
         if who == "destination":
-            [pid] = qemu_at(self.to.qmp)
+            [pid] = self.to.hypervisors()
             return pid
         if self.form != "command" or who == "bhysend":
             return self.pipeline[STAGES.index(who)].pid
@@ -109,7 +107,8 @@ class Attempt:
             "bhyrecv": self.receive,
             "back": self.back,
         }
-        [pid] = self._children([str(word) for word in words[who]])
+        command = [str(word) for word in words[who]]
+        [pid] = self._children(command[program_at(command) :])
         return pid
 
     def _children(self, argv: Sequence[str] = ()) -> list[int]:
@@ -163,12 +162,11 @@ class Attempt:
 
     def end(self) -> str:
         """Return where the guest is: here, there, or in doubt; and see that there is one copy."""
-        here = not is_gone(self.guest.place.pid) and self.guest.place.status() == "running"
-        there = bool(qemu_at(self.to.qmp)) and self.to.status() == "running"
+        here, there = self.guest.place.runs(), self.to.runs()
         assert not (here and there), f"two copies\n{self.said()}"
         rows = [(row.guest, row.phase) for row in self.host.rows()]
-        if rows == [("proof", "in-doubt")]:
-            assert self.guest.place.status() == "postmigrate"
+        if rows == [(self.guest.name, "in-doubt")]:
+            assert self.guest.place.is_held(self.host)
             return "doubt"
         assert rows == [], self.said()
         assert here or there, f"no copy\n{self.said()}"
@@ -212,7 +210,7 @@ class Attempt:
     def _clear(self) -> None:
         """End what a killed bhyrecv left at the destination, as its operator does."""
         for row in self.host.rows(BHYRECV):
-            assert (row.guest, row.phase) == ("proof", "ready")
+            assert (row.guest, row.phase) == (self.guest.name, "ready")
             refused = self.host.run(*BHYRECV, "--resume", row.id)
             assert refused.status == 69, report(refused)
             self.host.act(BHYRECV, "--discard", row.id)

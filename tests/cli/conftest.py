@@ -9,19 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from guest import Spec
-
+from . import kinds
+from .sshd import Sshd
 from .travel import Host, Stable, Traveller, fifo, short_directory
-
-# A guest whose moves take a moment: little memory, and much of it changing.
-SMALL = Spec(
-    "microvm",
-    memory_mib=128,
-    proof={"mib": 32, "work": 16, "holes": 2, "rate": 16, "sweep": 100},
-)
-
-# Every combination, not only those that differ most.
-EVERY = "BHYSEND_TEST_EVERY" in os.environ
 
 
 @pytest.fixture
@@ -51,6 +41,23 @@ def stable() -> Iterator[Stable]:
         made.close()
 
 
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    with Sshd(tmp_path_factory.mktemp("sshd")) as server:
+        yield server
+
+
+@pytest.fixture(params=[kinds.QEMU, kinds.G5])
+def kind(request: pytest.FixtureRequest) -> str:
+    """The kind of the guest; see kinds.py."""
+    return str(request.param)
+
+
 @pytest.fixture
-def small(stable: Stable) -> Traveller:
-    return stable.lend(SMALL)
+def small(kind: str, stable: Stable) -> Traveller:
+    return kinds.small(kind, stable)
+
+
+@pytest.fixture
+def proof(kind: str, stable: Stable) -> Traveller:
+    return kinds.proof(kind, stable)

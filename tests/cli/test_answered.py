@@ -14,22 +14,18 @@ import shlex
 import signal
 import sys
 import termios
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from guest import Spec
-
-from .conftest import EVERY, SMALL
+from . import kinds
+from .kinds import G4, G5, QEMU, matrix
 from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, Words, report, run, until
 from .sshd import Sshd, free_port, listens
 from .tap import Tap
 from .travel import Host, Place, Stable, Traveller, limited
 
-pytestmark = pytest.mark.guest
-
-PROOF = Spec()
 FORMS = ("three-stages", "command")
 THIRD = (*BHYSEND, "-A")
 # What a login shell may say; it leaves no room for HELLO in a page.
@@ -47,19 +43,15 @@ TRANSPORTS: dict[str, tuple[list[Words], list[Words]]] = {
 }
 
 # Where one form is enough, because the other's bytes go the same way.
-USUAL = {"mbuffer": "three-stages", "pv": "command", "openssl": "three-stages", "all": "command"}
+USUAL = {
+    "pipe": "three-stages",
+    "mbuffer": "three-stages",
+    "zstd": "command",
+    "pv": "command",
+    "openssl": "three-stages",
+    "all": "command",
+}
 HOARDERS = {"sponge": ["sponge"], "mbuffer": ["mbuffer", "-q", "-P", "80", "-m", "256M"]}
-
-
-@pytest.fixture
-def proof(stable: Stable) -> Traveller:
-    return stable.lend(PROOF)
-
-
-@pytest.fixture(scope="module")
-def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
-    with Sshd(tmp_path_factory.mktemp("sshd")) as server:
-        yield server
 
 
 def shell_pipe(*commands: Words) -> str:
@@ -95,14 +87,12 @@ def handed_over(host: Host, guest: Traveller, to: Place, ended: Sequence[Ended])
 # Transports.
 
 
+EACH_WAY = [(transport, form) for transport in TRANSPORTS for form in FORMS]
+
+
 @pytest.mark.parametrize(
-    "transport, form",
-    [
-        (transport, form)
-        for transport in TRANSPORTS
-        for form in FORMS
-        if EVERY or form == USUAL.get(transport, form)
-    ],
+    "kind, transport, form",
+    matrix(EACH_WAY, list(USUAL.items()), also=list(USUAL.items())),
 )
 def test_it_is_handed_over_through(transport: str, form: str, host: Host, proof: Traveller) -> None:
     to = proof.next()
@@ -111,6 +101,7 @@ def test_it_is_handed_over_through(transport: str, form: str, host: Host, proof:
     handed_over(host, proof, to, ended)
 
 
+@pytest.mark.parametrize("kind", [QEMU, G5, G4])
 @pytest.mark.parametrize("form", FORMS)
 def test_it_is_handed_over_through_ssh(form: str, host: Host, proof: Traveller, sshd: Sshd) -> None:
     to = proof.next()
@@ -118,7 +109,9 @@ def test_it_is_handed_over_through_ssh(form: str, host: Host, proof: Traveller, 
     handed_over(host, proof, to, run(*in_form(form, proof.send(), remote), env=host.env))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "kind, form", matrix([(form,) for form in FORMS], [("command",)], also=[("three-stages",)])
+)
 def test_it_is_handed_over_through_a_socket(form: str, host: Host, proof: Traveller) -> None:
     to, port = proof.next(), free_port()
     back = host.directory / "back"
@@ -133,7 +126,7 @@ def test_it_is_handed_over_through_a_socket(form: str, host: Host, proof: Travel
     handed_over(host, proof, to, ended)
 
 
-@pytest.mark.parametrize("form", FORMS if EVERY else FORMS[-1:])
+@pytest.mark.parametrize("kind, form", matrix([(form,) for form in FORMS], [("command",)]))
 def test_warm(form: str, host: Host, small: Traveller) -> None:
     """Without a round nothing is predicted, and the pipeline was tried all the same."""
     to = small.next()
@@ -149,13 +142,11 @@ def test_warm(form: str, host: Host, small: Traveller) -> None:
 
 
 @pytest.mark.parametrize(
-    "form, hoarder",
-    [
-        (form, hoarder)
-        for form in FORMS
-        for hoarder in HOARDERS
-        if EVERY or (form, hoarder) in zip(FORMS, HOARDERS, strict=True)
-    ],
+    "kind, form, hoarder",
+    matrix(
+        [(form, hoarder) for form in FORMS for hoarder in HOARDERS],
+        list(zip(FORMS, HOARDERS, strict=True)),
+    ),
 )
 def test_what_waits_for_the_end_is_found_out(
     form: str, hoarder: str, host: Host, small: Traveller
@@ -336,9 +327,9 @@ def test_what_the_destination_lacks_is_named_at_the_source(
     form: str, host: Host, small: Traveller
 ) -> None:
     to = small.next()
-    ended = run(*in_form(form, small.send("-v"), [*BHYRECV, to.operand]), env=host.env)
+    ended = run(*in_form(form, small.send("-v"), small.receive_bare(to)), env=host.env)
     assert ended[0].status == 76, report(*ended)
-    assert "kernel: missing; say -o kernel=PATH" in ended[0].stderr
+    assert small.missing[0] in ended[0].stderr
     assert "round 0" not in ended[0].stderr
     to.assert_nothing_left()
     small.run_on(host)
@@ -381,10 +372,10 @@ def test_a_dry_run_brings_the_verdict_of_both(form: str, host: Host, small: Trav
 @pytest.mark.parametrize("form", FORMS)
 def test_a_dry_run_brings_the_refusal(form: str, host: Host, small: Traveller) -> None:
     to = small.next()
-    command = [*BHYRECV, "-n", "-o", f"serial0={to.serial.path}", to.operand]
+    command = small.receive_bare(to, "-n")
     ended = run(*in_form(form, small.send("-n"), command), env=host.env)
     assert [one.status for one in ended] == [76] * len(ended), report(*ended)
-    assert "kernel: missing; say -o kernel=PATH" in ended[0].stderr
+    assert small.missing[0] in ended[0].stderr
     to.assert_nothing_left()
     small.run_on(host, sweeps=1)
 
@@ -405,10 +396,30 @@ def test_a_dry_run_is_one_on_both_sides(
 # A stream that is not the live one.
 
 
+Recorded = tuple[Host, Path, int]
+
+
 @pytest.fixture(scope="module")
-def recorded(stable: Stable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Host, Path, int]:
+def records() -> dict[str, Recorded]:
+    """What recorded() has recorded, by kind."""
+    return {}
+
+
+@pytest.fixture
+def recorded(
+    kind: str,
+    stable: Stable,
+    records: dict[str, Recorded],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Recorded:
     """An answered stream with its GO, recorded on the way; and where GO begins."""
-    host, guest = Host(tmp_path_factory.mktemp("recorded")), stable.lend(SMALL)
+    if kind not in records:
+        records[kind] = record(kinds.small(kind, stable), tmp_path_factory.mktemp("recorded"))
+    return records[kind]
+
+
+def record(guest: Traveller, directory: Path) -> Recorded:
+    host = Host(directory)
     to, path, tap = guest.next(), host.directory / "recorded.bhys", Tap("GO")
     commands = (guest.send("-a"), ["tee", str(path)], tap.argv, guest.receive(to), THIRD)
     with Pipeline(*commands, env=host.env) as pipeline:
@@ -430,9 +441,7 @@ def replayed(host: Host, path: Path, guest: Traveller) -> Ended:
     return ended
 
 
-def test_a_recorded_stream_is_refused_where_it_ran(
-    recorded: tuple[Host, Path, int], small: Traveller
-) -> None:
+def test_a_recorded_stream_is_refused_where_it_ran(recorded: Recorded, small: Traveller) -> None:
     first, path, _ = recorded
     ended = replayed(first, path, small)
     assert ended.status == 76, report(ended)
@@ -440,9 +449,7 @@ def test_a_recorded_stream_is_refused_where_it_ran(
     assert small.is_well()
 
 
-def test_a_recorded_go_starts_nothing(
-    recorded: tuple[Host, Path, int], host: Host, small: Traveller
-) -> None:
+def test_a_recorded_go_starts_nothing(recorded: Recorded, host: Host, small: Traveller) -> None:
     _, path, _ = recorded
     ended = replayed(host, path, small)
     assert ended.status == 76, report(ended)
@@ -456,7 +463,7 @@ def test_a_recorded_go_starts_nothing(
 
 
 def test_an_answered_stream_from_a_file_starts_nothing(
-    recorded: tuple[Host, Path, int], host: Host, small: Traveller
+    recorded: Recorded, host: Host, small: Traveller
 ) -> None:
     _, path, size = recorded
     cut = host.directory / "cut.bhys"

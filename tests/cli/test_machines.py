@@ -12,7 +12,8 @@ from guest import Guest, Spec, make_disk
 from guest.machine import MACHINE_TYPES
 
 from .pipeline import BHYRECV, BHYSEND, report, run
-from .travel import Host, Traveller
+from .qemu import QemuTraveller
+from .travel import Host
 
 pytestmark = pytest.mark.guest
 
@@ -27,7 +28,7 @@ def test_each_machine_moves_with_its_disk(
 ) -> None:
     disk = make_disk(tmp_path / "disk.img")
     spec = replace(Q35, machine=machine, vcpus=vcpus, disk=disk)
-    guest = Traveller(spec)
+    guest = QemuTraveller(spec)
     try:
         guest.move(host, to=guest.next(), sweeps=1)
         carried = guest.past.last.disk or 0
@@ -40,7 +41,7 @@ def test_each_machine_moves_with_its_disk(
 
 def test_two_copies_never_write_to_one_disk(host: Host, tmp_path: Path) -> None:
     """What the operator gets wrong, QEMU's lock of the image stops; what is right works."""
-    guest = Traveller(replace(Q35, disk=make_disk(tmp_path / "disk.img")))
+    guest = QemuTraveller(replace(Q35, disk=make_disk(tmp_path / "disk.img")))
     try:
         to = guest.next()
         ended = run(guest.send(), guest.receive(to, "-u"), env=host.env)
@@ -67,7 +68,7 @@ def test_two_copies_never_write_to_one_disk(host: Host, tmp_path: Path) -> None:
 
 
 def test_memory_in_a_memfd_moves_into_a_file(host: Host) -> None:
-    guest = Traveller(replace(Q35, ram="memfd", vcpus=2))
+    guest = QemuTraveller(replace(Q35, ram="memfd", vcpus=2))
     try:
         guest.move(host)
     finally:
@@ -77,7 +78,7 @@ def test_memory_in_a_memfd_moves_into_a_file(host: Host) -> None:
 @pytest.mark.parametrize("ram", ["file", "memfd"])
 def test_a_qemu_that_waits_is_filled(ram: Literal["file", "memfd"], host: Host) -> None:
     spec = replace(Q35, ram=ram)
-    guest = Traveller(spec)
+    guest = QemuTraveller(spec)
     try:
         with Guest(spec, incoming=True) as waiting:
             to = guest.waiting(waiting)
@@ -91,7 +92,7 @@ def test_a_qemu_that_waits_is_filled(ram: Literal["file", "memfd"], host: Host) 
 
 
 def test_ten_moves_in_a_row(host: Host) -> None:
-    guest = Traveller(replace(Q35, vcpus=2))
+    guest = QemuTraveller(replace(Q35, vcpus=2))
     try:
         for leg in range(10):
             to = guest.next("there" if leg % 2 == 0 else "here")

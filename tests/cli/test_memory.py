@@ -18,7 +18,8 @@ import pytest
 from guest import Guest, Spec, ram
 
 from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run
-from .travel import Firmware, Host
+from .qemu import Firmware
+from .travel import Host
 
 pytestmark = pytest.mark.guest
 

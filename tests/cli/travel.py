@@ -1,13 +1,14 @@
-"""A host that guests leave and arrive at, and a guest on its way through one QEMU after the other.
+"""A host that guests leave and arrive at, and a guest on its way from one hypervisor to the next.
 
-    host, guest = Host(directory), Traveller(Spec())
+    host, guest = Host(directory), QemuTraveller(Spec())
     to = guest.next()
     sent, received = run(guest.send(), guest.receive(to), env=host.env)
     assert (sent.status, received.status) == (80, 0), report(sent, received)
-    guest.settle(host, to)      # held, discarded, its QEMU gone; the guest lives there now
+    guest.settle(host, to)      # held, discarded, gone; the guest lives there now
     guest.prove()               # two full sweeps, and no heartbeat missing since it was booted
 
-Source and destination are one host, with one state directory: what is left behind by either
+What is here knows no hypervisor: those of QEMU are in qemu.py, those of bhyve's stand-in in
+standin.py.  Source and destination have one state directory: what is left behind by either
 program is found there.
 """
 
@@ -16,17 +17,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from guest import Guest, Serial, SerialLog, Spec, images, peer_pid, reaping
-from guest.qmp import run_command
-
-from .pipeline import BHYRECV, BHYSEND, Ended, Words, report, run, until
+from .pipeline import BHYRECV, BHYSEND, DEADLINE_S, Ended, Words, report, run, until
 
 SHM = Path("/dev/shm")
 
@@ -61,20 +59,18 @@ def processes_with(word: str) -> list[int]:
     return found
 
 
-def qemu_at(qmp: Path) -> list[int]:
-    """Return the QEMUs that were started with this QMP socket."""
-    found = []
-    for pid in processes_with(f"unix:{qmp}"):
-        with suppress(OSError):
-            if b"qemu-system" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]:
-                found.append(pid)
-    return found
+def program_at(command: Sequence[str | Path]) -> int:
+    """Return where the program is in a command, which may begin with env and variables."""
+    if str(command[0]) != "env":
+        return 0
+    return next(at for at, word in enumerate(command) if at and "=" not in str(word))
 
 
 def limited(command: Words, *settings: str) -> list[str]:
     """Return a command of ours with other limits; see limited.py."""
-    python, *rest = (str(word) for word in command)
-    return [python, str(Path(__file__).with_name("limited.py")), *settings, "--", *rest]
+    words = [str(word) for word in command]
+    at = program_at(words) + 1
+    return [*words[:at], str(Path(__file__).with_name("limited.py")), *settings, "--", *words[at:]]
 
 
 @contextmanager
@@ -92,19 +88,6 @@ def script(path: Path, text: str) -> None:
     """Write a shell script that can be run."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o700)
-
-
-class Firmware(Guest):
-    """A guest without an operating system: its firmware finds nothing to boot, and waits."""
-
-    @property
-    def argv(self) -> list[str]:
-        """QEMU's command line."""
-        words = super().argv
-        for option in ("-kernel", "-initrd", "-append"):
-            at = words.index(option)
-            del words[at : at + 2]
-        return words
 
 
 @dataclass(frozen=True)
@@ -177,132 +160,124 @@ class Host:
         return sorted(path.name for path in (self.state / name).glob("*"))
 
 
-class Place:
-    """Where a guest lives, or is to live: the paths of one QEMU.
+class Place(ABC):
+    """Where a guest lives, or is to live: one run of one hypervisor.
 
-    pid: of the QEMU, once arrive() was called.
+    operand: as both programs take it.  pid: of the hypervisor, once arrive() was called.
     """
 
-    def __init__(self, qmp: Path, serial: Path, ram: Path) -> None:
-        self.qmp = qmp
-        self.ram = ram
-        self.serial = Serial(serial, self._why_dead)
-        self.pid = 0
+    operand = ""
+    pid = 0
 
-    @property
-    def operand(self) -> str:
-        return f"qemu:{self.qmp}"
+    def has_ended(self) -> bool:
+        """Say whether the process that arrive() noted is gone."""
+        return is_gone(self.pid)
 
+    @abstractmethod
     def arrive(self) -> None:
-        """Note the process that listens."""
-        self.pid = peer_pid(self.qmp)
+        """Note the process that runs the guest."""
 
-    def status(self) -> str:
-        """Return QEMU's run state."""
-        state: str = run_command(self.qmp, "query-status", {})["status"]
-        return state
+    @abstractmethod
+    def runs(self) -> bool:
+        """Say whether a guest runs here."""
 
+    @abstractmethod
+    def is_held(self, host: Host) -> bool:
+        """Say whether the guest stands here as a source leaves it: paused or held, and whole."""
+
+    @abstractmethod
+    def is_loaded(self, host: Host) -> bool:
+        """Say whether the guest stands here as bhyrecv -u leaves it."""
+
+    @abstractmethod
+    def hypervisors(self) -> list[int]:
+        """Return the hypervisor's processes here."""
+
+    @abstractmethod
     def processes(self) -> list[int]:
-        """Return the processes that name this place: bhyrecv's, QEMU, shells around them."""
-        return processes_with(str(self.qmp))
+        """Return the processes that have to do with this place: bhyrecv's, the hypervisor."""
 
+    @abstractmethod
+    def reaped(self) -> AbstractContextManager[None]:
+        """Kill, at the end, the hypervisor that is here then."""
+
+    @abstractmethod
     def forsake(self) -> None:
         """See that what a killed bhyrecv left has never run, and end it, as an operator does."""
-        if qemu_at(self.qmp):
-            assert self.status() == "inmigrate"
-            assert self.serial.read().raw == b""
-        with reaping(self.qmp):
-            pass
-        for path in (self.qmp, self.serial.path):
-            path.unlink(missing_ok=True)
 
+    @abstractmethod
     def assert_nothing_left(self) -> None:
-        """Assert that neither a QEMU, nor a file of it, is here."""
-        assert self.processes() == []
-        for path in (self.qmp, self.ram, self.serial.path):
-            assert not os.path.lexists(path)
-        # Memory, named by its bhyrecv; one that is at work belongs to somebody else's tests.
-        left = [path for path in SHM.glob("bhyrecv-*") if is_gone(int(path.name.split("-")[-1]))]
-        assert left == []
+        """Assert that neither a hypervisor, nor a file of it, is here."""
 
-    def _why_dead(self) -> str | None:
-        return f"QEMU {self.pid} has ended" if self.pid and is_gone(self.pid) else None
+    @abstractmethod
+    def assert_tidy(self, host: Host) -> None:
+        """Assert that a move that is over has left no file behind at its source."""
+
+    @abstractmethod
+    def said(self) -> bytes:
+        """Return what the guest has said here."""
+
+    @abstractmethod
+    def beats(self) -> list[int]:
+        """Return the numbers of the heartbeats that came here."""
+
+    @abstractmethod
+    def await_beats(self, count: int = 1, deadline_s: float = DEADLINE_S) -> None:
+        """Wait for so many more heartbeats."""
+
+    @abstractmethod
+    def await_sweeps(self, count: int = 1) -> None:
+        """Wait for full sweeps that begin now and find nothing bad."""
 
 
-class Traveller:
+class Traveller(ABC):
     """One guest, wherever it lives, and all that it has said since it was booted.
 
-    place: where it lives.  past: its serial output in the places before.
+    name, npages: its own.  place: where it lives.  needs: what bhysend -n says that a destination
+    has to give.  missing: what bhyrecv says where that is not given.
     """
 
-    def __init__(self, spec: Spec, *, boot: bool = True) -> None:
-        """Boot it, and wait until it is ready."""
-        self.spec = spec
-        self.directory = short_directory()
-        self.past = SerialLog(b"")
-        self._images = images()
-        self._places: list[Place] = []
-        self._first = Guest(spec)
-        try:
-            self._first.start()
-            self.place = self._add(
-                Place(self._first.qmp_path, self._first.serial.path, self._first.ram_path)
-            )
-            self.place.arrive()
-            if boot:
-                self.place.serial.await_ready()
-        except BaseException:
-            self.close()
-            raise
+    name = "proof"
+    npages = 0
+    needs = ""
+    missing: tuple[str, ...] = ()
+    place: Place
 
+    @abstractmethod
     def close(self) -> None:
-        """Kill every QEMU that it was in, and remove their files."""
-        for place in self._places:
-            with reaping(place.qmp):
-                pass
-        self._first.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Kill every hypervisor that it was in, and remove their files."""
 
-    def _add(self, place: Place) -> Place:
-        self._places.append(place)
-        return place
+    @abstractmethod
+    def next(self, name: str | None = None) -> Place:
+        """Return a place where nothing is yet.  name: of a place to come back to later."""
 
-    def next(self, socket: str | None = None) -> Place:
-        """Return a place where nothing is yet.  socket: its name, to come back to it later."""
-        leg = f"{len(self._places)}"
-        here = self.directory
-        return self._add(
-            Place(here / f"{socket or leg}.qmp", here / f"{leg}.serial", here / f"{leg}.ram")
-        )
-
-    def waiting(self, guest: Guest) -> Place:
-        """Return the place of a QEMU that was started with incoming=True."""
-        return self._add(Place(guest.qmp_path, guest.serial.path, guest.ram_path))
-
-    def send(self, *options: str) -> list[str]:
-        """Return the command that sends it from where it lives."""
-        return [*BHYSEND, *options, self.place.operand]
-
-    def receive(self, to: Place, *options: str) -> list[str]:
-        """Return the command that receives it, with the host's resources that it needs."""
-        return [*BHYRECV, *options, *self.resources(to), to.operand]
-
-    def argv(self, to: Place) -> list[str]:
-        """Return the QEMU command line, program first, that an operator would write for a place."""
-        return self.spec.argv(
-            self._images, ram_path=to.ram, qmp_path=to.qmp, serial_path=to.serial.path
-        )
-
+    @abstractmethod
     def resources(self, to: Place) -> list[str]:
         """Return the -o options of a place."""
-        values = {
-            "serial0": to.serial.path,
-            "kernel": self._images.kernel,
-            "initrd": self._images.initramfs,
-        }
-        if self.spec.disk is not None:
-            values["disk0"] = self.spec.disk
-        return [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
+
+    @abstractmethod
+    def send(self, *options: str) -> list[str]:
+        """Return the command that sends it from where it lives, its operand last."""
+
+    @abstractmethod
+    def receive(self, to: Place, *options: str) -> list[str]:
+        """Return the command that receives it, with the host's resources that it needs."""
+
+    @abstractmethod
+    def receive_bare(self, to: Place, *options: str) -> list[str]:
+        """Return that command without the resources."""
+
+    def named_memory(self, to: Place) -> list[str]:
+        """Return the options that give its memory there a name, where that is a choice."""
+        return []
+
+    @abstractmethod
+    def beats(self) -> list[int]:
+        """Return the numbers of all heartbeats since it was booted."""
+
+    @abstractmethod
+    def assert_unbroken(self) -> None:
+        """Assert that it found nothing bad, and that no heartbeat is missing."""
 
     def move(
         self,
@@ -324,64 +299,56 @@ class Traveller:
     def settle(self, host: Host, to: Place) -> None:
         """See it held, discard it, and take it from now on as living there."""
         rows = host.rows()
-        assert [(row.guest, row.phase) for row in rows] == [(self.spec.name, "held")]
+        assert [(row.guest, row.phase) for row in rows] == [(self.name, "held")]
         assert rows[0].operand == self.place.operand
-        assert self.place.status() == "postmigrate"
-        host.act(BHYSEND, "--discard", self.spec.name)
-        assert is_gone(self.place.pid)
-        assert host.rows() == []
+        assert self.place.is_held(host)
+        host.act(BHYSEND, "--discard", self.name)
+        assert self.place.has_ended()
+        self.place.assert_tidy(host)
+        assert host.files("source") == []
         assert not host.is_locked()
         self.arrive(to)
 
     def hand_over(self, host: Host, to: Place) -> None:
         """See it gone from where it lived, without an operator; it lives there now."""
-        until(lambda: is_gone(self.place.pid), "the end of the source's QEMU")
+        until(self.place.has_ended, "the end of the source's hypervisor")
         self.assert_settled(host)
-        assert to.status() == "running"
+        assert to.runs()
         self.arrive(to)
 
     def run_on(self, host: Host, sweeps: int = 2) -> None:
         """See it run on where it was, and nobody at work on it any more."""
+        self.place.arrive()
         self.prove(sweeps)
-        assert self.place.status() == "running"
+        assert self.place.runs()
         self.assert_settled(host)
 
     def assert_settled(self, host: Host) -> None:
         """Assert that at the source nothing is left to decide, and nobody at work."""
         host.await_unlocked()
-        assert host.rows() == []
         assert host.files("source") == []
         assert host.files("run") == []
+        self.place.assert_tidy(host)
 
     def arrive(self, to: Place) -> None:
         """Take it as living there; where it lived, it says nothing any more."""
-        self.past = self.log()
         self.place = to
         to.arrive()
 
-    def log(self) -> SerialLog:
-        """Return all that it has said."""
-        return self.past + self.place.serial.read()
-
     def prove(self, sweeps: int = 2) -> None:
         """Wait for full sweeps that begin now; nothing bad, and no heartbeat ever missing."""
-        beats = len(self.log().heartbeats)
-        self.place.serial.await_sweeps(sweeps)
-        log = self.log()
-        log.assert_unbroken()
-        assert len(log.heartbeats) > beats
-
-    def await_log(self, condition: Callable[[SerialLog], bool], what: str) -> None:
-        """Wait for something in all that it has said."""
-        until(lambda: condition(self.log()), what)
+        beats = len(self.beats())
+        self.place.await_sweeps(sweeps)
+        self.assert_unbroken()
+        assert len(self.beats()) > beats
 
     def is_well(self) -> bool:
         """Say whether it runs and has proven itself so far."""
         try:
-            if self.place.status() != "running":
+            if not self.place.runs():
                 return False
-            self.place.serial.await_heartbeats(1, 20.0)
-            self.log().assert_unbroken()
+            self.place.await_beats(1, 20.0)
+            self.assert_unbroken()
         except (AssertionError, OSError):
             return False
         return True
@@ -397,15 +364,14 @@ class Stable:
     def __init__(self) -> None:
         self._guests: dict[str, Traveller] = {}
 
-    def lend(self, spec: Spec) -> Traveller:
-        """Return a running guest of this kind."""
-        key = repr(spec)
-        guest = self._guests.get(key)
+    def lend(self, kind: str, boot: Callable[[], Traveller]) -> Traveller:
+        """Return a running guest of this kind.  boot: makes one."""
+        guest = self._guests.get(kind)
         if guest is not None and not guest.is_well():
             guest.close()
             guest = None
         if guest is None:
-            guest = self._guests[key] = Traveller(spec)
+            guest = self._guests[kind] = boot()
         return guest
 
     def close(self) -> None:

@@ -1,0 +1,90 @@
+"""The kinds of guests that a test runs with, and the guests themselves.
+
+A test that asks for a fixture `small` or `proof` runs once for each kind of its file, or of its
+parametrize("kind", ...).  The stand-in's guests are quick, so they go through everything.  QEMU's
+are slow and go through a part that leaves nothing out that another hypervisor could not show;
+with BHYSEND_TEST_EVERY set they go through everything too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+
+from guest import Spec
+from standin import rig
+
+from .qemu import QemuTraveller
+from .standin import StandinSpec, StandinTraveller
+from .travel import Stable, Traveller
+
+QEMU = pytest.param("qemu", marks=pytest.mark.guest)
+G5 = pytest.param("g5", marks=pytest.mark.standin)
+G4 = pytest.param("g4", marks=pytest.mark.standin)
+
+EVERY = "BHYSEND_TEST_EVERY" in os.environ
+
+# A guest whose moves take a moment: little memory, and much of it changing.
+SMALL = Spec(
+    "microvm",
+    memory_mib=128,
+    proof={"mib": 32, "work": 16, "holes": 2, "rate": 16, "sweep": 100},
+)
+# What would change with the host is said by whoever wants to move a guest.
+_SAID = {
+    "uuid": "11111111-2222-3333-4444-555555555555",
+    "pci.0.3.0.ser": "BHYVE-1",
+    "pci.0.4.0.mac": "00:a0:98:11:22:33",
+}
+_SMALL_STANDIN = rig.Spec(
+    touched="10M", working_set="2M", rate="16M", keys={**_SAID, "standin.sweep_rate": "64M"}
+)
+# Tens of MiB rewritten each second.
+PROOF = Spec()
+_PROOF_STANDIN = rig.Spec(
+    memory="512M",
+    touched="64M",
+    working_set="16M",
+    rate="48M",
+    keys={**_SAID, "standin.sweep_rate": "128M"},
+)
+
+
+def small(kind: str, stable: Stable) -> Traveller:
+    """Lend the guest whose moves take a moment."""
+    return _lend(kind, stable, "small", SMALL, StandinSpec(_SMALL_STANDIN, 64))
+
+
+def proof(kind: str, stable: Stable) -> Traveller:
+    """Lend the guest with tens of MiB rewritten each second."""
+    return _lend(kind, stable, "proof", PROOF, StandinSpec(_PROOF_STANDIN, 512))
+
+
+def _lend(kind: str, stable: Stable, name: str, ours: Spec, theirs: StandinSpec) -> Traveller:
+    if kind == "qemu":
+        return stable.lend(f"{kind} {name}", partial(QemuTraveller, ours))
+    return stable.lend(f"{kind} {name}", partial(StandinTraveller, generation(theirs, kind)))
+
+
+def generation(spec: StandinSpec, kind: str) -> StandinSpec:
+    """Return a guest of this kind's generation."""
+    return StandinSpec(spec.guest, spec.memory_mib, int(kind.removeprefix("g")))
+
+
+def matrix(rows: Sequence[Any], qemu: Sequence[Any], *, also: Sequence[Any] = ()) -> list[Any]:
+    """Return the parameters (kind, *row): all rows for G5, some for QEMU, or all with EVERY.
+
+    rows: tuples.  qemu: those that QEMU is enough for.  also: those for G4 too.
+    """
+    found = [(G5, row) for row in rows] + [(G4, row) for row in also]
+    found += [(QEMU, row) for row in (rows if EVERY else qemu)]
+    return [
+        pytest.param(
+            kind.values[0], *row, marks=kind.marks, id="-".join(map(str, (kind.values[0], *row)))
+        )
+        for kind, row in found
+    ]

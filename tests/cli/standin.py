@@ -1,0 +1,259 @@
+"""A guest that travels from one stand-in's host to the next; see travel.py.
+
+Each place is a run on a host, which is a directory of its own (BHYSEND_VMM_DIR).  A guest that is
+suspended is no process any more: it is files, in the host's staging directory or in the state
+directory, and nothing that runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bhystream.backend.bhyve.host import VMM_DIR
+from standin import rig
+from standin.rig import Console, Rig, Sweep
+
+from .pipeline import BHYRECV, BHYSEND, DEADLINE_S, until
+from .travel import Host, Place, Traveller, is_gone
+
+# What 14 and 15 do differently.  Source: dossier, sections 3 and 4.
+GENERATIONS: dict[int, dict[str, Any]] = {
+    4: {"generation": 4, "suspend_status": 0, "node_left": True},
+    5: {"generation": 5},
+}
+# Of a host that has room for whatever a test wants to move.
+_FREE_BYTES = 64 << 30
+
+
+@dataclass(frozen=True)
+class StandinSpec:
+    """What a guest is: its configuration, and the generation of the hosts that it lives on."""
+
+    guest: rig.Spec
+    memory_mib: int
+    generation: int = 5
+    name: str = "proof"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class StandinPlace(Place):
+    """One run of a guest on a host.
+
+    config: its bhyve_config(5) there.  work: the keys that say what a booted guest does.
+    """
+
+    def __init__(self, host: Rig, spec: StandinSpec, console: Path) -> None:
+        self.rig = host
+        self.operand = spec.name
+        self.console = Console(console, self._why_ended)
+        self.config = host.write_config(spec.name, spec.guest, console)
+        # How much the guest works is no key of bhyve's.
+        lines = self.config.read_text().splitlines()
+        self.work = [line for line in lines if line.startswith("standin.")]
+        lines = [line for line in lines if line not in self.work]
+        self.config.write_text("\n".join(lines) + "\n")
+        self.staging = host.directory / "staging"
+        self.staging.mkdir(mode=0o700, exist_ok=True)
+
+    @property
+    def environment(self) -> list[str]:
+        """The words before a program that is to find this host."""
+        variables = {
+            VMM_DIR: self.rig.directory,
+            "BHYSEND_STAGING": self.staging,
+            "BHYRECV_STAGING": self.staging,
+        }
+        return ["env", *(f"{key}={value}" for key, value in variables.items())]
+
+    def arrive(self) -> None:
+        self.pid = self.rig.pid(self.operand) or 0
+        assert self.pid, f"nobody listens: {self.console.lines()[-4:]}"
+
+    def runs(self) -> bool:
+        return self.rig.pid(self.operand) is not None
+
+    def is_held(self, host: Host) -> bool:
+        return not self.runs() and (
+            _is_complete(host.state / "held") or any(self.staging.glob("bhysend-*/ckp.meta"))
+        )
+
+    def is_loaded(self, host: Host) -> bool:
+        return not self.runs() and _is_complete(host.state / "loaded")
+
+    def hypervisors(self) -> list[int]:
+        found = []
+        for pid in self.processes():
+            with suppress(OSError):
+                if b"\0bhystream.standin\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+        return found
+
+    def processes(self) -> list[int]:
+        wanted = f"{VMM_DIR}={self.rig.directory}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                with suppress(OSError):
+                    if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append(int(entry.name))
+        return found
+
+    @contextmanager
+    def reaped(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            for pid in self.hypervisors():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                until(lambda pid=pid: is_gone(pid), "the end of the killed")  # type: ignore[misc]
+
+    def forsake(self) -> None:
+        """What is left of a guest that never ran is files."""
+        assert self.hypervisors() == []
+        assert self.said() == b""
+        for path in self.staging.glob("bhyrecv-*/*"):
+            path.unlink()
+        for path in self.staging.glob("bhyrecv-*"):
+            path.rmdir()
+
+    def assert_nothing_left(self) -> None:
+        assert self.processes() == []
+        assert self._files() == []
+        assert not self.console.path.exists()
+
+    def assert_tidy(self, host: Host) -> None:
+        assert host.files("held") == []
+        if not self.runs():
+            assert self._files() == []
+        assert list(self.staging.iterdir()) == []
+        assert str(self.rig.directory) not in Path("/proc/mounts").read_text()
+
+    def _files(self) -> list[Path]:
+        """Return what is here of any guest, running or not."""
+        return [*self.staging.iterdir(), *(self.rig.directory / "vmm").iterdir()]
+
+    def said(self) -> bytes:
+        return self.console.path.read_bytes() if self.console.path.exists() else b""
+
+    def beats(self) -> list[int]:
+        return self.console.beats()
+
+    def await_beats(self, count: int = 1, deadline_s: float = DEADLINE_S) -> None:
+        self.console.await_beats(len(self.console.beats()) + count)
+
+    def await_sweeps(self, count: int = 1) -> None:
+        self.console.await_sweeps(count)
+
+    def _why_ended(self) -> str:
+        if not self.pid or not is_gone(self.pid):
+            return ""
+        said = [path.read_text() for path in self.rig.directory.glob("*.stderr")]
+        return f"stand-in {self.pid} has ended: {''.join(said).strip()}"
+
+
+class StandinTraveller(Traveller):
+    """A guest of the stand-in."""
+
+    needs = "-o disk0= -o net0= -o com1= -o bootrom="
+    missing = ("disk0: no -o disk0= is given", "net0: no -o net0= is given")
+
+    def __init__(self, spec: StandinSpec) -> None:
+        """Boot it on a host of its own, and wait until it runs."""
+        self.spec = spec
+        self.name = spec.name
+        self.npages = spec.memory_mib << 8
+        self._hosts: dict[str, Rig] = {}
+        self._legs = 0
+        self._lived: list[Console] = []
+        try:
+            place = self.next()
+            work = [word for each in place.work for word in ("-o", each)]
+            place.rig.run(
+                *("-A", "-H", "-P", "-k", str(place.config), *work, spec.name),
+                name=spec.name,
+                console=place.console.path,
+            )
+            self.at = place
+            place.console.await_beats(1)
+            self.arrive(place)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for host in self._hosts.values():
+            host.close()
+
+    def next(self, name: str | None = None) -> StandinPlace:
+        self._legs += 1
+        key = name or f"{self._legs}"
+        if key not in self._hosts:
+            settings = {**GENERATIONS[self.spec.generation], **self.spec.settings}
+            made = Rig(free_memory_bytes=_FREE_BYTES, **settings)
+            (made.directory / "vm").rmdir()  # no vm-bhyve here
+            self._hosts[key] = made
+        host = self._hosts[key]
+        return StandinPlace(host, self.spec, host.directory / f"{self._legs}.console")
+
+    def send(self, *options: str) -> list[str]:
+        config = ["-C", str(self.at.config)]
+        return [*self.at.environment, *BHYSEND, *config, *options, self.at.operand]
+
+    def receive(self, to: Place, *options: str) -> list[str]:
+        return self.receive_bare(to, *options, *self.resources(to))
+
+    def receive_bare(self, to: Place, *options: str) -> list[str]:
+        return [*standin_place(to).environment, *BHYRECV, *options, to.operand]
+
+    def resources(self, to: Place) -> list[str]:
+        place = standin_place(to)
+        here, name = place.rig.directory, self.name
+        values = {
+            "disk0": here / f"{name}-0-3-0.img",
+            "net0": f"tap-{name}-0-4-0",
+            "com1": place.console.path,
+            "bootrom": place.rig.rom,
+        }
+        return [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
+
+    def arrive(self, to: Place) -> None:
+        self.at = standin_place(to)
+        self._lived.append(self.at.console)
+        super().arrive(to)
+
+    def beats(self) -> list[int]:
+        return [beat for console in self._lived for beat in console.beats()]
+
+    def sweeps(self) -> list[Sweep]:
+        """Return the sweeps that it has finished."""
+        return [sweep for console in self._lived for sweep in console.sweeps()]
+
+    def assert_unbroken(self) -> None:
+        rig.assert_unbroken(*self._lived)
+
+
+def standin_place(place: Place) -> StandinPlace:
+    """Return a place that is known to be the stand-in's."""
+    assert isinstance(place, StandinPlace)
+    return place
+
+
+def standin(guest: Traveller) -> StandinTraveller:
+    """Return a guest that is known to be the stand-in's."""
+    assert isinstance(guest, StandinTraveller)
+    return guest
+
+
+def _is_complete(directory: Path) -> bool:
+    """Say whether a kept guest's files lie in a directory of the state directory."""
+    return any(
+        all((path / f"ckp{suffix}").exists() for suffix in ("", ".kern", ".meta"))
+        for path in directory.glob("*")
+    )
