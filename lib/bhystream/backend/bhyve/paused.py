@@ -9,6 +9,13 @@ what puts them together again:
     else bhyve -r           from FILE with the memory, started by us
     keep()                  the same three files on disk, synced
 
+A guest is known by its process, not by its name: a bhyve of the same name
+that is neither the source's nor one of our own starts is another guest.  It
+is not touched, and nothing is removed because it runs.
+
+A guest that is only copied (-k) runs on whatever happens to its copy, and is
+never started from it: its disks have gone on.
+
 Both the source, with its mapping, and the keeper, with its own, act through
 this; --resume and --discard too, with the files on disk.
 """
@@ -19,6 +26,7 @@ import contextlib
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 
 from bhystream.backend.base import Json
@@ -28,14 +36,15 @@ from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.memory import Memory, copy_sparse
 from bhystream.backend.bhyve.place import Place
-from bhystream.backend.bhyve.restore import Restore, listens
-from bhystream.backend.process import is_alive
+from bhystream.backend.bhyve.restore import LOAD_BYTES_PER_SECOND, Restore, listener, listens
+from bhystream.backend.process import is_alive, is_same
 from bhystream.errors import BhyError, GuestError, from_oserror
 
 _SETTLE_S = 60.0
 # Words in run.lock that are no host's, so that vm-bhyve starts nothing.
 _HELD, _MOVED = "held-by-bhysend", "moved-by-bhysend"
 _SUPERVISOR_S = 60.0
+_POLL_S = 0.01
 
 
 def open_paused(record: Json) -> BhyvePaused:
@@ -69,23 +78,45 @@ class BhyvePaused:
     # Where it is.
 
     def runs(self) -> bool:
-        """Say whether it runs, and go on doing so: no request to suspend it is left.
+        """Say whether it runs, and goes on doing so: no request to suspend it is left.
 
-        Raises GuestError where a request is under way and does not end.
+        Raises GuestError where a request is under way and does not end, and
+        where another guest has its name now.
         """
         process = self.place.process
         if process is None or not is_alive(process):
-            return listens(self._host, self.place.name)
-        if self.place.withdraw(self._host):
+            return not self.place.is_copied and self._was_started()
+        if self.place.is_copied or self.place.withdraw(self._host):
             return is_alive(process)
         run_dir, name = self._host.run_dir, self.place.name
         return checkpoint.settle(run_dir, name, self._who, _SETTLE_S, process)
+
+    def _was_started(self) -> bool:
+        """Say whether a bhyve runs that we have started from the snapshot; wait while it loads."""
+        started = self.place.started()
+        end = time.monotonic() + _SETTLE_S + self.place.memory_bytes / LOAD_BYTES_PER_SECOND
+        while (found := listener(self._host, self.place.name)) is None:
+            if started is None or not is_alive(started):
+                return False
+            if time.monotonic() > end:
+                raise GuestError(f"{self._who}: bhyve -r, process {started.pid}, does not end")
+            time.sleep(_POLL_S)
+        if started is not None and is_same(found, started):
+            return True
+        if self._is_complete() or self._can_gather():
+            raise GuestError(
+                f"{self._who}: another guest of that name runs here, process {found.pid}",
+                "end that one first; this one stays as it is",
+            )
+        return True  # there is nothing to start it from: it was, and our notes are removed
 
     def is_alive(self) -> bool:
         """Say whether it runs, or can be brought back."""
         process = self.place.process
         if process is not None and is_alive(process):
             return True
+        if self.place.is_copied:
+            return False
         if self._is_complete() or self._can_gather():
             return True
         return listens(self._host, self.place.name)
@@ -117,7 +148,7 @@ class BhyvePaused:
 
     def resume(self) -> None:
         """Let it run: it does already, or `bhyve -r` makes it."""
-        if not self.runs():
+        if not self.place.is_copied and not self.runs():
             self._roll_back()
         self.place.remove(self._host)
         if self._locks:
@@ -130,9 +161,9 @@ class BhyvePaused:
         if self._is_complete() or not self._has_memory_file():
             self._gather()
             files = self.place.kept_files
-        if self._host.exists(self.place.name):
-            # Left behind by a bhyve in capability mode; the memory is safe.
-            self._host.destroy(self.place.name)
+        # Before anything is destroyed: a bhyve that was killed left half of it.
+        snapshot.read_states(files, self.place.memory_bytes)
+        self._drop_node()
         for tap, bridge in self.place.bridges.items():
             if not self._host.has_tap(tap):
                 self._host.make_tap(tap, bridge)
@@ -140,30 +171,44 @@ class BhyvePaused:
         if self._locks:
             self._locks.runs_here(config_file(self.place.keys, {}))
 
+    def _drop_node(self) -> None:
+        """Destroy the VM that a bhyve in capability mode left behind; the memory is safe by now.
+
+        Where the staging directory is gone ours was destroyed before it, and
+        at a destination there never was one: a VM of that name is another's.
+        """
+        is_ours = self.place.process is not None and os.path.isdir(self.place.staging)
+        if is_ours and self._host.exists(self.place.name):
+            self._host.destroy(self.place.name)
+
     def _await_supervisor(self) -> None:
         """Wait for the end of vm-bhyve's: until then it may take our VM and taps for its own."""
         if self._locks and not self._locks.supervisor_gone(_SUPERVISOR_S):
-            raise GuestError(f"{self._who}: its vm-bhyve supervisor does not end")
+            raise GuestError(
+                f"{self._who}: its vm-bhyve supervisor does not end",
+                f"if no vm process of it is left: rm {self._locks.directory}/run.lock",
+            )
 
     def keep(self) -> None:
         """Write all of it to disk, synced.  Twice is no error.  Raises BhyError."""
-        if self._is_complete() and not os.path.isdir(self.place.staging):
-            return
-        self._gather()
-        try:
-            for path in (*Path(self.place.kept).iterdir(), Path(self.place.kept)):
-                _sync(path)
-            _sync(Path(self.place.kept).parent)
-        except OSError as error:
-            raise from_oserror(error, f"write {self.place.kept}") from None
-        if self._host.exists(self.place.name):
-            self._host.destroy(self.place.name)
-        if os.path.isdir(self.place.staging):
+        if os.path.isdir(self.place.staging) or not self._is_complete():
+            self._gather()
+            self._sync()
+            self._drop_node()
             self.place.drop_sink(self._host)
             shutil.rmtree(self.place.staging, ignore_errors=True)
         self._await_supervisor()
         if self._locks:
             self._locks.held(_HELD)
+
+    def _sync(self) -> None:
+        """See that what _gather() wrote is on the disk, with the names that lead to it."""
+        kept = Path(self.place.kept)
+        try:
+            for path in (*kept.iterdir(), kept, kept.parent, kept.parent.parent):
+                _sync(path)
+        except OSError as error:
+            raise from_oserror(error, f"write {kept}") from None
 
     def _gather(self) -> None:
         """Bring the three files together on disk, the memory last.  Twice is no error."""
@@ -200,14 +245,22 @@ class BhyvePaused:
         """End it for good: its files, what is left of its VM; a guest that runs is refused."""
         if self.runs():
             raise GuestError(f"{self._who}: it runs, so it is not ended here")
-        self._await_supervisor()
-        if self._host.exists(self.place.name):
-            self._host.destroy(self.place.name)
+        if not self.place.is_copied:
+            self._await_supervisor()
+            self._drop_node()
         self.place.remove(self._host)
-        if self._locks and there and there != self._locks.hostname:
-            self._locks.gone_to(there)
-        elif self._locks:
-            self._locks.held(_MOVED)
+        if self._locks and not self.place.is_copied:
+            self._leave_lock(self._locks, there)
+
+    def _leave_lock(self, locks: Locks, there: str) -> None:
+        """Keep vm-bhyve from starting what is gone; a destination's is as it was before."""
+        if self.place.process is None:
+            if locks.holder() == _HELD:
+                locks.release()
+        elif there and there != locks.hostname:
+            locks.gone_to(there)
+        else:
+            locks.held(_MOVED)
 
     def close(self) -> None:
         """Give up our mapping; the guest stays as it is."""

@@ -18,6 +18,7 @@ made, so a request that comes late pauses nothing.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import stat
@@ -47,7 +48,8 @@ class Place:
     process: of the source's guest; None at the destination, where it is not
     started yet.  keys: the whole bhyve_config(5), host resources too.
     bridges: tap -> its bridge, or None.  manager: the guest's directory in
-    vm-bhyve's datastore, "" where it is not vm-bhyve's.
+    vm-bhyve's datastore, "" where it is not vm-bhyve's.  is_copied: a -k's:
+    the guest is never suspended, and what is written is not what becomes of it.
     """
 
     kind: str
@@ -60,6 +62,7 @@ class Place:
     memory_bytes: int
     bridges: dict[str, str | None]
     manager: str
+    is_copied: bool = False
 
     @property
     def staged(self) -> Files:
@@ -75,6 +78,22 @@ class Place:
     def log_path(self) -> str:
         """Return the log of a bhyve that we start, in the state directory."""
         return str(Path(self.kept).parents[1] / "log" / f"{self.name}.log")
+
+    @property
+    def _started(self) -> Path:
+        return Path(f"{self.kept}.started")
+
+    def note_started(self, process: Identity) -> None:
+        """Note the bhyve that we start from the snapshot, to know it again.  Never raises."""
+        with contextlib.suppress(OSError):
+            self._started.write_text(json.dumps(asdict(process)))
+
+    def started(self) -> Identity | None:
+        """Return the bhyve that we started last from the snapshot, if that was noted."""
+        try:
+            return Identity(**json.loads(self._started.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
 
     def host(self) -> Host:
         """Return the host that the record is of."""
@@ -163,18 +182,20 @@ class Place:
         return True
 
     def remove(self, host: Host) -> None:
-        """Remove both directories.  Never raises."""
+        """Remove both directories, and then what started() returns.  Never raises."""
         if os.path.isdir(self.staging):
             self.drop_sink(host)
             shutil.rmtree(self.staging, ignore_errors=True)
         shutil.rmtree(self.kept, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._started.unlink(missing_ok=True)
 
 
 def staging_root(host: Host, role: str, base: Path, environment: Mapping[str, str]) -> Path:
     """Return where staging directories are made: in memory, if any such place is known.
 
     role: "source" or "destination", which have a variable each.  base: the
-    state directory, where nothing better is found.
+    state directory, where nothing better is found.  Raises PipeError, AccessError.
     """
     named = environment.get(STAGING[role])
     if named:
@@ -184,5 +205,8 @@ def staging_root(host: Host, role: str, base: Path, environment: Mapping[str, st
         if path.is_dir() and os.access(path, os.W_OK) and host.is_memory(path):
             return path
     path = base / "staging"
-    path.mkdir(mode=0o700, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise from_oserror(error, f"make {path}") from None
     return path

@@ -22,17 +22,19 @@ from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.snapshot import Files
 from bhystream.backend.launch import Child
+from bhystream.backend.process import EndedError, Identity, identify, peer_pid
 from bhystream.errors import GuestError, from_oserror
 
 _LIMIT_S = 60.0
-_BYTES_PER_SECOND = 100 << 20
+LOAD_BYTES_PER_SECOND = 100 << 20  # of a slow disk
+_PROBE_S = 5.0
 _POLL_S = 0.002
 
 
 def listens(host: Host, name: str) -> bool:
     """Say whether a bhyve answers at a guest's checkpoint socket."""
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(5.0)
+        probe.settimeout(_PROBE_S)
         try:
             probe.connect(str(host.run_dir / name))
         except (TimeoutError, BlockingIOError):
@@ -40,6 +42,24 @@ def listens(host: Host, name: str) -> bool:
         except OSError:
             return False
     return True
+
+
+def listener(host: Host, name: str) -> Identity | None:
+    """Return the process that listens at a guest's checkpoint socket, None where none does.
+
+    Raises GuestError where its queue is full, so that it cannot be seen.
+    """
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_PROBE_S)
+        try:
+            probe.connect(str(host.run_dir / name))
+        except (TimeoutError, BlockingIOError):
+            raise GuestError(f"guest {name}: the bhyve of that name is busy, or hangs") from None
+        except OSError:
+            return None
+        with contextlib.suppress(EndedError):
+            return identify(peer_pid(probe, "bhyve"), "bhyve")
+    return None
 
 
 class Restore:
@@ -50,9 +70,9 @@ class Restore:
         self._host = host
         self._name = place.name
         self._who = f"guest {place.name}"
-        self._keys = place.keys
+        self._place = place
         self._files = files
-        self._limit_s = _LIMIT_S + place.memory_bytes / _BYTES_PER_SECOND
+        self._limit_s = _LIMIT_S + place.memory_bytes / LOAD_BYTES_PER_SECOND
         self._log_path = place.log_path
         self._socket = host.run_dir / place.name
         self._child: Child | None = None
@@ -83,16 +103,18 @@ class Restore:
             os.unlink(self._socket)
         config = Path(f"{self._files.memory}.conf")
         try:
-            config.write_text(config_file(self._keys, {}))
+            config.write_text(config_file(self._place.keys, {}))
             config.chmod(0o600)
         except OSError as error:
             raise from_oserror(error, f"write {config}") from None
         self._made = True
-        if "lpc.bootrom" not in self._keys:
+        if "lpc.bootrom" not in self._place.keys:
             self._host.create(self._name)
         words = argv(self._host.program(), self._name, str(config), str(self._files.memory))
         # Our own environment may be that of an operator's --resume.
         self._child = Child(words, self._log_path, self._host.environment())
+        with contextlib.suppress(EndedError):
+            self._place.note_started(identify(self._child.pid, "bhyve"))
 
     def _await(self) -> None:
         """Wait for the socket.  Raises GuestError."""

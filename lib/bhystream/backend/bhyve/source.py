@@ -175,6 +175,7 @@ class BhyveSource:
             memory_bytes=self._mapped.size_bytes,
             bridges={tap: self._host.bridge_of(tap) for tap in _taps(full)},
             manager=str(self._manager.directory) if self._manager else "",
+            is_copied=self._keep,
         )
         self._paused = BhyvePaused(place, self._memory)
         place.make_staging()
@@ -193,7 +194,10 @@ class BhyveSource:
         place = self._place
         used = sum(end - first for first, end in self._mapped.touched()) * PAGE_BYTES
         staged = _STATE_BYTES + (0 if place.has_sink() else self._mapped.size_bytes)
-        os.makedirs(os.path.dirname(place.kept), 0o700, exist_ok=True)
+        try:
+            os.makedirs(os.path.dirname(place.kept), 0o700, exist_ok=True)
+        except OSError as error:
+            raise from_oserror(error, f"make {os.path.dirname(place.kept)}") from None
         reasons = []
         wanted = [("staging", os.path.dirname(place.staging), staged)]
         if not self._keep:

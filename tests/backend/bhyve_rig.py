@@ -1,0 +1,257 @@
+"""Two hosts of the stand-in with their state directories, and bhyve guests between them.
+
+    guest = two.start()                     # at two.here; its console proves it
+    source = two.source()                   # BhyveSource, in this process
+    ended = two.move()                      # bhysend and bhyrecv, as processes, command form
+    two.arrived().console.await_sweeps(1)   # at two.there
+
+Nothing is shared by the two: neither state nor staging directories.  What a
+test leaves running ends with its Rig.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from bhystream import state
+from bhystream.backend.bhyve.paused import BhyvePaused, open_paused
+from bhystream.backend.bhyve.place import Place
+from bhystream.backend.bhyve.source import BhyveSource
+from bhystream.standin.kernel import StandinHost
+from cli.pipeline import BHYRECV, BHYSEND, ROOT, Ended, Words, run
+from standin.rig import Console, Guest, Rig, Spec, assert_unbroken
+
+ID = "0123456789abcdef" * 2
+UUID = "11111111-2222-3333-4444-555555555555"
+LIMITED = str(ROOT / "tests" / "cli" / "limited.py")
+
+
+def _can(*command: str) -> bool:
+    """Say whether a command can bind the null device somewhere."""
+    with tempfile.NamedTemporaryFile() as file:
+        script = f"mount --bind /dev/null {file.name} && umount {file.name}"
+        return subprocess.run([*command, "sh", "-c", script], capture_output=True).returncode == 0
+
+
+@cache
+def sink_prefix() -> tuple[str, ...] | None:
+    """Return the words behind which a program can have the sink, None where none help."""
+    return next((words for words in ((), ("unshare", "-Urm")) if _can(*words)), None)
+
+
+def require_sink() -> tuple[str, ...]:
+    """Return sink_prefix(); without one skip the test, but never in CI."""
+    found = sink_prefix()
+    if found is None:
+        if os.environ.get("CI") == "true":
+            raise AssertionError("neither root nor unshare -Urm: the sink cannot be tested")
+        pytest.skip("needs root or unshare -Urm")
+    return found
+
+
+def without_sink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no sink be had in this process."""
+
+    def refuse(self: StandinHost, directory: Path) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(StandinHost, "mount_null", refuse)
+
+
+@contextmanager
+def small_tmpfs(directory: Path, size: str) -> Iterator[Path]:
+    """Mount a tmpfs of that size; needs root, as the tests have where the sink works."""
+    if sink_prefix() != ():
+        if os.environ.get("CI") == "true" and sink_prefix() is None:
+            raise AssertionError("a small tmpfs cannot be mounted")
+        pytest.skip("needs root")
+    directory.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "t", directory], check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "-l", directory], check=True)
+
+
+class Two:
+    """A source and a destination."""
+
+    def __init__(self, directory: Path, here: Rig, there: Rig) -> None:
+        """directory: short, in memory; for states and staging."""
+        self.directory, self.here, self.there = directory, here, there
+        self.staging = self._made("staging")
+        self.staging_there = self._made("staging-there")
+        self.base, self.base_there = self._made("s"), self._made("t")
+        os.environ["BHYSEND_VMM_DIR"] = str(here.directory)
+        for base in (self.base_there, self.base):
+            os.environ["BHYSEND_STATE_DIR"] = str(base)
+            state.directory()
+        os.environ["BHYSEND_STAGING"] = str(self.staging)
+        os.environ["BHYRECV_STAGING"] = str(self.staging_there)
+        self.guests: list[Guest] = []
+
+    def _made(self, name: str) -> Path:
+        path = self.directory / name
+        path.mkdir(mode=0o700)
+        return path
+
+    # The source.
+
+    def start(self, spec: Spec | None = None, name: str = "g") -> Guest:
+        """Start a guest at the source and wait until it runs."""
+        guest = self.here.start(name, spec)
+        self.guests.append(guest)
+        return guest
+
+    def config(self, name: str = "g", *without: str) -> Path:
+        """Return the guest's configuration as an operator has it, for -C.
+
+        without: words; lines with one of them are left out.
+        """
+        words = ("standin.", *without)
+        lines = (self.here.directory / f"{name}.config").read_text().splitlines()
+        kept = [line for line in lines if not any(word in line for word in words)]
+        path = self.directory / f"{name}.conf"
+        path.write_text("\n".join([*kept, f"uuid={UUID}", ""]))
+        return path
+
+    def source(self, name: str = "g", *, keep: bool = False, without: str = "#") -> BhyveSource:
+        """Open a guest of the source in this process."""
+        config = str(self.config(name, without))
+        return BhyveSource(self.here.host, name, self.base, config, keep=keep, force=False)
+
+    def paused(self, place: Place) -> BhyvePaused:
+        """Return a guest found again by its record, as the verbs do."""
+        return open_paused(place.to_json())
+
+    # Moves.
+
+    def send(self, *options: str, name: str = "g", without: str = "#") -> list[str]:
+        """Return bhysend's words, without a guest's name where options have a verb."""
+        words = [*(sink_prefix() or ()), *BHYSEND, *options]
+        if any(option.startswith("--") or option == "-l" for option in options):
+            return [*words, name]
+        return [*words, "-C", str(self.config(name, without)), name]
+
+    def receive(self, *options: str, name: str = "g", without: str = "#") -> list[str]:
+        """Return bhyrecv's words, with its environment in front."""
+        environment = [
+            f"BHYSEND_VMM_DIR={self.there.directory}",
+            f"BHYSEND_STATE_DIR={self.base_there}",
+            f"BHYRECV_STAGING={self.staging_there}",
+        ]
+        words = ["env", *environment, *BHYRECV, *options]
+        if not any(option.startswith("--") or option in ("-l", "-q") for option in options):
+            words += self.resources(name, without)
+        return [*words, name]
+
+    def resources(self, name: str = "g", without: str = "#") -> list[str]:
+        """Return -o options for what a guest needs at the destination; make it."""
+        text = self.config(name, without).read_text()
+        words = ["-o", f"com1={self.there.directory}/{name}.console"]
+        if "lpc.bootrom=" in text:
+            words += ["-o", f"bootrom={self.there.rom}"]
+        for index, _ in enumerate(re.findall(r"^pci\..*\.path=", text, re.M)):
+            disk = self.there.directory / f"{name}-{index}.img"
+            disk.touch()
+            words += ["-o", f"disk{index}={disk}"]
+        for index, _ in enumerate(re.findall(r"^pci\..*\.backend=", text, re.M)):
+            tap = f"tap{index}-{name}"
+            if not self.there.host.has_tap(tap):
+                self.there.host.make_tap(tap, "bridge0")
+            words += ["-o", f"net{index}={tap}"]
+        return words
+
+    def run(self, *commands: Words) -> list[Ended]:
+        """Run a pipeline on the source."""
+        return run(*commands, env=self.here.environment)
+
+    def run_into(self, file: IO[bytes], command: Words) -> list[Ended]:
+        """Run one command on the source, its standard output a file."""
+        return run(command, env=self.here.environment, stdout=file)
+
+    def run_from(self, file: IO[bytes], command: Words) -> list[Ended]:
+        """Run one command on the source, its standard input a file."""
+        return run(command, env=self.here.environment, stdin=file)
+
+    def move(self, *options: str, name: str = "g", without: str = "#") -> Ended:
+        """Move a guest in the command form."""
+        send = self.send(*options, name=name, without=without)
+        [ended] = self.run([*send, *self.receive(name=name, without=without)])
+        return ended
+
+    # Where it is.
+
+    def arrived(self, name: str = "g") -> Console:
+        """Return the console at the destination."""
+        return Console(self.there.directory / f"{name}.console")
+
+    def assert_runs_on(self, *, name: str = "g", sweeps: int = 1) -> None:
+        """Assert that the guest runs at the source, unharmed, and nothing is left of a move."""
+        [console] = [guest.console for guest in self.guests if guest.name == name]
+        # A rollback is another process with the same console.
+        again = Console(console.path)
+        again.await_sweeps(sweeps)
+        assert_unbroken(again)
+        assert list(self.staging.iterdir()) == []
+        assert self.held() == []
+        assert not self.there.host.exists(name)
+
+    def assert_moved(self, *, name: str = "g", sweeps: int = 1) -> None:
+        """Assert that the guest runs at the destination only, and nothing of it was lost."""
+        [console] = [guest.console for guest in self.guests if guest.name == name]
+        there = self.arrived(name)
+        there.await_sweeps(sweeps)
+        assert_unbroken(Console(console.path), there)
+        assert not self.here.host.exists(name)
+        assert self.here.pid(name) is None
+        assert self.left() == []
+
+    def held(self) -> list[str]:
+        """Return the ids of what is kept at the source."""
+        directory = self.base / "held"
+        return sorted(os.listdir(directory)) if directory.exists() else []
+
+    def left(self) -> list[str]:
+        """Return what is left of moves in staging, state and memory directories of both."""
+        found = [*self.staging.iterdir(), *self.staging_there.iterdir()]
+        found += (self.base / "source").iterdir()
+        for base in (self.base, self.base_there):
+            for kept in ("held", "loaded"):
+                found += (base / kept).iterdir() if (base / kept).exists() else ()
+        return [str(path) for path in found]
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory with what a failed test left mounted in it."""
+    for line in reversed(Path("/proc/mounts").read_text().splitlines()):
+        point = line.split()[1].encode().decode("unicode_escape")
+        if Path(point).is_relative_to(directory):
+            subprocess.run(["umount", "-l", point])
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def two_hosts(**settings: object) -> Iterator[Two]:
+    """Make two hosts with the same settings; end what runs on them."""
+    before = dict(os.environ)
+    with ExitStack() as stack:
+        directory = Path(tempfile.mkdtemp(prefix="si2", dir="/dev/shm"))
+        stack.callback(_remove, directory)
+        here, there = (stack.enter_context(Rig(**settings)) for _ in range(2))
+        try:
+            yield Two(directory, here, there)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
