@@ -12,6 +12,7 @@ import pytest
 
 import bhystream
 from bhystream import options, recv, send
+from bhystream.backend.bhyve import identity, keys
 from bhystream.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,3 +124,36 @@ def test_the_variables_that_are_read_are_on_a_page() -> None:
     assert not any(name.startswith("BHYRECV") for name in said["bhysend"])
     shared = {"BHYSEND_STATE_DIR", "BHYSEND_VMM_DIR", "XDG_STATE_HOME"}
     assert said["bhysend"] & said["bhyrecv"] == shared
+
+
+def test_the_format_lists_the_keys_that_travel_and_no_other() -> None:
+    """Those without a slot; a family, such as bios.X, by its beginning and each X."""
+    text = (ROOT / "man/bhystream.5").read_text().split(".Ss CONFIG of bhyve\n")[1]
+    text = text.split("\n.Ss ")[0]
+    said = set(re.findall(r"[A-Za-z0-9_.-]+", text))
+    travels = {key for key, rule in keys._GLOBAL.items() if rule.role == "guest"}
+    for key in travels:
+        family, _, last = key.rpartition(".")
+        assert key in said or {f"{family}.", last} <= said, key
+    listed = [word for word in said if re.fullmatch(r"(x86|memory|rtc|keyboard|lpc)\.\w+", word)]
+    for key in listed:
+        assert key in travels or key.startswith(("lpc.com", "lpc.boot")), key
+
+
+def test_the_format_lists_the_devices_and_their_keys() -> None:
+    text = (ROOT / "man/bhystream.5").read_text().split(".It Li hostbridge\n")[1]
+    text = ".It Li hostbridge\n" + text.split("\n.El")[0]
+    parts = re.findall(r"^\.It Li (\S+)\n(.*?)(?=^\.It |\Z)", text, re.M | re.S)
+    assert {device for device, _ in parts} == set(keys.SAVED)
+    for device, body in parts:
+        said = set(re.findall(r"[a-z0-9_]+", body))
+        for key, rule in keys.SAVED[device].items():
+            if rule.role == "guest":
+                assert set(key.split(".")[:1]) <= said, (device, key)
+
+
+def test_the_format_lists_what_a_host_says_of_itself() -> None:
+    text = (ROOT / "man/bhystream.5").read_text().split(".Ss HOST of bhyve\n")[1]
+    said = set(re.findall(r"^\.It Li (\S+) Ta ", text.split("\n.Ss ")[0], re.M))
+    made = {"cpu.vendor", "bhyve.hash", *identity._STRINGS, *identity._INTEGERS}
+    assert said == made
