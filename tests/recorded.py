@@ -52,6 +52,9 @@ class Guest:
     def keep(self) -> None:
         self._do("keep")
 
+    def outlives_us(self) -> bool:
+        return True
+
     def discard(self, there: str) -> None:
         self._do(f"discard {there}".rstrip())
 

@@ -277,7 +277,7 @@ from bhystream import hypervisors, keeper
 from bhystream.errors import GuestError
 
 syslog.syslog = lambda level, text: print("log", text, flush=True)
-keeper._RETRY_SECONDS = 0.001
+keeper._RETRY_SECONDS = keeper._LONG_SECONDS = 0.001
 keeper._RESUME_SECONDS = float(sys.argv[2])
 faults = eval(sys.argv[3])
 
@@ -286,7 +286,7 @@ def say(word):
 
 class Paused:
     def is_alive(self):
-        return sys.argv[4] == "alive"
+        return sys.argv[4] in ("alive", "only here")
     def hold(self):
         say("hold")
     def clear(self):
@@ -299,6 +299,8 @@ class Paused:
         say("resume")
         if faults:
             raise faults.pop(0)
+    def outlives_us(self):
+        return sys.argv[4] != "only here"
     def discard(self, there):
         say(f"discard {there}")
     def close(self):
@@ -389,6 +391,35 @@ def test_what_cannot_be_resumed_is_said_and_its_record_kept(base: Path, records:
     )
     assert (status, out) == (69, f"log {why}\n")
     assert records.all() == [RECORD]
+
+
+@pytest.mark.parametrize(("guest", "resumes", "status"), [("alive", 1, 69), ("only here", 4, 0)])
+def test_it_gives_up_no_guest_whose_memory_is_here_only(
+    base: Path, records: Records, guest: str, resumes: int, status: int
+) -> None:
+    driven = Driven(base, 0, "[GuestError('no room')] * 3", guest=guest)
+    records.write(RECORD)
+    found, out, err = driven.orphaned()
+    assert (found, out.split().count("resume")) == (status, resumes)
+    assert err.count("bhysend: no room\n") == 1
+    assert (f"process {driven.process.pid} holds its memory" in err) == (guest == "only here")
+    assert [record.phase for record in records.all()] == ["paused"] * (status != 0)
+
+
+def test_a_record_that_cannot_be_read_ends_no_guest_whose_memory_is_here_only(
+    base: Path, records: Records
+) -> None:
+    driven = Driven(base, 0, guest="only here")
+    path = base / "source" / f"{RECORD.id}.json"
+    path.write_text("{")
+    driven.socket.close()
+    assert driven.process.stderr is not None
+    told = [driven.process.stderr.readline() for _ in range(3)]
+    assert "holds its memory" in told[2]
+    records.write(RECORD)
+    out, _ = driven.process.communicate(timeout=60)
+    assert driven.process.returncode == 0
+    assert "resume" in out.split()
 
 
 def test_the_record_of_a_guest_that_is_gone_is_removed(base: Path, records: Records) -> None:

@@ -55,6 +55,7 @@ _START_SECONDS = 30
 _END_SECONDS = 10
 _RESUME_SECONDS = 120
 _RETRY_SECONDS = 0.2
+_LONG_SECONDS = 2.0
 _LOOK_SECONDS = 1.0
 _STOPPED_SECONDS = 10.0
 # What ends or stops a process that does not ask for it, and can be ignored.
@@ -227,7 +228,7 @@ def take_over(order: dict[str, Any], record: Record, held: Paused) -> int:
     records = Records(base, "source")
     with contextlib.suppress(OSError, BhyError):
         os.unlink(path_of(base, record.id))
-    found = _read(records, record, console)
+    found = _read(records, record, held, console)
     if found is None:
         held.clear()
         return 0
@@ -237,7 +238,7 @@ def take_over(order: dict[str, Any], record: Record, held: Paused) -> int:
         event = _await_answer(command, found.id)
     standing = Standing(records, found, held)
     try:
-        status = _settle(standing, event, console)
+        status = _settle(standing, event, Patience(held, found.guest, console), console)
     except GoneError as gone:
         console.fail(gone)
         standing.forget()
@@ -247,21 +248,50 @@ def take_over(order: dict[str, Any], record: Record, held: Paused) -> int:
     return status
 
 
-def _read(records: Records, record: Record, console: Console) -> Record | None:
+class Patience:
+    """How long the keeper tries: without end, where the guest would be lost with it."""
+
+    def __init__(self, held: Paused, name: str, console: Console) -> None:
+        """The time counts from here.  name: of the guest."""
+        self._held = held
+        self._name = name
+        self._console = console
+        self._deadline = time.monotonic() + _RESUME_SECONDS
+        self._told = False
+
+    def is_over(self) -> bool:
+        """Say whether it is time to give up; never where the memory is here only."""
+        if time.monotonic() <= self._deadline:
+            return False
+        try:
+            return self._held.outlives_us()
+        except Exception:  # nobody can say, so it may be lost
+            return False
+
+    def wait(self, error: BhyError, *, tell: bool) -> None:
+        """Wait until the next try.  tell: say, once, why and that it has to be waited."""
+        if (tell or time.monotonic() > self._deadline) and not self._told:
+            self._told = True
+            self._console.fail(error)
+            self._console.say(f"guest {self._name}: process {os.getpid()} holds its memory")
+        time.sleep(_LONG_SECONDS if self._told else _RETRY_SECONDS)
+
+
+def _read(records: Records, record: Record, held: Paused, console: Console) -> Record | None:
     """Read the record, trying again: the disk may fail just now, and the guest stands paused.
 
     Raises BhyError when it stays unreadable.
     """
-    deadline = time.monotonic() + _RESUME_SECONDS
+    patience = Patience(held, record.guest, console)
     while True:
         try:
             return records.get(record.id)
         except BhyError as error:
-            if time.monotonic() > deadline:
+            if patience.is_over():
                 console.fail(error)
                 console.say(f"guest {record.guest}: it may stand paused here; see bhysend -l")
                 raise
-        time.sleep(_RETRY_SECONDS)
+            patience.wait(error, tell=False)
 
 
 def _await_answer(fd: int, id_: str) -> Event:
@@ -287,14 +317,13 @@ def _await_answer(fd: int, id_: str) -> Event:
     return Event.ALONE
 
 
-def _settle(standing: Standing, event: Event, console: Console) -> int:
+def _settle(standing: Standing, event: Event, patience: Patience, console: Console) -> int:
     """Act on the record, trying again while the hypervisor does not answer.
 
-    A guest that cannot be kept is tried without end: its memory is here, and
-    nowhere else.  Returns the exit status.  Raises GoneError.
+    A guest that cannot be kept is tried without end, and so is one that cannot
+    be resumed while its memory is here and nowhere else.  Returns the exit
+    status.  Raises GoneError.
     """
-    deadline = time.monotonic() + _RESUME_SECONDS
-    told = False
     while True:
         try:
             standing.settle(event)
@@ -304,19 +333,15 @@ def _settle(standing: Standing, event: Event, console: Console) -> int:
         except Exception as raised:  # whatever it is, the guest stands paused
             error = as_error(raised)
             record = standing.record
-            if Act.KEEP in RECORD.get((record.phase, event), ()):
-                if not told:
-                    console.fail(error)
-                    console.say(f"guest {record.guest}: process {os.getpid()} holds its memory")
-                    told = True
-            elif time.monotonic() > deadline:
+            is_kept = Act.KEEP in RECORD.get((record.phase, event), ())
+            if not is_kept and patience.is_over():
                 console.fail(error)
                 verb = "--discard" if record.phase == MOVED else "--resume"
                 console.say(
                     f"guest {record.guest}: it stands paused here: bhysend {verb} {record.id}"
                 )
                 return error.status
-            time.sleep(_RETRY_SECONDS)
+            patience.wait(error, tell=is_kept)
 
 
 def _tell(console: Console, found: Record, event: Event, way_out: str) -> None:

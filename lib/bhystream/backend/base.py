@@ -226,6 +226,9 @@ class Paused(Protocol):
     def keep(self) -> None:
         """Make what stands paused outlive this process.  Twice is no error."""
 
+    def outlives_us(self) -> bool:
+        """Say whether it stays as it is without this process: its memory is not here only."""
+
     def discard(self, there: str) -> None:
         """End it for good.  A guest that is gone already is no error, one that runs is.
 

@@ -121,6 +121,17 @@ class BhyvePaused:
             return True
         return listens(self._host, self.place.name)
 
+    def outlives_us(self) -> bool:
+        """Say whether it can do without our mapping: it runs, or its memory is in a file, or nowhere.
+
+        A process that was asked to suspend may do so yet, and leave no memory
+        but ours.
+        """
+        process = self.place.process
+        if process is not None and is_alive(process):
+            return self.place.is_copied or self.place.withdraw(self._host)
+        return self._is_complete() or self._has_memory_file() or not self.is_alive()
+
     def _is_complete(self) -> bool:
         """Say whether the files on disk are all there: the memory is the last."""
         return self.place.kept_files.memory.exists()

@@ -99,6 +99,10 @@ class QemuPaused:
     def keep(self) -> None:
         """Do nothing: its QEMU holds a paused guest by itself."""
 
+    def outlives_us(self) -> bool:
+        """Say True: its QEMU has its memory."""
+        return True
+
     def discard(self, there: str) -> None:
         """End it for good: SIGTERM, in time SIGKILL, to this very process.
 

@@ -1,0 +1,121 @@
+"""A bhyve guest through what may happen to its keepers, its files and its host.
+
+Each test asks the same three things of a fault: is the guest still there, is
+there one of it, and do the words say so?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bhystream import handshake, keeper
+from bhystream.backend.bhyve.paused import BhyvePaused
+from bhystream.backend.bhyve.place import Place
+from bhystream.errors import BhyError
+from bhystream.handshake import Event
+from bhystream.keeper import Patience
+from bhystream.report import Console
+from bhystream.standing import Standing
+from bhystream.state import Record, Records
+
+from .bhyve_rig import ID, Two, small_tmpfs, two_hosts, without_sink
+
+
+@pytest.fixture
+def two() -> Iterator[Two]:
+    with two_hosts() as made:
+        yield made
+
+
+def suspended(two: Two) -> tuple[Place, BhyvePaused]:
+    """Suspend the guest, with a bhysend that is gone and a keeper that has hold of it."""
+    source = two.source()
+    source.prepare(ID)
+    held = two.paused(Place.from_json(source.revive()))
+    held.hold()
+    source.pause()
+    source.close()
+    return held.place, held
+
+
+def recorded(two: Two, place: Place, phase: str) -> Records:
+    records = Records(two.base, "source")
+    records.write(Record(ID, place.name, place.name, "lock", phase, dict(place.to_json())))
+    return records
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "_RESUME_SECONDS", -1.0)
+    monkeypatch.setattr(keeper, "_LONG_SECONDS", 0.01)
+
+
+class Enough(Exception):
+    """The keeper has not given up."""
+
+
+def tried(two: Two, held: BhyvePaused, times: int = 3) -> int:
+    """Let a keeper resume the guest, which fails; return its status, or raise Enough."""
+    records = recorded(two, held.place, handshake.PAUSED)
+    record = records.get(ID)
+    assert record is not None
+    console = Console("bhysend")
+
+    class Patient(Patience):
+        waits = 0
+
+        def wait(self, error: BhyError, *, tell: bool) -> None:
+            super().wait(error, tell=tell)
+            self.waits += 1
+            if self.waits == times:
+                raise Enough from error
+
+    patience = Patient(held, held.place.name, console)
+    return keeper._settle(Standing(records, record, held), Event.ALONE, patience, console)
+
+
+# The keeper's patience.
+
+
+def test_a_full_disk_ends_no_guest_that_cannot_be_brought_back(
+    two: Two, impatient: None, tmp_path: Path
+) -> None:
+    two.start()
+    place, held = suspended(two)
+    with small_tmpfs(Path(place.kept).parent, "1m"), pytest.raises(Enough):
+        tried(two, held)
+    assert not held.outlives_us()
+    held.resume()
+    held.close()
+    two.assert_runs_on()
+
+
+def test_the_keeper_goes_where_bhyve_itself_has_written_the_memory(
+    two: Two, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_sink(monkeypatch)
+    two.start()
+    place, held = suspended(two)
+    two.here.settings(fail=["restore"])
+    assert tried(two, held) == 69
+    held.close()
+    two.here.settings(fail=[])
+    two.paused(place).resume()
+    two.assert_runs_on()
+
+
+def test_a_request_that_is_under_way_keeps_the_keeper(two: Two) -> None:
+    guest = two.start()
+    source = two.source()
+    source.prepare(ID)
+    held = two.paused(Place.from_json(source.revive()))
+    held.place.staged.kern.touch()  # as bhyve does first
+    assert not held.outlives_us()
+    held.place.staged.kern.unlink()
+    assert held.outlives_us()
+    source.close()
+    assert guest.process.poll() is None
+    two.assert_runs_on()
