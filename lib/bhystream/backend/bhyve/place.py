@@ -29,15 +29,20 @@ from typing import Any
 
 from bhystream.backend.base import Json
 from bhystream.backend.bhyve.host import VMM_DIR, Host, open_host
-from bhystream.backend.bhyve.snapshot import Files
+from bhystream.backend.bhyve.snapshot import Files, memory_spans
 from bhystream.backend.process import Identity
-from bhystream.errors import BhyError, GuestError, from_oserror
+from bhystream.errors import BhyError, GuestError, UsageError, from_oserror
 
 FILE = "ckp"
 _NULL_DIR = "dev"
 _SINK = f"{_NULL_DIR}/null"
 STAGING = {"source": "BHYSEND_STAGING", "destination": "BHYRECV_STAGING"}
 _MEMORY_DIRS = ("/dev/shm", "/tmp", "/var/run")
+# `bhyve -r FILE` takes NAME_MAX, with ".kern".  Source: snapshot.c, strcat_extension().
+_MAX_FILE_BYTES = 255 - len(".kern")
+# Source: sys/kern/sys_generic.c (index id 51756766), DEVFS_IOSIZE_MAX in sys/sys/systm.h.
+_CLAMP = "debug.devfs_iosize_max_clamp"
+_CLAMP_BYTES = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,13 @@ class Place:
     # The staging directory.
 
     def make_staging(self) -> None:
-        """Make the staging directory.  Raises PipeError, AccessError."""
+        """Make the staging directory.  Raises UsageError, PipeError, AccessError."""
+        for files in (self.staged, self.kept_files):
+            if len(os.fsencode(files.memory)) > _MAX_FILE_BYTES:
+                raise UsageError(
+                    f"{files.memory}: bhyve -r takes no path longer than {_MAX_FILE_BYTES} bytes",
+                    "name another staging or state directory",
+                )
         try:
             os.mkdir(self.staging, 0o700)
         except OSError as error:
@@ -128,8 +139,18 @@ class Place:
 
         It is believed only when it is seen: a memory file that is no device
         would be one without the guest's memory.
+
+        bhyve opens it with openat(2) below the directory's descriptor, which
+        follows a relative link and crosses a mount also in capability mode;
+        O_CREAT and O_TRUNC do nothing to a device, lseek(2) is allowed, and
+        its size is not asked for.  Confirmed in source, never run:
+        bnovkov/freebsd-src@e7ae4550 usr.sbin/bhyve/snapshot.c, vm_checkpoint()
+        and vm_snapshot_mem_part(); sys/fs/devfs/devfs_vnops.c, devfs_setattr()
+        and devfs_ops_f (index id 1020455833); sys/kern/vfs_lookup.c (24501488).
         """
         directory = Path(self.staging, _NULL_DIR)
+        if why := self._clamped(host):
+            return why
         try:
             directory.mkdir(0o700)
             host.mount_null(directory)
@@ -143,6 +164,23 @@ class Place:
             self.drop_sink(host)
             return str(error)
         return ""
+
+    def _clamped(self, host: Host) -> str:
+        """Return why bhyve could not write this guest's memory to a device, or "".
+
+        bhyve writes lowmem, and then highmem, with one write(2) each, unless a
+        terminal is its standard input; devfs answers EINVAL beyond INT_MAX
+        bytes, and bhyve gives the suspend up.  Source: snapshot.c,
+        vm_snapshot_mem_part(); devfs_vnops.c, devfs_write_f().
+        """
+        longest = max(length for _, _, length in memory_spans(self.memory_bytes))
+        value = (host.sysctl(_CLAMP) or "0").strip()
+        if longest <= _CLAMP_BYTES or value == "0":
+            return ""
+        return (
+            f"{_CLAMP}: it is {value} here, so no device takes the {longest} bytes that bhyve"
+            f" writes at once; sysctl {_CLAMP}=0 lets the null device take them"
+        )
 
     def has_sink(self) -> bool:
         """Say whether the memory file is the null device."""
@@ -167,8 +205,11 @@ class Place:
     def withdraw(self, host: Host) -> bool:
         """Make sure that no request can use the staging directory any more.
 
-        Returns False if one has begun to: its first file is there.  A removed
-        directory takes no new file (unverified on FreeBSD).
+        Returns False if one has begun to: its first file is there, FILE.kern.
+        A removed directory takes no new file.  Confirmed in source, never run:
+        ENOENT from tmpfs_vnops.c, tmpfs_lookup1() (freebsd/freebsd-src@00bac917),
+        ufs_lookup.c (index id 220308933), zfs_dir.c, zfs_dirent_lookup()
+        (59510294160).
         """
         if not os.path.isdir(self.staging):
             return True
