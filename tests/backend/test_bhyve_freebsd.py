@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import struct
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -223,3 +225,20 @@ def test_a_guest_that_is_not_there_is_said_so() -> None:
 def test_another_system_is_no_bhyve_host() -> None:
     with pytest.raises(GuestError, match="no FreeBSD host"):
         FreeBsdHost()
+
+
+def test_a_vm_that_was_destroyed_is_closed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = tmp_path / "web1"
+    node.touch()
+    vm = FreeBsdVm("web1", str(node))
+
+    def close(fd: int) -> None:
+        os_close(fd)
+        raise OSError(errno.ENXIO, "Device not configured")
+
+    os_close = os.close
+    monkeypatch.setattr(os, "close", close)
+    vm.close()
+    vm.close()
