@@ -5,8 +5,14 @@
                before it lets the vCPUs run: while there is none, they never ran
 
 So a socket node that others left is removed first, and afterwards its mere
-existence says that the vCPUs may have run.  Source: FreeBSD bhyverun.c, order
-of init_checkpoint_thread() and vm_resume; unverified there.
+existence says that the vCPUs may have run.  Confirmed in source, never run:
+bhyverun.c, end of main(): the vCPU threads are made suspended, a socket that
+cannot be made ends bhyve, and vm_resume_cpu() comes behind it.  14:
+fel1x-developer/freebsd-src@2d614aa2; 15: revytechinc/freebsd-src-nested-vm@02c13c93.
+A bhyve without snapshots knows no -r, and ends with its usage.
+
+Between the socket and the vCPUs bhyve enters capability mode and sets the
+clock, and could still end; so it is looked at once more a moment later.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ _LIMIT_S = 60.0
 LOAD_BYTES_PER_SECOND = 100 << 20  # of a slow disk
 _PROBE_S = 5.0
 _POLL_S = 0.002
+_MOMENT_S = 0.05  # from the socket to the vCPUs there are a few system calls
 
 
 def listens(host: Host, name: str) -> bool:
@@ -126,7 +133,7 @@ class Restore:
             if time.monotonic() > end:
                 raise GuestError(f"{self._who}: bhyve -r: not done in {self._limit_s:.0f} s")
             time.sleep(_POLL_S)
-        if self._child.has_ended():
+        if self._child.ends_within(_MOMENT_S):
             raise GuestError(f"{self._who}: bhyve -r: {self._child.last_words()}")
 
     def _undo(self) -> None:
