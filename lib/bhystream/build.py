@@ -62,6 +62,14 @@ class Options:
     dropped: list[str] = field(default_factory=list)
     directory: str | None = None
 
+    def refuse_answered(self) -> None:
+        """Refuse what leaves a guest of the answered form without an answer to GO."""
+        for option, given in (("-u", self.unstarted), ("-S", self.directory)):
+            if given:
+                raise IncompatibleError(
+                    f"{option}: a guest of the answered form is started, or not taken"
+                )
+
     def receiving(self, base: Path, walk: Walk) -> hypervisors.Receiving:
         """Return what hypervisors.open_sink() wants to know."""
         return hypervisors.Receiving(
@@ -155,11 +163,8 @@ class Build:
         """Refuse what may not be started, before anything is made."""
         if self.walk.is_dry_run:
             raise UsageError("the stream is a dry run (bhysend -n): read it with bhyrecv -n")
-        for option, given in (("-u", self.opts.unstarted), ("-S", self.opts.directory)):
-            if self.answered and given:
-                raise IncompatibleError(
-                    f"{option}: a guest of the answered form is started, or not taken"
-                )
+        if self.answered:
+            self.opts.refuse_answered()
         if self.opts.directory is not None:
             return  # files start nothing, and may be made of a stream again
         record = self.records.get(self.id)

@@ -82,6 +82,7 @@ def verdict(opts: Options, walk: Walk, base: Path, console: Console, signals: Si
     try:
         if not walk.is_dry_run:
             raise UsageError("-n: the stream is no dry run (bhysend -n)")
+        opts.refuse_answered()
         _judge(opts, walk, base, console, signals, reply)
     except BhyError as error:
         reply.try_to_say("REFUSED", str(error))
