@@ -311,6 +311,21 @@ def test_a_staging_directory_without_room_is_refused_before_the_pause(two: Two) 
     two.assert_runs_on()
 
 
+def test_why_the_memory_needs_room_is_told_with_the_refusal(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_sink(monkeypatch)
+    two.start()
+    with small_tmpfs(two.directory / "tiny", "65m") as tiny:
+        os.environ["BHYSEND_STAGING"] = str(tiny)
+        made = two.source()
+        with pytest.raises(GuestError, match="staging: ") as refused:
+            made.prepare(ID)
+        assert "bhyve writes the memory into" in refused.value.hint
+        assert "Operation not permitted" in refused.value.hint
+        made.close()
+
+
 def test_a_state_directory_without_room_is_refused_before_the_pause(two: Two) -> None:
     two.start()
     with small_tmpfs(two.base / "held", "1m") as held:

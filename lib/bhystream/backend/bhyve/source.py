@@ -207,7 +207,8 @@ class BhyveSource:
             free = found.f_bavail * found.f_frsize
             reasons += verdict.room_reasons(needed, free, key, path)
         if reasons:
-            raise GuestError(f"guest {self._name}: {reasons[0]}", "\n".join(reasons[1:]))
+            hints = [*reasons[1:], *self._sink_warnings]
+            raise GuestError(f"guest {self._name}: {reasons[0]}", "\n".join(hints))
 
     def _map_image(self) -> None:
         """Map the file that a checkpoint will write the memory into (-k)."""
