@@ -11,7 +11,8 @@ from collections.abc import Callable
 # Source: Linux, include/uapi/linux/falloc.h.
 _KEEP_SIZE = 0x01
 _PUNCH_HOLE = 0x02
-# Source: FreeBSD 14, fspacectl(2), sys/fcntl.h.  Unverified there.
+# Source: FreeBSD 14, fspacectl(2), sys/fcntl.h; bhyve's block_if.c calls it so,
+# blockif_proc() (index id 32672991).  Never run.
 _SPACECTL_DEALLOC = 1
 _ZEROS = bytes(1 << 20)
 # The system knows no holes, or the file system does not.

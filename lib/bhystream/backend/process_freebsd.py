@@ -1,6 +1,11 @@
 """Processes on FreeBSD: the half of process.py that Linux's /proc and pidfds are.
 
 Unverified: nothing in here has run on FreeBSD; the sources are named.
+Confirmed in source: the peer's pid is that of the process which called
+listen(2), kept then (sys/kern/uipc_usrreq.c, unp_copy_peercred(), index id
+371788122); struct xucred (freebsd/freebsd-src@00036dad sys/sys/ucred.h);
+kern.boot_id, 16 random bytes (sys/kern/kern_mib.c, 24203022); ps's lstart in
+strftime(3)'s %c (bin/ps/print.c, 1155799689).
 
 A start time is seconds since boot here, and compared with a tolerance: ps(1)
 shows whole seconds of the wall clock, to which the kernel adds its boot time,

@@ -14,8 +14,22 @@ Whether the process lives is never concluded from the socket.  A refused
 connection says that nobody listens, but on FreeBSD also that the queue of
 those who wait is full; only the process's own identity decides.
 
-Source: FreeBSD usr.sbin/bhyve/snapshot.c (14) and ipc.c (15);
-sys/kern/uipc_usrreq.c, unp_connectat(), for the full queue.  Unverified there.
+Confirmed in source, never run:
+
+- 14: usr.sbin/bhyve/snapshot.c, checkpoint_thread() (index id 246591366); 15:
+  freebsd/freebsd-src@04811d46 usr.sbin/bhyve/ipc.c, ipc_thread().  The thread
+  waits for a connection's request without a limit (lib/libnv/msgio.c,
+  buf_recv()), and an exit of bhyve does not wait for it: a connection held
+  idle harms nothing.  Its loop ends with the first accept(2) that fails, which
+  a client that is gone already does not cause (uipc_accept()).
+- A suspend ends in exit(3) inside the handler (vm_checkpoint()), so all files
+  are written by then, as far as they ever will be: that FILE.meta could not be
+  written whole, bhyve does not notice.  Where it cannot be opened the guest
+  runs on, and G5 tells no error.
+- The queue holds 10, and a full one refuses: sys/kern/uipc_usrreq.c,
+  unp_connectat() (index id 371788122).
+
+What the reply to a checkpoint holds in 15 was not found.
 """
 
 from __future__ import annotations

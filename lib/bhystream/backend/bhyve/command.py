@@ -2,6 +2,13 @@
 
 Everything is handed over in a bhyve_config(5) file, `bhyve -k FILE`: it has no
 quoting, and no value of it can become another option.
+
+Confirmed in source, never run: -k is read where it stands, -r is only noted;
+then the snapshot's name is set, then the command line's over it.  The
+topology comes from -k and must multiply to its cpus; ncpus and memsize of the
+snapshot replace cpus and memory.size, memory.wired stays the configuration's.
+Source: fel1x-developer/freebsd-src@2d614aa2 usr.sbin/bhyve/bhyverun.c, main();
+revytechinc/freebsd-src-nested-vm@02c13c93, the same.
 """
 
 from __future__ import annotations
@@ -40,7 +47,7 @@ def argv(
     program: the words that run bhyve.  name: the guest's here.  config_path:
     of config_file()'s text.  snapshot_path: the memory file of a snapshot,
     with .kern and .meta beside it; None starts the guest from its boot ROM.
-    The name on the command line wins over the snapshot's [dossier bhyve.md, 5].
+    The name on the command line wins over the snapshot's.
     """
     if not NAME.fullmatch(name):
         raise refuse(f"name: {shown(name)} cannot be a guest's")

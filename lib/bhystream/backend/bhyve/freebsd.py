@@ -137,7 +137,10 @@ class FreeBsdHost:
 
         bhyve opens the file in capability mode: a relative name below a
         directory may cross a mount point, a symbolic link out of it may not.
-        Source: mount(8), devfs(5); sys/kern/vfs_lookup.c, NI_LCF_STRICTREL.
+        A mount outside of a jail has no ruleset, so null is in it.
+        Confirmed in source, never run: sys/kern/vfs_lookup.c, NI_LCF_STRICTREL
+        (index id 24501488); sys/fs/devfs/devfs_vfsops.c, devfs_mount()
+        (18298537849).
         """
         programs.do(f"mount devfs on {directory}", _MOUNT, "-t", "devfs", "devfs", str(directory))
         try:

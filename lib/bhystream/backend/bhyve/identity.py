@@ -18,8 +18,8 @@ alike, which is all that makes a snapshot portable: its blobs are the kernel's
 and bhyve's own structures, without a version.  A key whose value the host
 does not have is left out.  kern.hostuuid stays at home: nothing here needs it.
 
-Source: sys/kern/kern_mib.c for hw and kern; machdep.tsc_freq is unverified on
-FreeBSD, both its name and that it is an integer.
+Source: sys/kern/kern_mib.c for hw and kern; sys/x86/x86/tsc.c for
+machdep.tsc_freq, a u64 (index id 418210920).  Confirmed in source, never run.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ runs_here().  The supervisor unlinks run.lock, suspending.lock and console when
 it ends, so nothing of ours is written before that.  vm-bhyve older than 1.7.0
 knows no suspending.lock: it starts the guest again.
 
-Source: dossier managers.md, 1.1 to 1.4; freebsd/vm-bhyve@0c93a8fb lib/vm-run,
-vm::lock(), vm::unlock(), vm::confirm_stopped().  Unverified on FreeBSD.
+Confirmed in source, never run: freebsd/vm-bhyve@0c93a8fb lib/vm-run, vm::run():
+after bhyve's exit with suspending.lock its taps are destroyed, then the VM's
+node, if it is there, then vm::unlock() removes the three files.
 """
 
 from __future__ import annotations

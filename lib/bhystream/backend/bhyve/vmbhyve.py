@@ -6,8 +6,9 @@ last start is taken from vm-bhyve.log, where vm-bhyve writes it, and compared
 with the .conf: a log of another machine, or one that was edited since, must
 not describe a running guest.
 
-Source: dossier managers.md, 1.1 to 1.3; freebsd/vm-bhyve@0c93a8fb lib/vm-run,
-vm::run(), and lib/vm-util@06e1623d, util::log().  Unverified on FreeBSD.
+Confirmed in source, never run: freebsd/vm-bhyve@0c93a8fb lib/vm-run, vm::run(),
+and lib/vm-util@06e1623d, util::log(), "DATE:  [bhyve options: ...]", one entry
+a line, in the order options, devices, console, ISO device.
 """
 
 from __future__ import annotations
