@@ -30,7 +30,7 @@ from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.standin.kernel import StandinHost
 from cli.pipeline import BHYRECV, BHYSEND, ROOT, Ended, Words, run
-from standin.rig import Console, Guest, Rig, Spec, assert_unbroken
+from standin.rig import Console, Guest, Rig, Spec, assert_unbroken, supervised
 
 ID = "0123456789abcdef" * 2
 UUID = "11111111-2222-3333-4444-555555555555"
@@ -107,6 +107,27 @@ class Two:
         return path
 
     # The source.
+
+    @contextmanager
+    def supervise(self, spec: Spec | None = None, name: str = "g") -> Iterator[Guest]:
+        """Start a guest at the source as vm-bhyve does; yield the supervisor, which outlives it."""
+        spec = spec or Spec()
+        config = self.here.write_config(name, spec, self.here.directory / f"{name}-0.console")
+        directory = self.here.directory / "vm" / name
+        directory.mkdir()
+        (directory / f"{name}.conf").write_text(f'uuid="{UUID}"\n')
+        tap = f"tap-{name}-0-4-0"
+        (self.here.directory / "net" / tap).unlink()
+        words = ["-AHP", "-k", str(config)]
+        with supervised(self.here, name, *words, tap=f"{tap}:bridge0") as guest:
+            self.guests.append(guest)
+            guest.console.await_beats(1)
+            yield guest
+
+    def lock(self, what: str, name: str = "g") -> str | None:
+        """Return the first line of one of vm-bhyve's locks, None where there is none."""
+        path = self.here.directory / "vm" / name / f"{what}.lock"
+        return path.read_text().splitlines()[0] if path.exists() else None
 
     def start(self, spec: Spec | None = None, name: str = "g") -> Guest:
         """Start a guest at the source and wait until it runs."""
