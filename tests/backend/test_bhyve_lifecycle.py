@@ -6,15 +6,19 @@ there one of it, and do the words say so?
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bhystream import handshake, keeper
+from bhystream.backend import process
+from bhystream.backend.bhyve import paused
 from bhystream.backend.bhyve.paused import BhyvePaused
 from bhystream.backend.bhyve.place import Place
-from bhystream.errors import BhyError
+from bhystream.errors import BhyError, GuestError
 from bhystream.handshake import Event
 from bhystream.keeper import Patience
 from bhystream.report import Console
@@ -118,4 +122,58 @@ def test_a_request_that_is_under_way_keeps_the_keeper(two: Two) -> None:
     assert held.outlives_us()
     source.close()
     assert guest.process.poll() is None
+    two.assert_runs_on()
+
+
+# The host's crash.
+
+
+def after_a_crash(two: Two, place: Place, monkeypatch: pytest.MonkeyPatch) -> BhyvePaused:
+    """Return the guest after the host has booted anew: what was in memory is gone."""
+    shutil.rmtree(place.staging, ignore_errors=True)
+    monkeypatch.setattr(paused, "boot_id", lambda: "another")
+    monkeypatch.setattr(process, "boot_id", lambda: "another")
+    return two.paused(place)
+
+
+def test_a_snapshot_that_was_not_synced_is_none_after_a_crash(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.start()
+    place, held = suspended(two)
+    held._gather()
+    assert held._is_complete()
+    held.close()
+    found = after_a_crash(two, place, monkeypatch)
+    assert not found.is_alive()
+    with pytest.raises(GuestError):
+        found.resume()
+    assert two.here.pid("g") is None
+
+
+def test_a_guest_that_was_kept_is_there_after_a_crash(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.start()
+    place, held = suspended(two)
+    held.keep()
+    held.close()
+    found = after_a_crash(two, place, monkeypatch)
+    assert found.is_alive()
+    found.resume()
+    two.assert_runs_on()
+
+
+def test_a_loaded_guest_that_was_not_synced_is_written_again(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_sink(monkeypatch)
+    two.start()
+    place, held = suspended(two)
+    held.close()
+    loaded = two.paused(replace(place, process=None))
+    loaded._gather()
+    Path(place.kept, "ckp").write_bytes(b"half of it")  # as a crash of bhyrecv leaves it
+    loaded.keep()
+    two.paused(replace(place, process=None)).resume()
     two.assert_runs_on()

@@ -37,7 +37,7 @@ from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.memory import Memory, copy_sparse
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import LOAD_BYTES_PER_SECOND, Restore, listener, listens
-from bhystream.backend.process import is_alive, is_same
+from bhystream.backend.process import boot_id, is_alive, is_same
 from bhystream.errors import BhyError, GuestError, from_oserror
 
 _SETTLE_S = 60.0
@@ -122,7 +122,7 @@ class BhyvePaused:
         return listens(self._host, self.place.name)
 
     def outlives_us(self) -> bool:
-        """Say whether it can do without our mapping: it runs, or its memory is in a file, or nowhere.
+        """Say whether it can do without our mapping: it runs, or its memory is in a file, or lost.
 
         A process that was asked to suspend may do so yet, and leave no memory
         but ours.
@@ -133,8 +133,21 @@ class BhyvePaused:
         return self._is_complete() or self._has_memory_file() or not self.is_alive()
 
     def _is_complete(self) -> bool:
-        """Say whether the files on disk are all there: the memory is the last."""
-        return self.place.kept_files.memory.exists()
+        """Say whether the files on disk are all there: the memory is the last.
+
+        Of files that were not synced a crash of the host leaves the names and
+        not the bytes, so they count in the boot only in which they were written.
+        """
+        if not self.place.kept_files.memory.exists():
+            return False
+        process = self.place.process
+        is_same_boot = process is not None and process.boot_id == boot_id()
+        return is_same_boot or self._synced.exists()
+
+    @property
+    def _synced(self) -> Path:
+        """Return the file that says that the snapshot on disk was synced."""
+        return Path(self.place.kept, "synced")
 
     def _can_gather(self) -> bool:
         """Say whether the state is complete, and the memory is somewhere."""
@@ -218,6 +231,8 @@ class BhyvePaused:
         try:
             for path in (*kept.iterdir(), kept, kept.parent, kept.parent.parent):
                 _sync(path)
+            self._synced.touch(0o600)
+            _sync(kept)
         except OSError as error:
             raise from_oserror(error, f"write {kept}") from None
 
