@@ -67,6 +67,7 @@ class Machine:
         self._snapshot = snapshot
         self._name = config.name or (snapshot.name if snapshot else "")
         self._exits: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._is_suspended = False
         self._created = False
 
     def run(self) -> int:
@@ -178,6 +179,7 @@ class Machine:
     def _end_suspended(self, guest: Guest) -> None:
         """End in the middle of the handler, as bhyve does: no reply, only EOF."""
         settings = read_settings(self._directory)
+        self._is_suspended = True  # or _watch() would take it for somebody else's destruction
         if not settings.node_left:
             self._destroy(guest)
         os._exit(settings.suspend_status)
@@ -188,7 +190,7 @@ class Machine:
             try:
                 status = self._exits.get(timeout=_WATCH_S)
             except queue.Empty:
-                if guest.memory.is_current():
+                if guest.memory.is_current() or self._is_suspended:
                     continue
                 sys.stderr.write("vm_run: Device not configured\n")
                 return ERROR
