@@ -242,3 +242,26 @@ def test_a_vm_that_was_destroyed_is_closed_all_the_same(
     monkeypatch.setattr(os, "close", close)
     vm.close()
     vm.close()
+
+
+MEMORY = {
+    "hw.pagesize": "4096",
+    "vm.stats.vm.v_free_count": "100",
+    "vm.stats.vm.v_inactive_count": "20",
+}
+
+
+@pytest.mark.parametrize(
+    ("arc", "free_bytes"),
+    [
+        ({}, 120 * 4096),
+        ({"size": "9000000", "c_min": "1000000"}, 120 * 4096 + 8000000),
+        ({"size": "1000", "c_min": "5000"}, 120 * 4096),
+    ],
+)
+def test_memory_that_zfs_gives_back_counts_as_free(
+    monkeypatch: pytest.MonkeyPatch, arc: dict[str, str], free_bytes: int
+) -> None:
+    found = MEMORY | {f"kstat.zfs.misc.arcstats.{key}": value for key, value in arc.items()}
+    monkeypatch.setattr(libc, "sysctl", found.get)
+    assert FreeBsdHost.__new__(FreeBsdHost).free_memory_bytes() == free_bytes

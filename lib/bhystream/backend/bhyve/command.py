@@ -24,7 +24,7 @@ def config_file(keys: Mapping[str, str], resources: Mapping[str, str]) -> str:
     keys: of a validated CONFIG section, or, for a rollback at the source,
     GuestConfig.full with no resources.  resources: key -> value; they win.
     An interface whose name does not begin with tap or vmnet gets type=tap:
-    bhyve infers the type from the name [bhyve_config(5); unverified].
+    bhyve infers the type from the name.  Source: net_backends.c, netbe_init() (48548321).
     Raises IncompatibleError for what cannot stand in such a file.
     """
     whole = {**keys, **resources}
