@@ -18,7 +18,6 @@ clock, and could still end; so it is looked at once more a moment later.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import time
 from pathlib import Path
@@ -106,8 +105,10 @@ class Restore:
             raise GuestError(f"{self._who}: a bhyve of that name runs here")
         if self._host.exists(self._name):
             raise GuestError(f"{self._who}: a VM of that name is here; destroy it first")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._socket)
+        try:
+            self._socket.unlink(missing_ok=True)
+        except OSError as error:
+            raise from_oserror(error, f"remove {self._socket}") from None
         config = Path(f"{self._files.memory}.conf")
         try:
             config.write_text(config_file(self._place.keys, {}))
