@@ -1,1 +1,35 @@
-"""bhyve on FreeBSD, and its stand-in: a guest named by its name."""
+"""The bhyve backend: a guest named by its name, on FreeBSD or on its stand-in.
+
+The pieces, in the order in which a move meets them:
+
+    host.py       what is asked of the host: the protocols of the device half
+    freebsd.py    the FreeBSD host: sysctls, base programs, mounts, taps
+      freebsd_vm.py ioctl.py   one VM: memory map, mapping, topology, dirty log
+      freebsd_text.py libc.py  what programs print; mincore(2) and sysctl(3)
+    vmbhyve.py    vm-bhyve's description of a guest, and its last start
+    locks.py      vm-bhyve's locks: told before the suspend, changed after it
+    argv.py legacy.py   bhyve's command line -> bhyve_config(5) keys
+    config.py     a configuration -> the CONFIG section, or a refusal
+    defaults.py   what bhyve would make up from names and paths, made explicit
+    keys.py       every key that may travel, and every one that stays
+    validate.py   a CONFIG section from a stream is hostile until it passes
+    resources.py  the operator's -o key=value and -x key
+    compare.py    two configurations, and how they differ
+    identity.py   the host's half of the HOST section
+    verdict.py    the reasons against a guest on this host
+    memory.py     guest memory, mapped; residency.py: which pages were touched
+    place.py      what is recorded of a guest, and its two directories
+    nvlist.py     libnv, the language of the checkpoint socket
+    checkpoint.py the client of that socket: one request, and what came of it
+    snapshot.py   FILE, FILE.kern and FILE.meta <-> the STATE sections
+    command.py    configuration + resources -> what bhyve is started with
+    restore.py    `bhyve -r`, until its socket answers
+    source.py     BhyveSource: base.Source
+    sink.py       BhyveSink: base.Sink
+    paused.py     BhyvePaused: base.Paused
+    cold.py       snapshot files as base.Source and base.Sink
+
+Everything but freebsd*.py, ioctl.py and libc.py is the same code over the
+stand-in, and is tested there.  Nothing has run on FreeBSD: what was read in
+its sources, and where, stands with each fact.
+"""
