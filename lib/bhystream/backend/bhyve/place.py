@@ -40,7 +40,7 @@ STAGING = {"source": "BHYSEND_STAGING", "destination": "BHYRECV_STAGING"}
 _MEMORY_DIRS = ("/dev/shm", "/tmp", "/var/run")
 # `bhyve -r FILE` takes NAME_MAX, with ".kern".  Source: snapshot.c, strcat_extension().
 _MAX_FILE_BYTES = 255 - len(".kern")
-# Source: sys/kern/sys_generic.c (index id 51756766), DEVFS_IOSIZE_MAX in sys/sys/systm.h.
+# Source: freebsd/freebsd-src@005a071d sys/kern/sys_generic.c, devfs_iosize_max().
 _CLAMP = "debug.devfs_iosize_max_clamp"
 _CLAMP_BYTES = (1 << 31) - 1
 
