@@ -13,9 +13,9 @@ import pytest
 
 from bhystream import state
 from bhystream.answers import Answer
-from bhystream.errors import BhyError, GuestError
+from bhystream.errors import BhyError, GoneError, GuestError
 from bhystream.handshake import GO, HELD, MOVED, PAUSED, RECORD, Act, Event
-from bhystream.standing import GoneError, Standing, asking, event_of, in_doubt, with_peer
+from bhystream.standing import Standing, asking, event_of, in_doubt, with_peer
 from bhystream.state import Record, Records
 from recorded import A, B, Host
 

@@ -63,6 +63,10 @@ class GuestError(BhyError):
     status = 69
 
 
+class GoneError(GuestError):
+    """The guest has ended: by itself, or with its hypervisor.  Nothing is left to resume."""
+
+
 class AbortedError(BhyError):
     """The other side gave up and said so (the ABORT section)."""
 

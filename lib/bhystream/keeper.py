@@ -41,11 +41,11 @@ from typing import Any
 
 from bhystream.answers import MAX_LINE_BYTES, unpack
 from bhystream.backend.base import Paused
-from bhystream.errors import BhyError, FormatError, GuestError, as_error
+from bhystream.errors import BhyError, FormatError, GoneError, GuestError, as_error
 from bhystream.handshake import ANSWER_SECONDS, GO, MOVED, PAUSED, RECORD, Act, Event
 from bhystream.rendezvous import path_of
 from bhystream.report import Console
-from bhystream.standing import EVENTS, GoneError, Standing, in_doubt
+from bhystream.standing import EVENTS, Standing, in_doubt
 from bhystream.state import Lock, Record, Records
 
 _READY = b"ready\n"

@@ -22,6 +22,7 @@ from bhystream.errors import (
     OK,
     BhyError,
     DowntimeError,
+    GoneError,
     GuestError,
     HeldError,
     InDoubtError,
@@ -60,6 +61,7 @@ class Move:
         self.writer: Writer | None = None
         self.offer: Offer | None = None
         self.unrecorded: BhyError | None = None
+        self.gone: GoneError | None = None
         self.nonce = b""
         self.go_is_out = False
         self.fixed_ns = 0
@@ -326,13 +328,16 @@ class Move:
             return InDoubtError(
                 f"guest {name}: in doubt: {error}", in_doubt(self.record, self.base)
             )
+        where = f"guest {name}: it runs here"
+        if self.gone:
+            where = "" if error is self.gone else str(self.gone)
         if self.writer:
             self.writer.abort(error.status, str(error))
         if self.offer and error is not self.unrecorded:
             # Only now: the guest does not wait for it.  A disk of ours is
             # nothing that anybody there could explain.
             error = self.offer.explain(error)
-        error.hint = f"guest {name}: it runs here\n{error.hint}"
+        error.hint = f"{where}\n{error.hint}"
         return error
 
     def _undo(self, error: BhyError) -> BhyError | None:
@@ -340,9 +345,16 @@ class Move:
         machine = self.machine
         if machine.at in (At.GONE, At.RUNS_ON) and machine.undone:
             return self._stuck(error, error)
+        if isinstance(error, GoneError):
+            self.gone = error
         try:
             if machine.expects(event := self._event_of_failure()):
                 machine.on(event)
+        except GoneError as gone:
+            # Nobody can bring it back, and nobody has to.
+            self.gone = gone
+            with contextlib.suppress(BhyError):
+                self.records.remove(self.record.id)
         except BhyError as second:
             if Act.KEEP not in machine.undone:
                 return self._stuck(error, second)

@@ -17,6 +17,7 @@ from bhystream.answers import Answer
 from bhystream.errors import (
     OK,
     BhyError,
+    GoneError,
     GuestError,
     HeldError,
     InDoubtError,
@@ -25,7 +26,7 @@ from bhystream.errors import (
 from bhystream.handshake import GO, HELD, PAUSED, RECORD, Act, Event
 from bhystream.report import Console
 from bhystream.signals import Interrupts
-from bhystream.standing import GoneError, Standing, event_of, in_doubt
+from bhystream.standing import Standing, event_of, in_doubt
 from bhystream.state import Lock, Record, Records
 
 # A keeper tries for so long to resume a guest.

@@ -17,7 +17,7 @@ from pathlib import Path
 from bhystream import handshake, hypervisors
 from bhystream.answers import Answer
 from bhystream.backend.base import Paused
-from bhystream.errors import GuestError
+from bhystream.errors import GoneError
 from bhystream.handshake import Act, Event
 from bhystream.state import Record, Records, default_directory
 
@@ -111,10 +111,6 @@ class Standing:
         finally:
             if paused is not self._held:
                 paused.close()
-
-
-class GoneError(GuestError):
-    """The hypervisor's process of a recorded guest does not exist any more."""
 
 
 def in_doubt(record: Record, base: Path) -> str:

@@ -6,19 +6,23 @@ there one of it, and do the words say so?
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bhystream import handshake, keeper
 from bhystream.backend import process
-from bhystream.backend.bhyve import paused
+from bhystream.backend.bhyve import paused, snapshot
 from bhystream.backend.bhyve.paused import BhyvePaused
 from bhystream.backend.bhyve.place import Place
-from bhystream.errors import BhyError, GuestError
+from bhystream.errors import BhyError, GoneError, GuestError, PipeError
 from bhystream.handshake import Event
 from bhystream.keeper import Patience
 from bhystream.report import Console
@@ -176,4 +180,105 @@ def test_a_loaded_guest_that_was_not_synced_is_written_again(
     Path(place.kept, "ckp").write_bytes(b"half of it")  # as a crash of bhyrecv leaves it
     loaded.keep()
     two.paused(replace(place, process=None)).resume()
+    two.assert_runs_on()
+
+
+# A guest that ends by itself.
+
+
+def test_a_guest_that_powers_off_during_the_rounds_is_not_called_held(two: Two) -> None:
+    guest = two.start()
+    # What it changes takes longer than this, so the rounds go on while it runs.
+    words = [*two.send("-v", "-d", "1ms", "-r", "1000"), *two.receive()]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, env=two.here.environment, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "bhysend: guest g: round 1:" in line:
+            break
+    guest.power_off()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 69
+    assert "its bhyve has ended meanwhile" in said
+    assert "it runs here" not in said
+    assert two.left() == []
+
+
+def test_a_bhyve_that_dies_in_its_suspend_is_not_called_held(two: Two) -> None:
+    two.here.settings(fail=["die"])
+    two.start()
+    ended = two.move()
+    assert ended.status == 69
+    assert "its bhyve has ended, and left nothing to go on from" in ended.stderr
+    assert "it runs here" not in ended.stderr
+    assert two.left() == []
+
+
+@pytest.mark.parametrize("generation", [4, 5])
+def test_a_guest_that_ends_in_a_checkpoint_is_said_to_have_ended(two: Two, generation: int) -> None:
+    two.here.settings(generation=generation)
+    guest = two.start()
+    source = two.source(keep=True)
+    source.prepare(ID)
+    guest.power_off()
+    with pytest.raises(GoneError, match="its bhyve has ended meanwhile"):
+        source.pause()
+    source.resume()
+    source.close()
+    assert two.here.pid("g") is None
+    assert list(two.staging.iterdir()) == []
+
+
+def test_a_guest_that_was_started_anew_is_not_suspended_with_the_memory_of_the_old(
+    two: Two,
+) -> None:
+    guest = two.start()
+    source = two.source()
+    source.prepare(ID)
+    before = source._checkpoint
+    assert before is not None
+    guest.power_off()
+    again = two.here.start("g")
+    with pytest.raises(GoneError, match="another guest has its name now"):
+        source._reconnect(before)
+    source.close()
+    assert again.process.poll() is None
+
+
+# What we cannot read ourselves.
+
+
+def test_a_state_that_only_bhyve_understands_is_still_restored(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.start()
+    _, held = suspended(two)
+
+    def refuse(*_: object) -> None:
+        raise GuestError("ckp.meta is not complete, or not bhyve's")
+
+    monkeypatch.setattr(snapshot, "read_states", refuse)
+    assert held.is_alive()
+    held.resume()
+    held.close()
+    two.assert_runs_on()
+
+
+def test_a_state_that_cannot_be_looked_at_is_not_taken_for_none(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.start()
+    place, held = suspended(two)
+    real = os.stat
+
+    def fails(path: Any, *args: Any, **keys: Any) -> os.stat_result:
+        if str(path) == str(place.staged.meta):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, *args, **keys)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "stat", fails)
+        with pytest.raises(PipeError):
+            held.is_alive()
+    held.resume()
+    held.close()
     two.assert_runs_on()

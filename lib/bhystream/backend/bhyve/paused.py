@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 
 from bhystream.backend.base import Json
-from bhystream.backend.bhyve import checkpoint, snapshot
+from bhystream.backend.bhyve import checkpoint
 from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.locks import Locks
@@ -38,7 +38,7 @@ from bhystream.backend.bhyve.memory import Memory, copy_sparse
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import LOAD_BYTES_PER_SECOND, Restore, listener, listens
 from bhystream.backend.process import boot_id, is_alive, is_same
-from bhystream.errors import BhyError, GuestError, from_oserror
+from bhystream.errors import GoneError, GuestError, from_oserror
 
 _SETTLE_S = 60.0
 # Words in run.lock that are no host's, so that vm-bhyve starts nothing.
@@ -150,11 +150,19 @@ class BhyvePaused:
         return Path(self.place.kept, "synced")
 
     def _can_gather(self) -> bool:
-        """Say whether the state is complete, and the memory is somewhere."""
+        """Say whether bhyve has written the state, and the memory is somewhere.
+
+        Whether the state is whole is for `bhyve -r` to say, not for our own
+        reading of it: what it does not understand would be removed as nothing.
+        """
+        staged = self.place.staged
         try:
-            snapshot.read_states(self.place.staged, self.place.memory_bytes)
-        except BhyError:
+            if not all(os.stat(path).st_size for path in (staged.kern, staged.meta)):
+                return False
+        except FileNotFoundError:
             return False
+        except OSError as error:
+            raise from_oserror(error, f"look at {staged.kern}") from None
         return (
             self._memory is not None
             or self._has_memory_file()
@@ -171,12 +179,17 @@ class BhyvePaused:
     # What is done to it.
 
     def resume(self) -> None:
-        """Let it run: it does already, or `bhyve -r` makes it."""
+        """Let it run: it does already, or `bhyve -r` makes it.  Raises GoneError."""
+        is_gone = False
         if not self.place.is_copied and not self.runs():
-            self._roll_back()
+            is_gone = not self.is_alive()
+            if not is_gone:
+                self._roll_back()
         self.place.remove(self._host)
         if self._locks:
             self._locks.take_back()
+        if is_gone:
+            raise GoneError(f"{self._who}: its bhyve has ended, and left nothing to go on from")
 
     def _roll_back(self) -> None:
         """Start the guest from its snapshot, with the network that its manager took down."""
@@ -185,8 +198,6 @@ class BhyvePaused:
         if self._is_complete() or not self._has_memory_file():
             self._gather()
             files = self.place.kept_files
-        # Before anything is destroyed: a bhyve that was killed left half of it.
-        snapshot.read_states(files, self.place.memory_bytes)
         self._drop_node()
         for tap, bridge in self.place.bridges.items():
             if not self._host.has_tap(tap):
@@ -240,8 +251,9 @@ class BhyvePaused:
         """Bring the three files together on disk, the memory last.  Twice is no error."""
         if self._is_complete():
             return
+        if not self._can_gather():
+            raise GuestError(f"{self._who}: it is not suspended in {self.place.staging}")
         staged, kept = self.place.staged, self.place.kept_files
-        snapshot.read_states(staged, self.place.memory_bytes)
         partial = f"{kept.memory}.partial"
         try:
             os.makedirs(self.place.kept, 0o700, exist_ok=True)

@@ -36,8 +36,8 @@ from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.paused import BhyvePaused
 from bhystream.backend.bhyve.place import FILE, Place, staging_root
-from bhystream.backend.process import is_alive, parent_name
-from bhystream.errors import AccessError, GuestError, IncompatibleError, from_oserror
+from bhystream.backend.process import is_alive, is_same, parent_name
+from bhystream.errors import AccessError, GoneError, GuestError, IncompatibleError, from_oserror
 
 _SUSPEND_S = 60.0
 _BYTES_PER_SECOND = 100 << 20  # of a slow disk: how long a memory file may take
@@ -257,6 +257,8 @@ class BhyveSource:
     def pause(self) -> None:
         """Suspend the guest, or checkpoint it with -k, and see that its state is complete."""
         assert self._place is not None and self._checkpoint is not None
+        self._require_alive()
+        self._check_room()
         if self._manager and not self._keep:
             self._manager.locks.before_suspend()
         self._was_paused = True
@@ -267,12 +269,25 @@ class BhyveSource:
                 raise self._refused()
             self._place.drop_sink(self._host)
             self._check_room()
-            self._checkpoint.close()
-            self._checkpoint = Checkpoint(self._host.run_dir, self._name, f"guest {self._name}")
+            self._reconnect(self._checkpoint)
             self._request()
             if is_alive(self._checkpoint.identity):
                 raise self._refused()
+        elif self._keep:
+            self._require_alive()
         _, self._states = snapshot.read_states(self._place.staged, self._mapped.size_bytes)
+
+    def _require_alive(self) -> None:
+        assert self._checkpoint is not None
+        if not is_alive(self._checkpoint.identity):
+            raise GoneError(f"guest {self._name}: its bhyve has ended meanwhile")
+
+    def _reconnect(self, before: Checkpoint) -> None:
+        """Connect anew, to the same process: another guest's memory is not what we have mapped."""
+        before.close()
+        self._checkpoint = Checkpoint(self._host.run_dir, self._name, f"guest {self._name}")
+        if not is_same(self._checkpoint.identity, before.identity):
+            raise GoneError(f"guest {self._name}: another guest has its name now")
 
     def _request(self) -> None:
         assert self._place is not None and self._checkpoint is not None
