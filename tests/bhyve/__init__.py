@@ -1,0 +1,1 @@
+"""What only a host with bhyve can tell."""
