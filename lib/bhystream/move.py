@@ -93,11 +93,11 @@ class Move:
         with self.signals.interruptible():
             self.precopy()
         self.pause()
-        with self.signals.watching(self.done, _STALL_SECONDS):
+        with self._impatient():
             self.copy_last_pages()
         if self.opts.keep:
             self.release()
-        with self.signals.watching(self.done, _STALL_SECONDS):
+        with self._impatient():
             self.write_state()
         with self.signals.interruptible():
             self.wait_for_hook()
@@ -106,6 +106,12 @@ class Move:
         self.signals.on_deferred = self._too_late
         self.finish()
         return OK if self.opts.keep else HELD
+
+    def _impatient(self) -> contextlib.AbstractContextManager[None]:
+        """Give up on a transport that takes nothing, while the guest stands still for it."""
+        if self.source.is_live:
+            return self.signals.watching(self.done, _STALL_SECONDS)
+        return self.signals.interruptible()
 
     def begin(self) -> None:
         """Write the header and all that cannot change while the guest runs."""
