@@ -31,7 +31,7 @@ from bhystream.backend.base import Json
 from bhystream.backend.bhyve.host import VMM_DIR, Host, open_host
 from bhystream.backend.bhyve.snapshot import Files, memory_spans
 from bhystream.backend.process import Identity
-from bhystream.errors import BhyError, GuestError, UsageError, from_oserror
+from bhystream.errors import AccessError, GuestError, PipeError, UsageError, from_oserror
 
 FILE = "ckp"
 _NULL_DIR = "dev"
@@ -160,7 +160,7 @@ class Place:
         except OSError as error:
             self.drop_sink(host)
             return error.strerror or str(error)
-        except BhyError as error:
+        except (GuestError, AccessError, PipeError) as error:  # and not an interrupt
             self.drop_sink(host)
             return str(error)
         return ""
