@@ -91,6 +91,8 @@ class Move:
             self.begin()
         self.start_keeper()
         with self.signals.interruptible():
+            if self.offer and self.writer:
+                self.offer.begin(self.writer)
             self.precopy()
         self.pause()
         with self._impatient():
@@ -152,8 +154,6 @@ class Move:
         self.console.log(f"guest {self.source.name}: stream {self.record.id} begins")
         for warning in self.source.warnings():
             self.console.say(f"guest {self.source.name}: {warning}")
-        if self.offer:
-            self.offer.begin(self.writer)
 
     def precopy(self) -> None:
         """Send rounds while the guest runs, until the last set is small enough."""
@@ -211,7 +211,11 @@ class Move:
         self.predicted_ns = self.progress.predicted_ns = found_ns
 
     def start_keeper(self) -> None:
-        """Start the keeper: long before the pause, or pages change while it starts."""
+        """Start the keeper: long before the pause, or pages change while it starts.
+
+        And before a destination is waited for: whatever prepare() has made goes
+        with a bhysend that is killed meanwhile.
+        """
         answers = self.offer.answer_fd if self.offer else -1
         self.keeper = Keeper(self.base, self.record, self.lock, answers)
 
