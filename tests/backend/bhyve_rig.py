@@ -241,8 +241,7 @@ class Two:
 
     def held(self) -> list[str]:
         """Return the ids of what is kept at the source."""
-        directory = self.base / "held"
-        return sorted(os.listdir(directory)) if directory.exists() else []
+        return [path.name for path in (self.base / "held").glob("*") if path.suffix != ".started"]
 
     def left(self) -> list[str]:
         """Return what is left of moves in staging, state and memory directories of both."""
@@ -251,7 +250,8 @@ class Two:
         for base in (self.base, self.base_there):
             for kept in ("held", "loaded"):
                 found += (base / kept).iterdir() if (base / kept).exists() else ()
-        return [str(path) for path in found]
+        # A destination knows for good what it has started.
+        return [str(path) for path in found if path.suffix != ".started"]
 
 
 def _remove(directory: Path) -> None:

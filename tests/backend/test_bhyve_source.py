@@ -13,7 +13,7 @@ import pytest
 from bhystream.backend.bhyve import paused, source
 from bhystream.backend.bhyve.checkpoint import Checkpoint, Outcome, UnansweredError, settle
 from bhystream.backend.bhyve.source import BhyveSource
-from bhystream.errors import GuestError, IncompatibleError
+from bhystream.errors import GoneError, GuestError, IncompatibleError, PipeError
 from standin.rig import Spec, assert_unbroken, await_true
 
 from .bhyve_rig import ID, Two, require_sink, sink_prefix, small_tmpfs, two_hosts, without_sink
@@ -288,7 +288,7 @@ def test_a_bhyve_that_dies_in_the_suspend_is_a_lost_guest_and_that_is_said(
     with pytest.raises(GuestError, match=r"ckp\.meta is empty"):
         made.pause()
     assert guest.await_exit() == -signal.SIGKILL
-    with pytest.raises(GuestError, match=r"ckp\.meta is empty"):
+    with pytest.raises(GoneError, match="its bhyve has ended, and left nothing to go on from"):
         made.resume()
     record = paused.open_paused(made.revive())
     assert not record.runs()
@@ -336,40 +336,71 @@ def test_a_state_directory_without_room_is_refused_before_the_pause(two: Two) ->
     two.assert_runs_on()
 
 
-def test_room_that_vanishes_before_the_suspend_leaves_the_guest_running(
-    two: Two, sink: str
+def fill(directory: Path) -> None:
+    """Leave no room in a file system."""
+    free = os.statvfs(directory)
+    with (directory / "other").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
+
+
+def test_room_that_vanishes_before_the_pause_is_seen_again(two: Two) -> None:
+    two.start()
+    with small_tmpfs(two.base / "held", "160m") as held:
+        made = prepared(two)
+        fill(held)
+        with pytest.raises(GuestError, match=r"state directory: .* has 0 bytes free"):
+            made.pause()
+        made.resume()
+        made.close()
+    two.assert_runs_on()
+
+
+def test_room_that_vanishes_at_the_suspend_leaves_the_guest_running(
+    two: Two, sink: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guest = two.start()
     with small_tmpfs(two.directory / "tiny", "160m") as tiny:
         os.environ["BHYSEND_STAGING"] = str(tiny)
         made = prepared(two)
-        free = os.statvfs(tiny)
-        with (tiny / "other").open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
+        filling(monkeypatch, tiny)
         with pytest.raises(GuestError):
             made.pause()
         assert guest.process.poll() is None
         made.resume()
         made.close()
         assert [path.name for path in tiny.iterdir()] == ["other"]
+    assert "No space left" in guest.stderr()
     two.assert_runs_on()
 
 
-def test_the_state_directory_may_become_full_where_the_guest_only_has_to_come_back(
-    two: Two,
+def filling(patch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Let the room vanish after the last check, before the request."""
+    real = Checkpoint.request
+
+    def request(self: Checkpoint, directory_fd: int, filename: str, *, suspend: bool) -> None:
+        if not (directory / "other").exists():
+            fill(directory)
+        real(self, directory_fd, filename, suspend=suspend)
+
+    patch.setattr(Checkpoint, "request", request)
+
+
+def test_a_state_directory_that_is_full_when_the_guest_has_to_come_back_loses_nothing(
+    two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its rollback needs room there, which is told, and the memory is not given up."""
+    require_sink()
     two.start()
     with small_tmpfs(two.base / "held", "160m") as held:
         made = prepared(two)
-        free = os.statvfs(held)
-        with (held / "other").open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
+        filling(monkeypatch, held)
         made.pause()
-        with pytest.raises(Exception, match="No space left"):
-            made.resume()
+        for _ in range(2):
+            with pytest.raises(PipeError, match="No space left"):
+                made.resume()
         (held / "other").unlink()
-        back(two, made)
+        made.resume()
+        made.close()
+    two.assert_runs_on()
 
 
 # -k

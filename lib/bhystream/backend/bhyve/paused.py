@@ -108,7 +108,8 @@ class BhyvePaused:
                 f"{self._who}: another guest of that name runs here, process {found.pid}",
                 "end that one first; this one stays as it is",
             )
-        return True  # there is nothing to start it from: it was, and our notes are removed
+        # There is nothing to start it from: a source's was, and its note is removed.
+        return self.place.process is not None
 
     def is_alive(self) -> bool:
         """Say whether it runs, or can be brought back."""

@@ -223,13 +223,19 @@ class Place:
         return True
 
     def remove(self, host: Host) -> None:
-        """Remove both directories, and then what started() returns.  Never raises."""
+        """Remove both directories.  Never raises.
+
+        At a source what started() returns goes last.  At a destination it
+        stays, like the record of what was started there: it tells the guest
+        from another one of its name, whenever somebody asks (bhyrecv -q).
+        """
         if os.path.isdir(self.staging):
             self.drop_sink(host)
             shutil.rmtree(self.staging, ignore_errors=True)
         shutil.rmtree(self.kept, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self._started.unlink(missing_ok=True)
+        if self.process is not None:
+            with contextlib.suppress(OSError):
+                self._started.unlink(missing_ok=True)
 
 
 def staging_root(host: Host, role: str, base: Path, environment: Mapping[str, str]) -> Path:
