@@ -12,7 +12,7 @@ import re
 import time
 from pathlib import Path
 
-from bhystream import handshake, state
+from bhystream import handshake, hypervisors, state
 from bhystream.errors import OK, BhyError, GuestError, UsageError
 from bhystream.handshake import QUERY, Act
 from bhystream.reply import Reply
@@ -40,6 +40,8 @@ def run(id_: str, console: Console) -> int:
         _clear(base, record)
     texts = ["it was not started there, and will not be"] if word == "FAILED" else []
     reply.say(word, *texts)
+    if record and word == "RUNNING":
+        _tidy(record)
     if word == "UNKNOWN":
         raise GuestError(f"no stream {id_} was ever ready on {host_name()}")
     console.say(f"stream {id_}: {word}")
@@ -85,6 +87,14 @@ def _runs(record: Record, console: Console) -> bool:
         # Its hypervisor may be busy with another client: that decides nothing.
         console.fail(error)
         return False
+
+
+def _tidy(record: Record) -> None:
+    """Remove the files of which a guest was started by a bhyrecv that was killed meanwhile."""
+    with contextlib.suppress(BhyError):
+        paused = hypervisors.open_paused(record.revive)
+        paused.clear()
+        paused.close()
 
 
 def _clear(base: Path, record: Record) -> None:

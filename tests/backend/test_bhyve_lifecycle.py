@@ -7,16 +7,18 @@ there one of it, and do the words say so?
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bhystream import format as fmt
 from bhystream import handshake, keeper
 from bhystream.backend import process
 from bhystream.backend.bhyve import paused, snapshot
@@ -28,8 +30,10 @@ from bhystream.keeper import Patience
 from bhystream.report import Console
 from bhystream.standing import Standing
 from bhystream.state import Record, Records
+from standin.rig import Console as Port
+from standin.rig import assert_unbroken, await_true
 
-from .bhyve_rig import ID, Two, small_tmpfs, two_hosts, without_sink
+from .bhyve_rig import ID, UUID, Two, small_tmpfs, two_hosts, without_sink
 
 
 @pytest.fixture
@@ -88,9 +92,7 @@ def tried(two: Two, held: BhyvePaused, times: int = 3) -> int:
 # The keeper's patience.
 
 
-def test_a_full_disk_ends_no_guest_that_cannot_be_brought_back(
-    two: Two, impatient: None, tmp_path: Path
-) -> None:
+def test_a_full_disk_ends_no_guest_that_cannot_be_brought_back(two: Two, impatient: None) -> None:
     two.start()
     place, held = suspended(two)
     with small_tmpfs(Path(place.kept).parent, "1m"), pytest.raises(Enough):
@@ -172,7 +174,7 @@ def test_a_loaded_guest_that_was_not_synced_is_written_again(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_sink(monkeypatch)
-    two.start()
+    guest = two.start()
     place, held = suspended(two)
     held.close()
     loaded = two.paused(replace(place, process=None))
@@ -180,7 +182,9 @@ def test_a_loaded_guest_that_was_not_synced_is_written_again(
     Path(place.kept, "ckp").write_bytes(b"half of it")  # as a crash of bhyrecv leaves it
     loaded.keep()
     two.paused(replace(place, process=None)).resume()
-    two.assert_runs_on()
+    again = Port(guest.console.path)
+    again.await_sweeps(1)
+    assert_unbroken(again)
 
 
 # A guest that ends by itself.
@@ -189,7 +193,7 @@ def test_a_loaded_guest_that_was_not_synced_is_written_again(
 def test_a_guest_that_powers_off_during_the_rounds_is_not_called_held(two: Two) -> None:
     guest = two.start()
     # What it changes takes longer than this, so the rounds go on while it runs.
-    words = [*two.send("-v", "-d", "1ms", "-r", "1000"), *two.receive()]
+    words = [*two.send("-v", "-B", "4M", "-d", "1ms", "-r", "1000"), *two.receive()]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, env=two.here.environment, text=True)
     assert process.stderr is not None
     for line in process.stderr:
@@ -198,7 +202,7 @@ def test_a_guest_that_powers_off_during_the_rounds_is_not_called_held(two: Two) 
     guest.power_off()
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 69
-    assert "its bhyve has ended meanwhile" in said
+    assert "its bhyve has ended" in said
     assert "it runs here" not in said
     assert two.left() == []
 
@@ -282,3 +286,67 @@ def test_a_state_that_cannot_be_looked_at_is_not_taken_for_none(
     held.resume()
     held.close()
     two.assert_runs_on()
+
+
+# A bhyrecv that is killed.
+
+
+def kept_stream(two: Two) -> bytes:
+    """Return a stream of -k."""
+    path = two.directory / "stream"
+    with path.open("wb") as file:
+        [ended] = two.run_into(file, two.send("-k"))
+    assert ended.status == 0, ended.stderr
+    return path.read_bytes()
+
+
+def killed_in_the_stream(two: Two, stream: bytes) -> None:
+    """Give bhyrecv half a stream, and kill it."""
+    words, environment = two.receive(), two.here.environment
+    with subprocess.Popen(words, stdin=subprocess.PIPE, env=environment) as process:
+        assert process.stdin is not None
+        process.stdin.write(stream[: len(stream) // 2])
+        process.stdin.flush()
+        await_true(lambda: any(two.staging_there.glob("*/ckp")), "the memory file")
+        process.kill()
+
+
+def test_what_a_killed_bhyrecv_left_does_not_stop_the_next(two: Two) -> None:
+    two.start()
+    stream = kept_stream(two)
+    killed_in_the_stream(two, stream)
+    with (two.directory / "stream").open("rb") as file:
+        [ended] = two.run_from(file, two.receive())
+    assert ended.status == 0, ended.stderr
+    two.arrived().await_sweeps(1)
+    assert list(two.staging_there.iterdir()) == []
+
+
+def test_what_a_bhyve_still_reads_is_not_removed_by_the_next(two: Two) -> None:
+    two.start()
+    stream = kept_stream(two)
+    killed_in_the_stream(two, stream)
+    id_ = stream_id(stream)
+    reader = two.there.start("other")
+    loading = two.base_there / "loaded" / f"{id_}.started"
+    loading.write_text(json.dumps(asdict(process.identify(reader.pid, "bhyve"))))
+    with (two.directory / "stream").open("rb") as file:
+        [ended] = two.run_from(file, two.receive())
+    assert ended.status == 76
+    assert f"process {reader.pid} starts, or runs, from this stream" in ended.stderr
+    assert [path.name for path in two.staging_there.iterdir()] == [f"bhyrecv-{id_[:16]}"]
+
+
+def stream_id(stream: bytes) -> str:
+    return bytes(fmt.HEADER.unpack_from(stream)[5]).hex()
+
+
+def test_a_guest_that_runs_runs_though_its_directory_is_full(two: Two) -> None:
+    two.start()
+    store = two.there.directory / "vm" / "g"
+    store.parent.mkdir(exist_ok=True)
+    with small_tmpfs(store, "4k"):
+        (store / "g.conf").write_text(f"uuid={UUID}\n")
+        ended = two.move()
+        assert ended.status == 0, ended.stderr
+        two.arrived().await_sweeps(1)

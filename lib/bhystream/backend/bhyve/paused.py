@@ -38,7 +38,7 @@ from bhystream.backend.bhyve.memory import Memory, copy_sparse
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import LOAD_BYTES_PER_SECOND, Restore, listener, listens
 from bhystream.backend.process import boot_id, is_alive, is_same
-from bhystream.errors import GoneError, GuestError, from_oserror
+from bhystream.errors import BhyError, GoneError, GuestError, from_oserror
 
 _SETTLE_S = 60.0
 # Words in run.lock that are no host's, so that vm-bhyve starts nothing.
@@ -205,7 +205,9 @@ class BhyvePaused:
                 self._host.make_tap(tap, bridge)
         Restore(self._host, self.place, files).run()
         if self._locks:
-            self._locks.runs_here(config_file(self.place.keys, {}))
+            # It runs, whatever becomes of a note for vm-bhyve.
+            with contextlib.suppress(BhyError):
+                self._locks.runs_here(config_file(self.place.keys, {}))
 
     def _drop_node(self) -> None:
         """Destroy the VM that a bhyve in capability mode left behind; the memory is safe by now.

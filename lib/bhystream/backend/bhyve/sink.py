@@ -14,6 +14,7 @@ Unverified on FreeBSD, all of it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from bhystream.backend.bhyve.place import Place, staging_root
 from bhystream.backend.bhyve.resources import Wishes
 from bhystream.backend.bhyve.restore import Restore
 from bhystream.backend.bhyve.validate import validate
+from bhystream.backend.process import is_alive
 from bhystream.errors import (
     BhyError,
     FormatError,
@@ -170,7 +172,12 @@ class BhyveSink:
     def open(self) -> Sequence[Destination]:
         """Make the memory file, one hole of the guest's size."""
         place = self._known()
-        os.makedirs(os.path.dirname(place.kept), 0o700, exist_ok=True)
+        directory = os.path.dirname(place.kept)
+        try:
+            os.makedirs(directory, 0o700, exist_ok=True)
+        except OSError as error:
+            raise from_oserror(error, f"make {directory}") from None
+        self._remove_leftover(place)
         place.make_staging()
         path = place.staged.memory
         try:
@@ -182,6 +189,19 @@ class BhyveSink:
             Destination(self._fd, offset)
             for _, offset, _ in snapshot.memory_spans(place.memory_bytes)
         ]
+
+    def _remove_leftover(self, place: Place) -> None:
+        """Remove what a bhyrecv of this stream left that was killed: there is one at a time."""
+        if not os.path.isdir(place.staging):
+            return
+        started = place.started()
+        if started is not None and is_alive(started):
+            # Nothing of it is ours to remove, in abort() either.
+            self._released = True
+            raise IncompatibleError(
+                f"guest {place.name}: process {started.pid} starts, or runs, from this stream"
+            )
+        place.remove(self._host)
 
     # ---- load and start
 
@@ -215,7 +235,10 @@ class BhyveSink:
         self._released = True
         place.remove(self._host)
         if self._manager:
-            self._manager.locks.runs_here(config_file(place.keys, {}))
+            # It runs, whatever becomes of a note for vm-bhyve, which does not
+            # start it as long as its VM is there.
+            with contextlib.suppress(BhyError):
+                self._manager.locks.runs_here(config_file(place.keys, {}))
 
     def leave_paused(self) -> None:
         """Keep the guest as files on disk; revive() finds them again."""
