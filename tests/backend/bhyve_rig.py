@@ -30,7 +30,7 @@ from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.standin.kernel import StandinHost
 from cli.pipeline import BHYRECV, BHYSEND, ROOT, Ended, Words, run
-from standin.rig import Console, Guest, Rig, Spec, assert_unbroken, supervised
+from standin.rig import Console, Guest, Rig, Spec, assert_unbroken, await_true, supervised
 
 ID = "0123456789abcdef" * 2
 UUID = "11111111-2222-3333-4444-555555555555"
@@ -220,21 +220,29 @@ class Two:
 
     def assert_runs_on(self, *, name: str = "g", sweeps: int = 1) -> None:
         """Assert that the guest runs at the source, unharmed, and nothing is left of a move."""
-        [console] = [guest.console for guest in self.guests if guest.name == name]
         # A rollback is another process with the same console.
-        again = Console(console.path)
+        again = Console(self.console(name))
         again.await_sweeps(sweeps)
         assert_unbroken(again)
         assert list(self.staging.iterdir()) == []
         assert self.held() == []
         assert not self.there.host.exists(name)
 
+    def assert_comes_back(self, name: str = "g") -> None:
+        """Wait until the guest runs at the source again and nobody works on it any more."""
+        Console(self.console(name)).await_sweeps(1)
+        await_true(lambda: not list((self.base / "source").glob("*.json")), "the record's end")
+        self.assert_runs_on(name=name)
+
+    def console(self, name: str) -> Path:
+        """Return the path of a guest's console at the source."""
+        return next(guest.console.path for guest in self.guests if guest.name == name)
+
     def assert_moved(self, *, name: str = "g", sweeps: int = 1) -> None:
         """Assert that the guest runs at the destination only, and nothing of it was lost."""
-        [console] = [guest.console for guest in self.guests if guest.name == name]
         there = self.arrived(name)
         there.await_sweeps(sweeps)
-        assert_unbroken(Console(console.path), there)
+        assert_unbroken(Console(self.console(name)), there)
         assert not self.here.host.exists(name)
         assert self.here.pid(name) is None
         assert self.left() == []
