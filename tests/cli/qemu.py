@@ -56,6 +56,9 @@ class QemuPlace(Place):
     def _is_at(self, status: str) -> bool:
         return bool(self.hypervisors()) and self.status() == status
 
+    def is_building(self) -> bool:
+        return bool(self.hypervisors())
+
     def hypervisors(self) -> list[int]:
         """Return the QEMUs that were started with this QMP socket."""
         found = []

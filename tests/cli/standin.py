@@ -86,6 +86,9 @@ class StandinPlace(Place):
     def is_loaded(self, host: Host) -> bool:
         return not self.runs() and _is_complete(host.state / "loaded")
 
+    def is_building(self) -> bool:
+        return any(self.staging.glob("bhyrecv-*"))
+
     def hypervisors(self) -> list[int]:
         found = []
         for pid in self.processes():
@@ -162,7 +165,7 @@ class StandinTraveller(Traveller):
     """A guest of the stand-in."""
 
     needs = "-o disk0= -o net0= -o com1= -o bootrom="
-    missing = ("disk0: no -o disk0= is given", "net0: no -o net0= is given")
+    missing = ("bootrom: no -o bootrom= is given", "disk0: no -o disk0= is given")
 
     def __init__(self, spec: StandinSpec) -> None:
         """Boot it on a host of its own, and wait until it runs."""

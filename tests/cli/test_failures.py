@@ -17,24 +17,14 @@ from pathlib import Path
 import pytest
 
 from bhystream import format as fmt
-from guest import Spec, ram, reaping
+from guest import Spec, ram
 
-from .conftest import SMALL
+from . import kinds
+from .kinds import G4, QEMU, matrix
 from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run, until
+from .qemu import Firmware, QemuPlace, QemuTraveller, qemu_place
 from .tap import ANY_ROUND, Tap
-from .travel import (
-    Firmware,
-    Host,
-    Place,
-    Stable,
-    Traveller,
-    is_gone,
-    process_state,
-    processes_with,
-    qemu_at,
-)
-
-pytestmark = pytest.mark.guest
+from .travel import Host, Place, Traveller, is_gone, process_state, processes_with
 
 # Two live rounds, and then the pause, whatever the guest does.
 ROUNDS = ("-f", "-r", "2")
@@ -129,15 +119,26 @@ FAULTS = {
 
 def ran_on(host: Host, guest: Traveller) -> None:
     """Assert that the guest goes on where it was, and that nobody works on it any more."""
-    guest.prove()
-    host.await_unlocked()
-    assert guest.place.status() == "running"
-    assert host.files("source") == []
+    guest.run_on(host)
     assert host.files("destination") == []
 
 
-@pytest.mark.parametrize("fault", list(FAULTS))
-@pytest.mark.parametrize("phase", list(PHASES))
+# Each phase and each fault, of an engine that knows no hypervisor.
+COVERED = [
+    ("head", "receiver-interrupted"),
+    ("round-0", "receiver-killed"),
+    ("round-1", "sender-interrupted"),
+    ("last-round", "receiver-refuses"),
+    ("last-round", "receiver-killed"),
+    ("state", "sender-killed"),
+    ("state", "pipe-closed"),
+    ("before-END", "sender-killed"),
+]
+
+
+@pytest.mark.parametrize(
+    "kind, phase, fault", matrix([(phase, fault) for phase in PHASES for fault in FAULTS], COVERED)
+)
 def test_the_guest_runs_on(
     phase: str, fault: str, host: Host, small: Traveller, gate: tuple[Path, int]
 ) -> None:
@@ -145,9 +146,9 @@ def test_the_guest_runs_on(
     to, tap = small.next(), Tap(where.section, where.round, where.nth)
     hook = ("-p", f"read -r line < {gate[0]}") if where.gated else ()
     # What a killed bhyrecv leaves behind has no name, unless it was given one.
-    memory = () if fault == "receiver-killed" else ("-o", f"mem={to.ram}")
+    memory = () if fault == "receiver-killed" else small.named_memory(to)
     commands = (small.send(*ROUNDS, *hook), tap.argv, small.receive(to, *memory))
-    with Pipeline(*commands, env=host.env, narrow=True) as pipeline, reaping(to.qmp):
+    with Pipeline(*commands, env=host.env, narrow=True) as pipeline, to.reaped():
         tap.reached()
         what.act(Attempt(pipeline, tap, to))
         if where.gated and pipeline[0].process.poll() is None:
@@ -169,19 +170,26 @@ def test_the_guest_runs_on(
     small.move(host, sweeps=1)
 
 
-@pytest.mark.parametrize("phase", ["round-0", "round-1", "last-round", "state", "before-END"])
+@pytest.mark.parametrize(
+    "kind, phase",
+    [
+        pytest.param("qemu", phase, marks=pytest.mark.guest)
+        for phase in ("round-0", "round-1", "last-round", "state", "before-END")
+        if kinds.EVERY or phase in ("round-0", "before-END")
+    ],
+)
 def test_a_destination_that_dies_is_held_against_nobody(
     phase: str, host: Host, small: Traveller, gate: tuple[Path, int]
 ) -> None:
     where = PHASES[phase]
-    to, tap = small.next(), Tap(where.section, where.round, where.nth)
+    to, tap = qemu_place(small.next()), Tap(where.section, where.round, where.nth)
     hook = ("-p", f"read -r line < {gate[0]}") if where.gated else ()
     commands = (small.send(*ROUNDS, *hook), tap.argv, small.receive(to, "-o", f"mem={to.ram}"))
-    with Pipeline(*commands, env=host.env, narrow=True) as pipeline, reaping(to.qmp):
+    with Pipeline(*commands, env=host.env, narrow=True) as pipeline, to.reaped():
         tap.reached()
         # It is there, and bhyrecv fills it.
         until(lambda: to.ram.exists() and ram.allocated_bytes(to.ram) > 0, "memory")
-        [pid] = qemu_at(to.qmp)
+        [pid] = to.hypervisors()
         os.kill(pid, signal.SIGKILL)
         until(lambda: is_gone(pid), "the end of QEMU")
         tap.go()
@@ -199,6 +207,7 @@ def test_a_destination_that_dies_is_held_against_nobody(
     small.move(host, sweeps=1)
 
 
+@pytest.mark.parametrize("kind", [QEMU, G4])
 def test_without_its_keeper_a_paused_guest_waits_for_the_operator(
     host: Host, small: Traveller, gate: tuple[Path, int]
 ) -> None:
@@ -215,11 +224,11 @@ def test_without_its_keeper_a_paused_guest_waits_for_the_operator(
     host.await_unlocked()
     [row] = host.rows()
     assert (row.guest, row.phase) == ("proof", "paused")
-    assert small.place.status() == "postmigrate"
+    assert small.place.is_held(host)
     refused = host.run(*BHYSEND, "--discard", "proof")
     assert refused.status == 69, report(refused)
     assert "this may be the only copy" in refused.stderr
-    assert small.place.status() == "postmigrate"
+    assert small.place.is_held(host)
     host.act(BHYSEND, "--resume", "proof")
     ran_on(host, small)
 
@@ -237,6 +246,7 @@ def test_what_cannot_be_recorded_is_not_done(host: Host, small: Traveller) -> No
     ran_on(host, small)
 
 
+@pytest.mark.parametrize("kind", [QEMU])
 def test_a_hold_that_cannot_be_recorded_is_none(
     host: Host, small: Traveller, gate: tuple[Path, int]
 ) -> None:
@@ -245,7 +255,7 @@ def test_a_hold_that_cannot_be_recorded_is_none(
     commands = (
         small.send("-p", f"read -r line < {gate[0]}"),
         tap.argv,
-        small.receive(to, "-o", f"mem={to.ram}"),
+        small.receive(to, *small.named_memory(to)),
     )
     with Pipeline(*commands, env=host.env, narrow=True) as pipeline:
         tap.reached()
@@ -268,6 +278,7 @@ def test_a_full_file_system_stops_a_move(host: Host, small: Traveller) -> None:
     ran_on(host, small)
 
 
+@pytest.mark.parametrize("kind", [QEMU])
 @pytest.mark.parametrize("options", [(), ("-u",)], ids=["started", "left-paused"])
 def test_an_interrupt_after_the_end_of_the_stream_is_too_late(
     options: tuple[str, ...], host: Host, small: Traveller
@@ -280,8 +291,8 @@ def test_an_interrupt_after_the_end_of_the_stream_is_too_late(
     commands = (small.send(), tap.argv, small.receive(to, *options))
     with Pipeline(*commands, env=host.env) as pipeline:
         tap.reached()
-        [qemu] = qemu_at(to.qmp)
-        os.kill(qemu, signal.SIGSTOP)
+        [pid] = to.hypervisors()
+        os.kill(pid, signal.SIGSTOP)
         try:
             tap.go()
             sent = pipeline[0].await_end()
@@ -289,7 +300,7 @@ def test_an_interrupt_after_the_end_of_the_stream_is_too_late(
             await_all_read(pipeline[2].pid)
             pipeline[2].kill(signal.SIGINT)
         finally:
-            os.kill(qemu, signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
         received = pipeline[2].await_end()
     assert (sent.status, received.status) == (80, 0), report(sent, received)
     if options:
@@ -315,10 +326,10 @@ def await_all_read(pid: int) -> None:
 
 
 @pytest.fixture
-def twin() -> Iterator[Traveller]:
+def twin() -> Iterator[QemuTraveller]:
     """A guest with two QMP sockets."""
     second = Path(f"/dev/shm/bhyc-{os.getpid()}-second.qmp")
-    guest = Traveller(replace(SMALL, extra=("-qmp", f"unix:{second},server=on,wait=off")))
+    guest = QemuTraveller(replace(kinds.SMALL, extra=("-qmp", f"unix:{second},server=on,wait=off")))
     try:
         yield guest
     finally:
@@ -326,14 +337,17 @@ def twin() -> Iterator[Traveller]:
         second.unlink(missing_ok=True)
 
 
-def test_a_second_bhysend_is_refused_and_the_first_unharmed(host: Host, twin: Traveller) -> None:
+@pytest.mark.guest
+def test_a_second_bhysend_is_refused_and_the_first_unharmed(
+    host: Host, twin: QemuTraveller
+) -> None:
     second = twin.spec.extra[1].removeprefix("unix:").removesuffix(",server=on,wait=off")
     to, tap = twin.next(), Tap("MEMORY", 0, nth=9)
     with Pipeline(twin.send(), tap.argv, twin.receive(to), env=host.env, narrow=True) as pipeline:
         tap.reached()
         [taken] = run(twin.send(), env=host.env)
         assert taken.status == 69, report(taken)
-        assert f"another client holds {twin.place.qmp}" in taken.stderr
+        assert f"another client holds {twin.at.qmp}" in taken.stderr
         [locked] = run([*BHYSEND, f"qemu:{second}"], env=host.env)
         assert locked.status == 69, report(locked)
         assert "another bhysend or bhyrecv works on it" in locked.stderr
@@ -353,7 +367,7 @@ def test_a_second_bhyrecv_for_one_place_is_refused(host: Host, small: Traveller)
     to, tap = small.next(), Tap("MEMORY", 0, nth=9)
     with Pipeline(small.send(), tap.argv, small.receive(to), env=host.env) as pipeline:
         tap.reached()
-        until(lambda: host.is_locked() and bool(qemu_at(to.qmp)), "the first bhyrecv")
+        until(lambda: host.is_locked() and to.is_building(), "the first bhyrecv")
         with path.open("rb") as file:
             [second] = run(small.receive(to), env=host.env, stdin=file)
         assert second.status == 69, report(second)
@@ -399,11 +413,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return kept.output
 
 
+@pytest.mark.guest
 def test_a_stream_cut_in_any_section_is_refused(host: Host, whole: bytes) -> None:
     found = sections(whole)
     assert len(found) > 10
     path = host.directory / "cut.bhys"
-    to = Place(host.directory / "cut.qmp", host.directory / "cut.serial", host.directory / "ram")
+    here = host.directory
+    to = QemuPlace(here / "cut.qmp", here / "cut.serial", here / "ram")
     command = [*BHYRECV, "-o", f"serial0={to.serial.path}", to.operand]
     for section in found:
         path.write_bytes(whole[: (section.offset + section.end) // 2])
@@ -417,13 +433,14 @@ def test_a_stream_cut_in_any_section_is_refused(host: Host, whole: bytes) -> Non
     assert host.files("destination") == []
     # The same bytes, whole, start: nothing else was wrong with them.
     path.write_bytes(whole)
-    with path.open("rb") as file, reaping(to.qmp):
+    with path.open("rb") as file, to.reaped():
         [ended] = run(command, env=host.env, stdin=file)
         assert ended.status == 0, report(ended)
-        assert to.status() == "running"
+        assert to.runs()
 
 
-def test_a_stream_without_its_trailer_is_refused(host: Host, stable: Stable, whole: bytes) -> None:
+@pytest.mark.guest
+def test_a_stream_without_its_trailer_is_refused(host: Host, whole: bytes) -> None:
     last = sections(whole)[-1]
     path = host.directory / "cut.bhys"
     path.write_bytes(whole[: last.offset])

@@ -190,6 +190,10 @@ class Place(ABC):
         """Say whether the guest stands here as bhyrecv -u leaves it."""
 
     @abstractmethod
+    def is_building(self) -> bool:
+        """Say whether a bhyrecv has begun to make a guest here."""
+
+    @abstractmethod
     def hypervisors(self) -> list[int]:
         """Return the hypervisor's processes here."""
 
