@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from bhystream.backend.bhyve.host import Host
-from bhystream.backend.bhyve.place import Place
-from bhystream.errors import GuestError, UsageError
+from bhystream.backend.bhyve.place import Place, staging_root
+from bhystream.backend.process import Identity
+from bhystream.errors import GuestError, PipeError, UsageError
+from bhystream.standin.below import open_below
+from bhystream.standin.kernel import StandinHost
+from standin.rig import Rig
+
+from .bhyve_rig import require_sink
 
 CLAMP = "debug.devfs_iosize_max_clamp"
 GIB = 1 << 30
@@ -102,3 +113,155 @@ def test_a_record_that_lacks_a_field_is_refused(tmp_path: Path) -> None:
     del record["keys"]
     with pytest.raises(GuestError, match="cannot read the record"):
         Place.from_json(record)
+
+
+# On the stand-in.
+
+
+@pytest.fixture
+def host() -> Iterator[Rig]:
+    with Rig() as made:
+        yield made
+
+
+@pytest.fixture
+def staged(host: Rig, tmp_path: Path) -> Iterator[Place]:
+    """A staging directory with the sink."""
+    if require_sink():
+        pytest.skip("in this process only root has the sink")
+    made = replace(place(tmp_path), kind="standin", vmm_dir=str(host.directory))
+    made.make_staging()
+    assert made.make_sink(host.host) == ""
+    yield made
+    made.drop_sink(host.host)
+
+
+def test_a_record_has_all_of_a_place_and_its_process(tmp_path: Path) -> None:
+    made = replace(place(tmp_path), process=Identity(1, 2, "b"), bridges={"tap0": None})
+    record = json.loads(json.dumps(made.to_json()))
+    assert Place.from_json(record) == made
+    del record["is_copied"]  # of an earlier version
+    assert Place.from_json(record) == made
+    with pytest.raises(GuestError, match="cannot read the record"):
+        Place.from_json({**record, "more": 1})
+
+
+def test_the_sink_is_the_null_device_and_goes_without_a_trace(host: Rig, staged: Place) -> None:
+    assert staged.has_sink()
+    with staged.staged.memory.open("wb") as sink:
+        assert sink.write(b"x" * 8192) == 8192
+    for _ in range(2):
+        staged.drop_sink(host.host)
+        assert not staged.has_sink()
+        assert os.listdir(staged.staging) == []
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_a_memory_file_that_is_no_device_is_not_believed(host: Rig, staged: Place) -> None:
+    """It would be a snapshot without the guest's memory, taken for one that needs none."""
+    target = Path(staged.staging, "dev", "null")
+    host.host.unmount_null(target.parent)
+    assert not staged.has_sink()
+    target.write_bytes(b"")
+    assert not staged.has_sink()
+    subprocess.run(["mount", "--bind", "/dev/zero", target], check=True)
+    assert not staged.has_sink()
+
+
+@pytest.mark.parametrize("what", ["nothing", "file"])
+def test_a_host_whose_null_is_no_device_has_no_sink(tmp_path: Path, what: str) -> None:
+    class Odd(StubHost):
+        def mount_null(self, directory: Path) -> None:
+            if what == "file":
+                (directory / "null").touch()
+
+    made = place(tmp_path)
+    made.make_staging()
+    assert made.make_sink(cast(Host, Odd(None))) == "the memory file is no null device"
+    assert os.listdir(made.staging) == []
+
+
+def test_a_request_that_has_not_begun_is_withdrawn_for_good(host: Rig, staged: Place) -> None:
+    """The directory's descriptor is with bhyve already."""
+    fd = os.open(staged.staging, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for _ in range(2):
+            assert staged.withdraw(host.host)
+        with pytest.raises(FileNotFoundError):
+            open_below(fd, "ckp.kern", os.O_WRONLY | os.O_CREAT, 0o600)
+    finally:
+        os.close(fd)
+    os.mkdir(staged.staging)  # another's, of the same name, is not the one that it holds
+
+
+def test_a_request_that_has_begun_is_not_withdrawn(host: Rig, staged: Place) -> None:
+    staged.staged.kern.touch()
+    assert not staged.withdraw(host.host)
+    assert staged.has_sink()
+    staged.drop_files()
+    assert staged.withdraw(host.host)
+
+
+def test_a_request_that_begins_meanwhile_is_not_withdrawn(
+    host: Rig, staged: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = StandinHost.unmount_null
+
+    def unmount(self: StandinHost, directory: Path) -> None:
+        real(self, directory)
+        staged.staged.kern.touch()
+
+    monkeypatch.setattr(StandinHost, "unmount_null", unmount)
+    assert not staged.withdraw(host.host)
+    assert os.path.isdir(staged.staging)
+
+
+def test_everything_is_removed_and_twice_is_no_error(host: Rig, staged: Place) -> None:
+    source = replace(staged, process=Identity(os.getpid(), 0, ""))
+    os.makedirs(source.kept)
+    (Path(source.kept) / "ckp").touch()
+    source.note_started(Identity(3, 4, "b"))
+    assert source.started() == Identity(3, 4, "b")
+    for _ in range(2):
+        source.remove(host.host)
+        assert not os.path.exists(source.staging)
+        assert os.listdir(Path(source.kept).parent) == []
+        assert source.started() is None
+
+
+def test_a_destination_remembers_what_it_has_started(host: Rig, staged: Place) -> None:
+    os.makedirs(staged.kept)
+    staged.note_started(Identity(3, 4, "b"))
+    staged.remove(host.host)
+    assert staged.started() == Identity(3, 4, "b")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"pid": 1}'])
+def test_a_note_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None:
+    made = place(tmp_path)
+    Path(made.kept).parent.mkdir()
+    Path(f"{made.kept}.started").write_text(text)
+    assert made.started() is None
+
+
+def test_staging_is_where_the_environment_says_else_in_memory(host: Rig, tmp_path: Path) -> None:
+    root = staging_root(host.host, "source", tmp_path, {"BHYSEND_STAGING": "/a/b"})
+    assert root == Path("/a/b")
+    other = {"BHYRECV_STAGING": "/a/b"}
+    assert staging_root(host.host, "destination", tmp_path, other) == Path("/a/b")
+    assert staging_root(host.host, "source", tmp_path, other) != Path("/a/b")
+    assert host.host.is_memory(staging_root(host.host, "source", tmp_path, {}))
+
+
+def test_staging_without_memory_is_in_the_state_directory(
+    host: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StandinHost, "is_memory", lambda self, directory: False)
+    for _ in range(2):
+        root = staging_root(host.host, "source", tmp_path, {})
+        assert root == tmp_path / "staging"
+        assert root.stat().st_mode & 0o777 == 0o700
+    root.rmdir()
+    root.write_text("in the way")
+    with pytest.raises(PipeError, match="cannot make"):
+        staging_root(host.host, "source", tmp_path, {})

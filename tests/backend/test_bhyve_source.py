@@ -240,6 +240,28 @@ def test_a_request_that_had_begun_when_it_was_given_up_is_waited_for(
     assert guest.await_exit() == 5  # it was suspended, and is back
 
 
+def test_a_second_request_without_an_answer_is_given_up_as_the_first(
+    two: Two, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first has left must not pass for a request that has begun."""
+    if require_sink():
+        pytest.skip("only root can remount")
+    two.start()
+    made = prepared(two)
+    null = two.staging / f"bhysend-{ID[:16]}" / "dev" / "null"
+    subprocess.run(["mount", "-o", "remount,bind,nodev", null], check=True)
+    real = BhyveSource._reconnect
+
+    def hanging(self: BhyveSource, before: Checkpoint) -> None:
+        two.here.settings(fail=["hang"])
+        real(self, before)
+
+    monkeypatch.setattr(BhyveSource, "_reconnect", hanging)
+    with pytest.raises(UnansweredError):
+        made.pause()
+    back(two, made)
+
+
 def test_a_guest_that_hangs_is_no_reason_to_hang(tmp_path: Path) -> None:
     prefix = require_sink()
     with two_hosts() as two:

@@ -202,6 +202,12 @@ class Place:
                 # A stand-in's, or an empty one; a mount that stays keeps it.
                 shutil.rmtree(directory)
 
+    def drop_files(self) -> None:
+        """Remove the files of a request that was served, and failed: the next has not begun."""
+        for path in (self.staged.kern, self.staged.meta):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
     def withdraw(self, host: Host) -> bool:
         """Make sure that no request can use the staging directory any more.
 

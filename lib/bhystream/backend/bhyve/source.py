@@ -268,6 +268,7 @@ class BhyveSource:
             if not self._place.has_sink():
                 raise self._refused()
             self._place.drop_sink(self._host)
+            self._place.drop_files()
             self._check_room()
             self._reconnect(self._checkpoint)
             self._request()
