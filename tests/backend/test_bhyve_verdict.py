@@ -46,6 +46,15 @@ class StubHost:
     swap: int = 0
     vendor: str = "intel"
     hash: str = "9a0b"
+    parent: str = ""
+    knows: bool = True
+
+    def parent_command(self, pid: int) -> str:
+        assert pid == 1
+        return self.parent
+
+    def knows_suspending_lock(self) -> bool:
+        return self.knows
 
     def sysctl(self, name: str) -> str | None:
         return self.sysctls.get(name)
@@ -60,7 +69,13 @@ class StubHost:
         return self.hash
 
 
-def host(vendor: str = "intel", swap: int = 0, **changes: str | None) -> Host:
+def host(
+    vendor: str = "intel",
+    swap: int = 0,
+    parent: str = "",
+    knows: bool = True,
+    **changes: str | None,
+) -> Host:
     """Return a host; a change of None takes the sysctl away, "__" in its name is "."."""
     sysctls: dict[str, str] = dict(SYSCTLS)
     for key, value in changes.items():
@@ -68,7 +83,8 @@ def host(vendor: str = "intel", swap: int = 0, **changes: str | None) -> Host:
         sysctls.pop(name)
         if value is not None:
             sysctls[name] = value
-    return cast(Host, StubHost(sysctls=sysctls, vendor=vendor, swap=swap))
+    made = StubHost(sysctls=sysctls, vendor=vendor, swap=swap, parent=parent, knows=knows)
+    return cast(Host, made)
 
 
 HERE = identity.describe(host())
@@ -348,25 +364,60 @@ def test_a_kernel_that_says_nothing_of_snapshots_is_believed(text: str | None) -
 
 
 def test_a_guest_of_virtio_devices_can_be_sent() -> None:
-    assert verdict.source_reasons(host(), is_monitored=False) == ([], [])
+    assert verdict.source_reasons(host(), 1, is_managed=False) == ([], [])
 
 
 def test_the_source_judges_its_host_too() -> None:
     hard, soft = verdict.source_reasons(
-        host(hw__machine="arm64", kern__conftxt="ident X"), is_monitored=False
+        host(hw__machine="arm64", kern__conftxt="ident X"), 1, is_managed=False
     )
     assert [line.partition(":")[0] for line in hard] == ["hw.machine"]
     assert [line.partition(":")[0] for line in soft] == ["kern.conftxt"]
 
 
 def test_a_guest_whose_parent_would_start_it_again_is_refused() -> None:
-    assert verdict.source_reasons(host(), is_monitored=True) == (
+    assert verdict.source_reasons(host(parent="bhyve: web1 (bhyve)"), 1, is_managed=False) == (
         [
             "monitor: the guest's bhyve runs in monitor mode, a suspend needs one that does not:"
             " its parent would start the guest again; start the guest without monitor mode"
         ],
         [],
     )
+
+
+@pytest.mark.parametrize(
+    "parent",
+    [
+        "sh /usr/share/examples/bhyve/vmrun.sh -c 2 web1",
+        "/bin/sh /usr/local/sbin/vm _run web1",
+        "-bash loop",
+        "daemon: /usr/local/bin/run-guest[77] (daemon)",
+        "/usr/local/sbin/libvirtd --daemon",
+        "/usr/local/bin/python3.11 manage.py",
+    ],
+)
+def test_a_guest_whose_supervisor_may_start_it_again_is_refused(parent: str) -> None:
+    assert verdict.source_reasons(host(parent=parent), 1, is_managed=False) == (
+        [],
+        [
+            f"supervisor: the guest's bhyve was started by {ascii(parent)[:60]}, which may start"
+            " it again when it ends: a second copy; end that first, or -f if it does not"
+        ],
+    )
+    # vm-bhyve's own shell is told by its lock.
+    assert verdict.source_reasons(host(parent=parent), 1, is_managed=True) == ([], [])
+
+
+@pytest.mark.parametrize("parent", ["", "-csh", "/bin/sh", "bash -l", "tmux: server", "sudo -s"])
+def test_a_guest_that_was_started_by_hand_has_no_supervisor(parent: str) -> None:
+    assert verdict.source_reasons(host(parent=parent), 1, is_managed=False) == ([], [])
+
+
+def test_a_vm_bhyve_that_knows_no_suspending_lock_is_refused() -> None:
+    old = host(parent="/bin/sh /usr/local/sbin/vm _run web1", knows=False)
+    (line,), soft = verdict.source_reasons(old, 1, is_managed=True)
+    assert line.startswith("vm-bhyve: this host's is older than 1.7.0")
+    assert soft == []
 
 
 # ---- warnings

@@ -207,18 +207,19 @@ def end_process(who: Identity, polite_s: float = 5.0) -> bool:
         ending.close()
 
 
-def parent_name(pid: int) -> str:
-    """Return the name of the program that is a process's parent, "" if it is not seen.
+def parent_command(pid: int) -> str:
+    """Return the command line of a process's parent; "" for init's, and where it is not seen.
 
-    Source: proc_pid_stat(5), field 4, and proc_pid_comm(5); ps(1) on FreeBSD.
+    Source: proc_pid_stat(5), field 4, and proc_pid_cmdline(5); ps(1) on FreeBSD.
     """
     if _IS_FREEBSD:
-        return process_freebsd.parent_name(pid)
+        return process_freebsd.parent_command(pid)
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
         parent = int(text[text.rindex(b")") + 2 :].split()[1])
-        with open(f"/proc/{parent}/comm", "rb") as file:
-            return file.read().decode(errors="replace").strip()
+        with open(f"/proc/{parent}/cmdline", "rb") as file:
+            words = file.read()
     except OSError:
         return ""
+    return "" if parent == 1 else words.replace(b"\0", b" ").decode(errors="replace").strip()

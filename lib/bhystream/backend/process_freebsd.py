@@ -157,9 +157,10 @@ class Ending:
         self._queue.close()
 
 
-def parent_name(pid: int) -> str:
-    """Return the name of a process's parent, "" if it is not seen.  Source: ps(1), ppid, comm."""
+def parent_command(pid: int) -> str:
+    """Return a parent's command line, "" for init's.  Source: ps(1), ppid and args."""
     parent = _run("/bin/ps", "-o", "ppid=", "-p", str(pid)).strip()
-    if not parent.isdigit():
+    if not parent.isdigit() or int(parent) <= 1:
         return ""
-    return _run("/bin/ps", "-o", "comm=", "-p", parent.decode()).decode(errors="replace").strip()
+    command = _run("/bin/ps", "-ww", "-o", "args=", "-p", parent.decode())
+    return command.decode(errors="replace").strip()

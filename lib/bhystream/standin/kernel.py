@@ -266,6 +266,14 @@ class StandinHost:
         except OSError as error:
             raise GuestError(f"cannot create {tap}: {error.strerror}") from error
 
+    def parent_command(self, pid: int) -> str:
+        """Return what host.json says."""
+        return read_settings(self._directory).parent_command
+
+    def knows_suspending_lock(self) -> bool:
+        """Return what host.json says; the stand-in's own supervisor knows it."""
+        return read_settings(self._directory).knows_suspending_lock
+
     def datastores(self) -> Sequence[Path]:
         """Return the one datastore, if this host has vm-bhyve."""
         store = self._directory / "vm"

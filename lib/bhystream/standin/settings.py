@@ -20,7 +20,8 @@ class Settings:
     generation: of the checkpoint interface, 4 or 5.  suspend_status: exit
     status after a suspend, 0 or 5.  node_left: vm_destroy() fails silently in
     a suspend, as it does in capability mode on 14.  fail: words of FAILURES.
-    free_memory_bytes, program_hash: None: this system's own.
+    free_memory_bytes, program_hash: None: this system's own.  parent_command:
+    of whoever started bhyve.  knows_suspending_lock: vm-bhyve is 1.7.0 or later.
     """
 
     generation: int = 5
@@ -32,6 +33,8 @@ class Settings:
     free_memory_bytes: int | None = None
     program_hash: str | None = None
     cpu_vendor: str = "intel"
+    parent_command: str = ""
+    knows_suspending_lock: bool = True
     sysctl: Mapping[str, str] = field(default_factory=dict)
 
 

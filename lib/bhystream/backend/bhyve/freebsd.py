@@ -18,7 +18,7 @@ from pathlib import Path
 
 import xxhash
 
-from bhystream.backend import programs
+from bhystream.backend import process_freebsd, programs
 from bhystream.backend.bhyve import freebsd_text, libc
 from bhystream.backend.bhyve.freebsd_vm import FreeBsdVm
 from bhystream.backend.bhyve.host import NoBhyveError
@@ -31,6 +31,7 @@ _MOUNT = "/sbin/mount"  # Source: mount(8)
 _UMOUNT = "/sbin/umount"  # Source: umount(8)
 _SWAPINFO = "/usr/sbin/swapinfo"  # Source: swapinfo(8)
 _SYSRC = "/usr/sbin/sysrc"  # Source: sysrc(8)
+_VM_RUN = Path("/usr/local/lib/vm-bhyve/vm-run")  # Source: freebsd-ports sysutils/vm-bhyve
 _NODES = "/dev/vmm"  # Source: sys/amd64/vmm/vmm_dev.c: make_dev("vmm/%s")
 _RUN_DIR = "/var/run/bhyve"  # Source: usr.sbin/bhyve/ipc.h, BHYVE_RUN_DIR
 
@@ -179,6 +180,17 @@ class FreeBsdHost:
                     if os.stat(mount.directory).st_dev == device:
                         return True
         return False
+
+    def parent_command(self, pid: int) -> str:
+        """As host.Host's."""
+        return process_freebsd.parent_command(pid)
+
+    def knows_suspending_lock(self) -> bool:
+        """As host.Host's.  Source: freebsd/vm-bhyve@0c93a8fb lib/vm-run; the port's PREFIX/lib."""
+        try:
+            return "suspending.lock" in _VM_RUN.read_text("utf-8", "replace")
+        except OSError:
+            return False
 
     def datastores(self) -> Sequence[Path]:
         """As host.Host's.  Source: vm-bhyve lib/vm-datastore; sysrc(8) for rc.conf's vm_dir."""

@@ -144,6 +144,12 @@ class Host(Protocol):
     def make_tap(self, tap: str, bridge: str | None) -> None:
         """Create a tap and make it a member of the bridge.  Raises GuestError."""
 
+    def parent_command(self, pid: int) -> str:
+        """Return the command line of a process's parent, "" for init's."""
+
+    def knows_suspending_lock(self) -> bool:
+        """Say whether this host's vm-bhyve is one that suspending.lock stops: 1.7.0 or later."""
+
     def datastores(self) -> Sequence[Path]:
         """Return vm-bhyve's datastores, the default one first; none where it is not used."""
 

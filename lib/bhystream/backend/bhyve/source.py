@@ -36,7 +36,7 @@ from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.paused import BhyvePaused
 from bhystream.backend.bhyve.place import FILE, Place, staging_root
-from bhystream.backend.process import is_alive, is_same, parent_name
+from bhystream.backend.process import is_alive, is_same
 from bhystream.errors import AccessError, GoneError, GuestError, IncompatibleError, from_oserror
 
 _SUSPEND_S = 60.0
@@ -94,8 +94,9 @@ class BhyveSource:
         self._memory = Memory(host, name)
         self._compare()
         self._checkpoint = Checkpoint(host.run_dir, name, f"guest {name}")
-        is_monitored = parent_name(self._checkpoint.identity.pid) == "bhyve"
-        hard, soft = verdict.source_reasons(host, is_monitored=is_monitored)
+        hard, soft = verdict.source_reasons(
+            host, self._checkpoint.identity.pid, is_managed=self._manager is not None
+        )
         if reasons := hard + ([] if force else soft):
             raise IncompatibleError(f"guest {name}: {reasons[0]}", "\n".join(reasons[1:]))
 

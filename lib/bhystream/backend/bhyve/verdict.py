@@ -46,6 +46,11 @@ _HARD = {
 
 _SNAPSHOT_OPTION = re.compile(r"^(?!\s*nooptions?\b)[^#\n]*\bBHYVE_SNAPSHOT\b", re.MULTILINE)
 _MAX_SHOWN_CHARS = 60
+# Of a bhyve that was started by hand.  "" is init: its parent has ended.
+_SHELLS = frozenset({"sh", "csh", "tcsh", "bash", "zsh", "ksh", "mksh", "fish", "dash"})
+_HARMLESS = frozenset(
+    {"", "doas", "init", "login", "screen", "script", "sshd", "su", "sudo", "tmux"}
+)
 
 
 def host_reasons(head_host: Json, here: Json) -> tuple[list[str], list[str]]:
@@ -127,19 +132,44 @@ def ability_reasons(host: Host) -> tuple[list[str], list[str]]:
     return hard, soft
 
 
-def source_reasons(host: Host, *, is_monitored: bool) -> tuple[list[str], list[str]]:
+def source_reasons(host: Host, pid: int, *, is_managed: bool) -> tuple[list[str], list[str]]:
     """Say why a guest of this host cannot be sent: (hard, soft).
 
-    is_monitored: its process is the child of another bhyve, which is monitor
-    mode (FreeBSD 15 and later).
+    pid: of its bhyve.  is_managed: it is vm-bhyve's.  What starts a guest again
+    when its process ends would make a second copy of one that was suspended.
     """
     hard, soft = ability_reasons(host)
-    if is_monitored:
+    parent = host.parent_command(pid)
+    if _program(parent) == "bhyve":
         hard.append(
             "monitor: the guest's bhyve runs in monitor mode, a suspend needs one that does not:"
             " its parent would start the guest again; start the guest without monitor mode"
         )
+    elif is_managed and not host.knows_suspending_lock():
+        hard.append(
+            "vm-bhyve: this host's is older than 1.7.0, or not where the port puts it: it would"
+            " start the guest again after the suspend; update it"
+        )
+    elif not is_managed and _may_start_again(parent):
+        soft.append(
+            f"supervisor: the guest's bhyve was started by {_shown(parent)}, which may start it"
+            " again when it ends: a second copy; end that first, or -f if it does not"
+        )
     return hard, soft
+
+
+def _program(command: str) -> str:
+    """Return the name of a command line's program: also of a login shell, and of a title."""
+    words = command.split()
+    return words[0].rpartition("/")[2].lstrip("-").rstrip(":") if words else ""
+
+
+def _may_start_again(command: str) -> bool:
+    """Say whether a parent is more than a terminal's: a script, or a program not known."""
+    name = _program(command)
+    if name in _SHELLS:
+        return any(not word.startswith("-") for word in command.split()[1:])
+    return name not in _HARMLESS
 
 
 def _named(keys: Mapping[str, str], kinds: frozenset[str]) -> str:
