@@ -160,7 +160,7 @@ def test_with_a_log_later_rounds_walk_what_was_written() -> None:
 
 def test_the_last_round_believes_no_log() -> None:
     """Devices without a pause callback write until bhyve has ended."""
-    with two_hosts(dirty_log=True) as two:
+    with two_hosts(dirty_log=True, generation=4, node_left=True) as two:
         guest = two.start()
         source = two.source()
         source.prepare(ID)
