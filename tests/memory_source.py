@@ -103,6 +103,9 @@ class MemorySource:
     def states(self) -> Sequence[State]:
         raise GuestError("not asked for here")
 
+    def require_paused(self) -> None:
+        raise GuestError("not asked for here")
+
     def resume(self) -> None:
         raise GuestError("not asked for here")
 

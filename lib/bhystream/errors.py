@@ -67,6 +67,10 @@ class GoneError(GuestError):
     """The guest has ended: by itself, or with its hypervisor.  Nothing is left to resume."""
 
 
+class TakenError(GuestError):
+    """Another guest has its name, and perhaps its disks: only the operator resumes it then."""
+
+
 class AbortedError(BhyError):
     """The other side gave up and said so (the ABORT section)."""
 

@@ -41,7 +41,14 @@ from typing import Any
 
 from bhystream.answers import MAX_LINE_BYTES, unpack
 from bhystream.backend.base import Paused
-from bhystream.errors import BhyError, FormatError, GoneError, GuestError, as_error
+from bhystream.errors import (
+    BhyError,
+    FormatError,
+    GoneError,
+    GuestError,
+    TakenError,
+    as_error,
+)
 from bhystream.handshake import ANSWER_SECONDS, GO, MOVED, PAUSED, RECORD, Act, Event
 from bhystream.rendezvous import path_of
 from bhystream.report import Console
@@ -330,6 +337,14 @@ def _settle(standing: Standing, event: Event, patience: Patience, console: Conso
             return 0
         except GoneError:
             raise
+        except TakenError as taken:
+            # That one has had the disks: this one is not resumed by itself.
+            if standing.keep():
+                console.fail(taken)
+                id_ = standing.record.id
+                console.say(f"guest {standing.record.guest}: kept here: bhysend --discard {id_}")
+                return taken.status
+            patience.wait(taken, tell=True)
         except Exception as raised:  # whatever it is, the guest stands paused
             error = as_error(raised)
             record = standing.record

@@ -273,6 +273,7 @@ class Move:
         if self.opts.keep:
             self.writer.end()
         else:
+            self.source.require_paused()
             self.machine.on(Event.COPIED_PLAIN)
         self.writer.sync()
         self.dismiss_keeper()
@@ -295,6 +296,7 @@ class Move:
         with self.signals.interruptible():
             self.machine.on(Event.COPIED)
             self.nonce = self.offer.await_ready()
+        self.source.require_paused()
         # Before GO: a signal that comes right behind it is told so too.
         self.offer.commit(self.fixed_ns / 10**9)
         self.machine.on(Event.READY)

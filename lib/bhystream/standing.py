@@ -17,7 +17,7 @@ from pathlib import Path
 from bhystream import handshake, hypervisors
 from bhystream.answers import Answer
 from bhystream.backend.base import Paused
-from bhystream.errors import GoneError
+from bhystream.errors import BhyError, GoneError
 from bhystream.handshake import Act, Event
 from bhystream.state import Record, Records, default_directory
 
@@ -81,6 +81,14 @@ class Standing:
         for act in handshake.RECORD.get((found.phase, event), ()):
             self._do(act)
         return found
+
+    def keep(self) -> bool:
+        """Make the guest outlive us, whatever its record says; say whether that is done."""
+        try:
+            self._with_guest(Act.KEEP)
+        except BhyError:
+            return False
+        return True
 
     def forget(self) -> None:
         """Remove the record: there is no guest any more."""

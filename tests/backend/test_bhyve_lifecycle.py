@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -350,3 +351,36 @@ def test_a_guest_that_runs_runs_though_its_directory_is_full(two: Two) -> None:
         ended = two.move()
         assert ended.status == 0, ended.stderr
         two.arrived().await_sweeps(1)
+
+
+# A supervisor that takes the suspend for a reboot.
+
+
+@pytest.mark.parametrize("form", ["answered", "plain"])
+def test_a_guest_that_its_supervisor_starts_anew_starts_nowhere_else(two: Two, form: str) -> None:
+    two.here.settings(suspend_status=0)
+    two.start()
+    paused_, gate = two.directory / "paused", two.directory / "gate"
+    hook = f"touch {paused_}; while [ ! -e {gate} ]; do sleep 0.01; done"
+    words = two.send("-p", hook)
+    into = shlex.join(two.receive())
+    words = [*words, "sh", "-c", into] if form == "answered" else words
+    line = shlex.join(words) if form == "answered" else f"{shlex.join(words)} | {into}; false"
+    with (two.directory / "said").open("w") as said:
+        move = subprocess.Popen(["bash", "-c", line], stderr=said, env=two.here.environment)
+    await_true(paused_.exists, "the pause")
+    again = two.here.start("g")
+    gate.touch()
+    move.wait(60)
+    await_true(lambda: bool(two.held()), "what the keeper keeps")
+    await_true(lambda: not list(two.staging.iterdir()), "the end of the keeper")
+    text = (two.directory / "said").read_text()
+    assert "it was started anew here" in text or "another guest of that name runs here" in text
+    assert not two.there.host.exists("g")
+    assert again.process.poll() is None  # nobody has ended it, or resumes what it has outrun
+    again.console.await_sweeps(1)
+    [record] = Records(two.base, "source").all()
+    assert record.phase == handshake.PAUSED
+    again.power_off()
+    [ended] = two.run(two.send("--resume"))
+    assert ended.status == 0, ended.stderr

@@ -144,6 +144,12 @@ class Source(Protocol):
         last scan follows it.
         """
 
+    def require_paused(self) -> None:
+        """Raise TakenError where somebody has started the paused guest anew meanwhile.
+
+        Asked at the last moment before the destination may start it.
+        """
+
     def resume(self) -> None:
         """Let a guest paused by pause() run on, also after states()."""
 

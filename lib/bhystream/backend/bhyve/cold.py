@@ -165,6 +165,9 @@ class SnapshotSource:
             raise GuestError(f"{self.files.memory}: the snapshot was written to while it was sent")
         return states
 
+    def require_paused(self) -> None:
+        """Do nothing."""
+
     def resume(self) -> None:
         """Do nothing."""
 

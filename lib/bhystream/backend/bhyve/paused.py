@@ -38,7 +38,7 @@ from bhystream.backend.bhyve.memory import Memory, copy_sparse
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import LOAD_BYTES_PER_SECOND, Restore, listener, listens
 from bhystream.backend.process import boot_id, is_alive, is_same
-from bhystream.errors import BhyError, GoneError, GuestError, from_oserror
+from bhystream.errors import BhyError, GoneError, GuestError, TakenError, from_oserror
 
 _SETTLE_S = 60.0
 # Words in run.lock that are no host's, so that vm-bhyve starts nothing.
@@ -104,7 +104,7 @@ class BhyvePaused:
         if started is not None and is_same(found, started):
             return True
         if self._is_complete() or self._can_gather():
-            raise GuestError(
+            raise TakenError(
                 f"{self._who}: another guest of that name runs here, process {found.pid}",
                 "end that one first; this one stays as it is",
             )
@@ -215,9 +215,10 @@ class BhyvePaused:
         Where the staging directory is gone ours was destroyed before it, and
         at a destination there never was one: a VM of that name is another's.
         """
-        is_ours = self.place.process is not None and os.path.isdir(self.place.staging)
-        if is_ours and self._host.exists(self.place.name):
-            self._host.destroy(self.place.name)
+        place = self.place
+        is_ours = place.process is not None and os.path.isdir(place.staging)
+        if is_ours and self._host.exists(place.name) and not listens(self._host, place.name):
+            self._host.destroy(place.name)
 
     def _await_supervisor(self) -> None:
         """Wait for the end of vm-bhyve's: until then it may take our VM and taps for its own."""

@@ -37,7 +37,14 @@ from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.paused import BhyvePaused
 from bhystream.backend.bhyve.place import FILE, Place, staging_root
 from bhystream.backend.process import is_alive, is_same
-from bhystream.errors import AccessError, GoneError, GuestError, IncompatibleError, from_oserror
+from bhystream.errors import (
+    AccessError,
+    GoneError,
+    GuestError,
+    IncompatibleError,
+    TakenError,
+    from_oserror,
+)
 
 _SUSPEND_S = 60.0
 _BYTES_PER_SECOND = 100 << 20  # of a slow disk: how long a memory file may take
@@ -77,6 +84,7 @@ class BhyveSource:
         self._said = ""
         self._states: Sequence[State] = ()
         self._was_paused = False
+        self._node_left = False
         self._manager = vmbhyve.find(host.datastores(), name, socket.gethostname())
         try:
             self._open(config_path, force)
@@ -277,6 +285,7 @@ class BhyveSource:
                 raise self._refused()
         elif self._keep:
             self._require_alive()
+        self._node_left = self._host.exists(self._name)
         _, self._states = snapshot.read_states(self._place.staged, self._mapped.size_bytes)
 
     def _require_alive(self) -> None:
@@ -318,6 +327,20 @@ class BhyveSource:
     def states(self) -> Sequence[State]:
         """Return the state that pause() has read."""
         return self._states
+
+    def require_paused(self) -> None:
+        """See that no supervisor took the suspend for a reboot, and starts the guest from its disk.
+
+        bhyve's status after a suspend may be that of a reboot.  Source:
+        dossier managers.md, 0.
+        """
+        assert self._paused is not None
+        is_new = not self._node_left and self._host.exists(self._name)
+        if self._paused.runs() or is_new:
+            raise TakenError(
+                f"guest {self._name}: it was started anew here after its suspend",
+                "what supervises it must end with bhyve's status 0 or 5 after a suspend",
+            )
 
     def resume(self) -> None:
         """Let it run: it does already, or is restored."""

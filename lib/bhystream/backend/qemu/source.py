@@ -230,6 +230,9 @@ class QemuSource:
                 )
             time.sleep(migration.POLL_S)
 
+    def require_paused(self) -> None:
+        """Do nothing: its QEMU serves one client, which we are."""
+
     def resume(self) -> None:
         """Let the guest run on, and put QEMU's settings back as found."""
         migration.let_run(self._qmp)
