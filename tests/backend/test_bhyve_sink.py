@@ -24,7 +24,7 @@ from bhystream.errors import (
 from bhystream.standin.node import data_extents
 from standin.rig import Console, Spec, assert_unbroken
 
-from .bhyve_rig import ID, Two, require_sink, small_tmpfs, two_hosts
+from .bhyve_rig import ID, Two, small_tmpfs, two_hosts
 
 
 @pytest.fixture
@@ -98,7 +98,6 @@ class Arriving:
 
 @pytest.fixture
 def arriving(two: Two) -> Arriving:
-    require_sink()
     return Arriving(two)
 
 
@@ -117,7 +116,6 @@ def test_a_guest_is_built_and_started(arriving: Arriving) -> None:
 
 
 def test_a_guest_with_highmem_is_built(two: Two) -> None:
-    require_sink()
     arriving = Arriving(two, Spec(memory="5G", touched="16M"))
     sink = arriving.sink()
     assert sink.check(arriving.head) == []
