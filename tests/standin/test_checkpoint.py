@@ -277,6 +277,25 @@ def count_of(mapping: mmap.mmap, page: int) -> int:
     return int.from_bytes(mapping[page * 4096 : page * 4096 + 8], "little")
 
 
+def test_a_device_takes_no_2_gib_at_once_where_it_is_clamped(host: Rig) -> None:
+    staging = host.directory / "s"
+    try:
+        host.host.mount_null(staging)
+    except GuestError as error:
+        pytest.skip(str(error))
+    try:
+        host.settings(sysctl={"debug.devfs_iosize_max_clamp": "1"})
+        host.start("g", Spec(memory="2G"))
+        (staging / "g").symlink_to("null")
+        reply = host.checkpoint("g", suspend=True)
+        assert reply == {"error": "failed to snapshot: Invalid argument"}
+        assert goes_on(host)
+        host.settings(sysctl={})
+        assert host.checkpoint("g") == {}
+    finally:
+        host.host.unmount_null(staging)
+
+
 def test_memory_into_the_null_device_touches_nothing(host: Rig) -> None:
     staging = host.directory / "s"
     try:

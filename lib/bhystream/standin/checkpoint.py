@@ -31,6 +31,7 @@ from .node import data_extents
 from .settings import Settings, read_settings
 
 _FLAGS = os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+_INT_MAX = (1 << 31) - 1
 _MODE = 0o700
 _NAME_MAX = 255
 _BACKLOG = 10
@@ -158,7 +159,7 @@ class CheckpointServer:
         guest.pause_devices()
         error = ""
         try:
-            write_memory(guest, files.memory)
+            write_memory(guest, files.memory, clamp=settings.clamps_devices)
             structs = list(guest.save_kernel())
             devices = self._device_blobs()
             die = suspend and "die" in settings.fail
@@ -208,8 +209,11 @@ class CheckpointServer:
         return {"basic metadata": basic, **lists}
 
 
-def write_memory(guest: Guest, fd: int) -> None:
+def write_memory(guest: Guest, fd: int, *, clamp: bool) -> None:
     """Write lowmem, and highmem directly behind it.  Raises OSError.
+
+    clamp: a device takes no more than INT_MAX bytes at once, and bhyve writes
+    each segment with one write(2).
 
     From the mapping, as bhyve does; but a page that the guest never touched
     becomes a hole in a regular file, so that a large guest stays a small file.
@@ -220,6 +224,8 @@ def write_memory(guest: Guest, fd: int) -> None:
     base = 0
     for gpa, mapping in memory.segments():
         length = len(mapping)
+        if clamp and not is_file and length > _INT_MAX:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         extents = data_extents(memory.fd, gpa, gpa + length) if is_file else [(gpa, gpa + length)]
         with memoryview(mapping) as view:
             for start, end in extents:

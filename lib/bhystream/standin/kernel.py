@@ -23,6 +23,8 @@ from . import node
 from .settings import read_settings
 
 _SYSCTL = {
+    # 1 on FreeBSD: then no device takes more than INT_MAX bytes at once.
+    "debug.devfs_iosize_max_clamp": "0",
     "hw.machine": "amd64",
     "hw.machine_arch": "amd64",
     "hw.model": "Stand-in CPU",

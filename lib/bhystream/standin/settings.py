@@ -37,6 +37,11 @@ class Settings:
     knows_suspending_lock: bool = True
     sysctl: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def clamps_devices(self) -> bool:
+        """Say whether a device takes no more than INT_MAX bytes at once."""
+        return self.sysctl.get("debug.devfs_iosize_max_clamp", "0") != "0"
+
 
 def read_settings(directory: Path) -> Settings:
     """Return the settings of a stand-in's directory, the defaults where it has none.
