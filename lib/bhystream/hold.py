@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bhystream import hypervisors, standing, state
-from bhystream.errors import OK, BhyError, GuestError, UsageError
+from bhystream.errors import OK, BhyError, GuestError, TakenError, UsageError
 from bhystream.handshake import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
 from bhystream.report import Console, host_name, printable
 from bhystream.signals import Interrupts
@@ -133,11 +133,25 @@ def is_alive(record: Record) -> bool:
     return True
 
 
+def _is_taken(record: Record) -> bool:
+    """Say whether another guest has its name and has had its disks: it is no copy then."""
+    paused = hypervisors.open_paused(record.revive)
+    try:
+        paused.runs()
+    except TakenError:
+        return True
+    except BhyError:
+        return False
+    finally:
+        paused.close()
+    return False
+
+
 def _discard(records: Records, record: Record, console: Console) -> None:
     was_alive = is_alive(record)
     if record.phase == READY:
         _bury(records, record)
-    if was_alive and record.phase == PAUSED:
+    if was_alive and record.phase == PAUSED and not _is_taken(record):
         raise GuestError(
             f"guest {record.guest}: its stream is not complete, so this may be the only copy",
             f"let it run on: bhysend --resume {record.id}",

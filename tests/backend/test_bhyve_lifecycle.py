@@ -381,6 +381,12 @@ def test_a_guest_that_its_supervisor_starts_anew_starts_nowhere_else(two: Two, f
     again.console.await_sweeps(1)
     [record] = Records(two.base, "source").all()
     assert record.phase == handshake.PAUSED
-    again.power_off()
-    [ended] = two.run(two.send("--resume"))
+    [refused] = two.run(two.send("--resume"))
+    assert refused.status == 69
+    assert f"another guest of that name runs here, process {again.pid}" in refused.stderr
+    [ended] = two.run(two.send("--discard"))
     assert ended.status == 0, ended.stderr
+    assert again.process.poll() is None
+    assert two.held() == []
+    [moved] = two.run([*two.send(), *two.receive()])
+    assert moved.status == 0, moved.stderr

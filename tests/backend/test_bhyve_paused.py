@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bhystream.backend.bhyve import locks, paused, restore
 from bhystream.backend.bhyve.checkpoint import Checkpoint
 from bhystream.backend.bhyve.paused import BhyvePaused
 from bhystream.backend.bhyve.source import BhyveSource
+from bhystream.backend.process import Identity, boot_id
 from bhystream.errors import GuestError
 from bhystream.standin.kernel import StandinHost
 from standin.rig import Console, Rig, Spec, assert_unbroken
@@ -269,8 +271,7 @@ def another(rig: Rig) -> Console:
     return guest.console
 
 
-@pytest.mark.parametrize("verb", ["resume", "discard"])
-def test_another_guest_of_that_name_is_not_taken_for_a_held_one(two: Two, verb: str) -> None:
+def test_another_guest_of_that_name_is_not_taken_for_a_held_one(two: Two) -> None:
     made, keeper = suspended(two)
     made.keep()
     lose(made, keeper)
@@ -278,7 +279,7 @@ def test_another_guest_of_that_name_is_not_taken_for_a_held_one(two: Two, verb: 
     found = anew(keeper)
     assert found.is_alive()
     with pytest.raises(GuestError, match=r"another guest of that name runs here, process \d+"):
-        act(found, verb)
+        found.resume()
     console.await_sweeps(1)
     assert_unbroken(console)
     two.here.guest("g").power_off()
@@ -287,16 +288,30 @@ def test_another_guest_of_that_name_is_not_taken_for_a_held_one(two: Two, verb: 
     two.assert_runs_on()
 
 
-@pytest.mark.parametrize("verb", ["resume", "discard"])
-def test_another_guest_of_that_name_is_not_taken_for_a_loaded_one(two: Two, verb: str) -> None:
+def test_another_guest_of_that_name_is_not_taken_for_a_loaded_one(two: Two) -> None:
     loaded = as_loaded(two)
     console = another(two.here)
     with pytest.raises(GuestError, match="another guest of that name runs here"):
-        act(loaded, verb)
+        loaded.resume()
     console.await_sweeps(1)
     two.here.guest("g").power_off()
     loaded.resume()
     two.assert_runs_on()
+
+
+@pytest.mark.parametrize("where", ["held", "loaded"])
+def test_what_is_kept_is_discarded_beside_another_guest_of_that_name(two: Two, where: str) -> None:
+    """It need not be ended for that: its state is not this one's, nor are its VM and locks."""
+    found = as_loaded(two)
+    if where == "held":
+        found = two.paused(replace(found.place, process=Identity(1, 1, boot_id())))
+    console = another(two.here)
+    with pytest.raises(GuestError, match="another guest of that name runs here"):
+        found.discard("b.example")  # it would run twice
+    found.discard("")
+    assert not Path(found.place.kept).exists()
+    console.await_sweeps(1)
+    assert_unbroken(console)
 
 
 @pytest.mark.parametrize("verb", ["keep", "resume", "discard"])

@@ -284,9 +284,18 @@ class BhyvePaused:
                 memory.close()
 
     def discard(self, there: str) -> None:
-        """End it for good: its files, what is left of its VM; a guest that runs is refused."""
-        if self.runs():
-            raise GuestError(f"{self._who}: it runs, so it is not ended here")
+        """End it for good: its files, what is left of its VM; a guest that runs is refused.
+
+        Where another one has its name, that one's VM and locks are left alone.
+        """
+        try:
+            if self.runs():
+                raise GuestError(f"{self._who}: it runs, so it is not ended here")
+        except TakenError:
+            if there:
+                raise  # it runs there too: the operator has to end one
+            self.place.remove(self._host)
+            return
         if not self.place.is_copied:
             self._await_supervisor()
             self._drop_node()
