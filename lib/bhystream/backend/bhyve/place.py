@@ -23,7 +23,7 @@ import os
 import shutil
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,23 @@ class Place:
             os.mkdir(self.staging, 0o700)
         except OSError as error:
             raise from_oserror(error, f"make the staging directory {self.staging}") from None
+
+    def sweep(self, host: Host, lock: Path, records: Path) -> None:
+        """Remove the staging directory of one who was killed before anybody knew of it.
+
+        lock: the guest's lock file, which the caller holds; it names the last
+        staging directory that was made under it, from now on ours.  records:
+        the role's; a directory that one of them speaks of stays.  Never raises.
+        """
+        with contextlib.suppress(OSError, ValueError):
+            left = Path(lock.read_text())
+            role, _, id_ = left.name.partition("-")
+            is_ours = role in ("bhysend", "bhyrecv") and id_.isalnum() and left.is_dir()
+            if is_ours and not any(records.glob(f"{id_}*.json")):
+                replace(self, staging=str(left)).drop_sink(host)
+                shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            lock.write_text(self.staging)
 
     def make_sink(self, host: Host) -> str:
         """Let the memory file be the null device; return "", or why that cannot be had.

@@ -178,6 +178,8 @@ class BhyveSink:
         except OSError as error:
             raise from_oserror(error, f"make {directory}") from None
         self._remove_leftover(place)
+        lock = self._base / "lock" / f"to-{self._name}"
+        place.sweep(self._host, lock, self._base / "destination")
         place.make_staging()
         path = place.staged.memory
         try:

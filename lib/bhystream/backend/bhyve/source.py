@@ -187,6 +187,7 @@ class BhyveSource:
             is_copied=self._keep,
         )
         self._paused = BhyvePaused(place, self._memory)
+        place.sweep(self._host, self._base / "lock" / self.lock_name, self._base / "source")
         place.make_staging()
         if not self._keep and (why := place.make_sink(self._host)):
             self._sink_warnings = [
