@@ -101,6 +101,14 @@ def test_a_suspended_guest_comes_back(two: Two, sink: str) -> None:
     back(two, made)
 
 
+def test_a_guest_that_runs_on_serves_others_again(two: Two) -> None:
+    two.start()
+    made = prepared(two)
+    made.resume()
+    two.here.ask("g", cmd="of somebody else")
+    back(two, made)
+
+
 @pytest.mark.parametrize("status", [0, 5])
 def test_either_status_is_a_suspend(two: Two, status: int) -> None:
     two.here.settings(suspend_status=status)
