@@ -82,8 +82,11 @@ def test_a_restart_restores_nothing(host: Rig) -> None:
     host.settings(suspend_status=0)
     words = arguments(host, "v")
     host.host.make_tap("tap0", None)
-    host.run(*words, "v").console.await_beats(0)
+    first = host.run(*words, "v")
+    first.console.await_beats(0)
     snapshot = host.suspend("v")
+    # Until it is gone its socket takes connections, and lets them fall.
+    assert first.await_exit() == 0
     (host.directory / "net" / "tap0").unlink()
     words += ["-r", str(snapshot.path)]
     with supervised(host, "v", *words, tap="tap0:bridge0") as supervisor:
