@@ -69,6 +69,9 @@ class MemorySource:
     def resources(self) -> Sequence[str]:
         return ("disk0=", "net0=")
 
+    def load_seconds(self) -> float:
+        return 0.0
+
     def fixed_ns(self) -> int:
         return 0
 

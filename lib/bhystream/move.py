@@ -24,7 +24,6 @@ from bhystream.errors import (
     DowntimeError,
     GoneError,
     GuestError,
-    HeldError,
     InDoubtError,
 )
 from bhystream.format import Feature, Form, Header, Type
@@ -64,7 +63,6 @@ class Move:
         self.gone: GoneError | None = None
         self.nonce = b""
         self.go_is_out = False
-        self.fixed_ns = 0
         self.predicted_ns = 0
         self.pause_ns = 0
         self.pause_start_ns = 0
@@ -73,7 +71,7 @@ class Move:
     def run(self, source: Source, lock: state.Lock) -> int:
         """Send the guest; return the exit status.  Raises BhyError.
 
-        The caller owns source and lock, and calls recover() on any exception.
+        The caller owns source and lock, and calls recover.recover() on any exception.
         """
         self.source = source
         self.lock = lock
@@ -134,7 +132,6 @@ class Move:
         self.writer = Writer(fd, Header(form, features, stream_id, secrets.randbits(64)))
         write_head(self.writer, self.head)
         self.source.prepare(stream_id.hex())
-        self.fixed_ns = self.source.fixed_ns()
         self.transfer = Transfer(
             self.source,
             self.head.layout,
@@ -206,8 +203,7 @@ class Move:
     def _predict(self, view: Outlook) -> None:
         """Note the pause that is to be expected, with the ways of END and of GO."""
         trips_ns = 2 * self.offer.trip_ns if self.offer else 0
-        self.fixed_ns = self.source.fixed_ns()
-        found_ns = view.copy_ns + view.scan_ns + trips_ns + self.fixed_ns
+        found_ns = view.copy_ns + view.scan_ns + trips_ns + self.source.fixed_ns()
         self.predicted_ns = self.progress.predicted_ns = found_ns
 
     def start_keeper(self) -> None:
@@ -298,7 +294,7 @@ class Move:
             self.nonce = self.offer.await_ready()
         self.source.require_paused()
         # Before GO: a signal that comes right behind it is told so too.
-        self.offer.commit(self.fixed_ns / 10**9)
+        self.offer.commit(self.source.load_seconds())
         self.machine.on(Event.READY)
         event, why = self.offer.await_outcome()
         self.pause_ns = time.monotonic_ns() - self.pause_start_ns
@@ -319,85 +315,6 @@ class Move:
             )
         self._say_end(f"it runs on {host}, and is gone here")
         return OK
-
-    def recover(self, error: BhyError) -> BhyError:
-        """Do what a failure means for the guest; return the error, with where the guest is.
-
-        Where the guest cannot be resumed, or ended, the keeper is still there
-        and goes on trying when we have ended.
-        """
-        name = self.source.name
-        machine = self.machine
-        if machine.at == At.HELD and self.writer and self.writer.ended:
-            return HeldError(str(error), f"guest {name}: held here\n{error.hint}")
-        if self.hook:
-            self.hook.kill()
-        if stuck := self._undo(error):
-            return stuck
-        if isinstance(error, InDoubtError):
-            return error
-        if machine.at == At.DOUBT:
-            return InDoubtError(
-                f"guest {name}: in doubt: {error}", in_doubt(self.record, self.base)
-            )
-        where = f"guest {name}: it runs here"
-        if self.gone:
-            where = "" if error is self.gone else str(self.gone)
-        if self.writer:
-            self.writer.abort(error.status, str(error))
-        if self.offer and error is not self.unrecorded:
-            # Only now: the guest does not wait for it.  A disk of ours is
-            # nothing that anybody there could explain.
-            error = self.offer.explain(error)
-        error.hint = f"{where}\n{error.hint}"
-        return error
-
-    def _undo(self, error: BhyError) -> BhyError | None:
-        """Do what the table has for a failure; return what to say where even that failed."""
-        machine = self.machine
-        if machine.at in (At.GONE, At.RUNS_ON) and machine.undone:
-            return self._stuck(error, error)
-        if isinstance(error, GoneError):
-            self.gone = error
-        try:
-            if machine.expects(event := self._event_of_failure()):
-                machine.on(event)
-        except GoneError as gone:
-            # Nobody can bring it back, and nobody has to.
-            self.gone = gone
-            with contextlib.suppress(BhyError):
-                self.records.remove(self.record.id)
-        except BhyError as second:
-            if Act.KEEP not in machine.undone:
-                return self._stuck(error, second)
-            error.hint = f"{second}; its keeper goes on trying\n{error.hint}"
-        if Act.KEEP not in machine.undone:
-            self.dismiss_keeper()
-        return None
-
-    def _event_of_failure(self) -> Event:
-        """Return what a failure is, after what was recorded: could it be acted on there?"""
-        at = self.machine.at
-        if at == At.HELD or (at == At.COMMITTED and not self.go_is_out):
-            return Event.UNSENT
-        return Event.DOUBT if at == At.COMMITTED else Event.FAILURE
-
-    def _stuck(self, error: BhyError, second: BhyError) -> BhyError:
-        """Return what to say where the last act failed: the keeper takes over when we end."""
-        name = self.source.name
-        if self.machine.at == At.GONE:
-            assert self.offer is not None
-            return HeldError(
-                f"guest {name}: it runs on {self.offer.host}, and cannot be ended here: {second}",
-                f"end it: bhysend --discard {self.record.id}",
-            )
-        if Act.RESUME not in self.machine.undone:
-            error.hint = f"guest {name}: it runs here; {second}\n{error.hint}"
-            return error
-        return HeldError(
-            f"{error}; and the guest cannot be resumed: {second}",
-            f"guest {name}: its keeper goes on trying; see bhysend -l",
-        )
 
     def close(self, status: int) -> None:
         """End the conversation, in the answered forms, with this exit status."""

@@ -35,8 +35,6 @@ _HELLO_STALL_S = 60.0
 _LAST_WORDS_S = 5.0
 _END_SECONDS = 10.0
 _SHORT_SECONDS = 0.5
-# Of a prediction that may be wrong.
-_LOAD_SLACK = 3
 # A Ctrl-C or a closed terminal must not cut the way back at the worst moment;
 # what is to end, we end, by closing its standard input.
 _IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP)
@@ -178,10 +176,10 @@ class Offer:
     def commit(self, load_s: float = 0.0) -> None:
         """Say from here on what a signal hears: GO is on its way, and only the answer counts.
 
-        load_s: what the destination may need to load the guest, where it does
-        so after GO; the answer is waited for so much longer.
+        load_s: what the destination may take to load the guest after GO; the
+        answer is waited for so much longer.
         """
-        self._limit_s = ANSWER_SECONDS + _LOAD_SLACK * load_s
+        self._limit_s = ANSWER_SECONDS + load_s
         self._deadline = time.monotonic() + self._limit_s
         self._signals.on_deferred = lambda name: self._console.say(
             f"{name}: too late, GO is out; waiting for the answer of {self.host}, "

@@ -16,6 +16,7 @@ from bhystream.errors import UsageError, as_error
 from bhystream.move import Move
 from bhystream.options import SendOptions
 from bhystream.precopy import Limits
+from bhystream.recover import recover
 from bhystream.report import Console
 from bhystream.signals import Signals
 
@@ -116,7 +117,7 @@ def move(work: Move, source: Source, lock: state.Lock, signals: Signals) -> int:
     except Exception as raised:
         # A signal that comes from here on finds the guest being brought back.
         signals.forget()
-        error = work.recover(as_error(raised))
+        error = recover(work, as_error(raised))
         work.close(error.status)
         raise error from raised
     work.close(status)

@@ -125,6 +125,12 @@ class Source(Protocol):
         page is compared.
         """
 
+    def load_seconds(self) -> float:
+        """Return how long the destination may take to load the guest after GO.
+
+        0 where it has loaded it before it says READY.
+        """
+
     def fixed_ns(self) -> int:
         """Return what of a pause no round makes shorter: to stop, to take the state, to load it.
 

@@ -147,6 +147,10 @@ class SnapshotSource:
     def changed(self) -> None:
         """Return None: nothing changes, and nobody asks a second time."""
 
+    def load_seconds(self) -> float:
+        """Return 0: a kept stream has no GO."""
+        return 0.0
+
     def fixed_ns(self) -> int:
         """Return 0: there is no pause."""
         return 0

@@ -36,7 +36,7 @@ from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.memory import Memory, copy_sparse
 from bhystream.backend.bhyve.place import Place
-from bhystream.backend.bhyve.restore import LOAD_BYTES_PER_SECOND, Restore, listener, listens
+from bhystream.backend.bhyve.restore import SLOW_BYTES_PER_SECOND, Restore, listener, listens
 from bhystream.backend.process import boot_id, is_alive, is_same
 from bhystream.errors import BhyError, GoneError, GuestError, TakenError, from_oserror
 
@@ -94,7 +94,7 @@ class BhyvePaused:
     def _was_started(self) -> bool:
         """Say whether a bhyve runs that we have started from the snapshot; wait while it loads."""
         started = self.place.started()
-        end = time.monotonic() + _SETTLE_S + self.place.memory_bytes / LOAD_BYTES_PER_SECOND
+        end = time.monotonic() + _SETTLE_S + self.place.memory_bytes / SLOW_BYTES_PER_SECOND
         while (found := listener(self._host, self.place.name)) is None:
             if started is None or not is_alive(started):
                 return False

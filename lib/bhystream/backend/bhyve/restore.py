@@ -31,7 +31,7 @@ from bhystream.backend.process import EndedError, Identity, identify, peer_pid
 from bhystream.errors import GuestError, from_oserror
 
 _LIMIT_S = 60.0
-LOAD_BYTES_PER_SECOND = 100 << 20  # of a slow disk
+SLOW_BYTES_PER_SECOND = 100 << 20  # of a slow disk: how long a memory file may take
 _PROBE_S = 5.0
 _POLL_S = 0.002
 _MOMENT_S = 0.05  # from the socket to the vCPUs there are a few system calls
@@ -78,7 +78,7 @@ class Restore:
         self._who = f"guest {place.name}"
         self._place = place
         self._files = files
-        self._limit_s = _LIMIT_S + place.memory_bytes / LOAD_BYTES_PER_SECOND
+        self._limit_s = _LIMIT_S + place.memory_bytes / SLOW_BYTES_PER_SECOND
         self._log_path = place.log_path
         self._socket = host.run_dir / place.name
         self._child: Child | None = None

@@ -36,6 +36,7 @@ from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.paused import BhyvePaused
 from bhystream.backend.bhyve.place import FILE, Place, staging_root
+from bhystream.backend.bhyve.restore import SLOW_BYTES_PER_SECOND
 from bhystream.backend.process import is_alive, is_same
 from bhystream.errors import (
     AccessError,
@@ -47,7 +48,6 @@ from bhystream.errors import (
 )
 
 _SUSPEND_S = 60.0
-_BYTES_PER_SECOND = 100 << 20  # of a slow disk: how long a memory file may take
 # Where nothing has been measured: to stop, to save, to start; and what a
 # destination reads a second.  The last two grow with the memory.
 _FIXED_NS = 150_000_000
@@ -255,6 +255,10 @@ class BhyveSource:
         """Yield what the kernel saw written since the last call, where it keeps such a log."""
         return None if self._was_paused or self._keep else self._mapped.changed()
 
+    def load_seconds(self) -> float:
+        """Return what `bhyve -r` may take there to read the memory."""
+        return self._mapped.size_bytes / SLOW_BYTES_PER_SECOND
+
     def fixed_ns(self) -> int:
         """Return what suspend and restore take, by the guest's size."""
         memory_bytes = sum(end - first for first, end in self._mapped.touched()) * PAGE_BYTES
@@ -303,7 +307,7 @@ class BhyveSource:
 
     def _request(self) -> None:
         assert self._place is not None and self._checkpoint is not None
-        limit_s = _SUSPEND_S + self._mapped.size_bytes / _BYTES_PER_SECOND
+        limit_s = _SUSPEND_S + self._mapped.size_bytes / SLOW_BYTES_PER_SECOND
         directory = os.open(self._place.staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self._checkpoint.request(directory, FILE, suspend=not self._keep)

@@ -133,6 +133,10 @@ class QemuSource:
         """Return None: QEMU's dirty log is its own."""
         return None
 
+    def load_seconds(self) -> float:
+        """Return 0: READY says that the guest is loaded."""
+        return 0.0
+
     def fixed_ns(self) -> int:
         """Return what stop, state, load and cont take together."""
         return FIXED_NS
