@@ -156,7 +156,10 @@ def main(argv: list[str]) -> int:
         # The last to be killed when memory runs out; only root may say so.
         Path("/proc/self/oom_score_adj").write_text("-900")
     with socket.socket(fileno=int(argv[1])) as peer, peer.makefile("rb", buffering=0) as lines:
-        order = json.loads(lines.readline())
+        line = lines.readline()
+        if not line:
+            return 0  # killed before it could say what to keep
+        order = json.loads(line)
         record = Record(**order["record"])
         # Loaded now: later the file system may be what fails.
         from bhystream import hypervisors
@@ -166,7 +169,8 @@ def main(argv: list[str]) -> int:
         # Only now: a relative PYTHONPATH is of bhysend's directory.
         os.chdir("/")
         guard = Guard(os.getppid(), Records(Path(order["base"]), "source"), record.id)
-        peer.sendall(_READY)
+        with contextlib.suppress(OSError):  # killed meanwhile
+            peer.sendall(_READY)
         hook = 0
         while (line := _listen(peer, lines, guard)).startswith(_HOOK):
             hook = int(line[len(_HOOK) :])
