@@ -89,7 +89,8 @@ def open_source(what: Sending) -> Source:
 
 def _host_of(why: str) -> Host:
     """Return the host of a bhyve operand.  Raises UsageError, which begins with `why`."""
-    from bhystream.backend.bhyve.host import NoBhyveError, open_host
+    from bhystream.backend.bhyve.host import NoBhyveError
+    from bhystream.backend.bhyve.hosts import open_host
 
     try:
         return open_host()
@@ -145,7 +146,8 @@ def _open_bhyve(hypervisor: str, stream_name: str, what: Receiving) -> tuple[Sin
 
         directory = Path(what.directory).absolute()
         return FilesSink(directory, name, force=what.force), name, str(directory / name)
-    from bhystream.backend.bhyve.host import NoBhyveError, open_host
+    from bhystream.backend.bhyve.host import NoBhyveError
+    from bhystream.backend.bhyve.hosts import open_host
     from bhystream.backend.bhyve.sink import BhyveSink
 
     try:

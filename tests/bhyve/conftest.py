@@ -13,7 +13,8 @@ import pytest
 
 from bhystream import state
 from bhystream.backend.bhyve.config import GuestConfig
-from bhystream.backend.bhyve.host import Host, open_host
+from bhystream.backend.bhyve.host import Host
+from bhystream.backend.bhyve.hosts import open_host
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.place import Place, staging_root
 from bhystream.backend.bhyve.source import BhyveSource, read_config

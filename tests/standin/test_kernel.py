@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.bhyve.host import Host, MemoryMap, open_host
+from bhystream.backend.bhyve.host import Host, MemoryMap
+from bhystream.backend.bhyve.hosts import open_host
 from bhystream.errors import GuestError
 from bhystream.standin.kernel import StandinHost
 

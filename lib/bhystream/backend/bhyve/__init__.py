@@ -3,6 +3,7 @@
 The pieces, in the order in which a move meets them:
 
     host.py       what is asked of the host: the protocols of the device half
+    hosts.py      which host this is
     freebsd.py    the FreeBSD host: sysctls, base programs, mounts, taps
       freebsd_vm.py ioctl.py   one VM: memory map, mapping, topology, dirty log
       freebsd_text.py libc.py  what programs print; mincore(2) and sysctl(3)

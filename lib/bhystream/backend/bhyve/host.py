@@ -12,7 +12,6 @@ takes the other's.
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,18 +151,3 @@ class Host(Protocol):
 
     def datastores(self) -> Sequence[Path]:
         """Return vm-bhyve's datastores, the default one first; none where it is not used."""
-
-
-def open_host(environment: Mapping[str, str] = os.environ) -> Host:
-    """Return the host: the stand-in's where BHYSEND_VMM_DIR names one, else FreeBSD's.
-
-    Raises NoBhyveError on a system that has neither.
-    """
-    directory = environment.get(VMM_DIR)
-    if directory:
-        from bhystream.standin.kernel import StandinHost
-
-        return StandinHost(Path(directory))
-    from bhystream.backend.bhyve.freebsd import FreeBsdHost
-
-    return FreeBsdHost()

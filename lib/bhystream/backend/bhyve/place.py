@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from bhystream.backend.base import Json
-from bhystream.backend.bhyve.host import VMM_DIR, Host, open_host
+from bhystream.backend.bhyve.host import VMM_DIR, Host
+from bhystream.backend.bhyve.hosts import open_host
 from bhystream.backend.bhyve.snapshot import Files, memory_spans
 from bhystream.backend.process import Identity
 from bhystream.errors import AccessError, GuestError, PipeError, UsageError, from_oserror
