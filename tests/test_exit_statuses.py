@@ -97,6 +97,14 @@ def test_every_other_error_says_that_the_guest_runs_as_before() -> None:
         assert 64 <= cls.status <= 77, cls
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_except_a_guest_that_has_ended(page: str) -> None:
+    where, kinds = exit_status_of(page)
+    status = str(errors.GoneError.status)
+    assert f"with {status} it may have ended meanwhile" in where["64\\(en77"]
+    assert "has ended" in kinds[status]
+
+
 @pytest.mark.parametrize(("number", "cls"), [(1, errors.AccessError), (13, errors.AccessError)])
 def test_permission_has_its_own_status(number: int, cls: type[BhyError]) -> None:
     error = errors.from_oserror(OSError(number, os.strerror(number)), "open /x")

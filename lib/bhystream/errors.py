@@ -2,9 +2,10 @@
 
 One class per class of error, each with the exit status that both programs
 return for it.  The statuses follow sysexits(3), so 64 to 77, and promise
-something about the guest: at bhysend it runs where it was, at bhyrecv nothing
-was started.  Two statuses lie outside, because then the guest does *not* run
-where it was: 80 (held) and 81 (in doubt).
+something about the guest: at bhysend it runs where it was, or has ended (only
+GoneError, 69, which says so); at bhyrecv nothing was started.  Two statuses lie
+outside, because then the guest does *not* run where it was: 80 (held) and 81
+(in doubt).
 
 bhysend(8) and bhyrecv(8) print the same table; a test compares the three.
 """
