@@ -521,6 +521,25 @@ def test_a_supervisor_that_does_not_end_is_named_and_nothing_is_lost(
         two.assert_runs_on()
 
 
+def test_the_memory_is_safe_before_a_supervisor_is_waited_for(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It destroys the VM, which may be all that has the memory."""
+    monkeypatch.setattr(paused, "_SUPERVISOR_S", 0.0)
+    two.here.settings(generation=4, node_left=True)
+    with two.supervise() as supervisor:
+        made, keeper = managed(two)
+        supervisor.kill()
+        made.pause()
+        lose(made, keeper)
+        with pytest.raises(GuestError, match="its vm-bhyve supervisor does not end"):
+            anew(keeper).resume()
+        two.here.host.destroy("g")
+        (two.here.directory / "vm" / "g" / "run.lock").unlink()
+        anew(keeper).resume()
+        two.assert_runs_on()
+
+
 def test_a_loaded_guest_that_is_discarded_leaves_no_lock(two: Two, tmp_path: Path) -> None:
     made, keeper = suspended(two)
     made.keep()

@@ -194,11 +194,12 @@ class BhyvePaused:
 
     def _roll_back(self) -> None:
         """Start the guest from its snapshot, with the network that its manager took down."""
-        self._await_supervisor()
         files = self.place.staged
         if self._is_complete() or not self._has_memory_file():
+            # First of all: the memory may be in the VM only, which the supervisor destroys.
             self._gather()
             files = self.place.kept_files
+        self._await_supervisor()
         self._drop_node()
         for tap, bridge in self.place.bridges.items():
             if not self._host.has_tap(tap):
