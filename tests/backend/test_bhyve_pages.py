@@ -121,6 +121,30 @@ def test_highmem_moves_with_a_dirty_log() -> None:
         two.assert_moved(sweeps=2)
 
 
+@pytest.mark.parametrize(("value", "size"), [("0", "4G"), ("1", "256M")])
+def test_a_memory_file_is_the_memory_and_has_its_holes(two: Two, value: str, size: str) -> None:
+    """Also where every page has to be read."""
+    guest = two.start(Spec(memory=size))
+    memory = Memory(two.here.host, "g")
+    two.here.suspend("g")
+    guest.await_exit()
+    touched = list(memory.touched())
+    two.here.settings(sysctl={"vm.mincore_mapped": value})
+    path = two.directory / "image"
+    memory.write(str(path))
+    assert path.stat().st_size == memory.size_bytes
+    # Pieces of 1 MiB that are not all zero.
+    assert path.stat().st_blocks * 512 < 128 << 20
+    border = memory.base_pages[-1]
+    with path.open("rb") as file:
+        for first, end in touched:
+            view, base = (memory.views[first >= border], border * (first >= border))
+            file.seek(first * PAGE_BYTES)
+            data = file.read((end - first) * PAGE_BYTES)
+            assert data == view[(first - base) * PAGE_BYTES : (end - base) * PAGE_BYTES], first
+    memory.close()
+
+
 # The dirty log.
 
 
