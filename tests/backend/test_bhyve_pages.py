@@ -135,7 +135,7 @@ def test_a_memory_file_is_the_memory_and_has_its_holes(two: Two, value: str, siz
     assert path.stat().st_size == memory.size_bytes
     # Pieces of 1 MiB that are not all zero.
     assert path.stat().st_blocks * 512 < 128 << 20
-    border = memory.base_pages[-1]
+    border = len(memory.views[0]) // PAGE_BYTES
     with path.open("rb") as file:
         for first, end in touched:
             view, base = (memory.views[first >= border], border * (first >= border))
