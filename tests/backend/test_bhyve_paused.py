@@ -16,6 +16,7 @@ from bhystream.backend.bhyve import locks, paused, restore
 from bhystream.backend.bhyve.checkpoint import Checkpoint
 from bhystream.backend.bhyve.paused import BhyvePaused
 from bhystream.backend.bhyve.source import BhyveSource
+from bhystream.backend.launch import Child
 from bhystream.backend.process import Identity, boot_id
 from bhystream.errors import GuestError
 from bhystream.standin.kernel import StandinHost
@@ -222,21 +223,29 @@ def test_a_verb_that_was_killed_at_any_step_is_done_again(
 
 
 def test_a_start_that_nobody_waited_for_is_found_and_not_repeated(two: Two) -> None:
-    """Who resumes is killed while bhyve loads; it loads on by itself."""
+    """Who resumes is killed when bhyve has just been started; it loads on by itself."""
     made, keeper = suspended(two)
     made.keep()
     lose(made, keeper)
     two.here.settings(fail=["slow-restore"])
+    pids = []
+
+    class Last(Child):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            pids.append(self.pid)
+            self.let_go()
+            raise KilledError
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(restore.Restore, "_await", raises_killed)
+        patch.setattr(restore, "Child", Last)
         patch.setattr(restore.Restore, "_undo", lambda self: None)
         with pytest.raises(KilledError):
             anew(keeper).resume()
-    started = keeper.place.started()
-    assert started is not None
+    assert keeper.place.is_started()
     (two.here.directory / "release").touch()
     anew(keeper).resume()
-    assert two.here.pid("g") == started.pid
+    assert [two.here.pid("g")] == pids
     two.assert_runs_on()
 
 
@@ -253,7 +262,7 @@ def test_a_start_that_does_not_end_is_waited_for_with_a_limit(
         with pytest.raises(KilledError):
             anew(keeper).resume()
     monkeypatch.setattr(paused, "_SETTLE_S", -0.5)
-    with pytest.raises(GuestError, match=r"bhyve -r, process \d+, does not end"):
+    with pytest.raises(GuestError, match="its bhyve -r does not end"):
         anew(keeper).resume()
     (two.here.directory / "release").touch()
     monkeypatch.undo()

@@ -220,28 +220,50 @@ def test_everything_is_removed_and_twice_is_no_error(host: Rig, staged: Place) -
     source = replace(staged, process=Identity(os.getpid(), 0, ""))
     os.makedirs(source.kept)
     (Path(source.kept) / "ckp").touch()
-    source.note_started(Identity(3, 4, "b"))
-    assert source.started() == Identity(3, 4, "b")
+    lock = source.lock_started()
+    assert source.is_started()
     for _ in range(2):
         source.remove(host.host)
         assert not os.path.exists(source.staging)
         assert os.listdir(Path(source.kept).parent) == []
-        assert source.started() is None
+        assert not source.is_started()
+    os.close(lock)
 
 
 def test_a_destination_remembers_what_it_has_started(host: Rig, staged: Place) -> None:
     os.makedirs(staged.kept)
-    staged.note_started(Identity(3, 4, "b"))
+    lock = staged.lock_started()
     staged.remove(host.host)
-    assert staged.started() == Identity(3, 4, "b")
+    assert staged.is_started()
+    os.close(lock)
+    assert not staged.is_started()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"pid": 1}'])
-def test_a_note_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None:
+def test_what_was_started_lives_as_long_as_it_holds_its_lock(tmp_path: Path) -> None:
     made = place(tmp_path)
     Path(made.kept).parent.mkdir()
-    Path(f"{made.kept}.started").write_text(text)
-    assert made.started() is None
+    assert not made.is_started()
+    lock = made.lock_started()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[lock]) as heir:
+        os.close(lock)
+        assert made.is_started()
+        with pytest.raises(GuestError, match="bhyve -r was started already"):
+            made.lock_started()
+        assert heir.stdin is not None
+        heir.stdin.close()
+        heir.wait()
+        assert not made.is_started()
+    os.close(made.lock_started())
+
+
+def test_a_lock_that_cannot_be_looked_at_is_not_taken_for_none(tmp_path: Path) -> None:
+    made = place(tmp_path)
+    with pytest.raises(PipeError, match="cannot make"):
+        made.lock_started()
+    Path(made.kept).parent.mkdir()
+    Path(f"{made.kept}.started").symlink_to(f"{made.kept}.started")
+    with pytest.raises(PipeError, match="cannot look at"):
+        made.is_started()
 
 
 def test_staging_is_where_the_environment_says_else_in_memory(host: Rig, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_guest_is_started_and_is_nobodys(two: Two, has_rom: bool) -> None:
     assert listens(two.here.host, "g")
     found = listener(two.here.host, "g")
     assert found is not None and is_alive(found)
-    assert found == place(two).started()
+    assert place(two).is_started()
     assert os.getsid(found.pid) == found.pid
     console(two).await_sweeps(1)
     assert_unbroken(console(two))
@@ -129,7 +129,7 @@ def test_a_slow_restore_is_waited_for(two: Two, snapshot: Snapshot) -> None:
     one = made(two, snapshot)
     thread = threading.Thread(target=one.run)
     thread.start()
-    await_true(lambda: place(two).started() is not None, "bhyve -r")
+    await_true(place(two).is_started, "bhyve -r")
     assert thread.is_alive()
     assert not listens(two.here.host, "g")
     (two.here.directory / "release").touch()
@@ -145,8 +145,7 @@ def test_a_restore_that_takes_too_long_is_ended_and_never_ran(
     two.here.settings(fail=["slow-restore"])
     fails(made(two, snapshot), "bhyve -r: not done in 1 s")
     assert is_clean(two)
-    started = place(two).started()
-    assert started is not None and not is_alive(started)
+    assert not place(two).is_started()
 
 
 def test_a_guest_of_that_name_that_runs_is_left_alone(two: Two, snapshot: Snapshot) -> None:
@@ -199,7 +198,7 @@ def test_an_interrupt_leaves_nothing(
     two.here.settings(fail=["slow-restore"])
 
     def interrupt(host: Host, name: str) -> bool:
-        if place(two).started() is None:
+        if not place(two).is_started():
             return False
         raise KeyboardInterrupt
 

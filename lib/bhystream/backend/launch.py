@@ -1,7 +1,8 @@
 """One hypervisor started by us: its log, its last words, its end.
 
 It gets its own session and standard streams (else ssh would wait for it, and
-a Ctrl-C would reach it), the root directory, and no descriptor of ours.
+a Ctrl-C would reach it), the root directory, and no descriptor of ours but
+those that it is given.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from bhystream.errors import from_oserror
 
@@ -20,12 +21,16 @@ class Child:
     """A child process and its log file; both ours until let_go()."""
 
     def __init__(
-        self, argv: Sequence[str], log_path: str, environment: Mapping[str, str] | None = None
+        self,
+        argv: Sequence[str],
+        log_path: str,
+        environment: Mapping[str, str] | None = None,
+        pass_fds: Collection[int] = (),
     ) -> None:
         """Start it.  argv: program first.  log_path: created, 0600.
 
-        environment: what is set beside our own.  Raises a BhyError if the
-        program cannot be run.
+        environment: what is set beside our own.  pass_fds: what it inherits;
+        ours stay open.  Raises a BhyError if the program cannot be run.
         """
         self.log_path = log_path
         try:
@@ -39,6 +44,7 @@ class Child:
                 stdout=log,
                 stderr=log,
                 close_fds=True,
+                pass_fds=tuple(pass_fds),
                 env={**os.environ, **(environment or {})},
                 cwd="/",
                 start_new_session=True,

@@ -10,8 +10,9 @@ what puts them together again:
     keep()                  the same three files on disk, synced
 
 A guest is known by its process, not by its name: a bhyve of the same name
-that is neither the source's nor one of our own starts is another guest.  It
-is not touched, and nothing is removed because it runs.
+that is neither the source's nor one of our own starts, each of which holds a
+lock as long as it lives, is another guest.  It is not touched, and nothing is
+removed because it runs.
 
 A guest that is only copied (-k) runs on whatever happens to its copy, and is
 never started from it: its disks have gone on.
@@ -37,7 +38,7 @@ from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.memory import Memory, copy_sparse
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import SLOW_BYTES_PER_SECOND, Restore, listener, listens
-from bhystream.backend.process import boot_id, is_alive, is_same
+from bhystream.backend.process import boot_id, is_alive
 from bhystream.errors import BhyError, GoneError, GuestError, TakenError, from_oserror
 
 _SETTLE_S = 60.0
@@ -93,22 +94,23 @@ class BhyvePaused:
 
     def _was_started(self) -> bool:
         """Say whether a bhyve runs that we have started from the snapshot; wait while it loads."""
-        started = self.place.started()
         end = time.monotonic() + _SETTLE_S + self.place.memory_bytes / SLOW_BYTES_PER_SECOND
         while (found := listener(self._host, self.place.name)) is None:
-            if started is None or not is_alive(started):
+            if not self.place.is_started():
                 return False
             if time.monotonic() > end:
-                raise GuestError(f"{self._who}: bhyve -r, process {started.pid}, does not end")
+                raise GuestError(
+                    f"{self._who}: its bhyve -r does not end", f"its log: {self.place.log_path}"
+                )
             time.sleep(_POLL_S)
-        if started is not None and is_same(found, started):
+        if self.place.is_started():
             return True
         if self._is_complete() or self._can_gather():
             raise TakenError(
                 f"{self._who}: another guest of that name runs here, process {found.pid}",
                 "end that one first; this one stays as it is",
             )
-        # There is nothing to start it from: a source's was, and its note is removed.
+        # There is nothing to start it from: a source's was, and its lock file is removed.
         return self.place.process is not None
 
     def is_alive(self) -> bool:

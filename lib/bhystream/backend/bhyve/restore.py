@@ -18,6 +18,7 @@ clock, and could still end; so it is looked at once more a moment later.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from pathlib import Path
@@ -101,6 +102,8 @@ class Restore:
             self._child.let_go()
 
     def _start(self) -> None:
+        if self._place.is_started():
+            raise GuestError(f"{self._who}: bhyve -r was started already")
         if listens(self._host, self._name):
             raise GuestError(f"{self._who}: a bhyve of that name runs here")
         if self._host.exists(self._name):
@@ -115,14 +118,16 @@ class Restore:
             config.chmod(0o600)
         except OSError as error:
             raise from_oserror(error, f"write {config}") from None
-        self._made = True
-        if "lpc.bootrom" not in self._place.keys:
-            self._host.create(self._name)
-        words = argv(self._host.program(), self._name, str(config), str(self._files.memory))
-        # Our own environment may be that of an operator's --resume.
-        self._child = Child(words, self._log_path, self._host.environment())
-        with contextlib.suppress(EndedError):
-            self._place.note_started(identify(self._child.pid, "bhyve"))
+        lock = self._place.lock_started()
+        try:
+            self._made = True
+            if "lpc.bootrom" not in self._place.keys:
+                self._host.create(self._name)
+            words = argv(self._host.program(), self._name, str(config), str(self._files.memory))
+            # Our own environment may be that of an operator's --resume.
+            self._child = Child(words, self._log_path, self._host.environment(), [lock])
+        finally:
+            os.close(lock)
 
     def _await(self) -> None:
         """Wait for the socket.  Raises GuestError."""

@@ -32,7 +32,6 @@ from bhystream.backend.bhyve.place import Place, staging_root
 from bhystream.backend.bhyve.resources import Wishes
 from bhystream.backend.bhyve.restore import Restore
 from bhystream.backend.bhyve.validate import validate
-from bhystream.backend.process import is_alive
 from bhystream.errors import (
     BhyError,
     FormatError,
@@ -196,12 +195,11 @@ class BhyveSink:
         """Remove what a bhyrecv of this stream left that was killed: there is one at a time."""
         if not os.path.isdir(place.staging):
             return
-        started = place.started()
-        if started is not None and is_alive(started):
+        if place.is_started():
             # Nothing of it is ours to remove, in abort() either.
             self._released = True
             raise IncompatibleError(
-                f"guest {place.name}: process {started.pid} starts, or runs, from this stream"
+                f"guest {place.name}: a bhyve starts, or runs, from this stream"
             )
         place.remove(self._host)
 
