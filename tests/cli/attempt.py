@@ -197,16 +197,16 @@ class Attempt:
         return end
 
     def settle(self, end: str) -> None:
-        """See the guest unharmed where it is, nothing left behind, and a second move succeed."""
+        """See the guest unharmed where it is, nothing left behind, and a second attempt succeed."""
         if end == "there":
             self.guest.hand_over(self.host, self.to)
             self.guest.prove(1)
-        else:
-            self._clear()
-            self.to.assert_nothing_left()
-            # The next one removes what a bhysend left that had no keeper yet.
-            was_early = self.point == "HELLO" and "bhysend" in self.killed
-            self.guest.run_on(self.host, sweeps=1, is_tidy=not was_early)
+            return
+        self._clear()
+        self.to.assert_nothing_left()
+        # The next one removes what a bhysend left that had no keeper yet.
+        was_early = self.point == "HELLO" and "bhysend" in self.killed
+        self.guest.run_on(self.host, sweeps=1, is_tidy=not was_early)
         self.guest.move(self.host, sweeps=1)
 
     def _clear(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from guest import Spec
 from standin import rig
 
 from .qemu import QemuTraveller
-from .standin import StandinSpec, StandinTraveller
+from .standin import StandinSpec, StandinTraveller, standin
 from .travel import Stable, Traveller
 
 QEMU = pytest.param("qemu", marks=pytest.mark.guest)
@@ -27,6 +28,9 @@ G5 = pytest.param("g5", marks=pytest.mark.standin)
 G4 = pytest.param("g4", marks=pytest.mark.standin)
 
 EVERY = "BHYSEND_TEST_EVERY" in os.environ
+
+# What is the engine's own, and every hypervisor would show: the quick one does.
+ANY = pytest.mark.parametrize("kind", [G5, QEMU] if EVERY else [G5])
 
 # A guest whose moves take a moment: little memory, and much of it changing.
 SMALL = Spec(
@@ -52,6 +56,14 @@ _PROOF_STANDIN = rig.Spec(
     rate="48M",
     keys={**_SAID, "standin.sweep_rate": "128M"},
 )
+# Above 4 GiB, and nearly all of it never touched.
+_LARGE_STANDIN = rig.Spec(
+    memory="4608M",
+    touched="16M",
+    working_set="2M",
+    rate="8M",
+    keys={**_SAID, "standin.sweep_rate": "64M"},
+)
 
 
 def small(kind: str, stable: Stable) -> Traveller:
@@ -62,6 +74,18 @@ def small(kind: str, stable: Stable) -> Traveller:
 def proof(kind: str, stable: Stable) -> Traveller:
     """Lend the guest with tens of MiB rewritten each second."""
     return _lend(kind, stable, "proof", PROOF, StandinSpec(_PROOF_STANDIN, 512))
+
+
+def large(kind: str, stable: Stable) -> StandinTraveller:
+    """Lend the guest with memory above 4 GiB; the stand-in's."""
+    spec = StandinSpec(_LARGE_STANDIN, 4608)
+    return standin(stable.lend(f"{kind} large", partial(StandinTraveller, generation(spec, kind))))
+
+
+def own(kind: str, **settings: Any) -> StandinTraveller:
+    """Boot a small guest of the stand-in that nobody else is lent.  settings: of its hosts."""
+    spec = generation(StandinSpec(_SMALL_STANDIN, 64), kind)
+    return StandinTraveller(replace(spec, settings=settings))
 
 
 def _lend(kind: str, stable: Stable, name: str, ours: Spec, theirs: StandinSpec) -> Traveller:

@@ -20,7 +20,7 @@ from bhystream import format as fmt
 from guest import Spec, ram
 
 from . import kinds
-from .kinds import G4, QEMU, matrix
+from .kinds import ANY, G4, QEMU, matrix
 from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run, until
 from .qemu import Firmware, QemuPlace, QemuTraveller, qemu_place
 from .tap import ANY_ROUND, Tap
@@ -246,9 +246,8 @@ def test_what_cannot_be_recorded_is_not_done(host: Host, small: Traveller) -> No
     ran_on(host, small)
 
 
-@pytest.mark.parametrize("kind", [QEMU])
 def test_a_hold_that_cannot_be_recorded_is_none(
-    host: Host, small: Traveller, gate: tuple[Path, int]
+    kind: str, host: Host, small: Traveller, gate: tuple[Path, int]
 ) -> None:
     """The same, but from the pause on: END is not written, and the guest runs on."""
     to, tap = small.next(), Tap("TIME")
@@ -264,12 +263,14 @@ def test_a_hold_that_cannot_be_recorded_is_none(
         tap.go()
         os.write(gate[1], b"\n")
         sent, _, received = pipeline.wait()
-        assert sent.status == 74, report(sent, received)
+        # To bring a stand-in's back takes files too, so that is left to its keeper.
+        assert sent.status == (74 if kind == "qemu" else 80), report(sent, received)
         assert received.status in (65, 69), report(sent, received)
     to.assert_nothing_left()
     ran_on(host, small)
 
 
+@ANY
 def test_a_full_file_system_stops_a_move(host: Host, small: Traveller) -> None:
     with open("/dev/full", "wb") as full:
         [sent] = run(small.send(), env=host.env, stdout=full)
