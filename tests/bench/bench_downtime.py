@@ -21,8 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cli.pipeline import report, run
+from cli.qemu import QemuTraveller, qemu_place
 from cli.sshd import Sshd
-from cli.travel import Host, Traveller
+from cli.travel import Host
 from guest import Spec, Stamps, handover_gap
 
 BEAT_MS = 100.0
@@ -31,13 +32,13 @@ PAUSED = re.compile(r"paused .*")
 Wrap = Callable[[list[str]], list[str]]
 
 
-def silence_ms(host: Host, guest: Traveller, wrap: Wrap, answered: bool) -> tuple[float, str]:
+def silence_ms(host: Host, guest: QemuTraveller, wrap: Wrap, answered: bool) -> tuple[float, str]:
     """Move the guest once; return its silence less the beat, and what bhysend says."""
-    to = guest.next()
-    guest.place.serial.await_heartbeats(5)
-    with Stamps(guest.place.serial.path) as here, Stamps(to.serial.path) as there:
+    to, place = guest.next(), qemu_place(guest.place)
+    place.serial.await_heartbeats(5)
+    with Stamps(place.serial.path) as here, Stamps(to.serial.path) as there:
         # What is not new is not stamped right, and is not asked for.
-        guest.place.serial.await_heartbeats(2)
+        place.serial.await_heartbeats(2)
         receive = wrap(guest.receive(to))
         if answered:
             ended = run([*guest.send(), *receive], env=host.env)
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="bhyc-", dir="/dev/shm") as directory:
         host = Host(Path(directory))
         (Path(directory) / "sshd").mkdir()
-        guest = Traveller(Spec())
+        guest = QemuTraveller(Spec())
         try:
             with Sshd(Path(directory) / "sshd") as server:
 
