@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from bhystream.backend.bhyve import paused, source
 from bhystream.backend.bhyve.checkpoint import Checkpoint, Outcome, UnansweredError, settle
+from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.errors import GoneError, GuestError, IncompatibleError, PipeError
 from standin.rig import Spec, assert_unbroken, await_true
@@ -413,6 +415,67 @@ def filling(patch: pytest.MonkeyPatch, directory: Path) -> None:
         real(self, directory_fd, filename, suspend=suspend)
 
     patch.setattr(Checkpoint, "request", request)
+
+
+def test_the_room_for_the_state_is_held_until_the_request(two: Two) -> None:
+    """bhyve would not see that it is gone, and end with half a state."""
+    require_sink()
+    two.start()
+    with small_tmpfs(two.directory / "tiny", "160m") as tiny:
+        os.environ["BHYSEND_STAGING"] = str(tiny)
+        made = prepared(two)
+        fill(tiny)
+        made.pause()
+        made.resume()
+        made.close()
+    two.assert_runs_on()
+
+
+def test_the_room_for_the_state_is_held_until_the_second_request(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_sink()
+    two.start()
+    made = prepared(two)
+    assert made._place is not None
+    place, held = made._place, [made._place.held_bytes()]
+    request, reconnect = Checkpoint.request, BhyveSource._reconnect
+
+    def asking(self: Checkpoint, directory_fd: int, filename: str, *, suspend: bool) -> None:
+        held.append(place.held_bytes())
+        if len(held) == 2:  # what bhyve cannot open is refused
+            place.staged.memory.unlink()
+            place.staged.memory.mkdir()
+        request(self, directory_fd, filename, suspend=suspend)
+
+    def again(self: BhyveSource, before: Checkpoint) -> None:
+        held.append(place.held_bytes())
+        place.staged.memory.rmdir()
+        reconnect(self, before)
+
+    monkeypatch.setattr(Checkpoint, "request", asking)
+    monkeypatch.setattr(Place, "has_sink", lambda self: len(held) < 3)
+    monkeypatch.setattr(BhyveSource, "_reconnect", again)
+    made.pause()
+    assert held == [64 << 20, 0, 64 << 20, 0]
+    made.resume()
+    made.close()
+    two.assert_runs_on()
+
+
+def test_a_file_system_that_reserves_nothing_holds_no_room(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    two.start()
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    made = prepared(two)
+    made.pause()
+    made.resume()
+    made.close()
+    two.assert_runs_on()
 
 
 def test_a_state_directory_that_is_full_when_the_guest_has_to_come_back_loses_nothing(

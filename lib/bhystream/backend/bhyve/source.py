@@ -199,11 +199,12 @@ class BhyveSource:
             self._map_image()
 
     def _check_room(self) -> None:
-        """Refuse before the pause what would end in a full disk in it."""
+        """Refuse before the pause what would end in a full disk in it; hold the state's room."""
         assert self._place is not None
         place = self._place
         used = sum(end - first for first, end in self._mapped.touched()) * PAGE_BYTES
-        staged = _STATE_BYTES + (0 if place.has_sink() else self._mapped.size_bytes)
+        staged = _STATE_BYTES - place.held_bytes()
+        staged += 0 if place.has_sink() else self._mapped.size_bytes
         try:
             os.makedirs(os.path.dirname(place.kept), 0o700, exist_ok=True)
         except OSError as error:
@@ -219,6 +220,7 @@ class BhyveSource:
         if reasons:
             hints = [*reasons[1:], *self._sink_warnings]
             raise GuestError(f"guest {self._name}: {reasons[0]}", "\n".join(hints))
+        place.hold_room(_STATE_BYTES)
 
     def _map_image(self) -> None:
         """Map the file that a checkpoint will write the memory into (-k)."""
@@ -309,6 +311,7 @@ class BhyveSource:
         assert self._place is not None and self._checkpoint is not None
         limit_s = _SUSPEND_S + self._mapped.size_bytes / SLOW_BYTES_PER_SECOND
         directory = os.open(self._place.staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._place.release_room()
         try:
             self._checkpoint.request(directory, FILE, suspend=not self._keep)
         finally:
