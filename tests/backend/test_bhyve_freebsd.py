@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.bhyve import freebsd_text, libc
+from bhystream.backend.bhyve import freebsd, freebsd_text, libc
 from bhystream.backend.bhyve.freebsd import FreeBsdHost
 from bhystream.backend.bhyve.freebsd_text import Mount
 from bhystream.backend.bhyve.freebsd_vm import FreeBsdVm, cut, dirty_request, walk
@@ -68,6 +68,21 @@ path_gone="zfs:zroot/gone"
  suspend=yes
 # path_big="/other"
 """
+
+
+def test_a_node_is_told_from_a_later_one_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freebsd, "_NODES", str(tmp_path))
+    host = FreeBsdHost.__new__(FreeBsdHost)
+    assert host.node_id("g") == ""
+    node = tmp_path / "g"
+    node.touch()
+    before = host.node_id("g")
+    assert before and host.node_id("g") == before
+    (tmp_path / "later").touch()
+    (tmp_path / "later").rename(node)
+    assert host.node_id("g") not in ("", before)
 
 
 def test_swap_in_use_is_summed_over_devices_and_not_counted_twice() -> None:

@@ -323,17 +323,26 @@ def test_what_is_kept_is_discarded_beside_another_guest_of_that_name(two: Two, w
     assert_unbroken(console)
 
 
-@pytest.mark.parametrize("verb", ["keep", "resume", "discard"])
-def test_a_vm_of_that_name_that_is_not_ours_is_never_destroyed(two: Two, verb: str) -> None:
+@pytest.mark.parametrize("where", ["source", "destination"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_vm_of_that_name_that_is_not_ours_is_never_destroyed(
+    node: Two, verb: str, where: str
+) -> None:
     """One that a loader made, and that has no socket yet."""
-    loaded = as_loaded(two)
-    two.here.host.create("g")
+    if where == "source":
+        made, found = suspended(node)
+        lose(made)
+        node.here.host.destroy("g")  # as its supervisor does
+    else:
+        found = as_loaded(node)
+    node.here.host.create("g")
+    theirs = node.here.host.node_id("g")
     if verb == "resume":
         with pytest.raises(GuestError, match="a VM of that name is here"):
-            loaded.resume()
+            found.resume()
     else:
-        act(loaded, verb)
-    assert two.here.host.exists("g")
+        act(found, verb)
+    assert node.here.host.node_id("g") == theirs
 
 
 def as_loaded(two: Two) -> BhyvePaused:

@@ -196,6 +196,16 @@ class StandinHost:
         """Say whether the VM's node exists."""
         return node.node_path(self._directory, name).exists()
 
+    def node_id(self, name: str) -> str:
+        """Return the node's inode, "" where there is none.  Its times change with its memory."""
+        try:
+            found = os.stat(node.node_path(self._directory, name))
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise from_oserror(error, f"look at VM {name}") from error
+        return f"{found.st_dev}:{found.st_ino}"
+
     def open_vm(self, name: str) -> StandinVm:
         """Open a VM.  Raises GuestError where there is none."""
         return StandinVm(self._directory, name)

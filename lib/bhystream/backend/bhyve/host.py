@@ -113,6 +113,9 @@ class Host(Protocol):
     def exists(self, name: str) -> bool:
         """Say whether the VM's node exists; its process may be gone."""
 
+    def node_id(self, name: str) -> str:
+        """Return what tells a VM's node from a later one of that name, "" where there is none."""
+
     def open_vm(self, name: str) -> Vm:
         """Open a VM.  Raises GuestError where there is none."""
 

@@ -215,12 +215,12 @@ class BhyvePaused:
     def _drop_node(self) -> None:
         """Destroy the VM that a bhyve in capability mode left behind; the memory is safe by now.
 
-        Where the staging directory is gone ours was destroyed before it, and
-        at a destination there never was one: a VM of that name is another's.
+        A VM of that name that was made since is another's, whose bhyve may not
+        listen yet; at a destination there never was one of ours.
         """
         place = self.place
-        is_ours = place.process is not None and os.path.isdir(place.staging)
-        if is_ours and self._host.exists(place.name) and not listens(self._host, place.name):
+        is_ours = place.node != "" and self._host.node_id(place.name) == place.node
+        if is_ours and not listens(self._host, place.name):
             self._host.destroy(place.name)
 
     def _await_supervisor(self) -> None:

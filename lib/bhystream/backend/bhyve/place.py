@@ -57,6 +57,7 @@ class Place:
     bridges: tap -> its bridge, or None.  manager: the guest's directory in
     vm-bhyve's datastore, "" where it is not vm-bhyve's.  is_copied: a -k's:
     the guest is never suspended, and what is written is not what becomes of it.
+    node: Host.node_id() of the source's VM, the only one that is ever destroyed.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class Place:
     bridges: dict[str, str | None]
     manager: str
     is_copied: bool = False
+    node: str = ""
 
     @property
     def staged(self) -> Files:

@@ -185,6 +185,7 @@ class BhyveSource:
             bridges={tap: self._host.bridge_of(tap) for tap in _taps(full)},
             manager=str(self._manager.directory) if self._manager else "",
             is_copied=self._keep,
+            node=self._host.node_id(self._name),
         )
         self._paused = BhyvePaused(place, self._memory)
         place.sweep(self._host, self._base / "lock" / self.lock_name, self._base / "source")
