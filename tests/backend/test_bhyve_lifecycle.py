@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from bhystream import format as fmt
-from bhystream import handshake, keeper
+from bhystream import handshake, hold, keeper
 from bhystream.backend import process
 from bhystream.backend.bhyve import paused, snapshot
 from bhystream.backend.bhyve.paused import BhyvePaused
@@ -155,6 +155,25 @@ def test_a_snapshot_that_was_not_synced_is_none_after_a_crash(
     with pytest.raises(GuestError):
         found.resume()
     assert two.here.pid("g") is None
+
+
+def test_a_guest_that_was_booted_anew_after_a_crash_is_not_the_recorded_one(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.start()
+    place, held = suspended(two)
+    held.close()
+    records = recorded(two, place, handshake.PAUSED)
+    found = after_a_crash(two, place, monkeypatch)
+    again = two.here.start("g")
+    assert not found.runs()
+    assert not found.is_alive()
+    with pytest.raises(GoneError):
+        found.resume()
+    hold.refuse_held(two.base, "g")  # it may be sent
+    assert records.all() == []
+    assert again.process.poll() is None
+    again.console.await_sweeps(1)
 
 
 def test_a_guest_that_was_kept_is_there_after_a_crash(

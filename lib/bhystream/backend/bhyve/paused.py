@@ -111,7 +111,7 @@ class BhyvePaused:
                 "end that one first; this one stays as it is",
             )
         # There is nothing to start it from: a source's was, and its lock file is removed.
-        return self.place.process is not None
+        return self._is_this_boot()
 
     def is_alive(self) -> bool:
         """Say whether it runs, or can be brought back."""
@@ -122,7 +122,16 @@ class BhyvePaused:
             return False
         if self._is_complete() or self._can_gather():
             return True
-        return listens(self._host, self.place.name)
+        if process is None:
+            return self.place.is_started()
+        # One who was killed may have brought it back, and nothing of it is left
+        # but its record.  After a reboot that one is gone too.
+        return self._is_this_boot() and listens(self._host, self.place.name)
+
+    def _is_this_boot(self) -> bool:
+        """Say whether the source's bhyve ran in this boot of the host."""
+        process = self.place.process
+        return process is not None and process.boot_id == boot_id()
 
     def outlives_us(self) -> bool:
         """Say whether it can do without our mapping: it runs, or its memory is in a file, or lost.
@@ -143,9 +152,7 @@ class BhyvePaused:
         """
         if not self.place.kept_files.memory.exists():
             return False
-        process = self.place.process
-        is_same_boot = process is not None and process.boot_id == boot_id()
-        return is_same_boot or self._synced.exists()
+        return self._is_this_boot() or self._synced.exists()
 
     @property
     def _synced(self) -> Path:
