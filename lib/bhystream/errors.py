@@ -69,7 +69,10 @@ class GoneError(GuestError):
 
 
 class TakenError(GuestError):
-    """Another guest has its name, and perhaps its disks: only the operator resumes it then."""
+    """Its disks may have gone on without it, with another guest of its name or by itself.
+
+    Only the operator can say what becomes of it then.
+    """
 
 
 class AbortedError(BhyError):

@@ -18,7 +18,7 @@ from bhystream.backend.bhyve.paused import BhyvePaused
 from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.backend.launch import Child
 from bhystream.backend.process import Identity, boot_id
-from bhystream.errors import GuestError
+from bhystream.errors import GuestError, TakenError
 from bhystream.standin.kernel import StandinHost
 from standin.rig import Console, Rig, Spec, assert_unbroken
 
@@ -395,6 +395,37 @@ def test_a_restore_that_fails_is_tried_again(node: Two) -> None:
     lose(made)
     keeper.resume()
     node.assert_runs_on()
+
+
+def test_a_restore_that_may_have_run_is_not_tried_again(two: Two) -> None:
+    """The disks may have gone on."""
+    made, keeper = suspended(two)
+    made.keep()
+    lose(made, keeper)
+    two.here.settings(fail=["restore-late"])
+    with pytest.raises(TakenError, match=r"vm_restore_time: .*; it may have run by then"):
+        anew(keeper).resume()
+    two.here.settings(fail=[])
+    two.here.host.destroy("g")
+    found = anew(keeper)
+    with pytest.raises(TakenError, match="its bhyve -r has ended; it may have run") as refused:
+        found.resume()
+    assert two.here.pid("g") is None
+    assert found.is_alive()
+    command = refused.value.hint.rpartition(": ")[2]
+    os.unlink(command.removeprefix("rm "))
+    found.resume()
+    two.assert_runs_on()
+
+
+def test_a_guest_that_may_have_run_can_be_discarded(two: Two) -> None:
+    made, keeper = suspended(two)
+    two.here.settings(fail=["restore-late"])
+    with pytest.raises(TakenError, match="it may have run"):
+        made.resume()
+    lose(made, keeper)
+    anew(keeper).discard("")
+    assert two.left() == []
 
 
 def test_the_network_comes_back_with_the_guest(two: Two) -> None:

@@ -13,6 +13,7 @@ from typing import cast
 
 import pytest
 
+from bhystream.backend.bhyve import place as places
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.place import Place, staging_root
 from bhystream.backend.process import Identity
@@ -249,6 +250,7 @@ def test_what_was_started_lives_as_long_as_it_holds_its_lock(tmp_path: Path) -> 
         assert made.is_started()
         with pytest.raises(GuestError, match="bhyve -r was started already"):
             made.lock_started()
+        os.close(replace(made, name="copy").lock_started())  # of one kept stream
         assert heir.stdin is not None
         heir.stdin.close()
         heir.wait()
@@ -256,12 +258,37 @@ def test_what_was_started_lives_as_long_as_it_holds_its_lock(tmp_path: Path) -> 
     os.close(made.lock_started())
 
 
+def test_a_start_that_made_its_socket_may_have_run(tmp_path: Path) -> None:
+    made = place(tmp_path)
+    Path(made.kept).parent.mkdir()
+    assert not made.may_have_run(tmp_path)
+    lock = made.lock_started()
+    assert not made.may_have_run(tmp_path)
+    (tmp_path / made.name).touch()
+    assert made.may_have_run(tmp_path)
+    made.forget_started()
+    assert made.may_have_run(tmp_path)  # it lives
+    os.close(lock)
+    made.forget_started()
+    assert not made.may_have_run(tmp_path)
+
+
+def test_of_a_start_before_a_reboot_nobody_knows_whether_it_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = place(tmp_path)
+    Path(made.kept).parent.mkdir()
+    os.close(made.lock_started())
+    monkeypatch.setattr(places, "boot_id", lambda: "another")
+    assert made.may_have_run(tmp_path)
+
+
 def test_a_lock_that_cannot_be_looked_at_is_not_taken_for_none(tmp_path: Path) -> None:
     made = place(tmp_path)
     with pytest.raises(PipeError, match="cannot make"):
         made.lock_started()
     Path(made.kept).parent.mkdir()
-    Path(f"{made.kept}.started").symlink_to(f"{made.kept}.started")
+    made.started_path.symlink_to(made.started_path)
     with pytest.raises(PipeError, match="cannot look at"):
         made.is_started()
 

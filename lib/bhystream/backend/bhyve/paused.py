@@ -14,6 +14,9 @@ that is neither the source's nor one of our own starts, each of which holds a
 lock as long as it lives, is another guest.  It is not touched, and nothing is
 removed because it runs.
 
+A bhyve -r that failed when the vCPUs may have run is not tried again: the disks
+may have gone on, and the state not.
+
 A guest that is only copied (-k) runs on whatever happens to its copy, and is
 never started from it: its disks have gone on.
 
@@ -97,6 +100,7 @@ class BhyvePaused:
         end = time.monotonic() + _SETTLE_S + self.place.memory_bytes / SLOW_BYTES_PER_SECOND
         while (found := listener(self._host, self.place.name)) is None:
             if not self.place.is_started():
+                self._require_no_run()
                 return False
             if time.monotonic() > end:
                 raise GuestError(
@@ -112,6 +116,19 @@ class BhyvePaused:
             )
         # There is nothing to start it from: a source's was, and its lock file is removed.
         return self._is_this_boot()
+
+    def _require_no_run(self) -> None:
+        """Refuse a state from which the guest may have run already: its disks have gone on."""
+        may_have_run = self.place.may_have_run(self._host.run_dir)
+        if may_have_run and (self._is_complete() or self._can_gather()):
+            raise self._has_run(f"{self._who}: its bhyve -r has ended")
+
+    def _has_run(self, why: str) -> TakenError:
+        return TakenError(
+            f"{why}; it may have run by then, so its state is not resumed again",
+            "start it from its disks, as after a power cut, and --discard this;\n"
+            f"if it surely did not run: rm {self.place.started_path}",
+        )
 
     def is_alive(self) -> bool:
         """Say whether it runs, or can be brought back."""
@@ -213,7 +230,13 @@ class BhyvePaused:
         for tap, bridge in self.place.bridges.items():
             if not self._host.has_tap(tap):
                 self._host.make_tap(tap, bridge)
-        Restore(self._host, self.place, files).run()
+        restore = Restore(self._host, self.place, files)
+        try:
+            restore.run()
+        except BhyError as error:
+            if restore.may_have_run:
+                raise self._has_run(str(error)) from None
+            raise
         if self._locks:
             # It runs, whatever becomes of a note for vm-bhyve.
             with contextlib.suppress(BhyError):

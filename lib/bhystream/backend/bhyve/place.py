@@ -32,8 +32,15 @@ from bhystream.backend.base import Json
 from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.hosts import open_host
 from bhystream.backend.bhyve.snapshot import Files, memory_spans
-from bhystream.backend.process import Identity
-from bhystream.errors import AccessError, GuestError, PipeError, UsageError, from_oserror
+from bhystream.backend.process import Identity, boot_id
+from bhystream.errors import (
+    AccessError,
+    BhyError,
+    GuestError,
+    PipeError,
+    UsageError,
+    from_oserror,
+)
 
 FILE = "ckp"
 _NULL_DIR = "dev"
@@ -89,8 +96,12 @@ class Place:
         return str(Path(self.kept).parents[1] / "log" / f"{self.name}.log")
 
     @property
-    def _started(self) -> Path:
-        return Path(f"{self.kept}.started")
+    def started_path(self) -> Path:
+        """Return the file of the bhyve that was started from the snapshot, see lock_started().
+
+        Of one stream there may be guests of several names (bhysend -k).
+        """
+        return Path(f"{self.kept}.{self.name}.started")
 
     def lock_started(self) -> int:
         """Lock a file for the bhyve that is about to be started from the snapshot.
@@ -104,16 +115,19 @@ class Place:
         Raises GuestError where one lives already, PipeError, AccessError.
         """
         try:
-            fd = os.open(self._started, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self.started_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise from_oserror(error, f"make {self._started}") from None
+            raise from_oserror(error, f"make {self.started_path}") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(fd)
             if isinstance(error, BlockingIOError):
                 raise GuestError(f"guest {self.name}: bhyve -r was started already") from None
-            raise from_oserror(error, f"lock {self._started}") from None
+            raise from_oserror(error, f"lock {self.started_path}") from None
+        with contextlib.suppress(OSError):  # the lock is what counts
+            os.ftruncate(fd, 0)
+            os.write(fd, boot_id().encode())
         return fd
 
     def is_started(self) -> bool:
@@ -122,20 +136,38 @@ class Place:
         Raises PipeError, AccessError.
         """
         try:
-            fd = os.open(self._started, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self.started_path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise from_oserror(error, f"look at {self._started}") from None
+            raise from_oserror(error, f"look at {self.started_path}") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         except OSError as error:
-            raise from_oserror(error, f"look at {self._started}") from None
+            raise from_oserror(error, f"look at {self.started_path}") from None
         finally:
             os.close(fd)
         return False
+
+    def may_have_run(self, run_dir: Path) -> bool:
+        """Say whether a bhyve may have run that we started from the snapshot, and that has ended.
+
+        It has made its checkpoint socket, of which none was left at its start.
+        After a reboot, which removes sockets, nobody can say.
+        """
+        try:
+            boot = self.started_path.read_text()
+        except OSError:
+            return False
+        return boot not in ("", boot_id()) or os.path.lexists(run_dir / self.name)
+
+    def forget_started(self) -> None:
+        """Forget a start that never ran, or was of an earlier time.  Never raises."""
+        with contextlib.suppress(OSError, BhyError):
+            if not self.is_started():
+                self.started_path.unlink(missing_ok=True)
 
     def host(self) -> Host:
         """Return the host that the record is of."""
@@ -334,7 +366,7 @@ class Place:
         shutil.rmtree(self.kept, ignore_errors=True)
         if self.process is not None:
             with contextlib.suppress(OSError):
-                self._started.unlink(missing_ok=True)
+                self.started_path.unlink(missing_ok=True)
 
 
 def staging_root(host: Host, role: str, base: Path, environment: Mapping[str, str]) -> Path:

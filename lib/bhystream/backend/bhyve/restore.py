@@ -152,6 +152,7 @@ class Restore:
             return
         if self._child:
             self._child.remove_log()
+            self._place.forget_started()
         if self._made:
             with contextlib.suppress(GuestError):
                 self._host.destroy(self._name)

@@ -177,6 +177,7 @@ class BhyveSink:
         except OSError as error:
             raise from_oserror(error, f"make {directory}") from None
         self._remove_leftover(place)
+        place.forget_started()
         lock = self._base / "lock" / f"to-{self._name}"
         place.sweep(self._host, lock, self._base / "destination")
         place.make_staging()
