@@ -291,6 +291,22 @@ def test_a_started_guest_is_the_hypervisors(host: Host, verb: str) -> None:
     assert host.guest.asked == []
 
 
+def test_what_a_start_has_left_is_discarded_by_its_id_and_not_its_record(host: Host) -> None:
+    record = host.record(STARTED)
+    host.guest.alive = False
+    assert host.run("--discard", A, role="destination") == OK
+    assert host.guest.asked == [("clear", STARTED), ("close", STARTED)]
+    assert host.roles["destination"].all() == [record]
+
+
+def test_a_started_guest_that_runs_is_not_cleared(host: Host) -> None:
+    host.record(STARTED)
+    host.guest.running = True
+    with pytest.raises(GuestError, match="it was started here, and runs"):
+        host.run("--discard", A, role="destination")
+    assert host.guest.asked == [("close", STARTED)]
+
+
 @pytest.mark.parametrize("verb", ["--resume", "--discard"])
 def test_several_guests_of_a_name_are_told_apart_by_id(host: Host, verb: str) -> None:
     host.record(HELD, A)

@@ -7,6 +7,7 @@ are those that `bhyrecv -u` left loaded.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,15 +64,17 @@ def run(verb: Verb, role: Role, console: Console) -> int:
     if verb.name == "-l":
         return _list(base, records, verb.guest, console)
     guest = verb.guest or ""
-    record = _one(records, guest)
+    record = _one(records, guest, verb.name)
     lock = Lock(base, record.lock, f"guest {record.guest}")
     interrupts.ignore()
     try:
         # Read again under the lock: a keeper may have acted meanwhile.
         current = records.get(record.id)
-        if current is None or current.phase in OVER:
+        if current is not None and _is_start(current, guest, verb.name):
+            _clear(current, console)
+        elif current is None or current.phase in OVER:
             raise GuestError(f"guest {record.guest}: it is not held any more")
-        if verb.name == "--discard":
+        elif verb.name == "--discard":
             _discard(records, current, console)
         else:
             _refuse_to_resume(current, verb.in_doubt)
@@ -108,10 +111,10 @@ def _is_locked(base: Path, record: Record) -> bool:
     return False
 
 
-def _one(records: Records, guest: str) -> Record:
+def _one(records: Records, guest: str, verb: str) -> Record:
     """Find the one guest that the operator means."""
     all_ = records.find(guest)
-    found = [r for r in all_ if r.phase not in OVER]
+    found = [r for r in all_ if r.phase not in OVER or _is_start(r, guest, verb)]
     if not found:
         if any(r.phase == STARTED for r in all_):
             raise GuestError(
@@ -122,6 +125,28 @@ def _one(records: Records, guest: str) -> Record:
         ids = "\n".join(f"  {r.id} ({r.phase}, {r.operand})" for r in found)
         raise GuestError(f"guest {guest}: several are held; name one by its stream id", ids)
     return found[0]
+
+
+def _is_start(record: Record, guest: str, verb: str) -> bool:
+    """Say whether what is left of a start is meant: by its stream id only, never by a name."""
+    return verb == "--discard" and record.phase == STARTED and record.id == guest
+
+
+def _clear(record: Record, console: Console) -> None:
+    """Remove what a start has left whose guest has ended.  Its record stays, for bhyrecv -q."""
+    paused = hypervisors.open_paused(record.revive)
+    try:
+        with contextlib.suppress(TakenError):  # then it does not run, whoever does
+            if paused.is_alive() and paused.runs():
+                raise GuestError(
+                    f"guest {record.guest}: it was started here, and runs;"
+                    " it is the hypervisor's to end"
+                )
+        paused.clear()
+    finally:
+        paused.close()
+    console.say(f"guest {record.guest}: it does not run here; the files of its start are removed")
+    console.log(f"guest {record.guest}: what stream {record.id} left is removed")
 
 
 def is_alive(record: Record) -> bool:

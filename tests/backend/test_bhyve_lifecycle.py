@@ -378,6 +378,20 @@ def stream_id(stream: bytes) -> str:
     return bytes(fmt.HEADER.unpack_from(stream)[5]).hex()
 
 
+def test_what_a_start_that_died_has_left_is_discarded_by_its_id(two: Two) -> None:
+    two.start()
+    two.there.settings(fail=["restore-late"])
+    assert two.move().status == 81
+    assert list(two.staging_there.iterdir()) != []
+    [record] = Records(two.base_there, "destination").all()
+    [ended] = two.run(two.receive("--discard", name=record.id))
+    assert ended.status == 0, ended.stderr
+    assert "the files of its start are removed" in ended.stderr
+    assert list(two.staging_there.iterdir()) == []
+    [asked] = two.run(two.receive("-q", name=record.id))
+    assert f"stream {record.id}: RAN" in asked.stderr
+
+
 def test_a_guest_that_runs_runs_though_its_directory_is_full(two: Two) -> None:
     two.start()
     store = two.there.directory / "vm" / "g"
