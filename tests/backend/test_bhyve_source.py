@@ -368,6 +368,19 @@ def test_a_state_directory_without_room_is_refused_before_the_pause(two: Two) ->
     two.assert_runs_on()
 
 
+def test_one_file_system_needs_the_room_of_both(two: Two) -> None:
+    """Either fits, and what is kept is written before the staging goes."""
+    two.start()
+    with small_tmpfs(two.base / "held", "100m") as held:
+        (held / "staging").mkdir()
+        os.environ["BHYSEND_STAGING"] = str(held / "staging")
+        made = two.source()
+        with pytest.raises(GuestError, match=rf"staging and state directory: {held} has \d+ bytes"):
+            made.prepare(ID)
+        made.close()
+    two.assert_runs_on()
+
+
 def fill(directory: Path) -> None:
     """Leave no room in a file system."""
     free = os.statvfs(directory)

@@ -210,10 +210,13 @@ class BhyveSource:
             os.makedirs(os.path.dirname(place.kept), 0o700, exist_ok=True)
         except OSError as error:
             raise from_oserror(error, f"make {os.path.dirname(place.kept)}") from None
+        here, there = os.path.dirname(place.staging), os.path.dirname(place.kept)
+        kept = 0 if self._keep else used + _STATE_BYTES
+        wanted = [("staging", here, staged), ("state directory", there, kept)]
+        if os.stat(here).st_dev == os.stat(there).st_dev:
+            # Both at once: what is kept is written before the staging goes.
+            wanted = [("staging and state directory", there, staged + kept)]
         reasons = []
-        wanted = [("staging", os.path.dirname(place.staging), staged)]
-        if not self._keep:
-            wanted += [("state directory", os.path.dirname(place.kept), used + _STATE_BYTES)]
         for key, path, needed in wanted:
             found = os.statvfs(path)
             free = found.f_bavail * found.f_frsize
