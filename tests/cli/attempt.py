@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, Words, report, until
 from .tap import AnswerTap, Tap
-from .travel import Host, Traveller, is_gone, processes_with, program_at
+from .travel import Host, Traveller, is_gone, keeper_of, program_at
 
 Gate = tuple[Path, int]
 THIRD = (*BHYSEND, "-A")
@@ -79,17 +79,8 @@ class Attempt:
                 self.tap.reached()
             else:
                 until(self.marker.exists, "the pause")
-            self.keeper = self._keeper()
+            self.keeper = keeper_of(self.pipeline[0].pid)
             yield self
-
-    def _keeper(self) -> int:
-        """Return the pid of the keeper, 0 where there is none yet."""
-        for pid in processes_with("bhystream.keeper"):
-            with suppress(OSError):
-                text = Path(f"/proc/{pid}/stat").read_text()
-                if int(text[text.rindex(")") + 2 :].split()[1]) == self.pipeline[0].pid:
-                    return pid
-        return 0
 
     def pid(self, who: str) -> int:
         """Return the pid of one of those who take part."""

@@ -152,7 +152,9 @@ def test_left_paused_then_discarded_and_taken_back(host: Host, small: Traveller)
     assert [one.status for one in ended] == [80, 0], report(*ended)
     assert to.is_loaded(host)
     host.act(BHYRECV, "--discard", "proof")
-    to.assert_nothing_left()
+    assert to.hypervisors() == []
+    assert not to.is_building()
+    assert not to.is_loaded(host)
     assert host.rows(BHYRECV) == []
     host.act(BHYSEND, "--resume", "proof")
     ran_on(host, small)

@@ -59,6 +59,16 @@ def processes_with(word: str) -> list[int]:
     return found
 
 
+def keeper_of(pid: int) -> int:
+    """Return the keeper of a bhysend, 0 where there is none yet."""
+    for keeper in processes_with("bhystream.keeper"):
+        with suppress(OSError):
+            text = Path(f"/proc/{keeper}/stat").read_text()
+            if int(text[text.rindex(")") + 2 :].split()[1]) == pid:
+                return keeper
+    return 0
+
+
 def program_at(command: Sequence[str | Path]) -> int:
     """Return where the program is in a command, which may begin with env and variables."""
     if str(command[0]) != "env":
@@ -326,6 +336,7 @@ class Traveller(ABC):
         is_tidy: False where bhysend may have been killed before its keeper was there: the next
         one removes what it left.
         """
+        host.await_unlocked()
         self.place.arrive()
         self.prove(sweeps)
         assert self.place.runs()
