@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from bhystream import state
+from bhystream import durable, state
 from bhystream.errors import GuestError, PipeError
 from bhystream.handshake import DEAD, PAUSED, READY, STARTED
 from bhystream.state import Lock, Record, Records
@@ -214,7 +214,7 @@ def test_a_host_id_that_cannot_be_read_is_an_error(base: Path) -> None:
 def test_a_file_is_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     for text in ("\u00fc" * 10000, "", "short"):
-        state.write_durably(path, text)
+        durable.write(path, text)
         assert path.read_text() == text
         assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
     assert path.stat().st_mode & 0o7777 == 0o600
@@ -225,18 +225,18 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     path = tmp_path / "a.json"
-    state.write_durably(path, "old")
+    durable.write(path, "old")
 
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(*((os, "fsync", fail) if name == "fsync" else (Path, "rename", fail)))
     with pytest.raises(OSError, match="Input/output error"):
-        state.write_durably(path, "new")
+        durable.write(path, "new")
     assert path.read_text() == "old"
     assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_file_in_no_directory_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        state.write_durably(tmp_path / "none/a.json", "new")
+        durable.write(tmp_path / "none/a.json", "new")

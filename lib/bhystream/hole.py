@@ -1,4 +1,4 @@
-"""Give memory back: make a range of a file zero, and unallocated where possible."""
+"""Holes of files: found, and made, so that memory which was never used is not spent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import ctypes
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
+
+from bhystream.backend.base import PAGE_BYTES
 
 # Source: Linux, include/uapi/linux/falloc.h.
 _KEEP_SIZE = 0x01
@@ -77,3 +79,29 @@ def punch(fd: int, offset_bytes: int, length_bytes: int) -> None:
     end = offset_bytes + length_bytes
     while offset_bytes < end:
         offset_bytes += os.pwrite(fd, _ZEROS[: end - offset_bytes], offset_bytes)
+
+
+def data_extents(
+    fd: int, offset_bytes: int, length_bytes: int, no_holes: Container[int]
+) -> Iterator[tuple[int, int]]:
+    """Yield the page extents [first, end) of a piece of a file that hold data.
+
+    Counted from the start of the piece, rounded out to whole pages, ascending
+    and disjoint.  no_holes: the errors of a file system that does not know its
+    holes; the whole piece is one extent then.  Raises OSError for any other.
+    """
+    at, end, done = offset_bytes, offset_bytes + length_bytes, 0
+    while at < end:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+            at = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole from here on
+                return
+            if error.errno not in no_holes:
+                raise
+            start, at = at, end
+        first = max((start - offset_bytes) // PAGE_BYTES, done)
+        done = -(-(min(at, end) - offset_bytes) // PAGE_BYTES)
+        if first < done:
+            yield first, done

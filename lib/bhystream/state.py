@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from bhystream import durable
 from bhystream.errors import BhyError, GuestError, IncompatibleError, from_oserror
 
 _ATTEMPTS = 5
@@ -119,36 +120,10 @@ def host_id(base: Path) -> str:
     try:
         with Lock(base, "host-id", "the host id", wait=True):
             if not path.exists():
-                write_durably(path, secrets.token_hex(8))
+                durable.write(path, secrets.token_hex(8))
             return f"{socket.gethostname()}/{path.read_text()}"
     except OSError as error:
         raise from_oserror(error, f"read {path}") from error
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and see it on the disk.  Raises OSError."""
-    temporary = path.with_suffix(f".{os.getpid()}.new")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        _sync(path.parent)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def _sync(directory: Path) -> None:
-    """Make what was done to a directory's names durable."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class Lock:
@@ -204,7 +179,7 @@ class Records:
         """Write a record durably.  Raises AccessError, PipeError."""
         path = self._dir / f"{record.id}.json"
         try:
-            write_durably(path, json.dumps(asdict(record)))
+            durable.write(path, json.dumps(asdict(record)))
         except OSError as error:
             raise from_oserror(error, f"record the guest in {path}") from error
 
@@ -224,7 +199,7 @@ class Records:
         """Remove a record durably; one that is not there is no error."""
         try:
             (self._dir / f"{id_}.json").unlink(missing_ok=True)
-            _sync(self._dir)
+            durable.sync(self._dir)
         except OSError as error:
             raise from_oserror(error, f"remove the record {id_}") from error
 

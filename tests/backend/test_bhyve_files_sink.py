@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from bhystream import durable
 from bhystream.backend.base import PAGE_BYTES, Head, Segment, State
-from bhystream.backend.bhyve import cold, snapshot
+from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.cold import FilesSink
 from bhystream.errors import BhyError, FormatError, IncompatibleError, InternalError
 
@@ -213,7 +214,7 @@ def test_a_disk_that_fails_leaves_no_file(there: Path, monkeypatch: pytest.Monke
     assert names(there) == []
     sink.open()
     sink.load(states_of())
-    monkeypatch.setattr(cold, "_sync", fail)
+    monkeypatch.setattr(durable, "sync", fail)
     with pytest.raises(BhyError, match=r"cannot make .*web1: No space left"):
         sink.start()
     sink.abort()

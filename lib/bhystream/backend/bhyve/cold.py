@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bhystream import durable, hole
 from bhystream.backend.base import PAGE_BYTES, Destination, Head, Json, Segment, State
 from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.snapshot import Files, Meta, layout_of, memory_spans
@@ -292,9 +293,9 @@ class FilesSink:
         try:
             self._place(made.kern, files.kern)
             self._place(made.memory, files.memory)
-            _sync(files.directory)
+            durable.sync(files.directory)
             self._place(made.meta, files.meta)
-            _sync(files.directory)
+            durable.sync(files.directory)
         except OSError as error:
             raise from_oserror(error, f"make {files.memory}") from None
         self._is_done = True
@@ -385,21 +386,10 @@ def data_extents(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]
 
     A file system that does not know its holes has one extent, the whole piece.
     """
-    at, end, done = offset, offset + length, 0
-    while at < end:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-            at = os.lseek(fd, start, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole from here on
-                return
-            if error.errno not in _NO_HOLES:
-                raise GuestError(f"cannot walk the memory file: {error.strerror}") from None
-            start, at = at, end
-        first = max((start - offset) // PAGE_BYTES, done)
-        done = -(-(min(at, end) - offset) // PAGE_BYTES)
-        if first < done:
-            yield first, done
+    try:
+        yield from hole.data_extents(fd, offset, length, _NO_HOLES)
+    except OSError as error:
+        raise GuestError(f"cannot walk the memory file: {error.strerror}") from None
 
 
 def _create(path: Path) -> int:
@@ -414,12 +404,3 @@ def _write(path: Path, data: bytes) -> None:
         while view:
             view = view[file.write(view) :]
         os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    """Make what was done to a directory's names durable.  Raises OSError."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -25,7 +25,6 @@ node, if it is there, then vm::unlock() removes the three files.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import time
@@ -33,6 +32,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from bhystream import durable
 from bhystream.backend.bhyve.keys import refuse, shown
 from bhystream.errors import GuestError, InternalError, from_oserror
 
@@ -163,33 +163,17 @@ class Locks:
 
     def _write(self, path: Path, text: str, mode: int = 0o644) -> None:
         """Replace a file, whole and durable; a newline is added."""
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-            with open(fd, "w", encoding="utf-8") as file:
-                file.write(f"{text}\n")
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(path)
-            self._sync()
+            durable.write(path, f"{text}\n", mode)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                fresh.unlink()
             raise from_oserror(error, f"write {path}") from error
 
     def _remove(self, path: Path) -> None:
         try:
             path.unlink(missing_ok=True)
-            self._sync()
+            durable.sync(self.directory)
         except OSError as error:
             raise from_oserror(error, f"remove {path}") from error
-
-    def _sync(self) -> None:
-        fd = os.open(self.directory, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def _read(path: Path, limit: int) -> str | None:

@@ -33,6 +33,7 @@ import socket
 import time
 from pathlib import Path
 
+from bhystream import durable
 from bhystream.backend.base import Json
 from bhystream.backend.bhyve import checkpoint
 from bhystream.backend.bhyve.command import config_file
@@ -278,9 +279,9 @@ class BhyvePaused:
         kept = Path(self.place.kept)
         try:
             for path in (*kept.iterdir(), kept, kept.parent, kept.parent.parent):
-                _sync(path)
+                durable.sync(path)
             self._synced.touch(0o600)
-            _sync(kept)
+            durable.sync(kept)
         except OSError as error:
             raise from_oserror(error, f"write {kept}") from None
 
@@ -351,11 +352,3 @@ class BhyvePaused:
         if self._memory is not None and self._is_ours:
             self._memory.close()
         self._memory = None
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from bhystream.backend.base import PAGE_BYTES
+from bhystream import hole
 from bhystream.errors import AccessError, GuestError
 
 _MAPS = re.compile(
@@ -73,27 +73,12 @@ def open_ram(pid: int, size_bytes: int, flags: int) -> int:
 def extents(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
     """Yield the page extents [first, end) of a file that hold data.
 
-    Rounded out to whole pages, ascending and disjoint, clipped to size_bytes.
     A file system without SEEK_DATA reports everything as data (lseek(2)).
     """
-    position, last = 0, 0
-    while position < size_bytes:
-        try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole from here on
-                return
-            if error.errno != errno.EINVAL:
-                raise GuestError(f"cannot walk the guest's memory: {error.strerror}") from None
-            start, position = position, size_bytes
-        else:
-            if start >= size_bytes:
-                return
-            position = min(os.lseek(fd, start, os.SEEK_HOLE), size_bytes)
-        first = max(start // PAGE_BYTES, last)
-        last = -(-position // PAGE_BYTES)
-        if first < last:
-            yield first, last
+    try:
+        yield from hole.data_extents(fd, 0, size_bytes, (errno.EINVAL,))
+    except OSError as error:
+        raise GuestError(f"cannot walk the guest's memory: {error.strerror}") from None
 
 
 def other_user(fd: int, own_pid: int) -> int | None:
