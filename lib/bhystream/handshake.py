@@ -27,12 +27,10 @@ The two changes of the destination's record, READY -> STARTED and READY ->
 DEAD, exclude each other by a lock.  An answer counts only if it names this
 stream, and comes from the host and state directory that said READY.
 
-Why somebody always has the guest: before GO is recorded every end of bhysend
-resumes it, its own or the keeper's; afterwards it stands paused and recorded,
-until an answer or the operator decides.  Some hypervisors hold a paused guest
-by themselves.  With others the process is gone with the pause: the guest's
-memory is bhysend's and the keeper's then, until it is resumed, moved, or kept
-on disk (KEEP), and whoever kills both of them at once has ended the guest.
+Why somebody always has the guest: a paused guest is a process of its
+hypervisor's, which holds it whoever of ours dies.  Before GO is recorded every
+end of bhysend resumes it, its own or the keeper's; afterwards it stands paused
+and recorded, until an answer or the operator decides.
 
 tests/test_handshake.py searches everything that this composition can do, with
 kills, cuts, delays and replays, and shows that it goes wrong without the
@@ -78,7 +76,6 @@ class Act(Enum):
     FORGET = "remove the record"
     PAUSE = "pause the guest"
     RESUME = "let the guest run on"
-    KEEP = "make the paused guest outlive us"
     DISCARD = "end the guest"
     START = "let the loaded guest run"
     TEAR_DOWN = "end the guest that was being built"
@@ -144,7 +141,7 @@ SOURCE: Mapping[tuple[At, Event], tuple[At, tuple[Act, ...]]] = {
     (At.RUNS, Event.PAUSE): (At.PAUSED, (Act.RECORD_PAUSED, Act.PAUSE)),
     (At.RUNS, Event.FAILURE): (At.RUNS_ON, ()),
     (At.PAUSED, Event.COPIED): (At.OFFERED, (Act.WRITE_END,)),
-    (At.PAUSED, Event.COPIED_PLAIN): (At.HELD, (Act.RECORD_HELD, Act.WRITE_END, Act.KEEP)),
+    (At.PAUSED, Event.COPIED_PLAIN): (At.HELD, (Act.RECORD_HELD, Act.WRITE_END)),
     (At.PAUSED, Event.COPIED_KEPT): (At.RUNS_ON, _RESUME),
     (At.PAUSED, Event.FAILURE): (At.RUNS_ON, _RESUME),
     (At.HELD, Event.UNSENT): (At.RUNS_ON, _TAKE_BACK),
@@ -153,7 +150,7 @@ SOURCE: Mapping[tuple[At, Event], tuple[At, tuple[Act, ...]]] = {
     (At.COMMITTED, Event.UNSENT): (At.RUNS_ON, _TAKE_BACK),
     (At.COMMITTED, Event.FAILED): (At.RUNS_ON, _TAKE_BACK),
     (At.COMMITTED, Event.RUNNING): (At.GONE, _END_HERE),
-    (At.COMMITTED, Event.DOUBT): (At.DOUBT, (Act.KEEP,)),
+    (At.COMMITTED, Event.DOUBT): (At.DOUBT, ()),
 }
 
 DESTINATION: Mapping[tuple[There, Event], tuple[There, tuple[Act, ...]]] = {
@@ -168,14 +165,10 @@ DESTINATION: Mapping[tuple[There, Event], tuple[There, tuple[Act, ...]]] = {
 
 # What is done to the source's guest when bhysend is gone, by its record: by the
 # keeper (ALONE, and what still comes back in the command form), and by
-# `bhysend -A`.  What is not here is left as it stands, in doubt.  KEEP comes
-# after END and GO, never before: it takes as long as writing the memory to a
-# disk does, and nobody waits for it.
+# `bhysend -A`.  What is not here is left as it stands: held, or in doubt.
 RECORD: Mapping[tuple[str, Event], tuple[Act, ...]] = {
     (PAUSED, Event.ALONE): _RESUME,
     (PAUSED, Event.FAILED): _RESUME,
-    (HELD, Event.ALONE): (Act.KEEP,),
-    (GO, Event.ALONE): (Act.KEEP,),
     (GO, Event.RUNNING): _END_HERE,
     (GO, Event.FAILED): _TAKE_BACK,
     (MOVED, Event.ALONE): (Act.DISCARD, Act.FORGET),

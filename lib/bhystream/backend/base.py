@@ -1,4 +1,4 @@
-"""What the engine asks of a hypervisor: the Source and Sink protocols.
+"""What the engine asks of a hypervisor: Source, Paused and Sink.
 
 The engine moves pages and sections and knows no hypervisor; a backend knows
 one hypervisor and no stream.  Everything that crosses this line is here.
@@ -48,60 +48,55 @@ class Head:
 
 @dataclass(frozen=True)
 class State:
-    """One named blob of device or vCPU state, opaque to us."""
+    """One named blob of device or vCPU state, opaque to the engine.
+
+    is_optional: a reader that does not know it may leave it out.
+    """
 
     name: str
     data: bytes
+    is_optional: bool = False
 
 
 @dataclass(frozen=True)
-class Destination:
-    """Where the pages of one segment go: a file and the offset of its page 0.
+class Prepared:
+    """What Source.prepare() leaves.
 
-    The descriptor stays the sink's; the engine only writes to it (pwrite(2))
-    and punches holes.
+    record: JSON from which `hypervisors.open_paused()` finds the guest again,
+    without a secret or a descriptor.  plan: what the destination needs to
+    start its hypervisor before the pause, for a REHEARSAL section; b"" where
+    it needs nothing.
     """
 
-    fd: int
-    offset_bytes: int
+    record: Json
+    plan: bytes = b""
 
 
-class Source(Protocol):
-    """A running guest that is to be sent.
+class Target(Protocol):
+    """Where the pages of one segment go.  The memory is zero at first."""
+
+    def place(self, base_page: int, npages: int, extents: memoryview, pages: memoryview) -> None:
+        """Write the pages of the DATA extents, and make those of the ZERO extents zero.
+
+        base_page, npages: the segment, in global page numbers.  extents,
+        pages: as in verify.Pages, checked.  Raises OSError.
+        """
+
+
+class Readable(Protocol):
+    """A guest's memory, to be read: what a transfer needs.
 
     Opening one pauses nothing and changes nothing.  All methods raise
     GuestError when the hypervisor fails, AccessError where it may not be
     asked, IncompatibleError for what cannot be moved.
-
-    is_live: whether memory() shows the guest before pause(); if not, there are
-    no rounds.
     """
-
-    is_live: bool
 
     @property
     def name(self) -> str:
         """The guest's name, [A-Za-z0-9._-]{1,64}."""
 
-    @property
-    def lock_name(self) -> str:
-        """What one lock per guest is taken on: the same for every path to it."""
-
     def head(self) -> Head:
         """Return what goes into the head sections."""
-
-    def resources(self) -> Sequence[str]:
-        """Return what the destination's operator has to give, as -o words: "disk0="."""
-
-    def warnings(self) -> Sequence[str]:
-        """Return what no tool can mend and the operator has to know, each in one line."""
-
-    def prepare(self, id_: str) -> None:
-        """Make ready what the pause needs and can be made while the guest runs.
-
-        id_: of the stream.  Called once, before revive() and memory(), never
-        by a dry run.  close() undoes it if the guest was not paused.
-        """
 
     def memory(self) -> Sequence[memoryview]:
         """Return one read-only mapping per segment, len = npages * 4096.
@@ -125,121 +120,69 @@ class Source(Protocol):
         page is compared.
         """
 
-    def load_seconds(self) -> float:
-        """Return how long the destination may take to load the guest after GO.
+    def close(self) -> None:
+        """Give up every descriptor and mapping.  The guest stays as it is.  Twice is no error."""
 
-        0 where it has loaded it before it says READY.
+
+class Source(Readable, Protocol):
+    """A running guest that is to be sent.  Errors are Readable's."""
+
+    @property
+    def lock_name(self) -> str:
+        """What one lock per guest is taken on: the same for every path to it."""
+
+    def resources(self) -> Sequence[str]:
+        """Return what the destination's operator has to give, as -o words: "disk0="."""
+
+    def warnings(self) -> Sequence[str]:
+        """Return what no tool can mend and the operator has to know, each in one line."""
+
+    def prepare(self, id_: str) -> Prepared:
+        """Make ready what the pause needs and can be made while the guest runs.
+
+        id_: of the stream.  Called once, after the destination's verdict and
+        before memory(), never by a dry run.  Shows early that the guest can be
+        paused and saved, and how long that takes.  close() undoes it if the
+        guest was not paused.
         """
 
     def fixed_ns(self) -> int:
         """Return what of a pause no round makes shorter: to stop, to take the state, to load it.
 
-        From experience, ns; it can be measured only in a pause.
+        Measured by prepare() where that is possible, else from experience; ns.
         """
 
-    def pause(self) -> None:
-        """Stop every vCPU and device.  Returns when nothing writes memory.
+    def pause(self) -> Paused:
+        """Stop every vCPU and device, and take the state: the guest is its hypervisor's to hold.
 
-        Where it fails the guest may stand paused all the same: resume() follows.
+        Returns when nothing writes memory any more.  Where it raises, it has
+        tried to let the guest run on, and open_paused() of the record may try
+        again.
         """
-
-    def states(self) -> Sequence[State]:
-        """Return the state of the paused guest, whole, in memory.
-
-        Called once, after pause().  May still change guest memory, so the
-        last scan follows it.
-        """
-
-    def require_paused(self) -> None:
-        """Raise TakenError where somebody has started the paused guest anew meanwhile.
-
-        Asked at the last moment before the destination may start it.
-        """
-
-    def resume(self) -> None:
-        """Let a guest paused by pause() run on, also after states()."""
-
-    def keep(self) -> str:
-        """Make what stands paused outlive this process and its keeper.  Twice is no error.
-
-        Returns the directory where it is kept, "" where its hypervisor does.
-        """
-
-    def revive(self) -> Json:
-        """Return what a keeper needs to resume or discard the guest without us.
-
-        JSON, handed to `revive.open_paused()`; it holds no secret and no
-        descriptor.
-        """
-
-    def close(self) -> None:
-        """Give up every descriptor and mapping.  The guest stays as it is.  Twice is no error."""
-
-
-class Sink(Protocol):
-    """A guest being built.  Nothing of it runs before start().
-
-    Ownership: what open() made (a process, a memory file, sockets) is the
-    sink's until start() or leave_paused() succeeded; abort() before that
-    leaves the host as it was found.  Errors are Source's.
-    """
-
-    @property
-    def may_have_run(self) -> bool:
-        """False as long as the guest's vCPUs provably never ran here."""
-
-    def check(self, head: Head) -> list[str]:
-        """Compare the head with this host and the given resources.
-
-        Touches nothing.  Returns the reasons why this host cannot take the
-        guest, each one line that names the key; [] means that it can.
-        """
-
-    def open(self) -> Sequence[Destination]:
-        """Make the empty guest and return where each segment's pages go.
-
-        Memory is zero and, where the host allows it, not allocated.
-        """
-
-    def load(self, states: Sequence[State]) -> None:
-        """Give the device state to the guest; memory is complete by then."""
-
-    def start(self) -> None:
-        """Run the loaded guest and let go of it: it outlives us.
-
-        If this raises, may_have_run says whether the guest is ours to undo.
-        """
-
-    def leave_paused(self) -> None:
-        """Let go of the loaded guest without running it (bhyrecv -u)."""
-
-    def revive(self) -> Json:
-        """Return what `revive.open_paused()` needs to find the guest again."""
-
-    def abort(self) -> None:
-        """Undo open().  Never raises; may be called at any time, and twice."""
 
 
 class Paused(Protocol):
-    """A guest that stands paused or held, found again from its record.
+    """A guest that stands paused in its own hypervisor.
 
-    What the keeper, --resume and --discard act through.
+    Source.pause() returns one, and `hypervisors.open_paused()` finds it again
+    from its record, in any process: the keeper, -A, --resume, --discard.
     """
 
-    def hold(self) -> None:
-        """Take hold of what would be lost with bhysend; the guest still runs."""
+    def states(self) -> Sequence[State]:
+        """Return the state that the pause has saved, whole, in memory."""
+
+    def require_paused(self) -> None:
+        """Ask the hypervisor whether it still holds the guest.
+
+        Called at the last moment before the destination may start it.  Raises
+        TakenError where somebody else has let it run, GoneError where it has ended.
+        """
+
+    def resume(self) -> None:
+        """Let it run on.  A guest that runs already is left alone.  Raises GoneError."""
 
     def clear(self) -> None:
         """Remove what Source.prepare() made for a guest that was never paused.  Never raises."""
-
-    def resume(self) -> None:
-        """Let it run.  A guest that already runs is left alone."""
-
-    def keep(self) -> None:
-        """Make what stands paused outlive this process.  Twice is no error."""
-
-    def outlives_us(self) -> bool:
-        """Say whether it stays as it is without this process: its memory is not here only."""
 
     def discard(self, there: str) -> None:
         """End it for good.  A guest that is gone already is no error, one that runs is.
@@ -254,4 +197,53 @@ class Paused(Protocol):
         """Say whether its vCPUs run now."""
 
     def close(self) -> None:
-        """Give up every descriptor; the guest stays as it is."""
+        """Give up every descriptor; the guest stays as it is.  Twice is no error."""
+
+
+class Sink(Protocol):
+    """A guest being built.  Nothing of it runs before start().
+
+    Ownership: what open() made (a process, a memory file, sockets) is the
+    sink's until start() or leave_paused() succeeded; abort() before that
+    leaves the host as it was found.  Errors are Readable's.
+    """
+
+    @property
+    def may_have_run(self) -> bool:
+        """False as long as the guest's vCPUs provably never ran here."""
+
+    def check(self, head: Head) -> list[str]:
+        """Compare the head with this host and the given resources.
+
+        Touches nothing.  Returns the reasons why this host cannot take the
+        guest, each one line that names the key; [] means that it can.
+        """
+
+    def open(self, plan: bytes) -> Sequence[Target]:
+        """Make the empty guest and return where each segment's pages go.
+
+        plan: of the REHEARSAL section, not to be trusted; b"" where there is
+        none, or where the guest is not to be started in this move.  Memory is
+        zero and, where the host allows it, not allocated.
+        """
+
+    def load(self, states: Sequence[State]) -> None:
+        """Give the device state to the guest; memory is complete by then.
+
+        When it returns, start() has only to let the guest go.
+        """
+
+    def start(self) -> None:
+        """Run the loaded guest and let go of it: it outlives us.
+
+        If this raises, may_have_run says whether the guest is ours to undo.
+        """
+
+    def leave_paused(self) -> None:
+        """Let go of the loaded guest without running it (bhyrecv -u)."""
+
+    def record(self) -> Json:
+        """Return what `hypervisors.open_paused()` needs to find the guest again."""
+
+    def abort(self) -> None:
+        """Undo open().  Never raises; may be called at any time, and twice."""

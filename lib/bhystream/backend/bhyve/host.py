@@ -45,10 +45,38 @@ class MemoryMap:
     is_wired: bool
 
 
+@dataclass(frozen=True)
+class SegmentDescriptor:
+    """The hidden part of a segment register.  Source: vmm.h, struct seg_desc."""
+
+    base: int
+    limit: int
+    access: int
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What of a disk's backing a guest's saved state depends on.
+
+    size_bytes, sector_bytes: as bhyve finds them.  can_delete: DISCARD is
+    offered to the guest (GEOM::candelete; of a file, _PC_DEALLOC_PRESENT).
+    is_writable: bhyve falls back to read-only without a word where it is not.
+    identity: of the file itself, however it is named: st_dev and st_ino.
+    """
+
+    size_bytes: int
+    sector_bytes: int
+    can_delete: bool
+    is_writable: bool
+    identity: str
+
+
 class Vm(Protocol):
-    """One VM of the kernel's, opened to be read.  Opening it changes nothing.
+    """One VM of the kernel's.  Opening it changes nothing.
 
     All methods raise GuestError, or AccessError where it may not be asked.
+    Registers go by vmm's own numbers (vmm.h, enum vm_reg_name).  What changes
+    a vCPU is for a guest that stands held, and for none else.
     """
 
     def maps(self) -> Sequence[MemoryMap]:
@@ -57,11 +85,41 @@ class Vm(Protocol):
     def topology(self) -> tuple[int, int, int]:
         """Return (sockets, cores, threads), each for the one before."""
 
-    def map(self, gpa: int, length_bytes: int) -> mmap.mmap:
-        """Map one entry of system memory, shared, read-only.
+    def map(self, gpa: int, length_bytes: int, *, is_writable: bool = False) -> mmap.mmap:
+        """Map one entry of system memory, shared, to be read, or written too.
 
         The caller's; it keeps the memory when the VM and its process are gone.
         """
+
+    def waiting_vcpus(self) -> frozenset[int]:
+        """Return the vCPUs that wait in bhyve (VM_DEBUG_CPUS): never started, or suspended."""
+
+    def registers(self, vcpu: int, numbers: Sequence[int]) -> list[int]:
+        """Return registers' values."""
+
+    def set_register(self, vcpu: int, number: int, value: int) -> None:
+        """Set one register."""
+
+    def descriptor(self, vcpu: int, number: int) -> SegmentDescriptor:
+        """Return the hidden part of a segment register."""
+
+    def set_descriptor(self, vcpu: int, number: int, value: SegmentDescriptor) -> None:
+        """Set the hidden part of a segment register."""
+
+    def pending_event(self, vcpu: int) -> tuple[int, int]:
+        """Return VM_GET_INTINFO's two words: (0, 0) where no event waits to be delivered."""
+
+    def resume_cpu(self, vcpu: int) -> None:
+        """Let a vCPU be run again (VM_RESUME_CPU): by bhyve's own thread, or by run()."""
+
+    def suspend_cpu(self, vcpu: int) -> None:
+        """Undo resume_cpu() (VM_SUSPEND_CPU)."""
+
+    def run(self, vcpu: int) -> int:
+        """Run a vCPU in this thread until it leaves the guest; return the exit code (vmm.h)."""
+
+    def set_rtc(self, seconds: int) -> None:
+        """Set the guest's real time clock (VM_RTC_SETTIME): seconds since the Epoch."""
 
     def resident(self, mapping: mmap.mmap, gpa: int) -> bytes:
         """Return one byte a page: other than 0 where mincore(2) says it is resident.
@@ -107,6 +165,22 @@ class Host(Protocol):
     def program_hash(self) -> str:
         """Return what tells one build of bhyve from another."""
 
+    def can_snapshot(self) -> bool | None:
+        """Say whether the vmm that is loaded has snapshots; None where no vmm is loaded.
+
+        Asks for a symbol (kldsym(2), vm_snapshot_req), never by an ioctl: that
+        one stops a running guest's vCPUs.
+        """
+
+    def module_hash(self) -> str:
+        """Return what tells one build of vmm.ko from another, "" where it is in the kernel."""
+
+    def disk(self, path: str) -> Disk | None:
+        """Return what a disk's backing is like; None where it is no disk that bhyve could open."""
+
+    def mtu(self, interface: str) -> int | None:
+        """Return an interface's MTU, None where there is no such interface."""
+
     def cpu_vendor(self) -> str:
         """Return "intel", "amd", or what else the CPU calls itself."""
 
@@ -116,8 +190,8 @@ class Host(Protocol):
     def node_id(self, name: str) -> str:
         """Return what tells a VM's node from a later one of that name, "" where there is none."""
 
-    def open_vm(self, name: str) -> Vm:
-        """Open a VM.  Raises GuestError where there is none."""
+    def open_vm(self, name: str, *, is_writable: bool = False) -> Vm:
+        """Open a VM, to be read, or to be changed too.  Raises GuestError where there is none."""
 
     def create(self, name: str) -> None:
         """Create an empty VM, as a loader does before bhyve is started."""
