@@ -119,8 +119,6 @@ class Settlement:
                 "it runs nowhere"
             ) from None
         except BhyError as error:
-            if Act.KEEP in acts:
-                self._undecided(record, hello, str(error))
             if Act.DISCARD in acts:
                 text, verb = f"it runs on {host}, and cannot be ended here", "--discard"
             else:
