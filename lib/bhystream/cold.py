@@ -86,5 +86,5 @@ def _write_guest(
     transfer.round(last=True, rate_bytes=opts.limits.rate_bytes)
     # Behind the memory: the source sees then whether the files are still the same.
     for state in source.states():
-        writer.state(state.name, state.data)
+        writer.state(state)
     writer.section(Type.TIME, fmt.TIME.pack(0, 0))

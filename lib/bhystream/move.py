@@ -248,7 +248,7 @@ class Move:
         """Write the state sections and the time."""
         assert self.writer is not None
         for item in self.states:
-            self.writer.state(item.name, item.data)
+            self.writer.state(item)
         paused_for_ns = time.monotonic_ns() - self.pause_start_ns
         if self.opts.keep:
             paused_for_ns = self.pause_ns
