@@ -147,8 +147,8 @@ def test_numbers_of_the_page() -> None:
     assert fmt.VERSION == 1
     assert fmt.MAX_STATE_BYTES == 134217728
     assert fmt.MAX_OPTIONAL_STATE_BYTES == 4194304
-    assert (Type.STATE_ZEROS, Type.STATE_OPTIONAL) == (0x0F, 0x80000009)
-    assert Type.REHEARSAL == 0x8000000E
+    later = (Type.STATE_ZEROS, Type.STATE_OPTIONAL, Type.REHEARSAL)
+    assert later == (0x0F, 0x80000009, 0x8000000E)
 
 
 def test_names_in_messages() -> None:

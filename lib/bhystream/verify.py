@@ -75,8 +75,6 @@ class Go:
 _HEAD = (Type.HOST, Type.LAYOUT, Type.CONFIG, Type.DEVICES, Type.HEAD_END)
 
 Event = Header | Head | Rehearsal | Pages | RoundEnd | Pad | Ended | Go
-# Zeros are added in pieces: a count allocates nothing beside the state itself.
-_ZEROS = bytes(1 << 20)
 
 
 @dataclass
@@ -315,8 +313,8 @@ class Walk:
         if not count:
             raise FormatError(f"state {name}: part {part} is empty")
         self._begin_part(section, name, part, count)
-        for at in range(0, count, len(_ZEROS)):
-            self._tally.open_bytes += _ZEROS[: count - at]
+        # Twice the count for a moment, as for a state that is kept: both are capped.
+        self._tally.open_bytes += bytes(count)
         self._end_part(section, name)
 
     def _kind(self, section: Section) -> _States:
