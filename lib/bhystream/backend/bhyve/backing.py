@@ -111,7 +111,8 @@ def _disk_reasons(host: Host, section: Mapping[str, Any], word: str, value: str)
         why = "bhyve cannot open it as a disk" if os.path.exists(value) else "there is no such file"
         return [f"{word}: {value}: {why}"], []
     here = _facts(keys, disk, found)
-    hard, soft = [], []
+    hard: list[str] = []
+    soft: list[str] = []
     if found.is_device and here["sectorsize"] % found.sector_bytes:
         hard.append(
             f"{word}: {value}: its sectors have {found.sector_bytes} bytes, the guest's"
