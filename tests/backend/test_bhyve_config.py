@@ -339,7 +339,7 @@ def test_domains_share_the_memory_where_one_has_no_size() -> None:
     text = f"{NUMA}memory.size=4G\ndomains.0.size=1G\ndomains.0.cpus=0\ndomains.1.cpus=1-3\n"
     keys = config.read(text, "web1").section["keys"]
     assert keys["domains.0.size"] == keys["domains.1.size"] == str(2 << 30)
-    with pytest.raises(IncompatibleError, match="memory.size: 3 domains cannot share it"):
+    with pytest.raises(IncompatibleError, match=r"memory.size: 3 domains cannot share it"):
         config.read(f"{text}domains.2.cpus=0\n", "web1")
 
 
