@@ -130,5 +130,5 @@ def test_domains_that_adjoin_are_one_map() -> None:
     ],
 )
 def test_memory_that_lies_elsewhere_is_refused(maps: Sequence[MemoryMap]) -> None:
-    with pytest.raises(IncompatibleError, match="^g: its memory lies at"):
+    with pytest.raises(IncompatibleError, match=r"^g: its memory lies at"):
         system_memory(maps, "g")

@@ -53,13 +53,12 @@ def test_a_parent_that_is_not_known_may_start_it_again(parent: str) -> None:
         "tmux: server",
         "sudo -s",
         "bhyve: web1 (bhyve)",
-        "/usr/local/sbin/libvirtd --daemon",
         "sh /usr/share/examples/bhyve/vmrun.sh -c 2 web1",
         "/bin/sh -x ./vmrun.sh web1",
     ],
 )
 def test_a_parent_that_heeds_a_kill_is_harmless(parent: str) -> None:
-    """A monitor, libvirt and vmrun.sh start a guest again when it reboots only."""
+    """A monitor and vmrun.sh start a guest again when it reboots only."""
     assert reasons(parent, None, False) == ([], [])
 
 
@@ -69,6 +68,18 @@ def test_cbsd_is_told_by_its_lock() -> None:
         [
             "supervisor: CBSD starts the guest again once it has moved if its on_crash is"
             " restart: a second copy; set it to destroy and restart the guest, or -f if it is"
+        ],
+    )
+
+
+@pytest.mark.parametrize("program", ["/usr/local/sbin/libvirtd --daemon", "virtbhyved"])
+def test_libvirt_keeps_the_guest_in_its_books(program: str) -> None:
+    assert reasons(program, None, False) == (
+        [],
+        [
+            "supervisor: libvirt does not notice that the guest has moved, and may start it here"
+            " again: a second copy; virsh autostart --disable now, virsh destroy and undefine"
+            " afterwards, and -f"
         ],
     )
 

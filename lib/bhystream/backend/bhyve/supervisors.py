@@ -7,7 +7,8 @@ harmless; one that restarts it whatever happened makes a second copy.
     parent          after a kill                                   read in
     bhyve -M (16)   ends with its child                            D53731
     vmrun.sh        ends: the shell's status is 137, not 0         share/examples/bhyve, 15.1
-    libvirt         does nothing: no status, no core dump          bhyve_monitor.c, 1dc6a872
+    libvirt         does not notice: no status, no core dump;      bhyve_monitor.c, 1dc6a872
+                    the guest stays in its books, to be started
     vm-bhyve        ends by suspending.lock (1.7.0), else by       lib/vm-run, 0c93a8fb
                     on_fault, which is shutdown by default
     CBSD            ends, unless its on_crash is restart;          share/bhyverun.sh, 0ee08397
@@ -25,8 +26,9 @@ from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 _SHELLS = frozenset({"sh", "csh", "tcsh", "bash", "zsh", "ksh", "mksh", "fish", "dash"})
 _HARMLESS = frozenset(
     {"", "doas", "init", "login", "screen", "script", "sshd", "su", "sudo", "tmux"}
-    | {"bhyve", "libvirtd", "virtbhyved", "vmrun.sh"}
+    | {"bhyve", "vmrun.sh"}
 )
+_LIBVIRT = frozenset({"libvirtd", "virtbhyved"})
 _MAX_SHOWN_CHARS = 60
 
 
@@ -51,6 +53,12 @@ def reasons(
         return [], [
             "supervisor: CBSD starts the guest again once it has moved if its on_crash is"
             " restart: a second copy; set it to destroy and restart the guest, or -f if it is"
+        ]
+    if _program(parent) in _LIBVIRT:
+        return [], [
+            "supervisor: libvirt does not notice that the guest has moved, and may start it here"
+            " again: a second copy; virsh autostart --disable now, virsh destroy and undefine"
+            " afterwards, and -f"
         ]
     if _may_start_again(parent):
         return [], [
