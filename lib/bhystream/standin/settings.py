@@ -24,6 +24,7 @@ FAILURES = frozenset(
         # A restore.
         "restore-early",  # it ends when the memory is mapped, before any is read
         "slow-read",  # it waits for DIR/release before it reads the memory
+        "late-cut",  # the read has ended when FILE is cut
         "short-read",  # it takes a read of 0 bytes for the end of FILE, and ends
         "restore",  # it ends when memory and devices are there
         "slow-restore",  # it waits for DIR/release then; or for ever
