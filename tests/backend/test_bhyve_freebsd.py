@@ -231,12 +231,15 @@ def test_memory_domains_are_mapped_as_one(tmp_path: Path, monkeypatch: pytest.Mo
     maps = [entry(0, 4096), entry(4096, 8192)]
     monkeypatch.setattr(FreeBsdVm, "maps", lambda self: maps)
     asked: list[object] = []
-    monkeypatch.setattr(
-        libc, "map_pieces", lambda fd, parts, **how: asked.append((parts, how)) or mmap.mmap(-1, 1)
-    )
+
+    def map_pieces(fd: int, parts: object, *, is_writable: bool) -> mmap.mmap:
+        asked.append((parts, is_writable))
+        return mmap.mmap(-1, 1)
+
+    monkeypatch.setattr(libc, "map_pieces", map_pieces)
     vm = FreeBsdVm("web1", str(node))
     vm.map(0, 12288)
-    assert asked == [([(0, 4096), (4096, 8192)], {"is_writable": False})]
+    assert asked == [([(0, 4096), (4096, 8192)], False)]
     with vm.map(4096, 8192) as mapping:
         assert mapping[:] == b"b" * 8192
     vm.close()
