@@ -103,7 +103,10 @@ class Machine:
         gate = Gate()
         devices = make_devices(self._config, memory, gate, self._directory)
         ncpus = topology[0] * topology[1] * topology[2]
-        return Guest(memory, devices, gate, ncpus)
+        guest = Guest(memory, devices, gate, ncpus)
+        if self._snapshot is not None:
+            guest.hold_vcpus()
+        return guest
 
     def _size(self) -> tuple[int, tuple[int, int, int]]:
         """Return memory and topology; those of a snapshot come before the configuration's."""

@@ -10,17 +10,23 @@ state; prepare() and resume_vcpus() let it run.  Its console is com1.
 
 from __future__ import annotations
 
+import os
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from bhystream.errors import GuestError
+
+from . import cpu as cpu_file
 from .blob import number, pack_blob, unpack_blob
 from .config import Config, parse_bytes
 from .devices import Device, Ticker, blob_complaints, uart_of
 from .gate import Gate
+from .interpreter import Interpreter
 from .node import Memory
 from .proof import (
     BOOT_PAGE,
@@ -32,6 +38,7 @@ from .proof import (
     make_plans,
     unpack_boot,
 )
+from .settings import read_settings
 from .vcpu import Vcpu, read_registers
 
 KERNEL_STRUCTS = (
@@ -48,6 +55,7 @@ KERNEL_STRUCTS = (
 """In the order of FILE.kern.  Source: dossier, section 3.4, G4."""
 
 _BEAT_S = 0.1
+_TRY_S = 0.001  # vmexit.c, vmexit_debug()
 _TOLD_LIMIT = 50
 _STRAYS_A_SLICE = 2048
 _CLOCK = struct.Struct("<Q")
@@ -92,6 +100,37 @@ class Guest:
         self._strays: Iterator[None] = iter(())
         self._telling = threading.Lock()
         self._restored: dict[str, dict[str, Any]] = {}
+        settings = read_settings(memory.path.parent.parent)
+        self._is_intel = settings.cpu_vendor == "intel"
+        self._cpu_path = memory.path.with_name(f"{memory.path.name}.cpu")
+        self._cpu_file = cpu_file.create(self._cpu_path, ncpus, is_intel=self._is_intel)
+        self._held: list[threading.Thread] = []
+        self._is_let_go = threading.Event()
+
+    def hold_vcpus(self) -> None:
+        """Let each vCPU's thread try VM_RUN, in vain while it is suspended, until they all run.
+
+        What bhyve's do while a snapshot is read.
+        """
+        for index in range(self.ncpus):
+            thread = threading.Thread(target=self._try_to_run, args=(index,), daemon=True)
+            self._held.append(thread)
+            thread.start()
+
+    def _try_to_run(self, index: int) -> None:
+        own = cpu_file.Cpus(self._cpu_path, is_intel=self._is_intel)
+        interpreter = Interpreter(own[index], self.memory.segments()[0][1])
+        try:
+            while not self._is_let_go.wait(_TRY_S):
+                if not own[index].get("suspended"):
+                    with own.locked():
+                        interpreter.run()
+        except GuestError as error:
+            sys.stderr.write(f"vm exit[{index}]: {error}\n")
+            sys.stderr.flush()
+            os.abort()
+        finally:
+            own.close()
 
     def boot(self, boot: Boot) -> None:
         """Fill a new guest's memory."""
@@ -108,6 +147,9 @@ class Guest:
         """
         if self._restored:
             self._take_state()
+        self._let_go()
+        for index, cpu in enumerate(self._cpu_file):
+            cpu.start(index)
         for device in self.devices:
             device.start()
         self._timer.start()
@@ -118,6 +160,8 @@ class Guest:
     def pause_vcpus(self) -> None:
         """Stop every vCPU; return when all stand."""
         self._cpus.close()
+        for cpu in self._cpu_file:
+            cpu.put("suspended", 1)
 
     def pause_devices(self) -> None:
         """Stop every device that has a pause callback; return when all stand."""
@@ -129,7 +173,16 @@ class Guest:
 
     def resume_vcpus(self) -> None:
         """Undo pause_vcpus()."""
+        for cpu in self._cpu_file:
+            cpu.put("suspended", 0)
         self._cpus.open()
+
+    def _let_go(self) -> None:
+        """End the threads of hold_vcpus()."""
+        self._is_let_go.set()
+        for thread in self._held:
+            thread.join()
+        self._held.clear()
 
     def save_kernel(self) -> Iterator[tuple[str, bytes]]:
         """Yield the name and the blob of each kernel structure of the paused guest."""
@@ -198,6 +251,8 @@ class Guest:
                     plan,
                     self.memory,
                     self._cpus,
+                    index,
+                    self._cpu_file[index],
                     rate=boot.rate / boot.ncpus,
                     sweep_rate=boot.sweep_rate / boot.ncpus,
                     tell=self._tell,

@@ -19,7 +19,7 @@ from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, LOWMEM_LIMIT_BYTES, MemoryMap
 from bhystream.errors import GuestError, from_oserror
 
-_SUFFIXES = ("", ".map", ".dirty", ".swapped")
+_SUFFIXES = ("", ".map", ".dirty", ".swapped", ".cpu")
 _PROT_ALL = 7
 
 
@@ -31,7 +31,7 @@ def node_path(directory: Path, name: str) -> Path:
 
 
 def beside(directory: Path, name: str, what: str) -> Path:
-    """Return the path of one of the files beside the node: "map", "dirty", "swapped"."""
+    """Return the path of one of the files beside the node: "map", "dirty", "swapped", "cpu"."""
     path = node_path(directory, name)
     return path.with_name(f"{path.name}.{what}")
 
