@@ -72,11 +72,15 @@ class Sweep:
 
 
 class Console:
-    """What a guest printed to com1.  why_ended: says why no more will come, or ""."""
+    """What a guest printed to com1.  why_ended: says why no more will come, or "".
+
+    forgives_fpu: lost FPU registers are no fault: a plain restore loses them.
+    """
 
     def __init__(self, path: Path, why_ended: Callable[[], str] = lambda: "") -> None:
         self.path = path
         self._why_ended = why_ended
+        self.forgives_fpu = False
 
     def lines(self) -> list[str]:
         """Return the complete lines."""
@@ -97,7 +101,8 @@ class Console:
 
     def wrong(self) -> list[str]:
         """Return the WRONG lines."""
-        return [line for line in self.lines() if line.startswith("WRONG ")]
+        lines = [line for line in self.lines() if line.startswith("WRONG ")]
+        return [one for one in lines if not (self.forgives_fpu and one.startswith("WRONG fpu "))]
 
     def await_beats(self, count: int) -> None:
         """Wait until this many beats were printed here."""
@@ -393,7 +398,9 @@ class Rig:
             self.host.create(name)
         arguments = ["-A", "-H", "-P", "-k", str(config)]
         arguments += ["-r", str(restore)] if restore else []
-        return self.run(*arguments, name, name=name, console=console)
+        guest = self.run(*arguments, name, name=name, console=console)
+        guest.console.forgives_fpu = restore is not None
+        return guest
 
     def guest(self, name: str) -> Guest:
         """Return the guest of this name that was started last."""
@@ -448,6 +455,14 @@ class Rig:
         """Suspend a guest; return its snapshot when the socket has said EOF."""
         assert self.checkpoint(name, suspend=True) is None
         return self.snapshot(name)
+
+    def waiting(self, name: str) -> frozenset[int]:
+        """Return the vCPUs of a VM that wait in bhyve."""
+        vm = self.host.open_vm(name)
+        try:
+            return vm.waiting_vcpus()
+        finally:
+            vm.close()
 
     def pid(self, name: str) -> int | None:
         """Return the process that serves a guest's socket, None where there is none.

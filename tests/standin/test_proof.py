@@ -6,7 +6,15 @@ from itertools import pairwise
 
 import pytest
 
-from bhystream.standin.proof import Boot, content, describe, make_plans, unpack_boot
+from bhystream.standin.proof import (
+    Boot,
+    content,
+    describe,
+    describe_fpu,
+    fpu_registers,
+    make_plans,
+    unpack_boot,
+)
 
 from .rig import Rig, Snapshot, Spec, assert_unbroken
 
@@ -153,6 +161,22 @@ def test_a_page_that_was_never_written_must_stay_zero(host: Rig) -> None:
     stray = next(page for page in range(256, BOOT.npages) if page not in known)
     snapshot.put_page(stray, b"x")
     assert "never written" in wrong_after(host, snapshot, f"page {stray}:")
+
+
+def test_a_plain_restore_loses_the_fpu_and_each_vcpu_says_so_once(host: Rig) -> None:
+    console = host.launch("g", SPEC, suspended(host).path).console
+    console.await_sweeps(1)
+    console.forgives_fpu = False
+    lost = sorted(line.partition(": expected step")[0] for line in console.wrong())
+    assert lost == ["WRONG fpu vcpu 0", "WRONG fpu vcpu 1"]
+    assert all("found nothing, as after a reset" in line for line in console.wrong())
+
+
+def test_what_an_fpu_holds_is_described() -> None:
+    registers = fpu_registers(1, 40)[0][1]
+    assert describe_fpu(1, registers, 50) == "step 40"
+    assert describe_fpu(0, registers, 50).startswith("unknown ")
+    assert describe_fpu(1, bytes(len(registers)), 50) == "nothing, as after a reset"
 
 
 def test_registers_that_went_back_in_time_are_reported(host: Rig) -> None:

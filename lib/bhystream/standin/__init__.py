@@ -13,6 +13,7 @@ own memory and registers (proof.py).
     DIR/vmm/NAME         the memory node: sparse, file offset = guest physical address
     DIR/vmm/NAME.map     memory map and topology, JSON
     DIR/vmm/NAME.dirty   one byte a page, where the host keeps a dirty log
+    DIR/vmm/NAME.cpu     registers and FPU of its vCPUs, and which of them may run
     DIR/vmm/NAME.swapped one byte a page that mincore(2) would not call resident
     DIR/run/NAME         the checkpoint socket
     DIR/net/TAP          a tap; its content is its bridge
