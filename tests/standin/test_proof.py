@@ -209,7 +209,7 @@ def test_an_old_blob_of_a_kernel_structure_is_reported(host: Rig, name: str) -> 
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("vatpit", "vatpic"), ("vm", "vmcx"), ("virtio-blk@pci.0.3.0", "virtio-net@pci.0.4.0")],
+    [("vatpit", "vatpic"), ("vm", "vmcx"), ("lpc@pci.0.31.0", "atkbdc")],
 )
 def test_swapped_blobs_are_reported(host: Rig, one: str, other: str) -> None:
     snapshot = suspended(host)
