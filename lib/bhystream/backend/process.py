@@ -207,6 +207,27 @@ def end_process(who: Identity, polite_s: float = 5.0) -> bool:
         ending.close()
 
 
+def kill_process(who: Identity, limit_s: float) -> bool:
+    """End exactly this process at once: SIGKILL.  True if it is gone within limit_s seconds.
+
+    Raises GuestError where it cannot be watched, or may not be killed.
+    """
+    ending = open_ending(who)
+    if ending is None:
+        return True
+    try:
+        ending.kill(signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    except PermissionError as error:
+        raise GuestError(f"cannot end process {who.pid}: {error.strerror}") from None
+    else:
+        return _wait_end(ending.fileno(), limit_s)
+    finally:
+        ending.close()
+    return True
+
+
 def parent_command(pid: int) -> str:
     """Return the command line of a process's parent; "" for init's, and where it is not seen.
 

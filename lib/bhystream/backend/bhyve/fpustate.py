@@ -1,0 +1,80 @@
+"""The guest's FPU as states of the hold: what fpu.py does, between two marks.
+
+bhyve's snapshot leaves the FPU out.  fpu.py lets each vCPU of the held guest
+store its own, in pages and with registers of the guest that it puts back
+afterwards.  A guest whose registers were not put back must not be let go, also
+not by one who finds it when we were killed in between: so the directory has a
+file as long as that lasts.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from bhystream.backend.base import State
+from bhystream.backend.bhyve.host import Host
+from bhystream.backend.bhyve.snapshotdir import SnapshotDir
+from bhystream.errors import AccessError, GuestError, from_oserror
+
+
+def _module() -> Any:
+    try:
+        return importlib.import_module("bhystream.backend.bhyve.fpu")
+    except ModuleNotFoundError:
+        return None
+
+
+def reasons(host: Host, name: str, ncpus: int) -> list[str]:
+    """Return why the FPU of a running guest's vCPUs cannot be carried, as far as that is known."""
+    fpu = _module()
+    if fpu is None:
+        return []
+    vm = host.open_vm(name)
+    try:
+        return list(fpu.carriable(vm, ncpus))
+    finally:
+        vm.close()
+
+
+def save(
+    host: Host, name: str, ncpus: int, directory: SnapshotDir
+) -> tuple[Sequence[State], Sequence[str]]:
+    """Store the FPU of a guest that stands held: its states, and what could not be stored and why.
+
+    Raises fpu.NotPutBackError where registers or memory were not put back: then
+    the guest must not be let go, and directory.is_spoiled() says so.
+    """
+    fpu = _module()
+    if fpu is None:
+        return [], []
+    try:
+        directory.spoil()
+    except OSError as error:
+        return [], [f"fpu: {from_oserror(error, f'write into {directory.path}')}"]
+    try:
+        saved = _save(fpu, host, name, ncpus)
+    except fpu.NotPutBackError:
+        raise
+    except (GuestError, AccessError) as error:
+        directory.unspoil()
+        return [], [f"fpu: {error}"]
+    except BaseException:
+        directory.unspoil()
+        raise
+    directory.unspoil()
+    return saved.states, saved.reasons
+
+
+def _save(fpu: Any, host: Host, name: str, ncpus: int) -> Any:
+    vm = host.open_vm(name, is_writable=True)
+    try:
+        low_bytes = next(one.length_bytes for one in vm.maps() if one.gpa == 0)
+        memory = vm.map(0, low_bytes, is_writable=True)
+        try:
+            return fpu.save(vm, memory, ncpus)
+        finally:
+            memory.close()
+    finally:
+        vm.close()
