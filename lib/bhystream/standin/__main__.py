@@ -1,8 +1,10 @@
 """Start a guest, as bhyve is started: options, exit statuses, order of events.
 
-Exit status: bhyve(8)'s.  0 rebooted (or suspended, on hosts where that is 0),
-1 powered off, and command line errors; 4 error; 5 suspended; 65 a snapshot
-that cannot be parsed.
+Exit status: bhyve(8)'s.  0 rebooted (SIGUSR1 has the guest do it); 1 powered
+off, command line errors, and a snapshot that cannot be restored; 4 error; 5
+suspended; 65 kernel structures, 71 socket or time of a restore.
+
+As bhyve does, it lets SIGPIPE end it: a FIFO that it writes into must keep a reader.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ from .guest import Guest, boot_parameters
 from .restore import RestoreError, Snapshot, load_memory, load_state, open_snapshot
 from .settings import read_settings
 
+REBOOTED = 0
 POWERED_OFF = 1
 ERROR = 4
+SUSPENDED = 5
 
 _WATCH_S = 0.1
 _MEM_F_INCORE, _MEM_F_WIRED = 0x01, 0x02  # vmmapi.h
@@ -72,7 +76,9 @@ class Machine:
 
     def run(self) -> int:
         """Make or restore the guest, let it run, and return the exit status."""
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, lambda *_: self._exits.put(POWERED_OFF))
+        signal.signal(signal.SIGUSR1, lambda *_: self._exits.put(REBOOTED))
         try:
             guest = self._build()
             server = self._prepare(guest)
@@ -81,11 +87,12 @@ class Machine:
             if self._created:
                 node.destroy(self._directory, self._name)
             return error.exit_status if isinstance(error, RestoreError) else ERROR
+        run_guest = guest.resume_vcpus if self._snapshot else guest.start_vcpus
         if server is not None:
             with server.quiet():
-                guest.resume_vcpus()
+                run_guest()
         else:
-            guest.resume_vcpus()
+            run_guest()
         return self._watch(guest)
 
     def _build(self) -> Guest:
@@ -103,7 +110,7 @@ class Machine:
         gate = Gate()
         devices = make_devices(self._config, memory, gate, self._directory)
         ncpus = topology[0] * topology[1] * topology[2]
-        return Guest(memory, devices, gate, ncpus)
+        return Guest(memory, devices, gate, ncpus, lambda cpus: self._show_waiting(memory, cpus))
 
     def _size(self) -> tuple[int, tuple[int, int, int]]:
         """Return memory and topology; those of a snapshot come before the configuration's."""
@@ -178,19 +185,27 @@ class Machine:
 
     def _end_suspended(self, guest: Guest) -> None:
         """End in the middle of the handler, as bhyve does: no reply, only EOF."""
-        settings = read_settings(self._directory)
         self._is_suspended = True  # or _watch() would take it for somebody else's destruction
-        if not settings.node_left:
-            self._destroy(guest)
-        os._exit(settings.suspend_status)
+        self._destroy(guest)
+        os._exit(SUSPENDED)
+
+    def _show_waiting(self, memory: node.Memory, cpus: Sequence[int]) -> None:
+        if memory.is_current():
+            node.show_waiting(self._directory, self._name, cpus)
 
     def _watch(self, guest: Guest) -> int:
-        """Wait for the power-off, or for somebody to destroy the VM."""
+        """Wait for the power-off, or for somebody to destroy the VM.
+
+        bhyve's vCPU threads notice that, by VM_RUN; while a checkpoint has
+        paused them they do not.  Where the host's directory is gone, the play is over.
+        """
         while True:
             try:
                 status = self._exits.get(timeout=_WATCH_S)
             except queue.Empty:
                 if guest.memory.is_current() or self._is_suspended:
+                    continue
+                if guest.is_paused and (self._directory / "vmm").is_dir():
                     continue
                 sys.stderr.write("vm_run: Device not configured\n")
                 return ERROR
