@@ -64,6 +64,10 @@ class StandinVm:
         """Return (sockets, cores, threads)."""
         return self._read.topology
 
+    def waiting_vcpus(self) -> frozenset[int]:
+        """Return the vCPUs that wait in bhyve."""
+        return frozenset(node.read_map(self._directory, self._name).waiting)
+
     def map(self, gpa: int, length_bytes: int) -> mmap.mmap:
         """Map one entry of system memory, read-only."""
         if not any(m.segid == 0 and m.gpa == gpa for m in self._read.maps):
