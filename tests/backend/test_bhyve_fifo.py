@@ -78,11 +78,26 @@ def test_a_writer_stands_in_it_until_it_is_read(path: Path) -> None:
     thread = writer(path, text)
     await_true(lambda: fifo.pending(path) == size, "never full")
     assert thread.is_alive()
-    found = fifo.drain(path)
+    found, is_over = fifo.drain(path, 0.0)
+    assert not is_over  # the anchor is a writer too
     thread.join()
-    found += fifo.drain(path)
-    assert json.loads(found)["devices"] == ["x" * 2000]
     os.close(anchor)
+    assert not fifo.has_reader(path)
+    assert found.lstrip()[:1] == b"{"
+
+
+def test_what_is_written_behind_the_filling_is_read_whole(path: Path) -> None:
+    size = fifo.make(path)
+    text = json.dumps({"devices": ["x" * 2000]}).encode()
+    anchor = fifo.arm(path, size)
+    thread = writer(path, text)
+    await_true(lambda: fifo.pending(path) == size, "never full")
+    closing = threading.Thread(target=lambda: (thread.join(), os.close(anchor)))
+    closing.start()
+    found, is_over = fifo.drain(path, 30.0)
+    closing.join()
+    assert is_over
+    assert json.loads(found)["devices"] == ["x" * 2000]
 
 
 def test_a_reader_is_seen_and_its_end_too(path: Path) -> None:
@@ -98,7 +113,7 @@ def test_what_is_not_there_holds_nobody(path: Path) -> None:
     assert fifo.pending(path) == 0
     assert not fifo.has_reader(path)
     with pytest.raises(FileNotFoundError):
-        fifo.drain(path)
+        fifo.drain(path, 0.0)
 
 
 def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:

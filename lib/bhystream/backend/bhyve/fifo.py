@@ -3,7 +3,7 @@
     make()   a FIFO, and how many bytes it takes
     arm()    full but for one byte, so that bhyve's write of FILE.meta begins and does not end
     full     bhyve stands in that write: FIONREAD says so
-    drain()  the write ends, and the guest runs on
+    drain()  the write ends, and the guest runs on; at its end bhyve has closed it
 
 What is in a FIFO lives as long as somebody has it open.  bhyve has it open
 twice: as its own FILE.meta, and as the descriptor that the request brought
@@ -28,6 +28,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import struct
 import termios
 from pathlib import Path
@@ -62,7 +63,7 @@ def arm(path: Path, full_bytes: int) -> int:
     """
     fd = _open(path, os.O_RDWR)
     try:
-        _read(fd)
+        _read_into(bytearray(), fd)
         if _write(fd, _FILLER * (full_bytes - 1)) != full_bytes - 1:
             raise OSError(errno.ENOBUFS, f"it takes less than {full_bytes} bytes now", str(path))
     except BaseException:
@@ -93,11 +94,22 @@ def pending_in(fd: int) -> int:
     return count
 
 
-def drain(path: Path) -> bytes:
-    """Read a FIFO until it is empty; return what was in it.  Raises OSError."""
+def drain(path: Path, limit_s: float) -> tuple[bytes, bool]:
+    """Read a FIFO until nobody has it open to write: (what was in it, whether that was so).
+
+    limit_s: how long to wait for more.  bhyve's copy of what the request
+    brought is open to write too.  Where nobody has it open at first, that is
+    not seen on FreeBSD: ask has_reader() before.  Raises OSError.
+    """
+    found = bytearray()
     fd = _open(path, os.O_RDONLY)
     try:
-        return _read(fd)
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while not _read_into(found, fd):
+            if not poll.poll(limit_s * 1000):
+                return bytes(found), False
+        return bytes(found), True
     finally:
         os.close(fd)
 
@@ -126,11 +138,11 @@ def _write(fd: int, data: bytes) -> int:
         return 0
 
 
-def _read(fd: int) -> bytes:
-    found = bytearray()
+def _read_into(found: bytearray, fd: int) -> bool:
+    """Read until a FIFO is empty; say whether nobody has it open to write."""
     try:
         while part := os.read(fd, _BLOCK_BYTES):
             found += part
     except BlockingIOError:
-        pass  # empty, and a writer is there
-    return bytes(found)
+        return False
+    return True

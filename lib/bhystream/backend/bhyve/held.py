@@ -50,6 +50,7 @@ _SETTLE_S = 10.0
 _END_S = 60.0
 _SUPERVISOR_S = 60.0
 _POLL_S = 0.005
+_WAIT_S = 0.1
 _ROLE = "source"
 _MOVED = "moved-by-bhysend"  # in run.lock, where the destination is not known
 _MAX_FIFO_BYTES = 16 << 20
@@ -251,19 +252,19 @@ class BhyveHeld:
         found = bytearray()
         meta = self._directory.files.meta
         end = time.monotonic() + _SERVED_S
-        while True:
-            try:
-                found += fifo.drain(meta)
-                if not fifo.has_reader(meta) or not self.is_alive():
+        try:
+            while fifo.has_reader(meta) and self.is_alive():
+                read, is_served = fifo.drain(meta, _WAIT_S)
+                found += read
+                if is_served:
                     break
-            except FileNotFoundError:
-                break
-            except OSError as error:
-                raise from_oserror(error, f"read {meta}") from None
-            if time.monotonic() > end:
-                self._settle()  # somebody else may have it open
-                break
-            time.sleep(_POLL_S)
+                if time.monotonic() > end:
+                    self._settle()  # somebody else may have it open
+                    break
+        except FileNotFoundError:
+            pass  # see _is_lost()
+        except OSError as error:
+            raise from_oserror(error, f"read {meta}") from None
         return bytes(found).lstrip()
 
     def _settle(self) -> None:

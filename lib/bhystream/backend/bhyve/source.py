@@ -169,7 +169,12 @@ class BhyveSource:
         the guest has not started runs from wherever its registers say.  Run on
         FreeBSD 15.1, emulated AMD: from address 0.
         """
-        if waiting := sorted(self._mapped.waiting_vcpus()):
+        try:
+            waiting = sorted(self._mapped.waiting_vcpus())
+        except GuestError:
+            self._require_alive()
+            raise
+        if waiting:
             which = ", ".join(map(str, waiting))
             raise IncompatibleError(
                 f"{self._who}: vcpus: {which} of {self._config.section['keys']['cpus']} were never"
@@ -324,8 +329,7 @@ class BhyveSource:
         raise GoneError(f"guest {self._name}: another guest has its name now")
 
     def _require_alive(self) -> None:
-        assert self._process is not None
-        if not is_alive(self._process):
+        if self._process and not is_alive(self._process):
             raise GoneError(f"guest {self._name}: its bhyve has ended meanwhile")
 
     # The pause.
