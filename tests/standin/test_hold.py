@@ -99,15 +99,15 @@ def test_anybody_releases_a_hold(host: Rig) -> None:
     with Hold(host) as hold:
         hold.ask()
         hold.await_held()
-        wanted = hold.capacity + 1000
-        subprocess.run([sys.executable, "-c", _READER, hold.path, str(wanted)], check=True)
+        wanted = str(hold.capacity + 1000)
+        subprocess.run([sys.executable, "-c", _READER, str(hold.path), wanted], check=True)
         await_true(hold.has_ended, "the handler stands")
     goes_on(host)
 
 
 def test_a_hold_outlives_all_of_ours(host: Rig) -> None:
     guest = host.start("g")
-    holder = subprocess.run([sys.executable, "-c", _HOLDER, host.directory, "anchored"])
+    holder = subprocess.run([sys.executable, "-c", _HOLDER, str(host.directory), "anchored"])
     assert holder.returncode == -9
     path = host.snapshot("g").meta
     assert fifos_of(guest.pid, path) == 2
@@ -125,7 +125,8 @@ def test_without_the_anchor_the_last_readers_death_is_the_guests(host: Rig, how:
     guest = host.start("g")
     if how == "ignored":
         host.settings(fail=["no-anchor"])
-    words = [sys.executable, "-c", _HOLDER, host.directory, "bare" if how == "bare" else "anchored"]
+    is_anchored = "bare" if how == "bare" else "anchored"
+    words = [sys.executable, "-c", _HOLDER, str(host.directory), is_anchored]
     assert subprocess.run(words).returncode == -9
     assert guest.await_exit() == -13
     assert host.host.exists("g")

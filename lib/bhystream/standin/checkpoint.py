@@ -28,6 +28,7 @@ from .saving import Saving, complain
 from .settings import Settings, read_settings
 
 _BACKLOG = 10
+_SUN_PATH_BYTES = 103  # FreeBSD's sys/un.h, without the NUL
 # FreeBSD's words for what nvlist_recv(3) leaves in errno.
 _NOT_CONNECTED = "Socket is not connected"
 
@@ -56,8 +57,11 @@ class CheckpointServer:
         self._busy = threading.Lock()
 
     def start(self) -> None:
-        """Bind the socket and serve it.  Raises OSError."""
-        path = self._directory / "run" / self._name
+        """Bind the socket and serve it.  A path that is too long is cut.  Raises OSError."""
+        whole = os.fsencode(self._directory / "run" / self._name)
+        path = Path(os.fsdecode(whole[:_SUN_PATH_BYTES]))
+        if path.parent != self._directory / "run":
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), os.fsdecode(whole))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -95,6 +95,9 @@ class Guest:
         self.memory = memory
         self.devices = devices
         self.ncpus = ncpus
+        # No CPU enters a guest whose registers are all 0.  Source: the AMD64 manual,
+        # volume 2, 15.5.1: EFER.SVME 0; the Intel manual, volume 3, 26.3: CR4.VMXE 0.
+        self.can_enter = True
         self._show_waiting = show_waiting
         self._unstarted: range = range(0)
         self._gate = gate
@@ -185,6 +188,8 @@ class Guest:
 
     def load_kernel(self, name: str, blob: bytes) -> None:
         """Take over the blob of a kernel structure; checked when the guest starts."""
+        if name == "vmcx" and not any(blob):
+            self.can_enter = False
         self._restored[name] = unpack_blob(blob)
         if name == "vhpet":
             self._timer.take(self._restored[name])

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import NoReturn
 
 from .below import open_below
 from .devices import Device
@@ -237,3 +239,9 @@ def complain(text: str) -> None:
     with suppress(OSError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
+
+
+def abort() -> NoReturn:
+    """End as bhyve does where it does not know on, by SIGABRT; without a core file."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.abort()

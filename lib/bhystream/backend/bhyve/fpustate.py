@@ -9,31 +9,22 @@ file as long as that lasts.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from typing import Any
 
 from bhystream.backend.base import State
+from bhystream.backend.bhyve import fpu
 from bhystream.backend.bhyve.host import Host
+from bhystream.backend.bhyve.lent import NotPutBackError
+from bhystream.backend.bhyve.memory import system_memory
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.errors import AccessError, GuestError, from_oserror
 
 
-def _module() -> Any:
-    try:
-        return importlib.import_module("bhystream.backend.bhyve.fpu")
-    except ModuleNotFoundError:
-        return None
-
-
 def reasons(host: Host, name: str, ncpus: int) -> list[str]:
     """Return why the FPU of a running guest's vCPUs cannot be carried, as far as that is known."""
-    fpu = _module()
-    if fpu is None:
-        return []
     vm = host.open_vm(name)
     try:
-        return list(fpu.carriable(vm, ncpus))
+        return fpu.carriable(vm, ncpus)
     finally:
         vm.close()
 
@@ -43,19 +34,16 @@ def save(
 ) -> tuple[Sequence[State], Sequence[str]]:
     """Store the FPU of a guest that stands held: its states, and what could not be stored and why.
 
-    Raises fpu.NotPutBackError where registers or memory were not put back: then
-    the guest must not be let go, and directory.is_spoiled() says so.
+    Raises NotPutBackError: then the guest must not be let go, and
+    directory.is_spoiled() says so.
     """
-    fpu = _module()
-    if fpu is None:
-        return [], []
     try:
         directory.spoil()
     except OSError as error:
         return [], [f"fpu: {from_oserror(error, f'write into {directory.path}')}"]
     try:
-        saved = _save(fpu, host, name, ncpus)
-    except fpu.NotPutBackError:
+        saved = _save(host, name, ncpus)
+    except NotPutBackError:
         raise
     except (GuestError, AccessError) as error:
         directory.unspoil()
@@ -67,11 +55,11 @@ def save(
     return saved.states, saved.reasons
 
 
-def _save(fpu: Any, host: Host, name: str, ncpus: int) -> Any:
+def _save(host: Host, name: str, ncpus: int) -> fpu.Saved:
     vm = host.open_vm(name, is_writable=True)
     try:
-        low_bytes = next(one.length_bytes for one in vm.maps() if one.gpa == 0)
-        memory = vm.map(0, low_bytes, is_writable=True)
+        lowmem = system_memory(vm.maps(), f"guest {name}")[0]
+        memory = vm.map(lowmem.gpa, lowmem.length_bytes, is_writable=True)
         try:
             return fpu.save(vm, memory, ncpus)
         finally:

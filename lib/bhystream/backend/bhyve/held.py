@@ -358,4 +358,4 @@ class BhyveHeld:
 
 def starts_again(guest: VmBhyveGuest) -> bool:
     """Say whether vm-bhyve starts a guest again that has failed.  Raises BhyError."""
-    return guest.conf().get("on_fault", "").strip().lower() == "restart"
+    return guest.conf().get("on_fault", "shutdown") == "restart"

@@ -29,10 +29,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bhystream.backend.base import Head, Prepared
-from bhystream.backend.bhyve import fifo, fpustate, identity, snapshot, verdict, vmbhyve
+from bhystream.backend.bhyve import backing, fifo, fpustate, identity, snapshot, verdict, vmbhyve
 from bhystream.backend.bhyve.checkpoint import Checkpoint, Outcome
 from bhystream.backend.bhyve.config import GuestConfig, devices, parse, split
-from bhystream.backend.bhyve.held import BhyveHeld, HeldRecord, starts_again
+from bhystream.backend.bhyve.held import BhyveHeld, HeldRecord
 from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.rehearsal import (
@@ -106,22 +106,10 @@ class BhyveSource:
         self._require_started()
         self._process = self._listener()
         hard, soft = verdict.source_reasons(
-            host, self._process.pid, is_managed=self._manager is not None
+            host, self._process.pid, manager=self._manager
         )
-        hard += self._supervisor_reasons()
         if reasons := hard + ([] if force else soft):
             raise IncompatibleError(f"guest {name}: {reasons[0]}", "\n".join(reasons[1:]))
-
-    def _supervisor_reasons(self) -> list[str]:
-        """Say why the end of its process would make vm-bhyve start it again."""
-        if not self._manager or self._host.knows_suspending_lock():
-            return []
-        if not starts_again(self._manager):
-            return []
-        return [
-            "on_fault: it is 'restart', and this host's vm-bhyve is older than 1.7.0: it would"
-            " start the guest again when it has moved; update it, or let on_fault be 'shutdown'"
-        ]
 
     def _listener(self) -> Identity:
         """Return the process that serves the guest's checkpoint socket, and has said so."""
@@ -194,7 +182,7 @@ class BhyveSource:
 
     def head(self) -> Head:
         """Return what goes into the head sections."""
-        section = self._config.section
+        section = backing.described(self._host, self._config)
         return Head(identity.describe(self._host), self._mapped.layout, section, devices(section))
 
     @property
