@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from bhystream.backend.base import State
-from bhystream.backend.bhyve import fpustate, held, rehearsal, snapshot, source
+from bhystream.backend.bhyve import fpu, held, rehearsal, snapshot, source
 from bhystream.backend.bhyve.checkpoint import Checkpoint, UnansweredError, settle
 from bhystream.backend.bhyve.held import open_held
+from bhystream.backend.bhyve.lent import NotPutBackError
 from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.errors import GoneError, GuestError, IncompatibleError
 from bhystream.standin.kernel import StandinHost
@@ -518,44 +520,32 @@ def test_room_that_vanishes_in_the_pause_leaves_the_guest_running(
 # The FPU.
 
 
-class Fpu:
-    """What fpu.py offers."""
+def with_fpu(patch: pytest.MonkeyPatch, raises: BaseException | None = None) -> None:
+    """Let fpu.py find one vCPU's registers, or fail."""
 
-    class NotPutBackError(GuestError):
-        pass
+    def save(vm: object, memory: mmap.mmap, ncpus: int) -> fpu.Saved:
+        assert len(memory) == 64 << 20 and ncpus == 2
+        if raises:
+            raise raises
+        return fpu.Saved((FPU_0,), ("vCPU 1 is not carried",))
 
-    def __init__(self, raises: Exception | None = None) -> None:
-        self._raises = raises
-
-    def carriable(self, vm: object, ncpus: int) -> list[str]:
-        return [f"fpu: of {ncpus}"]
-
-    def save(self, vm: object, memory: memoryview, ncpus: int) -> object:
-        assert len(memory) == 64 << 20
-        if self._raises:
-            raise self._raises
-
-        class Saved:
-            states = (State("fpu/0", b"x", is_optional=True),)
-            reasons = ("fpu: vCPU 1 is not in long mode",)
-
-        return Saved()
+    patch.setattr(fpu, "carriable", lambda vm, ncpus: [f"fpu: of {ncpus}"])
+    patch.setattr(fpu, "save", save)
 
 
-def with_fpu(patch: pytest.MonkeyPatch, made: Fpu) -> None:
-    patch.setattr(fpustate, "_module", lambda: made)
+FPU_0 = State("fpu/0", b"x", is_optional=True)
 
 
 def test_the_fpu_s_states_are_the_last_and_its_reasons_are_told(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_fpu(monkeypatch, Fpu())
+    with_fpu(monkeypatch)
     two.start()
     made, _ = two.prepared()
     assert "fpu: of 2" in made.warnings()
     paused = made.pause()
-    assert paused.states()[-1] == State("fpu/0", b"x", is_optional=True)
-    assert paused.reasons == ["fpu: vCPU 1 is not in long mode"]
+    assert paused.states()[-1] == FPU_0
+    assert paused.reasons == ["vCPU 1 is not carried"]
     paused.resume()
     made.close()
     two.assert_runs_on()
@@ -564,7 +554,7 @@ def test_the_fpu_s_states_are_the_last_and_its_reasons_are_told(
 def test_an_fpu_that_cannot_be_stored_is_no_failure_of_the_move(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_fpu(monkeypatch, Fpu(GuestError("cannot run it")))
+    with_fpu(monkeypatch, GuestError("cannot run it"))
     two.start()
     made, _ = two.prepared()
     paused = made.pause()
@@ -578,7 +568,7 @@ def test_an_fpu_that_cannot_be_stored_is_no_failure_of_the_move(
 def test_a_guest_whose_registers_were_not_put_back_is_not_let_go(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_fpu(monkeypatch, Fpu(Fpu.NotPutBackError("vCPU 0: its registers are not what they were")))
+    with_fpu(monkeypatch, NotPutBackError("vCPU 0: its registers are not what they were"))
     guest = two.start()
     made, record = two.prepared()
     with pytest.raises(GuestError, match="vCPU 0: its registers are not"):
@@ -595,7 +585,7 @@ def test_a_guest_whose_registers_were_not_put_back_is_not_let_go(
 def test_an_interrupt_while_the_fpu_is_stored_lets_the_guest_go(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_fpu(monkeypatch, Fpu(KeyboardInterrupt()))  # type: ignore[arg-type]
+    with_fpu(monkeypatch, KeyboardInterrupt())
     two.start()
     made, _ = two.prepared()
     with pytest.raises(KeyboardInterrupt):

@@ -72,11 +72,18 @@ class StandinVm:
         """Return the vCPUs that wait in bhyve."""
         return frozenset(node.read_map(self._directory, self._name).waiting)
 
-    def map(self, gpa: int, length_bytes: int) -> mmap.mmap:
-        """Map one entry of system memory, read-only."""
+    def registers(self, vcpu: int, numbers: Sequence[int]) -> list[int]:
+        """Refuse: there are none yet."""
+        raise GuestError(f"vCPU {vcpu} has no registers")
+
+    def map(self, gpa: int, length_bytes: int, *, is_writable: bool = False) -> mmap.mmap:
+        """Map one entry of system memory."""
         if not any(m.segid == 0 and m.gpa == gpa for m in self._read.maps):
             raise GuestError(f"VM {self._name} has no system memory at {gpa:#x}")
         try:
+            if is_writable:
+                with open(node.node_path(self._directory, self._name), "r+b") as file:
+                    return mmap.mmap(file.fileno(), length_bytes, offset=gpa)
             return mmap.mmap(self._fd, length_bytes, prot=mmap.PROT_READ, offset=gpa)
         except (OSError, ValueError) as error:
             raise GuestError(f"cannot map {gpa:#x} of VM {self._name}: {error}") from error
@@ -242,7 +249,7 @@ class StandinHost:
             raise from_oserror(error, f"look at VM {name}") from error
         return f"{found.st_dev}:{found.st_ino}"
 
-    def open_vm(self, name: str) -> StandinVm:
+    def open_vm(self, name: str, *, is_writable: bool = False) -> StandinVm:
         """Open a VM.  Raises GuestError where there is none."""
         return StandinVm(self._directory, name)
 

@@ -25,6 +25,8 @@ def reasons(host: Host, name: str, ncpus: int) -> list[str]:
     vm = host.open_vm(name)
     try:
         return fpu.carriable(vm, ncpus)
+    except GuestError as error:
+        return [f"fpu: {error}"]
     finally:
         vm.close()
 

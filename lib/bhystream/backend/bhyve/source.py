@@ -105,9 +105,7 @@ class BhyveSource:
         self._compare()
         self._require_started()
         self._process = self._listener()
-        hard, soft = verdict.source_reasons(
-            host, self._process.pid, manager=self._manager
-        )
+        hard, soft = verdict.source_reasons(host, self._process.pid, manager=self._manager)
         if reasons := hard + ([] if force else soft):
             raise IncompatibleError(f"guest {name}: {reasons[0]}", "\n".join(reasons[1:]))
 
