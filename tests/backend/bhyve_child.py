@@ -9,7 +9,7 @@ at a point:
     asked       when it was sent
     storing     while the FPU is stored
     held        when the guest stands held
-    releasing   while it lets the guest go again
+    releasing   when it has read, once, what is in the FIFO
     released    behind that, with the directory still there
 """
 
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bhystream.backend.bhyve import fifo, fpustate
+from bhystream.backend.bhyve import fifo, fpu
 from bhystream.backend.bhyve.checkpoint import Checkpoint
 from bhystream.backend.bhyve.hosts import open_host
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
@@ -52,8 +52,7 @@ def main() -> None:
 
     Checkpoint.request = request  # type: ignore[method-assign]
     if point == "storing":
-        fpustate._module = lambda: fpustate
-        fpustate._save = die
+        fpu.save = die
     source = BhyveSource(open_host(), "g", Path(base), config, force=False)
     print(json.dumps(dict(source.prepare(ID).record)), flush=True)
     if point == "prepared":
@@ -62,7 +61,8 @@ def main() -> None:
     if point == "held":
         die()
     if point == "releasing":
-        fifo.has_reader = die
+        real = fifo.drain
+        fifo.drain = lambda path, limit_s: die(real(path, 0.0))
     SnapshotDir.remove = die  # type: ignore[method-assign]
     held.resume()
 

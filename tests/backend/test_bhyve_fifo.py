@@ -116,6 +116,11 @@ def test_what_is_not_there_holds_nobody(path: Path) -> None:
         fifo.drain(path, 0.0)
 
 
+def test_another_file_has_nothing_pending(path: Path) -> None:
+    path.write_text("{}")
+    assert fifo.pending(path) == 0
+
+
 def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:
     fifo.make(tmp_path / "other")
     path.symlink_to(tmp_path / "other")

@@ -29,6 +29,7 @@ import errno
 import fcntl
 import os
 import select
+import stat
 import struct
 import termios
 from pathlib import Path
@@ -79,11 +80,7 @@ def pending(path: Path) -> int:
     except FileNotFoundError:
         return 0
     try:
-        return pending_in(fd)
-    except OSError as error:
-        if error.errno != errno.ENOTTY:
-            raise
-        return 0
+        return pending_in(fd) if stat.S_ISFIFO(os.fstat(fd).st_mode) else 0
     finally:
         os.close(fd)
 
