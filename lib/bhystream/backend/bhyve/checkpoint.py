@@ -40,6 +40,7 @@ What the reply to a checkpoint holds in 16 was not found.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -109,6 +110,7 @@ class Checkpoint:
         self._path = run_dir / name
         self._socket = _connect(self._path, who, limit_s)
         self.served_ns = 0
+        self._has_asked = False
         try:
             self.identity: Identity = identify(peer_pid(self._socket, "bhyve"), "bhyve")
             # Now: to look for a process takes time, and later the guest stands.
@@ -142,6 +144,7 @@ class Checkpoint:
         self._send(_SYNC)
 
     def _send(self, pairs: dict[str, nvlist.Value]) -> None:
+        self._has_asked = True
         try:
             ours = Descriptor(self._socket.fileno())
             nvlist.send(self._socket, {**pairs, "bhysend-reply": ours})
@@ -217,7 +220,10 @@ class Checkpoint:
             return is_alive(self.identity)
 
     def close(self) -> None:
-        """End the connection.  Twice is no error."""
+        """End the connection, with a word if none was said.  Twice is no error."""
+        if not self._has_asked:
+            with contextlib.suppress(GuestError):
+                self.sync()
         self._socket.close()
         if self._ending is not None:
             self._ending.close()
