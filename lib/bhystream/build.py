@@ -28,7 +28,7 @@ from pathlib import Path
 
 from bhystream import format as fmt
 from bhystream import handshake, hold, hypervisors, state
-from bhystream.backend.base import PAGE_BYTES, Destination, Head, Segment, Sink
+from bhystream.backend.base import PAGE_BYTES, Head, Segment, Sink, Target
 from bhystream.errors import (
     BhyError,
     GuestError,
@@ -39,8 +39,6 @@ from bhystream.errors import (
 )
 from bhystream.format import Form, RoundEnd
 from bhystream.handshake import GO_SECONDS, Act, Event, Machine, There
-from bhystream.hole import punch
-from bhystream.page import scatter
 from bhystream.reply import Reply, TimedInput
 from bhystream.report import Console, Progress, duration, size
 from bhystream.signals import Signals
@@ -111,7 +109,7 @@ class Build:
         self.sink: Sink | None = None
         self.lock: state.Lock | None = None
         self.stream_lock: state.Lock | None = None
-        self.destinations: Sequence[Destination] = ()
+        self.targets: Sequence[Target] = ()
         self.starts: list[int] = []
         self.name = ""
         self.operand = ""
@@ -198,23 +196,18 @@ class Build:
             self.console, self.name, page, verbose=self.opts.verbose, machine=self.opts.machine
         )
         self.signals.on_report = self.progress.report
-        self.destinations = self.sink.open()
+        self.targets = self.sink.open(b"")
         if self.reply:
             self.source.on_quiet = None
             self.reply.say("ACCEPT")
             self.accepted = True
 
     def write_pages(self, event: Pages) -> None:
-        """Put pages where they belong, and holes where they are zero."""
-        to = self.destinations[event.segment]
+        """Put pages where they belong."""
         base = self.starts[event.segment]
         npages = self.layout[event.segment].npages
         try:
-            scatter(to.fd, to.offset_bytes, base, npages, event.extents, event.pages)
-            for first, count, kind in fmt.EXTENT.iter_unpack(event.extents):
-                if kind == fmt.KIND_ZERO:
-                    start = to.offset_bytes + (first - base) * PAGE_BYTES
-                    punch(to.fd, start, count * PAGE_BYTES)
+            self.targets[event.segment].place(base, npages, event.extents, event.pages)
         except OSError as error:
             raise from_oserror(error, f"write the memory of guest {self.name}") from error
         self.report_pages(event)

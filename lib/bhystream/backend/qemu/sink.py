@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bhystream import hole
-from bhystream.backend.base import Destination, Head, Json, State
+from bhystream.backend.base import Head, Json, State
 from bhystream.backend.qemu import facts, host, migration, ram, verdict
 from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.empty import Empty
@@ -34,6 +34,7 @@ from bhystream.backend.qemu.resources import Resources
 from bhystream.backend.qemu.source import MAX_STATE_BYTES, revive_json
 from bhystream.backend.qemu.validate import validate
 from bhystream.errors import BhyError, GuestError, IncompatibleError, InternalError, UsageError
+from bhystream.target import FileTarget
 
 
 class QemuSink:
@@ -168,8 +169,8 @@ class QemuSink:
 
     # ---- open
 
-    def open(self) -> Sequence[Destination]:
-        """Start or take over the empty QEMU; return its RAM file, all zero."""
+    def open(self, plan: bytes) -> Sequence[FileTarget]:
+        """Start or take over the empty QEMU; return its RAM file, all zero.  plan: not needed."""
         config = self._known()
         size_bytes = config["memory"]["size_bytes"]
         if self._qmp is None:
@@ -190,7 +191,7 @@ class QemuSink:
             # Mappings see the zeros too: right also for a QEMU that waits.
             hole.punch(self._ram_fd, 0, size_bytes)
         self._prepare(qmp)
-        return [Destination(self._ram_fd, 0)]
+        return [FileTarget(self._ram_fd, 0)]
 
     def _prepare(self, qmp: Qmp) -> None:
         """Set what the load needs, before the source pauses.
