@@ -25,7 +25,7 @@ from .travel import Host, Place, Traveller, is_gone
 
 # What 14 and 15 do differently.  Source: dossier, sections 3 and 4.
 GENERATIONS: dict[int, dict[str, Any]] = {
-    4: {"generation": 4, "suspend_status": 0, "node_left": True},
+    4: {"generation": 4},
     5: {"generation": 5},
 }
 # Of a host that has room for whatever a test wants to move.

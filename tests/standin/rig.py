@@ -278,15 +278,25 @@ class Rig:
     def __init__(self, **settings: Any) -> None:
         base = Path("/dev/shm")
         base = base if os.access(base, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
-        self.directory = Path(tempfile.mkdtemp(prefix="si", dir=base))
-        self.host = StandinHost(self.directory)
-        self._settings: dict[str, Any] = {}
-        self._guests: list[Guest] = []
+        self._begin(Path(tempfile.mkdtemp(prefix="si", dir=base)))
         for name in ("net", "run", "vmm", "vm", "s"):
             (self.directory / name).mkdir()
         self.rom = self.directory / "rom"
         self.rom.write_bytes(b"rom")
         self.settings(**settings)
+
+    @classmethod
+    def at(cls, directory: Path) -> Self:
+        """Return the host of another process, to be used there and not closed."""
+        found = cls.__new__(cls)
+        found._begin(directory)
+        return found
+
+    def _begin(self, directory: Path) -> None:
+        self.directory = directory
+        self.host = StandinHost(directory)
+        self._settings: dict[str, Any] = {}
+        self._guests: list[Guest] = []
 
     def __enter__(self) -> Self:
         return self

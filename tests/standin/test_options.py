@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -154,16 +155,23 @@ def test_without_a_boot_rom_somebody_must_have_made_the_vm(host: Rig) -> None:
         (["-s", "3,virtio-net,tap99"], "tap99"),
         (["-s", "3,virtio-toaster"], "virtio-toaster"),
         (["-m", "1X"], "1X"),
-        (["-o", "standin.rate=x"], "'x'"),
     ],
 )
-def test_a_start_without_what_it_needs_leaves_no_vm(
+def test_a_start_without_what_it_needs_leaves_a_vm_that_the_next_one_takes(
     host: Rig, arguments: list[str], message: str
 ) -> None:
     guest = host.run("-o", f"lpc.bootrom={host.rom}", *arguments, "g")
     assert guest.await_exit() == 4
     assert message in guest.stderr()
-    assert not list((host.directory / "vmm").iterdir())
+    assert host.host.exists("g") == (arguments[0] != "-m")
+    host.start("g").console.await_sweeps(1)
+
+
+@pytest.mark.parametrize("key", ["standin.rate=x", "standin.waiting=2", "standin.waiting=-1"])
+def test_a_guest_of_no_sense_is_refused(host: Rig, key: str) -> None:
+    guest = host.run("-o", f"lpc.bootrom={host.rom}", "-c", "2", "-o", key, "g")
+    assert guest.await_exit() == 4
+    assert repr(key.partition("=")[2]) in guest.stderr()
 
 
 def test_a_second_bhyve_of_the_name_is_refused_and_harms_nothing(host: Rig) -> None:
@@ -201,8 +209,25 @@ def test_no_argument_says_what_vm_bhyve_greps_for(host: Rig) -> None:
     assert b"bhyve:" not in Path(f"/proc/{guest.pid}/cmdline").read_bytes()
 
 
-def test_a_name_too_long_for_a_socket_runs_without_one(host: Rig) -> None:
+def test_a_name_too_long_for_a_socket_is_cut_in_its_path(host: Rig) -> None:
     name = "n" * 120
-    guest = host.start(name)
-    guest.console.await_sweeps(1)
-    assert "checkpoint thread" in guest.stderr()
+    host.start(name).console.await_sweeps(1)
+    room = 103 - len(f"{host.directory}/run/")
+    assert [path.name for path in (host.directory / "run").iterdir()] == ["n" * room]
+
+
+def test_no_place_for_the_socket_ends_bhyve(host: Rig) -> None:
+    host.start("g").kill()
+    host.host.destroy("g")
+    (host.directory / "run" / "g").unlink()
+    (host.directory / "run").rmdir()
+    (host.directory / "run").touch()
+    guest = host.launch("g")
+    assert guest.await_exit() == 71
+    assert "Failed to start checkpoint thread" in guest.stderr()
+
+
+def test_sigusr1_has_the_guest_reboot(host: Rig) -> None:
+    guest = host.start("g")
+    guest.process.send_signal(signal.SIGUSR1)
+    assert guest.await_exit() == 0

@@ -22,12 +22,15 @@ def snapshot(host: Rig) -> Snapshot:
 
 
 def refused(host: Rig, snapshot: Snapshot, status: int, spec: Spec | None = None) -> str:
-    """Restore, expect the status and no VM, and return the message."""
+    """Restore, expect the status and a guest that never ran; return the message.
+
+    The VM is destroyed, if one was left.
+    """
     guest = host.launch("g", spec, snapshot.path)
     assert guest.await_exit() == status, guest.stderr()
-    assert not host.host.exists("g")
     assert guest.console.lines() == []
     assert host.pid("g") is None
+    host.host.destroy("g")
     return guest.stderr()
 
 
@@ -37,44 +40,109 @@ def edit_meta(snapshot: Snapshot, **basic: Any) -> None:
     snapshot.meta.write_text(json.dumps(meta))
 
 
-@pytest.mark.parametrize("suffix", ["", ".kern", ".meta"])
-def test_an_empty_file_is_refused(host: Rig, snapshot: Snapshot, suffix: str) -> None:
-    os.truncate(f"{snapshot.path}{suffix}", 0)
-    assert "empty" in refused(host, snapshot, 1)
+_WORDS = {"": "guest RAM", ".kern": "guest kernel data", ".meta": "guest metadata"}
 
 
 @pytest.mark.parametrize("suffix", ["", ".kern", ".meta"])
-def test_a_missing_file_is_refused(host: Rig, snapshot: Snapshot, suffix: str) -> None:
-    os.unlink(f"{snapshot.path}{suffix}")
-    assert "No such file" in refused(host, snapshot, 1)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_file_that_is_empty_or_missing_is_refused_before_a_vm_is_made(
+    host: Rig, snapshot: Snapshot, suffix: str, is_there: bool
+) -> None:
+    path = Path(f"{snapshot.path}{suffix}")
+    path.unlink()
+    if is_there:
+        path.touch()
+    guest = host.launch("g", restore=snapshot.path)
+    assert guest.await_exit() == 1
+    assert f"Failed to load {_WORDS[suffix]} file." in guest.stderr()
+    assert f"Failed to read checkpoint info from file: '{snapshot.path}'." in guest.stderr()
+    assert not host.host.exists("g")
 
 
 @pytest.mark.parametrize("change", [-4096, 4096])
 def test_an_image_of_another_size_is_refused(host: Rig, snapshot: Snapshot, change: int) -> None:
     os.truncate(snapshot.path, (64 << 20) + change)
-    assert "mem size mismatch" in refused(host, snapshot, 1)
+    text = refused(host, snapshot, 1)
+    assert f"mem size mismatch: {64 << 20} vs {(64 << 20) + change}" in text
+    assert "Failed to restore VM memory." in text
 
 
 def test_a_meta_file_that_is_cut_off_is_refused(host: Rig, snapshot: Snapshot) -> None:
     snapshot.meta.write_text(snapshot.meta.read_text()[:-20])
-    refused(host, snapshot, 65)
+    assert "Failed to parse metadata file" in refused(host, snapshot, 1)
 
 
-def test_a_kern_file_that_is_cut_off_is_refused(host: Rig, snapshot: Snapshot) -> None:
+@pytest.mark.parametrize(("key", "status"), [("ncpus", 1), ("memsize", 4)])
+def test_a_meta_file_without_a_number_is_refused(
+    host: Rig, snapshot: Snapshot, key: str, status: int
+) -> None:
+    edit_meta(snapshot, **{key: 0})
+    refused(host, snapshot, status)
+
+
+def test_a_blob_outside_of_kern_is_an_assertion(host: Rig, snapshot: Snapshot) -> None:
     os.truncate(snapshot.kern, snapshot.kern.stat().st_size - 1)
-    assert "outside" in refused(host, snapshot, 65)
+    assert "Assertion failed" in refused(host, snapshot, -6)
 
 
 def test_a_device_that_is_not_in_the_snapshot_is_refused(host: Rig, snapshot: Snapshot) -> None:
     spec = Spec(devices=(*Spec().devices, ("0.9.0", "virtio-rnd")))
-    assert "virtio-rnd@pci.0.9.0" in refused(host, snapshot, 1, spec)
+    text = refused(host, snapshot, 1, spec)
+    assert "Failed to lookup dev: virtio-rnd@pci.0.9.0" in text
+    assert "Failed to restore PCI device state." in text
 
 
 def test_a_kernel_structure_that_is_missing_is_refused(host: Rig, snapshot: Snapshot) -> None:
     meta = snapshot.read_meta()
     meta["kern_structs"] = [entry for entry in meta["kern_structs"] if entry["device"] != "vlapic"]
     snapshot.meta.write_text(json.dumps(meta))
-    assert "vlapic" in refused(host, snapshot, 1)
+    assert "Cannot find kern struct vlapic" in refused(host, snapshot, 65)
+
+
+@pytest.mark.parametrize(
+    ("said", "keys"),
+    [
+        ({"can_delete": False}, {}),
+        ({"is_writable": False}, {}),
+        ({}, {"pci.0.3.0.ro": "true"}),
+        ({}, {"pci.0.4.0.mtu": "1400"}),
+    ],
+)
+def test_a_device_with_other_constants_is_refused(
+    host: Rig, snapshot: Snapshot, said: dict[str, bool], keys: dict[str, str]
+) -> None:
+    if said:
+        host.settings(disks={str(host.directory / "g-0-3-0.img"): said})
+    name = "virtio-net@pci.0.4.0" if "pci.0.4.0.mtu" in keys else "virtio-blk@pci.0.3.0"
+    text = refused(host, snapshot, 1, Spec(keys=keys))
+    assert f"Failed to restore dev: {name} 22" in text
+
+
+def test_a_disk_of_another_size_is_not_noticed(host: Rig, snapshot: Snapshot) -> None:
+    (host.directory / "g-0-3-0.img").write_bytes(bytes(8192))
+    host.start("g", restore=snapshot.path).console.await_sweeps(1)
+
+
+def test_a_restore_that_fails_leaves_a_vm_that_no_bhyve_takes(
+    host: Rig, snapshot: Snapshot
+) -> None:
+    host.settings(fail=["restore"])
+    assert host.launch("g", restore=snapshot.path).await_exit() == 65
+    assert host.host.exists("g")
+    host.settings(fail=[])
+    again = host.launch("g", restore=snapshot.path)
+    assert again.await_exit() == 4
+    assert "Device busy" in again.stderr()
+    host.host.destroy("g")
+    host.start("g", restore=snapshot.path).console.await_sweeps(1)
+
+
+def test_a_restore_runs_a_vcpu_that_was_never_started(host: Rig) -> None:
+    spec = Spec(cpus=2, keys={"standin.waiting": "1"})
+    host.start("g", spec).console.await_sweeps(1)
+    snapshot = host.suspend("g")
+    again = host.launch("g", spec, snapshot.path)
+    assert again.console.await_wrong("vcpu 1: ran without a SIPI")
 
 
 def test_memory_and_vcpus_of_the_snapshot_override_those_given(
@@ -110,6 +178,15 @@ def test_the_holes_of_an_image_stay_holes(host: Rig) -> None:
     assert (host.directory / "vmm" / "g").stat().st_blocks * 512 < 32 << 20
 
 
+def test_highmem_is_read_from_behind_lowmem(host: Rig) -> None:
+    spec = Spec(memory="4G", touched="8M")
+    guest = host.start("g", spec)
+    guest.console.await_sweeps(1)
+    again = host.start("g", spec, host.suspend("g").path)
+    again.console.await_sweeps(1)
+    assert_unbroken(guest.console, again.console)
+
+
 def test_one_snapshot_is_restored_twice(host: Rig, snapshot: Snapshot) -> None:
     for _ in range(2):
         guest = host.start("g", restore=snapshot.path)
@@ -132,14 +209,14 @@ def test_a_restore_that_fails_before_the_socket_leaves_nothing(
 ) -> None:
     (host.directory / "run" / "g").unlink()
     host.settings(fail=["restore"])
-    refused(host, snapshot, 4)
+    refused(host, snapshot, 65)
     assert not (host.directory / "run" / "g").exists()
 
 
 def test_a_restore_that_fails_after_the_socket_never_ran(host: Rig, snapshot: Snapshot) -> None:
     (host.directory / "run" / "g").unlink()
     host.settings(fail=["restore-late"])
-    refused(host, snapshot, 4)
+    refused(host, snapshot, 71)
     assert (host.directory / "run" / "g").is_socket()
 
 

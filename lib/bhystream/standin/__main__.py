@@ -1,8 +1,10 @@
 """Start a guest, as bhyve is started: options, exit statuses, order of events.
 
-Exit status: bhyve(8)'s.  0 rebooted (or suspended, on hosts where that is 0),
-1 powered off, and command line errors; 4 error; 5 suspended; 65 a snapshot
-that cannot be parsed.
+Exit status: bhyve(8)'s.  0 rebooted (SIGUSR1 has the guest do it); 1 powered
+off, command line errors, and a snapshot that cannot be restored; 4 error; 5
+suspended; 65 kernel structures, 71 socket or time of a restore.
+
+As bhyve does, it lets SIGPIPE end it: a FIFO that it writes into must keep a reader.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, VMM_DIR, MemoryMap
 from bhystream.errors import BhyError, GuestError, UsageError
 
@@ -24,11 +28,15 @@ from .config import Config, parse
 from .devices import make_devices
 from .gate import Gate
 from .guest import Guest, boot_parameters
-from .restore import RestoreError, Snapshot, load_memory, load_state, open_snapshot
+from .restore import EX_DATAERR, RestoreError, Snapshot, load_devices, load_kernel, load_memory
+from .saving import abort, complain
 from .settings import read_settings
 
+REBOOTED = 0
 POWERED_OFF = 1
 ERROR = 4
+SUSPENDED = 5
+EX_OSERR = 71
 
 _WATCH_S = 0.1
 _MEM_F_INCORE, _MEM_F_WIRED = 0x01, 0x02  # vmmapi.h
@@ -45,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.is_set("config.dump"):
             sys.stdout.writelines(f"{key}={config.get(key)}\n" for key in sorted(config.keys))
             return 1
-        snapshot = open_snapshot(config.snapshot) if config.snapshot is not None else None
+        snapshot = Snapshot(config.snapshot) if config.snapshot is not None else None
     except UsageError as error:
         sys.stderr.write(f"bhyve: {error}\n{error.hint}" if str(error) else error.hint)
         return 0 if not str(error) else 1
@@ -68,70 +76,83 @@ class Machine:
         self._name = config.name or (snapshot.name if snapshot else "")
         self._exits: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._is_suspended = False
-        self._created = False
 
     def run(self) -> int:
         """Make or restore the guest, let it run, and return the exit status."""
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, lambda *_: self._exits.put(POWERED_OFF))
+        signal.signal(signal.SIGUSR1, lambda *_: self._exits.put(REBOOTED))
         try:
             guest = self._build()
             server = self._prepare(guest)
         except (BhyError, OSError) as error:
+            # Whatever ends bhyve but a suspend or a power-off leaves its VM.
             sys.stderr.write(f"{error}\n")
-            if self._created:
-                node.destroy(self._directory, self._name)
             return error.exit_status if isinstance(error, RestoreError) else ERROR
-        if server is not None:
-            with server.quiet():
-                guest.resume_vcpus()
-        else:
-            guest.resume_vcpus()
+        run_guest = guest.resume_vcpus if self._snapshot else guest.start_vcpus
+        with server.quiet():
+            if not guest.can_enter:
+                complain("vm exit: invalid guest state")
+                abort()
+            run_guest()
         return self._watch(guest)
 
     def _build(self) -> Guest:
-        """Make the VM, its memory and its devices, nothing of which runs yet."""
+        """Make the VM, its memory and its devices, nothing of which runs yet.
+
+        That its memory is mapped shows in its map; that its vCPUs are there,
+        suspended, shows there when its devices are.
+        """
         if not self._name:
             raise UsageError("virtual machine name must be given")
-        memsize, topology = self._size()
+        memsize, topology = self._config.memsize_bytes(), self._config.topology()
         self._take_vm()
+        if self._snapshot:
+            memsize, topology = self._restored_size(self._snapshot)
         has_log = read_settings(self._directory).dirty_log
         memory = node.Memory(self._directory, self._name, memsize, has_log=has_log)
         is_wired = self._config.is_set("memory.wired")
         maps = node.memory_maps(memsize, is_wired=is_wired, devices=self._device_memory())
-        written = node.Map(maps, topology, is_active=True)
-        node.write_map(self._directory, self._name, written)
+        mapped = node.Map(maps, topology, is_active=False)
+        node.write_map(self._directory, self._name, mapped)
         gate = Gate()
         devices = make_devices(self._config, memory, gate, self._directory)
         ncpus = topology[0] * topology[1] * topology[2]
-        return Guest(memory, devices, gate, ncpus)
+        active = replace(mapped, is_active=True, waiting=tuple(range(ncpus)))
+        node.write_map(self._directory, self._name, active)
+        return Guest(memory, devices, gate, ncpus, lambda cpus: self._show_waiting(memory, cpus))
 
-    def _size(self) -> tuple[int, tuple[int, int, int]]:
-        """Return memory and topology; those of a snapshot come before the configuration's."""
-        snapshot = self._snapshot
-        if snapshot is None:
-            return self._config.memsize_bytes(), self._config.topology()
+    def _restored_size(self, snapshot: Snapshot) -> tuple[int, tuple[int, int, int]]:
+        """Return memory and topology of a snapshot, which come before the configuration's."""
+        if snapshot.ncpus < 1:
+            raise RestoreError(f"Invalid guest vCPUs ({snapshot.ncpus})")
+        if snapshot.memsize_bytes < 1 or snapshot.memsize_bytes % PAGE_BYTES:
+            raise RestoreError("Unable to setup memory (22)", ERROR)
         topology = self._config.topology()
         if topology[0] * topology[1] * topology[2] != snapshot.ncpus:
             topology = (snapshot.ncpus, 1, 1)
         return snapshot.memsize_bytes, topology
 
     def _take_vm(self) -> None:
-        """Create the VM, or take the one that a loader made.  Raises GuestError."""
-        rom = self._config.get("lpc.bootrom")
-        if rom and not Path(rom).is_file():
-            raise GuestError(f"Error opening bootrom {rom!r}: No such file or directory")
+        """Create the VM, or take the one that a loader made.  Raises GuestError.
+
+        One whose vCPUs were activated and never stopped by the guest itself
+        is not taken.  Source: sys/dev/vmm/vmm_vm.c, vm_reinit(), FreeBSD 15.1, read.
+        """
+        rom = self._config.get("bootrom") or self._config.get("lpc.bootrom")
         if not node.node_path(self._directory, self._name).exists():
             if not rom:
                 raise GuestError("virtual machine cannot be booted")
             node.create(self._directory, self._name)
-            self._created = True
         elif node.read_map(self._directory, self._name).is_active:
-            what = "vm_reinit" if rom else "could not activate CPU 0"
+            what = "vm_openf" if rom else "could not activate CPU 0"
             raise GuestError(f"{what}: Device busy")
+        if rom and not Path(rom).is_file():
+            raise GuestError(f"Error opening bootrom {rom!r}: No such file or directory")
 
     def _device_memory(self) -> list[MemoryMap]:
         found = []
-        rom = self._config.get("lpc.bootrom")
+        rom = self._config.get("bootrom") or self._config.get("lpc.bootrom")
         if rom:
             length = -(-max(os.path.getsize(rom), 1) // 4096) * 4096
             found.append(MemoryMap(HIGHMEM_BASE_GPA - length, 1, 0, length, 5, False))
@@ -139,27 +160,46 @@ class Machine:
             found.append(MemoryMap(_FBUF_GPA, 2, 0, _FBUF_BYTES, 3, False))
         return found
 
-    def _prepare(self, guest: Guest) -> CheckpointServer | None:
+    def _prepare(self, guest: Guest) -> CheckpointServer:
         """Fill the guest; then the socket appears.  No vCPU runs before run() lets it."""
-        fail = read_settings(self._directory).fail if self._snapshot else ()
-        if self._snapshot:
-            load_memory(self._snapshot, guest)
-            load_state(self._snapshot, guest)
-        else:
+        if self._snapshot is None:
             guest.boot(boot_parameters(self._config, guest.ncpus, guest.memory.npages))
-        guest.prepare()
-        if "restore" in fail:
-            raise RestoreError("Failed to restore kernel structs", ERROR)
-        while "slow-restore" in fail and not (self._directory / "release").exists():
-            if not guest.memory.is_current():
-                raise GuestError("vm_restore_time: Device not configured")
-            time.sleep(0.005)
-        server: CheckpointServer | None = self._serve(guest)
+            guest.prepare()
+            return self._serve(guest)
+        fail = read_settings(self._directory).fail
+        self._restore(guest, self._snapshot, fail)
+        server = self._serve(guest)
+        self._snapshot.close()
         if "restore-late" in fail:
-            raise RestoreError("vm_restore_time: Invalid argument", ERROR)
+            raise RestoreError("Unable to restore time: Invalid argument", EX_OSERR)
         return server
 
-    def _serve(self, guest: Guest) -> CheckpointServer | None:
+    def _restore(self, guest: Guest, snapshot: Snapshot, fail: Sequence[str]) -> None:
+        """Load memory, devices and kernel structures, in this order."""
+        if "restore-early" in fail:
+            raise RestoreError("Failed to pause PCI device state.")
+        if "slow-read" in fail:
+            self._await_release(guest)
+        load_memory(snapshot, guest, look=lambda: self._look(guest), fail=fail)
+        load_devices(snapshot, guest)
+        load_kernel(snapshot, guest)
+        guest.prepare()
+        if "restore" in fail:
+            raise RestoreError("Failed to restore vhpet: Invalid argument", EX_DATAERR)
+        if "slow-restore" in fail:
+            self._await_release(guest)
+
+    def _await_release(self, guest: Guest) -> None:
+        while not (self._directory / "release").exists():
+            self._look(guest)
+            time.sleep(0.005)
+
+    def _look(self, guest: Guest) -> None:
+        """End where the VM is gone: bhyve's vCPU threads, suspended, ask every millisecond."""
+        if not guest.memory.is_current():
+            raise GuestError("vm_run error -1, errno 6")
+
+    def _serve(self, guest: Guest) -> CheckpointServer:
         flags = _MEM_F_WIRED if self._config.is_set("memory.wired") else 0
         flags |= _MEM_F_INCORE if self._config.is_set("memory.guest_in_core") else 0
         server = CheckpointServer(
@@ -172,25 +212,33 @@ class Machine:
         try:
             server.start()
         except OSError as error:
-            sys.stderr.write(f"Failed to start checkpoint thread: {error}\n")
-            return None
+            what = f"Failed to bind socket: {error}\nFailed to start checkpoint thread"
+            raise RestoreError(what, EX_OSERR) from None
         return server
 
     def _end_suspended(self, guest: Guest) -> None:
         """End in the middle of the handler, as bhyve does: no reply, only EOF."""
-        settings = read_settings(self._directory)
         self._is_suspended = True  # or _watch() would take it for somebody else's destruction
-        if not settings.node_left:
-            self._destroy(guest)
-        os._exit(settings.suspend_status)
+        self._destroy(guest)
+        os._exit(SUSPENDED)
+
+    def _show_waiting(self, memory: node.Memory, cpus: Sequence[int]) -> None:
+        if memory.is_current():
+            node.show_waiting(self._directory, self._name, cpus)
 
     def _watch(self, guest: Guest) -> int:
-        """Wait for the power-off, or for somebody to destroy the VM."""
+        """Wait for the power-off, or for somebody to destroy the VM.
+
+        bhyve's vCPU threads notice that, by VM_RUN; while a checkpoint has
+        paused them they do not.  Where the host's directory is gone, the play is over.
+        """
         while True:
             try:
                 status = self._exits.get(timeout=_WATCH_S)
             except queue.Empty:
                 if guest.memory.is_current() or self._is_suspended:
+                    continue
+                if guest.is_paused and (self._directory / "vmm").is_dir():
                     continue
                 sys.stderr.write("vm_run: Device not configured\n")
                 return ERROR

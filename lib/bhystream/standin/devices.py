@@ -20,7 +20,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from bhystream.errors import GuestError
 
 from .blob import number, pack_blob, unpack_blob
 from .config import Config
+from .disk import probe
 from .gate import Gate
 from .node import Memory
 from .proof import DEVICE_PAGE, UART_PAGE, page_bytes
@@ -56,11 +57,15 @@ _COUNTER = struct.Struct("<Q")
 
 
 class Device:
-    """A device that only carries its name.  name: as pi_name, "virtio-blk@pci.0.3.0"."""
+    """A device that only carries its name.  name: as pi_name, "virtio-blk@pci.0.3.0".
+
+    constants: what a blob must have like this device, or its restore fails.
+    """
 
     def __init__(self, name: str, kind: str) -> None:
         self.name = name
         self.kind = kind
+        self.constants: Mapping[str, bool] = {}
         self._restored: dict[str, Any] | None = None
 
     @property
@@ -77,12 +82,18 @@ class Device:
 
     def save(self, clock: int) -> bytes:
         """Return its blob."""
-        return pack_blob(self.name, self.kind, clock, self.fields())
+        fields = {"constants": self.constants, **self.fields()}
+        return pack_blob(self.name, self.kind, clock, fields)
 
-    def load(self, blob: bytes) -> None:
-        """Take over a blob; what is wrong with it, complaints() says later."""
+    def load(self, blob: bytes) -> bool:
+        """Take over a blob; what is wrong with it, complaints() says later.
+
+        Returns False for one with other constants.  Source: usr.sbin/bhyve/virtio.c,
+        vi_pci_snapshot_consts(), FreeBSD 15.1, read.
+        """
         self._restored = unpack_blob(blob)
         self.take(self._restored)
+        return not self.constants or self._restored.get("constants") == self.constants
 
     def complaints(self, clock: int) -> Iterator[str]:
         """Yield what is wrong with the blob that was loaded, now that memory is there."""
@@ -233,7 +244,7 @@ def make_devices(config: Config, memory: Memory, gate: Gate, directory: Path) ->
     """
     devices: list[Device] = []
     for index, (kind, place) in enumerate(config.devices()):
-        _check(config, kind, f"pci.{place}", directory)
+        constants = _open(config, kind, f"pci.{place}", directory)
         name = f"{kind}@pci.{place}"
         page = DEVICE_PAGE + index
         if kind in PAUSABLE:
@@ -244,6 +255,7 @@ def make_devices(config: Config, memory: Memory, gate: Gate, directory: Path) ->
             devices.append(Uart(name, kind, memory, config.get("lpc.com1.path")))
         else:
             devices.append(Device(name, kind))
+        devices[-1].constants = constants
     devices.append(Device("atkbdc", "atkbdc"))
     return devices
 
@@ -253,7 +265,13 @@ def uart_of(devices: Sequence[Device]) -> Uart | None:
     return next((device for device in devices if isinstance(device, Uart)), None)
 
 
-def _check(config: Config, kind: str, key: str, directory: Path) -> None:
+def _open(config: Config, kind: str, key: str, directory: Path) -> Mapping[str, bool]:
+    """Open what a device has on the host, for as long as bhyve lives; return its constants.
+
+    Raises GuestError.  Source: usr.sbin/bhyve/block_if.c, blockif_open();
+    pci_virtio_block.c, pci_vtblk_init(); pci_virtio_net.c, pci_vtnet_init(),
+    FreeBSD 15.1, read.
+    """
     if kind not in KNOWN:
         raise GuestError(f"{key}: unknown device {kind!r}")
     paths = [config.get(f"{key}.path")] if kind in BLOCK else []
@@ -261,8 +279,35 @@ def _check(config: Config, kind: str, key: str, directory: Path) -> None:
         ports = (word for word in config.keys if word.startswith(f"{key}.port."))
         paths = [config.get(port) for port in ports if port.endswith(".path")]
     for path in paths:
-        if not Path(path).exists():
-            raise GuestError(f"{key}: could not open {path!r}: No such file or directory")
+        _open_disk(key, path)
+    if kind in NET:
+        _open_tap(config, key, directory)
+    if kind == "virtio-net":
+        return {"mtu": bool(config.get(f"{key}.mtu"))}
+    disk = probe(directory, paths[0]) if kind == "virtio-blk" else None
+    if disk is None:
+        return {}
+    is_writable = disk.is_writable and not config.is_set(f"{key}.ro")
+    return {"can_delete": disk.can_delete, "read_only": not is_writable}
+
+
+def _open_disk(key: str, path: str) -> None:
+    """Open a disk, to be read where it cannot be written: bhyve says no word of that."""
+    for flags in (os.O_RDWR, os.O_RDONLY):
+        try:
+            os.open(path, flags | os.O_CLOEXEC)
+        except OSError as error:
+            why = error.strerror
+        else:
+            return
+    raise GuestError(f"{key}: could not open {path!r}: {why}")
+
+
+def _open_tap(config: Config, key: str, directory: Path) -> None:
     backend = config.get(f"{key}.backend")
-    if kind in NET and backend.startswith("tap") and not (directory / "net" / backend).exists():
-        raise GuestError(f"{key}: open of tap device {backend} failed")
+    if not backend.startswith("tap"):
+        return
+    try:
+        os.open(directory / "net" / backend, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        raise GuestError(f"{key}: open of tap device {backend} failed") from None

@@ -1,7 +1,13 @@
 """The guest: vCPUs, kernel structures and devices over one memory.
 
-A guest is made paused.  boot() fills it, or load_*() take over a snapshot's
-state; prepare() and resume_vcpus() let it run.  Its console is com1.
+A guest is made paused.  boot() fills it and start_vcpus() lets it run; or
+load_*() take over a snapshot's state and resume_vcpus() does.  Its console is
+com1.
+
+A vCPU that the guest never started waits in bhyve, but whoever resumes the
+guest after a checkpoint or a restore resumes all of them: it runs then, from a
+state that nobody gave it.  Source: vm_vcpu_resume() and main(), FreeBSD 15.1,
+run there.
 
     beat N                     every 100 ms; no gap, also over a move
     sweep N pages P wrong W    every vCPU has checked all its pages once more
@@ -13,9 +19,11 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
+
+from bhystream.errors import UsageError
 
 from .blob import number, pack_blob, unpack_blob
 from .config import Config, parse_bytes
@@ -62,20 +70,36 @@ def boot_parameters(config: Config, ncpus: int, npages: int) -> Boot:
     asked = {k: parse_bytes(config.get(f"standin.{k}", v)) for k, v in _DEFAULTS.items()}
     touched = max(min(asked["touched"] // 4096, (npages - FIRST_PAGE) // 16 * 16), ncpus)
     working = max(min(asked["working_set"] // 4096, touched), ncpus)
-    return Boot(ncpus, npages, touched, working, asked["rate"], asked["sweep_rate"])
+    waiting = config.get("standin.waiting", "0")
+    if not waiting.isdigit() or int(waiting) >= ncpus:
+        raise UsageError(f"standin.waiting: not a number of vCPUs below {ncpus}: {waiting!r}")
+    return Boot(ncpus, npages, touched, working, asked["rate"], asked["sweep_rate"], int(waiting))
 
 
 class Guest:
-    """A guest, paused until prepare() and resume_vcpus().
+    """A guest, paused until start_vcpus() or resume_vcpus().
 
-    cpus: parks the vCPUs and the kernel's timer.  gate: parks the devices
-    that have a pause callback; it is the one that they were made with.
+    gate: parks the devices that have a pause callback; it is the one that they
+    were made with.  show_waiting: told which vCPUs wait in bhyve, whenever
+    that changes (VM_DEBUG_CPUS).
     """
 
-    def __init__(self, memory: Memory, devices: Sequence[Device], gate: Gate, ncpus: int) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        devices: Sequence[Device],
+        gate: Gate,
+        ncpus: int,
+        show_waiting: Callable[[Sequence[int]], None],
+    ) -> None:
         self.memory = memory
         self.devices = devices
         self.ncpus = ncpus
+        # No CPU enters a guest whose registers are all 0.  Source: the AMD64 manual,
+        # volume 2, 15.5.1: EFER.SVME 0; the Intel manual, volume 3, 26.3: CR4.VMXE 0.
+        self.can_enter = True
+        self._show_waiting = show_waiting
+        self._unstarted: range = range(0)
         self._gate = gate
         self._cpus = Gate()
         self._uart = uart_of(devices)
@@ -102,7 +126,7 @@ class Guest:
             vcpu.boot()
 
     def prepare(self) -> None:
-        """Start every thread; devices run then, vCPUs stand until resume_vcpus().
+        """Start every thread; devices run then, vCPUs stand until they are resumed.
 
         What a snapshot's state says and memory does not is kept until then.
         """
@@ -118,6 +142,7 @@ class Guest:
     def pause_vcpus(self) -> None:
         """Stop every vCPU; return when all stand."""
         self._cpus.close()
+        self._show_waiting(range(self.ncpus))
 
     def pause_devices(self) -> None:
         """Stop every device that has a pause callback; return when all stand."""
@@ -127,9 +152,23 @@ class Guest:
         """Undo pause_devices()."""
         self._gate.open()
 
-    def resume_vcpus(self) -> None:
-        """Undo pause_vcpus()."""
+    def start_vcpus(self) -> None:
+        """Let those run that the guest starts: bhyve the first, the guest's firmware the others."""
+        self._show_waiting(self._unstarted)
         self._cpus.open()
+
+    def resume_vcpus(self) -> None:
+        """Let every vCPU run, paused or not: also one that the guest never started."""
+        for index in self._unstarted:
+            self._complaints.append(f"vcpu {index}: ran without a SIPI")
+        self._unstarted = range(0)
+        self._show_waiting(())
+        self._cpus.open()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the vCPUs stand."""
+        return self._cpus.is_closed
 
     def save_kernel(self) -> Iterator[tuple[str, bytes]]:
         """Yield the name and the blob of each kernel structure of the paused guest."""
@@ -149,6 +188,8 @@ class Guest:
 
     def load_kernel(self, name: str, blob: bytes) -> None:
         """Take over the blob of a kernel structure; checked when the guest starts."""
+        if name == "vmcx" and not any(blob):
+            self.can_enter = False
         self._restored[name] = unpack_blob(blob)
         if name == "vhpet":
             self._timer.take(self._restored[name])
@@ -162,11 +203,11 @@ class Guest:
         self._make_vcpus(boot)
         state = self._restored
         registers = state["vmcx"].get("vcpus")
-        if not isinstance(registers, list) or len(registers) != self.ncpus:
+        if not isinstance(registers, list) or len(registers) != len(self._vcpus):
             self._complaints.append(
-                f"registers: expected {self.ncpus} vCPUs found {registers!r:.60}"
+                f"registers: expected {len(self._vcpus)} vCPUs found {registers!r:.60}"
             )
-            registers = [None] * self.ncpus
+            registers = [None] * len(self._vcpus)
         for vcpu, fields in zip(self._vcpus, registers, strict=True):
             vcpu.registers = read_registers(fields)
         self._beats = number(state["vm"], "beats")
@@ -190,6 +231,7 @@ class Guest:
             yield
 
     def _make_vcpus(self, boot: Boot) -> None:
+        self._unstarted = range(boot.started, boot.ncpus)
         plans = make_plans(boot)
         self._pages = sum(plan.npages for plan in plans)
         for index, plan in enumerate(plans):
@@ -198,8 +240,8 @@ class Guest:
                     plan,
                     self.memory,
                     self._cpus,
-                    rate=boot.rate / boot.ncpus,
-                    sweep_rate=boot.sweep_rate / boot.ncpus,
+                    rate=boot.rate / boot.started,
+                    sweep_rate=boot.sweep_rate / boot.started,
                     tell=self._tell,
                     every_slice=None if index else self._keep_house,
                 )

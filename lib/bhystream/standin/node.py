@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bhystream.backend.base import PAGE_BYTES
@@ -61,12 +61,14 @@ class Map:
     """What stands in NAME.map.
 
     topology: sockets, cores, threads.  is_active: its vCPUs were activated
-    once, so that no second bhyve can be started on it.
+    once, so that no second bhyve can be started on it.  waiting: the vCPUs
+    that wait in bhyve, never started or suspended (VM_DEBUG_CPUS).
     """
 
     maps: tuple[MemoryMap, ...]
     topology: tuple[int, int, int]
     is_active: bool
+    waiting: tuple[int, ...] = ()
 
 
 def read_map(directory: Path, name: str) -> Map:
@@ -77,7 +79,7 @@ def read_map(directory: Path, name: str) -> Map:
         raise GuestError(f"no VM {name}: {error}") from error
     sockets, cores, threads = found["topology"]
     maps = tuple(MemoryMap(**entry) for entry in found["maps"])
-    return Map(maps, (sockets, cores, threads), found["is_active"])
+    return Map(maps, (sockets, cores, threads), found["is_active"], tuple(found.get("waiting", ())))
 
 
 def write_map(directory: Path, name: str, written: Map) -> None:
@@ -86,6 +88,15 @@ def write_map(directory: Path, name: str, written: Map) -> None:
     new = path.with_name(f".{path.name}.new")
     new.write_text(json.dumps(asdict(written)))
     new.replace(path)
+
+
+def show_waiting(directory: Path, name: str, waiting: Iterable[int]) -> None:
+    """Write into a VM's map which of its vCPUs wait; nothing where the VM is gone."""
+    try:
+        written = read_map(directory, name)
+    except GuestError:
+        return
+    write_map(directory, name, replace(written, waiting=tuple(waiting)))
 
 
 def sizes(memsize_bytes: int) -> tuple[int, int]:

@@ -44,7 +44,7 @@ _NEARBY = 4096
 # Pages lie in clusters, as an allocator leaves them, and not each by itself.
 _CLUSTER = 16
 
-_BOOT = struct.Struct("<8sQQQQQQ")
+_BOOT = struct.Struct("<8sQQQQQQQ")
 _MAGIC = b"STANDIN1"
 
 
@@ -83,7 +83,8 @@ class Boot:
     ncpus, npages: of the machine.  touched_pages: written once at boot.
     working_pages: of these, rewritten over and over.  rate: bytes a second
     that all vCPUs together rewrite, 0 as fast as they can.  sweep_rate: bytes
-    a second that they check of the others.
+    a second that they check of the others.  waiting: the last of the vCPUs,
+    which the guest never starts.
     """
 
     ncpus: int
@@ -92,6 +93,12 @@ class Boot:
     working_pages: int
     rate: int
     sweep_rate: int
+    waiting: int = 0
+
+    @property
+    def started(self) -> int:
+        """How many vCPUs the guest starts."""
+        return self.ncpus - self.waiting
 
     def pack(self) -> bytes:
         """Return the boot page."""
@@ -103,6 +110,7 @@ class Boot:
             self.working_pages,
             self.rate,
             self.sweep_rate,
+            self.waiting,
         )
         return packed + xxhash.xxh3_64_digest(packed) + bytes(PAGE_BYTES - _BOOT.size - 8)
 
@@ -145,15 +153,15 @@ class Plan:
 
 
 def make_plans(boot: Boot) -> list[Plan]:
-    """Return the plan of each vCPU.  Every vCPU has at least one working page."""
+    """Return the plan of each vCPU that is started; it has at least one working page."""
     pages = _scatter(boot.npages, boot.touched_pages)
     every = max(1, len(pages) // boot.working_pages)
     working = pages[::every][: boot.working_pages]
     rest = sorted(set(pages) - set(working))
     plans = []
-    for vcpu in range(boot.ncpus):
-        own = working[vcpu :: boot.ncpus]
-        plans.append(Plan(tuple(_shuffled(own)), tuple(rest[vcpu :: boot.ncpus])))
+    for vcpu in range(boot.started):
+        own = working[vcpu :: boot.started]
+        plans.append(Plan(tuple(_shuffled(own)), tuple(rest[vcpu :: boot.started])))
     return plans
 
 

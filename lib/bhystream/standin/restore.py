@@ -1,15 +1,25 @@
-"""`-r FILE`: a snapshot's three files, checked, and put into a new guest.
+"""`-r FILE`: a snapshot's three files, and how they come into a new VM.
 
-Source: dossier, section 5 (load_restore_file() and the restore functions of
-FreeBSD usr.sbin/bhyve/snapshot.c, generation G4).
+What bhyve promises in it, and bhyrecv's early start stands on: FILE's size is
+looked at when it is opened, and not again; FILE.kern is mapped then, shared,
+and read from the mapping when the memory is there; a read of 0 bytes from FILE
+is taken for progress to come, so that bhyve goes round at the end of a file
+that was cut, and reads on when it has grown.  What it has read of FILE, data
+or hole, is in the VM's memory: it reads once, from the start to the end.
+
+Holes cost nothing here: they are made zero only where the VM has something.
+
+Source: usr.sbin/bhyve/snapshot.c, load_restore_file(), vm_snapshot_mem_part(),
+lookup_check_dev(), FreeBSD 15.1; read, and the hold in the read was run there.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +27,15 @@ from bhystream.errors import BhyError
 
 from .guest import KERNEL_STRUCTS, Guest
 from .node import data_extents
+from .saving import abort, complain
 
 EX_DATAERR = 65
 _PIECE_BYTES = 4 << 20
+_ROUND_S = 0.001  # bhyve does not sleep
+# What bhyve needs at least from the mapping of its memory to the end of the
+# read: for its devices, and for every page, holes too.
+_WHOLE_READ_S = 0.25
+_EINVAL = 22
 
 
 class RestoreError(BhyError):
@@ -30,98 +46,188 @@ class RestoreError(BhyError):
         self.exit_status = exit_status
 
 
-@dataclass(frozen=True)
 class Snapshot:
-    """An open snapshot.  kernel, devices: blobs by name."""
+    """An open snapshot: FILE and FILE.kern by descriptor and mapping, FILE.meta parsed.
 
-    memory_fd: int
-    memory_bytes: int
-    name: str
-    ncpus: int
-    memsize_bytes: int
-    kernel: Mapping[str, bytes]
-    devices: Mapping[str, bytes]
+    memory_bytes: of FILE when it was opened.
+    """
 
-
-def open_snapshot(path: Path) -> Snapshot:
-    """Open and check the files of a snapshot.  Raises RestoreError."""
-    memory_fd, memory_bytes = _open(path)
-    kern_fd, _ = _open(path.with_name(path.name + ".kern"))
-    meta_fd, meta_bytes = _open(path.with_name(path.name + ".meta"))
-    with open(kern_fd, "rb") as kern_file, open(meta_fd, "rb") as meta_file:
-        kern = kern_file.read()
+    def __init__(self, path: Path) -> None:
+        """Open the three, in bhyve's order.  Raises RestoreError."""
         try:
-            meta = json.loads(meta_file.read(meta_bytes))
-            basic = meta["basic metadata"]
-            return Snapshot(
-                memory_fd,
-                memory_bytes,
-                str(basic["vmname"]),
-                int(basic["ncpus"]),
-                int(basic["memsize"]),
-                _blobs(meta["kern_structs"], kern),
-                _blobs(meta["devices"], kern),
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise RestoreError(f"Failed to parse the metadata: {error!r}", EX_DATAERR) from error
+            self.memory_fd, self.memory_bytes = _open(path, "restore file", "Restore file")
+        except RestoreError as error:
+            raise _unread(path, error, "Failed to load guest RAM file.") from None
+        try:
+            fd, size = _open(_beside(path, ".kern"), "kernel data file", "Kernel data file")
+        except RestoreError as error:
+            raise _unread(path, error, "Failed to load guest kernel data file.") from None
+        self._kern = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        self._kern_fd = fd
+        meta = _beside(path, ".meta")
+        try:
+            found = json.loads(meta.read_bytes())
+        except (OSError, ValueError):
+            why = RestoreError(f"Failed to parse metadata file: '{meta}'")
+            raise _unread(path, why, "Failed to load guest metadata file.") from None
+        self._meta: dict[str, Any] = found if isinstance(found, dict) else {}
+
+    @property
+    def name(self) -> str:
+        """The guest's name, "" where the text has none."""
+        found = self._basic().get("vmname")
+        return found if isinstance(found, str) else ""
+
+    @property
+    def ncpus(self) -> int:
+        """The number of vCPUs, 0 where the text has none."""
+        return self._number("ncpus")
+
+    @property
+    def memsize_bytes(self) -> int:
+        """The memory that the VM gets, 0 where the text says none."""
+        return self._number("memsize")
+
+    def blob(self, kind: str, name: str) -> bytes | None:
+        """Return a blob by its list and name, None where the text does not list it.
+
+        Ends the process where it lies outside of the mapping, as bhyve's
+        assertion does; and so does SIGBUS where FILE.kern was cut meanwhile.
+        """
+        entries = self._meta.get(kind)
+        for entry in entries if isinstance(entries, list) else ():
+            if entry.get("device") != name:
+                continue
+            start, size = int(entry["file_offset"]), int(entry["size"])
+            if start < 0 or size < 0 or start + size > len(self._kern):
+                complain("Assertion failed: file_offset + size <= rstate->kdata_len")
+                abort()
+            return self._kern[start : start + size]
+        return None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether FILE has become shorter."""
+        return os.fstat(self.memory_fd).st_size < self.memory_bytes
+
+    @property
+    def is_kern_cut(self) -> bool:
+        """Whether FILE.kern has become shorter."""
+        return os.fstat(self._kern_fd).st_size < len(self._kern)
+
+    def close(self) -> None:
+        """Close the files."""
+        os.close(self.memory_fd)
+        os.close(self._kern_fd)
+        self._kern.close()
+
+    def _basic(self) -> Mapping[str, Any]:
+        found = self._meta.get("basic metadata")
+        return found if isinstance(found, dict) else {}
+
+    def _number(self, key: str) -> int:
+        found = self._basic().get(key)
+        return found if type(found) is int and found > 0 else 0
 
 
-def load_memory(snapshot: Snapshot, guest: Guest) -> None:
-    """Read the memory file into the node; its holes stay holes.  Raises RestoreError."""
+def load_memory(
+    snapshot: Snapshot, guest: Guest, *, look: Callable[[], None], fail: Sequence[str]
+) -> None:
+    """Read FILE into the VM's memory, from the start to the end.
+
+    look: called in each round of a read that brings nothing; it may raise.
+    fail: words of FAILURES.  Raises RestoreError.
+    """
     memory = guest.memory
-    if snapshot.memory_bytes != memory.low_bytes + memory.high_bytes:
-        raise RestoreError("Restore error: mem size mismatch")
+    total = memory.low_bytes + memory.high_bytes
+    if total != snapshot.memory_bytes:
+        complain(f"vm_snapshot_mem: mem size mismatch: {total} vs {snapshot.memory_bytes}")
+        raise RestoreError("Failed to restore VM memory.")
+    is_late = "late-cut" in fail
+    _await_cut(lambda: snapshot.is_kern_cut if is_late else snapshot.is_cut, look)
     base = 0
-    for _, mapping in memory.segments():
-        with memoryview(mapping) as view:
-            for start, end in data_extents(snapshot.memory_fd, base, base + len(mapping)):
-                _read_into(snapshot.memory_fd, view[start - base : end - base], start)
+    for gpa, mapping in memory.segments():
+        done = 0
+        while done < len(mapping):
+            size = total if is_late else os.fstat(snapshot.memory_fd).st_size
+            end = min(size - base, len(mapping))
+            if end > done:
+                done += _read(snapshot.memory_fd, base, memory.fd, gpa, mapping, done, end)
+                continue
+            if "short-read" in fail:
+                raise RestoreError("Failed to restore VM memory.")
+            look()
+            time.sleep(_ROUND_S)
         base += len(mapping)
-    os.close(snapshot.memory_fd)
 
 
-def load_state(snapshot: Snapshot, guest: Guest) -> None:
-    """Restore devices, then kernel structures.  Raises RestoreError."""
+def _await_cut(is_cut: Callable[[], bool], look: Callable[[], None]) -> None:
+    """Take the time that the read takes bhyve, or as much of it as nobody cuts the file."""
+    end = time.monotonic() + _WHOLE_READ_S
+    while not is_cut() and time.monotonic() < end:
+        look()
+        time.sleep(_ROUND_S)
+
+
+def _read(fd: int, base: int, node: int, gpa: int, mapping: mmap.mmap, done: int, end: int) -> int:
+    """Read on in FILE, as far as it is one hole, or data; return the bytes.
+
+    base: where the segment begins in FILE.  node, gpa: where it is in the
+    VM.  done, end: what of it is read, and can be.
+    """
+    start, stop = next(data_extents(fd, base + done, base + end), (base + end, base + end))
+    start, stop = start - base, stop - base
+    if start > done:
+        for first, last in data_extents(node, gpa + done, gpa + start):
+            mapping[first - gpa : last - gpa] = bytes(last - first)
+        return start - done
+    with memoryview(mapping) as view, view[done : min(stop, done + _PIECE_BYTES)] as piece:
+        return os.preadv(fd, [piece], base + done)
+
+
+def load_devices(snapshot: Snapshot, guest: Guest) -> None:
+    """Restore the devices.  Raises RestoreError: for a constant that differs, too."""
     for device in guest.devices:
-        blob = snapshot.devices.get(device.name)
-        if not blob:
-            raise RestoreError(f"Failed to restore device {device.name}: Invalid argument")
-        device.load(blob)
+        blob = snapshot.blob("devices", device.name)
+        if blob is None:
+            complain(f"Failed to lookup dev: {device.name}")
+        elif not blob:
+            complain(f"Restore device size is 0: {device.name}")
+        elif not device.load(blob):
+            complain(f"Failed to restore dev: {device.name} {_EINVAL}")
+        else:
+            continue
+        raise RestoreError("Failed to restore PCI device state.")
+
+
+def load_kernel(snapshot: Snapshot, guest: Guest) -> None:
+    """Restore the kernel structures.  Raises RestoreError."""
     for name in KERNEL_STRUCTS:
-        blob = snapshot.kernel.get(name)
+        blob = snapshot.blob("kern_structs", name)
+        if blob is None:
+            raise RestoreError(f"Cannot find kern struct {name}", EX_DATAERR)
         if not blob:
-            raise RestoreError(f"Failed to restore kernel structs: {name} is missing")
+            raise RestoreError(f"data with zero size for {name}", EX_DATAERR)
         guest.load_kernel(name, blob)
 
 
-def _open(path: Path) -> tuple[int, int]:
-    """Return a descriptor and the size; an empty file, so any FIFO or device, is refused."""
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _unread(path: Path, error: RestoreError, what: str) -> RestoreError:
+    where = f"Failed to read checkpoint info from file: '{path}'."
+    return RestoreError(f"{error}\n{what}\n{where}")
+
+
+def _open(path: Path, what: str, subject: str) -> tuple[int, int]:
+    """Return a descriptor and the size; what has none is refused.  Raises RestoreError."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise RestoreError(f"Failed to open restore file {path}: {error.strerror}") from error
+        raise RestoreError(f"Failed to open {what}: {error.strerror}") from None
     size = os.fstat(fd).st_size
     if size == 0:
         os.close(fd)
-        raise RestoreError(f"Restore file is empty: {path}")
+        raise RestoreError(f"{subject} is empty.")
     return fd, size
-
-
-def _blobs(entries: list[dict[str, Any]], kern: bytes) -> dict[str, bytes]:
-    """Return each blob by name.  Raises ValueError for one that is not whole in .kern."""
-    found = {}
-    for entry in entries:
-        start, size = int(entry["file_offset"]), int(entry["size"])
-        if start < 0 or size <= 0 or start + size > len(kern):
-            raise ValueError(f"{entry['device']} lies outside of the kern file")
-        found[str(entry["device"])] = kern[start : start + size]
-    return found
-
-
-def _read_into(fd: int, view: memoryview, offset: int) -> None:
-    while view:
-        count = os.preadv(fd, [view[:_PIECE_BYTES]], offset)
-        if count == 0:
-            raise RestoreError("Restore error: the memory file became shorter")
-        view = view[count:]
-        offset += count

@@ -10,23 +10,40 @@ from typing import Any
 
 from bhystream.errors import GuestError
 
-FAILURES = frozenset({"hang", "restore", "restore-late", "die", "slow-restore"})
+FAILURES = frozenset(
+    {
+        # The checkpoint socket.  A checkpoint whose FILE.meta is a FIFO is a hold, no rehearsal.
+        "hang",  # no request is ever served
+        "die",  # bhyve is killed in the middle of FILE.kern
+        "no-anchor",  # descriptors under keys that bhyve does not know are closed at once
+        "hold-die",  # bhyve is killed in the middle of FILE.kern, in a hold
+        "hold-hang",  # all is saved and FILE.meta is never written
+        "hold-grow",  # the last device has more to save than it had
+        "hold-fail",  # the last device cannot be saved
+        "held-die",  # bhyve is killed as soon as it is held
+        # A restore.
+        "restore-early",  # it ends when the memory is mapped, before any is read
+        "slow-read",  # it waits for DIR/release before it reads the memory
+        "late-cut",  # the read has ended when FILE is cut
+        "short-read",  # it takes a read of 0 bytes for the end of FILE, and ends
+        "restore",  # it ends when memory and devices are there
+        "slow-restore",  # it waits for DIR/release then; or for ever
+        "restore-late",  # it ends when the socket is there
+    }
+)
 
 
 @dataclass(frozen=True)
 class Settings:
     """The keys of host.json.  Every one has a default.
 
-    generation: of the checkpoint interface, 4 or 5.  suspend_status: exit
-    status after a suspend, 0 or 5.  node_left: vm_destroy() fails silently in
-    a suspend, as it does in capability mode on 14.  fail: words of FAILURES.
+    generation: of the checkpoint interface, 4 or 5.  fail: words of FAILURES.
     free_memory_bytes, program_hash: None: this system's own.  parent_command:
     of whoever started bhyve.  knows_suspending_lock: vm-bhyve is 1.7.0 or later.
+    disks: by path, what disk.py tells of it instead: "can_delete", "sector_bytes".
     """
 
     generation: int = 5
-    suspend_status: int = 5
-    node_left: bool = False
     dirty_log: bool = False
     fail: tuple[str, ...] = ()
     swap_used_bytes: int = 0
@@ -36,6 +53,7 @@ class Settings:
     parent_command: str = ""
     knows_suspending_lock: bool = True
     sysctl: Mapping[str, str] = field(default_factory=dict)
+    disks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def clamps_devices(self) -> bool:
