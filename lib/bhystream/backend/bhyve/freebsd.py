@@ -131,9 +131,9 @@ class FreeBsdHost:
             raise from_oserror(error, f"look at {self._node(name)}") from None
         return f"{found.st_dev}:{found.st_ino}:{found.st_ctime_ns}"
 
-    def open_vm(self, name: str) -> FreeBsdVm:
+    def open_vm(self, name: str, *, is_writable: bool = False) -> FreeBsdVm:
         """As host.Host's."""
-        return FreeBsdVm(name, self._node(name))
+        return FreeBsdVm(name, self._node(name), is_writable=is_writable)
 
     def create(self, name: str) -> None:
         """As host.Host's.  Source: bhyvectl(8)."""

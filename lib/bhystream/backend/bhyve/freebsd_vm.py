@@ -1,6 +1,7 @@
-"""One VM of a FreeBSD kernel: /dev/vmm/NAME, opened to be read.
+"""One VM of a FreeBSD kernel: /dev/vmm/NAME, opened to be read, or to be written too.
 
-Unverified: none of it has run on FreeBSD.  Confirmed in source:
+To read it has run on FreeBSD 15.1.  What concerns registers and VM_RUN has
+not; C programs have done the same there.  Confirmed in source:
 
 - Several may have the node open: vmmdev_open() asks only whether a jail may.
   No ioctl looks at how the node was opened, and one that is not known is
@@ -9,6 +10,11 @@ Unverified: none of it has run on FreeBSD.  Confirmed in source:
 - A descriptor to read gives a mapping to read: sys/fs/devfs/devfs_vnops.c,
   devfs_mmap_f() (1020455833).  It lies in one entry of the memory map:
   vmm_dev.c, vmmdev_mmap_single().
+- An ioctl that names a vCPU waits until no other one has it, and asks VM_RUN to
+  return for that: sys/dev/vmm/vmm_vm.c, vcpu_set_state_locked() and
+  vcpu_wait_idle(), 15.1.  So a register that is asked for of a running guest
+  costs its vCPU one exit, and one of a guest whose thread is about to stop is
+  read when that has stopped.
 - The mapping keeps the guest's memory when the VM is destroyed, which does
   not wait for it: see memory.py.
 """
@@ -24,10 +30,13 @@ import os
 from collections.abc import Callable, Sequence
 
 from bhystream.backend.bhyve import ioctl, libc
-from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, MemoryMap
+from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, MemoryMap, SegmentDescriptor
 from bhystream.errors import AccessError, BhyError, GuestError
 
 PAGE_BYTES = 4096
+# Given to an ioctl that a signal interrupted, or that found a vCPU's state in between.
+_TRIES = 100
+_PASSING = (errno.EINTR, errno.EBUSY)
 _MAPS_CAP = 64  # VM_MAX_MEMMAPS is 8 or 16.  Source: sys/amd64/vmm/vmm.c, sys/dev/vmm/vmm_mem.h.
 
 
@@ -69,15 +78,21 @@ def cut(marks: bytes, lengths_bytes: Sequence[int]) -> list[bytes]:
     return pieces
 
 
+def numbers_in(cpuset: bytes) -> frozenset[int]:
+    """Return the CPUs of a cpuset_t.  Source: sys/sys/_bitset.h; amd64 is little-endian."""
+    bits = int.from_bytes(cpuset, "little")
+    return frozenset(index for index in range(bits.bit_length()) if bits >> index & 1)
+
+
 class FreeBsdVm:
     """host.Vm over the node.  Opening it changes nothing; the descriptor is ours."""
 
-    def __init__(self, name: str, node: str) -> None:
+    def __init__(self, name: str, node: str, *, is_writable: bool = False) -> None:
         """node: path of the VM's node."""
         self._who = f"guest {name}"
+        flags = os.O_RDWR if is_writable else os.O_RDONLY
         try:
-            # Read-only is enough: the ioctls here ask, and the mapping is never written.
-            self._fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(node, flags | os.O_CLOEXEC)
         except FileNotFoundError:
             raise GuestError(f"{self._who}: there is no {node}") from None
         except OSError as error:
@@ -86,6 +101,21 @@ class FreeBsdVm:
     def _error(self, error: OSError, doing: str) -> BhyError:
         kind = AccessError if isinstance(error, PermissionError) else GuestError
         return kind(f"{self._who}: cannot {doing}: {error.strerror}")
+
+    def _ask(self, number: int, argument: ctypes.Structure, doing: str) -> None:
+        """Give an ioctl its argument, to be read and written.  What that points to is the caller's.
+
+        EINTR: vmm's sleeps end by a signal.  EBUSY: vcpu_set_state_locked().
+        """
+        for _ in range(_TRIES):
+            try:
+                fcntl.ioctl(self._fd, number, argument)
+                return
+            except OSError as error:
+                failed = error
+                if error.errno not in _PASSING:
+                    break
+        raise self._error(failed, doing) from None
 
     def _next_map(self, gpa: int) -> MemoryMap | None:
         """Return the first entry at or above gpa.  Source: vm_mmap_getnext: ENOENT at the end."""
@@ -112,22 +142,87 @@ class FreeBsdVm:
     def topology(self) -> tuple[int, int, int]:
         """As host.Vm's."""
         found = ioctl.VmCpuTopology()
-        try:
-            fcntl.ioctl(self._fd, ioctl.VM_GET_TOPOLOGY, found)
-        except OSError as error:
-            raise self._error(error, "read the CPU topology") from None
+        self._ask(ioctl.VM_GET_TOPOLOGY, found, "read the CPU topology")
         return found.sockets, found.cores, found.threads
 
-    def map(self, gpa: int, length_bytes: int) -> mmap.mmap:
+    def waiting_vcpus(self) -> frozenset[int]:
+        """As host.Vm's.  Stops no vCPU.  Source: vmm_dev.c, VM_GET_CPUS."""
+        cpus = ctypes.create_string_buffer(ioctl.CPUSET_BYTES)
+        request = ioctl.VmCpuset(ioctl.VM_DEBUG_CPUS, ioctl.CPUSET_BYTES, ctypes.addressof(cpus))
+        self._ask(ioctl.VM_GET_CPUS, request, "ask which vCPUs wait")
+        return numbers_in(cpus.raw)
+
+    def registers(self, vcpu: int, numbers: Sequence[int]) -> list[int]:
+        """As host.Vm's."""
+        asked = (ctypes.c_int * len(numbers))(*numbers)
+        found = (ctypes.c_uint64 * len(numbers))()
+        request = ioctl.VmRegisterSet(
+            vcpu, len(numbers), ctypes.addressof(asked), ctypes.addressof(found)
+        )
+        self._ask(ioctl.VM_GET_REGISTER_SET, request, f"read registers of vCPU {vcpu}")
+        return list(found)
+
+    def set_register(self, vcpu: int, number: int, value: int) -> None:
+        """As host.Vm's.  To set RIP sets where VM_RUN goes on: vmm.c, vm_set_register()."""
+        request = ioctl.VmRegister(vcpu, number, value)
+        self._ask(ioctl.VM_SET_REGISTER, request, f"set register {number} of vCPU {vcpu}")
+
+    def descriptor(self, vcpu: int, number: int) -> SegmentDescriptor:
+        """As host.Vm's."""
+        request = ioctl.VmSegDesc(vcpu, number)
+        doing = f"read segment register {number} of vCPU {vcpu}"
+        self._ask(ioctl.VM_GET_SEGMENT_DESCRIPTOR, request, doing)
+        found = request.desc
+        return SegmentDescriptor(found.base, found.limit, found.access)
+
+    def set_descriptor(self, vcpu: int, number: int, value: SegmentDescriptor) -> None:
+        """As host.Vm's."""
+        desc = ioctl.SegDesc(value.base, value.limit, value.access)
+        request = ioctl.VmSegDesc(vcpu, number, desc)
+        doing = f"set segment register {number} of vCPU {vcpu}"
+        self._ask(ioctl.VM_SET_SEGMENT_DESCRIPTOR, request, doing)
+
+    def pending_event(self, vcpu: int) -> tuple[int, int]:
+        """As host.Vm's."""
+        request = ioctl.VmIntinfo(vcpu)
+        self._ask(ioctl.VM_GET_INTINFO, request, f"read the pending events of vCPU {vcpu}")
+        return request.info1, request.info2
+
+    def inject_nmi(self, vcpu: int) -> None:
+        """As host.Vm's."""
+        self._ask(ioctl.VM_INJECT_NMI, ioctl.VmVcpu(vcpu), f"send an NMI to vCPU {vcpu}")
+
+    def resume_cpu(self, vcpu: int) -> None:
+        """As host.Vm's."""
+        self._ask(ioctl.VM_RESUME_CPU, ioctl.VmVcpu(vcpu), f"resume vCPU {vcpu}")
+
+    def suspend_cpu(self, vcpu: int) -> None:
+        """As host.Vm's."""
+        self._ask(ioctl.VM_SUSPEND_CPU, ioctl.VmVcpu(vcpu), f"suspend vCPU {vcpu}")
+
+    def run(self, vcpu: int) -> int:
+        """As host.Vm's.  A signal to us ends it, as VM_EXITCODE_BOGUS (vm_exit_astpending())."""
+        cpus = ctypes.create_string_buffer(ioctl.CPUSET_BYTES)
+        left = ctypes.create_string_buffer(ioctl.VM_EXIT_BYTES)
+        request = ioctl.VmRun(
+            vcpu, ctypes.addressof(cpus), ioctl.CPUSET_BYTES, ctypes.addressof(left)
+        )
+        self._ask(ioctl.VM_RUN, request, f"run vCPU {vcpu}")
+        return int.from_bytes(left.raw[:4], "little")  # struct vm_exit begins with exitcode
+
+    def set_rtc(self, seconds: int) -> None:
+        """As host.Vm's."""
+        self._ask(ioctl.VM_RTC_SETTIME, ioctl.VmRtcTime(seconds), "set its clock")
+
+    def map(self, gpa: int, length_bytes: int, *, is_writable: bool = False) -> mmap.mmap:
         """As host.Vm's.  The offset in the node is the guest physical address.
 
         Python's mapping keeps a duplicate of the node's descriptor until it is
         closed; hw.vmm.destroy does not wait for it.
         """
+        prot = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
         try:
-            return mmap.mmap(
-                self._fd, length_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=gpa
-            )
+            return mmap.mmap(self._fd, length_bytes, flags=mmap.MAP_SHARED, prot=prot, offset=gpa)
         except OSError as error:
             raise self._error(error, f"map its memory at {gpa:#x}") from None
 

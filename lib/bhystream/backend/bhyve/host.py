@@ -109,6 +109,9 @@ class Vm(Protocol):
     def pending_event(self, vcpu: int) -> tuple[int, int]:
         """Return VM_GET_INTINFO's two words: (0, 0) where no event waits to be delivered."""
 
+    def inject_nmi(self, vcpu: int) -> None:
+        """Let an NMI wait to be delivered to a vCPU (VM_INJECT_NMI)."""
+
     def resume_cpu(self, vcpu: int) -> None:
         """Let a vCPU be run again (VM_RESUME_CPU): by bhyve's own thread, or by run()."""
 

@@ -1,0 +1,222 @@
+"""The guest's FPU registers, which bhyve's snapshots leave out: optional states "fpu/N".
+
+bhyve saves no vcpu->guestfpu (sys/amd64/vmm/vmm.c, vm_snapshot_vcpus()), so a
+guest that was restored finds its FPU as after a reset.  Run on FreeBSD 15.1,
+emulated AMD: the loss is real, and what is done here mends it.  While the
+guest stands held, each vCPU in turn runs a few instructions of ours (stub.py)
+that store its FPU, or load it; then registers and memory are as they were.
+
+    save    at the source.  bhyve's vCPU threads wait in user space
+            (checkpoint_cpu_resume()), so VM_RUN is ours.
+    load    at the destination, before bhyve restores the registers.  bhyve's
+            own threads try VM_RUN each millisecond and find their vCPU
+            suspended (vmexit_debug()); VM_RESUME_CPU lets one in.
+
+What it costs if it fails: nothing.  A vCPU whose registers cannot be saved is
+left as it is, and the reason is told.  Not so registers or memory that cannot
+be put back: then the guest must not run, and NotPutBackError says it.
+
+Left alone, each for a reason that is told:
+
+- a vCPU that is not in long mode: one that was never started, a boot loader's,
+  a 32-bit system's.  EFER, and on Intel the PDPTEs, would have to go there and
+  back for the sake of systems that hardly exist.  64-bit systems are carried
+  whole, also where they run 32-bit programs; of x87's last instruction its
+  segment (FCS, FDS) is lost, as in any 64-bit XSAVE.
+- one to which an event is about to be delivered: VM_RUN would deliver it to
+  the stub.  VM_GET_INTINFO tells of one; on Intel the VMCS may hold another,
+  since vmx_run() injects before it looks whether the vCPU is suspended.
+- one that single-steps, or stands in an interrupt shadow.  A shadow that a HLT
+  has left is over (RIP has moved on, so svm_inj_interrupts() and
+  vmx_inject_interrupts() drop it), and not restored.  Nor could one be: both
+  drop it once RIP was elsewhere.
+
+The kernel leaves HLT when a vCPU is suspended (vm_handle_hlt()): RIP stands
+behind it, and the guest sees one wake-up that nobody sent.
+
+Unverified: Intel, any machine that is not emulated, and this very stub.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from bhystream.backend.base import State
+from bhystream.backend.bhyve import registers as reg
+from bhystream.backend.bhyve import stub
+from bhystream.backend.bhyve.host import Vm
+from bhystream.backend.bhyve.lent import NotPutBackError, kept_registers, lent, vmcs_fields
+from bhystream.backend.bhyve.physical import ADDRESS, Lowmem, Physical
+from bhystream.errors import AccessError, GuestError
+
+STATE_PREFIX = "fpu/"
+STATE_LIMIT_BYTES = 16 << 10
+"""Of one state.  Payload: u64 XCR0, the FXSAVE64 image, the XSAVE64 image without zeros at its end.
+
+XCR0 is 0, and there is no XSAVE image, where the vCPU has not enabled XSAVE.
+"""
+
+_LIMIT_S = 10.0
+_POLL_S = 0.0002
+_HEAD = struct.Struct("<Q")
+_LEAST_BYTES = _HEAD.size + stub.FXSAVE_BYTES
+_LEAST_XSAVE_BYTES = 512 + 64  # legacy region and header
+_NAME = re.compile(r"fpu/(0|[1-9][0-9]{0,4})", re.ASCII)
+_VALID = 1 << 31  # of an event in the VMCS
+_HLT = b"\xf4"
+_RUNS_NEVER = (reg.EXIT_VMX, reg.EXIT_SVM, reg.EXIT_SUSPENDED, reg.EXIT_DEBUG)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What save() found.
+
+    states: one of each vCPU that could be saved.  reasons: one line of each
+    that could not.
+    """
+
+    states: tuple[State, ...]
+    reasons: tuple[str, ...]
+
+
+def carriable(vm: Vm, ncpus: int) -> list[str]:
+    """Return why vCPUs of a running guest cannot be carried, as far as that is known early.
+
+    Costs each vCPU one exit.  Raises GuestError.
+    """
+    waiting = vm.waiting_vcpus()
+    reasons = []
+    for vcpu in range(ncpus):
+        if vcpu in waiting:
+            reasons.append(_reason(vcpu, "it was never started"))
+        elif not vm.registers(vcpu, (reg.EFER,))[0] & reg.EFER_LMA:
+            reasons.append(_reason(vcpu, "it is not in long mode"))
+    return reasons
+
+
+def save(vm: Vm, memory: Lowmem, ncpus: int) -> Saved:
+    """Save the FPU registers of every vCPU of a guest that stands held at the source.
+
+    vm: opened to be changed.  memory: lowmem at gpa 0, writable; it is as it
+    was when this returns, so read pages before or after, but not meanwhile.
+    What cannot be saved is a reason.  Raises NotPutBackError.
+    """
+    states, reasons = [], []
+    with Physical(vm, memory) as physical:
+        for vcpu in range(ncpus):
+            try:
+                image = _save(vm, memory, physical, vcpu)
+                states.append(State(f"{STATE_PREFIX}{vcpu}", image, is_optional=True))
+            except NotPutBackError:
+                raise
+            except (GuestError, AccessError) as error:
+                reasons.append(_reason(vcpu, str(error)))
+    return Saved(tuple(states), tuple(reasons))
+
+
+def load(vm: Vm, memory: Lowmem, states: Sequence[State]) -> None:
+    """Load FPU registers into the vCPUs of a guest whose bhyve waits to restore it.
+
+    vm, memory: as save()'s.  states: the optional ones of its name, not to be
+    trusted.  bhyve's threads must run, not be stopped.  Raises GuestError where
+    the registers cannot be had here, NotPutBackError.
+    """
+    waiting = vm.waiting_vcpus()
+    parsed = [_parse(state) for state in states]
+    for vcpu, xcr0, image in parsed:
+        if vcpu not in waiting or sum(one[0] == vcpu for one in parsed) > 1:
+            raise GuestError(f"state {STATE_PREFIX}{vcpu}: no vCPU waits for it")
+        before = kept_registers(vm, vcpu)
+        slot = stub.free_slot(bytes(stub.PAGE_BYTES)) or 0
+        made = stub.make(_cpl(before), slot, is_save=False, has_xsave=bool(xcr0))
+        pages = bytearray(made.pages)
+        _HEAD.pack_into(pages, stub.XCR0, xcr0)
+        pages[stub.FXSAVE : stub.FXSAVE + stub.FXSAVE_BYTES] = image[: stub.FXSAVE_BYTES]
+        rest = image[stub.FXSAVE_BYTES :]
+        pages[stub.XSAVE : stub.XSAVE + len(rest)] = rest
+        with lent(vm, memory, vcpu, replace(made, pages=bytes(pages))):
+            end = time.monotonic() + _LIMIT_S
+            while not _flag(memory) and time.monotonic() < end:
+                time.sleep(_POLL_S)
+            flag = _flag(memory)
+        if flag != stub.DONE:
+            how = "refuses them" if flag else "does not run"
+            raise GuestError(f"cannot load the FPU registers of vCPU {vcpu}: it {how}")
+
+
+def _save(vm: Vm, memory: Lowmem, physical: Physical, vcpu: int) -> bytes:
+    """Return a vCPU's payload.  Raises GuestError with the reason, NotPutBackError."""
+    before = kept_registers(vm, vcpu)
+    slot = _require_carriable(vm, physical, vcpu, before)
+    has_xsave = bool(before[reg.CR4] & reg.CR4_XSAVE)
+    made = stub.make(_cpl(before), slot, is_save=True, has_xsave=has_xsave)
+    with lent(vm, memory, vcpu, made):
+        end = time.monotonic() + _LIMIT_S
+        while not _flag(memory):
+            code = vm.run(vcpu)
+            if code in _RUNS_NEVER or time.monotonic() > end:
+                raise GuestError(f"it cannot run (exit code {code})")
+        if _flag(memory) != stub.DONE:
+            raise GuestError("it faults when it saves them")
+        pages = bytes(memory[stub.BASE_GPA : stub.END_GPA])
+    xcr0 = pages[stub.XCR0 : stub.XCR0 + _HEAD.size]
+    image = pages[stub.FXSAVE : stub.FXSAVE + stub.FXSAVE_BYTES]
+    area = pages[stub.XSAVE :].rstrip(b"\0").ljust(_LEAST_XSAVE_BYTES, b"\0") if has_xsave else b""
+    payload = xcr0 + image + area
+    if len(payload) > STATE_LIMIT_BYTES:
+        raise GuestError(f"they have {len(payload)} bytes")
+    return payload
+
+
+def _require_carriable(vm: Vm, physical: Physical, vcpu: int, before: Mapping[int, int]) -> int:
+    """Return a PML4 slot for the stub.  Raises GuestError where the vCPU is to be left alone."""
+    if not before[reg.EFER] & reg.EFER_LMA:
+        raise GuestError("it is not in long mode")
+    if before[reg.CR4] & reg.CR4_LA57:
+        raise GuestError("it has page tables of five levels")
+    if before[reg.RFLAGS] & reg.RFLAGS_TF:
+        raise GuestError("it single-steps")
+    entry, debug = vmcs_fields(vm, vcpu, reg.VMCS_ENTRY_INTR_INFO, reg.VMCS_PENDING_DEBUG) or (0, 0)
+    if vm.pending_event(vcpu) != (0, 0) or entry & _VALID or debug:
+        raise GuestError("an event is about to be delivered to it")
+    cr3 = before[reg.CR3]
+    if vm.registers(vcpu, (reg.INTR_SHADOW,))[0]:
+        behind = physical.translate(cr3, (before[reg.RIP] - 1) & ((1 << 64) - 1))
+        if behind is None or physical.read(behind, 1) != _HLT:
+            raise GuestError("it stands in an interrupt shadow")
+    slot = stub.free_slot(physical.read(cr3 & ADDRESS, stub.PAGE_BYTES))
+    if slot is None:
+        raise GuestError("it uses all of its address space")
+    return slot
+
+
+def _cpl(values: Mapping[int, int]) -> int:
+    """Return a vCPU's CPL: CS.RPL, but in real mode and in virtual 8086 mode."""
+    if not values[reg.CR0] & reg.CR0_PE:
+        return 0
+    return 3 if values[reg.RFLAGS] & reg.RFLAGS_VM else values[reg.CS] & 3
+
+
+def _flag(memory: Lowmem) -> int:
+    return memory[stub.BASE_GPA + stub.FLAG]
+
+
+def _reason(vcpu: int, why: str) -> str:
+    return f"the FPU registers of vCPU {vcpu} are not carried: {why}"
+
+
+def _parse(state: State) -> tuple[int, int, bytes]:
+    """Return vCPU, XCR0 and both images.  Raises GuestError for what save() never made."""
+    named = _NAME.fullmatch(state.name)
+    size = len(state.data)
+    if not named or not _LEAST_BYTES <= size <= STATE_LIMIT_BYTES:
+        raise GuestError(f"state {state.name} with {size} bytes is not of an FPU")
+    xcr0 = _HEAD.unpack_from(state.data)[0]
+    rest = size - _LEAST_BYTES
+    if rest < _LEAST_XSAVE_BYTES if xcr0 else rest:
+        raise GuestError(f"state {state.name} has {rest} bytes for XCR0 {xcr0:#x}")
+    return int(named[1]), xcr0, state.data[_HEAD.size :]
