@@ -15,7 +15,7 @@ import pytest
 from bhystream.backend.base import Head
 from bhystream.errors import BhyError
 from bhystream.format import EXTENT, Form, Header, RoundEnd
-from bhystream.verify import Ended, Go, Pages, Walk
+from bhystream.verify import Ended, Go, Pages, Rehearsal, Walk
 from spec_reader import Refused, Stream, read
 from streams import NAMES, Maker
 
@@ -54,6 +54,7 @@ class Recorder:
         self.head: Head | None = None
         self.memory: dict[int, bytes] = {}
         self.rounds: list[RoundEnd] = []
+        self.rehearsal: Rehearsal | None = None
         self.ended: Ended | None = None
         self.go: Go | None = None
 
@@ -66,6 +67,9 @@ class Recorder:
                     self.header = event
                 case Head():
                     self.head = event
+                case Rehearsal():
+                    assert self.rehearsal is None and not self.rounds
+                    self.rehearsal = event
                 case Pages():
                     self._place(event)
                 case RoundEnd():
@@ -154,7 +158,10 @@ def agree(raw: bytes) -> tuple[Recorder, Stream]:
         (walked.memory, found.memory),
         ([(one.data_pages, one.zero_pages) for one in walked.rounds],
          [(one.data_pages, one.zero_pages) for one in found.rounds]),
-        ({one.name: one.data for one in walked.ended.states}, found.states),
+        (walked.rehearsal.plan if walked.rehearsal else None, found.rehearsal),
+        ([(one.name, one.data, one.is_optional) for one in walked.ended.states],
+         [(*one, False) for one in found.states.items()]
+         + [(*one, True) for one in found.optional_states.items()]),
         (_time(walked.ended), found.time),
         (end.what, found.what),
         (end.digest, found.digest),

@@ -19,7 +19,7 @@ from pathlib import Path
 import xxhash
 
 from bhystream import format as fmt
-from bhystream.backend.base import PAGE_BYTES, Segment
+from bhystream.backend.base import PAGE_BYTES, Segment, State
 from bhystream.format import Feature, Form, Header, Type
 from bhystream.writer import Writer
 
@@ -33,6 +33,16 @@ FRAME = bytes.fromhex(
     "28b52ffd60001f8d010024025468652067756573742773206d656d6f72792c207061676520616674"
     "65722e2000010300fbcff918fb4879ac85e204"
 )
+
+
+PLAN = b'{"devices": [{"device": "vga", "size": 8195}]}'
+# What is zero in blocks of 4096 bytes is a count in the stream.
+ZERO_STATES = {
+    "vga": bytes(8192) + b"end",
+    "ram": bytes(4096) + b"\x01".rjust(4096, b"\0") + bytes(4096) + bytes(8),
+    "rom": bytes(3 * 4096),
+    "short": bytes(4095),
+}
 
 
 def page(number: int) -> bytes:
@@ -120,7 +130,7 @@ def plain(fd: int) -> None:
         last = fmt.FLAG_LAST if at == len(parts) - 1 else 0
         writer.section(Type.STATE, fmt.pack_state("cpu0", at, part), flags=last)
         writer.state_bytes += len(part)
-    writer.state("rtc", b"\x00\xff")
+    writer.state(State("rtc", b"\x00\xff"))
     time(writer)
     writer.end()
 
@@ -131,7 +141,7 @@ def kept(fd: int) -> None:
     head(writer)
     memory(writer, [(0, 7, 1), (7, 1, 0)], [page(7)])
     writer.round_end(1, 7, last=True)
-    writer.state("machine", b"")
+    writer.state(State("machine", b""))
     time(writer, 0, 0)
     writer.end()
 
@@ -144,7 +154,7 @@ def zstd(fd: int) -> None:
     writer.round_end(2, 6, last=False)
     memory(writer, [(4, 1, 0)], [page(4)])
     writer.round_end(1, 0, last=True)
-    writer.state("machine", bytes(100))
+    writer.state(State("machine", bytes(100)))
     time(writer)
     writer.end()
 
@@ -155,12 +165,35 @@ def answered(fd: int) -> None:
     head(writer)
     memory(writer, [(0, 8, 1)])
     writer.round_end(0, 8, last=True)
-    writer.state("machine", b"state")
+    writer.state(State("machine", b"state"))
     time(writer)
     writer.end()
     writer.section(Type.PAD, bytes(9))
     writer.section(Type.GO, NONCE)
     writer.section(Type.PAD)
+
+
+def rehearsed(fd: int) -> None:
+    """Write a stream with all that a destination needs to start its hypervisor early.
+
+    REHEARSAL, states with zeros before, between and behind what is not zero,
+    one of zeros alone, and two states that a reader may leave out.
+    """
+    writer = begin(fd, 7, Form.PLAIN)
+    head(writer)
+    writer.section(Type.REHEARSAL, PLAN)
+    memory(writer, [(0, 8, 1)])
+    writer.round_end(0, 8, last=True)
+    for name, data in ZERO_STATES.items():
+        writer.state(State(name, data))
+    # As Writer.state(), but in parts that are no megabyte.
+    for at, part in enumerate((b"xmm0", b"xmm1")):
+        writer.section(Type.STATE_OPTIONAL, fmt.pack_state("fpu/0", at, part), flags=at)
+        writer.section(Type.PAD, bytes(3))
+    # Zeros, which are not cut out of an optional state.
+    writer.state(State("fpu/1", bytes(4096), is_optional=True))
+    time(writer)
+    writer.end()
 
 
 def aborted(fd: int) -> None:
@@ -178,6 +211,7 @@ STREAMS: dict[str, Callable[[int], None]] = {
     "zstd": zstd,
     "answered": answered,
     "aborted": aborted,
+    "rehearsed": rehearsed,
 }
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bhystream import format as fmt
-from bhystream.backend.base import PAGE_BYTES, Head, Json, Segment, State
+from bhystream.backend.base import PAGE_BYTES, Head, Paused, Prepared, Segment
 from bhystream.errors import GuestError
 from bhystream.format import RoundEnd
 from bhystream.hole import punch
@@ -41,7 +41,6 @@ class MemorySource:
 
     name = "stand-in"
     lock_name = "stand-in"
-    is_live = True
 
     def __init__(self, *npages: int) -> None:
         """npages: of each segment; all of it is one hole."""
@@ -69,17 +68,14 @@ class MemorySource:
     def resources(self) -> Sequence[str]:
         return ("disk0=", "net0=")
 
-    def load_seconds(self) -> float:
-        return 0.0
-
     def fixed_ns(self) -> int:
         return 0
 
     def warnings(self) -> Sequence[str]:
         return ()
 
-    def prepare(self, id_: str) -> None:
-        pass
+    def prepare(self, id_: str) -> Prepared:
+        return Prepared({"hypervisor": "stand-in"})
 
     def changed(self) -> Iterator[tuple[int, int]] | None:
         return None
@@ -100,23 +96,8 @@ class MemorySource:
                 yield base + start // PAGE_BYTES, base + -(-at // PAGE_BYTES)
             base += segment.npages
 
-    def pause(self) -> None:
+    def pause(self) -> Paused:
         raise GuestError("not asked for here")
-
-    def states(self) -> Sequence[State]:
-        raise GuestError("not asked for here")
-
-    def require_paused(self) -> None:
-        raise GuestError("not asked for here")
-
-    def resume(self) -> None:
-        raise GuestError("not asked for here")
-
-    def keep(self) -> str:
-        raise GuestError("not asked for here")
-
-    def revive(self) -> Json:
-        return {"hypervisor": "stand-in"}
 
     def close(self) -> None:
         for view, mapping, fd in zip(self._views, self._maps, self.fds, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bhystream import hypervisors
+from bhystream.backend.base import State
 from bhystream.errors import BhyError, GuestError
 from bhystream.handshake import DEAD, LOADED, READY, STARTED
 from bhystream.state import Record, Records
@@ -43,17 +44,14 @@ class Guest:
     def resume(self) -> None:
         self._do("resume")
 
-    def hold(self) -> None:
-        self._do("hold")
-
     def clear(self) -> None:
         self._do("clear")
 
-    def keep(self) -> None:
-        self._do("keep")
+    def states(self) -> Sequence[State]:
+        raise AssertionError("nobody asks a recorded guest for its state")
 
-    def outlives_us(self) -> bool:
-        return True
+    def require_paused(self) -> None:
+        raise AssertionError("nobody asks that of a recorded guest")
 
     def discard(self, there: str) -> None:
         self._do(f"discard {there}".rstrip())

@@ -21,10 +21,12 @@ PLAIN, KEPT, ANSWERED = 1, 2, 3
 ZSTD, NO_MEMORY = 1, 2
 HOST, LAYOUT, CONFIG, DEVICES, HEAD_END, PAD, MEMORY = 1, 2, 3, 4, 5, 6, 7
 ROUND_END, STATE, TIME, END, GO, ABORT = 8, 9, 10, 11, 12, 13
+STATE_ZEROS, STATE_OPTIONAL, REHEARSAL = 15, 0x80000009, 0x8000000E
 OPTIONAL = 0x80000ABC
 NAMES = {
     1: "HOST", 2: "LAYOUT", 3: "CONFIG", 4: "DEVICES", 5: "HEAD_END", 6: "PAD", 7: "MEMORY",
     8: "ROUND_END", 9: "STATE", 10: "TIME", 11: "END", 12: "GO", 13: "ABORT",
+    STATE_ZEROS: "STATE_ZEROS", STATE_OPTIONAL: "STATE_OPTIONAL", REHEARSAL: "REHEARSAL",
 }  # fmt: skip
 HOST_JSON = b'{"hypervisor": "qemu", "program": "test 1"}'
 CONFIG_JSON = b'{"name": "web1", "smp": 2}'
@@ -84,6 +86,10 @@ def memory_list(
 def state(name: bytes, part: int, raw: bytes, *, zero: int = 0, length: int | None = None) -> bytes:
     head = struct.pack("<HHI", len(name) if length is None else length, zero, part)
     return head + name + bytes(-len(name) % 8) + raw
+
+
+def state_zeros(name: bytes, part: int, count: int, **wrong: Any) -> bytes:
+    return state(name, part, struct.pack("<Q", count), **wrong)
 
 
 def round_end(number: int, data: int, zeros: int, *, zero: int = 0) -> bytes:
@@ -190,6 +196,13 @@ class Maker:
         self.state_bytes += len(raw)
         return self.add(STATE, state(name, part, raw), flags=flags)
 
+    def state_zeros(self, name: bytes, part: int, count: int, *, flags: int = 0) -> Maker:
+        self.state_bytes += count
+        return self.add(STATE_ZEROS, state_zeros(name, part, count), flags=flags)
+
+    def state_optional(self, name: bytes, part: int, raw: bytes, *, flags: int = 0) -> Maker:
+        return self.add(STATE_OPTIONAL, state(name, part, raw), flags=flags)
+
     def time(self, at: int = PAUSED_AT, for_: int = PAUSED_FOR) -> Maker:
         return self.add(TIME, struct.pack("<QQ", at, for_))
 
@@ -227,19 +240,23 @@ def before(kind: int, form: int = ANSWERED, mandatory: int = 0) -> Maker:
         if kind == due:
             return maker
     maker.add(HEAD_END)
-    if kind in (MEMORY, ROUND_END):
+    if kind in (REHEARSAL, MEMORY, ROUND_END):
         return maker
     maker.round_0()
-    if kind in (STATE, TIME):
+    if kind in (STATE, STATE_ZEROS, STATE_OPTIONAL, TIME):
         return maker
     maker.time()
     return maker if kind == END else maker.end()
 
 
 # What every payload of these types has as its shortest; others may be empty.
-SHORTEST = {LAYOUT: 56, MEMORY: 32, ROUND_END: 24, STATE: 16, TIME: 16, END: 64, GO: 16, ABORT: 9}
+SHORTEST = {
+    LAYOUT: 56, MEMORY: 32, ROUND_END: 24, STATE: 16, TIME: 16, END: 64, GO: 16, ABORT: 9,
+    STATE_ZEROS: 24, STATE_OPTIONAL: 16, REHEARSAL: 1,
+}  # fmt: skip
 CAPS = [
     (HOST, 65536), (LAYOUT, 3080), (CONFIG, 65536), (DEVICES, 65536), (HEAD_END, 0),
     (PAD, 1048576), (MEMORY, 4268048), (ROUND_END, 24), (STATE, 1048840), (TIME, 16), (END, 64),
-    (GO, 16), (ABORT, 1024), (OPTIONAL, 1048576),
+    (GO, 16), (ABORT, 1024), (OPTIONAL, 1048576), (STATE_ZEROS, 272), (STATE_OPTIONAL, 1048840),
+    (REHEARSAL, 1048576),
 ]  # fmt: skip

@@ -25,6 +25,7 @@ SIZES = {
     "EXTENT": 16,
     "ROUND_END": 24,
     "STATE_HEAD": 8,
+    "STATE_COUNT": 8,
     "TIME": 16,
     "END": 64,
     "ABORT_HEAD": 8,
@@ -93,6 +94,12 @@ def test_state_as_drawn() -> None:
     assert fmt.pack_state("eightchr", 0, b"x")[8:] == b"eightchrx"
 
 
+def test_zeros_of_a_state_as_drawn() -> None:
+    packed = fmt.pack_state_zeros("cpu0", 0x0102, 0x030405)
+    assert packed == bytes.fromhex("0400 0000 02010000 6370753000000000 0504030000000000")
+    assert fmt.unpack_state_zeros(packed) == ("cpu0", 0x0102, 0x030405)
+
+
 def test_the_table_is_that_of_the_page() -> None:
     row = r"^\.It (0x\w{8}) Ta (\w+) Ta ([\d ]+) Ta (\S+) Ta "
     rows = re.findall(row, PAGE_5.read_text(), re.MULTILINE)
@@ -120,6 +127,9 @@ def test_the_caps_are_the_sums_of_their_parts() -> None:
         Type.END: 64,
         Type.GO: 16,
         Type.ABORT: 1024,
+        Type.STATE_ZEROS: 272,
+        Type.STATE_OPTIONAL: 1048840,
+        Type.REHEARSAL: 1048576,
     }
     assert fmt.cap(Type.MEMORY) == 4268048
     assert fmt.cap(1 << 31) == fmt.cap((1 << 32) - 1) == 1048576
@@ -129,11 +139,16 @@ def test_the_caps_are_the_sums_of_their_parts() -> None:
 def test_numbers_of_the_page() -> None:
     assert [form.value for form in Form] == [1, 2, 3]
     assert (Feature.ZSTD, Feature.NO_MEMORY) == (1, 2)
-    assert fmt.FLAGS == {Type.MEMORY: 1, Type.ROUND_END: 1, Type.STATE: 1}
+    flags = dict.fromkeys((Type.STATE, Type.STATE_ZEROS, Type.STATE_OPTIONAL), 1)
+    flags |= {Type.MEMORY: 1, Type.ROUND_END: 1}
+    assert flags == fmt.FLAGS
     assert (fmt.KIND_DATA, fmt.KIND_ZERO) == (0, 1)
     assert bytes.fromhex("894248530d0a1a0a") == fmt.MAGIC
     assert fmt.VERSION == 1
     assert fmt.MAX_STATE_BYTES == 134217728
+    assert fmt.MAX_OPTIONAL_STATE_BYTES == 4194304
+    later = (Type.STATE_ZEROS, Type.STATE_OPTIONAL, Type.REHEARSAL)
+    assert later == (0x0F, 0x80000009, 0x8000000E)
 
 
 def test_names_in_messages() -> None:
@@ -223,6 +238,10 @@ def test_states_round_trip(rng: random.Random) -> None:
         packed = fmt.pack_state(name, part, memoryview(data))
         assert (len(packed) - len(data)) % 8 == 0
         assert fmt.unpack_state(packed) == (name, part, data)
+        count = rng.getrandbits(64)
+        packed = fmt.pack_state_zeros(name, part, count)
+        assert len(packed) <= fmt.CAPS[Type.STATE_ZEROS]
+        assert fmt.unpack_state_zeros(packed) == (name, part, count)
 
 
 @pytest.mark.parametrize(

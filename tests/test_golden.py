@@ -15,7 +15,17 @@ import pytest
 
 from bhystream.errors import AbortedError, BhyError
 from both import LARGEST_CAP, Input, Recorder, agree
-from make_golden import NONCE, PAUSED_AT, PAUSED_FOR, STREAMS, make, page, text_pages
+from make_golden import (
+    NONCE,
+    PAUSED_AT,
+    PAUSED_FOR,
+    PLAN,
+    STREAMS,
+    ZERO_STATES,
+    make,
+    page,
+    text_pages,
+)
 from spec_reader import Refused, read
 
 DATA = Path(__file__).parent / "data"
@@ -25,6 +35,7 @@ FROZEN = {
     "dry-run": "27f2a8395163155d19634e84eaeeb1ab17202d955208b696f713fd94e0eaeeb8",
     "kept": "2067449e0d6b84cd8b233a0b0503dcbe707d61375671a5210ba1338f3d5fc6c0",
     "plain": "57a3b9b7bfb8475c18b1d4feb3a91b958920bf5f82ffd778944712faaab1c212",
+    "rehearsed": "eb934b7a1ad5c1c4510b11896fb70c15a855c29b16fe2bc0f84d5256698c2d98",
     "zstd": "415021dbb240186ef2531373a1ee5ac3ba072905fcfa1de127befec2570f4b49",
 }
 SOUND = [name for name in STREAMS if name != "aborted"]
@@ -34,6 +45,7 @@ MEMORY = {
     "kept": {7: page(7)},
     "zstd": {0: text_pages()[0], 1: text_pages()[1], 4: page(4)},
     "answered": {},
+    "rehearsed": {},
 }
 STATES = {
     "dry-run": {},
@@ -41,7 +53,9 @@ STATES = {
     "kept": {"machine": b""},
     "zstd": {"machine": bytes(100)},
     "answered": {"machine": b"state"},
+    "rehearsed": ZERO_STATES,
 }
+OPTIONAL_STATES = {"rehearsed": {"fpu/0": b"xmm0xmm1", "fpu/1": bytes(4096)}}
 HEADER_BYTES = 72
 AFTER_END = 3  # sections of the answered stream: PAD, GO, PAD
 
@@ -84,6 +98,8 @@ def test_both_readers_agree_on_what_it_holds(name: str) -> None:
     recorder, found = agree(stored(name))
     assert recorder.memory == MEMORY[name]
     assert found.states == STATES[name]
+    assert found.optional_states == OPTIONAL_STATES.get(name, {})
+    assert found.rehearsal == (PLAN if name == "rehearsed" else None)
     times = {"dry-run": None, "kept": (0, 0)}
     assert found.time == times.get(name, (PAUSED_AT, PAUSED_FOR))
     assert found.nonce == (NONCE if name == "answered" else None)

@@ -277,7 +277,7 @@ from bhystream import hypervisors, keeper
 from bhystream.errors import GuestError
 
 syslog.syslog = lambda level, text: print("log", text, flush=True)
-keeper._RETRY_SECONDS = keeper._LONG_SECONDS = 0.001
+keeper._RETRY_SECONDS = 0.001
 keeper._RESUME_SECONDS = float(sys.argv[2])
 faults = eval(sys.argv[3])
 
@@ -286,21 +286,13 @@ def say(word):
 
 class Paused:
     def is_alive(self):
-        return sys.argv[4] in ("alive", "only here")
-    def hold(self):
-        say("hold")
+        return sys.argv[4] == "alive"
     def clear(self):
         say("clear")
-    def keep(self):
-        say("keep")
-        if faults:
-            raise faults.pop(0)
     def resume(self):
         say("resume")
         if faults:
             raise faults.pop(0)
-    def outlives_us(self):
-        return sys.argv[4] != "only here"
     def discard(self, there):
         say(f"discard {there}")
     def close(self):
@@ -355,7 +347,7 @@ def test_a_paused_guest_is_resumed_and_its_record_removed(base: Path, records: R
     records.write(RECORD)
     status, out, err = driven.orphaned()
     said = "log guest web1: bhysend is gone; the guest runs on here"
-    assert out.splitlines() == ["open", "hold", "resume", said]
+    assert out.splitlines() == ["open", "resume", said]
     assert status == 0
     assert err == "bhysend: guest web1: bhysend is gone; the guest runs on here\n"
     assert records.all() == []
@@ -365,7 +357,7 @@ def test_it_tries_again_until_the_hypervisor_answers(base: Path, records: Record
     driven = Driven(base, 60, "[GuestError('busy'), GuestError('busy')]")
     records.write(RECORD)
     status, out, err = driven.orphaned()
-    assert out.splitlines()[:-1] == ["open", "hold"] + ["resume"] * 3
+    assert out.splitlines()[:-1] == ["open"] + ["resume"] * 3
     assert status == 0
     assert err == "bhysend: guest web1: bhysend is gone; the guest runs on here\n"
     assert records.all() == []
@@ -393,33 +385,38 @@ def test_what_cannot_be_resumed_is_said_and_its_record_kept(base: Path, records:
     assert records.all() == [RECORD]
 
 
-@pytest.mark.parametrize(("guest", "resumes", "status"), [("alive", 1, 69), ("only here", 4, 0)])
-def test_it_gives_up_no_guest_whose_memory_is_here_only(
-    base: Path, records: Records, guest: str, resumes: int, status: int
-) -> None:
-    driven = Driven(base, 0, "[GuestError('no room')] * 3", guest=guest)
-    records.write(RECORD)
-    found, out, err = driven.orphaned()
-    assert (found, out.split().count("resume")) == (status, resumes)
-    assert err.count("bhysend: no room\n") == 1
-    assert (f"process {driven.process.pid} holds its memory" in err) == (guest == "only here")
-    assert [record.phase for record in records.all()] == ["paused"] * (status != 0)
-
-
-def test_a_record_that_cannot_be_read_ends_no_guest_whose_memory_is_here_only(
+def test_a_guest_that_stays_paused_is_its_hypervisors_and_the_operators(
     base: Path, records: Records
 ) -> None:
-    driven = Driven(base, 0, guest="only here")
+    """Given up, it is lost with nobody: it stands in its hypervisor, and the record says so."""
+    driven = Driven(base, 0, "[GuestError('busy')] * 3")
+    records.write(RECORD)
+    found, out, err = driven.orphaned()
+    assert (found, out.split().count("resume")) == (69, 1)
+    assert err.startswith("bhysend: busy\n")
+    assert f"it stands paused here: bhysend --resume {RECORD.id}" in err
+    assert [record.phase for record in records.all()] == [PAUSED]
+
+
+def test_a_record_that_can_be_read_in_time_is_acted_on(base: Path, records: Records) -> None:
+    driven = Driven(base, 60)
     path = base / "source" / f"{RECORD.id}.json"
     path.write_text("{")
     driven.socket.close()
-    assert driven.process.stderr is not None
-    told = [driven.process.stderr.readline() for _ in range(3)]
-    assert "holds its memory" in told[2]
     records.write(RECORD)
     out, _ = driven.process.communicate(timeout=60)
     assert driven.process.returncode == 0
     assert "resume" in out.split()
+
+
+def test_a_record_that_stays_broken_resumes_nothing(base: Path, records: Records) -> None:
+    driven = Driven(base, 0)
+    (base / "source" / f"{RECORD.id}.json").write_text("{")
+    status, out, err = driven.orphaned()
+    assert status != 0
+    assert out.split()[0] == "open"
+    assert "resume" not in out.split()
+    assert "it may stand paused here; see bhysend -l" in err
 
 
 def test_the_record_of_a_guest_that_is_gone_is_removed(base: Path, records: Records) -> None:
@@ -427,7 +424,7 @@ def test_the_record_of_a_guest_that_is_gone_is_removed(base: Path, records: Reco
     records.write(RECORD)
     status, out, err = driven.orphaned()
     said = "log guest web1: its hypervisor is gone"
-    assert (status, out.splitlines()) == (0, ["open", "hold", "clear", said])
+    assert (status, out.splitlines()) == (0, ["open", "clear", said])
     assert err == "bhysend: guest web1: its hypervisor is gone\n"
     assert records.all() == []
 
@@ -441,8 +438,8 @@ def test_nothing_else_is_ever_resumed(base: Path, records: Records, phase: str |
     status, out, err = driven.orphaned()
     told = {None: "", HELD: "the guest is held", GO: "the guest is in doubt, paused here"}[phase]
     said = f"guest web1: bhysend is gone; {told}"
-    act = ["keep", f"log {said}"] if phase else ["clear"]
-    assert (status, out.splitlines()) == (0, ["open", "hold", *act])
+    act = [f"log {said}"] if phase else ["clear"]
+    assert (status, out.splitlines()) == (0, ["open", *act])
     assert err == (f"bhysend: {said}\n" if phase else "")
     assert [record.phase for record in records.all()] == ([phase] if phase else [])
 
@@ -451,7 +448,7 @@ def test_a_guest_that_has_moved_is_ended_here(base: Path, records: Records) -> N
     driven = Driven(base, 60)
     records.write(replace(RECORD.moved(MOVED), host="hv2/ff", directory="/d"))
     status, out, err = driven.orphaned()
-    assert out.splitlines()[:-1] == ["open", "hold", "open", "discard hv2", "close"]
+    assert out.splitlines()[:-1] == ["open", "open", "discard hv2", "close"]
     assert status == 0
     assert err == (
         "bhysend: guest web1: bhysend is gone; the guest runs on hv2, and is gone here\n"
@@ -462,10 +459,10 @@ def test_a_guest_that_has_moved_is_ended_here(base: Path, records: Records) -> N
 @pytest.mark.parametrize(
     ("answer", "acts", "left"),
     [
-        (b"RUNNING", ["open", "hold", "open", "discard hv2", "close"], []),
-        (b"FAILED no", ["open", "hold", "resume"], []),
-        (b"RAN", ["open", "hold", "keep"], [GO]),
-        (b"", ["open", "hold", "keep"], [GO]),
+        (b"RUNNING", ["open", "open", "discard hv2", "close"], []),
+        (b"FAILED no", ["open", "resume"], []),
+        (b"RAN", ["open"], [GO]),
+        (b"", ["open"], [GO]),
     ],
 )
 def test_a_commands_answers_are_read_on(

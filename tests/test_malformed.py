@@ -2,8 +2,8 @@
 
 Each is sound but for that one rule, its checksums and digest included, and both readers refuse
 it: Walk with the message, the section and the offset asserted here, spec_reader for the reason
-beside it.  The head's contents are in test_malformed_head.py, the rounds and the states in
-test_malformed_memory.py.
+beside it.  The head's contents are in test_malformed_head.py, the rounds in
+test_malformed_memory.py, the states in test_malformed_state.py.
 """
 
 from __future__ import annotations
@@ -41,10 +41,13 @@ from streams import (
     OPTIONAL,
     PAD,
     PLAIN,
+    REHEARSAL,
     ROUND_END,
     SEED,
     SHORTEST,
     STATE,
+    STATE_OPTIONAL,
+    STATE_ZEROS,
     TIME,
     Maker,
     abort,
@@ -154,6 +157,8 @@ def test_length_over_the_cap_is_refused_unread(kind: int, cap: int, beyond: int)
         (ROUND_END, 23, "length is 23, not 24"), (STATE, 7, "length is too small"),
         (TIME, 8, "length is 8, not 16"), (END, 56, "length is 56, not 64"),
         (GO, 15, "length is 15, not 16"), (ABORT, 8, "length is too small"),
+        (STATE_ZEROS, 7, "length is too small"), (STATE_OPTIONAL, 7, "length is too small"),
+        (REHEARSAL, 0, "it is empty"),
     ],
 )  # fmt: skip
 def test_length_that_is_too_short_is_refused(kind: int, length: int, message: str) -> None:
@@ -205,28 +210,37 @@ def test_wrong_checksum_is_refused(kind: int) -> None:
 @pytest.mark.parametrize("kind", [kind for kind, _ in CAPS if kind not in (MEMORY, OPTIONAL)])
 @pytest.mark.parametrize("flags", [1, 2, 2**31])
 def test_unknown_flag_is_refused(kind: int, flags: int) -> None:
-    if kind in (ROUND_END, STATE):
+    if kind in (ROUND_END, STATE, STATE_ZEROS, STATE_OPTIONAL):
         flags |= 2
     maker = before(kind).add(kind, bytes(SHORTEST.get(kind, 0)), flags=flags)
     refused_last(maker, FormatError, f"flags 0x{flags:x} are not known", "unknown flag")
 
 
 # The order.  What may stand at a place, and how Walk names what may not.
+STATES = [STATE, STATE_ZEROS, STATE_OPTIONAL, TIME, PAD, OPTIONAL, ABORT]
 PLACES: list[tuple[Make, list[int], str]] = [
     (Maker, [HOST, ABORT], "the header"),
     (lambda: Maker().host(), [LAYOUT, PAD, OPTIONAL, ABORT], "HOST"),
     (lambda: before(CONFIG), [CONFIG, PAD, OPTIONAL, ABORT], "LAYOUT"),
     (lambda: before(DEVICES), [DEVICES, PAD, OPTIONAL, ABORT], "CONFIG"),
     (lambda: before(HEAD_END), [HEAD_END, PAD, OPTIONAL, ABORT], "DEVICES"),
-    (lambda: before(MEMORY), [MEMORY, ROUND_END, PAD, OPTIONAL, ABORT], "HEAD_END"),
+    (lambda: before(MEMORY), [REHEARSAL, MEMORY, ROUND_END, PAD, OPTIONAL, ABORT], "HEAD_END"),
+    (lambda: before(MEMORY).add(PAD).add(OPTIONAL),
+     [REHEARSAL, MEMORY, ROUND_END, PAD, OPTIONAL, ABORT], "HEAD_END"),
+    (lambda: before(MEMORY).add(REHEARSAL, b"{}"), [MEMORY, ROUND_END, PAD, OPTIONAL, ABORT],
+     "REHEARSAL"),
     (lambda: before(MEMORY).memory(0, [(0, 1, 1)]), [MEMORY, ROUND_END, PAD, OPTIONAL, ABORT],
      "MEMORY"),
     (lambda: Maker().head().round_0(flags=0), [MEMORY, ROUND_END, PAD, OPTIONAL, ABORT],
      "ROUND_END"),
-    (lambda: before(STATE), [STATE, TIME, PAD, OPTIONAL, ABORT], "ROUND_END"),
-    (lambda: before(STATE).add(PAD), [STATE, TIME, PAD, OPTIONAL, ABORT], "ROUND_END"),
-    (lambda: before(STATE).state(b"s", 0, b"1", flags=1), [STATE, TIME, PAD, OPTIONAL, ABORT],
-     "STATE"),
+    (lambda: before(STATE), STATES, "ROUND_END"),
+    (lambda: before(STATE).add(PAD), STATES, "ROUND_END"),
+    (lambda: before(STATE).state(b"s", 0, b"1", flags=1), STATES, "STATE"),
+    (lambda: before(STATE).state_zeros(b"s", 0, 1, flags=1), STATES, "STATE_ZEROS"),
+    (lambda: before(STATE).state_optional(b"s", 0, b"1", flags=1),
+     [STATE_OPTIONAL, TIME, PAD, OPTIONAL, ABORT], "STATE_OPTIONAL"),
+    (lambda: before(STATE).state_optional(b"s", 0, b"", flags=1).add(PAD),
+     [STATE_OPTIONAL, TIME, PAD, OPTIONAL, ABORT], "STATE_OPTIONAL"),
     (lambda: before(END), [END, PAD, OPTIONAL, ABORT], "TIME"),
     (lambda: Maker(mandatory=NO_MEMORY).head(), [END, PAD, OPTIONAL, ABORT], "HEAD_END"),
     (lambda: before(GO), [GO, PAD], "END"),
@@ -346,13 +360,14 @@ def test_digest_of_the_low_half_first_is_refused() -> None:
 
 def test_the_digest_is_over_sections_of_every_type() -> None:
     # A stream whose END was made before a PAD and a skipped section were put in front of it.
-    for kind in (PAD, OPTIONAL, STATE):
+    for kind in (PAD, OPTIONAL, STATE, STATE_OPTIONAL):
         short = Maker().head().round_0()
         long = Maker().head().round_0()
         for _ in range(2):
             short.add(PAD)
         long.add(PAD)
-        long.add(kind, state(b"s", 0, b"") if kind == STATE else b"x", flags=kind == STATE)
+        is_state = kind in (STATE, STATE_OPTIONAL)
+        long.add(kind, state(b"s", 0, b"") if is_state else b"x", flags=is_state)
         wrong = short.time().end().raw[-16:]
         right = long.time().raw and Maker.end(long).raw[-16:]
         assert wrong != right

@@ -1,25 +1,20 @@
-"""A malformed stream for each rule of bhystream(5): MEMORY, ROUND_END, STATE."""
+"""A malformed stream for each rule of bhystream(5): MEMORY, ROUND_END."""
 
 from __future__ import annotations
 
 import struct
 import tracemalloc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-import xxhash
 import zstandard
 
 from bhystream.errors import ChecksumError, FormatError, TruncatedError
-from both import Input, Make, Recorder, agree, refused, refused_last, where
+from both import Input, Recorder, agree, refused, refused_last, where
 from streams import (
     DATA,
-    IDENT,
     MEMORY,
     ROUND_END,
-    SEED,
-    STATE,
     ZERO,
     ZSTD,
     Extent,
@@ -28,7 +23,6 @@ from streams import (
     memory_list,
     page,
     round_end,
-    state,
 )
 
 CHECKSUM = (ChecksumError, "checksum differs", "wrong checksum")
@@ -365,99 +359,3 @@ def test_counts_are_of_one_round() -> None:
     maker = Maker().head().round_0(flags=0).round_end(1, 3, 4, flags=1)
     message = "counts 3 data and 4 zero pages, but the round had 0 and 0"
     refused_last(maker, FormatError, message, "wrong count of data pages")
-
-
-# STATE
-
-BAD_NAME = "the name is not 1 to 255 printable characters"
-FILLED = "filling of the state name is not zero"
-
-
-@pytest.mark.parametrize(
-    ("payload", "message", "why"),
-    [
-        (state(b"", 0, bytes(8)), BAD_NAME, "state name is not 1 to 255 bytes"),
-        (state(b"n" * 256, 0, b"1"), BAD_NAME, "state name is not 1 to 255 bytes"),
-        (state(b"n", 0, b"", length=2**16 - 1), BAD_NAME, "state name is not 1 to 255 bytes"),
-        (state(b"n", 0, b"1", zero=1), RESERVED, RESERVED),
-        (state(b"n" * 8, 0, b"", length=9), BAD_NAME, "wrong length"),
-        (state(b"n" * 9, 0, b"")[:-1], BAD_NAME, "wrong length"),
-        (state(b"a b", 0, b"1"), BAD_NAME, "bad state name"),
-        (state(b"a\0", 0, b"1"), BAD_NAME, "bad state name"),
-        (state(b"a\x7f", 0, b"1"), BAD_NAME, "bad state name"),
-        (state(b"\xe4", 0, b"1"), BAD_NAME, "bad state name"),
-        (state(b"n\0\0\0\0\0\0\1", 0, b"1", length=1), "padding after the name is not zero",
-         FILLED),
-        (state(b"n\1\0\0\0\0\0\0", 0, b"1", length=1), "padding after the name is not zero",
-         FILLED),
-        (state(b"n", 0, bytes(1048577)), "a part has more than 1048576 bytes",
-         "part of a state is too long"),
-        (state(b"n", 1, b"1"), "state n: part 1 where part 0 is next", "wrong part of a state"),
-    ],
-)  # fmt: skip
-def test_bad_state_is_refused(payload: bytes, message: str, why: str) -> None:
-    maker = before(STATE).add(STATE, payload, flags=1)
-    refused_last(maker, FormatError, message, why)
-
-
-def a_part(*, last: bool = False) -> Maker:
-    return before(STATE).state(b"a", 0, b"1", flags=last)
-
-
-@pytest.mark.parametrize(
-    ("make", "message", "why"),
-    [
-        (lambda: a_part().state(b"b", 0, b"2"), "state b: part 0 where part 1 is next",
-         "state is incomplete"),
-        (lambda: a_part().state(b"b", 1, b"2"), "state b begins before a is complete",
-         "state is incomplete"),
-        (lambda: a_part().state(b"a", 0, b"2"), "state a: part 0 where part 1 is next",
-         "wrong part of a state"),
-        (lambda: a_part().state(b"a", 2, b"2"), "state a: part 2 where part 1 is next",
-         "wrong part of a state"),
-        (lambda: a_part(last=True).state(b"a", 1, b"2", flags=1),
-         "state a: part 1 where part 0 is next", "state name comes back"),
-        (lambda: a_part(last=True).state(b"a", 0, b"2", flags=1),
-         "state a comes again, or is one too many", "state name comes back"),
-        (lambda: a_part(last=True).state(b"b", 0, b"2", flags=1).state(b"a", 0, b"3"),
-         "state a comes again, or is one too many", "state name comes back"),
-        (lambda: a_part().state(b"a", 1, b"", flags=1), "state a: part 1 is empty",
-         "empty part of a state"),
-        (lambda: a_part().state(b"a", 1, b""), "state a: part 1 is empty",
-         "empty part of a state"),
-        (lambda: before(STATE).state(b"a", 0, b""), "state a: part 0 is empty",
-         "empty part of a state"),
-        (lambda: a_part().time(), "state a is not complete", "the section may not stand here"),
-        (lambda: a_part(last=True).state(b"b", 0, b"2").time(), "state b is not complete",
-         "the section may not stand here"),
-    ],
-)  # fmt: skip
-def test_parts_of_states_do_not_mix(make: Make, message: str, why: str) -> None:
-    refused_last(make(), FormatError, message, why)
-
-
-def many(maker: Maker, count: int, payload: Callable[[int], bytes], flags: int) -> bytes:
-    """Add many STATE sections in linear time; their digest is not kept."""
-    raw = bytearray(maker.raw)
-    for at in range(count):
-        one = payload(at)
-        head = struct.pack("<IIQQ", STATE, flags, len(one), maker.count + at)
-        checksum = xxhash.xxh3_64_intdigest(IDENT + head + one, seed=SEED)
-        maker.last = (maker.count + at, STATE, len(raw))
-        raw += head + struct.pack("<Q", checksum) + one
-    return bytes(raw)
-
-
-def test_the_number_of_states_is_capped() -> None:
-    maker = before(STATE)
-    raw = many(maker, 4097, lambda at: state(b"s%d" % at, 0, b""), 1)
-    message = "state s4096 comes again, or is one too many"
-    refused(raw, where(maker), FormatError, message, "more than 4096 states")
-
-
-def test_the_length_of_all_states_is_capped() -> None:
-    maker = before(STATE)
-    part = bytes(1 << 20)
-    raw = many(maker, 129, lambda at: state(b"big", at, part if at < 128 else b"1" * 8), 0)
-    message = "all states together have more than 134217728 bytes"
-    refused(raw, where(maker), FormatError, message, "states are too long")

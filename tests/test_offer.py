@@ -179,7 +179,7 @@ def test_what_is_held_is_learned_before_the_head_is_accepted(case: Case) -> None
 def test_ready_brings_its_nonce(case: Case) -> None:
     case.begin()
     case.put("READY", NONCE)
-    assert case.offer.await_ready() == bytes.fromhex(NONCE)
+    assert case.offer.await_ready(0) == bytes.fromhex(NONCE)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_what_is_not_ready_is_an_error(case: Case, put: Callable[[Case], None], 
     case.begin()
     put(case)
     with pytest.raises(GuestError) as caught:
-        case.offer.await_ready()
+        case.offer.await_ready(0)
     assert str(caught.value) == text
 
 

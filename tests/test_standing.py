@@ -53,8 +53,6 @@ def ended(host: Host) -> list[str]:
 EXPECTED = {
     (PAUSED, Event.ALONE): (("resume", PAUSED), []),
     (PAUSED, Event.FAILED): (("resume", PAUSED), []),
-    (HELD, Event.ALONE): (("keep", HELD), [HELD]),
-    (GO, Event.ALONE): (("keep", GO), [GO]),
     (GO, Event.RUNNING): (("discard hv2", MOVED), []),
     (GO, Event.FAILED): (("resume", PAUSED), []),
     (MOVED, Event.ALONE): (("discard hv2", MOVED), []),
@@ -71,7 +69,7 @@ def test_a_row_is_done_with_its_record_first(host: Host, phase: str, event: Even
     asked, left = EXPECTED[phase, event]
     record = host.record(phase, peer=PEER)
     assert settle(host, record, event) == record
-    assert host.guest.asked == ([asked, ("close", asked[1])] if asked else [])
+    assert host.guest.asked == [asked, ("close", asked[1])]
     assert host.phases("source") == left
 
 
@@ -84,7 +82,7 @@ def test_a_row_may_be_done_twice(host: Host, phase: str, event: Event) -> None:
         settle(host, record, event)
         assert host.phases("source") == left
         host.guest.alive = host.guest.alive and "discard hv2" not in ended(host)
-    assert set(ended(host)) == ({asked[0]} if asked else set())
+    assert set(ended(host)) == {asked[0]}
 
 
 class Killed(BaseException):
@@ -118,7 +116,7 @@ def test_one_who_finds_the_record_of_a_killed_one_ends_it(
     assert found is not None
     settle(host, found, event if acts == 0 else Event.ALONE)
     assert host.phases("source") == left
-    assert set(ended(host)) == ({asked[0]} if asked else set())
+    assert set(ended(host)) == {asked[0]}
 
 
 @pytest.mark.parametrize(("phase", "event"), OTHERS)
@@ -135,15 +133,15 @@ def test_a_guest_that_is_gone(host: Host, phase: str, event: Event) -> None:
     asked, left = EXPECTED[phase, event]
     host.guest.alive = False
     record = host.record(phase, peer=PEER)
-    if asked and asked[0] == "resume":
+    if asked[0] == "resume":
         with pytest.raises(GoneError, match="guest web1: its hypervisor is gone"):
             settle(host, record, event)
         assert host.phases("source") == [PAUSED]
     else:
         settle(host, record, event)
         assert host.phases("source") == left
-    # What is left of it is removed, but for one that somebody has to decide about.
-    gone = {"resume": ["clear"], "keep": [], "discard hv2": ["discard hv2"]}
+    # What is left of it is removed.
+    gone = {"resume": ["clear"], "discard hv2": ["discard hv2"]}
     assert ended(host) == gone[asked[0]]
 
 
@@ -152,13 +150,12 @@ def test_a_guest_that_does_not_answer_is_tried_again(host: Host, phase: str, eve
     asked, left = EXPECTED[phase, event]
     standing = Standing(host.roles["source"], host.record(phase))
     host.guest.fails = True
-    if asked:
-        with pytest.raises(GuestError, match="it does not answer"):
-            standing.settle(event)
-        assert host.guest.asked[-1][0] == "close"
-        assert host.phases("source") == [asked[1]]
+    with pytest.raises(GuestError, match="it does not answer"):
+        standing.settle(event)
+    assert host.guest.asked[-1][0] == "close"
+    assert host.phases("source") == [asked[1]]
     host.guest.fails = False
-    standing.settle(event if not asked or asked[1] == phase else Event.ALONE)
+    standing.settle(event if asked[1] == phase else Event.ALONE)
     assert host.phases("source") == left
 
 

@@ -225,7 +225,7 @@ def test_without_a_record_a_killed_bhysend_had_settled_it(
     [
         (RUNNING, 0, ["discard", "close"], []),
         (FAILED, 69, ["resume", "close"], []),
-        (b"", 81, ["keep", "close"], [GO]),
+        (b"", 81, [], [GO]),
     ],
 )
 def test_the_record_of_a_killed_bhysend_is_acted_on(

@@ -44,7 +44,6 @@ def records(base: Path) -> Records:
 ELSEWHERE = line("HELLO", "hv3/b2", "/d")
 ELSEWHERE_TOO = line("HELLO", "hv2/a1", "/e")
 IN_DOUBT = "in doubt: "
-KEPT = "keep close"
 RESUME, DISCARD = f"bhysend --resume {ID}", f"bhysend --discard {ID}"
 WENT = IN_DOUBT + "the stream went to hv2/a1 (/d)"
 
@@ -57,20 +56,20 @@ WENT = IN_DOUBT + "the stream went to hv2/a1 (/d)"
         (PAUSED, HELLO + UNKNOWN, 69, "resume close", None, "guest web1: it runs here"),
         (GO, HELLO + RUNNING, 0, "discard close", None, "web1: it runs on hv2, and is gone here"),
         (GO, HELLO + FAILED, 69, "resume close", None, "hv2: no disk"),
-        (GO, HELLO + RAN, 81, KEPT, GO, IN_DOUBT + "hv2 cannot say whether it ran there"),
-        (GO, HELLO + UNKNOWN, 81, KEPT, GO, IN_DOUBT + "hv2 does not know the stream"),
-        (GO, HELLO, 81, KEPT, GO, IN_DOUBT + "no answer came from hv2"),
-        (GO, HELLO + READY, 81, KEPT, GO, IN_DOUBT + "no answer came from hv2"),
-        (GO, HELLO + REFUSED, 81, KEPT, GO, IN_DOUBT + "no answer came from hv2"),
-        (GO, ELSEWHERE + RUNNING, 81, KEPT, GO, WENT + ", not to hv3"),
-        (GO, ELSEWHERE + FAILED, 81, KEPT, GO, WENT + ", not to hv3"),
-        (GO, ELSEWHERE_TOO + FAILED, 81, KEPT, GO, WENT + ", not to hv2"),
+        (GO, HELLO + RAN, 81, "", GO, IN_DOUBT + "hv2 cannot say whether it ran there"),
+        (GO, HELLO + UNKNOWN, 81, "", GO, IN_DOUBT + "hv2 does not know the stream"),
+        (GO, HELLO, 81, "", GO, IN_DOUBT + "no answer came from hv2"),
+        (GO, HELLO + READY, 81, "", GO, IN_DOUBT + "no answer came from hv2"),
+        (GO, HELLO + REFUSED, 81, "", GO, IN_DOUBT + "no answer came from hv2"),
+        (GO, ELSEWHERE + RUNNING, 81, "", GO, WENT + ", not to hv3"),
+        (GO, ELSEWHERE + FAILED, 81, "", GO, WENT + ", not to hv3"),
+        (GO, ELSEWHERE_TOO + FAILED, 81, "", GO, WENT + ", not to hv2"),
         (MOVED, HELLO + RUNNING, 0, "discard close", None, "it runs on hv2, and is gone here"),
         (MOVED, HELLO, 0, "discard close", None, "it runs on hv2, and is gone here"),
         (MOVED, ELSEWHERE + UNKNOWN, 0, "discard close", None, "it runs on hv2, and is gone here"),
-        (HELD, HELLO + FAILED, 80, KEPT, HELD, f"hv2 says that it never ran there: {RESUME}"),
-        (HELD, HELLO + RUNNING, 80, KEPT, HELD, f"hv2 says that it runs there: {DISCARD}"),
-        (HELD, HELLO + RAN, 80, KEPT, HELD, "guest web1: held here"),
+        (HELD, HELLO + FAILED, 80, "", HELD, f"hv2 says that it never ran there: {RESUME}"),
+        (HELD, HELLO + RUNNING, 80, "", HELD, f"hv2 says that it runs there: {DISCARD}"),
+        (HELD, HELLO + RAN, 80, "", HELD, "guest web1: held here"),
         (PAUSED, HELLO + RUNNING, 80, "", PAUSED, "paused here, and hv2 says that it started it"),
         (PAUSED, HELLO + RAN, 80, "", PAUSED, "paused here, and hv2 says that it started it"),
     ],

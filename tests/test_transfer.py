@@ -13,7 +13,7 @@ import pytest
 
 from bhystream import __version__, transfer
 from bhystream import format as fmt
-from bhystream.backend.base import PAGE_BYTES
+from bhystream.backend.base import PAGE_BYTES, State
 from bhystream.errors import PipeError
 from bhystream.format import Feature, Form, Header, Type
 from bhystream.hole import punch
@@ -60,7 +60,7 @@ class Sending:
 
     def finish(self) -> Rebuilt:
         """Write what follows the last round; verify and rebuild."""
-        self.writer.state("cpu", b"state")
+        self.writer.state(State("cpu", b"state"))
         self.writer.section(Type.TIME, fmt.TIME.pack(0, 0))
         self.writer.end()
         os.close(self._fd)

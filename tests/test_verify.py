@@ -12,10 +12,10 @@ import tracemalloc
 import pytest
 import zstandard
 
-from bhystream.backend.base import Head
+from bhystream.backend.base import Head, State
 from bhystream.errors import BhyError
 from bhystream.format import Form, Header, RoundEnd
-from bhystream.verify import Ended, Go, Pad, Pages, Walk
+from bhystream.verify import Ended, Go, Pad, Pages, Rehearsal, Walk
 from both import LARGEST_CAP, Input, Make, Recorder, agree
 from streams import (
     ANSWERED,
@@ -35,6 +35,7 @@ from streams import (
     PAD,
     PAUSED_AT,
     PLAIN,
+    REHEARSAL,
     ZERO,
     ZSTD,
     Extent,
@@ -104,6 +105,32 @@ def test_a_form_without_answers_is_not_read_beyond_end(form: int) -> None:
     events = list(Walk(source).events())
     assert isinstance(events[-1], Ended)
     assert source.offset == len(maker.raw)
+
+
+def test_a_rehearsal_is_an_event_before_any_memory() -> None:
+    plan = bytes(range(256)) * 4096  # as long as it may be; what it says is not looked at
+    maker = Maker().head().add(PAD).add(REHEARSAL, plan).round_0().time().end()
+    events = list(Walk(Input(maker.raw)).events())
+    assert [type(event) for event in events] == [
+        *[Header, Head, Pad, Rehearsal],
+        *[Pages, Pages, RoundEnd, Ended],
+    ]
+    assert events[3] == Rehearsal(plan)
+    assert agree(maker.raw)[1].rehearsal == plan
+
+
+def test_optional_states_come_behind_the_others() -> None:
+    maker = Maker().head().round_0().state(b"s", 0, b"1", flags=1)
+    maker.state_optional(b"fpu/0", 0, b"2").state_optional(b"fpu/0", 1, b"3", flags=1)
+    raw = maker.state_optional(b"fpu/1", 0, b"", flags=1).time().end().raw
+    ended = agree(raw)[0].ended
+    assert ended is not None
+    assert ended.states == (
+        State("s", b"1"),
+        State("fpu/0", b"23", is_optional=True),
+        State("fpu/1", b"", is_optional=True),
+    )
+    assert ended.end.state_bytes == 1
 
 
 def test_the_contents_of_a_small_stream() -> None:
@@ -231,6 +258,28 @@ def states() -> Maker:
     return maker.state(b"!~", 0, b"1").state(b"!~", 1, b"2", flags=1).time(1, 2**64 - 1).end()
 
 
+def zeros() -> Maker:
+    """Zeros as any part of a state, as all of it, and to the cap of all states."""
+    maker = Maker().head().round_0().state_zeros(b"n" * 255, 0, 1, flags=1)
+    maker.state_zeros(b"a", 0, 2).state(b"a", 1, b"1").state_zeros(b"a", 2, 3).state_zeros(
+        b"a", 3, 4, flags=1
+    )
+    maker.state(b"b", 0, b"1").add(PAD).state_zeros(b"b", 1, 1 << 21).state(b"b", 2, b"\0", flags=1)
+    return maker.state_zeros(b"c", 0, 134217728 - maker.state_bytes, flags=1).time().end()
+
+
+def optional_states() -> Maker:
+    """4 MiB of them, 4096 of them, and 4096 others."""
+    maker = Maker().head().round_0()
+    for at in range(4096):
+        maker.state(b"s%d" % at, 0, b"", flags=1)
+    for at in range(4):
+        maker.state_optional(b"n" * 255, at, bytes(1048576), flags=at == 3)
+    for at in range(4095):
+        maker.state_optional(b"o%d" % at, 0, b"", flags=1)
+    return maker.time().end()
+
+
 def rounds() -> Maker:
     """A page is stated again; rounds without a MEMORY section; a page that becomes zero."""
     maker = Maker().head().round_0(flags=0).round_end(1, 0, 0)
@@ -260,7 +309,8 @@ def longest_frame() -> Maker:
 
 
 SOUND: list[Make] = [
-    padded, longest_head, addresses, longest_sections, largest_guest, states, rounds, compressed,
+    padded, longest_head, addresses, longest_sections, largest_guest, states, zeros,
+    optional_states, rounds, compressed,
     longest_frame, lambda: Maker(optional=2**64 - 1).full().end(),
     lambda: Maker(ANSWERED, NO_MEMORY).head().end().add(PAD),
 ]  # fmt: skip
@@ -297,6 +347,21 @@ def test_memory_does_not_grow_with_the_guest_or_the_stream() -> None:
     finally:
         tracemalloc.stop()
     assert peak < 4 << 20
+
+
+def test_a_count_of_zeros_takes_no_more_memory_than_the_cap_of_all_states() -> None:
+    maker = Maker().head().round_0().state_zeros(b"s", 0, 64 << 20)
+    maker.state_zeros(b"s", 1, 64 << 20, flags=1)
+    raw = maker.state_zeros(b"t", 0, 1).raw
+    tracemalloc.start()
+    try:
+        with pytest.raises(BhyError, match="all states together have more than"):
+            Recorder(Input(raw)).run()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # The state as it grows, by an eighth more than it needs, and as it is kept.
+    assert peak < 300 << 20
 
 
 def test_sections_of_random_lengths() -> None:

@@ -20,9 +20,10 @@ import pytest
 
 from bhystream import format as fmt
 from bhystream import writer as writer_module
-from bhystream.backend.base import Segment
+from bhystream.backend.base import Segment, State
 from bhystream.errors import BhyError, PipeError
 from bhystream.format import Feature, Form, Header, Type
+from bhystream.reader import Reader
 from bhystream.writer import Writer, write_all
 from both import agree
 from spec_reader import read
@@ -91,7 +92,7 @@ def test_what_is_written_is_read_by_both_readers(tmp_path: Path) -> None:
         write_head(writer)
         write_zeros(writer)
         for name, data in states.items():
-            writer.state(name, data)
+            writer.state(State(name, data))
             writer.section(Type.PAD, rng.randbytes(rng.randrange(20)))
         writer.section(Type.TIME, fmt.TIME.pack(1, 2))
         end = writer.end()
@@ -104,6 +105,94 @@ def test_what_is_written_is_read_by_both_readers(tmp_path: Path) -> None:
     assert writer.state_bytes == sum(sizes)
     assert writer.sequence == found.sections == end.sections + 1
     assert writer.ended and writer.at_border
+
+
+def written(path: Path, *states: State) -> tuple[Writer, bytes]:
+    """Write a stream with these states; return its writer and its bytes."""
+    with path.open("w+b") as file:
+        writer = Writer(file.fileno(), HEADER)
+        write_head(writer)
+        write_zeros(writer)
+        for state in states:
+            writer.state(state)
+        write_tail(writer)
+        return writer, os.pread(file.fileno(), writer.offset_bytes + 1, 0)
+
+
+Cut = list[tuple[Type, int, int]]  # type, length of the part, flags
+X = b"x"
+
+
+def parts(raw: bytes) -> Cut:
+    """Return what each part of a state in a stream is."""
+    found: Cut = []
+    reader = Reader(io.BytesIO(raw))
+    while section := reader.next():
+        payload = bytes(section.payload)
+        if section.type == Type.STATE_ZEROS:
+            found.append((Type.STATE_ZEROS, fmt.unpack_state_zeros(payload)[2], section.flags))
+        elif section.type in (Type.STATE, Type.STATE_OPTIONAL):
+            length = len(fmt.unpack_state(payload)[2])
+            found.append((Type(section.type), length, section.flags))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("data", "cut"),
+    [
+        (b"", [(Type.STATE, 0, 1)]),
+        (bytes(4095), [(Type.STATE, 4095, 1)]),
+        (bytes(4096), [(Type.STATE_ZEROS, 4096, 1)]),
+        (bytes(4097), [(Type.STATE_ZEROS, 4096, 0), (Type.STATE, 1, 1)]),
+        (bytes(4095) + X, [(Type.STATE, 4096, 1)]),
+        (bytes(8192) + X, [(Type.STATE_ZEROS, 8192, 0), (Type.STATE, 1, 1)]),
+        (X * 4096 + bytes(8192), [(Type.STATE, 4096, 0), (Type.STATE_ZEROS, 8192, 1)]),
+        (X + bytes(4095) + bytes(4096) + X,
+         [(Type.STATE, 4096, 0), (Type.STATE_ZEROS, 4096, 0), (Type.STATE, 1, 1)]),
+        (X * (1 << 20) + X,  [(Type.STATE, 1 << 20, 0), (Type.STATE, 1, 1)]),
+        (X * (1 << 20) + bytes(4096), [(Type.STATE, 1 << 20, 0), (Type.STATE_ZEROS, 4096, 1)]),
+        (X * (1 << 20) + bytes(9), [(Type.STATE, 1 << 20, 0), (Type.STATE, 9, 1)]),
+        (bytes(5 << 20), [(Type.STATE_ZEROS, 5 << 20, 1)]),
+    ],
+)  # fmt: skip
+def test_long_zeros_of_a_state_are_a_count(tmp_path: Path, data: bytes, cut: Cut) -> None:
+    writer, raw = written(tmp_path / "stream", State("s", data))
+    assert parts(raw) == cut
+    assert writer.state_bytes == len(data)
+    assert agree(raw)[1].states == {"s": data}
+
+
+def test_states_with_zeros_anywhere_are_read_by_both_readers(tmp_path: Path) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    blocks = [
+        bytes(4096),
+        rng.randbytes(4096),
+        bytes(4000),
+        X,
+        bytes(12288),
+        rng.randbytes(1 << 19),
+    ]
+    states = {
+        f"s{number}": b"".join(rng.choices(blocks, k=rng.randrange(9))) for number in range(20)
+    }
+    _, raw = written(tmp_path / "stream", *(State(*item) for item in states.items()))
+    assert agree(raw)[1].states == states
+
+
+def test_an_optional_state_is_written_as_it_is_and_not_counted(tmp_path: Path) -> None:
+    states = (State("a", b"abc"), State("fpu/0", bytes((1 << 20) + 1), is_optional=True))
+    writer, raw = written(tmp_path / "stream", *states, State("fpu/1", b"", is_optional=True))
+    optional = Type.STATE_OPTIONAL
+    assert parts(raw) == [
+        *[(Type.STATE, 3, 1), (optional, 1 << 20, 0)],
+        *[(optional, 1, 1), (optional, 0, 1)],
+    ]
+    assert writer.state_bytes == 3
+    _, found = agree(raw)
+    assert found.states == {"a": b"abc"}
+    assert found.optional_states == {"fpu/0": bytes((1 << 20) + 1), "fpu/1": b""}
 
 
 def test_a_short_write_is_continued(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +228,7 @@ def test_a_slow_reader_and_signals_cut_no_byte(pipe: tuple[int, int]) -> None:
         writer = Writer(pipe[1], HEADER)
         write_head(writer)
         write_zeros(writer)
-        writer.state("big", data)
+        writer.state(State("big", data))
         write_tail(writer)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

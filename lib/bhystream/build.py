@@ -42,7 +42,8 @@ from bhystream.handshake import GO_SECONDS, Act, Event, Machine, There
 from bhystream.reply import Reply, TimedInput
 from bhystream.report import Console, Progress, duration, size
 from bhystream.signals import Signals
-from bhystream.verify import Ended, Go, Pad, Pages, Walk
+from bhystream.verify import Ended, Go, Pad, Pages, Rehearsal, Walk
+from bhystream.verify import Event as VerifiedEvent
 
 
 @dataclass
@@ -133,23 +134,29 @@ class Build:
             # Reading may be interrupted; acting on what was read may not.
             with self.signals.interruptible():
                 event = next(events, None)
-            match event:
-                case None:
-                    raise GuestError("the source gave up: the stream ends without GO")
-                case Head():
-                    self.prepare(event)
-                case Pages():
-                    self.write_pages(event)
-                case RoundEnd():
-                    self.say_round(event)
-                case Ended():
-                    self.ended = event
-                    self.ended_ns = time.monotonic_ns()
-                    self.finish()
-                case Go():
-                    self.go(event)
+            if event is None:
+                raise GuestError("the source gave up: the stream ends without GO")
+            self.take(event)
             if self.reply and not self.let_go:
                 self.seen(now=isinstance(event, Head | RoundEnd | Pad))
+
+    def take(self, event: VerifiedEvent) -> None:
+        """Act on what has been read and verified."""
+        match event:
+            case Head():
+                self.prepare(event)
+            case Rehearsal():
+                self.open(event.plan)
+            case Pages():
+                self.write_pages(event)
+            case RoundEnd():
+                self.say_round(event)
+            case Ended():
+                self.ended = event
+                self.ended_ns = time.monotonic_ns()
+                self.finish()
+            case Go():
+                self.go(event)
 
     def seen(self, *, now: bool) -> None:
         """Answer how far the stream is read."""
@@ -178,7 +185,7 @@ class Build:
             )
 
     def prepare(self, head: Head) -> None:
-        """Give the verdict, and make the empty guest."""
+        """Give the verdict."""
         self.sink, self.name, self.operand = hypervisors.open_sink(
             head.host["hypervisor"],
             head.config["name"],
@@ -196,14 +203,21 @@ class Build:
             self.console, self.name, page, verbose=self.opts.verbose, machine=self.opts.machine
         )
         self.signals.on_report = self.progress.report
-        self.targets = self.sink.open(b"")
         if self.reply:
             self.source.on_quiet = None
             self.reply.say("ACCEPT")
             self.accepted = True
 
+    def open(self, plan: bytes) -> None:
+        """Make the empty guest: early, where a rehearsal tells how."""
+        assert self.sink is not None
+        late = self.opts.unstarted or self.walk.header.form == Form.KEPT
+        self.targets = self.sink.open(b"" if late else plan)
+
     def write_pages(self, event: Pages) -> None:
         """Put pages where they belong."""
+        if not self.targets:
+            self.open(b"")
         base = self.starts[event.segment]
         npages = self.layout[event.segment].npages
         try:
@@ -249,7 +263,7 @@ class Build:
             operand=self.operand,
             lock=f"to-{self.operand}",
             phase=handshake.READY,
-            revive=dict(self.sink.revive()),
+            revive=dict(self.sink.record()),
         )
         if self.answered:
             self.machine.on(Event.ENDED)

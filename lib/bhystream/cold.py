@@ -13,7 +13,7 @@ import time
 
 from bhystream import format as fmt
 from bhystream import options
-from bhystream.backend.base import Head, Source
+from bhystream.backend.base import Head, Snapshot
 from bhystream.errors import OK, UsageError, as_error
 from bhystream.format import Feature, Form, Header, Type
 from bhystream.options import SendOptions
@@ -25,7 +25,7 @@ from bhystream.writer import Writer
 _STDOUT = 1
 
 
-def send(source: Source, opts: SendOptions, console: Console, signals: Signals) -> int:
+def send(source: Snapshot, opts: SendOptions, console: Console, signals: Signals) -> int:
     """Write a snapshot to standard output; return the exit status.
 
     The source stays the caller's.  On any error the stream ends with ABORT,
@@ -73,7 +73,7 @@ def send(source: Source, opts: SendOptions, console: Console, signals: Signals) 
 
 
 def _write_guest(
-    source: Source, head: Head, opts: SendOptions, writer: Writer, progress: Progress
+    source: Snapshot, head: Head, opts: SendOptions, writer: Writer, progress: Progress
 ) -> None:
     """Write the memory and the states, and that no guest was paused for them."""
 
@@ -86,5 +86,5 @@ def _write_guest(
     transfer.round(last=True, rate_bytes=opts.limits.rate_bytes)
     # Behind the memory: the source sees then whether the files are still the same.
     for state in source.states():
-        writer.state(state.name, state.data)
+        writer.state(state)
     writer.section(Type.TIME, fmt.TIME.pack(0, 0))

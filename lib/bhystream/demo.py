@@ -51,6 +51,9 @@ _OPTIONS = (
 _NEEDED_BYTES = (2 * _MEMORY_MIB + 128) << 20
 _LINK = "1Gbit"  # of -B: as on a network
 
+# The way back, as a shell's loop that ends where READY comes.
+_CUT = 'while read -r l; do case $l in *" READY "*) exit;; esac; echo "$l"; done'
+
 _WAIT_S = 60.0
 _LOOK_S = 0.002
 _SWEEPS = 2
@@ -109,34 +112,65 @@ class Demo:
             f"  it has checked its {pages} pages, {bad} were wrong; it rewrites"
             f" {_RATE_MIB} MiB of them\n  each second, and goes on checking\n"
         )
+        self._title("A first move breaks: the link is cut when host b says that it is ready")
+        self._say(f"  {self._break(config)}\n")
         self._title(f"It moves to host b through a pipe of {_LINK}/s, and runs on meanwhile")
         moved = self._move(config)
         self._say("")
         self._title("It proves on host b that nothing of it was lost")
         self._report(moved, self._prove())
 
-    def _move(self, config: Path) -> Moved:
-        here, there = self._stage.here, self._stage.there
+    def _receiver(self) -> tuple[list[str], list[str]]:
+        """Return what the destination's program is given: its environment, its resources."""
+        there = self._stage.there
         lent = [word for pair in there.resources().items() for word in ("-o", "=".join(pair))]
-        receiver = [f"{key}={value}" for key, value in there.variables("BHYRECV_STAGING").items()]
+        return [f"{key}={value}" for key, value in there.variables().items()], lent
+
+    def _send(self, send: list[str], receive: list[str]) -> tuple[int, str, int]:
+        """Run bhysend; return its status, what it said, and how long the guest was silent, ns."""
+        here = self._stage.here
+        ours, theirs = _stderr_pair()
+        try:
+            process = self._stage.start_program(
+                [*program("bhysend"), *send, *receive], here.variables(), theirs
+            )
+            os.close(theirs)
+            said, silent_ns = _follow(process, ours, here, self._stage.there)
+        finally:
+            os.close(ours)
+        return process.returncode, said, silent_ns
+
+    def _break(self, config: Path) -> str:
+        """Let a move fail at its latest moment; return what came of it.  Raises GuestError."""
+        here = self._stage.here
+        receiver, lent = self._receiver()
+        receive = shlex.join(["env", *receiver, *program("bhyrecv"), *lent, _NAME])
+        beats = len(here.lines())
+        status, said, _ = self._send(
+            ["-C", str(config), _NAME], ["sh", "-c", f"{receive} | {_CUT}"]
+        )
+        if status != GuestError.status or f"guest {_NAME}: it runs here" not in said:
+            raise GuestError(f"bhysend ended with {status}: the guest was to run on")
+        count = len(sweeps(here))
+        await_true(lambda: len(sweeps(here)) > count + 1, "the guest does not go on", self._log)
+        if complaints := wrong(here):
+            raise GuestError(f"the guest found a fault: {complaints[0]}")
+        return (
+            f"bhysend ends with {status}: the guest runs on, in the same process; it has said"
+            f"\n  {len(here.lines()) - beats} lines since, and no page of it is wrong"
+        )
+
+    def _move(self, config: Path) -> Moved:
+        receiver, lent = self._receiver()
         send = ["-v", "-B", _LINK, "-C", str(config), _NAME]
         receive = ["env", *receiver, *program("bhyrecv"), *lent, _NAME]
         self._show_command(send, receiver, lent)
-        variables = here.variables("BHYSEND_STAGING")
-        ours, theirs = _stderr_pair()
-        try:
-            start_ns = time.monotonic_ns()
-            process = self._stage.start_program(
-                [*program("bhysend"), *send, *receive], variables, theirs
-            )
-            os.close(theirs)
-            said, silent_ns = _follow(process, ours, here, there)
-        finally:
-            os.close(ours)
+        start_ns = time.monotonic_ns()
+        status, said, silent_ns = self._send(send, receive)
         took_ns = time.monotonic_ns() - start_ns
         closing = _CLOSING.search(said)
-        if process.returncode != 0 or not closing:
-            raise GuestError(f"bhysend ended with {process.returncode}: the guest has not moved")
+        if status != 0 or not closing:
+            raise GuestError(f"bhysend ended with {status}: the guest has not moved")
         written = _WRITTEN.search(said)
         rounds, sent, paused, state, _, _, predicted = closing.groups()
         why = written[1].strip().rpartition(": ")[2] if written else ""
@@ -168,7 +202,7 @@ class Demo:
     # ---- what is shown
 
     def _show_command(self, send: list[str], receiver: list[str], lent: list[str]) -> None:
-        own = [f"{k}={v}" for k, v in self._stage.here.variables("BHYSEND_STAGING").items()]
+        own = [f"{k}={v}" for k, v in self._stage.here.variables().items()]
         root = str(self._stage.directory)
         pieces = [own, ["bhysend", *send], ["env", *receiver], ["bhyrecv", *lent[:4]]]
         pieces += [[*lent[4:], _NAME]]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bhystream import bitmap
 from bhystream import format as fmt
-from bhystream.backend.base import PAGE_BYTES, Head, Source
+from bhystream.backend.base import PAGE_BYTES, Described, Head, Readable
 from bhystream.errors import OK, BhyError, InternalError
 from bhystream.format import Feature, Form, Header
 from bhystream.offer import Offer
@@ -62,7 +62,7 @@ class Survey:
 class _Scanner:
     """Repeated scans of one guest, through one hash table."""
 
-    def __init__(self, source: Source, head: Head) -> None:
+    def __init__(self, source: Readable, head: Head) -> None:
         self._source = source
         self._layout = head.layout
         self.npages = sum(segment.npages for segment in head.layout)
@@ -103,7 +103,7 @@ class _Scanner:
         return found
 
 
-def survey(source: Source, head: Head) -> Survey:
+def survey(source: Readable, head: Head) -> Survey:
     """Scan twice.  Takes a second and the time of the scans."""
     scanner = _Scanner(source, head)
     first_ns = time.monotonic_ns()
@@ -123,7 +123,9 @@ def survey(source: Source, head: Head) -> Survey:
     )
 
 
-def run(source: Source, opts: SendOptions, base: Path, console: Console, signals: Signals) -> int:
+def run(
+    source: Described, opts: SendOptions, base: Path, console: Console, signals: Signals
+) -> int:
     """Survey a guest, report, and write the stream of a dry run into a pipe.
 
     With -P standard output is the report's.  The verdict says whether the rate
@@ -141,7 +143,7 @@ def run(source: Source, opts: SendOptions, base: Path, console: Console, signals
 
 
 def ask(
-    source: Source, head: Head, opts: SendOptions, base: Path, console: Console, signals: Signals
+    source: Described, head: Head, opts: SendOptions, base: Path, console: Console, signals: Signals
 ) -> None:
     """Write the stream of a dry run; in the answered forms, wait for the verdict."""
     stream_id = secrets.token_bytes(fmt.STREAM_ID_BYTES)
@@ -168,7 +170,9 @@ def ask(
         offer.close(status)
 
 
-def _report(source: Source, head: Head, found: Survey, opts: SendOptions, console: Console) -> None:
+def _report(
+    source: Described, head: Head, found: Survey, opts: SendOptions, console: Console
+) -> None:
     """Report for people, or with -P for machines."""
     limits = opts.limits
     links = [("-B", float(limits.rate_bytes))] if limits.rate_bytes else list(_LINKS)
@@ -201,7 +205,7 @@ def _lines(
     found: Survey,
     links: list[tuple[str, float]],
     limits: Limits,
-    source: Source,
+    source: Described,
 ) -> list[str]:
     """Return the report for people."""
     name = source.name

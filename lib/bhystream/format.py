@@ -33,6 +33,7 @@ MEMORY_HEAD = struct.Struct("<IIII")
 EXTENT = struct.Struct("<QII")
 ROUND_END = struct.Struct("<IIQQ")
 STATE_HEAD = struct.Struct("<HHI")
+STATE_COUNT = struct.Struct("<Q")
 TIME = struct.Struct("<QQ")
 END = struct.Struct("<IIQQQQQ16s")
 ABORT_HEAD = struct.Struct("<II")
@@ -52,6 +53,8 @@ MAX_EXTENT_PAGES = (1 << 32) - 1
 MAX_STATES = 4096
 MAX_STATE_PART_BYTES = 1 << 20
 MAX_STATE_BYTES = 128 << 20
+MAX_OPTIONAL_STATE_BYTES = 4 << 20
+MAX_STATE_NAME_BYTES = 255
 MAX_PAD_BYTES = 1 << 20
 MAX_ABORT_TEXT_BYTES = 1016
 MAX_DEVICES = 1024
@@ -82,6 +85,10 @@ class Feature(IntFlag):
 KNOWN_FEATURES = int(Feature.ZSTD | Feature.NO_MEMORY)
 
 
+OPTIONAL = 1 << 31  # in a type: who does not know it skips the section
+OPTIONAL_CAP = 1 << 20
+
+
 class Type(IntEnum):
     """Section types."""
 
@@ -98,10 +105,12 @@ class Type(IntEnum):
     END = 0x0B
     GO = 0x0C
     ABORT = 0x0D
+    STATE_ZEROS = 0x0F
+    STATE_OPTIONAL = OPTIONAL | 0x09
+    REHEARSAL = OPTIONAL | 0x0E
 
 
-OPTIONAL = 1 << 31
-OPTIONAL_CAP = 1 << 20
+_STATE_NAME_CAP = STATE_HEAD.size + 256  # with what fills the name up
 
 CAPS: dict[int, int] = {
     Type.HOST: 1 << 16,
@@ -114,19 +123,24 @@ CAPS: dict[int, int] = {
     + MAX_EXTENTS * EXTENT.size
     + MAX_MEMORY_PAGES * (HASH_BYTES + PAGE_BYTES),
     Type.ROUND_END: ROUND_END.size,
-    Type.STATE: STATE_HEAD.size + 256 + MAX_STATE_PART_BYTES,
+    Type.STATE: _STATE_NAME_CAP + MAX_STATE_PART_BYTES,
     Type.TIME: TIME.size,
     Type.END: END.size,
     Type.GO: NONCE_BYTES,
     Type.ABORT: ABORT_HEAD.size + MAX_ABORT_TEXT_BYTES,
+    Type.STATE_ZEROS: _STATE_NAME_CAP + STATE_COUNT.size,
+    Type.STATE_OPTIONAL: _STATE_NAME_CAP + MAX_STATE_PART_BYTES,
+    Type.REHEARSAL: 1 << 20,
 }
 
 FLAG_ZSTD = 1  # MEMORY
-FLAG_LAST = 1  # ROUND_END, STATE
+FLAG_LAST = 1  # ROUND_END, and the parts of states
 FLAGS: dict[int, int] = {
     Type.MEMORY: FLAG_ZSTD,
     Type.ROUND_END: FLAG_LAST,
     Type.STATE: FLAG_LAST,
+    Type.STATE_ZEROS: FLAG_LAST,
+    Type.STATE_OPTIONAL: FLAG_LAST,
 }
 
 KIND_DATA = 0
@@ -406,14 +420,35 @@ def _unpack_segment(raw: bytes, gpa: int, npages: int) -> Segment:
 
 
 def pack_state(name: str, part: int, data: memoryview | bytes) -> bytes:
-    """Pack the payload of one STATE section."""
+    """Pack the payload of one STATE or STATE_OPTIONAL section."""
     raw = name.encode()
     head = STATE_HEAD.pack(len(raw), 0, part)
     return b"".join((head, raw, bytes(padding_bytes(len(raw))), data))
 
 
+def pack_state_zeros(name: str, part: int, count: int) -> bytes:
+    """Pack the payload of one STATE_ZEROS section, of `count` bytes."""
+    return pack_state(name, part, STATE_COUNT.pack(count))
+
+
 def unpack_state(data: bytes) -> tuple[str, int, bytes]:
-    """Unpack a STATE section into its state's name, the part number and bytes."""
+    """Unpack STATE or STATE_OPTIONAL into the state's name, the part number and bytes."""
+    name, part, rest = _unpack_part(data)
+    if len(rest) > MAX_STATE_PART_BYTES:
+        raise FormatError(f"a part has more than {MAX_STATE_PART_BYTES} bytes")
+    return name, part, rest
+
+
+def unpack_state_zeros(data: bytes) -> tuple[str, int, int]:
+    """Unpack STATE_ZEROS into the state's name, the part number and a count of 1 to 2^64 - 1."""
+    name, part, rest = _unpack_part(data)
+    if len(rest) != STATE_COUNT.size:
+        raise FormatError(f"length does not fit a name of {len(name)} characters and a count")
+    return name, part, int(STATE_COUNT.unpack(rest)[0])
+
+
+def _unpack_part(data: bytes) -> tuple[str, int, bytes]:
+    """Unpack a part of a state into the name, the part number and what follows the name."""
     if len(data) < STATE_HEAD.size:
         raise FormatError("length is too small")
     length, reserved, part = STATE_HEAD.unpack_from(data)
@@ -421,12 +456,10 @@ def unpack_state(data: bytes) -> tuple[str, int, bytes]:
     name = data[STATE_HEAD.size : STATE_HEAD.size + length]
     if reserved:
         raise FormatError("reserved field is not zero")
-    if len(data) < start or length > 255 or not _TOKEN.fullmatch(name):
-        raise FormatError("the name is not 1 to 255 printable characters")
+    if len(data) < start or length > MAX_STATE_NAME_BYTES or not _TOKEN.fullmatch(name):
+        raise FormatError(f"the name is not 1 to {MAX_STATE_NAME_BYTES} printable characters")
     if any(data[STATE_HEAD.size + length : start]):
         raise FormatError("padding after the name is not zero")
-    if len(data) - start > MAX_STATE_PART_BYTES:
-        raise FormatError(f"a part has more than {MAX_STATE_PART_BYTES} bytes")
     return name.decode(), part, data[start:]
 
 

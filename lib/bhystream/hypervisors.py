@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bhystream.backend.base import Paused, Sink, Source
+from bhystream.backend.base import Paused, Sink, Snapshot, Source
 from bhystream.errors import GuestError, IncompatibleError, UsageError
 from bhystream.format import GUEST_NAME
 
@@ -33,14 +33,13 @@ _BHYVE = ("bhyve", "standin")
 class Sending:
     """What the command line says of a source.
 
-    operand: as above.  config: -C, or None.  keep: -k.  force: -f.  base: the
-    state directory.
+    operand: as above, other than the path of snapshot files for open_source().
+    config: -C, or None.  force: -f.  base: the state directory.
     """
 
     operand: str
     base: Path
     config: str | None = None
-    keep: bool = False
     force: bool = False
 
     @property
@@ -78,13 +77,11 @@ def open_source(what: Sending) -> Source:
         from bhystream.backend.qemu.source import QemuSource
 
         return QemuSource(_qmp_path(what.operand))
-    if what.is_cold:
-        return _open_snapshot(what)
     name = _name(what.operand)
     host = _host_of(f"guest {name}: bhyve guests live on FreeBSD")
     from bhystream.backend.bhyve.source import BhyveSource
 
-    return BhyveSource(host, name, what.base, what.config, keep=what.keep, force=what.force)
+    return BhyveSource(host, name, what.base, what.config, force=what.force)
 
 
 def _host_of(why: str) -> Host:
@@ -98,7 +95,11 @@ def _host_of(why: str) -> Host:
         raise UsageError(f"{why}; a QEMU guest is qemu:/path/to/qmp.sock") from None
 
 
-def _open_snapshot(what: Sending) -> Source:
+def open_snapshot(what: Sending) -> Snapshot:
+    """Open the snapshot files that an operand names.
+
+    Raises UsageError on a host that has no bhyve, GuestError, AccessError.
+    """
     from bhystream.backend.bhyve import identity
     from bhystream.backend.bhyve.cold import SnapshotSource
     from bhystream.backend.bhyve.snapshot import Files, read_meta
@@ -188,10 +189,14 @@ def _qmp_path(operand: str) -> str:
 def open_paused(revive: Mapping[str, Any]) -> Paused:
     """Find a recorded guest again.  Raises GuestError if it is not the same."""
     kind = revive.get("hypervisor")
-    if kind in _BHYVE:
-        from bhystream.backend.bhyve.paused import open_paused as open_bhyve
+    if kind in _BHYVE and revive.get("role") == "source":
+        from bhystream.backend.bhyve.held import open_held
 
-        return open_bhyve(revive)
+        return open_held(revive)
+    if kind in _BHYVE:
+        from bhystream.backend.bhyve.loaded import open_loaded
+
+        return open_loaded(revive)
     if kind != "qemu":
         raise GuestError(f"the record's hypervisor {kind!r} is not known here")
     from bhystream.backend.qemu.paused import open_paused as open_qemu

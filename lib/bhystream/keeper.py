@@ -13,10 +13,11 @@
 
 What it does depends on the record alone, which is on disk before anything is
 done, and stands in handshake.RECORD: a guest that is PAUSED is resumed, one
-that has MOVED is ended here; HELD and GO are left, because only an answer or
-the operator can tell.  In the command form the answers come through a pipe
-that it has too: after GO it goes on reading them in bhysend's place.  With
-`bhysend -A` the third stage acts itself, when it gets the lock.
+that has MOVED is ended here; HELD and GO are left as they stand, in their
+hypervisor, because only an answer or the operator can tell.  In the command
+form the answers come through a pipe that it has too: after GO it goes on
+reading them in bhysend's place.  With `bhysend -A` the third stage acts
+itself, when it gets the lock.
 
 It inherits the guest's lock, so no second bhysend can come between.  It is a
 new program, not a fork: bhysend has mappings and an event loop that a child
@@ -46,7 +47,6 @@ from bhystream.errors import (
     FormatError,
     GoneError,
     GuestError,
-    TakenError,
     as_error,
 )
 from bhystream.handshake import ANSWER_SECONDS, GO, MOVED, PAUSED, RECORD, Act, Event
@@ -62,7 +62,6 @@ _START_SECONDS = 30
 _END_SECONDS = 10
 _RESUME_SECONDS = 120
 _RETRY_SECONDS = 0.2
-_LONG_SECONDS = 2.0
 _LOOK_SECONDS = 1.0
 _STOPPED_SECONDS = 10.0
 # What ends or stops a process that does not ask for it, and can be ignored.
@@ -164,8 +163,7 @@ def main(argv: list[str]) -> int:
         # Loaded now: later the file system may be what fails.
         from bhystream import hypervisors
 
-        held = hypervisors.open_paused(record.revive)
-        held.hold()
+        paused = hypervisors.open_paused(record.revive)
         # Only now: a relative PYTHONPATH is of bhysend's directory.
         os.chdir("/")
         guard = Guard(os.getppid(), Records(Path(order["base"]), "source"), record.id)
@@ -180,7 +178,7 @@ def main(argv: list[str]) -> int:
         # What it does belongs to a move that is over.
         with contextlib.suppress(OSError):
             os.killpg(hook, signal.SIGKILL)
-    return take_over(order, record, held)
+    return take_over(order, record, paused)
 
 
 class Guard:
@@ -229,27 +227,24 @@ def _listen(peer: socket.socket, lines: socket.SocketIO, guard: Guard) -> bytes:
     return lines.readline()
 
 
-def take_over(order: dict[str, Any], record: Record, held: Paused) -> int:
-    """Do what bhysend cannot do any more; return the exit status.
-
-    held: the guest, of which hold() has been taken.
-    """
+def take_over(order: dict[str, Any], record: Record, paused: Paused) -> int:
+    """Do what bhysend cannot do any more; return the exit status."""
     console = Console("bhysend")
     base = Path(order["base"])
     records = Records(base, "source")
     with contextlib.suppress(OSError, BhyError):
         os.unlink(path_of(base, record.id))
-    found = _read(records, record, held, console)
+    found = _read(records, record, console)
     if found is None:
-        held.clear()
+        paused.clear()
         return 0
     command = order["answers"]
     event = Event.ALONE
     if found.phase == GO and command >= 0:
         event = _await_answer(command, found.id)
-    standing = Standing(records, found, held)
+    standing = Standing(records, found, paused)
     try:
-        status = _settle(standing, event, Patience(held, found.guest, console), console)
+        status = _settle(standing, event, console)
     except GoneError as gone:
         console.fail(gone)
         standing.forget()
@@ -259,50 +254,21 @@ def take_over(order: dict[str, Any], record: Record, held: Paused) -> int:
     return status
 
 
-class Patience:
-    """How long the keeper tries: without end, where the guest would be lost with it."""
-
-    def __init__(self, held: Paused, name: str, console: Console) -> None:
-        """The time counts from here.  name: of the guest."""
-        self._held = held
-        self._name = name
-        self._console = console
-        self._deadline = time.monotonic() + _RESUME_SECONDS
-        self._told = False
-
-    def is_over(self) -> bool:
-        """Say whether it is time to give up; never where the memory is here only."""
-        if time.monotonic() <= self._deadline:
-            return False
-        try:
-            return self._held.outlives_us()
-        except Exception:  # nobody can say, so it may be lost
-            return False
-
-    def wait(self, error: BhyError, *, tell: bool) -> None:
-        """Wait until the next try.  tell: say, once, why and that it has to be waited."""
-        if (tell or time.monotonic() > self._deadline) and not self._told:
-            self._told = True
-            self._console.fail(error)
-            self._console.say(f"guest {self._name}: process {os.getpid()} holds its memory")
-        time.sleep(_LONG_SECONDS if self._told else _RETRY_SECONDS)
-
-
-def _read(records: Records, record: Record, held: Paused, console: Console) -> Record | None:
+def _read(records: Records, record: Record, console: Console) -> Record | None:
     """Read the record, trying again: the disk may fail just now, and the guest stands paused.
 
     Raises BhyError when it stays unreadable.
     """
-    patience = Patience(held, record.guest, console)
+    deadline = time.monotonic() + _RESUME_SECONDS
     while True:
         try:
             return records.get(record.id)
         except BhyError as error:
-            if patience.is_over():
+            if time.monotonic() > deadline:
                 console.fail(error)
                 console.say(f"guest {record.guest}: it may stand paused here; see bhysend -l")
                 raise
-            patience.wait(error, tell=False)
+            time.sleep(_RETRY_SECONDS)
 
 
 def _await_answer(fd: int, id_: str) -> Event:
@@ -328,39 +294,30 @@ def _await_answer(fd: int, id_: str) -> Event:
     return Event.ALONE
 
 
-def _settle(standing: Standing, event: Event, patience: Patience, console: Console) -> int:
+def _settle(standing: Standing, event: Event, console: Console) -> int:
     """Act on the record, trying again while the hypervisor does not answer.
 
-    A guest that cannot be kept is tried without end, and so is one that cannot
-    be resumed while its memory is here and nowhere else.  Returns the exit
-    status.  Raises GoneError.
+    Returns the exit status.  Given up, the guest stands paused in its
+    hypervisor, where the operator finds it.  Raises GoneError.
     """
+    deadline = time.monotonic() + _RESUME_SECONDS
     while True:
         try:
             standing.settle(event)
             return 0
         except GoneError:
             raise
-        except TakenError as taken:
-            # That one has had the disks: this one is not resumed by itself.
-            if standing.keep():
-                console.fail(taken)
-                id_ = standing.record.id
-                console.say(f"guest {standing.record.guest}: kept here: bhysend --discard {id_}")
-                return taken.status
-            patience.wait(taken, tell=True)
         except Exception as raised:  # whatever it is, the guest stands paused
-            error = as_error(raised)
-            record = standing.record
-            is_kept = Act.KEEP in RECORD.get((record.phase, event), ())
-            if not is_kept and patience.is_over():
+            if time.monotonic() > deadline:
+                error = as_error(raised)
+                record = standing.record
                 console.fail(error)
                 verb = "--discard" if record.phase == MOVED else "--resume"
                 console.say(
                     f"guest {record.guest}: it stands paused here: bhysend {verb} {record.id}"
                 )
                 return error.status
-            patience.wait(error, tell=is_kept)
+        time.sleep(_RETRY_SECONDS)
 
 
 def _tell(console: Console, found: Record, event: Event, way_out: str) -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from bhystream import format as fmt
-from bhystream import handshake, options, state
-from bhystream.backend.base import Source
+from bhystream import handshake, hypervisors, options, state
+from bhystream.backend.base import PAGE_BYTES, Paused, Source, State
 from bhystream.errors import (
     HELD,
     OK,
@@ -35,7 +35,7 @@ from bhystream.options import SendOptions
 from bhystream.precopy import Decision, Outlook, Round, decide, outlook
 from bhystream.report import Console, Progress, duration, size
 from bhystream.signals import Signals
-from bhystream.standing import asking, end_guest, in_doubt, with_peer
+from bhystream.standing import asking, in_doubt, with_peer
 from bhystream.transfer import Transfer, write_head
 from bhystream.writer import Writer
 
@@ -57,6 +57,8 @@ class Move:
         self.rounds: list[Round] = []
         self.keeper: Keeper | None = None
         self.hook: Hook | None = None
+        self.paused: Paused | None = None
+        self.states: Sequence[State] = ()
         self.writer: Writer | None = None
         self.offer: Offer | None = None
         self.unrecorded: BhyError | None = None
@@ -87,17 +89,16 @@ class Move:
         self.signals.on_report = self.progress.report
         with self.signals.interruptible():
             self.begin()
+            self.prepare()
         self.start_keeper()
         with self.signals.interruptible():
-            if self.offer and self.writer:
-                self.offer.begin(self.writer)
             self.precopy()
         self.pause()
-        with self._impatient():
+        with self.signals.watching(self.done, _STALL_SECONDS):
             self.copy_last_pages()
         if self.opts.keep:
             self.release()
-        with self._impatient():
+        with self.signals.watching(self.done, _STALL_SECONDS):
             self.write_state()
         with self.signals.interruptible():
             self.wait_for_hook()
@@ -107,14 +108,8 @@ class Move:
         self.finish()
         return OK if self.opts.keep else HELD
 
-    def _impatient(self) -> contextlib.AbstractContextManager[None]:
-        """Give up on a transport that takes nothing, while the guest stands still for it."""
-        if self.source.is_live:
-            return self.signals.watching(self.done, _STALL_SECONDS)
-        return self.signals.interruptible()
-
     def begin(self) -> None:
-        """Write the header and all that cannot change while the guest runs."""
+        """Write the head, and wait until the destination has accepted it."""
         form = self.opts.form
         stream_id = secrets.token_bytes(fmt.STREAM_ID_BYTES)
         fd = _STDOUT
@@ -131,7 +126,23 @@ class Move:
         features = Feature.ZSTD if self.opts.level is not None else Feature(0)
         self.writer = Writer(fd, Header(form, features, stream_id, secrets.randbits(64)))
         write_head(self.writer, self.head)
-        self.source.prepare(stream_id.hex())
+        self.console.log(f"guest {self.source.name}: stream {stream_id.hex()} begins")
+        if self.offer:
+            self.offer.begin(self.writer)
+
+    def prepare(self) -> None:
+        """Let the backend see that the guest can be paused; know how it is found again.
+
+        Not before the destination's verdict: a move that is refused leaves the
+        guest alone.  A destination may start early by what the backend has
+        learned; not one whose disks come with the pause (-p), and a kept
+        stream's is started when somebody wants it.
+        """
+        assert self.writer is not None
+        id_ = self.writer.header.stream_id.hex()
+        prepared = self.source.prepare(id_)
+        if prepared.plan and self.opts.hook is None and not self.opts.keep:
+            self.writer.section(Type.REHEARSAL, prepared.plan)
         self.transfer = Transfer(
             self.source,
             self.head.layout,
@@ -140,15 +151,14 @@ class Move:
             on_batch=self._on_batch,
         )
         self.record = state.Record(
-            id=stream_id.hex(),
+            id=id_,
             guest=self.source.name,
             operand=self.opts.guest,
             lock=self.source.lock_name,
             phase=handshake.PAUSED,
-            revive=dict(self.source.revive()),
+            revive=dict(prepared.record),
             ask=asking(self.opts.command),
         )
-        self.console.log(f"guest {self.source.name}: stream {self.record.id} begins")
         for warning in self.source.warnings():
             self.console.say(f"guest {self.source.name}: {warning}")
 
@@ -156,8 +166,7 @@ class Move:
         """Send rounds while the guest runs, until the last set is small enough."""
         limits = self.opts.limits
         start_ns = time.monotonic_ns()
-        is_live = limits.rounds and self.source.is_live
-        decision = Decision.GO_ON if is_live else Decision.STOP
+        decision = Decision.GO_ON if limits.rounds else Decision.STOP
         while decision == Decision.GO_ON:
             self.progress.round = len(self.rounds)
             self.rounds.append(self.transfer.round(rate_bytes=limits.rate_bytes))
@@ -207,11 +216,7 @@ class Move:
         self.predicted_ns = self.progress.predicted_ns = found_ns
 
     def start_keeper(self) -> None:
-        """Start the keeper: long before the pause, or pages change while it starts.
-
-        And before a destination is waited for: whatever prepare() has made goes
-        with a bhysend that is killed meanwhile.
-        """
+        """Start the keeper: long before the pause, or pages change while it starts."""
         answers = self.offer.answer_fd if self.offer else -1
         self.keeper = Keeper(self.base, self.record, self.lock, answers)
 
@@ -221,13 +226,11 @@ class Move:
         return self.transfer.walked_pages + self.writer.offset_bytes
 
     def pause(self) -> None:
-        """Record what is coming, pause, take the state."""
+        """Record what is coming, pause the guest with its state taken."""
         if self.keeper and not self.keeper.is_alive():
             self.start_keeper()
         self.signals.ignore_stops()
         self.machine.on(Event.PAUSE)
-        self.states = self.source.states()
-        self.state_ns = time.monotonic_ns() - self.pause_start_ns
         self.progress.phase, self.progress.round = "paused, round", len(self.rounds)
 
     def copy_last_pages(self) -> None:
@@ -240,15 +243,15 @@ class Move:
         """Resume a kept guest: its copy is complete."""
         with self.signals.interruptible():
             self.wait_for_hook()
+        self._require_paused()
         self.machine.on(Event.COPIED_KEPT)
-        if self.source.is_live:
-            self.pause_ns = time.monotonic_ns() - self.pause_start_ns
+        self.pause_ns = time.monotonic_ns() - self.pause_start_ns
 
     def write_state(self) -> None:
         """Write the state sections and the time."""
         assert self.writer is not None
         for item in self.states:
-            self.writer.state(item.name, item.data)
+            self.writer.state(item)
         paused_for_ns = time.monotonic_ns() - self.pause_start_ns
         if self.opts.keep:
             paused_for_ns = self.pause_ns
@@ -269,7 +272,7 @@ class Move:
         if self.opts.keep:
             self.writer.end()
         else:
-            self.source.require_paused()
+            self._require_paused()
             self.machine.on(Event.COPIED_PLAIN)
         self.writer.sync()
         self.dismiss_keeper()
@@ -289,19 +292,18 @@ class Move:
         start_ns = time.monotonic_ns()
         if self.offer.box.nonce is not None:
             raise GuestError(f"{self.offer.host}: READY came before END")
+        self._require_paused()
+        memory_bytes = self.transfer.npages * PAGE_BYTES
         with self.signals.interruptible():
             self.machine.on(Event.COPIED)
-            self.nonce = self.offer.await_ready()
-        self.source.require_paused()
+            self.nonce = self.offer.await_ready(memory_bytes)
+        self._require_paused()
         # Before GO: a signal that comes right behind it is told so too.
-        self.offer.commit(self.source.load_seconds())
+        self.offer.commit()
         self.machine.on(Event.READY)
         event, why = self.offer.await_outcome()
         self.pause_ns = time.monotonic_ns() - self.pause_start_ns
         self.answers_ns = time.monotonic_ns() - start_ns
-        if event == Event.DOUBT:
-            # Said before it is kept, which may take its time.
-            self.console.say(f"guest {self.source.name}: in doubt: {why}")
         self.machine.on(event)
         self.dismiss_keeper()
         self.signals.forget()
@@ -336,8 +338,7 @@ class Move:
             Act.RECORD_MOVED: self._record_moved,
             Act.FORGET: lambda: self.records.remove(self.record.id),
             Act.PAUSE: self._pause,
-            Act.RESUME: self.source.resume,
-            Act.KEEP: self._keep,
+            Act.RESUME: self._resume,
             Act.DISCARD: self._discard,
             Act.WRITE_END: self._write_end,
             Act.WRITE_GO: self._write_go,
@@ -377,25 +378,34 @@ class Move:
         self.console.log(f"guest {name}: pausing, stream {self.record.id}")
         self.paused_at_ns = time.time_ns()
         self.pause_start_ns = time.monotonic_ns()
-        self.source.pause()
-        if not self.source.is_live:
-            # A checkpoint: it runs again.
-            self.pause_ns = time.monotonic_ns() - self.pause_start_ns
+        self.paused = self.source.pause()
+        self.states = self.paused.states()
+        self.state_ns = time.monotonic_ns() - self.pause_start_ns
         if self.opts.hook is not None:
             # Not before: until then the guest writes to its disks.
             self.hook = Hook(self.opts.hook, name, self.record.id)
             if self.keeper:
                 self.keeper.tell_hook(self.hook.group)
 
-    def _discard(self) -> None:
-        # The hypervisor may serve one client at a time.
-        self.source.close()
-        end_guest(self.record)
+    def _require_paused(self) -> None:
+        assert self.paused is not None
+        self.paused.require_paused()
 
-    def _keep(self) -> None:
-        where = self.source.keep()
-        if where:
-            self.console.say(f"guest {self.source.name}: kept in {where}")
+    def _resume(self) -> None:
+        if self.paused is not None:
+            return self.paused.resume()
+        # pause() failed, and may not have undone what it did.  The hypervisor
+        # may serve one client at a time.
+        self.source.close()
+        paused = hypervisors.open_paused(self.record.revive)
+        try:
+            paused.resume()
+        finally:
+            paused.close()
+
+    def _discard(self) -> None:
+        assert self.paused is not None
+        self.paused.discard(self.record.there)
 
     def _write_end(self) -> None:
         assert self.writer is not None

@@ -21,7 +21,13 @@ from pathlib import Path
 
 from bhystream.answers import Answer, Box, LostError
 from bhystream.errors import IN_DOUBT, BhyError, GuestError, PipeError
-from bhystream.handshake import ACCEPT_SECONDS, ANSWER_SECONDS, READY_SECONDS, Event
+from bhystream.handshake import (
+    ACCEPT_SECONDS,
+    ANSWER_SECONDS,
+    READY_SECONDS,
+    SLOW_BYTES_PER_SECOND,
+    Event,
+)
 from bhystream.push import Push
 from bhystream.rendezvous import Rendezvous
 from bhystream.report import Console
@@ -100,7 +106,6 @@ class Offer:
         self._push: Push | None = None
         self._closed = False
         self._explained = False
-        self._limit_s = 0.0
         self._deadline = 0.0
 
     def open(self, base: Path, command: Sequence[str]) -> int:
@@ -162,25 +167,25 @@ class Offer:
             self._push.held_bytes = min(found, self._push.held_bytes)
             self._push.through()
 
-    def await_ready(self) -> bytes:
-        """Wait for READY, after END; return its nonce."""
+    def await_ready(self, memory_bytes: int) -> bytes:
+        """Wait for READY, after END; return its nonce.
+
+        memory_bytes: of the guest, which a destination that could not start
+        early loads now.
+        """
         assert self._push is not None
-        with self._saying(f"waiting until {self.host} is ready", limit_s=READY_SECONDS):
+        limit_s = READY_SECONDS + memory_bytes // SLOW_BYTES_PER_SECOND
+        with self._saying(f"waiting until {self.host} is ready", limit_s=limit_s):
             self._push.through()
-            self._await(lambda: self.box.nonce is not None, READY_SECONDS, "READY")
+            self._await(lambda: self.box.nonce is not None, limit_s, "READY")
         # It may have been given up since.
         self.box.check()
         assert self.box.nonce is not None
         return self.box.nonce
 
-    def commit(self, load_s: float = 0.0) -> None:
-        """Say from here on what a signal hears: GO is on its way, and only the answer counts.
-
-        load_s: what the destination may take to load the guest after GO; the
-        answer is waited for so much longer.
-        """
-        self._limit_s = ANSWER_SECONDS + load_s
-        self._deadline = time.monotonic() + self._limit_s
+    def commit(self) -> None:
+        """Say from here on what a signal hears: GO is on its way, and only the answer counts."""
+        self._deadline = time.monotonic() + ANSWER_SECONDS
         self._signals.on_deferred = lambda name: self._console.say(
             f"{name}: too late, GO is out; waiting for the answer of {self.host}, "
             f"{max(self._deadline - time.monotonic(), 0):.0f} s at the most"
@@ -194,7 +199,7 @@ class Offer:
         assert self._push is not None
         with (
             contextlib.suppress(BhyError),
-            self._saying(f"waiting for the answer of {self.host}", limit_s=self._limit_s),
+            self._saying(f"waiting for the answer of {self.host}", limit_s=ANSWER_SECONDS),
         ):
             # Given up pushing, we still wait: the way there may be gone, as it
             # is when bhyrecv has ended, and the way back still work.
@@ -206,7 +211,7 @@ class Offer:
             return EVENTS[final.word], final.text
         if final is not None:
             return Event.DOUBT, f"{self.host} cannot say whether the guest ran there"
-        return Event.DOUBT, self.box.lost or f"no answer came for {self._limit_s:.0f} s"
+        return Event.DOUBT, self.box.lost or f"no answer came for {ANSWER_SECONDS} s"
 
     def explain(self, error: BhyError) -> BhyError:
         """Return why the stream or the way back broke, if anybody says it; else the error."""

@@ -38,21 +38,25 @@ class RawInput(Protocol):
 
 
 # What may follow what.  PAD, ABORT and unknown optional sections are not in
-# the table: see _check_place().
+# the table: see _misplaced().
 _HEAD = (Type.HOST, Type.LAYOUT, Type.CONFIG, Type.DEVICES, Type.HEAD_END)
+_ROUNDS = frozenset({Type.MEMORY, Type.ROUND_END})
+_STATES = frozenset({Type.STATE, Type.STATE_ZEROS, Type.STATE_OPTIONAL, Type.TIME})
 _NEXT: dict[Type | None, frozenset[Type]] = {
     None: frozenset({Type.HOST}),
     **{a: frozenset({b}) for a, b in pairwise(_HEAD)},
-    Type.HEAD_END: frozenset({Type.MEMORY, Type.ROUND_END}),
-    Type.MEMORY: frozenset({Type.MEMORY, Type.ROUND_END}),
-    Type.ROUND_END: frozenset({Type.MEMORY, Type.ROUND_END}),
-    Type.STATE: frozenset({Type.STATE, Type.TIME}),
+    Type.HEAD_END: _ROUNDS | {Type.REHEARSAL},
+    Type.REHEARSAL: _ROUNDS,
+    Type.MEMORY: _ROUNDS,
+    Type.ROUND_END: _ROUNDS,
+    Type.STATE: _STATES,
+    Type.STATE_ZEROS: _STATES,
+    Type.STATE_OPTIONAL: frozenset({Type.STATE_OPTIONAL, Type.TIME}),
     Type.TIME: frozenset({Type.END}),
     Type.END: frozenset(),
     Type.GO: frozenset(),
     Type.ABORT: frozenset(),
 }
-_AFTER_LAST_ROUND = frozenset({Type.STATE, Type.TIME})
 
 
 @dataclass
@@ -196,7 +200,7 @@ class Reader:
         if self._last == Type.HEAD_END and self.header.features & Feature.NO_MEMORY:
             return frozenset({Type.END})
         if self._last == Type.ROUND_END and self._last_round_seen:
-            return _AFTER_LAST_ROUND
+            return _STATES
         if self._last == Type.END and self._awaits_go():
             return frozenset({Type.GO})
         return _NEXT[self._last]

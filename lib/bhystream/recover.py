@@ -64,11 +64,8 @@ def _undo(move: Move, error: BhyError) -> BhyError | None:
         with contextlib.suppress(BhyError):
             move.records.remove(move.record.id)
     except BhyError as second:
-        if Act.KEEP not in machine.undone:
-            return _stuck(move, error, second)
-        error.hint = f"{second}; its keeper goes on trying\n{error.hint}"
-    if Act.KEEP not in machine.undone:
-        move.dismiss_keeper()
+        return _stuck(move, error, second)
+    move.dismiss_keeper()
     return None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from bhystream import cold, hold, hypervisors, options, state, third
 from bhystream.backend.base import Source
@@ -90,15 +91,11 @@ def send(opts: SendOptions, console: Console) -> int:
     signals = Signals()
     base = state.directory()
     hold.refuse_held(base, opts.guest)
-    what = hypervisors.Sending(
-        opts.guest, base, config=opts.config, keep=opts.keep, force=opts.limits.finish
-    )
+    what = hypervisors.Sending(opts.guest, base, config=opts.config, force=opts.limits.finish)
+    if what.is_cold:
+        return send_cold(what, opts, base, console, signals)
     source = hypervisors.open_source(what)
     try:
-        if opts.hook is not None and not source.is_live:
-            raise UsageError("-p with -k: bhyve's checkpoint lets the guest run on by itself")
-        if what.is_cold and not opts.dry_run:
-            return cold.send(source, opts, console, signals)
         with state.Lock(base, source.lock_name, f"guest {source.name}") as lock:
             hold.refuse_held(base, opts.guest, source.lock_name)
             if opts.dry_run:
@@ -108,6 +105,21 @@ def send(opts: SendOptions, console: Console) -> int:
             return move(Move(opts, base, console, signals), source, lock, signals)
     finally:
         source.close()
+
+
+def send_cold(
+    what: hypervisors.Sending, opts: SendOptions, base: Path, console: Console, signals: Signals
+) -> int:
+    """Send snapshot files, or say what sending them would mean."""
+    snapshot = hypervisors.open_snapshot(what)
+    try:
+        if opts.dry_run:
+            from bhystream import dryrun
+
+            return dryrun.run(snapshot, opts, base, console, signals)
+        return cold.send(snapshot, opts, console, signals)
+    finally:
+        snapshot.close()
 
 
 def move(work: Move, source: Source, lock: state.Lock, signals: Signals) -> int:

@@ -109,7 +109,9 @@ class Settlement:
         name = f"guest {record.guest}"
         host = record.there or hello.host
         event = self._event(record, hello)
-        acts = RECORD[record.phase, event]
+        acts = RECORD.get((record.phase, event))
+        if acts is None:
+            self._undecided(record, hello, self._why(record, hello))
         try:
             standing.settle(event)
         except GoneError:
@@ -119,8 +121,6 @@ class Settlement:
                 "it runs nowhere"
             ) from None
         except BhyError as error:
-            if Act.KEEP in acts:
-                self._undecided(record, hello, str(error))
             if Act.DISCARD in acts:
                 text, verb = f"it runs on {host}, and cannot be ended here", "--discard"
             else:
@@ -132,11 +132,9 @@ class Settlement:
             self._console.say(f"{name}: it runs on {host}, and is gone here")
             self._console.log(f"{name}: it runs on {host}, and is gone here")
             return OK
-        if Act.RESUME in acts:
-            failed = self._words.get("FAILED")
-            why = failed.text if failed else "it was not started there"
-            raise GuestError(f"{host}: {why}", f"{name}: it runs here")
-        self._undecided(record, hello, self._why(record, hello))
+        failed = self._words.get("FAILED")
+        why = failed.text if failed else "it was not started there"
+        raise GuestError(f"{host}: {why}", f"{name}: it runs here")
 
     def _event(self, record: Record, hello: Answer) -> Event:
         """Return what the answers are for this record.  Raises HeldError for a contradiction."""

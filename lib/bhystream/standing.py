@@ -17,7 +17,7 @@ from pathlib import Path
 from bhystream import handshake, hypervisors
 from bhystream.answers import Answer
 from bhystream.backend.base import Paused
-from bhystream.errors import BhyError, GoneError
+from bhystream.errors import GoneError
 from bhystream.handshake import Act, Event
 from bhystream.state import Record, Records, default_directory
 
@@ -65,11 +65,11 @@ def event_of(record: Record, hello: Answer | None, final: Answer | None) -> Even
 class Standing:
     """One recorded guest, while its lock is held."""
 
-    def __init__(self, records: Records, record: Record, held: Paused | None = None) -> None:
-        """records: of the source.  held: the guest itself, for who took hold of it before."""
+    def __init__(self, records: Records, record: Record, paused: Paused | None = None) -> None:
+        """records: of the source.  paused: the guest, if the caller has found it; stays his."""
         self._records = records
         self.record = record
-        self._held = held
+        self._paused = paused
 
     def settle(self, event: Event) -> Record:
         """Do what the table says; return the record as it was found.
@@ -81,14 +81,6 @@ class Standing:
         for act in handshake.RECORD.get((found.phase, event), ()):
             self._do(act)
         return found
-
-    def keep(self) -> bool:
-        """Make the guest outlive us, whatever its record says; say whether that is done."""
-        try:
-            self._with_guest(Act.KEEP)
-        except BhyError:
-            return False
-        return True
 
     def forget(self) -> None:
         """Remove the record: there is no guest any more."""
@@ -102,22 +94,19 @@ class Standing:
             self.forget()
         elif act == Act.DISCARD:
             end_guest(self.record)
-        else:
-            self._with_guest(act)
+        elif act == Act.RESUME:
+            self._resume()
 
-    def _with_guest(self, act: Act) -> None:
-        """Resume or keep the guest.  Raises GoneError where there is none to resume any more."""
-        paused = self._held or hypervisors.open_paused(self.record.revive)
+    def _resume(self) -> None:
+        """Let the guest run on.  Raises GoneError where there is none any more."""
+        paused = self._paused or hypervisors.open_paused(self.record.revive)
         try:
-            if act == Act.KEEP and paused.is_alive():
-                paused.keep()
-            elif act == Act.RESUME:
-                if not paused.is_alive():
-                    paused.clear()
-                    raise GoneError(f"guest {self.record.guest}: its hypervisor is gone")
-                paused.resume()
+            if not paused.is_alive():
+                paused.clear()
+                raise GoneError(f"guest {self.record.guest}: its hypervisor is gone")
+            paused.resume()
         finally:
-            if paused is not self._held:
+            if paused is not self._paused:
                 paused.close()
 
 

@@ -29,7 +29,7 @@ import zstandard
 
 from bhystream import __version__
 from bhystream import format as fmt
-from bhystream.backend.base import Head, Segment, Source
+from bhystream.backend.base import Head, Readable, Segment
 from bhystream.batch import Batch
 from bhystream.format import Type
 from bhystream.page import PageHasher
@@ -87,7 +87,7 @@ class Transfer:
 
     def __init__(
         self,
-        source: Source,
+        source: Readable,
         layout: Sequence[Segment],
         writer: Writer,
         *,

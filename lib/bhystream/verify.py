@@ -42,8 +42,18 @@ class Pages:
 
 
 @dataclass(frozen=True)
+class Rehearsal:
+    """What the state will look like, told before any memory; the hypervisor's, and not checked."""
+
+    plan: bytes
+
+
+@dataclass(frozen=True)
 class Ended:
-    """END, verified: nothing before it is missing or changed."""
+    """END, verified: nothing before it is missing or changed.
+
+    states: as in the stream, the optional ones behind the others.
+    """
 
     end: End
     time: Time | None
@@ -64,7 +74,17 @@ class Go:
 
 _HEAD = (Type.HOST, Type.LAYOUT, Type.CONFIG, Type.DEVICES, Type.HEAD_END)
 
-Event = Header | Head | Pages | RoundEnd | Pad | Ended | Go
+Event = Header | Head | Rehearsal | Pages | RoundEnd | Pad | Ended | Go
+
+
+@dataclass
+class _States:
+    """The states of one kind, as far as they are whole, and the bytes of all their parts."""
+
+    what: str
+    max_bytes: int
+    whole: dict[str, bytes] = field(default_factory=dict)
+    nbytes: int = 0
 
 
 @dataclass
@@ -78,11 +98,14 @@ class _Tally:
     all_data_pages: int = 0
     all_zero_pages: int = 0
     rounds: int = 0
-    states: dict[str, bytes] = field(default_factory=dict)
+    needed: _States = field(default_factory=lambda: _States("states", fmt.MAX_STATE_BYTES))
+    optional: _States = field(
+        default_factory=lambda: _States("optional states", fmt.MAX_OPTIONAL_STATE_BYTES)
+    )
     parts: int = 0
     open_bytes: bytearray = field(default_factory=bytearray)
     open_state: str = ""
-    state_bytes: int = 0
+    open_kind: _States | None = None
     time: Time | None = None
 
 
@@ -108,7 +131,10 @@ class Walk:
             Type.PAD: lambda section: Pad(),
             Type.MEMORY: self._take_memory,
             Type.ROUND_END: self._take_round_end,
+            Type.REHEARSAL: self._take_rehearsal,
             Type.STATE: self._take_state,
+            Type.STATE_ZEROS: self._take_state_zeros,
+            Type.STATE_OPTIONAL: self._take_state,
             Type.TIME: self._take_time,
             Type.END: self._take_end,
             Type.GO: self._take_go,
@@ -116,7 +142,7 @@ class Walk:
         }
 
     def events(self) -> Iterator[Event]:
-        """Yield the header, the head, pages, round ends, PAD, END, and perhaps GO.
+        """Yield the header, the head, a rehearsal, pages, round ends, PAD, END, and perhaps GO.
 
         Ends after END in the plain and kept forms, without looking at what
         follows, and at the end of the input in the answered form.  Raises
@@ -178,6 +204,11 @@ class Walk:
         for segment in self._layout:
             self._starts.append(self._npages)
             self._npages += segment.npages
+
+    def _take_rehearsal(self, section: Section) -> Rehearsal:
+        if not section.payload:
+            raise FormatError("it is empty")
+        return Rehearsal(bytes(section.payload))
 
     def _take_memory(self, section: Section) -> Pages:
         round_, nextents, npages, _ = fmt.MEMORY_HEAD.unpack_from(section.payload)
@@ -270,24 +301,49 @@ class Walk:
 
     def _take_state(self, section: Section) -> None:
         name, part, data = fmt.unpack_state(bytes(section.payload))
-        tally = self._tally
+        if not data and (part or not section.flags & fmt.FLAG_LAST):
+            raise FormatError(f"state {name}: part {part} is empty")
+        self._begin_part(section, name, part, len(data))
+        # One buffer, not a list: a part may be a byte, and an object is not.
+        self._tally.open_bytes += data
+        self._end_part(section, name)
+
+    def _take_state_zeros(self, section: Section) -> None:
+        name, part, count = fmt.unpack_state_zeros(bytes(section.payload))
+        if not count:
+            raise FormatError(f"state {name}: part {part} is empty")
+        self._begin_part(section, name, part, count)
+        # Twice the count for a moment, as for a state that is kept: both are capped.
+        self._tally.open_bytes += bytes(count)
+        self._end_part(section, name)
+
+    def _kind(self, section: Section) -> _States:
+        is_optional = section.type == Type.STATE_OPTIONAL
+        return self._tally.optional if is_optional else self._tally.needed
+
+    def _begin_part(self, section: Section, name: str, part: int, nbytes: int) -> None:
+        """Check that this part may come now, and count its bytes, before they are kept."""
+        tally, kind = self._tally, self._kind(section)
         if part != tally.parts:
             raise FormatError(f"state {name}: part {part} where part {tally.parts} is next")
         if part and name != tally.open_state:
             raise FormatError(f"state {name} begins before {tally.open_state} is complete")
-        if name in tally.states or len(tally.states) == fmt.MAX_STATES:
+        if part and kind is not tally.open_kind:
+            raise FormatError(f"state {name}: part {part} is optional, and part 0 is not")
+        known = name in tally.needed.whole or name in tally.optional.whole
+        if known or len(kind.whole) == fmt.MAX_STATES:
             raise FormatError(f"state {name} comes again, or is one too many")
-        if not data and (part or not section.flags & fmt.FLAG_LAST):
-            raise FormatError(f"state {name}: part {part} is empty")
-        tally.state_bytes += len(data)
-        if tally.state_bytes > fmt.MAX_STATE_BYTES:
-            raise FormatError(f"all states together have more than {fmt.MAX_STATE_BYTES} bytes")
-        tally.open_state = name
-        # One buffer, not a list: a part may be a byte, and an object is not.
-        tally.open_bytes += data
+        kind.nbytes += nbytes
+        if kind.nbytes > kind.max_bytes:
+            raise FormatError(f"all {kind.what} together have more than {kind.max_bytes} bytes")
+        tally.open_state, tally.open_kind = name, kind
         tally.parts += 1
+
+    def _end_part(self, section: Section, name: str) -> None:
+        """Keep the state if this was its last part."""
+        tally = self._tally
         if section.flags & fmt.FLAG_LAST:
-            tally.states[name] = bytes(tally.open_bytes)
+            self._kind(section).whole[name] = bytes(tally.open_bytes)
             tally.open_bytes.clear()
             tally.parts = 0
 
@@ -311,7 +367,7 @@ class Walk:
             offset_bytes=section.offset_bytes,
             data_pages=tally.all_data_pages,
             zero_pages=tally.all_zero_pages,
-            state_bytes=tally.state_bytes,
+            state_bytes=tally.needed.nbytes,
             digest=self.reader.digest.digest(),
         )
         for name in End.__dataclass_fields__:
@@ -321,9 +377,10 @@ class Walk:
                 where = place(section.sequence, section.type, section.offset_bytes)
                 raise ChecksumError(f"{where}: {name} is {shown[0]}, but counted {shown[1]}")
         self._ended = True
-        states = tuple(State(name, data) for name, data in tally.states.items())
-        tally.states = {}
-        return Ended(end, tally.time, states)
+        states = [State(name, data) for name, data in tally.needed.whole.items()]
+        states += [State(name, data, True) for name, data in tally.optional.whole.items()]
+        tally.needed.whole, tally.optional.whole = {}, {}
+        return Ended(end, tally.time, tuple(states))
 
     def _take_go(self, section: Section) -> Go:
         _exact(section.payload, fmt.NONCE_BYTES)

@@ -15,15 +15,19 @@ from __future__ import annotations
 import os
 import select
 import stat
+from collections.abc import Iterator
 
 import xxhash
 
 from bhystream import format as fmt
+from bhystream.backend.base import State
 from bhystream.errors import from_oserror
 from bhystream.format import End, Header, Type
 
 Bytes = bytes | bytearray | memoryview
 _EMPTY = b""
+# A device's buffers are mostly zero: what of a state is a STATE_ZEROS section.
+_ZEROS = bytes(4096)
 # A pipe that poll(2) calls writable takes PIPE_BUF bytes without blocking, on
 # some systems 512: what that leaves for the text of ABORT.
 _ABORT_ROOM_BYTES = select.PIPE_BUF - fmt.SECTION.size - fmt.ABORT_HEAD.size
@@ -45,11 +49,36 @@ def write_all(fd: int, data: Bytes) -> None:
         raise from_oserror(error, "write the stream") from error
 
 
+def _parts(state: State) -> Iterator[tuple[int, int, bool]]:
+    """Yield the parts [first, end) of a state, in bytes, and whether each is a run of zeros.
+
+    A block of 4096 bytes, counted from the state's beginning, is zeros or is
+    not; what is left behind the last one is not.  An empty state has one part.
+    """
+    data, step = state.data, len(_ZEROS)
+
+    def is_zero_at(at: int) -> bool:
+        return not state.is_optional and data.startswith(_ZEROS, at)
+
+    first = 0
+    while True:
+        is_zero = is_zero_at(first)
+        most = len(data) if is_zero else min(len(data), first + fmt.MAX_STATE_PART_BYTES)
+        end = min(first + step, most)
+        while end < most and is_zero_at(end) == is_zero:
+            end = min(end + step, most)
+        yield first, end, is_zero
+        if end == len(data):
+            return
+        first = end
+
+
 class Writer:
     """One stream being written to a descriptor, which stays the caller's.
 
     Totals are public because the report shows them: offset_bytes written,
-    sequence (sections so far), data_pages, zero_pages, rounds, state_bytes.
+    sequence (sections so far), data_pages, zero_pages, rounds, and state_bytes,
+    the bytes of the states that are not optional.
     at_border: the last section was written whole.  ended: END was.
     """
 
@@ -109,16 +138,22 @@ class Writer:
         self.data_pages += data_pages
         self.zero_pages += zero_pages
 
-    def state(self, name: str, data: bytes) -> None:
-        """Write one named state, in as many parts as it needs."""
-        view = memoryview(data)
-        size = fmt.MAX_STATE_PART_BYTES
-        parts = max(1, -(-len(view) // size))
-        for part in range(parts):
-            payload = fmt.pack_state(name, part, view[part * size : (part + 1) * size])
-            last = part == parts - 1
-            self.section(Type.STATE, payload, flags=fmt.FLAG_LAST if last else 0)
-        self.state_bytes += len(view)
+    def state(self, state: State) -> None:
+        """Write one named state, in as many parts as it needs; long zeros as their count.
+
+        The optional states come last.  Raises PipeError.
+        """
+        name, view = state.name, memoryview(state.data)
+        for part, (first, end, is_zero) in enumerate(_parts(state)):
+            flags = fmt.FLAG_LAST if end == len(view) else 0
+            if is_zero:
+                payload = fmt.pack_state_zeros(name, part, end - first)
+                self.section(Type.STATE_ZEROS, payload, flags=flags)
+                continue
+            type_ = Type.STATE_OPTIONAL if state.is_optional else Type.STATE
+            self.section(type_, fmt.pack_state(name, part, view[first:end]), flags=flags)
+        if not state.is_optional:
+            self.state_bytes += len(view)
 
     def end(self) -> End:
         """Write the trailer, in one write(2) where the descriptor allows it.

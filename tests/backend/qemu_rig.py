@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bhystream.backend.base import PAGE_BYTES, Destination
+from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.qemu import QemuSink, QemuSource
+from bhystream.target import FileTarget
 
 SIZE = 64 << 20
 
@@ -125,7 +126,7 @@ def state_of(path: str) -> str:
         return str(ask("query-status")["status"])
 
 
-def copy_memory(source: QemuSource, destination: Destination) -> int:
+def copy_memory(source: QemuSource, destination: FileTarget) -> int:
     """Copy every touched page by hand; return how many."""
     pages = 0
     [view] = source.memory()

@@ -153,18 +153,24 @@ def test_references_that_multiply_are_stopped_early() -> None:
         ("pci.0.3.0.port.32.type=hd", "key pci.0.3.0.port.32.type is not known"),
         ("pci.0.04.0.mac=58:9c:fc:00:00:01", "key pci.0.04.0.mac is not known"),
         ("bogus=1", "key bogus is not known"),
-        ("domains.0.size=1G", "key domains.0.size is not known"),
+        ("domains.0.size=1G", "domains.0.cpus is missing"),
+        ("domains.1.cpus=0", "domains.1: there is no domains.0"),
+        ("domains.8.cpus=0", "key domains.8.cpus is not known"),
+        ("domains.0.cpus=0-x", "domains.0.cpus: '0-x' is not allowed"),
+        ("domains.0.cpus=3-1", "domains.0.cpus: '3-1' is not allowed"),
+        ("lpc.pc-testdev=on", "bhyve does not save lpc.pc-testdev"),
+        ("pci.enable_bars=maybe", "pci.enable_bars: 'maybe' is not allowed"),
         ("lpc.com5.path=/dev/nmdm9A", "key lpc.com5.path is not known"),
         ("pci.0.9.0.device=nvme2", r"pci.0.9.0.device: 'nvme2' is not allowed"),
         ("pci.0.9.0.device=nvme", "bhyve does not save nvme@pci.0.9.0"),
         ("pci.0.9.0.device=passthru", "bhyve does not save passthru@pci.0.9.0"),
         ("tpm.type=passthru", "bhyve does not save tpm"),
-        ("monitor=true", "monitor: .* start the guest again"),
-        ("monitor.enabled=yes", "monitor: .* start the guest again"),
+        ("tpm.intf=crb", "bhyve does not save tpm"),
+        ("tpm.ppi=qemu", "bhyve does not save tpm"),
         ("pci.0.9.0.device=lpc", "a second lpc"),
         ("pci.0.9.0.device=fbuf", "a second fbuf"),
         ("pci.0.3.0.port.2.path=/x", "pci.0.3.0.port.2.type is missing"),
-        ("pci.0.4.0.backend=netgraph", "netgraph' cannot travel"),
+        ("pci.0.4.0.backend=vale0:1", "vale0:1' cannot travel, only tap, vmnet, ngd, netgraph"),
         ("pci.0.4.0.type=netmap", "netmap' cannot travel"),
         ("pci.0.4.0.mac=01:00:00:00:00:01", "pci.0.4.0.mac: .* is not allowed"),
         ("pci.0.31.0.pcireg.vendor=host", "pcireg.vendor: 'host' is not allowed"),
@@ -299,6 +305,68 @@ def test_either_name_of_the_boot_rom_will_do() -> None:
     assert found.full["lpc.bootrom"] == "/new.fd" and "bootrom" not in found.full
 
 
+def test_a_boot_rom_is_written_under_the_names_of_every_version() -> None:
+    text = command.config_file({}, {"lpc.bootrom": "/a.fd", "lpc.bootvars": "/v.fd"})
+    assert text.splitlines() == [
+        "bootrom=/a.fd",
+        "bootvars=/v.fd",
+        "lpc.bootrom=/a.fd",
+        "lpc.bootvars=/v.fd",
+    ]
+
+
+NUMA = FILE.replace("memory.size=4G\n", "")
+
+
+def test_memory_domains_travel_with_their_sum() -> None:
+    text = f"""{NUMA}memory.size=1G
+domains.0.size=1G
+domains.0.cpus=0x0,2-3
+domains.0.domain_policy=prefer:0
+domains.1.size=3072
+domains.1.cpus=1
+"""
+    found = config.read(text, "web1")
+    keys = found.section["keys"]
+    assert keys["domains.0.size"] == str(1 << 30) and keys["domains.1.size"] == str(3 << 30)
+    assert keys["memory.size"] == str(4 << 30), "bhyve passes over a memory.size of its own"
+    assert keys["domains.0.cpus"] == "0,2-3" and "domains.0.domain_policy" not in keys
+    assert found.full["domains.0.domain_policy"] == "prefer:0"
+    assert validate(json.loads(json.dumps(found.section))) == found.section
+
+
+def test_domains_share_the_memory_where_one_has_no_size() -> None:
+    text = f"{NUMA}memory.size=4G\ndomains.0.size=1G\ndomains.0.cpus=0\ndomains.1.cpus=1-3\n"
+    keys = config.read(text, "web1").section["keys"]
+    assert keys["domains.0.size"] == keys["domains.1.size"] == str(2 << 30)
+    with pytest.raises(IncompatibleError, match=r"memory.size: 3 domains cannot share it"):
+        config.read(f"{text}domains.2.cpus=0\n", "web1")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "pci.0.4.0.backend=netgraph\npci.0.4.0.path=sw:\npci.0.4.0.peerhook=link1\n"
+        "pci.0.4.0.socket=web1\npci.0.4.0.hook=vmlink",
+        "pci.0.4.0.backend=slirp\npci.0.4.0.open=true\npci.0.4.0.hostfwd=tcp:1.2.3.4:22-:22",
+        "pci.0.4.0.backend=ngd0",
+        "pci.0.4.0.backend=em7\npci.0.4.0.type=tap",
+    ],
+)
+def test_a_card_travels_without_what_its_backend_is_here(lines: str) -> None:
+    found = config.read(f"{FILE}{lines}\n", "web1")
+    card = {key for key in found.section["keys"] if key.startswith("pci.0.4.0.")}
+    assert card == {"pci.0.4.0.device", "pci.0.4.0.mac"}
+    assert found.section["resources"]["net0"] == "pci.0.4.0.backend"
+    assert {line.partition("=")[0] for line in lines.split("\n")} <= found.full.keys()
+
+
+def test_whether_bars_are_enabled_travels() -> None:
+    found = config.read(f"{FILE}pci.enable_bars=on\nlpc.pc-testdev=no\n", "web1")
+    assert found.section["keys"]["pci.enable_bars"] == "true"
+    assert found.section["keys"]["lpc.pc-testdev"] == "false"
+
+
 def test_a_later_key_travels_under_the_name_that_all_versions_know() -> None:
     found = config.read(FILE + "virtio_msix=true\nvirtio.msix=off\n", "web1")
     assert found.section["keys"]["virtio_msix"] == "false"
@@ -306,7 +374,8 @@ def test_a_later_key_travels_under_the_name_that_all_versions_know() -> None:
 
 
 def test_what_matters_to_a_monitor_only_is_dropped() -> None:
-    found = config.read(FILE + "monitor.enabled=no\nmonitor.no_reboot=true\n", "web1")
+    text = f"{FILE}monitor=true\nmonitor.enabled=yes\nmonitor.no_reboot=true\n"
+    found = config.read(text, "web1")
     assert not [key for key in found.full if key.startswith("monitor")]
 
 
@@ -321,7 +390,8 @@ def test_the_command_names_the_file_the_snapshot_and_the_guest() -> None:
 def test_a_tap_of_another_name_gets_its_type() -> None:
     text = command.config_file({"cpus": "1"}, {"pci.0.4.0.backend": "web0"})
     assert text == "cpus=1\npci.0.4.0.backend=web0\npci.0.4.0.type=tap\n"
-    assert "type" not in command.config_file({}, {"pci.0.4.0.backend": "tap3"})
+    for backend in ("tap3", "vmnet1", "ngd0", "netgraph", "slirp"):
+        assert "type" not in command.config_file({}, {"pci.0.4.0.backend": backend})
 
 
 @pytest.mark.parametrize("value", ["a\nmonitor=true", "", "100%"])

@@ -33,7 +33,13 @@ GOOD: dict[str, Any] = {
         "net0": "pci.0.5.0.backend", "com1": "lpc.com1.path", "bootrom": "lpc.bootrom",
         "vnc": "pci.0.6.0.rfb",
     },
+    "disks": {
+        "disk0": {"mediasize": 1 << 40, "sectorsize": 512, "candelete": True, "writable": True},
+        "disk1": {"mediasize": 0, "sectorsize": 2048, "candelete": False, "writable": False},
+    },
+    "nets": {"net0": {"mtu": 1500}},
 }  # fmt: skip
+DISK = GOOD["disks"]["disk0"]
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -46,11 +52,19 @@ def test_the_good_one_is_good() -> None:
     assert validate(GOOD) == GOOD
 
 
+def test_a_section_of_before_has_nothing_behind_its_disks() -> None:
+    old = {field: GOOD[field] for field in ("name", "keys", "resources")}
+    assert validate(old) == old
+    with pytest.raises(IncompatibleError, match="unknown field 'disc'"):
+        validate({**old, "disc": {}})
+
+
 def test_the_result_shares_nothing_with_the_stream() -> None:
     given = copy.deepcopy(GOOD)
     result = validate(given)
     given["keys"]["pci.0.3.0.ser"] = "x\nmonitor=true"
     given["resources"]["disk0"] = "bogus"
+    given["disks"]["disk0"]["writable"] = False
     assert result == GOOD
 
 
@@ -58,12 +72,16 @@ def set_key(key: str, value: object) -> Change:
     return lambda section: section["keys"].__setitem__(key, value)
 
 
+def set_disk(facts: object) -> Change:
+    return lambda section: section["disks"].__setitem__("disk0", facts)
+
+
 def set_word(word: str, key: object) -> Change:
     return lambda section: section["resources"].__setitem__(word, key)
 
 
 HOSTILE: list[tuple[str, Change]] = [
-    ("unknown field 'exec'|has more than 3", lambda s: s.update(exec="/bin/sh")),
+    ("the section has more than 5", lambda s: s.update(exec="/bin/sh")),
     ("'keys' is missing", lambda s: s.pop("keys")),
     ("unknown field 'key'", lambda s: s.update(key=s.pop("keys"))),
     ("name: '../x'", lambda s: s.update(name="../x")),
@@ -147,6 +165,33 @@ HOSTILE: list[tuple[str, Change]] = [
     ("resources: net0 has to be", lambda s: s["resources"].update(
         net1=s["resources"].pop("net0"))),
     ("disk0: 7 is not allowed", set_word("disk0", 7)),
+    ("domains.0.size: '4294963200' is not|memory.size: '4294967296' is not 4294963200",
+     lambda s: s["keys"].update({"domains.0.size": str((4 << 30) - 4096), "domains.0.cpus": "0"})),
+    ("domains.0.size: None is not", set_key("domains.0.cpus", "0")),
+    ("domains.0.cpus is missing", set_key("domains.0.size", str(4 << 30))),
+    ("domains.0.domain_policy belongs", set_key("domains.0.domain_policy", "prefer:0")),
+    ("pci.0.5.0.peerhook belongs", set_key("pci.0.5.0.peerhook", "x")),
+    ("pci.0.5.0.path belongs", set_key("pci.0.5.0.path", "/etc/shadow")),
+    ("lpc.pc-testdev: 'true' is not allowed", set_key("lpc.pc-testdev", "true")),
+    ("disks is not an object", lambda s: s.update(disks=[])),
+    ("disks: 'disk7' is none of its resources", lambda s: s["disks"].update(disk7=DISK)),
+    ("disks: 'net0' is none of its resources", lambda s: s["disks"].update(net0=DISK)),
+    ("disks: 7 is none of its resources", lambda s: s["disks"].update({7: DISK})),
+    ("disks: disk0 is not an object", set_disk(None)),
+    ("disks: disk0 has more than 4 entries", set_disk({**DISK, "path": "/etc/shadow"})),
+    ("disks: disk0: writable is None", set_disk({k: DISK[k] for k in [*DISK][:3]})),
+    ("disks: disk0: mediasize is -1", set_disk({**DISK, "mediasize": -1})),
+    ("disks: disk0: mediasize is 9223372036854775808", set_disk({**DISK, "mediasize": 1 << 63})),
+    ("disks: disk0: mediasize is True", set_disk({**DISK, "mediasize": True})),
+    (r"disks: disk0: mediasize is '\\x1b", set_disk({**DISK, "mediasize": "\x1b"})),
+    ("disks: disk0: sectorsize is 0", set_disk({**DISK, "sectorsize": 0})),
+    ("disks: disk0: sectorsize is 1048577", set_disk({**DISK, "sectorsize": (1 << 20) + 1})),
+    ("disks: disk0: candelete is 1", set_disk({**DISK, "candelete": 1})),
+    ("disks: disk0: writable is 'true'", set_disk({**DISK, "writable": "true"})),
+    ("nets: 'disk0' is none of its", lambda s: s.update(nets={"disk0": {"mtu": 1500}})),
+    ("nets: net0: mtu is 0", lambda s: s.update(nets={"net0": {"mtu": 0}})),
+    ("nets: net0: mtu is 65536", lambda s: s.update(nets={"net0": {"mtu": 65536}})),
+    ("nets: net0: mtu is None", lambda s: s.update(nets={"net0": {"tap": "tap0"}})),
 ]  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from typing import cast
 import pytest
 
 from bhystream.backend.bhyve.host import Host, MemoryMap
-from bhystream.backend.bhyve.memory import Memory
+from bhystream.backend.bhyve.memory import Memory, system_memory
+from bhystream.errors import IncompatibleError
 
 NPAGES = 4
 SIZE = NPAGES * 4096
@@ -86,3 +87,48 @@ def test_without_swap_it_does_not_matter_that_the_vm_is_gone(
 ) -> None:
     host.has_vm, host.swap = False, 0
     assert list(memory.touched()) == [(1, 2)]
+
+
+GIB = 1 << 30
+
+
+def entry(
+    gpa: int, length: int, segid: int = 0, offset: int = 0, *, is_wired: bool = True
+) -> MemoryMap:
+    return MemoryMap(gpa, segid, offset, length, 7, is_wired)
+
+
+def test_one_domain_is_lowmem_and_highmem() -> None:
+    low, high = entry(0, 3 * GIB), entry(4 * GIB, GIB, 0, 3 * GIB)
+    rom = entry((4 * GIB) - 4096, 4096, 8)
+    assert system_memory([low, entry(3 * GIB, 4096, 9), rom, high], "g") == [low, high]
+
+
+def test_domains_that_adjoin_are_one_map() -> None:
+    """The second domain lies across 3 GiB, so it has two maps."""
+    maps = [
+        entry(0, 2 * GIB, 0),
+        entry(2 * GIB, GIB, 1),
+        entry((4 * GIB) - 4096, 4096, 8),
+        entry(4 * GIB, GIB, 1, GIB),
+        entry(5 * GIB, 2 * GIB, 2, is_wired=False),
+    ]
+    assert system_memory(maps, "g") == [
+        entry(0, 3 * GIB, 0),
+        entry(4 * GIB, 3 * GIB, 1, GIB, is_wired=False),
+    ]
+
+
+@pytest.mark.parametrize(
+    "maps",
+    [
+        [],
+        [entry(0, GIB), entry(2 * GIB, GIB, 1)],
+        [entry(0, GIB), entry(4 * GIB, GIB, 1)],
+        [entry(0, 3 * GIB), entry(5 * GIB, GIB, 1)],
+        [entry(4096, GIB)],
+    ],
+)
+def test_memory_that_lies_elsewhere_is_refused(maps: Sequence[MemoryMap]) -> None:
+    with pytest.raises(IncompatibleError, match=r"^g: its memory lies at"):
+        system_memory(maps, "g")

@@ -104,7 +104,9 @@ def test_what_is_the_hosts_may_be_given_too(section: dict[str, Any]) -> None:
         ("net0", "tap0,mac=1", "say an interface's name"),
         ("net0", "..", "say an interface's name"),
         ("net0", "/dev/tap0", "say an interface's name"),
-        ("vnc", "unix:/x", r"say \[ADDRESS:\]PORT"),
+        ("vnc", "unix:x", r"say \[ADDRESS:\]PORT or unix:PATH"),
+        ("vnc", "unix:/" + "x" * 103, r"say \[ADDRESS:\]PORT or unix:PATH"),
+        ("vnc", "unix:/" + "ä" * 60, r"say \[ADDRESS:\]PORT or unix:PATH"),
         ("vnc", "localhost:1", r"say \[ADDRESS:\]PORT"),
         ("vnc", "1.2.3.4:0", r"say \[ADDRESS:\]PORT"),
         ("vnc", "70000", r"say \[ADDRESS:\]PORT"),
@@ -115,8 +117,10 @@ def test_a_wrong_word_or_value_is_a_usage_error(word: str, value: str, message: 
         Wishes.parse({word: value})
 
 
-@pytest.mark.parametrize("value", ["5900", "0.0.0.0:5900", "[::1]:5900"])
-def test_an_address_may_be_written_in_three_ways(value: str) -> None:
+@pytest.mark.parametrize(
+    "value", ["5900", "0.0.0.0:5900", "[::1]:5900", "unix:/run/vnc", "unix:/" + "x" * 102]
+)
+def test_an_address_may_be_written_in_four_ways(value: str) -> None:
     assert Wishes.parse({"vnc": value}).values["vnc"] == value
 
 
@@ -162,6 +166,31 @@ def test_a_resource_of_what_is_left_out_is_a_reason(section: dict[str, Any]) -> 
     assert Wishes.parse(given, ["pci.0.8.0"]).resolve(section).reasons == (
         "pci.0.8.0.rfb: it is left out by -x; remove -o pci.0.8.0.rfb=",
     )
+
+
+def test_what_stood_behind_a_disk_is_left_out_with_it(section: dict[str, Any]) -> None:
+    facts = {"mediasize": 1, "sectorsize": 512, "candelete": False, "writable": True}
+    whole = {**section, "disks": {"disk0": facts, "disk1": facts}, "nets": {"net0": {"mtu": 1500}}}
+    left = Wishes.parse({}, ["pci.0.4.0"]).resolve(validate(whole)).section
+    assert left["disks"] == {"disk1": facts} and left["nets"] == {"net0": {"mtu": 1500}}
+
+
+def test_a_backend_that_is_no_interface_is_lent_with_its_keys(section: dict[str, Any]) -> None:
+    more = {"pci.0.6.0.path": "sw:", "pci.0.6.0.peerhook": "link1", "pci.0.6.0.type": "netgraph"}
+    found = Wishes.parse({**ALL, "net0": "netgraph", **more}).resolve(section)
+    assert found.reasons == () and more.items() <= found.values.items()
+
+
+def test_a_key_of_no_device_is_left_out(section: dict[str, Any]) -> None:
+    section["keys"] |= {"pci.enable_bars": "true"}
+    found = Wishes.parse(ALL, ["pci.enable_bars"]).resolve(section)
+    assert found.reasons == () and "pci.enable_bars" not in found.section["keys"]
+
+
+def test_a_domain_gets_this_hosts_policy(section: dict[str, Any]) -> None:
+    section["keys"] |= {"domains.0.size": str(4 << 30), "domains.0.cpus": "0-1"}
+    found = Wishes.parse({**ALL, "domains.0.domain_policy": "prefer:1"}).resolve(section)
+    assert found.reasons == () and found.values["domains.0.domain_policy"] == "prefer:1"
 
 
 def test_a_single_key_is_left_out(section: dict[str, Any]) -> None:

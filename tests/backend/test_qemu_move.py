@@ -7,13 +7,21 @@ import mmap
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from bhystream.backend.base import PAGE_BYTES, Head, State
 from bhystream.backend.qemu import QemuSink, QemuSource, open_paused
-from bhystream.errors import GuestError, IncompatibleError, InternalError
+from bhystream.backend.qemu.paused import QemuPaused
+from bhystream.errors import (
+    GoneError,
+    GuestError,
+    IncompatibleError,
+    InternalError,
+    TakenError,
+)
 
 from .qemu_rig import SIZE, Rig, copy_memory, monitor, peer, state_of, stop, strings
 
@@ -22,10 +30,15 @@ pytestmark = pytest.mark.guest
 MEMFD = "memory-backend-memfd"
 
 
-def move(source: QemuSource, sink: QemuSink) -> dict[str, float]:
-    """Move a guest by hand; return the milliseconds of each paused step."""
+def move(
+    source: QemuSource, sink: QemuSink, keep: Callable[[QemuPaused], None] = lambda paused: None
+) -> dict[str, float]:
+    """Move a guest by hand; return the milliseconds of each paused step.
+
+    keep: gets the paused guest, as soon as it is one.
+    """
     assert sink.check(source.head()) == []
-    [destination] = sink.open()
+    [destination] = sink.open(b"")
     copy_memory(source, destination)
     took: dict[str, float] = {}
 
@@ -33,11 +46,10 @@ def move(source: QemuSource, sink: QemuSink) -> dict[str, float]:
         took[what] = (time.perf_counter() - begin) * 1000
 
     begin = time.perf_counter()
-    source.pause()
+    paused = source.pause()
     timed("pause", begin)
-    begin = time.perf_counter()
-    states = source.states()
-    timed("states", begin)
+    keep(paused)
+    states = paused.states()
     took["bytes"] = len(states[0].data)
     copy_memory(source, destination)
     begin = time.perf_counter()
@@ -68,16 +80,16 @@ def test_a_guest_moves(rig: Rig, machine: str, vcpus: int, ram: str) -> None:
     source.close()
     assert state_of(path) == "postmigrate"
     stop(there)
-    open_paused(sink.revive()).discard("")
+    open_paused(sink.record()).discard("")
 
 
 def test_the_memory_there_is_the_memory_here(rig: Rig) -> None:
     source, sink = QemuSource(rig.start("here")), rig.sink()
     assert sink.check(source.head()) == []
-    [destination] = sink.open()
+    [destination] = sink.open(b"")
     assert os.fstat(destination.fd).st_blocks == 0
-    source.pause()
-    states = source.states()
+    paused = source.pause()
+    states = paused.states()
     copy_memory(source, destination)
     sink.load(states)
     [view] = source.memory()
@@ -98,17 +110,19 @@ def test_a_guest_moves_with_a_shared_disk(rig: Rig, interface: str, device: str)
     extra += ["-device", device] if device else []
     path = rig.start("here", *extra)
     source, sink = QemuSource(path), rig.sink("there", disk0=image)
-    move(source, sink)
+    kept: list[QemuPaused] = []
+    move(source, sink, kept.append)
     there = str(rig.state_dir / "there.qmp")
     assert state_of(there) == "running"
     # The destination holds the image's lock now: two copies cannot run.
     with pytest.raises(GuestError, match="lock"):
-        source.resume()
+        kept[0].resume()
     # Only when it has gone does the source get its disk back.
     stop(there)
-    open_paused(sink.revive()).discard("")
-    source.resume()
-    assert state_of_open(source) == "running"
+    open_paused(sink.record()).discard("")
+    kept[0].resume()
+    assert kept[0].runs()
+    kept[0].close()
     source.close()
 
 
@@ -125,11 +139,12 @@ def test_a_destination_whose_disk_is_locked_never_ran(rig: Rig) -> None:
     source = QemuSource(rig.start("here", "-drive", drive + ours))
     rig.start("other", "-drive", drive + theirs)
     sink = rig.sink("there", disk0=theirs)
+    kept: list[QemuPaused] = []
     with pytest.raises(GuestError, match="lock"):
-        move(source, sink)
+        move(source, sink, kept.append)
     assert not sink.may_have_run
     sink.abort()
-    source.resume()
+    kept[0].resume()
     source.close()
 
 
@@ -160,13 +175,11 @@ def test_resume_after_states_leaves_qemu_as_found(rig: Rig) -> None:
         before = ask("query-migrate-capabilities"), ask("query-migrate-parameters")
     source = QemuSource(path)
     for _ in range(3):  # a second attempt must work too
-        source.pause()
-        assert len(source.states()[0].data) > 10_000
-        source.resume()
+        paused = source.pause()
+        assert len(paused.states()[0].data) > 10_000
+        paused.resume()
+        paused.resume()
         assert state_of_open(source) == "running"
-    source.pause()
-    source.resume()
-    source.resume()
     source.close()
     with monitor(path) as ask:
         assert (ask("query-migrate-capabilities"), ask("query-migrate-parameters")) == before
@@ -177,12 +190,10 @@ def test_state_with_ram_in_it_is_refused_and_the_guest_resumes(
 ) -> None:
     path = rig.start("here")
     source = QemuSource(path)
-    source.pause()
-    monkeypatch.setattr("bhystream.backend.qemu.source.MAX_STATE_BYTES", 100_000)
-    monkeypatch.setattr("bhystream.backend.qemu.source._PIPE_BYTES", 4096)
+    monkeypatch.setattr("bhystream.backend.qemu.state.MAX_STATE_BYTES", 100_000)
+    monkeypatch.setattr("bhystream.backend.qemu.state._PIPE_BYTES", 4096)
     with pytest.raises(GuestError, match="put RAM into the state"):
-        source.states()
-    source.resume()
+        source.pause()
     assert state_of_open(source) == "running"
     source.close()
 
@@ -192,8 +203,8 @@ def test_abort_leaves_nothing(rig: Rig) -> None:
     sink = rig.sink("there", serial0=rig.path("serial"), mem=rig.path("mem"))
     assert sink.check(source.head()) == []
     assert not os.path.exists(rig.path("mem"))
-    sink.open()
-    pid = sink.revive()["pid"]
+    sink.open(b"")
+    pid = sink.record()["pid"]
     assert os.path.exists(rig.path("mem"))
     sink.abort()
     sink.abort()
@@ -208,7 +219,7 @@ def test_abort_leaves_nothing(rig: Rig) -> None:
 def test_a_state_that_qemu_cannot_load_is_reported_in_its_words(rig: Rig) -> None:
     source, sink = QemuSource(rig.start("here")), rig.sink()
     assert sink.check(source.head()) == []
-    sink.open()
+    sink.open(b"")
     with pytest.raises(GuestError, match=r"QEMU has ended: .*Not a migration stream"):
         sink.load([State("qemu", os.urandom(3 << 20))])
     sink.abort()
@@ -219,7 +230,7 @@ def test_a_state_that_qemu_cannot_load_is_reported_in_its_words(rig: Rig) -> Non
 def test_only_a_qemu_state_is_loaded(rig: Rig) -> None:
     source, sink = QemuSource(rig.start("here")), rig.sink()
     assert sink.check(source.head()) == []
-    sink.open()
+    sink.open(b"")
     with pytest.raises(IncompatibleError, match="state sections: 'x'"):
         sink.load([State("x", b"")])
     with pytest.raises(IncompatibleError, match="state sections: none"):
@@ -232,7 +243,7 @@ def test_only_a_qemu_state_is_loaded(rig: Rig) -> None:
 
 def test_open_needs_a_verdict(rig: Rig) -> None:
     with pytest.raises(InternalError):
-        rig.sink().open()
+        rig.sink().open(b"")
 
 
 def test_a_waiting_qemu_is_filled_and_started(rig: Rig) -> None:
@@ -243,7 +254,7 @@ def test_a_waiting_qemu_is_filled_and_started(rig: Rig) -> None:
         file.write(b"x" * SIZE)
     sink = QemuSink(waiting, {}, None, False, str(rig.state_dir))
     assert sink.check(source.head()) == []
-    [destination] = sink.open()
+    [destination] = sink.open(b"")
     assert os.fstat(destination.fd).st_blocks == 0
     assert os.pread(destination.fd, PAGE_BYTES, SIZE - PAGE_BYTES) == bytes(PAGE_BYTES)
     sink.abort()
@@ -262,7 +273,7 @@ def test_a_waiting_qemu_on_the_source_memory_is_refused(rig: Rig) -> None:
     sink = QemuSink(waiting, {}, None, False, str(rig.state_dir))
     assert sink.check(source.head()) == []
     with pytest.raises(IncompatibleError, match=f"in use by process {rig.processes['here'].pid}"):
-        sink.open()
+        sink.open(b"")
     sink.abort()
     assert sum(end - first for first, end in source.touched()) > 0
     source.close()
@@ -284,7 +295,7 @@ def test_a_waiting_qemu_that_is_another_machine_is_refused(
     sink = QemuSink(waiting, {}, None, False, str(rig.state_dir))
     assert sink.check(source.head()) == [reason]
     with pytest.raises(InternalError):
-        sink.open()
+        sink.open(b"")
     sink.abort()
     forced = QemuSink(waiting, {}, None, True, str(rig.state_dir))
     assert forced.check(source.head()) == []
@@ -343,16 +354,16 @@ def test_the_host_is_checked_before_anything_is_made(rig: Rig) -> None:
 def test_a_guest_left_paused_is_resumed_and_discarded_from_its_record(rig: Rig) -> None:
     source, sink = QemuSource(rig.start("here")), rig.sink()
     assert sink.check(source.head()) == []
-    [destination] = sink.open()
-    source.pause()
-    states = source.states()
+    [destination] = sink.open(b"")
+    paused = source.pause()
+    states = paused.states()
     copy_memory(source, destination)
     sink.load(states)
     sink.leave_paused()
     sink.abort()  # no longer its guest
     there = str(rig.state_dir / "there.qmp")
     assert state_of(there) == "paused"
-    held = open_paused(json.loads(json.dumps(sink.revive())))
+    held = open_paused(json.loads(json.dumps(sink.record())))
     held.resume()
     held.resume()
     held.close()
@@ -373,10 +384,9 @@ def test_a_guest_left_paused_is_resumed_and_discarded_from_its_record(rig: Rig) 
 def test_the_source_is_resumed_and_discarded_from_its_record(rig: Rig) -> None:
     path = rig.start("here")
     source = QemuSource(path)
-    record = json.loads(json.dumps(source.revive()))
+    record = json.loads(json.dumps(source.prepare("").record))
     assert not [text for text in strings(record) if text.startswith("/") and text != path]
     source.pause()
-    source.states()
     source.close()  # as if bhysend had died
     held = open_paused(record)
     assert held.is_alive()
@@ -397,7 +407,7 @@ def test_the_source_is_resumed_and_discarded_from_its_record(rig: Rig) -> None:
 def test_another_guest_at_the_socket_is_never_touched(rig: Rig) -> None:
     path = rig.start("here")
     source = QemuSource(path)
-    record = dict(source.revive())
+    record = dict(source.prepare("").record)
     source.close()
     with pytest.raises(GuestError, match="record"):
         open_paused({**record, "hypervisor": "bhyve"})
@@ -425,27 +435,56 @@ def test_another_guest_at_the_socket_is_never_touched(rig: Rig) -> None:
 
 def test_a_guest_killed_while_paused_is_reported(rig: Rig) -> None:
     source = QemuSource(rig.start("here"))
-    source.pause()
+    paused = source.pause()
     rig.processes["here"].kill()
     rig.processes["here"].wait()
-    with pytest.raises(GuestError, match="guest here: cannot save state"):
-        source.states()
+    with pytest.raises(GoneError, match="its QEMU has ended while it stood paused"):
+        paused.require_paused()
     with pytest.raises(GuestError, match="guest here: cannot"):
-        source.resume()
+        paused.resume()
+    source.close()
+
+
+def test_a_guest_killed_before_its_pause_is_reported(rig: Rig) -> None:
+    source = QemuSource(rig.start("here"))
+    rig.processes["here"].kill()
+    rig.processes["here"].wait()
+    with pytest.raises(GuestError, match="guest here: cannot"):
+        source.pause()
+    source.close()
+
+
+@pytest.mark.parametrize("commands", [("cont",), ("cont", "stop")])
+def test_a_guest_that_another_monitor_has_let_run_is_seen(
+    rig: Rig, commands: tuple[str, ...]
+) -> None:
+    """Also where it was stopped again: what was sent is no longer this guest."""
+    second = rig.path("second.qmp")
+    path = rig.start("here", "-qmp", f"unix:{second},server=on,wait=off")
+    source = QemuSource(path)
+    paused = source.pause()
+    paused.require_paused()
+    with monitor(second) as ask:
+        for command in commands:
+            ask(command)
+        with pytest.raises(TakenError, match="somebody let it run while it stood paused"):
+            paused.require_paused()
+        paused.resume()
+        assert ask("query-status")["status"] == "running"
     source.close()
 
 
 def test_a_destination_killed_before_the_load_is_reported(rig: Rig) -> None:
     source, sink = QemuSource(rig.start("here")), rig.sink()
     assert sink.check(source.head()) == []
-    sink.open()
-    os.kill(sink.revive()["pid"], 9)
-    source.pause()
-    states = source.states()
+    sink.open(b"")
+    os.kill(sink.record()["pid"], 9)
+    paused = source.pause()
+    states = paused.states()
     with pytest.raises(GuestError, match="QEMU has ended"):
         sink.load(states)
     sink.abort()
-    source.resume()
+    paused.resume()
     source.close()
 
 

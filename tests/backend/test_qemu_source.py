@@ -207,9 +207,9 @@ def test_signals_set_flags_and_interrupt_nothing(rig: Rig) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
         for _ in range(50):
             assert source._qmp.execute("query-status", doing="ask")["running"]
-        source.pause()
-        assert source.states()[0].data
-        source.resume()
+        paused = source.pause()
+        assert paused.states()[0].data
+        paused.resume()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -234,7 +234,7 @@ def test_a_daemonized_qemu_is_found(rig: Rig) -> None:
     who = identify(pid, "QEMU")
     try:
         source = QemuSource(rig.path("here.qmp"))
-        assert source.revive()["pid"] == pid
+        assert source.prepare("").record["pid"] == pid
         source.close()
     finally:
         assert end_process(who)

@@ -1,15 +1,19 @@
 """A guest that travels from one stand-in's host to the next; see travel.py.
 
-Each place is a run on a host, which is a directory of its own (BHYSEND_VMM_DIR).  A guest that is
-suspended is no process any more: it is files, in the host's staging directory or in the state
-directory, and nothing that runs.
+Each place is a run on a host, which is a directory of its own (BHYSEND_VMM_DIR).  A guest that
+stands paused is its process, held in the last write of a checkpoint; one that is being built is a
+process too, which has no checkpoint socket before it has been let go.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import signal
+import struct
 import subprocess
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,6 +34,8 @@ GENERATIONS: dict[int, dict[str, Any]] = {
 }
 # Of a host that has room for whatever a test wants to move.
 _FREE_BYTES = 64 << 30
+# Of a FIFO, on Linux as on FreeBSD.
+_FULL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,6 @@ class StandinPlace(Place):
         """The words before a program that is to find this host."""
         variables = {
             VMM_DIR: self.rig.directory,
-            "BHYSEND_STAGING": self.staging,
             "BHYRECV_STAGING": self.staging,
         }
         return ["env", *(f"{key}={value}" for key, value in variables.items())]
@@ -77,12 +82,12 @@ class StandinPlace(Place):
         assert self.pid, f"nobody listens: {self.console.lines()[-4:]}"
 
     def runs(self) -> bool:
-        return self.rig.pid(self.operand) is not None
+        pid = self.rig.pid(self.operand)
+        return pid is not None and not _stands(pid)
 
     def is_held(self, host: Host) -> bool:
-        return not self.runs() and (
-            _is_complete(host.state / "held") or any(self.staging.glob("bhysend-*/ckp.meta"))
-        )
+        pid = self.rig.pid(self.operand)
+        return pid is not None and _stands(pid)
 
     def is_loaded(self, host: Host) -> bool:
         return not self.runs() and _is_complete(host.state / "loaded")
@@ -127,13 +132,13 @@ class StandinPlace(Place):
         return (self.rig.directory / "vmm" / self.operand).stat().st_blocks * 512
 
     def forsake(self) -> None:
-        """What is left of a guest that never ran is files."""
-        assert self.hypervisors() == []
         assert self.said() == b""
-        for path in self.staging.glob("bhyrecv-*/*"):
+        with self.reaped():
+            pass
+        for path in (self.rig.directory / "vmm").iterdir():
             path.unlink()
         for path in self.staging.glob("bhyrecv-*"):
-            path.rmdir()
+            shutil.rmtree(path)
 
     def assert_nothing_left(self) -> None:
         assert self.processes() == []
@@ -266,6 +271,24 @@ def standin(guest: Traveller) -> StandinTraveller:
     """Return a guest that is known to be the stand-in's."""
     assert isinstance(guest, StandinTraveller)
     return guest
+
+
+def _stands(pid: int) -> bool:
+    """Say whether a stand-in is held: the FIFO that it writes FILE.meta to is full."""
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            if not os.readlink(entry).endswith("/ckp.meta"):
+                continue
+            fd = os.open(entry, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                queued = fcntl.ioctl(fd, termios.FIONREAD, struct.pack("i", 0))
+            except OSError:  # no FIFO
+                continue
+            finally:
+                os.close(fd)
+            if struct.unpack("i", queued)[0] == _FULL_BYTES:
+                return True
+    return False
 
 
 def _is_complete(directory: Path) -> bool:

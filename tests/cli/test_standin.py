@@ -183,23 +183,6 @@ def test_a_guest_that_dies_is_not_moved(point: str, form: str, host: Host, gate:
         assert host.rows() == []
 
 
-def test_a_guest_whose_memory_is_nowhere_is_called_gone(host: Host, gate: Gate) -> None:
-    """bhysend and its keeper both killed in the pause: what the model does not forgive."""
-    with own("g5") as guest:
-        attempt = Attempt("three-stages", "paused", host, guest, gate)
-        with attempt.begin():
-            attempt.kill("keeper", "bhysend")
-            attempt.release("late")
-            attempt.wait()
-            third = attempt.ended[-1]
-            assert third.status in (69, 81), attempt.said()
-            assert "gone" in third.stderr
-            assert "it runs here" not in attempt.said()
-            assert not guest.place.runs()
-            assert not attempt.to.runs()
-        assert host.rows() == []
-
-
 # The destination's bhyve, from GO on.
 
 

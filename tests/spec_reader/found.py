@@ -90,7 +90,9 @@ class Stream:
     devices: list[str] = field(default_factory=list)
     memory: dict[int, bytes] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
+    rehearsal: bytes | None = None
     states: dict[str, bytes] = field(default_factory=dict)
+    optional_states: dict[str, bytes] = field(default_factory=dict)
     time: Time | None = None
     what: int | None = None
     digest: bytes | None = None

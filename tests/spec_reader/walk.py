@@ -79,7 +79,7 @@ class _Type(NamedTuple):
     cap: int
     flags: int
     parse: Callable[[Reader, bytes, int], None]
-    phase: str  # the phase in which the type may stand, "" if there are several
+    phases: tuple[str, ...]  # those in which the type may stand; () has a rule of its own
 
 
 class Reader:
@@ -104,7 +104,9 @@ class Reader:
         self.zero_pages = 0
         self.part = 0  # the part that is due of the state `open`
         self.open: str | None = None
+        self.open_optional = False
         self.state_bytes = 0
+        self.optional_bytes = 0
         self.parts: dict[str, list[bytes]] = {}
 
     def run(self) -> Stream:
@@ -151,9 +153,9 @@ class Reader:
 
     def check_place(self, known: _Type | None) -> None:
         after_end = self.phase in ("GO", "AFTER GO")
-        if known and known.phase:
+        if known and known.phases:
             # An open state has to be completed before TIME.
-            fits = known.phase == self.phase and not (known.name == "TIME" and self.open)
+            fits = self.phase in known.phases and not (known.name == "TIME" and self.open)
         elif known and known.name == "PAD":
             fits = self.phase != "HOST"
         elif known:  # ABORT
@@ -184,7 +186,10 @@ class Reader:
         self.out.devices, self.phase = values.devices(payload), "HEAD_END"
 
     def head_end(self, _payload: bytes, _flags: int) -> None:
-        self.phase = "END" if self.header.mandatory & NO_MEMORY else "ROUNDS"
+        self.phase = "END" if self.header.mandatory & NO_MEMORY else "REHEARSAL"
+
+    def rehearsal(self, payload: bytes, _flags: int) -> None:
+        self.out.rehearsal, self.phase = payload, "ROUNDS"
 
     def pad(self, _payload: bytes, _flags: int) -> None:
         pass
@@ -260,7 +265,7 @@ class Reader:
             else:
                 self.put_zeros(first, end)
                 self.zero_pages += end - first
-        self.cursor = extents[-1][1]
+        self.cursor, self.phase = extents[-1][1], "ROUNDS"
 
     def put(self, number: int, page: bytes) -> None:
         if any(page):
@@ -293,6 +298,36 @@ class Reader:
     # The state
 
     def state(self, payload: bytes, flags: int) -> None:
+        name, part, raw = self.part_of(payload)
+        need(len(raw) <= 1048576, "part of a state is too long")
+        self.begin_part(name, part, optional=False)
+        self.state_bytes += len(raw)
+        need(self.state_bytes <= 134217728, "states are too long")
+        need(bool(raw) or (part == 0 and flags & LAST != 0), "empty part of a state")
+        self.end_part(name, raw, flags)
+
+    def state_zeros(self, payload: bytes, flags: int) -> None:
+        name, part, raw = self.part_of(payload)
+        need(len(raw) == 8, "wrong length")
+        (count,) = struct.unpack("<Q", raw)
+        self.begin_part(name, part, optional=False)
+        self.state_bytes += count
+        need(self.state_bytes <= 134217728, "states are too long")
+        need(count >= 1, "empty part of a state")
+        self.end_part(name, bytes(count), flags)
+
+    def state_optional(self, payload: bytes, flags: int) -> None:
+        name, part, raw = self.part_of(payload)
+        need(len(raw) <= 1048576, "part of a state is too long")
+        self.begin_part(name, part, optional=True)
+        self.optional_bytes += len(raw)
+        need(self.optional_bytes <= 4194304, "optional states are too long")
+        need(bool(raw) or (part == 0 and flags & LAST != 0), "empty part of a state")
+        self.phase = "OPTIONAL"
+        self.end_part(name, raw, flags)
+
+    def part_of(self, payload: bytes) -> tuple[str, int, bytes]:
+        """Return the name, the part number, and what follows the name."""
         length, zero, part = struct.unpack_from("<HHI", payload)
         need(1 <= length <= 255, "state name is not 1 to 255 bytes")
         need(zero == 0, "reserved field is not zero")
@@ -301,24 +336,27 @@ class Reader:
         name = payload[8 : 8 + length]
         need(values.is_token(name), "bad state name")
         need(not any(payload[8 + length : start]), "filling of the state name is not zero")
-        need(len(payload) - start <= 1048576, "part of a state is too long")
-        text = name.decode("ascii")
+        return name.decode("ascii"), part, payload[start:]
+
+    def begin_part(self, name: str, part: int, *, optional: bool) -> None:
+        whole = self.out.optional_states if optional else self.out.states
         if self.open is None:
-            need(text not in self.parts, "state name comes back")
-            need(len(self.parts) < 4096, "more than 4096 states")
-            self.parts[text] = []
+            need(name not in self.parts, "state name comes back")
+            need(len(whole) < 4096, "more than 4096 states")
+            self.parts[name] = []
         else:
-            need(text == self.open, "state is incomplete")
+            same = name == self.open and optional == self.open_optional
+            need(same, "state is incomplete")
         need(part == self.part, "wrong part of a state")
-        self.state_bytes += len(payload) - start
-        need(self.state_bytes <= 134217728, "states are too long")
-        empty = start == len(payload)
-        need(not empty or (part == 0 and flags & LAST != 0), "empty part of a state")
-        self.parts[text].append(payload[start:])
-        self.open, self.part = text, part + 1
+        self.open, self.open_optional = name, optional
+
+    def end_part(self, name: str, raw: bytes, flags: int) -> None:
+        self.parts[name].append(raw)
+        self.part += 1
         if flags & LAST:
-            self.out.states[text] = b"".join(self.parts[text])
-            self.parts[text] = []
+            whole = self.out.optional_states if self.open_optional else self.out.states
+            whole[name] = b"".join(self.parts[name])
+            self.parts[name] = []
             self.open, self.part = None, 0
 
     def time(self, payload: bytes, _flags: int) -> None:
@@ -364,20 +402,26 @@ class Reader:
         self.out.abort, self.phase = Abort(status, text), "NOTHING"
 
 
+ROUNDS: Final = ("REHEARSAL", "ROUNDS")
 TYPES: Final = {
-    0x1: _Type("HOST", 0, 65536, 0, Reader.host, "HOST"),
-    0x2: _Type("LAYOUT", 0, 3080, 0, Reader.layout, "LAYOUT"),
-    0x3: _Type("CONFIG", 0, 65536, 0, Reader.config, "CONFIG"),
-    0x4: _Type("DEVICES", 0, 65536, 0, Reader.devices, "DEVICES"),
-    0x5: _Type("HEAD_END", 0, 0, 0, Reader.head_end, "HEAD_END"),
-    0x6: _Type("PAD", 0, 1048576, 0, Reader.pad, ""),
-    0x7: _Type("MEMORY", 0, 4268048, ZSTD, Reader.pad, "ROUNDS"),  # parsed by Reader.memory
-    0x8: _Type("ROUND_END", 24, 24, LAST, Reader.round_end, "ROUNDS"),
-    0x9: _Type("STATE", 16, 1048840, LAST, Reader.state, "STATE"),
-    0xA: _Type("TIME", 16, 16, 0, Reader.time, "STATE"),
-    0xB: _Type("END", 64, 64, 0, Reader.end, "END"),
-    0xC: _Type("GO", 16, 16, 0, Reader.go, "GO"),
-    0xD: _Type("ABORT", 9, 1024, 0, Reader.abort, ""),
+    0x1: _Type("HOST", 0, 65536, 0, Reader.host, ("HOST",)),
+    0x2: _Type("LAYOUT", 0, 3080, 0, Reader.layout, ("LAYOUT",)),
+    0x3: _Type("CONFIG", 0, 65536, 0, Reader.config, ("CONFIG",)),
+    0x4: _Type("DEVICES", 0, 65536, 0, Reader.devices, ("DEVICES",)),
+    0x5: _Type("HEAD_END", 0, 0, 0, Reader.head_end, ("HEAD_END",)),
+    0x6: _Type("PAD", 0, 1048576, 0, Reader.pad, ()),
+    0x7: _Type("MEMORY", 0, 4268048, ZSTD, Reader.pad, ROUNDS),  # parsed by Reader.memory
+    0x8: _Type("ROUND_END", 24, 24, LAST, Reader.round_end, ROUNDS),
+    0x9: _Type("STATE", 16, 1048840, LAST, Reader.state, ("STATE",)),
+    0xA: _Type("TIME", 16, 16, 0, Reader.time, ("STATE", "OPTIONAL")),
+    0xB: _Type("END", 64, 64, 0, Reader.end, ("END",)),
+    0xC: _Type("GO", 16, 16, 0, Reader.go, ("GO",)),
+    0xD: _Type("ABORT", 9, 1024, 0, Reader.abort, ()),
+    0xF: _Type("STATE_ZEROS", 24, 272, LAST, Reader.state_zeros, ("STATE",)),
+    0x80000009: _Type(
+        "STATE_OPTIONAL", 16, 1048840, LAST, Reader.state_optional, ("STATE", "OPTIONAL")
+    ),
+    0x8000000E: _Type("REHEARSAL", 1, 1048576, 0, Reader.rehearsal, ("REHEARSAL",)),
 }
 
 

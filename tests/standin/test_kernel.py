@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,54 @@ def test_a_relative_directory_is_made_absolute(host: Rig, monkeypatch: pytest.Mo
 def test_sysctls_have_defaults_and_are_read_anew(host: Rig) -> None:
     assert host.host.sysctl("hw.machine") == "amd64"
     assert host.host.sysctl("vm.mincore_mapped") == "0"
-    assert "BHYVE_SNAPSHOT" in (host.host.sysctl("kern.conftxt") or "")
     assert host.host.sysctl("no.such.sysctl") is None
     host.settings(sysctl={"hw.model": "Other", "no.such.sysctl": "1"})
     assert host.host.sysctl("hw.model") == "Other"
     assert host.host.sysctl("no.such.sysctl") == "1"
+
+
+@pytest.mark.parametrize(
+    ("generation", "date", "release"), [(4, "1501000", "15.1-"), (5, "1600000", "16.0-")]
+)
+def test_the_release_is_that_of_the_checkpoint_interface(
+    host: Rig, generation: int, date: str, release: str
+) -> None:
+    host.settings(generation=generation)
+    assert host.host.sysctl("kern.osreldate") == date
+    assert (host.host.sysctl("kern.osrelease") or "").startswith(release)
+
+
+def test_vmm_is_what_host_json_says(host: Rig) -> None:
+    assert host.host.can_snapshot() is True and host.host.module_hash()
+    for can in (False, None):
+        host.settings(can_snapshot=can, module_hash="")
+        assert host.host.can_snapshot() is can and host.host.module_hash() == ""
+
+
+def test_a_regular_file_is_a_disk(host: Rig) -> None:
+    path = host.directory / "disk"
+    path.write_bytes(bytes(5120))
+    found = host.host.disk(str(path))
+    assert found is not None
+    assert (found.size_bytes, found.sector_bytes) == (5120, 512)
+    assert (found.can_delete, found.is_writable, found.is_device) == (False, True, False)
+    (host.directory / "name").symlink_to("disk")
+    assert host.host.disk(str(host.directory / "name")) == found
+    assert host.host.disk(str(host.rom)) != found
+    host.settings(disks={str(path): {"can_delete": True, "sector_bytes": 4096}})
+    assert host.host.disk(str(path)) == replace(found, can_delete=True, sector_bytes=4096)
+
+
+def test_what_is_no_regular_file_is_no_disk(host: Rig) -> None:
+    for path in ("/dev/null", str(host.directory), str(host.directory / "none")):
+        assert host.host.disk(path) is None
+
+
+def test_a_tap_has_an_mtu(host: Rig) -> None:
+    host.host.make_tap("tap7", None)
+    host.host.make_tap("tap8", None)
+    host.settings(mtus={"tap8": 9000})
+    assert [host.host.mtu(tap) for tap in ("tap7", "tap8", "tap9")] == [1500, 9000, None]
 
 
 def test_two_directories_are_two_hosts(host: Rig) -> None:

@@ -124,18 +124,32 @@ class Readable(Protocol):
         """Give up every descriptor and mapping.  The guest stays as it is.  Twice is no error."""
 
 
-class Source(Readable, Protocol):
-    """A running guest that is to be sent.  Errors are Readable's."""
-
-    @property
-    def lock_name(self) -> str:
-        """What one lock per guest is taken on: the same for every path to it."""
+class Described(Readable, Protocol):
+    """A guest whose destination and operator have to know more than its memory."""
 
     def resources(self) -> Sequence[str]:
         """Return what the destination's operator has to give, as -o words: "disk0="."""
 
     def warnings(self) -> Sequence[str]:
         """Return what no tool can mend and the operator has to know, each in one line."""
+
+
+class Snapshot(Described, Protocol):
+    """A guest that does not run: files, which are sent cold."""
+
+    def states(self) -> Sequence[State]:
+        """Return the state.  Called after the memory was sent.
+
+        Raises GuestError where the files are no longer what they were.
+        """
+
+
+class Source(Described, Protocol):
+    """A running guest that is to be sent.  Errors are Readable's."""
+
+    @property
+    def lock_name(self) -> str:
+        """What one lock per guest is taken on: the same for every path to it."""
 
     def prepare(self, id_: str) -> Prepared:
         """Make ready what the pause needs and can be made while the guest runs.

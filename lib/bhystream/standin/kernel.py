@@ -9,14 +9,16 @@ import hashlib
 import mmap
 import os
 import re
+import stat
 import subprocess
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bhystream.backend.base import PAGE_BYTES
-from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, VMM_DIR, MemoryMap
+from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, VMM_DIR, Disk, MemoryMap
 from bhystream.errors import GuestError, from_oserror
 
 from . import node
@@ -33,14 +35,16 @@ _SYSCTL = {
     "hw.vmm.maxcpu": "16",
     "hw.vmm.vmx.initialized": "1",
     "kern.build_id": "5374616e64696e0000000000000000000000000f",
-    "kern.conftxt": "options\tBHYVE_SNAPSHOT\n",
-    "kern.osreldate": "1500068",
-    "kern.osrelease": "15.0-STANDIN",
     "kern.ostype": "FreeBSD",
-    "kern.version": "FreeBSD 15.0-STANDIN",
     "machdep.tsc_freq": "2500000000",
     "vm.mincore_mapped": "0",
 }
+# By generation of the checkpoint interface.
+_RELEASE = {
+    4: {"kern.osreldate": "1501000", "kern.osrelease": "15.1-STANDIN"},
+    5: {"kern.osreldate": "1600000", "kern.osrelease": "16.0-STANDIN"},
+}
+_MTU = 1500
 
 
 class StandinVm:
@@ -160,10 +164,12 @@ class StandinHost:
 
     def sysctl(self, name: str) -> str | None:
         """Return a value of host.json, else a plausible one."""
-        given = read_settings(self._directory).sysctl.get(name)
+        settings = read_settings(self._directory)
+        given = settings.sysctl.get(name)
         if given is None and name == "kern.hostuuid":
             return str(uuid.uuid5(uuid.NAMESPACE_URL, str(self._directory)))
-        return _SYSCTL.get(name) if given is None else given
+        own = {**_SYSCTL, **_RELEASE[settings.generation]}
+        return own.get(name) if given is None else given
 
     def swap_used_bytes(self) -> int:
         """Return how much swap host.json says is in use."""
@@ -187,6 +193,32 @@ class StandinHost:
             return given
         modules = sorted(Path(__file__).parent.glob("*.py"))
         return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
+
+    def can_snapshot(self) -> bool | None:
+        """Return what host.json says."""
+        return read_settings(self._directory).can_snapshot
+
+    def module_hash(self) -> str:
+        """Return what host.json says."""
+        return read_settings(self._directory).module_hash
+
+    def disk(self, path: str) -> Disk | None:
+        """Return what a regular file is as a disk, changed by what host.json says of it."""
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        if not stat.S_ISREG(found.st_mode) or not os.access(path, os.R_OK):
+            return None
+        identity = f"{found.st_dev}:{found.st_ino}"
+        disk = Disk(found.st_size, 512, False, os.access(path, os.W_OK), identity)
+        return replace(disk, **read_settings(self._directory).disks.get(path, {}))
+
+    def mtu(self, interface: str) -> int | None:
+        """Return what host.json says of a tap that exists, else 1500."""
+        if not self.has_tap(interface):
+            return None
+        return read_settings(self._directory).mtus.get(interface, _MTU)
 
     def cpu_vendor(self) -> str:
         """Return what host.json says."""

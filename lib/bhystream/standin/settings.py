@@ -37,10 +37,13 @@ FAILURES = frozenset(
 class Settings:
     """The keys of host.json.  Every one has a default.
 
-    generation: of the checkpoint interface, 4 or 5.  fail: words of FAILURES.
+    generation: of the checkpoint interface: 4, of FreeBSD 14 and 15, or 5, of
+    16; the sysctls of the release follow it.  fail: words of FAILURES.
     free_memory_bytes, program_hash: None: this system's own.  parent_command:
     of whoever started bhyve.  knows_suspending_lock: vm-bhyve is 1.7.0 or later.
-    disks: by path, what disk.py tells of it instead: "can_delete", "sector_bytes".
+    can_snapshot: of vmm; null: none is loaded.  module_hash: of vmm.ko.
+    disks: by path, fields of host.Disk that differ from the file's own.  mtus:
+    by tap.
     """
 
     generation: int = 5
@@ -52,8 +55,11 @@ class Settings:
     cpu_vendor: str = "intel"
     parent_command: str = ""
     knows_suspending_lock: bool = True
-    sysctl: Mapping[str, str] = field(default_factory=dict)
+    can_snapshot: bool | None = True
+    module_hash: str = "766d6d2e6b6f"
     disks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    mtus: Mapping[str, int] = field(default_factory=dict)
+    sysctl: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def clamps_devices(self) -> bool:

@@ -56,13 +56,10 @@ class PlayedHost:
         self.disk.touch()
         os.truncate(self.disk, 1 << 20)
 
-    def variables(self, staging: str) -> dict[str, str]:
-        """Return the variables that name this host.
-
-        staging: the one for its part, BHYSEND_STAGING or BHYRECV_STAGING.
-        """
+    def variables(self) -> dict[str, str]:
+        """Return the variables that name this host."""
         own = str(self.directory)
-        return {VMM_DIR: own, "BHYSEND_STATE_DIR": f"{own}/var", staging: own}
+        return {VMM_DIR: own, "BHYSEND_STATE_DIR": f"{own}/var", "BHYRECV_STAGING": own}
 
     def resources(self) -> dict[str, str]:
         """Return what this host lends a guest, by the short words of `bhyrecv -o`."""

@@ -7,6 +7,7 @@ The pieces, in the order in which a move meets them:
     freebsd.py    the FreeBSD host: sysctls, base programs, mounts, taps
       freebsd_vm.py ioctl.py   one VM: memory map, mapping, topology, dirty log
       freebsd_text.py libc.py  what programs print; mincore(2) and sysctl(3)
+      freebsd_kld.py freebsd_disk.py  what vmm.ko can; disks and interfaces
     vmbhyve.py    vm-bhyve's description of a guest, and its last start
     locks.py      vm-bhyve's locks: told before the suspend, changed after it
     argv.py legacy.py   bhyve's command line -> bhyve_config(5) keys
@@ -18,6 +19,8 @@ The pieces, in the order in which a move meets them:
     compare.py    two configurations, and how they differ
     identity.py   the host's half of the HOST section
     verdict.py    the reasons against a guest on this host
+      backing.py  what stands behind disks and cards, here and there
+      supervisors.py  what would start a guest again that has moved
     memory.py     guest memory, mapped; residency.py: which pages were touched
     place.py      what is recorded of a guest, and its two directories
     nvlist.py     libnv, the language of the checkpoint socket

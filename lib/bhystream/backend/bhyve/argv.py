@@ -5,9 +5,9 @@ as getopt(3) reads them: letters may stand together ("-AHPw"), an argument may
 be glued to its letter, and the first word without "-" is the guest's name.
 The later of two settings wins, also between -s, -o and -k.
 
-Source: freebsd/freebsd-src@0040b685 usr.sbin/bhyve/bhyverun.c main(),
-topology_parse(), pincpu_parse(), parse_gdb_options(); the option letters of
-later versions from amd64/bhyverun_machdep.c.  Read, not run on FreeBSD.
+Source: usr.sbin/bhyve/amd64/bhyverun_machdep.c, bhyve_optparse(), and bhyverun.c,
+bhyve_topology_parse(), bhyve_pincpu_parse(), bhyve_numa_parse(), FreeBSD 15.1;
+-M and -N are 16's.  Read, not run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ _IGNORED = {"I", "N"}  # an I/O APIC is always there; -N matters to -M only
 _WITH_ARGUMENT = frozenset("cfGklmnopKrsU")
 _REFUSED = {
     "f": "fw_cfg files name files of the host and are not in bhyve's snapshot",
-    "n": "NUMA domains cannot travel yet",
     "h": "it starts no guest",
 }
 
@@ -71,6 +70,7 @@ class _Reader:
             "G": self._on_gdb,
             "k": self._on_file,
             "l": lambda text: self.keys.update(lpc_option(text)),
+            "n": self._on_domain,
             "o": self._on_setting,
             "p": self._on_pin,
             "r": lambda text: None,  # the state that it was resumed from is no configuration
@@ -125,6 +125,17 @@ class _Reader:
             if key not in ("cpus", "sockets", "cores", "threads") or not value:
                 raise refuse(f"option -c {shown(text)}: {shown(part)} is not known")
             self.keys[key] = value
+
+    def _on_domain(self, text: str) -> None:
+        """-n id=N[,size=S][,cpus=LIST][,domain_policy=P]; a comma ends a list of CPUs."""
+        pairs = dict(part.partition("=")[::2] for part in text.split(","))
+        domain = pairs.pop("id", "")
+        if not re.fullmatch(r"[0-7]", domain):
+            raise refuse(f"option -n {shown(text)}: its id is missing, or beyond 7")
+        for key, value in pairs.items():
+            if key not in ("size", "cpus", "domain_policy") or not value:
+                raise refuse(f"option -n {shown(text)}: {shown(key)} is not known")
+            self.keys[f"domains.{domain}.{key}"] = value
 
     def _on_setting(self, text: str) -> None:
         key, _, value = text.partition("=")

@@ -3,6 +3,12 @@
 Everything is handed over in a bhyve_config(5) file, `bhyve -k FILE`: it has no
 quoting, and no value of it can become another option.
 
+A boot ROM and its variables are written under both their names: 14 knows
+lpc.bootrom and passes over bootrom, 15.1 takes bootrom, and complains of
+lpc.bootrom only where it stands alone.
+Source: bhyverun_machdep.c, end of bhyve_optparse(), FreeBSD 15.1, read; the
+complaint was seen there.
+
 Confirmed in source, never run: -k is read where it stands, -r is only noted;
 then the snapshot's name is set, then the command line's over it.  The
 topology comes from -k and must multiply to its cpus; ncpus and memsize of the
@@ -15,7 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bhystream.backend.bhyve.keys import KEY, NAME, VALUE, refuse, shown
+from bhystream.backend.bhyve.keys import BACKENDS, KEY, NAME, VALUE, refuse, shown
+
+_TWO_NAMES = {"lpc.bootrom": "bootrom", "lpc.bootvars": "bootvars"}
 
 
 def config_file(keys: Mapping[str, str], resources: Mapping[str, str]) -> str:
@@ -23,14 +31,16 @@ def config_file(keys: Mapping[str, str], resources: Mapping[str, str]) -> str:
 
     keys: of a validated CONFIG section, or, for a rollback at the source,
     GuestConfig.full with no resources.  resources: key -> value; they win.
-    An interface whose name does not begin with tap or vmnet gets type=tap:
-    bhyve infers the type from the name.  Source: net_backends.c, netbe_init() (48548321).
+    An interface whose name begins with no backend's prefix gets type=tap:
+    bhyve infers the type from the name.  Source: net_backends.c, netbe_init().
     Raises IncompatibleError for what cannot stand in such a file.
     """
     whole = {**keys, **resources}
     for key, value in list(whole.items()):
-        if key.endswith(".backend") and not value.startswith(("tap", "vmnet")):
+        if key.endswith(".backend") and not value.startswith(BACKENDS):
             whole.setdefault(f"{key.removesuffix('backend')}type", "tap")
+        if key in _TWO_NAMES:
+            whole[_TWO_NAMES[key]] = value
     lines = []
     for key, value in sorted(whole.items()):
         if not KEY.fullmatch(key) or not VALUE.fullmatch(value):

@@ -26,6 +26,7 @@ _DEFAULTS = {
     "x86.vmexit_on_hlt": "false",
     "x86.vmexit_on_pause": "false",
     "lpc.fwcfg": "bhyve",
+    "lpc.pc-testdev": "false",
 }
 # What the guest never sees of its devices.
 _DISK_DEFAULTS = dict.fromkeys(("nocache", "nodelete", "sync", "direct", "ro"), "false")

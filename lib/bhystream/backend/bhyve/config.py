@@ -6,7 +6,8 @@ manager's log (vmbhyve.py), or a command line (argv.py), and always ends up
 here as a flat mapping of keys.  Two halves of it are kept apart:
 
     full      the source's own, with its paths and taps: for a rollback on the source
-    section   {"name", "keys", "resources"}: what travels; no path, tap or address
+    section   {"name", "keys", "resources"}: what travels; no path, tap or address.
+              backing.py adds "disks" and "nets": what stands behind the resources
 
 What bhyve expands when it reads a value, %(name), is expanded here first.
 """
@@ -25,10 +26,10 @@ MAX_FILE_BYTES = 256 << 10
 _MAX_KEYS = 1024
 _MAX_DEPTH = 16
 _MAX_VALUE = 1023
-_TAP_PREFIXES = ("tap", "vmnet")
-# Later versions know both names and prefer the new one; all know the old one.
-# Source: usr.sbin/bhyve/amd64/bhyverun_machdep.c, end of bhyve_optparse():
-# hrosenfeld/freebsd-src@77d3f9b6, revytechinc/freebsd-src-nested-vm@02c13c93.
+# Later versions know both names and prefer the new one; all know the old one, which
+# is the one that travels (command.py writes what each wants to read).
+# Source: usr.sbin/bhyve/amd64/bhyverun_machdep.c, end of bhyve_optparse(), FreeBSD
+# 15.1; virtio.msix of 16.
 _RENAMED = {
     "bootrom": "lpc.bootrom",
     "bootvars": "lpc.bootvars",
@@ -151,15 +152,13 @@ def _guest_name(name: str) -> str:
 
 
 def _settle(full: dict[str, str]) -> None:
-    """Remove what only matters while bhyve starts, and make one key of two names."""
-    full.pop("config.dump", None)
-    full.pop("monitor.no_reboot", None)
-    monitors = [full.pop(key, "false") for key in ("monitor", "monitor.enabled")]
-    if any(known.boolean(value) != "false" for value in monitors):
-        raise refuse(
-            "monitor: bhyve's monitor would start the guest again after the suspend",
-            "start the guest without -M",
-        )
+    """Remove what only matters while bhyve starts, and make one key of two names.
+
+    A monitor (16, bhyve -M) is the source host's: it starts the guest again
+    on a reset, and no other end of it, so it is in no move's way (D53731).
+    """
+    for key in ("config.dump", "monitor", "monitor.enabled", "monitor.no_reboot"):
+        full.pop(key, None)
     for key in list(full):
         place = known.where(key)
         if place and place[1] == "tcp":
@@ -172,6 +171,8 @@ def _settle(full: dict[str, str]) -> None:
 def _refuse_unsaved(full: Mapping[str, str], devices: Mapping[known.Slot, str]) -> None:
     lost = [f"{kind}@{slot}" for slot, kind in devices.items() if kind in known.UNSAVED]
     lost += ["tpm"] if any(key.startswith("tpm.") for key in full) else []
+    if known.boolean(full.get("lpc.pc-testdev", "false")) == "true":
+        lost.append("lpc.pc-testdev")
     if lost:
         raise refuse(
             f"bhyve does not save {', '.join(lost)}", "the guest has to be started without it"
@@ -179,15 +180,17 @@ def _refuse_unsaved(full: Mapping[str, str], devices: Mapping[known.Slot, str]) 
 
 
 def _refuse_other_nets(full: Mapping[str, str], devices: Mapping[known.Slot, str]) -> None:
-    """Refuse backends whose offloads the card has offered to the guest.
+    """Refuse backends whose offloads the card has offered to the guest: netmap, vale.
 
-    netgraph, netmap and slirp differ from tap in what a virtio-net card
-    offers, which is in the card's saved state [inferred, unverified].
+    A restore compares what a virtio-net card offers with its saved state.
+    Source: usr.sbin/bhyve/virtio.c, vi_pci_snapshot_consts(), FreeBSD 15.1.
     """
     for net in known.nets(devices):
         kind = full.get(f"{net}.type", full.get(f"{net}.backend", "tap"))
-        if not kind.startswith(_TAP_PREFIXES):
-            raise refuse(f"{net}.backend: {shown(kind)} cannot travel, only tap and vmnet")
+        if not kind.startswith(known.BACKENDS):
+            raise refuse(
+                f"{net}.backend: {shown(kind)} cannot travel, only {', '.join(known.BACKENDS)}"
+            )
 
 
 def _sort(
@@ -203,7 +206,8 @@ def _sort(
         if rule.role == "resource":
             resources.add(key)
         elif rule.role == "guest":
-            cleaned = rule.clean(str(memory_bytes(value)) if key == "memory.size" else value)
+            is_size = key == "memory.size" or known.is_domain_size(key)
+            cleaned = rule.clean(str(memory_bytes(value)) if is_size else value)
             if cleaned is None:
                 raise refuse(f"{key}: {shown(value)} is not allowed")
             guest[key] = cleaned

@@ -14,9 +14,11 @@ cure.
           Source: freebsd/freebsd-src@04f55b5b usr.sbin/bhyve/smbiostbl.c
     sockets = cpus, cores = threads = 1; cpus = sockets * cores * threads where only those are
           given.  Source: freebsd/freebsd-src@0040b685 usr.sbin/bhyve/bhyverun.c
-    memory.size 256M.  Source: bhyve_config(5)
+    memory.size 256M.  Source: bhyve_config(5); with memory domains, whose sizes win, their sum
+    domains.N.size an equal share of memory.size, for all of them, where one has none.
+          Source: bhyverun.c, calc_mem_affinity(), FreeBSD 15.1
 
-None of it was run on FreeBSD.
+Read, not run.
 """
 
 from __future__ import annotations
@@ -99,6 +101,32 @@ def topology(keys: Mapping[str, str]) -> dict[str, str]:
     return {key: str(count) for key, count in counts.items()}
 
 
+def domains(keys: Mapping[str, str]) -> dict[str, str]:
+    """Return domains.N.size of each memory domain, and memory.size, their sum; bytes.
+
+    {} where there are none.  Raises IncompatibleError for domains that bhyve
+    would not start, or would pass over.
+    Source: bhyverun.c, calc_mem_affinity() and set_vcpu_affinities(), FreeBSD 15.1.
+    """
+    found = sorted({int(domain[1]) for domain in map(known.DOMAIN.fullmatch, keys) if domain})
+    for at, domain in enumerate(found):
+        if domain != at:
+            raise refuse(f"domains.{domain}: there is no domains.{at}")
+        if f"domains.{domain}.cpus" not in keys:
+            raise refuse(f"domains.{domain}.cpus is missing")
+    if not found:
+        return {}
+    sizes = [keys.get(f"domains.{domain}.size") for domain in found]
+    given = [memory_bytes(size) for size in sizes if size is not None]
+    if len(given) < len(found):
+        total = memory_bytes(keys.get("memory.size", "256M"))
+        if total % (len(found) * PAGE_BYTES):
+            raise refuse(f"memory.size: {len(found)} domains cannot share it", "set domains.N.size")
+        given = [total // len(found)] * len(found)
+    shares = {f"domains.{domain}.size": str(size) for domain, size in enumerate(given)}
+    return {**shares, "memory.size": str(sum(given))}
+
+
 def explicit(keys: Mapping[str, str], devices: Mapping[Slot, str], name: str) -> dict[str, str]:
     """Return what has to be added to the keys so that no default depends on the host.
 
@@ -107,6 +135,7 @@ def explicit(keys: Mapping[str, str], devices: Mapping[Slot, str], name: str) ->
     """
     added = {key: value for key, value in topology(keys).items() if key not in keys}
     added |= {} if "memory.size" in keys else {"memory.size": "256M"}
+    added |= domains(keys)
     if "uuid" not in keys:
         raise refuse("uuid is not set: the default changes with the host", "set uuid (bhyve -U)")
     for slot, device in devices.items():

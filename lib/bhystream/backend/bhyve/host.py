@@ -62,6 +62,7 @@ class Disk:
     offered to the guest (GEOM::candelete; of a file, _PC_DEALLOC_PRESENT).
     is_writable: bhyve falls back to read-only without a word where it is not.
     identity: of the file itself, however it is named: st_dev and st_ino.
+    is_device: it is no regular file; the key nodelete means such only.
     """
 
     size_bytes: int
@@ -69,6 +70,7 @@ class Disk:
     can_delete: bool
     is_writable: bool
     identity: str
+    is_device: bool = False
 
 
 class Vm(Protocol):
@@ -169,14 +171,15 @@ class Host(Protocol):
         """Return what tells one build of bhyve from another."""
 
     def can_snapshot(self) -> bool | None:
-        """Say whether the vmm that is loaded has snapshots; None where no vmm is loaded.
+        """Say whether the vmm that is loaded has snapshots; None where that is not seen.
 
+        None: no vmm is loaded, or the kernel shows no symbols of modules.
         Asks for a symbol (kldsym(2), vm_snapshot_req), never by an ioctl: that
         one stops a running guest's vCPUs.
         """
 
     def module_hash(self) -> str:
-        """Return what tells one build of vmm.ko from another, "" where it is in the kernel."""
+        """Return what tells one build of vmm.ko from another, "" where none is loaded."""
 
     def disk(self, path: str) -> Disk | None:
         """Return what a disk's backing is like; None where it is no disk that bhyve could open."""
@@ -218,7 +221,7 @@ class Host(Protocol):
         """Return the bridge that a tap belongs to, None where it belongs to none."""
 
     def has_tap(self, tap: str) -> bool:
-        """Say whether a network interface exists."""
+        """Say whether a network interface, or an ng_device(4) of a guest, exists."""
 
     def make_tap(self, tap: str, bridge: str | None) -> None:
         """Create a tap and make it a member of the bridge.  Raises GuestError."""

@@ -12,8 +12,9 @@ could not be started again, here or there.
 To add a key: know what bhyve does with a hostile value of it.  A key that
 takes a path, an address or an interface is never a guest's.
 
-Source: bhyve_config(5), freebsd/freebsd-src@0487408a usr.sbin/bhyve/bhyve_config.5.
-Which devices bhyve saves: the tables of pci_*.c of FreeBSD 14.  Unverified on FreeBSD.
+Source: usr.sbin/bhyve/bhyve_config.5 and every get_config_*() of usr.sbin/bhyve, FreeBSD
+15.1, read.  Which devices bhyve saves: the tables of its pci_*.c.  Of 16, read in part:
+virtio.msix, monitor.
 """
 
 from __future__ import annotations
@@ -40,12 +41,24 @@ _PORT = re.compile(r"port\.(0|[1-9]\d?)\.([a-z]+)")
 _USB_SLOT = re.compile(r"slot\.[1-8]\.device")
 _COM = re.compile(r"lpc\.com[1-4]\.path")
 _CPUSET = re.compile(r"vcpu\.\d{1,5}\.cpuset")
+# Source: sys/dev/vmm/vmm_mem.h, VM_MAXMEMDOM; bhyverun.c, bhyve_numa_parse().
+DOMAIN = re.compile(r"domains\.([0-7])\.(size|cpus|domain_policy)")
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|\d{1,20}")
 _TRUE = {"true", "on", "yes", "1"}
 _FALSE = {"false", "off", "no", "0"}
 _AHCI_PORTS = 32
 _TAP = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 _VNC = re.compile(r"(?:\d{1,3}(?:\.\d{1,3}){3}:|\[[0-9A-Fa-f:.]{2,45}\]:)?\d{1,5}")
+_VNC_SOCKET = re.compile(r"unix:(/.{1,102})")  # sun_path has 104 bytes with its NUL
+
+BACKENDS = ("tap", "vmnet", "ngd", "netgraph", "slirp")
+"""Backends of network cards by the prefix of their names, all alike in a guest's sight.
+
+Each offers the guest nothing (get_cap() is 0), so a card that was saved over
+one is restored over another.  netmap and vale offer offloads, and the card's
+saved state has them.
+Source: usr.sbin/bhyve/net_backends.c, netbe_init(); net_backend_*.c, FreeBSD 15.1, read.
+"""
 
 
 @dataclass(frozen=True)
@@ -132,9 +145,26 @@ def tap(value: str) -> str | None:
 
 
 def address(value: str) -> str | None:
-    """Return [IP:]port as fbuf's rfb takes it; a UNIX socket is not one."""
+    """Return [IP:]port or unix:/path, as fbuf's rfb takes them.
+
+    Source: usr.sbin/bhyve/pci_fbuf.c, pci_fbuf_parse_config(), FreeBSD 15.1.
+    """
+    if _VNC_SOCKET.fullmatch(value):
+        return value if len(value.encode()) < len("unix:") + 104 else None
     port = value.rpartition(":")[2]
     return value if _VNC.fullmatch(value) and 0 < int(port) < 65536 else None
+
+
+def cpuset(value: str) -> str | None:
+    """Return a list of CPUs as "0,2-3", decimal.  Source: bhyverun.c, parse_cpuset()."""
+    parts = []
+    for part in value.split(","):
+        ends = [number(0, 65535)(end) for end in part.split("-")]
+        known = [end for end in ends if end is not None]
+        if len(known) < len(ends) or len(ends) > 2 or int(known[0]) > int(known[-1]):
+            return None
+        parts.append("-".join(known))
+    return ",".join(parts)
 
 
 _anything = text(VALUE.pattern)
@@ -142,6 +172,12 @@ _serial = text(r"[A-Za-z0-9._:+ -]{1,40}")
 _hex16 = text(r"0[xX][0-9a-fA-F]{1,4}|[0-9a-fA-F]{1,4}")  # pcireg "host" is the host's
 _smbios = text(r"[A-Za-z0-9._:+()/, -]{1,64}")
 _yes = Rule("guest", boolean)
+
+
+def _no(value: str) -> str | None:
+    """Return "false" for what is false: of what a guest may be told that it has not."""
+    return "false" if boolean(value) == "false" else None
+
 
 _GLOBAL: dict[str, Rule] = {
     "cpus": Rule("guest", number(1, 65535)),
@@ -154,6 +190,8 @@ _GLOBAL: dict[str, Rule] = {
     # A file below /usr/share/bhyve/kbdlayout: a word, so that it stays there.
     "keyboard.layout": Rule("guest", text(r"[A-Za-z0-9_]{1,32}")),
     "lpc.fwcfg": Rule("guest", one_of("bhyve", "qemu")),
+    # Its memory is in no snapshot: config.py refuses a guest that has one.
+    "lpc.pc-testdev": Rule("guest", _no),
     "gdb.address": Rule("host", _anything),
     "gdb.port": Rule("host", _anything),
     "gdb.wait": Rule("host", _anything),
@@ -163,8 +201,8 @@ _GLOBAL: dict[str, Rule] = {
 _GLOBAL |= dict.fromkeys(
     _words(
         "acpi_tables acpi_tables_in_memory destroy_on_poweroff memory.wired memory.guest_in_core",
-        "rtc.use_localtime virtio_msix x86.mptable x86.x2apic x86.strictio x86.strictmsr",
-        "x86.verbosemsr x86.vmexit_on_hlt x86.vmexit_on_pause",
+        "pci.enable_bars rtc.use_localtime virtio_msix x86.mptable x86.x2apic x86.strictio",
+        "x86.strictmsr x86.verbosemsr x86.vmexit_on_hlt x86.vmexit_on_pause",
     ),
     _yes,
 )
@@ -177,6 +215,13 @@ _GLOBAL |= {
         "chassis": "manufacturer version serial_number asset_tag sku",
     }.items()
     for field in fields.split()
+}
+_DOMAIN_RULES = {
+    # Bytes, as memory.size.
+    "size": Rule("guest", number(4096, 1 << 46)),
+    "cpus": Rule("guest", cpuset),
+    # Which memory of the host, and how.
+    "domain_policy": Rule("host", _anything),
 }
 _REGISTERS = {
     f"pcireg.{name}": Rule("guest", _hex16)
@@ -192,9 +237,12 @@ _BLOCK: dict[str, Rule] = {
 } | dict.fromkeys(("nocache", "nodelete", "sync", "direct", "ro"), _yes)
 _NET: dict[str, Rule] = {
     "backend": Rule("resource", tap),
-    "type": Rule("host", one_of("tap", "vmnet")),
+    "type": Rule("host", one_of(*BACKENDS)),
     "mac": Rule("guest", mac),
-}
+    # netgraph's four and slirp's two.  Source: net_backend_netgraph.c, slirp-helper.c.
+} | dict.fromkeys(
+    ("path", "peerhook", "socket", "hook", "hostfwd", "open"), Rule("host", _anything)
+)
 _AHCI_PORT = _BLOCK | {
     "type": Rule("guest", one_of("hd", "cd")),
     "nmrr": Rule("guest", number(0, 65535)),
@@ -260,6 +308,8 @@ def rule_of(key: str, devices: Mapping[Slot, str]) -> Rule | None:
         return Rule("resource", absolute_path)
     if _CPUSET.fullmatch(key):
         return Rule("host", _anything)
+    if domain := DOMAIN.fullmatch(key):
+        return _DOMAIN_RULES[domain[2]]
     place = where(key)
     if place is None or place[0] not in devices:
         return None
@@ -272,6 +322,12 @@ def rule_of(key: str, devices: Mapping[Slot, str]) -> Rule | None:
     if device == "xhci":
         return Rule("guest", one_of("tablet")) if _USB_SLOT.fullmatch(rest) else None
     return SAVED.get(device, {}).get(rest)
+
+
+def is_domain_size(key: str) -> bool:
+    """Say whether a key is the size of a memory domain."""
+    found = DOMAIN.fullmatch(key)
+    return found is not None and found[2] == "size"
 
 
 def disks(keys: Mapping[str, str], devices: Mapping[Slot, str]) -> Iterator[str]:

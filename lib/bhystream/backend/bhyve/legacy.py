@@ -61,6 +61,8 @@ def lpc_option(text: str) -> Pairs:
         if not rest:
             raise refuse(f"{what}: its path is missing")
         return {f"lpc.{name}.path": rest}
+    if name == "pc-testdev":
+        return {"lpc.pc-testdev": "true"}
     raise refuse(f"{what}: the device {shown(device)} is not known")
 
 

@@ -1,7 +1,7 @@
-"""System calls that Python has no word for: mincore(2) and sysctl(3).
+"""System calls that Python has no word for: mincore(2), sysctl(3), and mmap(2) with MAP_FIXED.
 
-mincore is the same on Linux, where its test runs; what concerns sysctl has
-not run on FreeBSD.
+All but sysctl are the same on Linux, where their tests run; mincore and sysctl
+were run on FreeBSD 15.1.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import errno
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 from bhystream.errors import GuestError
 
 PAGE_BYTES = 4096
+_MAP_FIXED = 0x10  # Source: sys/sys/mman.h; the same on Linux
 INCORE = 0x1  # MINCORE_INCORE.  Source: sys/sys/mman.h; Linux has only this bit.
 
 _ONLY_INCORE = bytes(value & INCORE for value in range(256))
@@ -85,6 +87,47 @@ def resident(mapping: mmap.mmap) -> bytes:
     return marks.raw.translate(_ONLY_INCORE)
 
 
+def map_pieces(fd: int, pieces: Sequence[tuple[int, int]], *, is_writable: bool) -> mmap.mmap:
+    """Map pieces of a file behind each other in memory, shared; the mapping is the caller's.
+
+    pieces: (offset, length) each, bytes, multiples of a page.  mmap(2) of a
+    VM's node takes no range over two entries of its memory map, and a guest
+    with memory domains (bhyve -n) has several.  Raises OSError.
+    Source: mmap(2); sys/dev/vmm/vmm_dev.c, vmmdev_mmap_single().
+    """
+    prot = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
+    whole = mmap.mmap(-1, sum(length for _, length in pieces), mmap.MAP_PRIVATE, prot)
+    held = _Buffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(whole), ctypes.byref(held), 0)
+    try:
+        at = held.buf
+        for offset, length in pieces:
+            _map_over(at, length, prot, fd, offset)
+            at += length
+    except OSError:
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(held))
+        whole.close()
+        raise
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(held))
+    return whole
+
+
+def _map_over(address: int, length: int, prot: int, fd: int, offset: int) -> None:
+    call = ctypes.CDLL(None, use_errno=True).mmap
+    call.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int64,
+    )
+    call.restype = ctypes.c_void_p
+    if call(address, length, prot, mmap.MAP_SHARED | _MAP_FIXED, fd, offset) != address:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
 def show(kind: int, raw: bytes) -> str | None:
     """Return a sysctl's value as `sysctl -n` prints it.
 
@@ -126,7 +169,7 @@ def sysctl(name: str) -> str | None:
     """Return a value as `sysctl -n` prints it, None where there is none of that name.
 
     Source: sysctl(3), sysctlnametomib; the type is asked for as sysctl(8)
-    does (sbin/sysctl/sysctl.c, oidfmt).  Unverified: it has not run on FreeBSD.
+    does (sbin/sysctl/sysctl.c, oidfmt).
     """
     libc = ctypes.CDLL(None, use_errno=True)
     mib = (ctypes.c_int * _CTL_MAXNAME)()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -60,16 +61,29 @@ def copy_sparse(source: Path, target: Path) -> None:
 def system_memory(maps: Sequence[MemoryMap], who: str) -> list[MemoryMap]:
     """Return the maps of system memory: lowmem, and highmem if there is any.
 
-    Boot ROM and framebuffer lie between the two.  Raises IncompatibleError for
-    a guest with several memory domains (bhyve -n), whose layout is not known.
+    Boot ROM and framebuffer lie between the two.  The memory domains of a
+    guest (bhyve -n) are maps that adjoin: they become one, with the first
+    one's segment and offset.  Raises IncompatibleError where memory lies
+    elsewhere.  Source: lib/libvmmapi/vmmapi.c, vm_setup_memory_domains(),
+    FreeBSD 15.1.
     """
-    found = [one for one in maps if one.gpa < LOWMEM_LIMIT_BYTES or one.gpa >= HIGHMEM_BASE_GPA]
+    found: list[MemoryMap] = []
+    for one in maps:
+        if LOWMEM_LIMIT_BYTES <= one.gpa < HIGHMEM_BASE_GPA:
+            continue
+        if found and found[-1].gpa + found[-1].length_bytes == one.gpa:
+            before = found.pop()
+            one = replace(
+                before,
+                length_bytes=before.length_bytes + one.length_bytes,
+                is_wired=before.is_wired and one.is_wired,
+            )
+        found.append(one)
     spans = memory_spans(sum(one.length_bytes for one in found))
     if [(one.gpa, one.length_bytes) for one in found] != [(gpa, size) for gpa, _, size in spans]:
         places = ", ".join(f"0x{one.gpa:x}" for one in found) or "nowhere"
         raise IncompatibleError(
-            f"{who}: its memory lies at {places}, not at 0 up to 3 GiB and then at 4 GiB;"
-            " guests with several memory domains cannot be moved"
+            f"{who}: its memory lies at {places}, not at 0 up to 3 GiB and then at 4 GiB"
         )
     return found
 

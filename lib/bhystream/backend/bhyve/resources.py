@@ -4,7 +4,7 @@
     net0=TAP                 an interface; made where it does not exist
     com1=PATH                a character device, usually an nmdm(4)
     bootrom=PATH bootvars=PATH
-    vnc=[ADDRESS:]PORT       where the framebuffer listens
+    vnc=[ADDRESS:]PORT       where the framebuffer listens; or unix:PATH
     pci.0.3.0.path=PATH      the same as disk0=, by its key
 
 -x KEY leaves a key, or with a device's prefix a whole device, out of the
@@ -27,7 +27,7 @@ from bhystream.backend.bhyve.validate import check_keys
 from bhystream.errors import IncompatibleError, UsageError
 
 _WORD = re.compile(r"(disk|net)(?:0|[1-9]\d{0,2})|(com)[1-4]|(bootrom|bootvars|vnc)")
-_PREFIXES = ("pci.", "lpc.")
+_PREFIXES = ("pci.", "lpc.", "domains.")
 _HINT = "disk0= net0= com1= bootrom= bootvars= vnc= or a full key: pci.0.3.0.path="
 _CHECKS = {
     "disk": (known.absolute_path, "an absolute path"),
@@ -35,7 +35,7 @@ _CHECKS = {
     "com": (known.absolute_path, "an absolute path"),
     "bootrom": (known.absolute_path, "an absolute path"),
     "bootvars": (known.absolute_path, "an absolute path"),
-    "vnc": (known.address, "[ADDRESS:]PORT"),
+    "vnc": (known.address, "[ADDRESS:]PORT or unix:PATH"),
 }
 
 
@@ -77,6 +77,7 @@ class Wishes:
             values[word] = value
         for key in dropped:
             is_part = key.partition(".")[0] == "pci" and known.where(f"{key}.device") is None
+            is_part = is_part and known.rule_of(key, {}) is None
             if not known.KEY.fullmatch(key) or is_part:
                 raise UsageError(f"-x {key}: no key and no device", hint="-x pci.0.30.0")
         return cls(values, tuple(dropped))
@@ -106,7 +107,10 @@ class Wishes:
             keys = kept
             for word in lent:
                 del resources[word]
-        return {"name": section["name"], "keys": keys, "resources": resources}
+        left = {"name": section["name"], "keys": keys, "resources": resources}
+        for field in {"disks", "nets"} & section.keys():
+            left[field] = {word: it for word, it in section[field].items() if word in resources}
+        return left
 
     def _lend(
         self, whole: Mapping[str, Any], left: Mapping[str, Any], reasons: list[str]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bhystream.backend.base import Destination, Head, Json, State
-from bhystream.backend.bhyve import identity, snapshot, verdict, vmbhyve
+from bhystream.backend.bhyve import backing, identity, snapshot, verdict, vmbhyve
 from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.compare import differences
 from bhystream.backend.bhyve.host import VMM_DIR, Host
@@ -99,6 +99,7 @@ class BhyveSink:
         size = int(config["keys"]["memory.size"])
         if head.layout != snapshot.layout_of(size):
             hard.append(f"layout: it is not that of memory.size={size}")
+        hard += verdict.guest_reasons(host, config, head.devices)
         keys, reasons, differences = self._lend(config)
         hard += reasons
         soft += differences
@@ -142,24 +143,15 @@ class BhyveSink:
         reasons = [*resolved.reasons]
         if self._manager:
             reasons += self._manager.locks.reasons()
-        for word, key in resolved.section["resources"].items():
-            value = resolved.values.get(key)
-            if value is not None and (why := self._missing(word, value)):
-                reasons.append(f"{word}: {value}: {why}")
+        hard, soft = backing.reasons(self._host, resolved.section, resolved.values)
+        reasons += hard
+        differ = [*differ, *soft]
         return {**resolved.section["keys"], **resolved.values}, reasons, differ
 
     def _names_all(self, section: dict[str, Any]) -> bool:
         """Say whether the operator has named every resource."""
         given = self._wishes.values
         return all(word in given or key in given for word, key in section["resources"].items())
-
-    def _missing(self, word: str, value: str) -> str:
-        """Return why a resource cannot be had, or "".  bhyve makes com ports and listens itself."""
-        if word.startswith("net"):
-            return "" if self._host.has_tap(value) else "there is no such interface"
-        if word.startswith(("disk", "boot")) and not os.path.exists(value):
-            return "there is no such file"
-        return ""
 
     def _known(self) -> Place:
         if self._place is None:

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bhystream.backend.base import PAGE_BYTES, Head, Json, State
-from bhystream.backend.bhyve import identity, snapshot, verdict, vmbhyve
+from bhystream.backend.bhyve import backing, identity, snapshot, verdict, vmbhyve
 from bhystream.backend.bhyve.checkpoint import Checkpoint, RefusedError
 from bhystream.backend.bhyve.cold import data_extents
 from bhystream.backend.bhyve.config import GuestConfig, devices, parse, split
@@ -103,7 +103,7 @@ class BhyveSource:
         self._compare()
         self._checkpoint = Checkpoint(host.run_dir, name, f"guest {name}")
         hard, soft = verdict.source_reasons(
-            host, self._checkpoint.identity.pid, is_managed=self._manager is not None
+            host, self._checkpoint.identity.pid, manager=self._manager
         )
         if reasons := hard + ([] if force else soft):
             raise IncompatibleError(f"guest {name}: {reasons[0]}", "\n".join(reasons[1:]))
@@ -150,7 +150,7 @@ class BhyveSource:
 
     def head(self) -> Head:
         """Return what goes into the head sections."""
-        section = self._config.section
+        section = backing.described(self._host, self._config)
         return Head(identity.describe(self._host), self._mapped.layout, section, devices(section))
 
     @property

@@ -5,30 +5,35 @@ checked copy of the shape that config.split() makes; nothing of the original is
 used after it.  Every key is on the allow-list of its device's type, every
 value in the form in which it travels, and no key holds a resource of a host:
 a path, a tap, an address.  Those are only named, by the words that the
-operator fills in.
+operator fills in.  What stood behind the disks and cards at the source is
+numbers and truth values, each within its bounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bhystream.backend.bhyve import keys as known
-from bhystream.backend.bhyve.defaults import memory_bytes, topology
+from bhystream.backend.bhyve.defaults import domains, memory_bytes, topology
 from bhystream.backend.bhyve.keys import Slot, shown
 from bhystream.errors import IncompatibleError
 
 _MAX_KEYS = 1024
 _MAX_RESOURCES = 512
 _FIELDS = ("name", "keys", "resources")
+_FACTS = ("disks", "nets")  # of backing.py; a section of an earlier version has none
+_MAX_BYTES = (1 << 63) - 1
+_MAX_SECTOR_BYTES = 1 << 20
+_MAX_MTU = 65535
 _REQUIRED = ("cpus", "sockets", "cores", "threads", "memory.size", "uuid")
 
 
 def validate(section: object) -> dict[str, Any]:
     """Return a clean copy of a CONFIG section.  Raises IncompatibleError by name."""
-    table = _table(section, "the section", len(_FIELDS))
+    table = _table(section, "the section", len(_FIELDS) + len(_FACTS))
     for field in table:
-        if field not in _FIELDS:
+        if field not in (*_FIELDS, *_FACTS):
             raise _bad(f"unknown field {shown(field)}")
     for field in _FIELDS:
         if field not in table:
@@ -41,7 +46,37 @@ def validate(section: object) -> dict[str, Any]:
     devices = known.pci_devices(clean)
     resources = _resources(_strings(table["resources"], "resources", _MAX_RESOURCES), devices)
     _words(clean, devices, resources)
-    return {"name": name, "keys": clean, "resources": resources}
+    whole = {"name": name, "keys": clean, "resources": resources}
+    for field in _FACTS:
+        if field in table:
+            whole[field] = _facts(table[field], field, resources)
+    return whole
+
+
+def _facts(value: object, field: str, resources: Mapping[str, str]) -> dict[str, Any]:
+    """Return what stood behind disks or cards, each whole.  field: "disks" or "nets"."""
+    is_fact: dict[str, Callable[[object], bool]] = {
+        "mediasize": lambda it: _is_count(it, 0, _MAX_BYTES),
+        "sectorsize": lambda it: _is_count(it, 1, _MAX_SECTOR_BYTES),
+        "candelete": lambda it: type(it) is bool,
+        "writable": lambda it: type(it) is bool,
+    }
+    if field == "nets":
+        is_fact = {"mtu": lambda it: _is_count(it, 1, _MAX_MTU)}
+    out: dict[str, Any] = {}
+    for word, facts in _table(value, field, _MAX_RESOURCES).items():
+        if word not in resources or not word.startswith(field[:-1]):
+            raise _bad(f"{field}: {shown(word)} is none of its resources")
+        table = _table(facts, f"{field}: {word}", len(is_fact))
+        for key, fits in is_fact.items():
+            if key not in table or not fits(table[key]):
+                raise _bad(f"{field}: {word}: {key} is {shown(table.get(key))}")
+        out[word] = {key: table[key] for key in is_fact}
+    return out
+
+
+def _is_count(value: object, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
 
 
 def _bad(why: str) -> IncompatibleError:
@@ -94,6 +129,9 @@ def _complete(keys: Mapping[str, str], devices: Mapping[Slot, str]) -> None:
             raise _bad(f"{key} is missing")
     topology(keys)
     memory_bytes(keys["memory.size"])
+    for key, value in domains(keys).items():
+        if keys.get(key) != value:
+            raise _bad(f"{key}: {shown(keys.get(key))} is not {value}, as the domains have it")
 
 
 def _resources(resources: dict[str, str], devices: Mapping[Slot, str]) -> dict[str, str]:

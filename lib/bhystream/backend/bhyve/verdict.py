@@ -9,20 +9,23 @@ Nothing here changes anything.  A snapshot's blobs are the kernel's and bhyve's
 own structures without a version, and a restore believes them: this verdict is
 the only thing between a guest and a host that reads them otherwise.
 
-Source: FreeBSD's bhyve and vmm as read; nothing here was run on FreeBSD.
+Source: usr.sbin/bhyve, lib/libvmmapi, sys/dev/vmm and sys/amd64/vmm of FreeBSD 15.1, read.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bhystream.backend.base import Json
 from bhystream.backend.bhyve import keys as known
+from bhystream.backend.bhyve.config import devices as devices_of
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.identity import integer
 from bhystream.backend.bhyve.residency import believes_mincore
+from bhystream.backend.bhyve.supervisors import reasons as supervisor_reasons
+from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 
 MIN_OSRELDATE = 1400000  # FreeBSD 14.0, the first with the checkpoint messages that we speak
 
@@ -44,13 +47,7 @@ _HARD = {
     "cpu.vendor": "the saved vCPUs mean nothing to the other",
 }
 
-_SNAPSHOT_OPTION = re.compile(r"^(?!\s*nooptions?\b)[^#\n]*\bBHYVE_SNAPSHOT\b", re.MULTILINE)
 _MAX_SHOWN_CHARS = 60
-# Of a bhyve that was started by hand.  "" is init: its parent has ended.
-_SHELLS = frozenset({"sh", "csh", "tcsh", "bash", "zsh", "ksh", "mksh", "fish", "dash"})
-_HARMLESS = frozenset(
-    {"", "doas", "init", "login", "screen", "script", "sshd", "su", "sudo", "tmux"}
-)
 
 
 def host_reasons(head_host: Json, here: Json) -> tuple[list[str], list[str]]:
@@ -73,6 +70,10 @@ def host_reasons(head_host: Json, here: Json) -> tuple[list[str], list[str]]:
         kernel: "install the same kernel on both hosts",
         "bhyve.hash": "install the same bhyve on both hosts",
     }
+    # A vmm that is part of the kernel has no hash, and is told by the kernel's;
+    # nor had hosts of an earlier version one.
+    if "vmm.hash" in head_host and "vmm.hash" in here:
+        cures["vmm.hash"] = "load the same vmm.ko on both hosts"
     soft = [
         _difference(key, head_host, here, f"{cure}; -f overrules")
         for key, cure in cures.items()
@@ -106,8 +107,8 @@ def _shown(value: Any) -> str:
 def ability_reasons(host: Host) -> tuple[list[str], list[str]]:
     """Check that this host's bhyve takes and loads snapshots, whatever the guest: (hard, soft).
 
-    For both ends.  A kernel without its configuration in kern.conftxt says
-    nothing about BHYVE_SNAPSHOT.
+    For both ends.  All of the kernel's half is in vmm.ko, whatever kernel it
+    is loaded into.  Source: sys/modules/vmm/Makefile, FreeBSD 15.1.
     """
     hard, soft = [], []
     machine = (host.sysctl("hw.machine") or "").strip()
@@ -122,54 +123,56 @@ def ability_reasons(host: Host) -> tuple[list[str], list[str]]:
             f"kern.osreldate: this host has {_shown(date)}, {MIN_OSRELDATE} is needed;"
             " upgrade it to FreeBSD 14 or later"
         )
-    config = host.sysctl("kern.conftxt")
-    if config and not _SNAPSHOT_OPTION.search(config):
+    can = host.can_snapshot()
+    if can is None:
         soft.append(
-            "kern.conftxt: this kernel has no BHYVE_SNAPSHOT, snapshots need it; build the"
-            " kernel with options BHYVE_SNAPSHOT and the world with WITH_BHYVE_SNAPSHOT=yes,"
-            " or -f"
+            "vmm: it is not seen whether the one here has snapshots;"
+            " kldload vmm, keep debug.link_elf_obj_leak_locals at 1, or -f"
+        )
+    elif not can:
+        soft.append(
+            "vmm: the one here has no snapshots; build and install vmm.ko, bhyve and bhyvectl"
+            " with WITH_BHYVE_SNAPSHOT=yes (the kernel stays), or -f"
         )
     return hard, soft
 
 
-def source_reasons(host: Host, pid: int, *, is_managed: bool) -> tuple[list[str], list[str]]:
+def source_reasons(
+    host: Host, pid: int, *, manager: VmBhyveGuest | None
+) -> tuple[list[str], list[str]]:
     """Say why a guest of this host cannot be sent: (hard, soft).
 
-    pid: of its bhyve.  is_managed: it is vm-bhyve's.  What starts a guest again
-    when its process ends would make a second copy of one that was suspended.
+    pid: of its bhyve.  manager: vm-bhyve's guest, where it is one.
     """
     hard, soft = ability_reasons(host)
-    parent = host.parent_command(pid)
-    if _program(parent) == "bhyve":
-        hard.append(
-            "monitor: the guest's bhyve runs in monitor mode, a suspend needs one that does not:"
-            " its parent would start the guest again; start the guest without monitor mode"
+    more_hard, more_soft = supervisor_reasons(
+        host.parent_command(pid), manager, host.knows_suspending_lock()
+    )
+    return hard + more_hard, soft + more_soft
+
+
+def guest_reasons(host: Host, config: Json, devices: Sequence[str]) -> list[str]:
+    """Say why this host cannot take a guest, whatever is lent to it; they are hard.
+
+    config: a validated CONFIG section, whole.  devices: of the DEVICES section.
+    """
+    found = []
+    ncpus, most = int(config["keys"]["cpus"]), integer(host.sysctl("hw.vmm.maxcpu"))
+    if most is not None and ncpus > most:
+        found.append(
+            f"cpus: the guest has {ncpus}, hw.vmm.maxcpu is {most} here;"
+            f" set hw.vmm.maxcpu={ncpus} in loader.conf and load vmm anew"
         )
-    elif is_managed and not host.knows_suspending_lock():
-        hard.append(
-            "vm-bhyve: this host's is older than 1.7.0, or not where the port puts it: it would"
-            " start the guest again after the suspend; update it"
+    # 14's bhyve may leave it out: it has nothing of its own to save.
+    named = Counter(name for name in devices if not name.startswith("hostbridge@"))
+    configured = Counter(name for name in devices_of(config) if not name.startswith("hostbridge@"))
+    if named != configured:
+        other = min([*(named - configured), *(configured - named)])
+        found.append(
+            f"devices: DEVICES and CONFIG of the stream do not agree on {_shown(other)};"
+            " send it with the configuration that the guest runs with"
         )
-    elif not is_managed and _may_start_again(parent):
-        soft.append(
-            f"supervisor: the guest's bhyve was started by {_shown(parent)}, which may start it"
-            " again when it ends: a second copy; end that first, or -f if it does not"
-        )
-    return hard, soft
-
-
-def _program(command: str) -> str:
-    """Return the name of a command line's program: also of a login shell, and of a title."""
-    words = command.split()
-    return words[0].rpartition("/")[2].lstrip("-").rstrip(":") if words else ""
-
-
-def _may_start_again(command: str) -> bool:
-    """Say whether a parent is more than a terminal's: a script, or a program not known."""
-    name = _program(command)
-    if name in _SHELLS:
-        return any(not word.startswith("-") for word in command.split()[1:])
-    return name not in _HARMLESS
+    return found
 
 
 def _named(keys: Mapping[str, str], kinds: frozenset[str]) -> str:
@@ -184,16 +187,12 @@ def warnings(config: Json, host: Host, *, is_wired: bool = False) -> list[str]:
     config: the CONFIG section.  is_wired: as in residency.believes_mincore().
     Nothing here speaks against a move; each line begins with its key.
     """
-    out = [
-        "fpu: bhyve's snapshots leave the guest's FPU and vector registers out; what computes"
-        " with them at the pause may go on with wrong values, so let the guest be idle then",
-        "clock: the guest's clock falls behind by the length of the pause; let it run NTP",
-    ]
-    vendor = host.cpu_vendor()
-    if vendor == "amd":
+    out = ["clock: the guest's clock falls behind by the length of the pause; let it run NTP"]
+    if host.cpu_vendor() == "amd":
+        # Source: reviews.freebsd.org/D19495; ASID and lastcpu are restored as they were.
         out.append(
-            "cpu.vendor: it is 'amd' here, bhyve's snapshots were tried on 'intel';"
-            " Linux guests were seen to freeze after a restore"
+            "cpu.vendor: it is 'amd' here; restores were run on an emulated AMD processor only,"
+            " and on real ones Linux guests were reported to freeze after one"
         )
     unpaused = _named(config["keys"], UNPAUSED)
     if unpaused:

@@ -1,7 +1,7 @@
 """The hand-over as QMP sees it: shared by the source, the sink and the keeper.
 
 Capabilities and parameters that we change are put back as found, on every
-way out; what was found travels in revive() for the case that we are dead.
+way out; what was found is in the record for the case that we are dead.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""A guest that stands paused or held, found again from its record.
+"""A guest that stands paused in its QEMU: by QemuSource.pause(), or found again from its record.
 
-What the keeper, --resume and --discard act through.  The record is the JSON
-of revive(): the QMP path, and the pid, start time and boot of the process
-that listened there.  Another process at the socket is another guest, and is
-never touched.
+The record is the JSON of record_of(): the QMP path, and the pid, start time
+and boot of the process that listened there.  Another process at the socket is
+another guest, and is never touched.
 
 Nothing is connected before it is needed, so that a record whose QEMU is gone
 can still be opened, asked and discarded, and so that the keeper does not hold
@@ -13,14 +12,18 @@ the socket, which serves one client, while bhysend lives.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
-from bhystream.backend.base import Json
+# Loaded now, also by a keeper: later the file system may be what fails.
+import qemu.qmp  # noqa: F401
+
+from bhystream.backend.base import Json, State
 from bhystream.backend.process import Identity, end_process, identify, is_alive
 from bhystream.backend.qemu import migration
 from bhystream.backend.qemu.facts import status
 from bhystream.backend.qemu.qmp import Qmp
-from bhystream.errors import GuestError
+from bhystream.errors import GoneError, GuestError, TakenError
 
 
 def open_paused(record: Json) -> QemuPaused:
@@ -48,15 +51,28 @@ class QemuPaused:
     """base.Paused for QEMU."""
 
     def __init__(
-        self, name: str, qmp_path: str, identity: Identity, found: Any, *, announce: bool
+        self,
+        name: str,
+        qmp_path: str,
+        identity: Identity,
+        found: Any,
+        *,
+        announce: bool,
+        qmp: Qmp | None = None,
+        states: Sequence[State] = (),
     ) -> None:
-        """found: settings to put back.  announce: it runs in a new place."""
+        """found: settings to put back.  announce: it runs in a new place.
+
+        qmp: a connection to it, which close() gives up.  states: what the
+        pause has saved.
+        """
         self._who = f"guest {name}"
         self._qmp_path = qmp_path
         self._identity = identity
         self._found = found
         self._announce = announce
-        self._qmp: Qmp | None = None
+        self._qmp = qmp
+        self._states = states
 
     def _connect(self) -> Qmp:
         """Return the connection to this very guest.  Raises GuestError."""
@@ -76,6 +92,25 @@ class QemuPaused:
             self._qmp = qmp
         return self._qmp
 
+    def states(self) -> Sequence[State]:
+        """Return the state that the pause has saved."""
+        return self._states
+
+    def require_paused(self) -> None:
+        """Ask whether it stands as it did when its state was saved.
+
+        `postmigrate` is left by a `cont` only, whoever sends it: every QEMU
+        may have several monitors, and a `stop` afterwards leads to `paused`.
+        """
+        if not self.is_alive():
+            raise GoneError(f"{self._who}: its QEMU has ended while it stood paused")
+        now = status(self._connect())
+        if now != "postmigrate":
+            raise TakenError(
+                f"{self._who}: somebody let it run while it stood paused: it is '{now}'",
+                "what was sent is no longer this guest; keep other monitors away from it",
+            )
+
     def resume(self) -> None:
         """Let it run; a guest that runs already is left alone."""
         qmp = self._connect()
@@ -89,19 +124,8 @@ class QemuPaused:
             self.close()
             raise
 
-    def hold(self) -> None:
-        """Load what a connection needs: later the file system may be what fails."""
-        import qemu.qmp  # noqa: F401
-
     def clear(self) -> None:
         """Do nothing: nothing is made before the pause."""
-
-    def keep(self) -> None:
-        """Do nothing: its QEMU holds a paused guest by itself."""
-
-    def outlives_us(self) -> bool:
-        """Say True: its QEMU has its memory."""
-        return True
 
     def discard(self, there: str) -> None:
         """End it for good: SIGTERM, in time SIGKILL, to this very process.

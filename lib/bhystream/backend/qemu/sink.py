@@ -24,14 +24,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bhystream import hole
-from bhystream.backend.base import Head, Json, State
+from bhystream.backend.base import Head, Json, State, Target
 from bhystream.backend.qemu import facts, host, migration, ram, verdict
 from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.empty import Empty
 from bhystream.backend.qemu.load import feed_state
 from bhystream.backend.qemu.qmp import CommandError, NobodyListensError, Qmp
 from bhystream.backend.qemu.resources import Resources
-from bhystream.backend.qemu.source import MAX_STATE_BYTES, revive_json
+from bhystream.backend.qemu.source import record_of
+from bhystream.backend.qemu.state import MAX_STATE_BYTES
 from bhystream.backend.qemu.validate import validate
 from bhystream.errors import BhyError, GuestError, IncompatibleError, InternalError, UsageError
 from bhystream.target import FileTarget
@@ -169,8 +170,8 @@ class QemuSink:
 
     # ---- open
 
-    def open(self, plan: bytes) -> Sequence[FileTarget]:
-        """Start or take over the empty QEMU; return its RAM file, all zero.  plan: not needed."""
+    def open(self, plan: bytes) -> Sequence[Target]:
+        """Start or take over the empty QEMU; return its RAM file, all zero."""
         config = self._known()
         size_bytes = config["memory"]["size_bytes"]
         if self._qmp is None:
@@ -210,7 +211,7 @@ class QemuSink:
             "capabilities": {name: found.get(name, False) for name in wanted},
             "parameters": {"announce-rounds": int(parameters["announce-rounds"])},
         }
-        self._record = dict(revive_json(qmp, self.name, self._found)) | {"announce": True}
+        self._record = dict(record_of(qmp, self.name, self._found)) | {"announce": True}
         migration.set_capabilities(qmp, wanted)
         migration.set_parameters(qmp, {"announce-rounds": 0})
 
@@ -224,13 +225,14 @@ class QemuSink:
     def load(self, states: Sequence[State]) -> None:
         """Give QEMU the device state; the guest stands paused afterwards."""
         qmp = self._connected()
-        if len(states) != 1 or states[0].name != "qemu":
-            names = ", ".join(ascii(s.name)[:40] for s in states) or "none"
+        needed = [state for state in states if not state.is_optional]
+        if len(needed) != 1 or needed[0].name != "qemu":
+            names = ", ".join(ascii(s.name)[:40] for s in needed) or "none"
             raise IncompatibleError(f"state sections: {names}; QEMU needs one, 'qemu'")
-        if len(states[0].data) > MAX_STATE_BYTES:
+        if len(needed[0].data) > MAX_STATE_BYTES:
             raise IncompatibleError(f"state: more than {MAX_STATE_BYTES >> 20} MiB")
         with self._blaming():
-            feed_state(qmp, states[0].data)
+            feed_state(qmp, needed[0].data)
 
     def start(self) -> None:
         """Let the guest run, verify that it does, and let go of it."""
@@ -256,11 +258,11 @@ class QemuSink:
         self._let_go()
 
     def leave_paused(self) -> None:
-        """Let go of the loaded guest; revive() and open_paused() find it again."""
+        """Let go of the loaded guest; record() and open_paused() find it again."""
         migration.restore(self._connected(), self._found)
         self._let_go()
 
-    def revive(self) -> Json:
+    def record(self) -> Json:
         """Return what open_paused() needs; known after open()."""
         if self._record is None:
             raise InternalError("QemuSink: open() was not called")

@@ -1,0 +1,189 @@
+"""What stands behind a guest's disks and network cards, as far as its saved state depends on it.
+
+    source        described()   each disk's and card's facts here -> CONFIG, "disks" and "nets"
+    destination   reasons()     the same of the resources lent there, compared
+
+A disk's facts are those that bhyve finds when it opens it, with the guest's
+own keys taken into account: "ro" makes any disk read-only, "sectorsize" gives
+its sectors, "nodelete" takes a device's deletion away.  They matter because a
+restore trusts the state: the capacity of a virtio-blk disk comes from it, so a
+smaller one is written beyond its end; whether it offers DISCARD is compared,
+so a zvol is not restored on a file that cannot delete; and a disk that may not
+be written is opened read-only without a word.
+
+Source: usr.sbin/bhyve/block_if.c, blockif_open(); virtio.c, vi_pci_snapshot_consts();
+pci_virtio_block.c, pci_vtblk_snapshot(); pci_ahci.c; FreeBSD 15.1, read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bhystream.backend.bhyve.config import GuestConfig
+from bhystream.backend.bhyve.host import Disk, Host
+
+Reasons = tuple[list[str], list[str]]
+
+# Their backends are no interfaces of the host.
+_WITHOUT_INTERFACE = ("netgraph", "slirp")
+_NETGRAPH_NEEDS = ("path", "peerhook")  # Source: net_backend_netgraph.c, ng_init()
+
+
+def described(host: Host, config: GuestConfig) -> dict[str, Any]:
+    """Return the CONFIG section with what stands behind disks and cards here.
+
+    What cannot be found out is left out: an image that was ejected, a backend
+    that is no interface.  Raises what the host raises.
+    """
+    section = config.section
+    disks: dict[str, Any] = {}
+    nets: dict[str, Any] = {}
+    for word, key in section["resources"].items():
+        value = config.full.get(key)
+        if value is None:
+            continue
+        if word.startswith("disk"):
+            found = host.disk(value)
+            if found is not None:
+                disks[word] = _facts(section["keys"], key.removesuffix(".path"), found)
+        elif word.startswith("net") and _is_interface(config.full, key, value):
+            mtu = host.mtu(value)
+            if mtu is not None:
+                nets[word] = {"mtu": mtu}
+    return {**section, "disks": disks, "nets": nets}
+
+
+def _facts(keys: Mapping[str, str], disk: str, found: Disk) -> dict[str, Any]:
+    """Return a disk's facts as the guest sees them.  disk: its key, without ".path"."""
+    sectors = keys.get(f"{disk}.sectorsize")
+    # bhyve heeds nodelete only on a device.
+    keeps = found.is_device and keys.get(f"{disk}.nodelete") == "true"
+    return {
+        "mediasize": found.size_bytes,
+        "sectorsize": int(sectors.partition("/")[0]) if sectors else found.sector_bytes,
+        "candelete": found.can_delete and not keeps,
+        "writable": found.is_writable and keys.get(f"{disk}.ro") != "true",
+    }
+
+
+def _is_interface(whole: Mapping[str, str], key: str, value: str) -> bool:
+    """Say whether a card's backend is a network interface.  key: of its backend."""
+    kind = whole.get(f"{key.removesuffix('backend')}type", value)
+    return not kind.startswith(_WITHOUT_INTERFACE)
+
+
+def reasons(host: Host, section: Mapping[str, Any], values: Mapping[str, str]) -> Reasons:
+    """Say why the resources lent here cannot stand in for the source's: (hard, soft).
+
+    section: a validated CONFIG section, without what -x names.  values: of
+    resources.Resolved.  A resource that is not lent at all is reported there.
+    """
+    hard: list[str] = []
+    soft: list[str] = []
+    seen: dict[str, str] = {}
+    for word, key in section["resources"].items():
+        value = values.get(key)
+        if value is None:
+            continue
+        if word.startswith("disk"):
+            more = _disk_reasons(host, section, word, value)
+            found = host.disk(value)
+            if found is not None and seen.setdefault(found.identity, word) != word:
+                more[0].append(f"{word}: {value}: it is lent as {seen[found.identity]} too")
+        elif word.startswith("net"):
+            more = _net_reasons(host, section, values, word, value)
+        elif word in ("bootrom", "bootvars") and not os.path.exists(value):
+            more = ([f"{word}: {value}: there is no such file"], [])
+        else:
+            continue  # bhyve makes com ports, and listens itself
+        hard += more[0]
+        soft += more[1]
+    return hard, soft
+
+
+def _disk_reasons(host: Host, section: Mapping[str, Any], word: str, value: str) -> Reasons:
+    keys, disk = section["keys"], section["resources"][word].removesuffix(".path")
+    found = host.disk(value)
+    if found is None:
+        why = "bhyve cannot open it as a disk" if os.path.exists(value) else "there is no such file"
+        return [f"{word}: {value}: {why}"], []
+    here = _facts(keys, disk, found)
+    hard: list[str] = []
+    soft: list[str] = []
+    if found.is_device and here["sectorsize"] % found.sector_bytes:
+        hard.append(
+            f"{word}: {value}: its sectors have {found.sector_bytes} bytes, the guest's"
+            f" {here['sectorsize']}; bhyve refuses it: lend one with smaller sectors"
+        )
+    theirs = section.get("disks", {}).get(word)
+    if theirs is not None:
+        is_cd = keys.get(f"{disk}.type") == "cd"
+        is_virtio = ".port." not in disk
+        differences = _cd_differences if is_cd else _differences
+        for key, is_hard, cure in differences(theirs, here, is_virtio):
+            a, b = json.dumps(theirs[key]), json.dumps(here[key])
+            line = f"{word}: {key}: the source has {a}, {value} {b}; {cure}"
+            (hard if is_hard else soft).append(line)
+    return hard, soft
+
+
+def _differences(
+    theirs: Mapping[str, Any], here: Mapping[str, Any], is_virtio: bool
+) -> Iterator[tuple[str, bool, str]]:
+    """Yield (key, whether it is hard, what helps) for each that differs."""
+    if here["mediasize"] < theirs["mediasize"]:
+        yield "mediasize", True, "the guest would write beyond its end: lend one of that size"
+    elif here["mediasize"] > theirs["mediasize"]:
+        yield "mediasize", False, "it may be another disk; -f overrules"
+    if here["sectorsize"] != theirs["sectorsize"]:
+        yield "sectorsize", True, "the guest counts in its own: lend one with the same sectors"
+    if here["candelete"] != theirs["candelete"]:
+        if is_virtio:
+            yield (
+                "candelete",
+                True,
+                "bhyve's restore refuses that: lend a file for a file, a zvol for a zvol",
+            )
+        else:
+            yield "candelete", False, "the guest has found the other; -f overrules"
+    if here["writable"] != theirs["writable"]:
+        if theirs["writable"]:
+            yield "writable", True, "the guest's writes would fail: lend one that may be written"
+        else:
+            yield "writable", False, "the guest could write where it could not; -f overrules"
+
+
+def _cd_differences(
+    theirs: Mapping[str, Any], here: Mapping[str, Any], is_virtio: bool
+) -> Iterator[tuple[str, bool, str]]:
+    """As _differences(), of a CD: the guest writes nothing to it, and asks for its size anew."""
+    if here["mediasize"] != theirs["mediasize"]:
+        yield "mediasize", False, "it is another image; -f overrules"
+
+
+def _net_reasons(
+    host: Host, section: Mapping[str, Any], values: Mapping[str, str], word: str, value: str
+) -> Reasons:
+    key = section["resources"][word]
+    net = key.removesuffix(".backend")
+    if not _is_interface(values, key, value):
+        kind = values.get(f"{net}.type", value)
+        needs = _NETGRAPH_NEEDS if kind.startswith("netgraph") else ()
+        return [
+            f"{word}: netgraph needs a {need}: no -o {net}.{need}= is given"
+            for need in needs
+            if f"{net}.{need}" not in values
+        ], []
+    if not host.has_tap(value):
+        return [f"{word}: {value}: there is no such interface"], []
+    theirs = section.get("nets", {}).get(word)
+    if theirs is None or f"{net}.mtu" not in section["keys"]:
+        return [], []  # a guest that was told no MTU has none to rely on
+    mtu = host.mtu(value)
+    if mtu is None or mtu == theirs["mtu"]:
+        return [], []
+    cure = f"longer packets are lost: ifconfig {value} mtu {theirs['mtu']}, or -f"
+    return [], [f"{word}: mtu: the source has {theirs['mtu']}, {value} {mtu}; {cure}"]
