@@ -77,7 +77,7 @@ class Child:
         return self._child.poll()
 
     def stop(self, limit_s: float) -> bool:
-        """Stop it (SIGSTOP); return when none of its threads runs.  False if it has ended, or hangs.
+        """Stop it (SIGSTOP); return when none of its threads runs.  False if it ended, or hangs.
 
         Its parent is told when the last thread stands.  Source: waitid(2).
         """

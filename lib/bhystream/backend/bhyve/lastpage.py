@@ -5,7 +5,8 @@ memory with `while (rem > 0)`, where a read of 0 bytes counts as progress to
 come.  So a FILE that lost its last page in between keeps it there, for as long
 as one likes, before it has restored anything; and the page lets it go.
 
-    arm       a mark at the end of FILE's last page but one, another in its last; zeros of the right size in FILE.kern
+    arm       a mark at the end of FILE's last page but one, another in its last;
+              zeros in FILE.kern, as many as there will be bytes
     cut       FILE to all but its last page, FILE.kern to nothing
     is_read   the first mark shows in the VM's memory: all before it is there too
     settle    the true bytes in place of the marks, in FILE and in the memory
@@ -19,9 +20,8 @@ SIGBUS.  Source: usr.sbin/bhyve/snapshot.c, load_vmmem_file(),
 load_kdata_file(), vm_snapshot_mem_part(); run on FreeBSD 15.1, emulated AMD,
 FILE on tmpfs.
 
-Of a FILE with data, which may be the only copy, the two pages are in FILE.tail
-before they are marked; arm() puts them back first, whatever became of an
-earlier attempt.
+FILE may be the guest's only copy.  So its two pages are in FILE.tail before they
+are marked, and arm() puts them back first, whatever became of an earlier attempt.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ class LastPage:
         """Mark FILE, and make FILE.kern of so many zeros."""
         with open(self._files.memory, "r+b", buffering=0) as file:
             if self._saved.exists():
+                self._tail = self._saved.read_bytes()
                 file.truncate(self._memory_bytes)
-                _write(file.fileno(), self._saved.read_bytes(), self._at)
-            self._tail = os.pread(file.fileno(), _TAIL_BYTES, self._at)
-            if any(self._tail) and not self._saved.exists():
+                _write(file.fileno(), self._tail, self._at)
+            else:
+                self._tail = os.pread(file.fileno(), _TAIL_BYTES, self._at)
                 self._save()
             self._marks = (os.urandom(_MARK_BYTES), os.urandom(_MARK_BYTES))
             _write(file.fileno(), b"".join(self._marks), self._at + PAGE_BYTES - _MARK_BYTES)

@@ -25,13 +25,14 @@ clock, and could still end; so it is looked at once more a moment later.
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import mmap
 import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from bhystream.backend.bhyve.host import (
     MemoryMap,
     Vm,
 )
+from bhystream.backend.bhyve.keys import boolean
 from bhystream.backend.bhyve.lastpage import LastPage
 from bhystream.backend.bhyve.memory import system_memory
 from bhystream.backend.bhyve.place import Place, Started
@@ -116,6 +118,17 @@ def load_fpu(vm: Vm, memory: memoryview, states: Sequence[State]) -> None:
     from bhystream.backend.bhyve import fpu
 
     fpu.load(vm, memory, states)
+
+
+def rtc_seconds(keys: Mapping[str, str], now: int) -> int:
+    """Return what bhyve sets a new guest's clock chip to, of seconds since the Epoch.
+
+    Local time as if it were UTC, unless the configuration says otherwise.
+    Source: usr.sbin/bhyve/rtc.c, rtc_time(), FreeBSD 15.1.
+    """
+    if boolean(keys.get("rtc.use_localtime", "true")) == "false":
+        return now
+    return calendar.timegm(time.localtime(now))
 
 
 class Restore:
@@ -205,9 +218,7 @@ class Restore:
         """Make the VM and the process, write down which they are, and let bhyve begin."""
         self._host.create(self._name)
         self._node = self._host.node_id(self._name)
-        words = argv(
-            self._host.program(), self._name, str(self._config), str(self._files.memory)
-        )
+        words = argv(self._host.program(), self._name, str(self._config), str(self._files.memory))
         gate, opener = os.pipe()
         try:
             # Our own environment may be that of an operator's --resume.
@@ -334,10 +345,15 @@ class Restore:
         if self._child.ends_within(_MOMENT_S):
             raise self._ended()
 
-    def set_rtc(self, seconds: int) -> None:
-        """Set the guest's clock chip.  seconds: since the Epoch.  Raises BhyError."""
+    def set_clock(self) -> None:
+        """Set the guest's clock chip: its saved time is that of the last access.  Raises BhyError.
+
+        The guest runs on by the clock that it keeps itself; it asks the chip
+        when it boots.  Source: sys/amd64/vmm/io/vrtc.c, vrtc_snapshot(), FreeBSD
+        15.1, read: base_uptime is not saved.
+        """
         if self._vm is not None:
-            self._vm.set_rtc(seconds)
+            self._vm.set_rtc(rtc_seconds(self._place.keys, int(time.time())))
 
     # The end.
 
