@@ -32,7 +32,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 
@@ -235,10 +235,11 @@ class Restore:
 
     def _await_maps(self) -> None:
         """Wait until the VM has all its memory: bhyve has opened its files before that."""
-        end = time.monotonic() + _LIMIT_S
-        while sum(one.length_bytes for one in self._maps()) != self._place.memory_bytes:
-            self._check(end, "its VM has no memory")
-            time.sleep(_QUICK_POLL_S)
+
+        def has_memory() -> bool:
+            return sum(one.length_bytes for one in self._maps()) == self._place.memory_bytes
+
+        self._await(has_memory, "its VM has no memory", _LIMIT_S, _QUICK_POLL_S)
 
     def _maps(self) -> list[MemoryMap]:
         """Return what there is of the system memory's maps."""
@@ -259,18 +260,22 @@ class Restore:
             self.memory.append(memoryview(self._mappings[-1]))
 
     def _await_read(self) -> None:
-        end = time.monotonic() + self._limit_s
-        while not self._last.is_read(self.memory):
-            self._check(end, "its memory is not read")
-            time.sleep(_POLL_S)
+        self._await(
+            lambda: self._last.is_read(self.memory), "its memory is not read", self._limit_s
+        )
 
-    def _check(self, end: float, what: str) -> None:
-        """Raise where it has ended, or the time is over."""
+    def _await(
+        self, is_done: Callable[[], bool], what: str, limit_s: float, poll_s: float = _POLL_S
+    ) -> None:
+        """Wait for a condition.  Raises GuestError where bhyve has ended, or the time is over."""
         assert self._child is not None
-        if self._child.has_ended():
-            raise self._ended()
-        if time.monotonic() > end:
-            raise GuestError(f"{self._who}: bhyve -r: {what} after {self._limit_s:.0f} s")
+        end = time.monotonic() + limit_s
+        while not is_done():
+            if self._child.has_ended():
+                raise self._ended()
+            if time.monotonic() > end:
+                raise GuestError(f"{self._who}: bhyve -r: {what} after {limit_s:.0f} s")
+            time.sleep(poll_s)
 
     def _ended(self) -> GuestError:
         """Return why it has ended.  Behind the empty FILE.kern is SIGBUS."""
@@ -338,10 +343,7 @@ class Restore:
 
     def _await_socket(self) -> None:
         assert self._child is not None
-        end = time.monotonic() + self._limit_s
-        while not listens(self._host, self._name):
-            self._check(end, "not done")
-            time.sleep(_POLL_S)
+        self._await(lambda: listens(self._host, self._name), "not done", self._limit_s)
         if self._child.ends_within(_MOMENT_S):
             raise self._ended()
 
