@@ -186,7 +186,7 @@ def test_a_restore_that_ends_before_the_cut_leaves_its_vm(host: Rig, moved: Move
 
 
 def test_constants_that_differ_show_after_the_release(host: Rig, moved: Moved) -> None:
-    host.settings(disks={str(host.directory / "g-0-3-0.img"): {"can_delete": False}})
+    host.settings(disks={str(host.directory / "g-0-3-0.img"): {"can_delete": True}})
     guest = moved.early.start()
     moved.early.cut()
     moved.early.await_read()

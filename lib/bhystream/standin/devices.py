@@ -28,8 +28,8 @@ from bhystream.errors import GuestError
 
 from .blob import number, pack_blob, unpack_blob
 from .config import Config
-from .disk import probe
 from .gate import Gate
+from .kernel import StandinHost
 from .node import Memory
 from .proof import DEVICE_PAGE, UART_PAGE, page_bytes
 
@@ -284,7 +284,7 @@ def _open(config: Config, kind: str, key: str, directory: Path) -> Mapping[str, 
         _open_tap(config, key, directory)
     if kind == "virtio-net":
         return {"mtu": bool(config.get(f"{key}.mtu"))}
-    disk = probe(directory, paths[0]) if kind == "virtio-blk" else None
+    disk = StandinHost(directory).disk(paths[0]) if kind == "virtio-blk" else None
     if disk is None:
         return {}
     is_writable = disk.is_writable and not config.is_set(f"{key}.ro")
