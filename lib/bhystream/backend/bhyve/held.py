@@ -309,7 +309,7 @@ class BhyveHeld:
             self._locks.before_kill()
         try:
             if not kill_process(self.record.process, _END_S):
-                raise GuestError(f"process {self.record.process.pid} does not end")
+                raise GuestError(f"cannot end its bhyve (process {self.record.process.pid})")
         except GuestError as error:
             with contextlib.suppress(BhyError):
                 if self._locks:
