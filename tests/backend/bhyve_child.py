@@ -50,7 +50,7 @@ def main() -> None:
         if point == ("asked" if is_pause else "rehearsing"):
             die()
 
-    Checkpoint.request = request  # type: ignore[method-assign]
+    Checkpoint.request = request  # type: ignore[method-assign, assignment]
     if point == "storing":
         fpu.save = die
     source = BhyveSource(open_host(), "g", Path(base), config, force=False)

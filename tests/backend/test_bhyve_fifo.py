@@ -92,7 +92,12 @@ def test_what_is_written_behind_the_filling_is_read_whole(path: Path) -> None:
     anchor = fifo.arm(path, size)
     thread = writer(path, text)
     await_true(lambda: fifo.pending(path) == size, "never full")
-    closing = threading.Thread(target=lambda: (thread.join(), os.close(anchor)))
+
+    def close() -> None:
+        thread.join()
+        os.close(anchor)
+
+    closing = threading.Thread(target=close)
     closing.start()
     found, is_over = fifo.drain(path, 30.0)
     closing.join()

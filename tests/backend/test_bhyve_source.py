@@ -16,6 +16,7 @@ from bhystream.backend.bhyve import fpu, held, rehearsal, snapshot, source
 from bhystream.backend.bhyve.checkpoint import Checkpoint, UnansweredError, settle
 from bhystream.backend.bhyve.held import open_held
 from bhystream.backend.bhyve.lent import NotPutBackError
+from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.errors import GoneError, GuestError, IncompatibleError
 from bhystream.standin.kernel import StandinHost
@@ -312,7 +313,7 @@ def test_what_somebody_stands_in_is_not_swept(two: Two, impatient: None) -> None
     found = two.hold()
     lock = two.base / "lock" / "standin-g"
     assert lock.read_text() == found.record.directory
-    other = source.SnapshotDir(two.base / "held" / ("f" * 32))
+    other = SnapshotDir(two.base / "held" / ("f" * 32))
     other.sweep(two.here.host, lock, two.base / "source")
     assert found.stands()
     found.resume()
