@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from bhystream.page import PageHasher, check_pages, mark_changed, scatter
+from bhystream.backend.base import Target
+from bhystream.page import PageHasher, check_pages, mark_changed, scatter, scatter_into
+from bhystream.target import FileTarget, MappedTarget
 from nogil import released
 
 PAGE = 4096
@@ -414,13 +416,132 @@ def test_scatter_continues_short_writes_and_retries_eintr(
     assert target.read_bytes() == image
 
 
+# scatter_into.
+
+
+def place_into(memory: bytearray, placed: set[int], base: int, listed: bytes, pages: bytes) -> int:
+    """Do what scatter_into() does, page by page.  placed: pages of the segment."""
+    npages, source, written = len(memory) // PAGE, 0, 0
+    for first, n, kind in struct.iter_unpack("<QII", listed):
+        for page in range(first, first + n):
+            at = (page - base) * PAGE
+            is_here = base <= page < base + npages
+            if kind == DATA:
+                if is_here:
+                    memory[at : at + PAGE] = pages[source : source + PAGE]
+                    placed.add(page - base)
+                    written += 1
+                source += PAGE
+            elif is_here and page - base in placed:
+                memory[at : at + PAGE] = bytes(PAGE)
+                placed.remove(page - base)
+    return written
+
+
+def bits_of(bitmap: array[int]) -> set[int]:
+    bits = int.from_bytes(bitmap.tobytes(), "little")
+    return {page for page in range(64 * len(bitmap)) if bits >> page & 1}
+
+
+@pytest.mark.parametrize("turn", range(10))
+def test_scatter_into_over_segments_and_rounds(rng: random.Random, turn: int) -> None:
+    sizes = [rng.choice((1, 5, 63, 64, 65, 130)) for _ in range(3)]
+    shift = turn % 8
+    # What nobody placed is not zero here, to see that nobody touches it.
+    segments = [bytearray(rng.randbytes(npages * PAGE)) for npages in sizes]
+    rooms = [bytearray(bytes(shift) + segment + b"end") for segment in segments]
+    maps = [words((npages + 63) // 64) for npages in sizes]
+    placed: list[set[int]] = [set() for _ in sizes]
+    for _ in range(4):
+        items = random_extents(rng, sum(sizes))
+        ndata = sum(n for _, n, kind in items if kind == DATA)
+        pages = memoryview(rng.randbytes(ndata * PAGE + 8))[shift:][: ndata * PAGE]
+        listed = memoryview(bytes(shift) + extents(*items))[shift:]
+        base = written = 0
+        for number, npages in enumerate(sizes):
+            memory = memoryview(rooms[number])[shift : shift + npages * PAGE]
+            expected = place_into(
+                segments[number], placed[number], base, bytes(listed), bytes(pages)
+            )
+            assert scatter_into(memory, maps[number], base, listed, pages) == expected
+            assert rooms[number] == bytes(shift) + segments[number] + b"end"
+            assert bits_of(maps[number]) == placed[number]
+            base += npages
+            written += expected
+        assert written == ndata
+
+
+def test_pages_that_nobody_placed_are_not_touched(tmp_path: Path) -> None:
+    npages = 3 << 18
+    with (tmp_path / "memory").open("w+b") as file:
+        file.truncate(npages * PAGE)
+        memory = mmap.mmap(file.fileno(), npages * PAGE)
+        placed = words((npages + 63) // 64)
+        zeros = extents((0, npages, ZERO))
+        assert scatter_into(memory, placed, 0, zeros, b"") == 0
+        assert os.fstat(file.fileno()).st_blocks == 0
+        assert scatter_into(memory, placed, 0, extents((77, 1, DATA)), b"x" * PAGE) == 1
+        assert scatter_into(memory, placed, 0, zeros, b"") == 0
+        assert memory[77 * PAGE : 78 * PAGE] == bytes(PAGE)
+        assert 0 < os.fstat(file.fileno()).st_blocks * 512 <= 64 << 10
+        assert not any(placed)
+        memory.close()
+
+
+@pytest.mark.parametrize(
+    "nbytes, nwords, base, nlist, npages",
+    [
+        (PAGE - 1, 1, 0, 0, 0),
+        (PAGE, 0, 0, 0, 0),
+        (PAGE, 2, 0, 0, 0),
+        (65 * PAGE, 1, 0, 0, 0),
+        (PAGE, 1, -1, 0, 0),
+        (PAGE, 1, 2**64 - 1, 0, 0),
+        (PAGE, 1, 0, 15, 0),
+        (PAGE, 1, 0, 0, 1),
+        (PAGE, 1, 0, 16, 0),
+    ],
+)
+def test_scatter_into_refuses(nbytes: int, nwords: int, base: int, nlist: int, npages: int) -> None:
+    listed = extents((0, 1, DATA))[:nlist]
+    with pytest.raises(ValueError):
+        scatter_into(bytearray(nbytes), words(nwords), base, listed, bytes(npages * PAGE))
+
+
+def test_scatter_into_wants_to_write() -> None:
+    listed = extents((0, 1, DATA))
+    for memory, placed in ((bytes(PAGE), words(1)), (bytearray(PAGE), bytearray(8))):
+        with pytest.raises(WRONG_BUFFER):
+            scatter_into(memory, placed, 0, listed, bytes(PAGE))
+
+
+def test_a_file_and_a_mapping_take_the_same_pages(rng: random.Random, tmp_path: Path) -> None:
+    npages, base = 90, 7
+    with (tmp_path / "file").open("w+b") as file:
+        file.truncate((npages + 1) * PAGE)
+        memory = bytearray(npages * PAGE)
+        mapped = MappedTarget(memoryview(memory))
+        targets: list[Target] = [FileTarget(file.fileno(), PAGE), mapped]
+        for _ in range(4):
+            items = [(first + base, n, kind) for first, n, kind in random_extents(rng, npages)]
+            ndata = sum(n for _, n, kind in items if kind == DATA)
+            pages = memoryview(rng.randbytes(ndata * PAGE))
+            for target in targets:
+                target.place(base, npages, memoryview(extents(*items)), pages)
+            assert os.pread(file.fileno(), npages * PAGE, PAGE) == memory
+            assert any(memory)
+        with pytest.raises(ValueError, match="are not the segment"):
+            mapped.place(base, npages - 1, memoryview(b""), memoryview(b""))
+        mapped.release()
+
+
 # The end of a buffer.
 
 GUARD = """
 import mmap, os, tempfile
 from bhystream.batch import Batch
 from bhystream.bitmap import count, walk
-from bhystream.page import PageHasher, check_pages, mark_changed, scatter
+from bhystream.page import PageHasher, check_pages, mark_changed, scatter, scatter_into
 
 def guarded(nbytes):
     # What lies beyond the end of the file is SIGBUS to touch.
@@ -450,6 +571,9 @@ with tempfile.TemporaryFile() as target:
     extents = guarded(16)
     extents[:] = bytes(8) + b"\\1" + bytes(7)
     scatter(target.fileno(), 0, 0, 1, extents, guarded(4096))
+    scatter_into(guarded(4096), guarded(8).cast("Q"), 0, extents, guarded(4096))
+    extents[12] = 1
+    scatter_into(guarded(4096), guarded(8).cast("Q"), 0, extents, b"")
 print("unharmed")
 """
 
@@ -462,13 +586,16 @@ def test_nothing_reads_beyond_its_buffers() -> None:
 # The GIL.
 
 
-@pytest.mark.parametrize("name", ["hash_pages", "fill", "check_pages", "mark_changed", "scatter"])
+@pytest.mark.parametrize(
+    "name", ["hash_pages", "fill", "check_pages", "mark_changed", "scatter", "scatter_into"]
+)
 def test_the_gil_is_released(hasher: PageHasher, tmp_path: Path, name: str) -> None:
     npages = 1 << 14
     pages = memoryview(mmap.mmap(-1, npages * PAGE))
     table = words(npages)
     hasher.fill(table, 0, npages)
     large = words(1 << 21)
+    memory = memoryview(mmap.mmap(-1, npages * PAGE))
     with (tmp_path / "file").open("w+b") as file:
         calls: dict[str, Callable[[], object]] = {
             "hash_pages": lambda: hasher.hash_pages(pages, table),
@@ -477,6 +604,9 @@ def test_the_gil_is_released(hasher: PageHasher, tmp_path: Path, name: str) -> N
             "mark_changed": lambda: mark_changed(hasher, pages, 0, 0, npages, table, large),
             "scatter": lambda: scatter(
                 file.fileno(), 0, 0, npages, extents((0, npages, DATA)), pages
+            ),
+            "scatter_into": lambda: scatter_into(
+                memory, words(npages // 64), 0, extents((0, npages, DATA)), pages
             ),
         }
         assert released(calls[name])

@@ -79,6 +79,8 @@ class Options:
             self.dropped,
             self.directory,
             self.force,
+            walk.header.form == Form.KEPT,
+            self.unstarted,
         )
 
 

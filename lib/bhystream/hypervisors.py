@@ -53,7 +53,8 @@ class Receiving:
     """What the command line and the stream say of a sink.
 
     operand: the destination's, or None for the stream's name.  resources: -o.
-    dropped: -x.  directory: -S, or None.  id_: of the stream.
+    dropped: -x.  directory: -S, or None.  id_: of the stream.  is_kept: it is of
+    the kept form.  unstarted: -u.
     """
 
     operand: str | None
@@ -63,6 +64,8 @@ class Receiving:
     dropped: Sequence[str] = ()
     directory: str | None = None
     force: bool = False
+    is_kept: bool = False
+    unstarted: bool = False
 
 
 def open_source(what: Sending) -> Source:
@@ -166,6 +169,8 @@ def _open_bhyve(hypervisor: str, stream_name: str, what: Receiving) -> tuple[Sin
         what.base,
         what.id_,
         force=what.force,
+        is_kept=what.is_kept,
+        unstarted=what.unstarted,
     )
     return sink, name, name
 

@@ -80,6 +80,24 @@ def scatter(
     outside the segment written, whatever the extents say.  Releases the GIL.
     """
 
+def scatter_into(
+    memory: Buffer, placed: Buffer, base_page: int, extents: Buffer, pages: Buffer
+) -> int:
+    """Copy the pages of a MEMORY section that lie in one segment into its memory.
+
+    memory: bytes, writable, the whole segment, whose first page is the guest's
+    page `base_page`; all zero at first.  placed: words, writable, one bit for
+    each of its pages, all clear at first, then this function's alone: page p of
+    the segment is bit p % 64 of word p / 64.  extents, pages: as in scatter().
+
+    A page of a ZERO extent is made zero if it was placed before; else it is zero
+    already, and is neither read nor written: in a mapping of memory that nobody
+    has touched it stays so.  Returns the number of pages copied.
+
+    The memory has to be there: a mapping that ends before its buffer does is
+    SIGBUS.  Raises ValueError as scatter() does.  Releases the GIL.
+    """
+
 def mark_changed(
     hasher: PageHasher,
     segment: Buffer,

@@ -22,7 +22,7 @@ from bhystream import xxh3
 if sys.byteorder != "little":
     raise ImportError("bhystream needs a little-endian host")
 
-__all__ = ["PageHasher", "check_pages", "mark_changed", "scatter"]
+__all__ = ["PageHasher", "check_pages", "mark_changed", "scatter", "scatter_into"]
 
 
 cdef int check_range(object first, object end, object limit) except -1:
@@ -119,10 +119,13 @@ def mark_changed(
     return changed
 
 
-# The segment that scatter() writes to: pages [base, end) at offset_bytes of fd.
+# The segment that is written to: pages [base, end), at offset_bytes of fd, or,
+# where memory is not NULL, there; then placed has a bit for each of its pages.
 cdef struct Place:
     int fd
     uint64_t offset_bytes
+    uint8_t *memory
+    word_t *placed
     uint64_t base
     uint64_t end
 
@@ -151,6 +154,43 @@ cdef int write_at(
     return 0
 
 
+cdef void put_pages(
+    const Place *to, uint64_t lo, uint64_t hi, const uint8_t *source
+) noexcept nogil:
+    """Copy pages into the memory, and note that they are no longer zero."""
+    cdef uint64_t i
+    memcpy(to.memory + lo * PAGE_BYTES, source, (hi - lo) * PAGE_BYTES)
+    for i in range(lo, hi):
+        to.placed[i >> 6] |= <uint64_t>1 << (i & 63)
+
+
+cdef void clear_pages(const Place *to, uint64_t lo, uint64_t hi) noexcept nogil:
+    """Make pages zero; one that was never placed is zero, and is not touched."""
+    while lo < hi:
+        if to.placed[lo >> 6] == 0:
+            lo = (lo | 63) + 1
+            continue
+        if to.placed[lo >> 6] >> (lo & 63) & 1:
+            memset(to.memory + lo * PAGE_BYTES, 0, PAGE_BYTES)
+            to.placed[lo >> 6] &= ~(<uint64_t>1 << (lo & 63))
+        lo += 1
+
+
+cdef int write_pages(
+    const Place *to, uint64_t lo, uint64_t hi, const uint8_t *source
+) noexcept nogil:
+    """Write the pages [lo, hi); return 0 or an errno."""
+    if to.memory != NULL:
+        put_pages(to, lo - to.base, hi - to.base, source)
+        return 0
+    return write_at(
+        to.fd,
+        source,
+        (hi - lo) * PAGE_BYTES,
+        to.offset_bytes + (lo - to.base) * PAGE_BYTES,
+    )
+
+
 cdef int place_extents(
     const Place *to,
     const uint8_t *extents,
@@ -172,19 +212,16 @@ cdef int place_extents(
         memcpy(&extent, extents + i * <Py_ssize_t>sizeof(Extent), sizeof(Extent))
         if extent.kind > ZERO or extent.first > UINT64_MAX - extent.count:
             return MALFORMED
+        lo = max(extent.first, to.base)
+        hi = min(extent.first + extent.count, to.end)
         if extent.kind == ZERO:
+            if lo < hi and to.memory != NULL:
+                clear_pages(to, lo - to.base, hi - to.base)
             continue
         if extent.count > npages:
             return MALFORMED
-        lo = max(extent.first, to.base)
-        hi = min(extent.first + extent.count, to.end)
         if lo < hi:
-            error = write_at(
-                to.fd,
-                source + (lo - extent.first) * PAGE_BYTES,
-                (hi - lo) * PAGE_BYTES,
-                to.offset_bytes + (lo - to.base) * PAGE_BYTES,
-            )
+            error = write_pages(to, lo, hi, source + (lo - extent.first) * PAGE_BYTES)
             if error:
                 return error
             written[0] += hi - lo
@@ -202,26 +239,59 @@ def scatter(
     const uint8_t[::1] pages not None,
 ):
     cdef Place to
+    if min(offset_bytes, base_page, npages) < 0 or base_page + npages > UINT64_MAX:
+        raise ValueError(f"no {npages} pages from {base_page} at {offset_bytes}")
+    if offset_bytes + npages * PAGE_BYTES > INT64_MAX:
+        raise ValueError(f"no file holds {npages} pages at offset {offset_bytes}")
+    if not 0 <= fd <= 0x7FFFFFFF:
+        raise ValueError(f"{fd} is not a file descriptor")
+    to.fd = fd
+    to.offset_bytes = offset_bytes
+    to.memory = NULL
+    to.placed = NULL
+    to.base = base_page
+    to.end = base_page + npages
+    return place(&to, extents, pages)
+
+
+def scatter_into(
+    uint8_t[::1] memory not None,
+    uint64_t[::1] placed not None,
+    base_page,
+    const uint8_t[::1] extents not None,
+    const uint8_t[::1] pages not None,
+):
+    cdef Place to
+    cdef Py_ssize_t npages = memory.shape[0] // PAGE_BYTES
+    if memory.shape[0] % PAGE_BYTES or placed.shape[0] != (npages + 63) // 64:
+        raise ValueError(
+            f"{placed.shape[0]} words are no bitmap of {memory.shape[0]} bytes"
+        )
+    if not 0 <= base_page <= UINT64_MAX - npages:
+        raise ValueError(f"no {npages} pages from {base_page}")
+    to.fd = -1
+    to.offset_bytes = 0
+    to.memory = &memory[0]
+    to.placed = <word_t *>&placed[0]
+    to.base = base_page
+    to.end = base_page + npages
+    return place(&to, extents, pages)
+
+
+cdef object place(
+    const Place *to, const uint8_t[::1] extents, const uint8_t[::1] pages
+):
+    """Check the two buffers and place what they hold; return the pages written."""
     cdef uint64_t written = 0
     cdef Py_ssize_t nextents = extents.shape[0] // <Py_ssize_t>sizeof(Extent)
     cdef uint64_t given = <uint64_t>pages.shape[0] // PAGE_BYTES
     cdef const uint8_t *list_start = &extents[0]
     cdef const uint8_t *source = &pages[0]
     cdef int error
-    if min(offset_bytes, base_page, npages) < 0 or base_page + npages > UINT64_MAX:
-        raise ValueError(f"no {npages} pages from {base_page} at {offset_bytes}")
-    if offset_bytes + npages * PAGE_BYTES > INT64_MAX:
-        raise ValueError(f"no file holds {npages} pages at offset {offset_bytes}")
     if extents.shape[0] % <Py_ssize_t>sizeof(Extent) or pages.shape[0] % PAGE_BYTES:
         raise ValueError("the buffers do not hold whole extents and whole pages")
-    if not 0 <= fd <= 0x7FFFFFFF:
-        raise ValueError(f"{fd} is not a file descriptor")
-    to.fd = fd
-    to.offset_bytes = offset_bytes
-    to.base = base_page
-    to.end = base_page + npages
     with nogil:
-        error = place_extents(&to, list_start, nextents, source, given, &written)
+        error = place_extents(to, list_start, nextents, source, given, &written)
     if error == MALFORMED:
         raise ValueError(f"the extents do not describe {given} pages of data")
     if error:

@@ -1,122 +1,66 @@
-"""What is recorded of a guest, and where its snapshot is staged."""
+"""What is recorded of a guest at the destination, and what a killed bhyrecv left of one."""
 
 from __future__ import annotations
 
 import json
 import os
-import stat
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 
 from bhystream.backend.bhyve import place as places
-from bhystream.backend.bhyve.host import Host
-from bhystream.backend.bhyve.place import Place, staging_root
-from bhystream.backend.process import Identity
+from bhystream.backend.bhyve.place import (
+    Place,
+    Started,
+    find_leftover,
+    kept_of,
+    last_directory,
+    note_directory,
+    staging_of,
+    staging_root,
+)
+from bhystream.backend.process import Identity, boot_id, identify
 from bhystream.errors import GuestError, PipeError, UsageError
-from bhystream.standin.below import open_below
 from bhystream.standin.kernel import StandinHost
 from standin.rig import Rig
 
-from .bhyve_rig import require_sink
-
-CLAMP = "debug.devfs_iosize_max_clamp"
 GIB = 1 << 30
+ID = "0123456789abcdef" * 2
+OTHER = "f" * 32
 
 
-class StubHost:
-    """A host that clamps what a device takes at once, and has the null device elsewhere."""
-
-    def __init__(self, clamp: str | None) -> None:
-        self._clamp = clamp
-
-    def sysctl(self, name: str) -> str | None:
-        return self._clamp if name == CLAMP else None
-
-    def mount_null(self, directory: Path) -> None:
-        (directory / "null").symlink_to("/dev/null")
-
-    def unmount_null(self, directory: Path) -> None:
-        pass
-
-
-def place(base: Path, memory_bytes: int = GIB) -> Place:
+def place(base: Path, name: str = "web1", id_: str = ID) -> Place:
     return Place(
         kind="bhyve",
         vmm_dir="",
-        name="web1",
-        process=None,
-        staging=str(base / "staging"),
-        kept=str(base / "held/1"),
-        keys={},
-        memory_bytes=memory_bytes,
-        bridges={},
+        name=name,
+        staging=str(staging_of(base / "staging", id_, name)),
+        kept=str(kept_of(base, id_, name)),
+        keys={"cpus": "2"},
+        memory_bytes=GIB,
         manager="",
     )
 
 
-def why_no_sink(base: Path, memory_bytes: int, clamp: str | None) -> str:
-    made = place(base, memory_bytes)
-    made.make_staging()
-    why = made.make_sink(cast(Host, StubHost(clamp)))
-    assert made.has_sink() is not bool(why)
-    return why
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    for name in ("staging", "loaded", "destination", "lock"):
+        (tmp_path / name).mkdir()
+    return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("memory_bytes", "longest"),
-    [(2 * GIB, 2 * GIB), (4 * GIB, 3 * GIB), (6 * GIB, 3 * GIB), (8 * GIB, 5 * GIB)],
-)
-def test_a_device_is_no_sink_for_what_bhyve_writes_at_once(
-    tmp_path: Path, memory_bytes: int, longest: int
-) -> None:
-    assert why_no_sink(tmp_path, memory_bytes, "1") == (
-        f"{CLAMP}: it is 1 here, so no device takes the {longest} bytes that bhyve writes at"
-        f" once; sysctl {CLAMP}=0 lets the null device take them"
-    )
-    assert os.listdir(tmp_path / "staging") == []
-
-
-@pytest.mark.parametrize(
-    ("memory_bytes", "clamp"),
-    [(2 * GIB - 4096, "1"), (8 * GIB, "0"), (8 * GIB, "0\n"), (8 * GIB, None)],
-)
-def test_a_device_is_a_sink_for_what_it_takes(
-    tmp_path: Path, memory_bytes: int, clamp: str | None
-) -> None:
-    assert why_no_sink(tmp_path, memory_bytes, clamp) == ""
-
-
-def test_a_staging_directory_may_be_as_long_as_bhyve_takes(tmp_path: Path) -> None:
-    base = tmp_path / ("d" * (250 - len(f"{tmp_path}//staging/ckp")))
-    base.mkdir()
-    place(base).make_staging()
-    assert (base / "staging").is_dir()
-
-
-def test_a_staging_directory_too_long_for_bhyve_is_refused_before_it_is_made(
-    tmp_path: Path,
-) -> None:
-    base = tmp_path / ("d" * (251 - len(f"{tmp_path}//staging/ckp")))
-    base.mkdir()
-    with pytest.raises(UsageError, match="takes no path longer than 250 bytes"):
-        place(base).make_staging()
-    assert os.listdir(base) == []
-
-
-def test_a_record_that_lacks_a_field_is_refused(tmp_path: Path) -> None:
-    record = dict(place(tmp_path).to_json())
-    assert Place.from_json(record) == place(tmp_path)
-    del record["keys"]
-    with pytest.raises(GuestError, match="cannot read the record"):
-        Place.from_json(record)
-
-
-# On the stand-in.
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that takes no notice of SIGTERM."""
+    words = ["/bin/sh", "-c", "trap '' TERM; echo; read -r _"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as made:
+        assert made.stdout is not None
+        made.stdout.readline()
+        yield made
+        made.kill()
 
 
 @pytest.fixture
@@ -125,181 +69,190 @@ def host() -> Iterator[Rig]:
         yield made
 
 
-@pytest.fixture
-def staged(host: Rig, tmp_path: Path) -> Iterator[Place]:
-    """A staging directory with the sink."""
-    if require_sink():
-        pytest.skip("in this process only root has the sink")
-    made = replace(place(tmp_path), kind="standin", vmm_dir=str(host.directory))
+def started_of(child: subprocess.Popen[bytes], node: str = "") -> Started:
+    return Started(identify(child.pid, "bhyve"), node)
+
+
+def test_a_staging_directory_may_be_as_long_as_bhyve_takes(tmp_path: Path) -> None:
+    made = replace(place(tmp_path), staging=f"{tmp_path}/" + "d" * (245 - len(f"{tmp_path}/")))
+    assert len(str(made.files.memory)) == 249
+    longer = replace(made, staging=made.staging + "dd")
+    with pytest.raises(UsageError, match="takes no path longer than 250 bytes"):
+        longer.make_staging()
+    assert os.listdir(tmp_path) == []
     made.make_staging()
-    assert made.make_sink(host.host) == ""
-    yield made
-    made.drop_sink(host.host)
+    assert os.stat(made.staging).st_mode & 0o777 == 0o700
 
 
-def test_a_record_has_all_of_a_place_and_its_process(tmp_path: Path) -> None:
-    made = replace(place(tmp_path), process=Identity(1, 2, "b"), bridges={"tap0": None})
+def test_a_record_has_all_of_a_place_and_its_process(base: Path) -> None:
+    made = place(base)
     record = json.loads(json.dumps(made.to_json()))
+    assert (record["hypervisor"], record["role"], record["process"]) == (
+        "bhyve", "destination", None,
+    )  # fmt: skip
     assert Place.from_json(record) == made
-    del record["is_copied"]  # of an earlier version
-    assert Place.from_json(record) == made
+    started = Started(Identity(1, 2, "b"), "7:8")
+    record = json.loads(json.dumps(made.to_json(started)))
+    assert Place.from_json(record).started() == started
+
+
+@pytest.mark.parametrize("key", ["keys", "role", "process", "hypervisor"])
+def test_a_record_that_lacks_a_field_is_refused(base: Path, key: str) -> None:
+    record = dict(place(base).to_json())
+    del record[key]
     with pytest.raises(GuestError, match="cannot read the record"):
-        Place.from_json({**record, "more": 1})
+        Place.from_json(record)
 
 
-def test_the_sink_is_the_null_device_and_goes_without_a_trace(host: Rig, staged: Place) -> None:
-    assert staged.has_sink()
-    with staged.staged.memory.open("wb") as sink:
-        assert sink.write(b"x" * 8192) == 8192
-    for _ in range(2):
-        staged.drop_sink(host.host)
-        assert not staged.has_sink()
-        assert os.listdir(staged.staging) == []
-    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+def test_a_record_of_another_kind_is_refused(base: Path) -> None:
+    record = dict(place(base).to_json())
+    for changed in ({"role": "source"}, {"more": 1}, {"process": {"pid": 1}}):
+        with pytest.raises(GuestError, match="cannot read the record"):
+            Place.from_json({**record, **changed})
 
 
-def test_a_memory_file_that_is_no_device_is_not_believed(host: Rig, staged: Place) -> None:
-    """It would be a snapshot without the guest's memory, taken for one that needs none."""
-    target = Path(staged.staging, "dev", "null")
-    host.host.unmount_null(target.parent)
-    assert not staged.has_sink()
-    target.write_bytes(b"")
-    assert not staged.has_sink()
-    subprocess.run(["mount", "--bind", "/dev/zero", target], check=True)
-    assert not staged.has_sink()
+# The bhyve that was started.
 
 
-@pytest.mark.parametrize("what", ["nothing", "file"])
-def test_a_host_whose_null_is_no_device_has_no_sink(tmp_path: Path, what: str) -> None:
-    class Odd(StubHost):
-        def mount_null(self, directory: Path) -> None:
-            if what == "file":
-                (directory / "null").touch()
-
-    made = place(tmp_path)
-    made.make_staging()
-    assert made.make_sink(cast(Host, Odd(None))) == "the memory file is no null device"
-    assert os.listdir(made.staging) == []
-
-
-def test_a_request_that_has_not_begun_is_withdrawn_for_good(host: Rig, staged: Place) -> None:
-    """The directory's descriptor is with bhyve already."""
-    fd = os.open(staged.staging, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for _ in range(2):
-            assert staged.withdraw(host.host)
-        with pytest.raises(FileNotFoundError):
-            open_below(fd, "ckp.kern", os.O_WRONLY | os.O_CREAT, 0o600)
-    finally:
-        os.close(fd)
-    os.mkdir(staged.staging)  # another's, of the same name, is not the one that it holds
-
-
-def test_a_request_that_has_begun_is_not_withdrawn(host: Rig, staged: Place) -> None:
-    staged.staged.kern.touch()
-    assert not staged.withdraw(host.host)
-    assert staged.has_sink()
-    staged.drop_files()
-    assert staged.withdraw(host.host)
-
-
-def test_a_request_that_begins_meanwhile_is_not_withdrawn(
-    host: Rig, staged: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = StandinHost.unmount_null
-
-    def unmount(self: StandinHost, directory: Path) -> None:
-        real(self, directory)
-        staged.staged.kern.touch()
-
-    monkeypatch.setattr(StandinHost, "unmount_null", unmount)
-    assert not staged.withdraw(host.host)
-    assert os.path.isdir(staged.staging)
-
-
-def test_everything_is_removed_and_twice_is_no_error(host: Rig, staged: Place) -> None:
-    source = replace(staged, process=Identity(os.getpid(), 0, ""))
-    os.makedirs(source.kept)
-    (Path(source.kept) / "ckp").touch()
-    lock = source.lock_started()
-    assert source.is_started()
-    for _ in range(2):
-        source.remove(host.host)
-        assert not os.path.exists(source.staging)
-        assert os.listdir(Path(source.kept).parent) == []
-        assert not source.is_started()
-    os.close(lock)
-
-
-def test_a_destination_remembers_what_it_has_started(host: Rig, staged: Place) -> None:
-    os.makedirs(staged.kept)
-    lock = staged.lock_started()
-    staged.remove(host.host)
-    assert staged.is_started()
-    os.close(lock)
-    assert not staged.is_started()
-
-
-def test_what_was_started_lives_as_long_as_it_holds_its_lock(tmp_path: Path) -> None:
-    made = place(tmp_path)
-    Path(made.kept).parent.mkdir()
-    assert not made.is_started()
-    lock = made.lock_started()
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[lock]) as heir:
-        os.close(lock)
-        assert made.is_started()
-        with pytest.raises(GuestError, match="bhyve -r was started already"):
-            made.lock_started()
-        os.close(replace(made, name="copy").lock_started())  # of one kept stream
-        assert heir.stdin is not None
-        heir.stdin.close()
-        heir.wait()
-        assert not made.is_started()
-    os.close(made.lock_started())
-
-
-def test_a_start_that_made_its_socket_may_have_run(tmp_path: Path) -> None:
-    made = place(tmp_path)
-    Path(made.kept).parent.mkdir()
-    assert not made.may_have_run(tmp_path)
-    lock = made.lock_started()
-    assert not made.may_have_run(tmp_path)
-    (tmp_path / made.name).touch()
-    assert made.may_have_run(tmp_path)
+def test_what_was_started_is_found_by_another_process(base: Path) -> None:
+    made = place(base)
+    assert made.started() is None
+    started = Started(Identity(1, 2, "b"), "7:8")
+    made.write_started(started)
+    assert made.started() == started
+    assert replace(made, name="web2", kept=made.kept + "2").started() is None
+    made.remove()
+    assert made.started() == started
     made.forget_started()
-    assert made.may_have_run(tmp_path)  # it lives
-    os.close(lock)
     made.forget_started()
-    assert not made.may_have_run(tmp_path)
+    assert made.started() is None
 
 
-def test_of_a_start_before_a_reboot_nobody_knows_whether_it_ran(
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"process": 1, "node": ""}', '{"node": ""}'])
+def test_what_cannot_be_read_names_nobody(base: Path, text: str) -> None:
+    place(base).started_path.write_text(text)
+    assert place(base).started() is None
+
+
+def test_what_cannot_be_written_starts_nothing(tmp_path: Path) -> None:
+    with pytest.raises(PipeError, match="cannot write"):
+        place(tmp_path).write_started(Started(Identity(1, 2, "b"), ""))
+
+
+def test_one_that_made_its_socket_may_have_run(tmp_path: Path) -> None:
+    here = Started(Identity(1, 2, boot_id()), "")
+    assert not here.may_have_run(tmp_path, "web1")
+    (tmp_path / "web1").touch()
+    assert here.may_have_run(tmp_path, "web1")
+
+
+def test_of_one_before_a_reboot_nobody_knows_whether_it_ran(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = place(tmp_path)
-    Path(made.kept).parent.mkdir()
-    os.close(made.lock_started())
+    here = Started(Identity(1, 2, boot_id()), "")
     monkeypatch.setattr(places, "boot_id", lambda: "another")
-    assert made.may_have_run(tmp_path)
+    assert here.may_have_run(tmp_path, "web1")
 
 
-def test_a_lock_that_cannot_be_looked_at_is_not_taken_for_none(tmp_path: Path) -> None:
-    made = place(tmp_path)
-    with pytest.raises(PipeError, match="cannot make"):
-        made.lock_started()
-    Path(made.kept).parent.mkdir()
-    made.started_path.symlink_to(made.started_path)
-    with pytest.raises(PipeError, match="cannot look at"):
-        made.is_started()
+def test_a_bhyve_is_killed_with_its_vm_and_no_other(
+    host: Rig, child: subprocess.Popen[bytes]
+) -> None:
+    host.host.create("web1")
+    started = started_of(child, host.host.node_id("web1"))
+    other = Started(replace(started.process, start_ticks=1), "another")
+    other.end(host.host, "web1")
+    assert child.poll() is None and host.host.exists("web1")
+    started.end(host.host, "web1")
+    assert child.wait() == -9
+    assert not host.host.exists("web1")
+    started.end(host.host, "web1")
+
+
+def test_a_bhyve_that_does_not_end_is_said(
+    host: Rig, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "kill_process", lambda who, limit_s: False)
+    with pytest.raises(GuestError, match=f"process {child.pid}, does not end"):
+        started_of(child).end(host.host, "web1")
+
+
+# What a killed bhyrecv left.
+
+
+def test_what_is_left_is_ended_and_removed(
+    host: Rig, base: Path, child: subprocess.Popen[bytes]
+) -> None:
+    made = place(base)
+    host.host.create("web1")
+    made.make_staging()
+    made.files.memory.touch()
+    made.write_started(started_of(child, host.host.node_id("web1")))
+    found = find_leftover(base, Path(made.staging), "web1")
+    assert found is not None
+    assert found.has_vm(host.host)
+    found.remove(host.host)
+    assert child.wait() == -9
+    assert not host.host.exists("web1")
+    assert os.listdir(base / "staging") == os.listdir(base / "loaded") == []
+    assert find_leftover(base, Path(made.staging), "web1") is None
+
+
+def test_one_of_which_a_record_speaks_is_not_ours_to_end(
+    base: Path, child: subprocess.Popen[bytes]
+) -> None:
+    """It may run: a record comes before a guest may."""
+    made = place(base)
+    made.make_staging()
+    made.write_started(started_of(child))
+    (base / "destination" / f"{ID}.json").touch()
+    assert find_leftover(base, Path(made.staging), "web1") is None
+
+
+def test_a_guest_of_another_name_or_stream_is_not_ours_to_end(
+    host: Rig, base: Path, child: subprocess.Popen[bytes]
+) -> None:
+    made = place(base)
+    made.make_staging()
+    for other in (place(base, "web2"), place(base, "a.web1"), place(base, id_=OTHER)):
+        other.write_started(started_of(child))
+    found = find_leftover(base, Path(made.staging), "web1")
+    assert found is not None and found.started == {}
+    found.remove(host.host)
+    assert child.poll() is None
+    assert len(os.listdir(base / "loaded")) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "web1", "bhyrecv-", "bhyrecv-.web1", f"bhyrecv-{ID[:8]}.web1", f"bhyrecv-{ID[:16]}.web2",
+     f"bhyrecv-{ID[:15]}*.web1", f"bhyrecv-{ID[:16]}.web1.more", f"{ID}.web1"],
+)  # fmt: skip
+def test_a_directory_that_is_not_so_named_is_not_ours(base: Path, name: str) -> None:
+    directory = base / "staging" / name if name else base / "staging"
+    directory.mkdir(exist_ok=True)
+    assert find_leftover(base, directory, "web1") is None
+
+
+def test_files_of_a_guest_that_was_to_be_left_loaded_are_left_too(base: Path) -> None:
+    kept = kept_of(base, ID, "web1")
+    kept.mkdir()
+    found = find_leftover(base, kept, "web1")
+    assert found is not None and found.directory == kept
+
+
+def test_a_lock_file_names_the_directory_that_was_made_last(base: Path) -> None:
+    lock = base / "lock" / "to-web1"
+    assert last_directory(lock) is None
+    note_directory(lock, "/a/b")
+    assert last_directory(lock) == Path("/a/b")
+    for text in (b"", b"a", b"\xff/a"):
+        lock.write_bytes(text)
+        assert last_directory(lock) is None
 
 
 def test_staging_is_where_the_environment_says_else_in_memory(host: Rig, tmp_path: Path) -> None:
-    root = staging_root(host.host, "source", tmp_path, {"BHYSEND_STAGING": "/a/b"})
-    assert root == Path("/a/b")
-    other = {"BHYRECV_STAGING": "/a/b"}
-    assert staging_root(host.host, "destination", tmp_path, other) == Path("/a/b")
-    assert staging_root(host.host, "source", tmp_path, other) != Path("/a/b")
-    assert host.host.is_memory(staging_root(host.host, "source", tmp_path, {}))
+    assert staging_root(host.host, tmp_path, {"BHYRECV_STAGING": "/a/b"}) == Path("/a/b")
+    assert host.host.is_memory(staging_root(host.host, tmp_path, {"BHYSEND_STAGING": "/a/b"}))
 
 
 def test_staging_without_memory_is_in_the_state_directory(
@@ -307,10 +260,10 @@ def test_staging_without_memory_is_in_the_state_directory(
 ) -> None:
     monkeypatch.setattr(StandinHost, "is_memory", lambda self, directory: False)
     for _ in range(2):
-        root = staging_root(host.host, "source", tmp_path, {})
+        root = staging_root(host.host, tmp_path, {})
         assert root == tmp_path / "staging"
         assert root.stat().st_mode & 0o777 == 0o700
     root.rmdir()
     root.write_text("in the way")
     with pytest.raises(PipeError, match="cannot make"):
-        staging_root(host.host, "source", tmp_path, {})
+        staging_root(host.host, tmp_path, {})

@@ -1,246 +1,623 @@
-"""`bhyve -r` started by us: what is left of one that fails, and whether it may have run."""
+"""`bhyve -r` held and released: what is left of one that fails, and whether it may have run."""
 
 from __future__ import annotations
 
+import calendar
+import json
 import os
+import signal
 import socket
+import stat
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bhystream.backend.bhyve import restore
+from bhystream.backend.base import State
+from bhystream.backend.bhyve import loaded, restore
 from bhystream.backend.bhyve.config import parse
 from bhystream.backend.bhyve.host import Host
+from bhystream.backend.bhyve.loaded import held
 from bhystream.backend.bhyve.place import Place
-from bhystream.backend.bhyve.restore import Restore, listener, listens
-from bhystream.backend.bhyve.snapshot import Files
-from bhystream.backend.process import is_alive
+from bhystream.backend.bhyve.restore import (
+    Phase,
+    Restore,
+    TooLateError,
+    listener,
+    listens,
+    rtc_seconds,
+)
+from bhystream.backend.process import is_same, is_stopped
 from bhystream.errors import GuestError, PipeError
-from standin.rig import Console, Snapshot, Spec, assert_unbroken, await_true
+from bhystream.standin.kernel import StandinHost
+from standin.rig import Spec, await_true
 
-from .bhyve_rig import Two, two_hosts
+from .arriving import Arriving, arriving
 
 
 @pytest.fixture
-def two() -> Iterator[Two]:
-    with two_hosts() as made:
+def guest() -> Iterator[Arriving]:
+    with arriving() as made:
         yield made
 
 
-@pytest.fixture
-def snapshot(two: Two) -> Snapshot:
-    """The files of a guest that was suspended; no socket is left of it."""
-    return suspended(two)
+def made(guest: Arriving, *, whole: bool = True) -> Restore:
+    """Return what is to be started from the files of a guest, all of its memory in them."""
+    sink = guest.sink()
+    assert sink.check(guest.head) == []
+    place = Place.from_json(sink.record())
+    (guest.base / "loaded").mkdir(exist_ok=True)
+    place.make_staging()
+    if whole:
+        subprocess.run(["cp", "--sparse=always", guest.image, place.files.memory], check=True)
+    else:
+        place.files.memory.touch()
+        os.truncate(place.files.memory, place.memory_bytes)
+    place.files.meta.write_bytes(guest.states[0].data)
+    return Restore(guest.there.host, place, place.files)
 
 
-def suspended(two: Two, spec: Spec | None = None) -> Snapshot:
-    guest = two.start(spec)
-    found = two.here.suspend("g")
-    guest.await_exit()
-    (two.here.directory / "run" / "g").unlink()
-    return found
+def kern(guest: Arriving) -> bytes:
+    return b"".join(state.data for state in guest.states[1:])
 
 
-def place(two: Two, memory_bytes: int = 64 << 20) -> Place:
-    (two.base / "held").mkdir(exist_ok=True)
-    return Place(
-        kind="standin",
-        vmm_dir=str(two.here.directory),
-        name="g",
-        process=None,
-        staging=str(two.staging / "x"),
-        kept=str(two.base / "held" / "x"),
-        keys=parse(two.config().read_text()),
-        memory_bytes=memory_bytes,
-        bridges={},
-        manager="",
+def hold(guest: Arriving) -> Restore:
+    one = made(guest)
+    one.hold(len(kern(guest)))
+    return one
+
+
+def fails(guest: Arriving, message: str, kind: type[GuestError] = GuestError) -> Restore:
+    """Assert that it is not held, and that nothing of it is left but its files."""
+    one = made(guest)
+    with pytest.raises(kind, match=message):
+        one.hold(len(kern(guest)))
+    assert not one.may_have_run
+    assert is_clean(guest)
+    return one
+
+
+def is_clean(guest: Arriving) -> bool:
+    return (
+        not guest.there.host.exists("g")
+        and list((guest.base / "log").iterdir()) == []
+        and guest.started() == []
+        and guest.processes() == []
     )
 
 
-def made(two: Two, snapshot: Snapshot) -> Restore:
-    return Restore(two.here.host, place(two), Files(snapshot.path.parent, snapshot.path.name))
+def again(guest: Arriving) -> None:
+    """Start it once more, from the files that are there, and see every page right."""
+    guest.there.settings(fail=[])
+    place = Place.from_json(made_place(guest))
+    one = held(guest.there.host, place, place.files, len(kern(guest)))
+    one.load(kern(guest), ())
+    one.release()
+    guest.await_unbroken()
 
 
-def fails(one: Restore, message: str, *, may_have_run: bool = False) -> None:
-    with pytest.raises(GuestError, match=message):
-        one.run()
-    assert one.may_have_run == may_have_run
+def made_place(guest: Arriving) -> Any:
+    sink = guest.sink()
+    assert sink.check(guest.head) == []
+    return sink.record()
 
 
-def console(two: Two) -> Console:
-    return Console(two.guests[0].console.path)
+# Held.
 
 
-def is_clean(two: Two) -> bool:
-    """Say whether nothing of a failed start is left, not even its log."""
-    return not two.here.host.exists("g") and list((two.base / "log").iterdir()) == []
+def test_a_guest_is_held_and_nothing_of_it_runs(guest: Arriving) -> None:
+    one = hold(guest)
+    assert one.phase is Phase.HELD and one.is_held()
+    assert one.started is not None and is_stopped(one.started.process)
+    assert not listens(guest.there.host, "g")
+    assert os.getsid(one.started.process.pid) == one.started.process.pid
+    assert one.started.node == guest.there.host.node_id("g")
+    assert guest.console.lines() == []
+    for view in one.memory:
+        assert bytes(view) == guest.image.read_bytes()
+    one.undo()
+    assert is_clean(guest)
 
 
-@pytest.mark.parametrize("has_rom", [True, False])
-def test_a_guest_is_started_and_is_nobodys(two: Two, has_rom: bool) -> None:
-    snapshot = suspended(two, Spec(has_rom=has_rom))
-    one = made(two, snapshot)
-    one.run()
+@pytest.mark.parametrize("spec", [Spec(), Spec(has_rom=False)], ids=["rom", "no-rom"])
+def test_a_guest_is_released_and_is_nobodys(spec: Spec) -> None:
+    with arriving(spec) as guest:
+        one = hold(guest)
+        one.load(kern(guest), ())
+        assert one.phase is Phase.HELD
+        one.release()
+        assert one.phase is Phase.RELEASED
+        assert not one.may_have_run
+        found = listener(guest.there.host, "g")
+        assert found is not None and one.started is not None
+        assert is_same(found, one.started.process)
+        one.close()
+        guest.await_unbroken()
+
+
+def test_a_guest_of_more_than_3_gib_is_held_and_stays_sparse() -> None:
+    with arriving(Spec(memory="3073M", touched="16M")) as guest:
+        one = hold(guest)
+        assert [len(view) for view in one.memory] == [3 << 30, 1 << 20]
+        one.load(kern(guest), ())
+        one.release()
+        one.close()
+        guest.await_unbroken()
+        assert guest.memory().stat().st_blocks * 512 < 256 << 20
+
+
+def test_no_byte_of_the_marks_is_left(guest: Arriving) -> None:
+    """In the file, too: another attempt reads it."""
+    one = hold(guest)
+    files = one._files
+    one.load(kern(guest), ())
+    one.release()
+    assert files.memory.read_bytes() == guest.image.read_bytes()
+
+
+def test_its_configuration_is_for_us_alone(guest: Arriving) -> None:
+    one = hold(guest)
+    assert stat.S_IMODE(one._config.stat().st_mode) == 0o600
+    assert parse(one._config.read_text())["cpus"] == "2"
+
+
+def test_its_input_is_the_null_device(guest: Arriving) -> None:
+    """A terminal would let bhyve read in pieces, with a spinner."""
+    one = hold(guest)
+    assert one.started is not None
+    assert os.readlink(f"/proc/{one.started.process.pid}/fd/0") == "/dev/null"
+
+
+def test_who_it_is_stands_on_the_disk_before_it_is_run(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bytes] = []
+    real = Place.write_started
+
+    def write(self: Place, started: Any) -> None:
+        seen.append(Path(f"/proc/{started.process.pid}/exe").resolve().name.encode())
+        real(self, started)
+
+    monkeypatch.setattr(Place, "write_started", write)
+    one = hold(guest)
+    assert seen and not seen[0].startswith(b"python")
+    assert len(guest.started()) == 1
+    one.undo()
+
+
+def test_what_cannot_be_written_down_is_not_run(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Place, started: Any) -> None:
+        raise PipeError("cannot write: No space left on device")
+
+    monkeypatch.setattr(Place, "write_started", full)
+    with pytest.raises(PipeError, match="No space left"):
+        made(guest).hold(len(kern(guest)))
+    assert is_clean(guest)
+
+
+# What fails before it is held.
+
+
+def test_one_that_ends_before_it_is_held_is_told_in_its_words(guest: Arriving) -> None:
+    guest.there.settings(fail=["restore-early"])
+    fails(guest, "bhyve -r: Failed to pause PCI device state")
+    again(guest)
+
+
+def test_one_that_ends_where_another_goes_round_never_ran(guest: Arriving) -> None:
+    """Whether it was stopped first, or had ended, is chance."""
+    guest.there.settings(fail=["short-read"])
+    one = made(guest)
+    with pytest.raises(GuestError, match="bhyve -r: Failed to restore VM memory"):
+        one.hold(len(kern(guest)))
+        one.load(kern(guest), ())
+        one.release()
     assert not one.may_have_run
-    assert listens(two.here.host, "g")
-    found = listener(two.here.host, "g")
-    assert found is not None and is_alive(found)
-    assert place(two).is_started()
-    assert os.getsid(found.pid) == found.pid
-    console(two).await_sweeps(1)
-    assert_unbroken(console(two))
+    assert is_clean(guest)
+    again(guest)
 
 
-def test_its_configuration_is_for_us_alone(two: Two, snapshot: Snapshot) -> None:
-    made(two, snapshot).run()
-    config = Path(f"{snapshot.path}.conf")
-    assert config.stat().st_mode & 0o777 == 0o600
-    assert parse(config.read_text()) == parse(two.config().read_text())
+def test_one_that_had_read_all_before_the_cut_is_not_taken_for_held(guest: Arriving) -> None:
+    guest.there.settings(fail=["late-cut"])
+    fails(guest, "had read the memory before it could be held", TooLateError)
+    again(guest)
 
 
-def test_a_restore_that_fails_never_ran_and_leaves_nothing(two: Two, snapshot: Snapshot) -> None:
-    two.here.settings(fail=["restore"])
-    fails(made(two, snapshot), "bhyve -r: Failed to restore kernel structs")
-    assert is_clean(two)
-    two.here.settings(fail=[])
-    made(two, snapshot).run()
-    console(two).await_sweeps(1)
-
-
-def test_a_vm_that_was_made_for_a_guest_without_a_rom_goes_with_it(two: Two) -> None:
-    snapshot = suspended(two, Spec(has_rom=False))
-    two.here.settings(fail=["restore"])
-    fails(made(two, snapshot), "bhyve -r")
-    assert is_clean(two)
-
-
-def test_a_restore_that_fails_with_its_socket_there_may_have_run(
-    two: Two, snapshot: Snapshot
+def test_one_that_was_too_fast_is_tried_again(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two.here.settings(fail=["restore-late"])
-    fails(made(two, snapshot), "bhyve -r: vm_restore_time", may_have_run=True)
-    assert list((two.base / "log").iterdir()) != []  # to be read
+    place = made(guest)._place
+    tries: list[int] = []
+    real = Restore._launch
+
+    def launch(self: Restore) -> None:
+        tries.append(1)
+        guest.there.settings(fail=["late-cut"] if len(tries) < loaded.ATTEMPTS else [])
+        real(self)
+
+    monkeypatch.setattr(Restore, "_launch", launch)
+    one = held(guest.there.host, place, place.files, len(kern(guest)))
+    assert len(tries) == loaded.ATTEMPTS
+    one.load(kern(guest), ())
+    one.release()
+    guest.await_unbroken()
 
 
-def test_a_slow_restore_is_waited_for(two: Two, snapshot: Snapshot) -> None:
-    two.here.settings(fail=["slow-restore"])
-    one = made(two, snapshot)
-    thread = threading.Thread(target=one.run)
+def test_one_that_is_always_too_fast_is_given_up(guest: Arriving) -> None:
+    place = made(guest)._place
+    guest.there.settings(fail=["late-cut"])
+    with pytest.raises(TooLateError):
+        held(guest.there.host, place, place.files, len(kern(guest)))
+    assert is_clean(guest)
+
+
+def test_one_that_takes_too_long_to_read_is_ended(guest: Arriving) -> None:
+    guest.there.settings(fail=["slow-read"])
+    one = made(guest)
+    one._limit_s = 0.0
+    with pytest.raises(GuestError, match="bhyve -r: its memory is not read after 0 s"):
+        one.hold(len(kern(guest)))
+    assert is_clean(guest)
+
+
+def test_a_slow_read_is_waited_for(guest: Arriving) -> None:
+    guest.there.settings(fail=["slow-read"])
+    one = made(guest)
+    thread = threading.Thread(target=one.hold, args=(len(kern(guest)),))
     thread.start()
-    await_true(place(two).is_started, "bhyve -r")
-    assert thread.is_alive()
-    assert not listens(two.here.host, "g")
-    (two.here.directory / "release").touch()
+    await_true(lambda: guest.started() != [], "bhyve -r")
+    assert one.phase is not Phase.HELD
+    (guest.there.directory / "release").touch()
     thread.join(30)
-    assert not thread.is_alive()
-    console(two).await_sweeps(1)
+    assert one.is_held()
+    one.undo()
 
 
-def test_a_restore_that_takes_too_long_is_ended_and_never_ran(
-    two: Two, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(restore, "_LIMIT_S", 0.0)
-    two.here.settings(fail=["slow-restore"])
-    fails(made(two, snapshot), "bhyve -r: not done in 1 s")
-    assert is_clean(two)
-    assert not place(two).is_started()
-
-
-def test_a_guest_of_that_name_that_runs_is_left_alone(two: Two, snapshot: Snapshot) -> None:
-    other = two.here.launch("g", Spec(touched="1M"))
+def test_a_guest_of_that_name_that_runs_is_left_alone(guest: Arriving) -> None:
+    other = guest.there.launch("g", Spec(touched="1M"))
     other.console.await_beats(1)
-    fails(made(two, snapshot), "a bhyve of that name runs here")
+    with pytest.raises(GuestError, match="a bhyve of that name runs here"):
+        made_unchecked(guest).hold(1)
     other.console.await_sweeps(1)
-    assert_unbroken(other.console)
 
 
-def test_a_vm_of_that_name_is_left_alone(two: Two, snapshot: Snapshot) -> None:
-    two.here.host.create("g")
-    fails(made(two, snapshot), "a VM of that name is here; destroy it first")
-    assert two.here.host.exists("g")
+def made_unchecked(guest: Arriving) -> Restore:
+    """Return a restore for a guest whose name is in use."""
+    place = Place(
+        kind="standin",
+        vmm_dir=str(guest.there.directory),
+        name="g",
+        staging=str(guest.staging_root),
+        kept=str(guest.base / "loaded" / "x"),
+        keys={"cpus": "2"},
+        memory_bytes=64 << 20,
+        manager="",
+    )
+    return Restore(guest.there.host, place, place.files)
 
 
-def test_a_socket_that_others_left_proves_nothing(two: Two, snapshot: Snapshot) -> None:
+def test_a_vm_of_that_name_is_left_alone(guest: Arriving) -> None:
+    guest.there.host.create("g")
+    with pytest.raises(GuestError, match="a VM of that name is here; destroy it first"):
+        made_unchecked(guest).hold(1)
+    assert guest.there.host.exists("g")
+
+
+def test_a_socket_that_others_left_proves_nothing(guest: Arriving) -> None:
     """Else a guest that never ran would count as one that may have."""
-    guest = two.here.start("g", restore=snapshot.path)
-    guest.kill()
-    two.here.host.destroy("g")
-    node = two.here.directory / "run" / "g"
-    assert node.exists()
-    two.here.settings(fail=["restore"])
-    fails(made(two, snapshot), "bhyve -r")
-    assert not node.exists()
+    path = guest.there.directory / "run" / "g"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    guest.there.settings(fail=["restore"])
+    one = hold(guest)
+    assert not path.exists()
+    one.load(kern(guest), ())
+    with pytest.raises(GuestError, match="bhyve -r: Failed to restore"):
+        one.release()
+    assert not one.may_have_run
+
+
+def test_a_socket_that_cannot_be_removed_starts_nothing(guest: Arriving) -> None:
+    (guest.there.directory / "run" / "g").mkdir()
+    with pytest.raises(PipeError, match="cannot remove"):
+        made(guest).hold(1)
+    assert is_clean(guest)
 
 
 def test_a_program_that_cannot_be_run_leaves_nothing(
-    two: Two, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(two.here.host), "program", lambda self: ["/nonexistent/bhyve"])
-    with pytest.raises(PipeError, match="cannot run /nonexistent/bhyve"):
-        made(two, snapshot).run()
-    assert is_clean(two)
+    monkeypatch.setattr(StandinHost, "program", lambda self: ["/nonexistent/bhyve"])
+    fails(guest, "bhyve -r: .*/nonexistent/bhyve: not found")
 
 
-def test_a_configuration_that_cannot_be_written_starts_nothing(
-    two: Two, snapshot: Snapshot
-) -> None:
-    Path(f"{snapshot.path}.conf").mkdir()
+def test_files_that_cannot_be_written_start_nothing(guest: Arriving) -> None:
+    one = made(guest)
+    one._config.mkdir()
     with pytest.raises(PipeError, match="cannot write"):
-        made(two, snapshot).run()
-    assert is_clean(two)
+        one.hold(1)
+    assert is_clean(guest)
 
 
+def interrupt(*args: object) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", ["_await_maps", "_map", "_await_read", "_stop"])
 def test_an_interrupt_leaves_nothing(
-    two: Two, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    two.here.settings(fail=["slow-restore"])
+    one = made(guest)
+    with monkeypatch.context() as patch:
+        patch.setattr(Restore, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            one.hold(len(kern(guest)))
+    assert is_clean(guest)
+    again(guest)
 
-    def interrupt(host: Host, name: str) -> bool:
-        if not place(two).is_started():
+
+@pytest.mark.parametrize("step", ["_await_maps", "_map", "_await_read", "_stop"])
+def test_zeros_never_run_where_we_die_before_it_is_held(guest: Arriving, step: str) -> None:
+    """Killed: nothing is undone.  bhyve ends by itself, or stands before its last page."""
+    assert run_killed(guest, KILLED, step) == -signal.SIGKILL
+    await_true(lambda: not listens(guest.there.host, "g"), "no socket")
+    assert guest.console.lines() == []
+
+
+KILLED = """
+import json, os, signal, sys
+from bhystream.backend.bhyve.place import Place
+from bhystream.backend.bhyve.restore import Restore
+step, record, kern_bytes = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+place = Place.from_json(record)
+def die(self, *args):
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(Restore, step, die)
+Restore(place.host(), place, place.files).hold(kern_bytes)
+"""
+
+
+def run_killed(guest: Arriving, script: str, step: str) -> int:
+    record = json.dumps(dict(made(guest)._place.to_json()))
+    words = [sys.executable, "-c", script, step, record, str(len(kern(guest)))]
+    return subprocess.run(words).returncode
+
+
+def test_one_that_was_never_let_begin_ends_with_us(guest: Arriving) -> None:
+    """We die between the process and the line that lets it become bhyve."""
+    script = KILLED.replace("setattr(Restore, step, die)", "Place.write_started = die")
+    assert run_killed(guest, script, "_map") == -signal.SIGKILL
+    await_true(lambda: guest.processes() == [], "the shell's end")
+    assert not listens(guest.there.host, "g")
+
+
+# Held, and then.
+
+
+def test_it_stands_held_whatever_else_happens_to_it(guest: Arriving) -> None:
+    """Woken by somebody it goes round before its last page, and can be stopped again."""
+    one = hold(guest)
+    assert one.started is not None
+    one.load(kern(guest), ())
+    os.kill(one.started.process.pid, signal.SIGCONT)
+    await_true(lambda: not is_stopped(one.started.process), "it goes on")
+    assert not listens(guest.there.host, "g")
+    one.release()
+    guest.await_unbroken()
+
+
+def test_one_that_is_killed_while_it_is_held_is_said(guest: Arriving) -> None:
+    one = hold(guest)
+    assert one.started is not None
+    os.kill(one.started.process.pid, signal.SIGKILL)
+    await_true(lambda: not one.is_held(), "its end")
+    with pytest.raises(GuestError, match="bhyve -r: "):
+        one.release()
+    assert not one.may_have_run
+    assert is_clean(guest)
+
+
+def test_the_fpu_is_loaded_while_it_goes_round(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [State("fpu/0", b"0", is_optional=True)]
+    seen: list[Any] = []
+
+    def load(vm: Any, memory: memoryview, given: Sequence[State]) -> None:
+        assert one.started is not None
+        seen.append((is_stopped(one.started.process), len(memory), list(given)))
+
+    monkeypatch.setattr(restore, "load_fpu", load)
+    one = hold(guest)
+    one.load(kern(guest), states)
+    assert seen == [(False, 64 << 20, states)]
+    assert one.started is not None and is_stopped(one.started.process)
+    one.release()
+    guest.await_unbroken()
+
+
+def test_an_fpu_that_cannot_be_loaded_is_an_error_before_it_runs(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise GuestError("cannot load the FPU")
+
+    monkeypatch.setattr(restore, "load_fpu", refuse)
+    one = hold(guest)
+    with pytest.raises(GuestError, match="cannot load the FPU"):
+        one.load(kern(guest), [State("fpu/0", b"0", is_optional=True)])
+    one.undo()
+    assert is_clean(guest) and not one.may_have_run
+
+
+def test_without_fpu_states_it_is_not_woken(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = hold(guest)
+    monkeypatch.setattr(restore, "load_fpu", interrupt)
+    monkeypatch.setattr("bhystream.backend.launch.Child.go_on", interrupt)
+    one.load(kern(guest), ())
+    assert one.is_held()
+    one.undo()
+
+
+# Released.
+
+
+def test_a_restore_that_fails_never_ran_and_leaves_nothing(guest: Arriving) -> None:
+    guest.there.settings(fail=["restore"])
+    one = hold(guest)
+    one.load(kern(guest), ())
+    with pytest.raises(GuestError, match="bhyve -r: Failed to restore vhpet"):
+        one.release()
+    assert not one.may_have_run
+    assert is_clean(guest)
+    again(guest)
+
+
+def test_a_restore_that_fails_with_its_socket_there_may_have_run(guest: Arriving) -> None:
+    guest.there.settings(fail=["restore-late"])
+    one = hold(guest)
+    one.load(kern(guest), ())
+    with pytest.raises(GuestError, match="bhyve -r: Unable to restore time"):
+        one.release()
+    assert one.may_have_run
+    assert list((guest.base / "log").iterdir()) != []  # to be read
+    assert len(guest.started()) == 1
+
+
+def test_a_restore_that_takes_too_long_is_ended_and_never_ran(guest: Arriving) -> None:
+    guest.there.settings(fail=["slow-restore"])
+    one = hold(guest)
+    one.load(kern(guest), ())
+    one._limit_s = 0.0
+    with pytest.raises(GuestError, match="bhyve -r: not done after"):
+        one.release()
+    assert not one.may_have_run
+    assert is_clean(guest)
+
+
+def test_a_slow_restore_is_waited_for(guest: Arriving) -> None:
+    guest.there.settings(fail=["slow-restore"])
+    one = hold(guest)
+    one.load(kern(guest), ())
+    thread = threading.Thread(target=one.release)
+    thread.start()
+    await_true(lambda: one.phase is Phase.RELEASED, "the release")
+    assert not listens(guest.there.host, "g")
+    (guest.there.directory / "release").touch()
+    thread.join(30)
+    assert not thread.is_alive()
+    guest.await_unbroken()
+
+
+def test_an_interrupt_while_it_restores_ends_it(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest.there.settings(fail=["slow-restore"])
+    one = hold(guest)
+    one.load(kern(guest), ())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(restore, "listens", interrupt)
+        one.release()
+    assert not one.may_have_run
+    assert is_clean(guest)
+
+
+def test_an_interrupt_when_its_socket_is_there_leaves_it_alone(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(host: Host, name: str) -> bool:
+        if not (host.run_dir / name).exists():
             return False
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(restore, "listens", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        made(two, snapshot).run()
-    assert is_clean(two)
+    one = hold(guest)
+    one.load(kern(guest), ())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(restore, "listens", late)
+        one.release()
+    assert one.may_have_run
+    guest.await_unbroken()
 
 
-def test_a_missing_file_is_told_in_bhyves_words(two: Two, snapshot: Snapshot) -> None:
-    snapshot.kern.unlink()
-    fails(made(two, snapshot), r"bhyve -r: Failed to open restore file .*\.kern: No such file")
-    assert is_clean(two)
+def test_undo_may_be_done_at_any_time_and_twice(guest: Arriving) -> None:
+    one = made(guest)
+    one.undo()
+    one.hold(len(kern(guest)))
+    one.undo()
+    one.undo()
+    one.close()
+    assert is_clean(guest)
 
 
-def test_a_socket_that_cannot_be_removed_starts_nothing(two: Two, snapshot: Snapshot) -> None:
-    (two.here.directory / "run" / "g").mkdir()
-    with pytest.raises(PipeError, match="cannot remove"):
-        made(two, snapshot).run()
-    assert is_clean(two)
+# The clock chip.
 
 
-def test_nobody_listens_where_there_is_no_socket(two: Two) -> None:
-    assert not listens(two.here.host, "g")
-    assert listener(two.here.host, "g") is None
+@pytest.mark.parametrize("zone", ["UTC0", "XYZ-5:30", "ABC3"])
+@pytest.mark.parametrize(
+    ("keys", "is_local"),
+    [
+        ({}, True),
+        ({"rtc.use_localtime": "true"}, True),
+        ({"rtc.use_localtime": "false"}, False),
+        ({"rtc.use_localtime": "no"}, False),
+    ],
+)
+def test_the_clock_chip_gets_what_bhyve_gives_a_new_guest(
+    monkeypatch: pytest.MonkeyPatch, zone: str, keys: dict[str, str], is_local: bool
+) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    now = 1_800_000_000
+    wanted = calendar.timegm(time.localtime(now)) if is_local else now
+    assert rtc_seconds(keys, now) == wanted
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_the_clock_chip_is_set(guest: Arriving, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(
+        "bhystream.standin.kernel.StandinVm.set_rtc", lambda self, seconds: given.append(seconds)
+    )
+    one = hold(guest)
+    one.load(kern(guest), ())
+    one.release()
+    one.set_clock()
+    assert abs(given[0] - rtc_seconds({}, int(time.time()))) < 60
+
+
+# Its socket.
+
+
+def test_nobody_listens_where_there_is_no_socket(guest: Arriving) -> None:
+    assert not listens(guest.there.host, "g")
+    assert listener(guest.there.host, "g") is None
 
 
 def test_one_whose_queue_is_full_listens_and_cannot_be_told_apart(
-    two: Two, monkeypatch: pytest.MonkeyPatch
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guest = two.start()
-    two.here.settings(fail=["hang"])
-    held: list[socket.socket] = []
+    other = guest.there.start("h")
+    guest.there.settings(fail=["hang"])
+    opened: list[socket.socket] = []
     with pytest.raises(BlockingIOError):
-        while len(held) < 64:
-            held.append(socket.socket(socket.AF_UNIX))
-            held[-1].setblocking(False)
-            held[-1].connect(str(two.here.directory / "run" / "g"))
-    assert listens(two.here.host, "g")
+        while len(opened) < 64:
+            opened.append(socket.socket(socket.AF_UNIX))
+            opened[-1].setblocking(False)
+            opened[-1].connect(str(guest.there.directory / "run" / "h"))
+    assert listens(guest.there.host, "h")
     monkeypatch.setattr(restore, "_PROBE_S", 0.1)
     with pytest.raises(GuestError, match="busy, or hangs"):
-        listener(two.here.host, "g")
-    for one in held:
+        listener(guest.there.host, "h")
+    for one in opened:
         one.close()
-    guest.kill()
+    other.kill()

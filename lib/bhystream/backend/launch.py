@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
+import time
 from collections.abc import Collection, Mapping, Sequence
 
 from bhystream.errors import from_oserror
 
 _LOG_LINES = 4
+_POLL_S = 0.0005
 
 
 class Child:
@@ -26,11 +29,13 @@ class Child:
         log_path: str,
         environment: Mapping[str, str] | None = None,
         pass_fds: Collection[int] = (),
+        stdin: int = subprocess.DEVNULL,
     ) -> None:
         """Start it.  argv: program first.  log_path: created, 0600.
 
         environment: what is set beside our own.  pass_fds: what it inherits;
-        ours stay open.  Raises a BhyError if the program cannot be run.
+        ours stay open.  stdin: a descriptor, the caller's, or DEVNULL.  Raises a
+        BhyError if the program cannot be run.
         """
         self.log_path = log_path
         try:
@@ -40,7 +45,7 @@ class Child:
         try:
             self._child = subprocess.Popen(
                 argv,
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=log,
                 stderr=log,
                 close_fds=True,
@@ -65,6 +70,28 @@ class Child:
     def has_ended(self) -> bool:
         """Say whether it is gone; reaps it."""
         return self._child.poll() is not None
+
+    @property
+    def status(self) -> int | None:
+        """Return its exit status, or minus the signal that ended it; None while it lives."""
+        return self._child.poll()
+
+    def stop(self, limit_s: float) -> bool:
+        """Stop it (SIGSTOP); return when none of its threads runs.  False if it ended, or hangs.
+
+        Its parent is told when the last thread stands.  Source: waitid(2).
+        """
+        end = time.monotonic() + limit_s
+        self._child.send_signal(signal.SIGSTOP)
+        while self._child.poll() is None and time.monotonic() < end:
+            if os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG) is not None:
+                return True
+            time.sleep(_POLL_S)
+        return False
+
+    def go_on(self) -> None:
+        """Undo stop()."""
+        self._child.send_signal(signal.SIGCONT)
 
     def ends_within(self, limit_s: float) -> bool:
         """Wait for its end for so long; say whether it is gone."""

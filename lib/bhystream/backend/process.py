@@ -9,6 +9,7 @@ Linux is here, FreeBSD in process_freebsd.py, both behind the same functions.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -205,6 +206,33 @@ def end_process(who: Identity, polite_s: float = 5.0) -> bool:
         return False
     finally:
         ending.close()
+
+
+def kill_process(who: Identity, limit_s: float = 10.0) -> bool:
+    """End exactly this process at once (SIGKILL), also a stopped one.  True if it is gone.
+
+    Raises GuestError where it cannot be watched.
+    """
+    ending = open_ending(who)
+    if ending is None:
+        return True
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            ending.kill(signal.SIGKILL)
+        return _wait_end(ending.fileno(), limit_s)
+    except PermissionError:
+        return False
+    finally:
+        ending.close()
+
+
+def is_stopped(who: Identity) -> bool:
+    """Say whether this very process stands stopped (SIGSTOP).
+
+    Source: proc_pid_stat(5) and FreeBSD's ps(1): state T.
+    """
+    found = _stat(who.pid)
+    return found is not None and found[0] == "T" and is_alive(who)
 
 
 def parent_command(pid: int) -> str:

@@ -1,10 +1,11 @@
-"""A guest that does not run: snapshot files as base.Source, and as base.Sink.
+"""A guest that does not run: snapshot files as base.Snapshot, and as base.Sink.
 
     FILE FILE.kern FILE.meta --SnapshotSource--> stream --FilesSink--> the same three files
 
 Byte for byte: a file that bhyve made here is the file that bhyve reads there,
-and holes stay holes.  Nothing here needs a bhyve, a vmm(4) or root, so a
-snapshot can be packed and unpacked on any host.
+and holes stay holes.  FILE.fpu goes with them, where the stream was one of a
+running guest: bhyve's own files do not have the FPU.  Nothing here needs a
+bhyve, a vmm(4) or root, so a snapshot can be packed and unpacked on any host.
 
 The files that arrive are made in a hidden directory beside their place, and get
 their names when they are complete and on the disk, FILE.meta last; by link(2),
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bhystream import durable, hole
-from bhystream.backend.base import PAGE_BYTES, Destination, Head, Json, Segment, State
+from bhystream.backend.base import PAGE_BYTES, Head, Json, Segment, State
 from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.snapshot import Files, Meta, layout_of, memory_spans
 from bhystream.errors import (
@@ -36,6 +37,7 @@ from bhystream.errors import (
     from_oserror,
 )
 from bhystream.format import GUEST_NAME
+from bhystream.target import FileTarget
 
 _HYPERVISORS = ("bhyve", "standin")
 _MIB = 1 << 20
@@ -47,9 +49,6 @@ _NO_HOLES = (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP)
 
 class SnapshotSource:
     """Snapshot files that are to be sent.  They are read, and nothing else."""
-
-    # The memory is there without a pause.
-    is_live = True
 
     def __init__(self, path: Path, config: Json | None, host_section: Json) -> None:
         """Open the snapshot and look at all that can be seen without reading the memory.
@@ -93,7 +92,7 @@ class SnapshotSource:
     def _look(self) -> list[tuple[int, ...]]:
         """Return what changes when somebody writes one of the files, or replaces it."""
         stamps: list[tuple[int, ...]] = []
-        for path in (self.files.memory, self.files.kern, self.files.meta):
+        for path in (self.files.memory, self.files.kern, self.files.meta, self.files.fpu):
             with contextlib.suppress(OSError):  # opening it says why
                 found = path.stat()
                 stamps.append((found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
@@ -125,9 +124,6 @@ class SnapshotSource:
             return ["no configuration goes with it: whoever starts it has to know its own (-C)"]
         return []
 
-    def prepare(self, id_: str) -> None:
-        """Do nothing."""
-
     def memory(self) -> Sequence[memoryview]:
         """Return the mapped memory, read-only, by segment."""
         if self._mapping is None:
@@ -148,41 +144,17 @@ class SnapshotSource:
     def changed(self) -> None:
         """Return None: nothing changes, and nobody asks a second time."""
 
-    def load_seconds(self) -> float:
-        """Return 0: a kept stream has no GO."""
-        return 0.0
-
-    def fixed_ns(self) -> int:
-        """Return 0: there is no pause."""
-        return 0
-
-    def pause(self) -> None:
-        """Do nothing."""
-
     def states(self) -> Sequence[State]:
-        """Read FILE.kern and FILE.meta.
+        """Read FILE.kern and FILE.meta, and FILE.fpu if there is one.
 
         Called after the memory was sent: raises GuestError if one of the files
         is no longer what it was when they were opened.
         """
         _, states = snapshot.read_states(self.files, self._meta.memory_bytes)
+        states += snapshot.read_fpu(self.files)
         if self._look() != self._stamps:
             raise GuestError(f"{self.files.memory}: the snapshot was written to while it was sent")
         return states
-
-    def require_paused(self) -> None:
-        """Do nothing."""
-
-    def resume(self) -> None:
-        """Do nothing."""
-
-    def keep(self) -> str:
-        """Do nothing: it is on disk."""
-        return ""
-
-    def revive(self) -> Json:
-        """Return nothing: there is no guest to bring back."""
-        return {}
 
     def close(self) -> None:
         """Give up the mapping and the descriptor.
@@ -219,6 +191,7 @@ class FilesSink:
         self._made: Files | None = None
         self._fd = -1
         self._placed: list[Path] = []
+        self._has_fpu = False
         self._is_loaded = False
         self._is_done = False
 
@@ -242,7 +215,7 @@ class FilesSink:
         files = self._files
         if not files.directory.is_dir() or not os.access(files.directory, os.W_OK | os.X_OK):
             return [f"-S: {files.directory} is not a directory that can be written to"]
-        paths = (files.memory, files.kern, files.meta)
+        paths = (files.memory, files.kern, files.meta, files.fpu)
         reasons = [f"-S: {path} exists" for path in paths if os.path.lexists(path)]
         found = os.statvfs(files.directory)
         free = found.f_bavail * found.f_frsize
@@ -250,8 +223,8 @@ class FilesSink:
             reasons.append(f"-S: {size} bytes do not fit {files.directory}: {free} are free")
         return reasons
 
-    def open(self) -> Sequence[Destination]:
-        """Make the memory file, one hole, in a hidden directory."""
+    def open(self, plan: bytes) -> Sequence[FileTarget]:
+        """Make the memory file, one hole, in a hidden directory.  plan: not needed."""
         if not self._memory_bytes:
             raise InternalError("FilesSink: check() was not called, or refused the guest")
         files = self._files
@@ -263,10 +236,10 @@ class FilesSink:
             os.ftruncate(self._fd, self._memory_bytes)
         except OSError as error:
             raise from_oserror(error, f"make {files.memory}") from None
-        return [Destination(self._fd, offset) for _, offset, _ in memory_spans(self._memory_bytes)]
+        return [FileTarget(self._fd, offset) for _, offset, _ in memory_spans(self._memory_bytes)]
 
     def load(self, states: Sequence[State]) -> None:
-        """Write the other two files, and see all three on the disk.
+        """Write the other files, and see all of them on the disk.
 
         Here and not in start(), which has to be quick.  Raises FormatError for
         states that are no snapshot of this guest.
@@ -277,12 +250,16 @@ class FilesSink:
         differences = _differences(self._config, meta)
         if differences:
             raise FormatError(f"state meta is not of this guest: {differences[0]}")
+        fpu = snapshot.fpu_states(states)
         try:
             for path, data in ((self._made.kern, kern), (self._made.meta, text)):
                 _write(path, data)
+            if fpu:
+                _write(self._made.fpu, snapshot.pack_fpu(fpu))
             os.fsync(self._fd)
         except OSError as error:
             raise from_oserror(error, f"write {self._files.memory}") from None
+        self._has_fpu = bool(fpu)
         self._is_loaded = True
 
     def start(self) -> None:
@@ -291,6 +268,8 @@ class FilesSink:
         if made is None or not self._is_loaded:
             raise InternalError("FilesSink: load() was not called")
         try:
+            if self._has_fpu:
+                self._place(made.fpu, files.fpu)
             self._place(made.kern, files.kern)
             self._place(made.memory, files.memory)
             durable.sync(files.directory)
@@ -312,7 +291,7 @@ class FilesSink:
             raise IncompatibleError(f"{path} exists now: it is not overwritten") from None
         self._placed.append(path)
 
-    def revive(self) -> Json:
+    def record(self) -> Json:
         """Return nothing: there is no guest to find again."""
         return {}
 

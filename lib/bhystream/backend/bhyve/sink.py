@@ -1,15 +1,20 @@
 """BhyveSink: a bhyve guest being rebuilt, as base.Sink.
 
-    check   the verdict; touches nothing, creates nothing
-    open    the staging directory, FILE in it with its final size, all holes
-    load    FILE.kern and FILE.meta: the snapshot is complete, and checked
-    start   `bhyve -r FILE`, until its socket answers; then the files go
+            early (a plan)                        late (none)                  left loaded (-u)
+    check   the verdict; touches nothing
+    open    FILE a hole, FILE.meta the plan;      FILE a hole                  FILE a hole, on disk
+            bhyve -r held, its memory ours
+    pages   into the VM's memory                  into FILE                    into FILE
+    load    FILE.kern; the FPU                    the other files; bhyve -r    the other files
+                                                  held; FILE.kern; the FPU
+    start   the last page: bhyve restores and runs
 
-The load of a bhyve is its start, so READY says that the files are complete;
-reading them takes its time after GO.  Until bhyve's socket appears the vCPUs
-never ran, and a failure undoes everything.
+So READY says of both: the guest's memory is in its VM, its devices are there,
+and only the release is left.  How a bhyve is held: restore.py.  Until its
+socket appears the vCPUs never ran, and a failure undoes everything.
 
-Unverified on FreeBSD, all of it.
+Early, because the pause then has no part that grows with the memory.  Late
+where the disks may have to come first (bhysend -p), or nobody waits (-k).
 """
 
 from __future__ import annotations
@@ -17,20 +22,32 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bhystream.backend.base import Destination, Head, Json, State
+from bhystream.backend.base import Head, Json, State, Target
 from bhystream.backend.bhyve import backing, identity, snapshot, verdict, vmbhyve
 from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.compare import differences
+from bhystream.backend.bhyve.config import devices as devices_of
 from bhystream.backend.bhyve.host import VMM_DIR, Host
-from bhystream.backend.bhyve.paused import BhyvePaused
-from bhystream.backend.bhyve.place import Place, staging_root
+from bhystream.backend.bhyve.loaded import HELD, held, keep_files
+from bhystream.backend.bhyve.place import (
+    Leftover,
+    Place,
+    find_leftover,
+    kept_of,
+    last_directory,
+    note_directory,
+    staging_of,
+    staging_root,
+)
 from bhystream.backend.bhyve.resources import Wishes
 from bhystream.backend.bhyve.restore import Restore
+from bhystream.backend.bhyve.snapshot import Meta
 from bhystream.backend.bhyve.validate import validate
 from bhystream.errors import (
     BhyError,
@@ -39,12 +56,14 @@ from bhystream.errors import (
     InternalError,
     from_oserror,
 )
+from bhystream.target import FileTarget, MappedTarget
 
 
 class BhyveSink:
     """A guest being built.
 
-    may_have_run: False as long as its vCPUs provably never ran.
+    may_have_run: False as long as its vCPUs provably never ran.  notices: what
+    the operator has to know of a start that succeeded, a line each.
     """
 
     def __init__(
@@ -57,12 +76,18 @@ class BhyveSink:
         id_: str,
         *,
         force: bool,
+        is_kept: bool = False,
+        unstarted: bool = False,
     ) -> None:
         """Prepare; touches nothing.
 
         name: of the guest here.  resources: the -o words.  dropped: the -x
-        keys.  base: the state directory.  id_: of the stream.  Raises UsageError.
+        keys.  base: the state directory.  id_: of the stream.  is_kept: the
+        stream is, so it has no plan.  unstarted: leave_paused() is to come, not
+        start().  Raises UsageError.
         """
+        self.may_have_run = False
+        self.notices: list[str] = []
         self._host = host
         self._name = name
         self._wishes = Wishes.parse(resources, dropped)
@@ -70,10 +95,15 @@ class BhyveSink:
         self._base = base
         self._id = id_
         self._force = force
+        self._is_kept = is_kept
+        self._unstarted = unstarted
         self._place: Place | None = None
+        self._section: Mapping[str, Any] = {}
+        self._plan: Meta | None = None
+        self._restore: Restore | None = None
         self._fd = -1
+        self._is_open = False
         self._released = False
-        self.may_have_run = False
 
     # ---- the verdict
 
@@ -103,28 +133,42 @@ class BhyveSink:
         keys, reasons, differences = self._lend(config)
         hard += reasons
         soft += differences
-        if host.exists(self._name):
+        if host.exists(self._name) and not any(one.has_vm(host) for one in self._leftovers()):
             hard.append(f"name: a VM {self._name} is here already; name another, or destroy it")
-        root = staging_root(host, "destination", self._base, os.environ)
-        found = os.statvfs(root)
-        soft += verdict.room_reasons(size, found.f_bavail * found.f_frsize, "staging", str(root))
-        in_memory = host.is_memory(root)
-        needed = verdict.needed_memory_bytes(size, is_staged_in_memory=in_memory)
-        soft += verdict.memory_reasons(host.free_memory_bytes(), needed)
-        self._place = Place(
+        self._section = config
+        self._place = self._placed(keys, size)
+        return hard, soft + self._room(is_late=self._is_kept)
+
+    def _placed(self, keys: dict[str, str], size: int) -> Place:
+        host, kept = self._host, kept_of(self._base, self._id, self._name)
+        root = staging_root(host, self._base, os.environ)
+        staging = kept if self._unstarted else staging_of(root, self._id, self._name)
+        return Place(
             kind=host.kind,
             vmm_dir=host.environment().get(VMM_DIR, ""),
             name=self._name,
-            process=None,
-            staging=str(root / f"bhyrecv-{self._id[:16]}"),
-            # Not "held": source and destination may be one host.
-            kept=str(self._base / "loaded" / self._id),
+            staging=str(staging),
+            kept=str(kept),
             keys=keys,
             memory_bytes=size,
-            bridges={},
             manager=str(self._manager.directory) if self._manager else "",
         )
-        return hard, soft
+
+    def _room(self, *, is_late: bool) -> list[str]:
+        """Return why there is no room for the guest, one line each.
+
+        is_late: its memory goes through a file.
+        """
+        place, out, in_memory = self._known(), [], False
+        if is_late or self._unstarted:
+            root = self._base if self._unstarted else Path(place.staging).parent
+            found = os.statvfs(root)
+            free = found.f_bavail * found.f_frsize
+            what = "state" if self._unstarted else "staging"
+            out = verdict.room_reasons(place.memory_bytes, free, what, str(root))
+            in_memory = self._host.is_memory(root)
+        needed = verdict.needed_memory_bytes(place.memory_bytes, is_staged_in_memory=in_memory)
+        return out + verdict.memory_reasons(self._host.free_memory_bytes(), needed)
 
     def _lend(self, section: dict[str, Any]) -> tuple[dict[str, str], list[str], list[str]]:
         """Return the whole configuration here, the reasons against it, and the differences.
@@ -158,75 +202,141 @@ class BhyveSink:
             raise InternalError("BhyveSink: check() was not called, or refused the guest")
         return self._place
 
+    # ---- what others left
+
+    @property
+    def _lock(self) -> Path:
+        """Return the file of the guest's lock, which names the directory made last under it."""
+        return self._base / "lock" / f"to-{self._name}"
+
+    def _leftovers(self) -> list[Leftover]:
+        """Return what bhyrecvs left of this guest that were killed before anybody knew of it."""
+        root = staging_root(self._host, self._base, os.environ)
+        directories = {
+            kept_of(self._base, self._id, self._name),
+            staging_of(root, self._id, self._name),
+        }
+        if last := last_directory(self._lock):
+            directories.add(last)
+        found = [find_leftover(self._base, one, self._name) for one in directories]
+        return [one for one in found if one]
+
+    def _remove_leftovers(self, place: Place) -> None:
+        for one in self._leftovers():
+            one.remove(self._host)
+        started = place.started()
+        if started is not None and started.is_alive():
+            raise IncompatibleError(
+                f"guest {place.name}: a bhyve starts, or runs, from this stream"
+            )
+        place.remove()
+        place.forget_started()
+
     # ---- open
 
-    def open(self) -> Sequence[Destination]:
-        """Make the memory file, one hole of the guest's size."""
+    def open(self, plan: bytes) -> Sequence[Target]:
+        """Make the files, and with a plan the guest's bhyve, held."""
         place = self._known()
+        if plan and not self._unstarted:
+            self._plan = self._planned(plan)
+        elif not self._is_kept and not self._force and (why := self._room(is_late=True)):
+            raise IncompatibleError(f"guest {place.name}: {why[0]}")
         directory = os.path.dirname(place.kept)
         try:
             os.makedirs(directory, 0o700, exist_ok=True)
         except OSError as error:
             raise from_oserror(error, f"make {directory}") from None
-        self._remove_leftover(place)
-        place.forget_started()
-        lock = self._base / "lock" / f"to-{self._name}"
-        place.sweep(self._host, lock, self._base / "destination")
+        self._remove_leftovers(place)
+        note_directory(self._lock, place.staging)
+        self._is_open = True
         place.make_staging()
-        path = place.staged.memory
+        self._make_memory_file(place)
+        if self._plan is None:
+            spans = snapshot.memory_spans(place.memory_bytes)
+            return [FileTarget(self._fd, offset) for _, offset, _ in spans]
+        self._close()
+        self._write(place.files.meta, plan)
+        self._restore = held(self._host, place, place.files, self._plan.kern_bytes)
+        return [MappedTarget(view) for view in self._restore.memory]
+
+    def _planned(self, plan: bytes) -> Meta:
+        """Return what a plan says, if it is this guest's.  Raises FormatError."""
+        try:
+            meta = snapshot.parse(plan)
+        except FormatError as error:
+            raise FormatError(f"rehearsal: {error}") from None
+        self._require_ours(meta, "rehearsal")
+        # 14's bhyve may leave it out: it has nothing of its own to save.
+        named, configured = (
+            Counter(name for name in names if not name.startswith("hostbridge@"))
+            for names in (meta.devices, devices_of(self._section))
+        )
+        for name in sorted((configured - named) | (named - configured)):
+            why = "is missing" if name in configured else "is no device of the configuration"
+            raise FormatError(f"rehearsal: {ascii(name)[:80]} {why}")
+        return meta
+
+    def _require_ours(self, meta: Meta, what: str) -> None:
+        place = self._known()
+        if meta.memory_bytes != place.memory_bytes:
+            raise FormatError(f"{what}: memsize is {meta.memory_bytes}, not memory.size")
+        if meta.ncpus != int(place.keys["cpus"]):
+            raise FormatError(f"{what}: ncpus is {meta.ncpus}, not cpus")
+
+    def _make_memory_file(self, place: Place) -> None:
+        path = place.files.memory
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             os.ftruncate(self._fd, place.memory_bytes)
         except OSError as error:
             raise from_oserror(error, f"make {path}") from None
-        return [
-            Destination(self._fd, offset)
-            for _, offset, _ in snapshot.memory_spans(place.memory_bytes)
-        ]
 
-    def _remove_leftover(self, place: Place) -> None:
-        """Remove what a bhyrecv of this stream left that was killed: there is one at a time."""
-        if not os.path.isdir(place.staging):
-            return
-        if place.is_started():
-            # Nothing of it is ours to remove, in abort() either.
-            self._released = True
-            raise IncompatibleError(
-                f"guest {place.name}: a bhyve starts, or runs, from this stream"
-            )
-        place.remove(self._host)
+    def _write(self, path: Path, data: bytes) -> None:
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            raise from_oserror(error, f"write {path}") from None
 
     # ---- load and start
 
     def load(self, states: Sequence[State]) -> None:
-        """Write the state; the snapshot is complete then."""
+        """Complete the guest: its bhyve is held then, with all but the last page."""
         place = self._known()
         meta, text, kern = snapshot.join(states)
-        if meta.memory_bytes != place.memory_bytes:
-            raise FormatError(f"state meta: memsize is {meta.memory_bytes}, not memory.size")
-        if meta.ncpus != int(place.keys["cpus"]):
-            raise FormatError(f"state meta: ncpus is {meta.ncpus}, not cpus")
-        try:
-            for path, data in ((place.staged.kern, kern), (place.staged.meta, text)):
-                path.write_bytes(data)
-        except OSError as error:
-            raise from_oserror(error, f"write {place.staging}") from None
+        self._require_ours(meta, "state meta")
         self._close()
+        if self._unstarted:
+            keep_files(place, states)
+            return
+        if self._plan is not None:
+            snapshot.require_same(self._plan, meta)
+        else:
+            self._write(place.files.meta, text)
+            self._restore = held(self._host, place, place.files, len(kern))
+        self._started().load(kern, snapshot.fpu_states(states))
+
+    def _started(self) -> Restore:
+        if self._restore is None:
+            raise InternalError("BhyveSink: there is no bhyve to be let go")
+        return self._restore
 
     def start(self) -> None:
         """Let bhyve restore the guest and run it; it is nobody's then."""
-        place = self._known()
-        if self._host.exists(place.name):
-            raise IncompatibleError(f"guest {place.name}: a VM of that name came here meanwhile")
-        restore = Restore(self._host, place, place.staged)
+        place, restore = self._known(), self._started()
         try:
-            restore.run()
+            restore.release()
         except BaseException:
             self.may_have_run = restore.may_have_run
             raise
         self.may_have_run = True
         self._released = True
-        place.remove(self._host)
+        try:
+            restore.set_clock()
+        except BhyError as error:
+            self.notices.append(f"its clock chip is not set: {error}")
+        restore.close()
+        place.remove()
+        place.forget_started()  # the record names it
         if self._manager:
             # It runs, whatever becomes of a note for vm-bhyve, which does not
             # start it as long as its VM is there.
@@ -234,14 +344,14 @@ class BhyveSink:
                 self._manager.locks.runs_here(config_file(place.keys, {}))
 
     def leave_paused(self) -> None:
-        """Keep the guest as files on disk; revive() finds them again."""
-        paused = BhyvePaused(self._known())
-        paused.keep()
+        """Let go of the guest, which lies in files on disk; its record finds it again."""
         self._released = True
+        if self._manager:
+            self._manager.locks.held(HELD)
 
-    def revive(self) -> Json:
-        """Return what open_paused() needs."""
-        return self._known().to_json()
+    def record(self) -> Json:
+        """Return what open_loaded() needs."""
+        return self._known().to_json(self._restore.started if self._restore else None)
 
     def _close(self) -> None:
         if self._fd >= 0:
@@ -249,7 +359,12 @@ class BhyveSink:
             self._fd = -1
 
     def abort(self) -> None:
-        """Undo open(): the files go."""
+        """Undo open(): bhyve ends, its VM and the files go."""
         self._close()
-        if self._place is not None and not self._released:
-            self._place.remove(self._host)
+        if self._released or self.may_have_run:
+            return
+        if self._restore is not None:
+            self._restore.undo()
+        if self._is_open and self._place is not None:
+            self._place.remove()
+            self._place.forget_started()

@@ -1,0 +1,130 @@
+"""What holds a `bhyve -r` in its read: the last page of FILE, which is not there.
+
+bhyve takes FILE's size when it opens it, and later reads FILE into the VM's
+memory with `while (rem > 0)`, where a read of 0 bytes counts as progress to
+come.  So a FILE that lost its last page in between keeps it there, for as long
+as one likes, before it has restored anything; and the page lets it go.
+
+    arm       a mark at the end of FILE's last page but one, another in its last;
+              zeros in FILE.kern, as many as there will be bytes
+    cut       FILE to all but its last page, FILE.kern to nothing
+    is_read   the first mark shows in the VM's memory: all before it is there too
+    settle    the true bytes in place of the marks, in FILE and in the memory
+    fill      FILE.kern's true bytes, at the place of those that bhyve has mapped
+    give      the last page, from the VM's memory
+
+A bhyve that was faster than cut() has read the second mark, and is not held:
+settle() sees that.  It finds zeros in FILE.kern, from which no vCPU can run
+(neither a VMCB without EFER.SVME nor a VMCS without CR4.VMXE is entered), or
+SIGBUS.  Source: usr.sbin/bhyve/snapshot.c, load_vmmem_file(),
+load_kdata_file(), vm_snapshot_mem_part(); run on FreeBSD 15.1, emulated AMD,
+FILE on tmpfs.
+
+FILE may be the guest's only copy.  So its two pages are in FILE.tail before they
+are marked, and arm() puts them back first, whatever became of an earlier attempt.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from bhystream import durable
+from bhystream.backend.base import PAGE_BYTES
+from bhystream.backend.bhyve.snapshot import Files, memory_spans
+
+_MARK_BYTES = 16
+_TAIL_BYTES = 2 * PAGE_BYTES
+
+
+class LastPage:
+    """The files of one guest that is to be held.  All methods raise OSError.
+
+    The memory: one writable view for each of memory_spans().
+    """
+
+    def __init__(self, files: Files, memory_bytes: int) -> None:
+        """Touches nothing.  memory_bytes: of the guest, and of FILE; more than one page."""
+        self._files = files
+        self._memory_bytes = memory_bytes
+        self._at = memory_bytes - _TAIL_BYTES
+        self._tail = b""
+        self._marks = (b"", b"")
+
+    @property
+    def _saved(self) -> Path:
+        return Path(f"{self._files.memory}.tail")
+
+    def arm(self, kern_bytes: int) -> None:
+        """Mark FILE, and make FILE.kern of so many zeros."""
+        with open(self._files.memory, "r+b", buffering=0) as file:
+            if self._saved.exists():
+                self._tail = self._saved.read_bytes()
+                file.truncate(self._memory_bytes)
+                _write(file.fileno(), self._tail, self._at)
+            else:
+                self._tail = os.pread(file.fileno(), _TAIL_BYTES, self._at)
+                self._save()
+            self._marks = (os.urandom(_MARK_BYTES), os.urandom(_MARK_BYTES))
+            _write(file.fileno(), b"".join(self._marks), self._at + PAGE_BYTES - _MARK_BYTES)
+        kern = os.open(self._files.kern, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.truncate(kern, kern_bytes)
+        finally:
+            os.close(kern)
+
+    def _save(self) -> None:
+        new = self._saved.with_suffix(".new")
+        new.write_bytes(self._tail)
+        durable.sync(new)
+        new.rename(self._saved)
+        durable.sync(self._saved.parent)
+
+    def cut(self) -> None:
+        """Cut the files.  Where a read is under way, it is waited for."""
+        os.truncate(self._files.memory, self._memory_bytes - PAGE_BYTES)
+        os.truncate(self._files.kern, 0)
+
+    def is_read(self, memory: Sequence[memoryview]) -> bool:
+        """Say whether all but the last page has been read into the memory."""
+        page = self._page(memory, 0)
+        return bytes(page[PAGE_BYTES - _MARK_BYTES :]) == self._marks[0]
+
+    def settle(self, memory: Sequence[memoryview]) -> bool:
+        """Put the true bytes in; bhyve stands.  False where it has read the last page too."""
+        last_but_one, last = self._page(memory, 0), self._page(memory, 1)
+        if bytes(last[:_MARK_BYTES]) == self._marks[1]:
+            return False
+        last_but_one[:] = self._tail[:PAGE_BYTES]
+        last[:] = self._tail[PAGE_BYTES:]
+        with open(self._files.memory, "r+b", buffering=0) as file:
+            _write(file.fileno(), self._tail[:PAGE_BYTES], self._at)
+        return True
+
+    def fill(self, kern: bytes) -> None:
+        """Write FILE.kern where bhyve has it mapped: the same file, of the size that it had."""
+        with open(self._files.kern, "r+b", buffering=0) as file:
+            _write(file.fileno(), kern, 0)
+
+    def give(self, memory: Sequence[memoryview]) -> None:
+        """Write the last page as the memory has it."""
+        page = bytes(self._page(memory, 1))
+        with open(self._files.memory, "r+b", buffering=0) as file:
+            _write(file.fileno(), page, self._at + PAGE_BYTES)
+
+    def _page(self, memory: Sequence[memoryview], which: int) -> memoryview:
+        """Return the last page (1) or the last but one (0) of the memory."""
+        at = self._at + which * PAGE_BYTES
+        spans = memory_spans(self._memory_bytes)
+        index = max(i for i, (_, offset, _) in enumerate(spans) if offset <= at)
+        start = at - spans[index][1]
+        return memory[index][start : start + PAGE_BYTES]
+
+
+def _write(fd: int, data: bytes, offset_bytes: int) -> None:
+    """Write all of it."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset_bytes)
+        view, offset_bytes = view[done:], offset_bytes + done

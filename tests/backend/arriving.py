@@ -1,0 +1,215 @@
+"""A guest of one stand-in's host that arrives at another, without anything of the source.
+
+    with arriving() as guest:                    # it runs, was rehearsed, and stands suspended
+        sink = guest.sink()
+        guest.build(sink)                        # what the engine does up to READY: early
+        sink.start()
+        guest.await_unbroken()
+
+The guest's memory, its plan and its state come from the stand-in's own files,
+and pages go through base.Target in extents as a stream has them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from bhystream import state
+from bhystream.backend.base import PAGE_BYTES, Head, State, Target
+from bhystream.backend.bhyve import config, identity, snapshot
+from bhystream.backend.bhyve.sink import BhyveSink
+from bhystream.standin.node import data_extents
+from standin.rig import Console, Rig, Spec, assert_unbroken, await_true
+
+ID = "0123456789abcdef" * 2
+UUID = "11111111-2222-3333-4444-555555555555"
+DATA, ZERO = 0, 1
+
+
+class Arriving:
+    """One guest on its way.
+
+    head, plan, states: of the stream.  early, image: its memory at the
+    rehearsal, and at the end.  resources: the -o words, by word; None leaves
+    one out.
+    """
+
+    def __init__(self, directory: Path, here: Rig, there: Rig, spec: Spec) -> None:
+        self.directory, self.here, self.there, self.spec = directory, here, there, spec
+        self.base = directory / "state"
+        self.staging_root = directory / "staging"
+        self.staging_root.mkdir(0o700)
+        os.environ["BHYSEND_STATE_DIR"] = str(self.base)
+        os.environ["BHYRECV_STAGING"] = str(self.staging_root)
+        os.environ["BHYSEND_VMM_DIR"] = str(there.directory)
+        state.directory()
+        self.guest = here.start("g", spec)
+        here.checkpoint("g", filename="early")
+        self.early = here.directory / "s" / "early"
+        self.plan = self.early.with_name("early.meta").read_bytes()
+        self.guest.console.await_sweeps(1)
+        self.image = here.suspend("g").path
+        self.guest.await_exit()
+        kern = self.image.with_name("g.kern").read_bytes()
+        self.states = snapshot.cut(self.image.with_name("g.meta").read_bytes(), kern)
+        section = config.split(config.parse(self._text())).section
+        size = int(section["keys"]["memory.size"])
+        self.head = Head(
+            identity.describe(here.host),
+            snapshot.layout_of(size),
+            section,
+            config.devices(section),
+        )
+        self.resources = self._resources()
+
+    def _text(self) -> str:
+        """Return the configuration as an operator has it."""
+        lines = (self.here.directory / "g.config").read_text().splitlines()
+        kept = [line for line in lines if "standin." not in line]
+        return "\n".join([*kept, f"uuid={UUID}", "name=g", ""])
+
+    def _resources(self) -> dict[str, str | None]:
+        found: dict[str, str | None] = {"com1": str(self.there.directory / "g.console")}
+        if self.spec.has_rom:
+            found["bootrom"] = str(self.there.rom)
+        text = self._text()
+        for index, _ in enumerate(re.findall(r"^pci\..*\.path=", text, re.M)):
+            disk = self.there.directory / f"g-{index}.img"
+            disk.touch()
+            found[f"disk{index}"] = str(disk)
+        for index, _ in enumerate(re.findall(r"^pci\..*\.backend=", text, re.M)):
+            self.there.host.make_tap(f"tap{index}", "bridge0")
+            found[f"net{index}"] = f"tap{index}"
+        return found
+
+    # The sink.
+
+    def sink(self, name: str = "g", *, id_: str = ID, **options: bool) -> BhyveSink:
+        """Make a sink; options: of BhyveSink."""
+        given = {word: value for word, value in self.resources.items() if value is not None}
+        options = {"force": False, **options}
+        return BhyveSink(self.there.host, name, given, [], self.base, id_, **options)
+
+    def open(self, sink: BhyveSink, *, late: bool = False) -> Sequence[Target]:
+        """Check and open it."""
+        assert sink.check(self.head) == []
+        return sink.open(b"" if late else self.plan)
+
+    def build(
+        self, sink: BhyveSink, *, late: bool = False, states: Sequence[State] | None = None
+    ) -> None:
+        """Do what the engine does up to READY: two rounds, the second with what has changed."""
+        targets = self.open(sink, late=late)
+        self.place(targets, self.early)
+        self.place(targets, self.image, self.early)
+        sink.load(self.states if states is None else states)
+
+    def place(self, targets: Sequence[Target], image: Path, before: Path | None = None) -> None:
+        """Place the pages of an image, or those that differ from an earlier one."""
+        base = 0
+        for segment, target in zip(self.head.layout, targets, strict=True):
+            for first, end in self._touched(image, before, base, segment.npages):
+                listed, pages = bytearray(), bytearray()
+                for page in range(first, end):
+                    data, old = read_page(image, page), before and read_page(before, page)
+                    if data == old:
+                        continue
+                    is_zero = not any(data)
+                    listed += struct.pack("<QII", page, 1, ZERO if is_zero else DATA)
+                    pages += b"" if is_zero else data
+                target.place(base, segment.npages, memoryview(listed), memoryview(pages))
+            base += segment.npages
+
+    @staticmethod
+    def _touched(
+        image: Path, before: Path | None, base: int, npages: int
+    ) -> Iterator[tuple[int, int]]:
+        for path in (image, *([before] if before else [])):
+            with path.open("rb") as file:
+                start, end = base * PAGE_BYTES, (base + npages) * PAGE_BYTES
+                for at, stop in data_extents(file.fileno(), start, end):
+                    yield at // PAGE_BYTES, -(-stop // PAGE_BYTES)
+
+    # Where it is.
+
+    @property
+    def console(self) -> Console:
+        """The console at the destination."""
+        return Console(self.there.directory / "g.console")
+
+    def await_unbroken(self, sweeps: int = 1) -> None:
+        """Wait until it has checked every page of its memory at the destination."""
+        self.console.await_sweeps(sweeps)
+        assert_unbroken(self.guest.console, self.console)
+
+    def memory(self, name: str = "g") -> Path:
+        """Return the node of its VM: its offset is the guest physical address."""
+        return self.there.directory / "vmm" / name
+
+    def started(self) -> list[Path]:
+        """Return the files that name a bhyve."""
+        return sorted((self.base / "loaded").glob("*.started"))
+
+    def left(self) -> list[str]:
+        """Return what is left at the destination: files, logs, VMs, processes."""
+        found = [*self.staging_root.iterdir(), *(self.base / "log").iterdir()]
+        if (self.base / "loaded").exists():
+            found += (self.base / "loaded").iterdir()
+        found += (self.there.directory / "vmm").iterdir()
+        return [*map(str, found), *map(str, self.processes())]
+
+    def processes(self) -> list[int]:
+        """Return the bhyves of the destination, found by their command lines."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes()
+            except OSError:
+                continue
+            is_there = str(self.staging_root) in words.decode(errors="replace")
+            if is_there or str(self.base) in words.decode(errors="replace"):
+                found.append(int(path.parent.name))
+        return [pid for pid in found if pid != os.getpid()]
+
+
+def read_page(image: Path, page: int) -> bytes:
+    """Return a page of a memory image."""
+    with image.open("rb") as file:
+        return os.pread(file.fileno(), PAGE_BYTES, page * PAGE_BYTES)
+
+
+def flip(states: Sequence[State], name: str, **changes: Any) -> list[State]:
+    """Return the states, one of them with other data."""
+    return [State(one.name, changes["data"]) if one.name == name else one for one in states]
+
+
+@contextmanager
+def arriving(spec: Spec | None = None, **settings: Any) -> Iterator[Arriving]:
+    """Make two hosts and a guest on its way; end what runs on them."""
+    before = dict(os.environ)
+    with ExitStack() as stack:
+        directory = Path(tempfile.mkdtemp(prefix="arr", dir="/dev/shm"))
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        here, there = (stack.enter_context(Rig(**settings)) for _ in range(2))
+        try:
+            made = Arriving(directory, here, there, spec or Spec())
+            stack.callback(end, made)
+            yield made
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def end(made: Arriving) -> None:
+    """Kill what a test has left held."""
+    for pid in made.processes():
+        os.kill(pid, 9)
+    await_true(lambda: not made.processes(), "the end of every bhyve")
