@@ -128,6 +128,7 @@ class Rules:
     takes_back: who resumes in bhysend's place takes back a request for a pause.
     is_held: the hypervisor that is started early cannot run the guest by itself.
     swept: what is left of a dead bhyrecv is removed where the record is one of these.
+    meddling: somebody else may let a paused guest run (random schedules).
     refuse: no move begins while there is a record of this guest (random schedules).
     copied: what the last pages lead to, which is another thing in each form.
     used: collects the rows that are used and the ends that are reached.
@@ -147,6 +148,7 @@ class Rules:
     takes_back: bool = True
     is_held: bool = True
     swept: frozenset[str | None] = frozenset((None, handshake.READY, handshake.DEAD))
+    meddling: bool = True
     refuse: bool = True
     copied: Event = Event.COPIED
     used: set[object] = field(default_factory=set, compare=False)

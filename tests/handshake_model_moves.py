@@ -350,10 +350,12 @@ class Move:
         if self.copy.state == ASKED:
             self.copy.state = STANDS
             return True
-        if self.copy.state != STANDS or not self.shared.fault():
+        # Rare, or it would be the end of most moves.
+        if self.copy.state != STANDS or self.shared.rng.random() > 0.1 or not self.shared.fault():
             return False
         machine = self.sender.machine
         in_time = machine.at in (At.PAUSED, At.OFFERED) if machine else self.record == PAUSED
+        in_time = in_time and self.rules.meddling
         self.copy.state = RUNS if in_time and self.shared.rng.random() < 0.5 else LOST
         return True
 

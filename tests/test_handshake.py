@@ -523,7 +523,10 @@ def test_ten_thousand_random_schedules() -> None:
         pytest.param(Rules(is_held=False), id="early start"),
         pytest.param(Rules(swept=frozenset()), id="leftovers"),
         pytest.param(Rules(swept=SWEPT_RECORDS | {handshake.STARTED}), id="swept"),
-        pytest.param(Rules(refuse=False), id="a move over an old record"),
+        # The question before GO finds most of what an old record does.
+        pytest.param(
+            Rules(refuse=False, asks=False, meddling=False), id="a move over an old record"
+        ),
     ],
 )
 def test_random_schedules_find_the_planted_faults(rules: Rules) -> None:
