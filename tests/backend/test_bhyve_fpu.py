@@ -21,6 +21,7 @@ import pytest
 from bhystream.backend.base import State
 from bhystream.backend.bhyve import fpu, stub
 from bhystream.backend.bhyve import registers as reg
+from bhystream.backend.bhyve.host import SegmentDescriptor
 from bhystream.backend.bhyve.lent import NotPutBackError
 from bhystream.errors import GuestError
 from bhystream.standin import cpu as cpu_file
@@ -227,6 +228,7 @@ def test_a_shadow_that_a_hlt_left_is_no_shadow(tmp_path: Path) -> None:
     map_rip(machine, machine.cpus[0], b"\xf4")
     saved = fpu.save(machine.vm, machine.low, 1)
     assert not saved.reasons
+    assert machine.cpus[0][reg.INTR_SHADOW] == 0
 
 
 @pytest.mark.parametrize("before", [b"\xfb", b"\x90"])
@@ -333,6 +335,22 @@ def test_a_register_that_cannot_be_set_at_first_is_set_again(held: Machine) -> N
     assert len(saved.states) == 2 and "cannot set CR3" in saved.reasons[0]
 
 
+def test_an_nmi_is_not_read_out_of_the_guests_own_memory(held: Machine) -> None:
+    """Where it has to be put back twice, the stub's count is gone at the second time."""
+
+    class FailsToTell(Failing):
+        def descriptor(self, vcpu: int, number: int) -> SegmentDescriptor:
+            if number == reg.IDTR and self.calls < 2:
+                self.calls += 1
+                if self.calls == 2:
+                    raise GuestError("cannot tell")
+            return super().descriptor(vcpu, number)
+
+    held.vm = FailsToTell(held.directory, "g", is_writable=True)
+    assert held.low[stub.BASE_GPA + stub.NMIS]
+    assert len(held.save().states) == 3
+
+
 def test_registers_that_cannot_be_put_back_are_an_error(held: Machine) -> None:
     held.vm = FailsToSet(held.directory, "g", is_writable=True)
     held.vm.fails = [("set CR3", 99)]
@@ -376,9 +394,9 @@ def test_no_signal_interrupts_it(held: Machine) -> None:
         raise Killed
 
     class Interrupting(StandinVm):
-        def run(self, vcpu: int) -> int:
+        def set_register(self, vcpu: int, number: int, value: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
-            return super().run(vcpu)
+            super().set_register(vcpu, number, value)
 
     held.vm = Interrupting(held.directory, "g", is_writable=True)
     before = held.seen()
