@@ -37,7 +37,7 @@ COPY_PAGES = struct(c_size_t, c_int, ioctl.Segment, ioctl.Segment, PAGE * 10)
 TOPOLOGY = ioctl.VmCpuTopology
 BOTH = IOC_IN | IOC_OUT
 
-TABLE = {
+TABLE: dict[str, tuple[int, str, int, type[ctypes.Structure] | None, int]] = {
     "VM_RUN": (IOC_IN, "v", 1, ioctl.VmRun, 0x80207601),
     "VM_SET_REGISTER": (IOC_IN, "v", 20, ioctl.VmRegister, 0x80107614),
     "VM_GET_REGISTER": (BOTH, "v", 21, ioctl.VmRegister, 0xC0107615),

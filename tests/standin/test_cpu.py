@@ -48,7 +48,7 @@ class Place:
         self.low = self.memory.segments()[0][1]
         self.guest = Guest(self.memory, [], Gate(), NCPUS)
         self.told: list[str] = []
-        self.guest._tell = self.told.append  # type: ignore[method-assign]
+        self.guest._tell = self.told.append  # type: ignore[assignment, method-assign]
         self.vm = StandinVm(directory, "g", is_writable=True)
 
     def boot(self) -> None:
