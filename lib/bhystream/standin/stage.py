@@ -59,7 +59,7 @@ class PlayedHost:
     def variables(self) -> dict[str, str]:
         """Return the variables that name this host."""
         own = str(self.directory)
-        return {VMM_DIR: own, "BHYSEND_STATE_DIR": f"{own}/var", "BHYRECV_STAGING": own}
+        return {VMM_DIR: own, "BHYSEND_STATE_DIR": f"{own}/var"}
 
     def resources(self) -> dict[str, str]:
         """Return what this host lends a guest, by the short words of `bhyrecv -o`."""
