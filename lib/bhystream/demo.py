@@ -52,7 +52,7 @@ _NEEDED_BYTES = (2 * _MEMORY_MIB + 128) << 20
 _LINK = "1Gbit"  # of -B: as on a network
 
 # The way back as a shell's loop, which ends with the shell where READY comes.
-_CUT = 'while read -r l; do case $l in *" READY "*) kill -9 $$;; *) echo "$l";; esac; done'
+_CUT = 'while read -r l; do case $l in *" READY "*) kill -9 $$; exit;; *) echo "$l"; esac; done'
 
 _WAIT_S = 60.0
 _LOOK_S = 0.002
@@ -146,10 +146,10 @@ class Demo:
         here = self._stage.here
         receiver, lent = self._receiver()
         receive = shlex.join(["env", *receiver, *program("bhyrecv"), *lent, _NAME])
+        path = self._stage.directory / "cut"
+        path.write_text(f"{receive} | {_CUT}\n")
         beats = len(here.lines())
-        status, said, _ = self._send(
-            ["-C", str(config), _NAME], ["sh", "-c", f"{receive} | {_CUT}"]
-        )
+        status, said, _ = self._send(["-C", str(config), _NAME], ["sh", str(path)])
         if status != GuestError.status or f"guest {_NAME}: it runs here" not in said:
             raise GuestError(f"bhysend ended with {status}: the guest was to run on")
         count = len(sweeps(here))

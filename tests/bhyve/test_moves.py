@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 # The way back as a shell's loop, which ends with the shell where a word comes.
-_CUT = 'while read -r l; do case $l in *" {word}"*) kill -9 $$;; *) echo "$l";; esac; done'
+_CUT = 'while read -r l; do case $l in *" {word}"*) kill -9 $$; exit;; *) echo "$l"; esac; done'
 
 
 @pytest.fixture
