@@ -42,6 +42,8 @@ recorded one.  Easily overlooked:
   on, or from END on.  It outlives its bhyrecv, but only a bhyrecv can let it run;
   the next bhyrecv, or -q, removes it.  One that was TOLD to run may begin at any
   time, also after its bhyrecv has died, and is nobody's to remove.
+- E is any other host: where a replay on E is over, the next one is on another.
+  What it does that nobody can see is done at once.
 - The operator asks (`bhyrecv -q`) at any time while there is a record here, also
   on the wrong host, and about an older stream of this guest, which FAILED.  He
   hands an answer to `-A` at any later time, or twice.  By himself he resumes

@@ -256,8 +256,10 @@ def third_steps(world: World, rules: Rules) -> Iterator[Step]:
 def put(world: World, before: Receiver, after: Receiver) -> World:
     """Change a bhyrecv, the live one or the replay."""
     if before is world.replay:
-        # Once it is gone with its copy, there may be another.
-        return world._replace(replay=unseen(after) if after.at or after.copy != NONE else None)
+        if after.at or after.copy != NONE:
+            return world._replace(replay=unseen(after))
+        # It is gone with its copy: there may be another, and E is another host then.
+        return world._replace(replay=None, disk_e=None)
     if after.at is None:  # what was on its way to it is lost
         return world._replace(receiver=after, forward=(), forward_ends=True, back_ends=True)
     return world._replace(receiver=after)
