@@ -72,6 +72,9 @@ class StandinVm:
         """Return the vCPUs that wait in bhyve."""
         return frozenset(node.read_map(self._directory, self._name).waiting)
 
+    def set_rtc(self, seconds: int) -> None:
+        """Do nothing yet."""
+
     def registers(self, vcpu: int, numbers: Sequence[int]) -> list[int]:
         """Refuse: there are none yet."""
         raise GuestError(f"vCPU {vcpu} has no registers")
