@@ -336,6 +336,7 @@ def test_a_guest_of_vm_bhyves_moves_away_and_is_not_started_again(vm: Two) -> No
     assert vm.lock("run") == "moved-by-bhysend"  # this host's name is the destination's too
     assert vm.lock("suspending") is None
     assert "run 2" not in vm_log(vm)
+    assert "suspended" in vm_log(vm)  # told before the kill: on_fault does not matter
     vm.assert_moved()
 
 
@@ -379,6 +380,7 @@ def test_a_supervisor_that_would_start_it_again_is_refused_at_first(vm: Two) -> 
     ended = vm.move("-f")
     assert ended.status == 0, ended.stderr
     assert "run 2" not in vm_log(vm)
+    assert "suspended" in vm_log(vm)  # told before the kill: on_fault does not matter
     vm.assert_moved()
 
 

@@ -27,8 +27,8 @@ pytestmark = [
     ),
 ]
 
-# The way back, as a shell's loop that ends where a word comes.
-_CUT = 'while read -r l; do case $l in *" {word}"*) exit;; esac; echo "$l"; done'
+# The way back as a shell's loop, which ends with the shell where a word comes.
+_CUT = 'while read -r l; do case $l in *" {word}"*) kill -9 $$; exit;; *) echo "$l"; esac; done'
 
 
 @pytest.fixture

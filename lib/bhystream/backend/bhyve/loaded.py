@@ -175,8 +175,11 @@ class BhyveLoaded:
     def _require_startable(self) -> None:
         """End what an earlier start left; refuse a guest that may have run by it."""
         started = self.place.started()
-        has_ended = started is not None and not started.is_alive()
-        if has_ended and started.may_have_run(self._host.run_dir, self.place.name):
+        if (
+            started is not None
+            and not started.is_alive()
+            and started.may_have_run(self._host.run_dir, self.place.name)
+        ):
             raise self._has_run(f"{self._who}: its bhyve -r has ended")
         self._end(started)
         if not self._is_complete():
