@@ -1,4 +1,4 @@
-"""A bhyve guest through what may happen to its keepers, its files and its host.
+"""A bhyve guest through what may happen to its move, its keepers, its host and its supervisor.
 
 Each test asks the same three things of a fault: is the guest still there, is
 there one of it, and do the words say so?
@@ -6,437 +6,394 @@ there one of it, and do the words say so?
 
 from __future__ import annotations
 
-import errno
 import os
-import shlex
-import shutil
+import re
+import signal
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from bhystream import format as fmt
-from bhystream import handshake, hold, keeper
+from bhystream import handshake, hold
 from bhystream.backend import process
-from bhystream.backend.bhyve import paused, snapshot
-from bhystream.backend.bhyve.paused import BhyvePaused
-from bhystream.backend.bhyve.place import Place
-from bhystream.errors import BhyError, GoneError, GuestError, PipeError
-from bhystream.handshake import Event
-from bhystream.keeper import Patience
-from bhystream.report import Console
-from bhystream.standing import Standing
+from bhystream.backend.bhyve import held as held_module
+from bhystream.backend.bhyve.held import BhyveHeld
+from bhystream.errors import GoneError
 from bhystream.state import Record, Records
-from standin.rig import Console as Port
-from standin.rig import assert_unbroken, await_true
+from cli.pipeline import Ended, Pipeline, report, until
+from cli.travel import fifo, is_gone, processes_with
+from standin.rig import Spec, assert_unbroken, await_true
 
-from .bhyve_rig import ID, UUID, Two, small_tmpfs, two_hosts, without_sink
+from .bhyve_rig import ID, Two, require_sink, small_tmpfs, two_hosts
 
 
 @pytest.fixture
 def two() -> Iterator[Two]:
+    require_sink()
     with two_hosts() as made:
         yield made
 
 
-def suspended(two: Two) -> tuple[Place, BhyvePaused]:
-    """Suspend the guest, with a bhysend that is gone and a keeper that has hold of it."""
-    source = two.source()
-    source.prepare(ID)
-    held = two.paused(Place.from_json(source.revive()))
-    held.hold()
-    source.pause()
-    source.close()
-    return held.place, held
+@pytest.fixture(params=[4, 5], ids=["G4", "G5"])
+def both(request: pytest.FixtureRequest) -> Iterator[Two]:
+    require_sink()
+    with two_hosts(generation=request.param) as made:
+        yield made
 
 
-def recorded(two: Two, place: Place, phase: str) -> Records:
-    records = Records(two.base, "source")
-    records.write(Record(ID, place.name, place.name, "lock", phase, dict(place.to_json())))
-    return records
+def records(two: Two) -> list[str]:
+    return [path.stem for path in (two.base / "source").glob("*.json")]
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper, "_RESUME_SECONDS", -1.0)
-    monkeypatch.setattr(keeper, "_LONG_SECONDS", 0.01)
+def verb(two: Two, *options: str) -> Ended:
+    [ended] = two.run(two.send(*options))
+    return ended
 
 
-class Enough(Exception):
-    """The keeper has not given up."""
+# The destination.
 
 
-def tried(two: Two, held: BhyvePaused, times: int = 3) -> int:
-    """Let a keeper resume the guest, which fails; return its status, or raise Enough."""
-    records = recorded(two, held.place, handshake.PAUSED)
-    record = records.get(ID)
-    assert record is not None
-    console = Console("bhysend")
-
-    class Patient(Patience):
-        waits = 0
-
-        def wait(self, error: BhyError, *, tell: bool) -> None:
-            super().wait(error, tell=tell)
-            self.waits += 1
-            if self.waits == times:
-                raise Enough from error
-
-    patience = Patient(held, held.place.name, console)
-    return keeper._settle(Standing(records, record, held), Event.ALONE, patience, console)
+def test_a_guest_that_the_destination_cannot_start_runs_on(both: Two) -> None:
+    both.start()
+    both.there.settings(fail=["restore"])
+    ended = both.move("-f")
+    assert ended.status == 69, ended.stderr
+    assert "guest g: it runs here" in ended.stderr
+    both.assert_runs_on()
+    assert both.left() == []
+    both.there.settings(fail=[])
+    ended = both.move("-f")
+    assert ended.status == 0, ended.stderr
+    both.assert_moved()
 
 
-# The keeper's patience.
+def test_a_guest_that_may_have_run_at_the_destination_is_in_doubt(both: Two) -> None:
+    guest = both.start()
+    both.there.settings(fail=["restore-late"])
+    ended = both.move("-f")
+    assert ended.status == 81, ended.stderr
+    assert guest.process.poll() is None  # it stands
+    assert len(records(both)) == 1
+    beats = guest.console.beats()
+    assert verb(both, "--resume").status == 69
+    assert guest.console.beats() == beats
+    done = verb(both, "--resume", "--in-doubt")
+    assert done.status == 0, report(done)
+    guest.console.await_sweeps(1)
+    assert_unbroken(guest.console)
+    assert records(both) == [] and both.held() == []
 
 
-def test_a_full_disk_ends_no_guest_that_cannot_be_brought_back(two: Two, impatient: None) -> None:
-    two.start()
-    place, held = suspended(two)
-    with small_tmpfs(Path(place.kept).parent, "1m"), pytest.raises(Enough):
-        tried(two, held)
-    assert not held.outlives_us()
-    held.resume()
-    held.close()
-    two.assert_runs_on()
-
-
-def test_the_keeper_goes_where_bhyve_itself_has_written_the_memory(
-    two: Two, impatient: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_sink(monkeypatch)
-    two.start()
-    place, held = suspended(two)
-    two.here.settings(fail=["restore"])
-    assert tried(two, held) == 69
-    held.close()
-    two.here.settings(fail=[])
-    two.paused(place).resume()
-    two.assert_runs_on()
-
-
-def test_a_request_that_is_under_way_keeps_the_keeper(two: Two) -> None:
+def test_the_end_of_a_guest_in_doubt_is_the_operator_s(two: Two) -> None:
     guest = two.start()
-    source = two.source()
-    source.prepare(ID)
-    held = two.paused(Place.from_json(source.revive()))
-    held.place.staged.kern.touch()  # as bhyve does first
-    assert not held.outlives_us()
-    held.place.staged.kern.unlink()
-    assert held.outlives_us()
-    source.close()
-    assert guest.process.poll() is None
-    two.assert_runs_on()
+    two.there.settings(fail=["restore-late"])
+    assert two.move("-f").status == 81
+    beats = guest.console.beats()
+    done = verb(two, "--discard")
+    assert done.status == 0, report(done)
+    assert guest.await_exit() == -signal.SIGKILL
+    assert guest.console.beats() == beats
+    assert not two.here.host.exists("g") and two.held() == [] and records(two) == []
 
 
-# The host's crash.
+# bhyve.
 
 
-def after_a_crash(two: Two, place: Place, monkeypatch: pytest.MonkeyPatch) -> BhyvePaused:
-    """Return the guest after the host has booted anew: what was in memory is gone."""
-    shutil.rmtree(place.staging, ignore_errors=True)
-    monkeypatch.setattr(paused, "boot_id", lambda: "another")
-    monkeypatch.setattr(process, "boot_id", lambda: "another")
-    return two.paused(place)
-
-
-def test_a_snapshot_that_was_not_synced_is_none_after_a_crash(
-    two: Two, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    two.start()
-    place, held = suspended(two)
-    held._gather()
-    assert held._is_complete()
-    held.close()
-    found = after_a_crash(two, place, monkeypatch)
-    assert not found.is_alive()
-    with pytest.raises(GuestError):
-        found.resume()
-    assert two.here.pid("g") is None
-
-
-def test_a_guest_that_was_booted_anew_after_a_crash_is_not_the_recorded_one(
-    two: Two, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    two.start()
-    place, held = suspended(two)
-    held.close()
-    records = recorded(two, place, handshake.PAUSED)
-    found = after_a_crash(two, place, monkeypatch)
-    again = two.here.start("g")
-    assert not found.runs()
-    assert not found.is_alive()
-    with pytest.raises(GoneError):
-        found.resume()
-    hold.refuse_held(two.base, "g")  # it may be sent
-    assert records.all() == []
-    assert again.process.poll() is None
-    again.console.await_sweeps(1)
-
-
-def test_a_guest_that_was_kept_is_there_after_a_crash(
-    two: Two, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    two.start()
-    place, held = suspended(two)
-    held.keep()
-    held.close()
-    found = after_a_crash(two, place, monkeypatch)
-    assert found.is_alive()
-    found.resume()
-    two.assert_runs_on()
-
-
-def test_a_loaded_guest_that_was_not_synced_is_written_again(
-    two: Two, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_sink(monkeypatch)
+@pytest.mark.parametrize("form", ["command", "plain"])
+def test_a_bhyve_that_is_killed_in_the_pause_is_not_called_running(two: Two, form: str) -> None:
     guest = two.start()
-    place, held = suspended(two)
-    held.close()
-    loaded = two.paused(replace(place, process=None))
-    loaded._gather()
-    Path(place.kept, "ckp").write_bytes(b"half of it")  # as a crash of bhyrecv leaves it
-    loaded.keep()
-    two.paused(replace(place, process=None)).resume()
-    again = Port(guest.console.path)
-    again.await_sweeps(1)
-    assert_unbroken(again)
-
-
-# A guest that ends by itself.
+    two.here.settings(fail=["hold-die"])
+    if form == "command":
+        sent = two.move("-f")
+    else:
+        sent, received = two.run(two.send("-f"), two.receive())
+        assert received.status in range(64, 78), report(received)
+    assert guest.await_exit() == -signal.SIGKILL
+    assert sent.status == 69, report(sent)
+    assert "has ended" in sent.stderr
+    assert "it runs here" not in sent.stderr
+    assert two.there.pid("g") is None
+    assert two.left() == []
 
 
 def test_a_guest_that_powers_off_during_the_rounds_is_not_called_held(two: Two) -> None:
     guest = two.start()
     # What it changes takes longer than this, so the rounds go on while it runs.
     words = [*two.send("-v", "-B", "4M", "-d", "1ms", "-r", "1000"), *two.receive()]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, env=two.here.environment, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
+    sent = subprocess.Popen(words, stderr=subprocess.PIPE, env=two.here.environment, text=True)
+    assert sent.stderr is not None
+    for line in sent.stderr:
         if "bhysend: guest g: round 1:" in line:
             break
     guest.power_off()
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 69
+    said = sent.communicate(timeout=60)[1]
+    assert sent.returncode == 69
     assert "its bhyve has ended" in said
     assert "it runs here" not in said
     assert two.left() == []
 
 
-def test_a_bhyve_that_dies_in_its_suspend_is_not_called_held(two: Two) -> None:
-    two.here.settings(fail=["die"])
-    two.start()
-    ended = two.move()
-    assert ended.status == 69
-    assert "its bhyve has ended, and left nothing to go on from" in ended.stderr
-    assert "it runs here" not in ended.stderr
-    assert two.left() == []
+def test_a_device_that_cannot_be_saved_is_refused_before_memory(both: Two) -> None:
+    spec = Spec(devices=(*Spec().devices, ("0.9.0", "nvme")))
+    guest = both.start(spec)
+    ended = both.move("-f", without="0.9.0")
+    assert ended.status == 69, ended.stderr
+    assert "a device that cannot be saved is the usual reason" in ended.stderr
+    assert "guest g: it runs here" in ended.stderr
+    both.assert_runs_on()
+    assert guest.stderr().count("Failed to snapshot nvme@pci.0.9.0") == 1
 
 
-@pytest.mark.parametrize("generation", [4, 5])
-def test_a_guest_that_ends_in_a_checkpoint_is_said_to_have_ended(two: Two, generation: int) -> None:
-    two.here.settings(generation=generation)
-    guest = two.start()
-    source = two.source(keep=True)
-    source.prepare(ID)
-    guest.power_off()
-    with pytest.raises(GoneError, match="its bhyve has ended meanwhile"):
-        source.pause()
-    source.resume()
-    source.close()
-    assert two.here.pid("g") is None
-    assert list(two.staging.iterdir()) == []
-
-
-def test_a_guest_that_was_started_anew_is_not_suspended_with_the_memory_of_the_old(
-    two: Two,
-) -> None:
-    guest = two.start()
-    source = two.source()
-    source.prepare(ID)
-    before = source._checkpoint
-    assert before is not None
-    guest.power_off()
-    again = two.here.start("g")
-    with pytest.raises(GoneError, match="another guest has its name now"):
-        source._reconnect(before)
-    source.close()
-    assert again.process.poll() is None
-
-
-# What we cannot read ourselves.
-
-
-def test_a_state_that_only_bhyve_understands_is_still_restored(
-    two: Two, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    two.start()
-    _, held = suspended(two)
-
-    def refuse(*_: object) -> None:
-        raise GuestError("ckp.meta is not complete, or not bhyve's")
-
-    monkeypatch.setattr(snapshot, "read_states", refuse)
-    assert held.is_alive()
-    held.resume()
-    held.close()
+def test_a_guest_with_vcpus_that_never_started_is_refused_by_all_forms(two: Two) -> None:
+    two.start(Spec(keys={"standin.waiting": "1"}))
+    with (two.directory / "kept").open("wb") as file:
+        [kept] = two.run_into(file, two.send("-k"))
+    for ended in (two.move("-f"), kept, verb(two, "-nP")):
+        assert ended.status == 76, report(ended)
+        assert "vcpus: 1 of 2 were never started" in ended.stderr
     two.assert_runs_on()
 
 
-def test_a_state_that_cannot_be_looked_at_is_not_taken_for_none(
+def test_a_guest_that_is_gone_says_nothing_of_the_next(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two.start()
-    place, held = suspended(two)
-    real = os.stat
-
-    def fails(path: Any, *args: Any, **keys: Any) -> os.stat_result:
-        if str(path) == str(place.staged.meta):
-            raise OSError(errno.EIO, "Input/output error")
-        return real(path, *args, **keys)
-
-    with monkeypatch.context() as broken:
-        broken.setattr(os, "stat", fails)
-        with pytest.raises(PipeError):
-            held.is_alive()
-    held.resume()
-    held.close()
+    found = two.hold()
+    recorded(two, found)
+    two.guests[0].kill()
+    two.here.host.destroy("g")
+    again = two.start()
+    with pytest.raises(GoneError):
+        BhyveHeld(found.record).resume()
+    hold.refuse_held(two.base, "g")  # it may be sent
+    assert Records(two.base, "source").all() == []
+    assert again.process.poll() is None
     two.assert_runs_on()
 
 
-# A bhyrecv that is killed.
+def recorded(two: Two, found: BhyveHeld, phase: str = handshake.PAUSED) -> Records:
+    kept = Records(two.base, "source")
+    name = found.record.name
+    kept.write(Record(ID, name, name, "standin-g", phase, dict(found.record.to_json())))
+    return kept
 
 
-def kept_stream(two: Two) -> bytes:
-    """Return a stream of -k."""
-    path = two.directory / "stream"
-    with path.open("wb") as file:
-        [ended] = two.run_into(file, two.send("-k"))
-    assert ended.status == 0, ended.stderr
-    return path.read_bytes()
-
-
-def killed_in_the_stream(two: Two, stream: bytes) -> None:
-    """Give bhyrecv half a stream, and kill it."""
-    words, environment = two.receive(), two.here.environment
-    with subprocess.Popen(words, stdin=subprocess.PIPE, env=environment) as process:
-        assert process.stdin is not None
-        process.stdin.write(stream[: len(stream) // 2])
-        process.stdin.flush()
-        await_true(lambda: any(two.staging_there.glob("*/ckp")), "the memory file")
-        process.kill()
-
-
-def test_what_a_killed_bhyrecv_left_does_not_stop_the_next(two: Two) -> None:
-    two.start()
-    stream = kept_stream(two)
-    killed_in_the_stream(two, stream)
-    with (two.directory / "stream").open("rb") as file:
-        [ended] = two.run_from(file, two.receive())
-    assert ended.status == 0, ended.stderr
-    two.arrived().await_sweeps(1)
-    assert list(two.staging_there.iterdir()) == []
-
-
-def test_what_a_bhyve_still_reads_is_not_removed_by_the_next(two: Two) -> None:
-    two.start()
-    stream = kept_stream(two)
-    killed_in_the_stream(two, stream)
-    id_ = stream_id(stream)
-    [memory] = two.staging_there.glob("*/ckp")
-    lock = loaded(two, id_, memory.parent).lock_started()
-    try:
-        with (two.directory / "stream").open("rb") as file:
-            [ended] = two.run_from(file, two.receive())
-    finally:
-        os.close(lock)
-    assert ended.status == 76
-    assert "a bhyve starts, or runs, from this stream" in ended.stderr
-    assert [path.name for path in two.staging_there.iterdir()] == [f"bhyrecv-{id_[:16]}"]
-
-
-def loaded(two: Two, id_: str, staging: Path) -> Place:
-    """Return the place of a stream at the destination."""
-    return Place(
-        kind="standin",
-        vmm_dir=str(two.there.directory),
-        name="g",
-        process=None,
-        staging=str(staging),
-        kept=str(two.base_there / "loaded" / id_),
-        keys={},
-        memory_bytes=0,
-        bridges={},
-        manager="",
-    )
-
-
-def stream_id(stream: bytes) -> str:
-    return bytes(fmt.HEADER.unpack_from(stream)[5]).hex()
-
-
-def test_what_a_start_that_died_has_left_is_discarded_by_its_id(two: Two) -> None:
-    two.start()
-    two.there.settings(fail=["restore-late"])
-    assert two.move().status == 81
-    assert list(two.staging_there.iterdir()) != []
-    [record] = Records(two.base_there, "destination").all()
-    [ended] = two.run(two.receive("--discard", name=record.id))
-    assert ended.status == 0, ended.stderr
-    assert "the files of its start are removed" in ended.stderr
-    assert list(two.staging_there.iterdir()) == []
-    [asked] = two.run(two.receive("-q", name=record.id))
-    assert f"stream {record.id}: RAN" in asked.stderr
-
-
-def test_a_guest_that_runs_runs_though_its_directory_is_full(two: Two) -> None:
-    two.start()
-    store = two.there.directory / "vm" / "g"
-    store.parent.mkdir(exist_ok=True)
-    with small_tmpfs(store, "4k"):
-        (store / "g.conf").write_text(f"uuid={UUID}\n")
-        ended = two.move()
-        assert ended.status == 0, ended.stderr
-        two.arrived().await_sweeps(1)
-
-
-# A supervisor that takes the suspend for a reboot.
-
-
-@pytest.mark.parametrize("form", ["answered", "plain"])
-def test_a_guest_that_its_supervisor_starts_anew_starts_nowhere_else(two: Two, form: str) -> None:
-    two.here.settings(suspend_status=0)
-    two.start()
-    paused_, gate = two.directory / "paused", two.directory / "gate"
-    hook = f"touch {paused_}; while [ ! -e {gate} ]; do sleep 0.01; done"
-    words = two.send("-p", hook)
-    into = shlex.join(two.receive())
-    words = [*words, "sh", "-c", into] if form == "answered" else words
-    line = shlex.join(words) if form == "answered" else f"{shlex.join(words)} | {into}; false"
-    with (two.directory / "said").open("w") as said:
-        move = subprocess.Popen(["bash", "-c", line], stderr=said, env=two.here.environment)
-    await_true(paused_.exists, "the pause")
-    again = two.here.start("g")
-    gate.touch()
-    move.wait(60)
-    await_true(lambda: bool(two.held()), "what the keeper keeps")
-    await_true(lambda: not list(two.staging.iterdir()), "the end of the keeper")
-    text = (two.directory / "said").read_text()
-    assert "it was started anew here" in text or "another guest of that name runs here" in text
-    assert not two.there.host.exists("g")
-    assert again.process.poll() is None  # nobody has ended it, or resumes what it has outrun
-    again.console.await_sweeps(1)
-    [record] = Records(two.base, "source").all()
-    assert record.phase == handshake.PAUSED
-    [refused] = two.run(two.send("--resume"))
-    assert refused.status == 69
-    assert f"another guest of that name runs here, process {again.pid}" in refused.stderr
-    [ended] = two.run(two.send("--discard"))
-    assert ended.status == 0, ended.stderr
+def test_after_a_crash_of_the_host_nothing_of_it_is_left_to_do(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = two.start()
+    found = two.hold()
+    kept = recorded(two, found)
+    guest.kill()
+    two.here.host.destroy("g")
+    for module in (process, held_module):
+        monkeypatch.setattr(module, "boot_id", lambda: "another")
+    again = two.start()
+    late = BhyveHeld(found.record)
+    assert not late.is_alive() and not late.runs()
+    hold.refuse_held(two.base, "g")
+    assert kept.all() == [] and two.held() == []
     assert again.process.poll() is None
-    assert two.held() == []
-    [moved] = two.run([*two.send(), *two.receive()])
-    assert moved.status == 0, moved.stderr
+
+
+# bhysend and its keeper.
+
+
+@pytest.fixture
+def gate(both: Two) -> Iterator[Path]:
+    """A FIFO that a command at the pause reads."""
+    path = both.directory / "gate"
+    with fifo(path) as fd:
+        yield path
+        os.write(fd, b"\n")
+
+
+def paused_move(two: Two, gate: Path) -> Pipeline:
+    """Start a move and wait until it stands in the pause."""
+    marker = two.directory / "paused"
+    hook = f": > {marker}; read -r line < {gate}"
+    command = [*two.send("-f", "-p", hook), *two.receive()]
+    pipeline = Pipeline(command, env=two.here.environment)
+    until(marker.exists, "the pause")
+    return pipeline
+
+
+def keeper_of(two: Two) -> int:
+    """Return the keeper of this state directory."""
+    [pid] = [pid for pid in processes_with("bhystream.keeper") if mentions(pid, two.base)]
+    return pid
+
+
+def mentions(pid: int, base: Path) -> bool:
+    environment = Path(f"/proc/{pid}/environ").read_bytes()
+    return f"BHYSEND_STATE_DIR={base}\0".encode() in environment
+
+
+def kill(*pids: int) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        await_true(lambda pid=pid: is_gone(pid), "the end of the killed")  # type: ignore[misc]
+
+
+def test_the_keeper_lets_it_go_when_bhysend_is_killed(both: Two, gate: Path) -> None:
+    both.start()
+    with paused_move(both, gate) as pipeline:
+        kill(pipeline[0].pid)
+        both.assert_comes_back()
+    assert both.left() == []
+
+
+def test_both_killed_in_the_pause(both: Two, gate: Path) -> None:
+    """The guest stands, whoever dies, and any bhysend lets it go."""
+    guest = both.start()
+    with paused_move(both, gate) as pipeline:
+        kill(keeper_of(both), pipeline[0].pid)
+        beats = guest.console.beats()
+        listed = verb(both, "-l")
+        assert re.match(r"g\tpaused\t", listed.output.decode()), report(listed)
+        assert guest.console.beats() == beats
+        done = verb(both, "--resume")
+        assert done.status == 0, report(done)
+    both.assert_runs_on()
+    assert records(both) == []
+
+
+def test_somebody_who_lets_it_run_in_the_pause_ends_the_move(both: Two, gate: Path) -> None:
+    both.start()
+    with paused_move(both, gate) as pipeline:
+        [directory] = (both.base / "held").iterdir()
+        subprocess.run(["cat", directory / "ckp.meta"], stdout=subprocess.DEVNULL, check=True)
+        with open(gate, "w") as file:
+            file.write("\n")
+        [ended] = pipeline.wait()
+    assert ended.status == 69, report(ended)
+    assert "somebody let it run while it stood held" in ended.stderr
+    both.assert_runs_on()
+    assert both.left() == []
+
+
+def test_a_guest_that_is_held_waits_for_its_operator(both: Two) -> None:
+    guest = both.start()
+    sent, received = both.run(both.send("-f"), both.receive())
+    assert (sent.status, received.status) == (80, 0), report(sent, received)
+    beats = guest.console.beats()
+    both.arrived().await_sweeps(1)
+    assert guest.process.poll() is None and guest.console.beats() == beats
+    [again] = both.run(both.send("-f"))
+    assert again.status == 69 and "bhysend --discard" in again.stderr
+    done = verb(both, "--discard")
+    assert done.status == 0, report(done)
+    both.assert_moved()
+
+
+def test_a_kept_guest_stands_for_a_moment_and_its_copy_starts_elsewhere(
+    both: Two, tmp_path: Path
+) -> None:
+    guest = both.start()
+    with (tmp_path / "kept").open("wb") as file:
+        [ended] = both.run_into(file, both.send("-k"))
+    assert ended.status == 0, ended.stderr
+    both.assert_runs_on()
+    with (tmp_path / "kept").open("rb") as file:
+        [ended] = both.run_from(file, both.receive())
+    assert ended.status == 0, ended.stderr
+    both.arrived().await_sweeps(1)
+    assert_unbroken(guest.console)
+    copy = both.arrived().beats()
+    assert copy == list(range(copy[0], copy[0] + len(copy)))
+
+
+def test_a_full_disk_is_seen_before_the_guest_is_paused(two: Two) -> None:
+    two.start()
+    with small_tmpfs(two.base / "held", "1m"):
+        ended = two.move("-f")
+        assert ended.status == 69, ended.stderr
+        assert "state directory: " in ended.stderr
+        assert "guest g: it runs here" in ended.stderr
+    two.assert_runs_on()
+
+
+# vm-bhyve.
+
+
+@pytest.fixture
+def vm() -> Iterator[Two]:
+    require_sink()
+    with two_hosts() as made, made.supervise():
+        yield made
+
+
+def vm_log(two: Two) -> str:
+    return (two.here.directory / "vm" / "g" / "vm-bhyve.log").read_text()
+
+
+def test_a_guest_of_vm_bhyves_moves_away_and_is_not_started_again(vm: Two) -> None:
+    ended = vm.move("-f")
+    assert ended.status == 0, ended.stderr
+    assert vm.guests[0].await_exit() == 0
+    assert vm.lock("run") == "moved-by-bhysend"  # this host's name is the destination's too
+    assert vm.lock("suspending") is None
+    assert "run 2" not in vm_log(vm)
+    assert "suspended" in vm_log(vm)  # told before the kill: on_fault does not matter
+    vm.assert_moved()
+
+
+def test_a_guest_of_vm_bhyves_that_cannot_move_keeps_its_supervisor(vm: Two) -> None:
+    vm.there.settings(fail=["restore"])
+    ended = vm.move("-f")
+    assert ended.status == 69, ended.stderr
+    assert vm.guests[0].process.poll() is None  # the supervisor
+    assert vm.lock("run") == os.uname().nodename
+    assert vm.lock("suspending") is None
+    vm.assert_runs_on()
+    vm.there.settings(fail=[])
+    ended = vm.move("-f")
+    assert ended.status == 0, ended.stderr
+    vm.assert_moved()
+
+
+def test_a_guest_of_vm_bhyves_that_is_held_is_as_it_was_to_it(vm: Two) -> None:
+    sent, received = vm.run(vm.send("-f"), vm.receive())
+    assert (sent.status, received.status) == (80, 0), report(sent, received)
+    assert vm.lock("run") == os.uname().nodename
+    assert vm.lock("suspending") is None
+    assert vm.guests[0].process.poll() is None
+    assert not list((vm.here.directory / "vm" / "g").glob("*.save*"))
+    vm.arrived().await_sweeps(1)
+    done = verb(vm, "--discard")
+    assert done.status == 0, report(done)
+    assert vm.guests[0].await_exit() == 0
+    assert vm.lock("run") == "moved-by-bhysend"
+    vm.assert_moved()
+
+
+def test_a_supervisor_that_would_start_it_again_is_refused_at_first(vm: Two) -> None:
+    conf = vm.here.directory / "vm" / "g" / "g.conf"
+    conf.write_text(conf.read_text() + 'on_fault="restart"\n')
+    vm.here.settings(knows_suspending_lock=False)
+    ended = vm.move("-f")
+    assert ended.status == 76, ended.stderr
+    assert "on_fault is restart" in ended.stderr
+    vm.here.settings(knows_suspending_lock=True)
+    ended = vm.move("-f")
+    assert ended.status == 0, ended.stderr
+    assert "run 2" not in vm_log(vm)
+    assert "suspended" in vm_log(vm)  # told before the kill: on_fault does not matter
+    vm.assert_moved()
+
+
+def test_a_supervisor_that_has_changed_since_is_not_let_start_it_again(vm: Two) -> None:
+    sent, received = vm.run(vm.send("-f"), vm.receive())
+    assert (sent.status, received.status) == (80, 0), report(sent, received)
+    conf = vm.here.directory / "vm" / "g" / "g.conf"
+    conf.write_text(conf.read_text() + 'on_fault="restart"\n')
+    vm.here.settings(knows_suspending_lock=False)
+    done = verb(vm, "--discard")
+    assert done.status == 69, report(done)
+    assert "vm-bhyve would start it again (on_fault)" in done.stderr
+    assert vm.guests[0].process.poll() is None and vm.here.pid("g") is not None
+    vm.here.settings(knows_suspending_lock=True)
+    assert verb(vm, "--discard").status == 0
+    vm.assert_moved()

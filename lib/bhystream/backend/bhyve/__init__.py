@@ -9,7 +9,7 @@ The pieces, in the order in which a move meets them:
       freebsd_text.py libc.py  what programs print; mincore(2) and sysctl(3)
       freebsd_kld.py freebsd_disk.py  what vmm.ko can; disks and interfaces
     vmbhyve.py    vm-bhyve's description of a guest, and its last start
-    locks.py      vm-bhyve's locks: told before the suspend, changed after it
+    locks.py      vm-bhyve's locks: told before the kill, changed after it
     argv.py legacy.py   bhyve's command line -> bhyve_config(5) keys
     config.py     a configuration -> the CONFIG section, or a refusal
     defaults.py   what bhyve would make up from names and paths, made explicit
@@ -28,9 +28,13 @@ The pieces, in the order in which a move meets them:
     snapshot.py   FILE, FILE.kern and FILE.meta <-> the STATE sections
     command.py    configuration + resources -> what bhyve is started with
     restore.py    `bhyve -r`, until its socket answers
+    fifo.py       the FIFO that bhyve stands in
+    snapshotdir.py  the directory of a guest that is to be held
+    rehearsal.py  a checkpoint that bhyve ends by itself
     source.py     BhyveSource: base.Source
+    held.py       BhyveHeld: base.Paused of a source's guest, and its record
+      fpustate.py   its FPU, between two marks
     sink.py       BhyveSink: base.Sink
-    paused.py     BhyvePaused: base.Paused
     cold.py       snapshot files as base.Source and base.Sink
 
 Everything but freebsd*.py, ioctl.py and libc.py is the same code over the
