@@ -12,6 +12,7 @@ and pages go through base.Target in extents as a stream has them.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -92,6 +93,12 @@ class Arriving:
         for index, _ in enumerate(re.findall(r"^pci\..*\.backend=", text, re.M)):
             self.there.host.make_tap(f"tap{index}", "bridge0")
             found[f"net{index}"] = f"tap{index}"
+        return found
+
+    def bare(self) -> Arriving:
+        """Return it for another process, which starts no guest and ends none."""
+        found = copy.copy(self)
+        found.guest, found.here, found.there = None, None, Rig.at(self.there.directory)  # type: ignore[assignment]
         return found
 
     # The sink.
