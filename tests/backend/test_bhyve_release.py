@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from bhystream.backend.bhyve import restore
+from bhystream.backend.bhyve import listening, restore
 from bhystream.backend.bhyve.host import Host
-from bhystream.backend.bhyve.restore import Phase, listener, listens, rtc_seconds
+from bhystream.backend.bhyve.listening import listener, listens
+from bhystream.backend.bhyve.restore import Phase, rtc_seconds
 from bhystream.errors import GuestError
 from standin.rig import await_true
 
@@ -174,7 +175,7 @@ def test_one_whose_queue_is_full_listens_and_cannot_be_told_apart(
             opened[-1].setblocking(False)
             opened[-1].connect(str(guest.there.directory / "run" / "h"))
     assert listens(guest.there.host, "h")
-    monkeypatch.setattr(restore, "_PROBE_S", 0.1)
+    monkeypatch.setattr(listening, "_PROBE_S", 0.1)
     with pytest.raises(GuestError, match="busy, or hangs"):
         listener(guest.there.host, "h")
     for one in opened:

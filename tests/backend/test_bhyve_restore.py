@@ -19,14 +19,13 @@ import pytest
 from bhystream.backend.base import State
 from bhystream.backend.bhyve import loaded, restore
 from bhystream.backend.bhyve.config import parse
+from bhystream.backend.bhyve.listening import listener, listens
 from bhystream.backend.bhyve.loaded import held
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import (
     Phase,
     Restore,
     TooLateError,
-    listener,
-    listens,
 )
 from bhystream.backend.process import is_same, is_stopped
 from bhystream.errors import GuestError, PipeError

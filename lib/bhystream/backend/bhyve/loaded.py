@@ -26,14 +26,10 @@ from bhystream.backend.base import Json, State
 from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.host import Host
+from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.place import Place, Started
-from bhystream.backend.bhyve.restore import (
-    SLOW_BYTES_PER_SECOND,
-    Restore,
-    TooLateError,
-    listener,
-)
+from bhystream.backend.bhyve.restore import SLOW_BYTES_PER_SECOND, Restore, TooLateError
 from bhystream.backend.bhyve.snapshot import Files
 from bhystream.backend.process import is_same, is_stopped
 from bhystream.errors import BhyError, GoneError, GuestError, TakenError, from_oserror
