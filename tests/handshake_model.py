@@ -13,9 +13,11 @@ out of handshake.Machine and the tables, and is done act by act: between any two
 acts anything else may happen.  There are three kinds of steps:
 
     FREE     a program goes on.  Where there is none, all programs have ended.
-    CHANCE   the operator asks, or hands on; a guest told to run begins to.
+    CHANCE   the operator asks, or hands on; a guest told to run begins to; a
+             hypervisor is started early, or what is left of one is removed.
     FAULT    a program is killed, an act fails, a limit strikes, a channel is
-             cut, a start goes wrong, a stream is replayed, a guest dies.
+             cut, a start goes wrong, a stream is replayed, a guest dies, or is
+             let run by somebody else.
 
 Nothing bounds how many faults there are, how long anything takes, or how often
 the operator asks; one bhyrecv reads the stream itself, and one at a time a
@@ -29,8 +31,17 @@ recorded one.  Easily overlooked:
   Without an answer that it believes, a `-A` does what the keeper does.
 - What a program did just before it was killed has happened, or never will,
   when the next one acts: that is what the backends have to see to.
-- A loaded copy whose bhyrecv is dead can never run.  One that was TOLD to run
-  may begin at any time, also after its bhyrecv has died.
+- A pause is ASKED for before the guest STANDS, and comes about whether the one
+  who asked still lives or not.  Whoever resumes takes back a request, too.
+- Who kills the hypervisor of a paused guest has ended the guest: LOST is no
+  fault of ours, but even then no second copy may run.
+- Somebody else may let a paused guest run.  bhysend asks before what may start
+  the destination's copy: before END in the plain form, before GO in the answered
+  one.  Who does it later (`late`) has made two of one, and nothing can help.
+- A BUILT copy is a process that its hypervisor holds, from before the first page
+  on, or from END on.  It outlives its bhyrecv, but only a bhyrecv can let it run;
+  the next bhyrecv, or -q, removes it.  One that was TOLD to run may begin at any
+  time, also after its bhyrecv has died, and is nobody's to remove.
 - The operator asks (`bhyrecv -q`) at any time while there is a record here, also
   on the wrong host, and about an older stream of this guest, which FAILED.  He
   hands an answer to `-A` at any later time, or twice.  By himself he resumes
@@ -51,10 +62,12 @@ from typing import NamedTuple
 from bhystream import handshake
 from bhystream.handshake import Act, At, Event, There
 
-# A copy of the guest.  TOLD: it may run, now or later.  RAN: it ran, and is no more.
-NONE, LOADED, TOLD, RUNS, RAN = "none", "loaded", "told", "runs", "ran"
-# The source's guest: RUNS, or one of these.
-STANDS, OVER = "stands", "over"
+# A copy of the guest.  BUILT: held, and only a bhyrecv can let it run.  TOLD: it may
+# run, now or later.  RAN: it ran, and is no more.  SWEPT: removed, but was not BUILT.
+NONE, BUILT, TOLD, RUNS, RAN, SWEPT = "none", "built", "told", "runs", "ran", "swept"
+# The source's guest: RUNS, or one of these.  ASKED: it runs, and will stand.  OVER:
+# ended by one of ours.  LOST: its hypervisor was killed.
+ASKED, STANDS, OVER, LOST = "asked", "stands", "over", "lost"
 
 # The keeper, and whoever acts in bhysend's place.
 WAITS, ENDED, KILLED = "waits", "ended", "killed"
@@ -111,6 +124,11 @@ class Rules:
     same_host: an answer counts only if it comes from where READY came from.
     unknown_is_failed: no rule, but a mistake.
     recheck: READY -> STARTED is refused if the record is not READY any more.
+    asks: bhysend asks whether the guest still stands before it lets another run.
+    takes_back: who resumes in bhysend's place takes back a request for a pause.
+    is_held: the hypervisor that is started early cannot run the guest by itself.
+    swept: what is left of a dead bhyrecv is removed where the record is one of these.
+    meddling: somebody else may let a paused guest run (random schedules).
     refuse: no move begins while there is a record of this guest (random schedules).
     copied: what the last pages lead to, which is another thing in each form.
     used: collects the rows that are used and the ends that are reached.
@@ -126,6 +144,11 @@ class Rules:
     same_host: bool = True
     unknown_is_failed: bool = False
     recheck: bool = True
+    asks: bool = True
+    takes_back: bool = True
+    is_held: bool = True
+    swept: frozenset[str | None] = frozenset((None, handshake.READY, handshake.DEAD))
+    meddling: bool = True
     refuse: bool = True
     copied: Event = Event.COPIED
     used: set[object] = field(default_factory=set, compare=False)
@@ -166,6 +189,7 @@ class World(NamedTuple):
     third: the third stage is alive.  seen: the last final answer it has read.
     answers: what the operator was answered, of what `-A` believes.
     status: the end of bhyrecv, where the operator goes by it.
+    late: somebody let the source's guest run after bhysend had asked for the last time.
     """
 
     sender: Sender = Sender()
@@ -186,6 +210,7 @@ class World(NamedTuple):
     seen: str | None = None
     answers: frozenset[str] = frozenset()
     status: There | None = None
+    late: bool = False
 
 
 def lock_is_free(world: World) -> bool:

@@ -17,21 +17,24 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from bhystream import handshake
-from bhystream.handshake import Act, At, Event, Machine, There
+from bhystream.handshake import PAUSED, Act, At, Event, Machine, There
 from handshake_model import (
     ANSWERS,
+    ASKED,
+    BUILT,
     DESTINATION_RECORDS,
     ENDED,
     FINALS,
     FINALS_THERE,
     HEARD,
     KILLED,
-    LOADED,
+    LOST,
     NONE,
     OVER,
     RUNS,
     SOURCE_RECORDS,
     STANDS,
+    SWEPT,
     TOLD,
     WAITS,
     Rules,
@@ -103,6 +106,7 @@ class Shared:
         self.received: dict[tuple[str, int], str] = {}
         self.heard: list[Answer] = []
         self.copies = [Copy("a", RUNS, True)]
+        self.moves: list[Move] = []
 
     def fault(self) -> bool:
         return self.rng.random() < self.faults
@@ -114,8 +118,11 @@ class Reader(Party[There]):
     def __init__(self, move: Move, host: str, live: bool) -> None:
         super().__init__(move.shared.rules.destination, There.BUILDING)
         self.move, self.host, self.live = move, host, live
+        move.sweep(host)
         self.copy = Copy(host)
         move.shared.copies.append(self.copy)
+        if move.shared.rng.random() < 0.5:  # an early start
+            self.copy.state = BUILT if move.rules.is_held else TOLD
         self.nonce = move.shared.rng.getrandbits(64)
         self.outcome: Event | None = None
         self.place = 0
@@ -143,14 +150,17 @@ class Reader(Party[There]):
         return True
 
     def end(self) -> None:
-        """Be gone, with a copy that was not told to run."""
+        """Be gone, and leave a copy as it is."""
         super().end()
         self.outcome = None
-        if self.copy.state == LOADED:
-            self.copy.state = NONE
         if self.live:
             self.move.forward.clear()
             self.move.forward_ends = self.move.back_ends = True
+
+    def be_swept(self) -> None:
+        """Let another remove what is left of the copy."""
+        if self.copy.state in (BUILT, TOLD, RUNS):
+            self.copy.state = NONE if self.copy.state == BUILT else SWEPT
 
     def read(self) -> bool:
         """Read a message, or the end, or run into a limit."""
@@ -166,7 +176,8 @@ class Reader(Party[There]):
         elif not (move.forward_ends if self.live else move.sender.machine is None):
             return False
         if message == "END":
-            self.copy.state = LOADED
+            if self.copy.state == NONE:
+                self.copy.state = BUILT
             return self.on(Event.ENDED)
         good = message == self.nonce or (message is not None and not move.shared.rules.nonce)
         return self.on(Event.GO if good else Event.FAILURE)
@@ -230,6 +241,15 @@ class Move:
         self.live = Reader(self, target, True)
         self.readers = [self.live]
 
+    def sweep(self, host: str) -> None:
+        """Remove what dead bhyrecvs have left on a host, where the records let us."""
+        for move in self.shared.moves:
+            for reader in move.readers:
+                is_left = reader.host == host and reader.machine is None
+                record = self.shared.received.get((host, move.id))
+                if is_left and record in self.rules.swept:
+                    reader.be_swept()
+
     @property
     def record(self) -> str | None:
         return self.shared.sources.get(self.key)
@@ -244,14 +264,14 @@ class Move:
 
     def go_on(self) -> bool:
         """Let each of the parties do one thing; return whether there was one."""
-        parties = [self.step_sender, self.step_hand, self.step_third]
+        parties = [self.step_sender, self.step_hypervisor, self.step_hand, self.step_third]
         moved = [step() for step in (*parties, *(reader.step for reader in self.readers))]
         return True in moved
 
     def step(self) -> bool:
         """Let one of the parties do one thing; return whether there was one."""
         rng = self.shared.rng
-        party = rng.randrange(5)
+        party = rng.randrange(6)
         if party == 0:
             return self.step_sender()
         if party == 1:
@@ -260,6 +280,8 @@ class Move:
             return self.step_third()
         if party == 3:
             return rng.choice(self.readers).step()
+        if party == 4:
+            return self.step_hypervisor()
         return self.step_wires()
 
     def do(self, act: Act) -> None:
@@ -273,7 +295,7 @@ class Move:
             self.tape.append(message)
             if not self.forward_ends:
                 self.forward.append(message)
-        elif self.copy.state in (RUNS, STANDS) and act is not Act.KEEP:
+        elif self.copy.state in (RUNS, ASKED, STANDS):
             self.copy.state = {Act.PAUSE: STANDS, Act.RESUME: RUNS, Act.DISCARD: OVER}[act]
 
     def end_sender(self) -> None:
@@ -287,11 +309,19 @@ class Move:
         if self.shared.fault():
             self.end_sender()
         elif sender.todo:
+            if sender.todo[0] is Act.PAUSE and self.copy.state == ASKED:
+                return False
             act = sender.todo.popleft()
+            if act is Act.PAUSE and self.copy.state == RUNS:
+                self.copy.state = ASKED
+                sender.todo.appendleft(act)
+                return True
             epipe = act in (Act.WRITE_END, Act.WRITE_GO) and self.forward_ends
-            if not self.shared.fault() and not (epipe and self.shared.rng.random() < 0.5):
+            refused = act is Act.PAUSE and self.copy.state != STANDS
+            fault = refused or self.shared.fault()
+            if not fault and not (epipe and self.shared.rng.random() < 0.5):
                 self.do(act)
-            elif act is Act.KEEP or not sender.on(Event.UNSENT, Event.FAILURE):
+            elif not sender.on(Event.UNSENT, Event.FAILURE):
                 self.end_sender()
         elif sender.machine.at in FINALS:
             self.shared.ends[sender.machine.at] += 1
@@ -307,7 +337,27 @@ class Move:
         """Hand an answer to bhysend, which waits."""
         if answer.word == "READY":
             self.nonce = answer.nonce
+            if self.rules.asks and self.copy.state != STANDS:
+                self.sender.on(Event.FAILURE)
+                return
         self.sender.on(HEARD[answer.word], Event.FAILURE)
+
+    def step_hypervisor(self) -> bool:
+        """The source's hypervisor pauses the guest, is killed, or is asked by somebody else.
+
+        In time, that is: what is too late is the exhaustive search's.
+        """
+        if self.copy.state == ASKED:
+            self.copy.state = STANDS
+            return True
+        # Rare, or it would be the end of most moves.
+        if self.copy.state != STANDS or self.shared.rng.random() > 0.1 or not self.shared.fault():
+            return False
+        machine = self.sender.machine
+        in_time = machine.at in (At.PAUSED, At.OFFERED) if machine else self.record == PAUSED
+        in_time = in_time and self.rules.meddling
+        self.copy.state = RUNS if in_time and self.shared.rng.random() < 0.5 else LOST
+        return True
 
     def believes(self, answer: Answer) -> bool:
         ours = answer.stream == self.id or not self.rules.naming
@@ -342,7 +392,9 @@ class Move:
             self.hand.clear()
             self.keeper = KILLED
         else:
-            self.do(self.hand.popleft())
+            act = self.hand.popleft()
+            if act is not Act.RESUME or self.copy.state != ASKED or self.rules.takes_back:
+                self.do(act)
         return True
 
     def step_third(self) -> bool:

@@ -13,11 +13,17 @@ this, an answer about an earlier move would decide about this one.
 
 from __future__ import annotations
 
-import random
-from collections import Counter
-
 from bhystream import handshake
-from handshake_model import DESTINATION_RECORDS, HEARD, KILLED, OVER, RUNS, STANDS, Rules
+from handshake_model import (
+    BUILT,
+    DESTINATION_RECORDS,
+    HEARD,
+    KILLED,
+    OVER,
+    RUNS,
+    STANDS,
+    SWEPT,
+)
 from handshake_model_moves import HOSTS, Answer, Move, Shared
 
 MAX_MOVES = 5
@@ -29,10 +35,6 @@ class BrokenError(Exception):
 
 class World(Shared):
     """One guest, three hosts, and the moves so far."""
-
-    def __init__(self, rng: random.Random, rules: Rules, ends: Counter[object]) -> None:
-        super().__init__(rng, rules, ends)
-        self.moves: list[Move] = []
 
     def run(self, nsteps: int) -> None:
         """Let things happen; then let all programs end, without faults.
@@ -84,12 +86,18 @@ class World(Shared):
         runs = any(copy.host == host and copy.state == RUNS for copy in self.copies)
         if phase == handshake.STARTED and runs:
             word = "RUNNING"
+        for reader in self.moves[stream].readers:
+            is_left = reader.host == host and reader.machine is None and phase is not None
+            if is_left and self.received[host, stream] in self.rules.swept:
+                reader.be_swept()
         return Answer(word, stream, host)
 
     def check(self) -> None:
         """Look at every invariant.  Raises BrokenError."""
         if sum(copy.state == RUNS for copy in self.copies) > 1:
             raise BrokenError("I1")
+        if any(copy.state == SWEPT for copy in self.copies):
+            raise BrokenError("I8")
         for move in self.moves:
             state = move.copy.state
             if state == RUNS:
@@ -124,4 +132,7 @@ class World(Shared):
             move.do(move.hand.popleft())
             self.check()
         if answer.word != "RAN" and move.record is not None:
+            raise BrokenError("I6")
+        left = [r.copy.state for r in move.readers if r.host == move.target]
+        if answer.word == "FAILED" and BUILT in left:
             raise BrokenError("I6")

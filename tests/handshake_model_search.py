@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from bhystream import handshake
-from handshake_model import HEARD, KILLED, NONE, OVER, RAN, RUNS, STANDS, Rules, World
+from handshake_model import HEARD, KILLED, LOST, NONE, OVER, RAN, RUNS, STANDS, SWEPT, Rules, World
 from handshake_model_steps import FAULT, FREE, at_source, query, steps, take_over
 
 INVARIANTS = {
@@ -20,6 +20,7 @@ INVARIANTS = {
     "I5": "the source's guest was ended, and the destination's copy never ran",
     "I6": "asking the destination does not end the doubt",
     "I7": "a program waits for ever",
+    "I8": "a copy that was told to run is ended as if it had been left over",
 }
 
 Origin = tuple[World, str] | None
@@ -91,14 +92,17 @@ def broken(world: World, rules: Rules, quiet: bool) -> str | None:
     copies = [world.receiver.copy]
     if world.replay is not None:
         copies.append(world.replay.copy)
-    if (world.guest == RUNS) + copies.count(RUNS) > 1:
+    here = world.guest == RUNS and not world.late
+    if here + copies.count(RUNS) > 1:
         return "I1"
-    if world.guest == RUNS and (RUNS in copies or RAN in copies):
+    if here and (RUNS in copies or RAN in copies):
         return "I2"
     if world.guest == STANDS and world.record is None:
         return "I3"
     if world.guest == OVER and world.receiver.copy not in (RUNS, RAN):
         return "I5"
+    if SWEPT in copies:
+        return "I8"
     return broken_at_the_end(world, rules) if quiet else None
 
 
@@ -118,15 +122,17 @@ def broken_at_the_end(world: World, rules: Rules) -> str | None:
 def can_be_resolved(world: World, rules: Rules) -> bool:
     """Say whether `bhyrecv -q | bhysend -A` leads to one copy, or to an honest doubt."""
     world, word = query(world, rules, "D")
+    if world.late:
+        return True  # two may run: that is somebody else's to mend
     if word == "RAN":
         return world.disk_d == handshake.STARTED
     if word == "UNKNOWN":
         return False
     world = take_over(world, rules, HEARD[word])
     for act in world.hand:
-        world = at_source(world, act)
+        world = at_source(world, act)  # without a kill or a refusal between
     if world.record is not None:
         return False
     if word == "FAILED":
-        return world.guest == RUNS and world.receiver.copy == NONE
-    return world.guest == OVER and world.receiver.copy == RUNS
+        return world.guest in (RUNS, LOST) and world.receiver.copy == NONE
+    return world.guest in (OVER, LOST) and world.receiver.copy == RUNS

@@ -13,19 +13,22 @@ from bhystream import handshake
 from bhystream.handshake import Act, At, Event, Machine, There
 from handshake_model import (
     ANSWERS,
+    ASKED,
+    BUILT,
     DESTINATION_RECORDS,
     ENDED,
     FINALS,
     FINALS_THERE,
     HEARD,
     KILLED,
-    LOADED,
+    LOST,
     NONE,
     OVER,
     RAN,
     RUNS,
     SOURCE_RECORDS,
     STANDS,
+    SWEPT,
     TOLD,
     WAITS,
     WRITES,
@@ -47,6 +50,7 @@ def steps(world: World, rules: Rules) -> Iterator[Step]:
     """Yield everything that may happen next."""
     yield from sender_steps(world, rules)
     yield from hand_steps(world, rules)
+    yield from hypervisor_steps(world)
     yield from receiver_steps(world, rules, world.receiver)
     yield from operator_steps(world, rules)
     if rules.plain:
@@ -55,7 +59,7 @@ def steps(world: World, rules: Rules) -> Iterator[Step]:
     yield from third_steps(world, rules)
     if world.replay is not None:
         yield from receiver_steps(world, rules, world.replay)
-    yield from wire_steps(world)
+    yield from wire_steps(world, rules)
 
 
 def fire(
@@ -86,7 +90,7 @@ def at_source(world: World, act: Act) -> World:
         if world.forward_ends:  # a buffer takes it, and it is lost
             return world._replace(tape=tape)
         return world._replace(tape=tape, forward=(*world.forward, WRITES[act]))
-    if world.guest == OVER or act is Act.KEEP:
+    if world.guest in (OVER, LOST):
         return world
     return world._replace(guest={Act.PAUSE: STANDS, Act.RESUME: RUNS, Act.DISCARD: OVER}[act])
 
@@ -99,10 +103,18 @@ def sender_on(world: World, rules: Rules, event: Event) -> World:
 
 def sender_hears(world: World, rules: Rules, word: str) -> World:
     """Hand an answer to bhysend.  One that is not due is a failure, if that is one."""
-    for event in (HEARD[word], Event.FAILURE):
+    due = asked(world, rules, HEARD[word])
+    for event in (due, Event.FAILURE):
         if (world.sender.at, event) in rules.source:
             return sender_on(world, rules, event)
     return world
+
+
+def asked(world: World, rules: Rules, event: Event) -> Event:
+    """Ask the hypervisor before what may start a second copy: FAILURE if it holds none."""
+    if event in (Event.COPIED_PLAIN, Event.READY) and rules.asks and world.guest != STANDS:
+        return Event.FAILURE
+    return event
 
 
 def sender_fails(world: World, rules: Rules) -> World:
@@ -138,7 +150,8 @@ def sender_steps(world: World, rules: Rules) -> Iterator[Step]:
         yield FREE, f"bhysend ends: {at.name}", sender_dies(world)._replace(keeper=ENDED)
     for event in (Event.PAUSE, rules.copied):
         if (at, event) in rules.source:
-            yield FREE, f"bhysend: {event.name}", sender_on(world, rules, event)
+            due = asked(world, rules, event)
+            yield FREE, f"bhysend: {due.name}", sender_on(world, rules, due)
     # No more answers; or a limit, an interrupt, a disk that is full.
     for event in (Event.FAILURE, Event.DOUBT):
         if (at, event) in rules.source:
@@ -149,12 +162,40 @@ def sender_steps(world: World, rules: Rules) -> Iterator[Step]:
 def sender_acts(world: World, rules: Rules) -> Iterator[Step]:
     """bhysend does the next act, or cannot."""
     act, *rest = world.sender.todo
-    done = at_source(world, act)._replace(sender=world.sender._replace(todo=tuple(rest)))
-    yield FREE, f"bhysend: {act.value}", done
-    kind = FREE if act in WRITES and world.forward_ends else FAULT
-    # What cannot be kept is the keeper's to go on with: END or GO is out.
-    fails = sender_dies(world) if act is Act.KEEP else sender_fails(world, rules)
-    yield kind, f"bhysend: cannot {act.value}", fails
+    refused = is_refused(world, act)
+    if act is Act.PAUSE and world.guest == RUNS:
+        yield FREE, f"bhysend: asks to {act.value}", world._replace(guest=ASKED)
+    elif not refused and (act is not Act.PAUSE or world.guest == STANDS):
+        done = at_source(world, act)._replace(sender=world.sender._replace(todo=tuple(rest)))
+        yield FREE, f"bhysend: {act.value}", done
+    kind = FREE if refused or (act in WRITES and world.forward_ends) else FAULT
+    yield kind, f"bhysend: cannot {act.value}", sender_fails(world, rules)
+
+
+def is_refused(world: World, act: Act) -> bool:
+    """Say whether the hypervisor refuses: what runs is not ended, what is gone not paused."""
+    return (act, world.guest) in ((Act.DISCARD, RUNS), (Act.PAUSE, LOST))
+
+
+def hypervisor_steps(world: World) -> Iterator[Step]:
+    """The source's hypervisor does what it was asked, or what somebody else wants."""
+    if world.guest == ASKED:
+        yield FREE, "the guest stands", world._replace(guest=STANDS)
+    if world.guest == STANDS:
+        run = world._replace(guest=RUNS)
+        if world.late or was_asked(world):
+            # What is replayed makes it no worse.
+            run = run._replace(late=True, replay=None, tape=(), disk_e=None)
+        yield FAULT, f"somebody lets the guest run{', too late' * run.late}", run
+    if world.guest in (ASKED, STANDS):
+        yield FAULT, "the guest's hypervisor is killed", world._replace(guest=LOST)
+
+
+def was_asked(world: World) -> bool:
+    """Say whether bhysend has asked for the last time, and what it has written may be out."""
+    if world.sender.at is None:
+        return world.record in (handshake.HELD, handshake.GO, handshake.MOVED)
+    return world.sender.at in (At.HELD, At.COMMITTED, At.GONE, At.DOUBT)
 
 
 def take_over(world: World, rules: Rules, event: Event) -> World:
@@ -178,7 +219,12 @@ def hand_steps(world: World, rules: Rules) -> Iterator[Step]:
             yield FREE, "the keeper takes over", alone
     if world.hand:
         act, *rest = world.hand
-        yield FREE, f"on the record: {act.value}", at_source(world, act)._replace(hand=tuple(rest))
+        if is_refused(world, act):
+            yield FREE, f"on the record: cannot {act.value}", world._replace(hand=())
+        else:
+            is_left = act is Act.RESUME and world.guest == ASKED and not rules.takes_back
+            done = world if is_left else at_source(world, act)
+            yield FREE, f"on the record: {act.value}", done._replace(hand=tuple(rest))
         killed = world._replace(hand=(), keeper=KILLED)
         yield FAULT, "who acts on the record is killed", killed
 
@@ -211,10 +257,22 @@ def put(world: World, before: Receiver, after: Receiver) -> World:
     """Change a bhyrecv, the live one or the replay."""
     if before is world.replay:
         # Once it is gone with its copy, there may be another.
-        return world._replace(replay=after if after.at or after.copy != NONE else None)
+        return world._replace(replay=unseen(after) if after.at or after.copy != NONE else None)
     if after.at is None:  # what was on its way to it is lost
         return world._replace(receiver=after, forward=(), forward_ends=True, back_ends=True)
     return world._replace(receiver=after)
+
+
+def unseen(replay: Receiver) -> Receiver:
+    """Do at once the next acts of a replay that leave no trace: in any order it is the same."""
+    while replay.todo:
+        act = replay.todo[0]
+        is_unheard = act is Act.SAY_READY or (act in ANSWERS and replay.host == "E")
+        if not is_unheard and (act is not Act.TEAR_DOWN or replay.copy not in (NONE, BUILT)):
+            break
+        copy = NONE if act is Act.TEAR_DOWN else replay.copy
+        replay = replay._replace(todo=replay.todo[1:], copy=copy)
+    return replay
 
 
 def receiver_on(world: World, rules: Rules, receiver: Receiver, event: Event) -> World:
@@ -222,14 +280,25 @@ def receiver_on(world: World, rules: Rules, receiver: Receiver, event: Event) ->
     assert receiver.at is not None
     table = rules.destination
     at, acts = fire(rules, table, receiver.at, event)
-    copy = LOADED if event is Event.ENDED else receiver.copy
+    copy = BUILT if event is Event.ENDED and receiver.copy == NONE else receiver.copy
     return put(world, receiver, receiver._replace(at=at, todo=acts, copy=copy))
 
 
 def receiver_dies(world: World, receiver: Receiver) -> World:
-    """Let a bhyrecv be gone, and a copy that was not told to run with it."""
-    copy = NONE if receiver.copy == LOADED else receiver.copy
+    """Let a bhyrecv be gone.  Its copy stays; what a replay has BUILT is swept at once."""
+    is_swept = receiver is world.replay and receiver.copy == BUILT
+    copy = NONE if is_swept else receiver.copy
     return put(world, receiver, Receiver(receiver.host, None, (), copy))
+
+
+def sweep(world: World, rules: Rules, host: str) -> World:
+    """Remove what a dead bhyrecv has left on a host, where the record lets us."""
+    receiver = world.receiver
+    is_left = receiver.host == host and receiver.at is None
+    if not is_left or receiver.copy in (NONE, RAN) or disk(world, host) not in rules.swept:
+        return world
+    copy = NONE if receiver.copy == BUILT else SWEPT
+    return world._replace(receiver=receiver._replace(copy=copy))
 
 
 def receiver_fails(world: World, rules: Rules, receiver: Receiver, act: Act) -> World:
@@ -249,6 +318,9 @@ def receiver_steps(world: World, rules: Rules, receiver: Receiver) -> Iterator[S
     if receiver.copy == RUNS:
         yield FAULT, f"{name}: its copy dies", put(world, receiver, receiver._replace(copy=RAN))
     if receiver.at is None:
+        swept = sweep(world, rules, receiver.host) if live else world
+        if swept != world:
+            yield CHANCE, f"another bhyrecv on {receiver.host}", swept
         return
     yield FAULT, f"{name} is killed", receiver_dies(world, receiver)
     if receiver.todo:
@@ -268,6 +340,9 @@ def receiver_steps(world: World, rules: Rules, receiver: Receiver) -> Iterator[S
 def live_input(world: World, rules: Rules, name: str) -> Iterator[Step]:
     """bhyrecv reads from the way in, or the end of it, or runs into a limit."""
     receiver = world.receiver
+    if receiver.copy == NONE:
+        early = receiver._replace(copy=BUILT if rules.is_held else TOLD)
+        yield CHANCE, f"{name} starts its hypervisor early", put(world, receiver, early)
     due, event = ("GO", Event.GO) if receiver.at is There.READY else ("END", Event.ENDED)
     if world.forward and world.forward[0] == due:
         after = world._replace(forward=world.forward[1:])
@@ -296,7 +371,7 @@ def receiver_acts(world: World, rules: Rules, receiver: Receiver, name: str) -> 
     elif act is Act.START:
         for kind, copy, event in (
             (FREE, RUNS, Event.STARTED),
-            (FAULT, LOADED, Event.NEVER_RAN),
+            (FAULT, BUILT, Event.NEVER_RAN),
             (FAULT, TOLD, Event.MAY_HAVE_RAN),
         ):
             after = receiver._replace(copy=copy, todo=(*rest, event))
@@ -339,7 +414,7 @@ def record_there(world: World, host: str, phase: str) -> World:
 # ---- the wires and the operator ----------------------------------------------
 
 
-def wire_steps(world: World) -> Iterator[Step]:
+def wire_steps(world: World, rules: Rules) -> Iterator[Step]:
     """A channel is cut; what was recorded on the way is replayed.
 
     A replay is refused where there is a record, and where another bhyrecv has
@@ -349,12 +424,13 @@ def wire_steps(world: World) -> Iterator[Step]:
         yield FAULT, "the way in is cut", world._replace(forward=(), forward_ends=True)
     if world.back or not world.back_ends:
         yield FAULT, "the way back is cut", world._replace(back=(), back_ends=True)
-    if world.replay is not None or not world.tape:
+    if world.replay is not None or not world.tape or world.late:
         return
     if world.disk_e is None:
         yield FAULT, "a replay on E", world._replace(replay=Receiver("E"))
     if world.disk_d is None and world.receiver.at is None:
-        yield FAULT, "a replay on D", world._replace(replay=Receiver("D"))
+        swept = sweep(world, rules, "D")
+        yield FAULT, "a replay on D", swept._replace(replay=Receiver("D"))
 
 
 def query(world: World, rules: Rules, host: str, old: bool = False) -> tuple[World, str]:
@@ -371,7 +447,8 @@ def query(world: World, rules: Rules, host: str, old: bool = False) -> tuple[Wor
     runs = any(r is not None and r.host == host and r.copy == RUNS for r in here)
     if phase == handshake.STARTED and runs:
         word = "RUNNING"
-    return world, word
+    # Without a record it does not know what is left there.
+    return (world if phase is None or old else sweep(world, rules, host)), word
 
 
 def operator_steps(world: World, rules: Rules) -> Iterator[Step]:
@@ -379,10 +456,12 @@ def operator_steps(world: World, rules: Rules) -> Iterator[Step]:
     if not world.record:
         return
     for host, old in (("D", False), ("D", True), ("E", False)):
+        believed = (not old or not rules.naming) and (host == "D" or not rules.same_host)
+        if not believed and (old or disk(world, host) != handshake.READY):
+            continue  # that neither changes anything
         after, word = query(world, rules, host, old)
         said = "FAILED" if word == "UNKNOWN" and rules.unknown_is_failed else word
-        believed = (not old or not rules.naming) and (host == "D" or not rules.same_host)
-        if believed and said in HEARD:
+        if believed and said in HEARD and said not in world.answers:
             after = after._replace(answers=world.answers | {said})
         if after != world:
             what = "an older stream" if old else "this stream"

@@ -51,8 +51,8 @@ _OPTIONS = (
 _NEEDED_BYTES = (2 * _MEMORY_MIB + 128) << 20
 _LINK = "1Gbit"  # of -B: as on a network
 
-# The way back, as a shell's loop that ends where READY comes.
-_CUT = 'while read -r l; do case $l in *" READY "*) exit;; esac; echo "$l"; done'
+# The way back as a shell's loop, which ends with the shell where READY comes.
+_CUT = 'while read -r l; do case $l in *" READY "*) kill -9 $$; exit;; *) echo "$l"; esac; done'
 
 _WAIT_S = 60.0
 _LOOK_S = 0.002
@@ -124,7 +124,8 @@ class Demo:
         """Return what the destination's program is given: its environment, its resources."""
         there = self._stage.there
         lent = [word for pair in there.resources().items() for word in ("-o", "=".join(pair))]
-        return [f"{key}={value}" for key, value in there.variables().items()], lent
+        variables = {**there.variables(), "BHYRECV_STAGING": str(there.directory)}
+        return [f"{key}={value}" for key, value in variables.items()], lent
 
     def _send(self, send: list[str], receive: list[str]) -> tuple[int, str, int]:
         """Run bhysend; return its status, what it said, and how long the guest was silent, ns."""
@@ -145,10 +146,10 @@ class Demo:
         here = self._stage.here
         receiver, lent = self._receiver()
         receive = shlex.join(["env", *receiver, *program("bhyrecv"), *lent, _NAME])
+        path = self._stage.directory / "cut"
+        path.write_text(f"{receive} | {_CUT}\n")
         beats = len(here.lines())
-        status, said, _ = self._send(
-            ["-C", str(config), _NAME], ["sh", "-c", f"{receive} | {_CUT}"]
-        )
+        status, said, _ = self._send(["-C", str(config), _NAME], ["sh", str(path)])
         if status != GuestError.status or f"guest {_NAME}: it runs here" not in said:
             raise GuestError(f"bhysend ended with {status}: the guest was to run on")
         count = len(sweeps(here))

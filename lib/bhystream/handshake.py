@@ -29,13 +29,26 @@ stream, and comes from the host and state directory that said READY.
 
 Why somebody always has the guest: a paused guest is a process of its
 hypervisor's, which holds it whoever of ours dies.  Before GO is recorded every
-end of bhysend resumes it, its own or the keeper's; afterwards it stands paused
-and recorded, until an answer or the operator decides.
+end of bhysend resumes it, its own or the keeper's, and takes back a pause that
+is asked for and has not come about; afterwards it stands paused and recorded,
+until an answer or the operator decides.  It is ended as it stands, and never
+let run first.  Who kills its hypervisor has ended it, and nothing here mends
+that; nor does it ever make a second copy.
+
+What others may do to it: somebody else may tell the hypervisor to let the
+paused guest run.  So the hypervisor is asked at the last moment, before END in
+the plain form and before GO in the answered one, and a guest that does not
+stand any more is a FAILURE.  Who lets it run after that makes two of one.
+
+The destination's hypervisor may have been started long before END.  It holds
+the guest, and outlives its bhyrecv, but only bhyrecv lets it run (START), after
+recording STARTED.  So what a killed bhyrecv leaves never runs: the next one on
+that host removes it, and `bhyrecv -q`, but never where STARTED is recorded.
 
 tests/test_handshake.py searches everything that this composition can do, with
 kills, cuts, delays and replays, and shows that it goes wrong without the
-nonce, the tombstone (DEAD), the keeper, the stream id, the rule for FAILED, or
-the difference between UNKNOWN and FAILED.
+nonce, the tombstone (DEAD), the keeper, the stream id, the rule for FAILED,
+the difference between UNKNOWN and FAILED, the question, or the two holds.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from typing import IO
 import pytest
 
 from bhystream import state
-from bhystream.backend.bhyve.paused import BhyvePaused, open_paused
-from bhystream.backend.bhyve.place import Place
+from bhystream.backend.base import Json
+from bhystream.backend.bhyve.held import BhyveHeld, open_held
 from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.standin.kernel import StandinHost
 from cli.pipeline import BHYRECV, BHYSEND, ROOT, Ended, Words, run
@@ -90,14 +90,12 @@ class Two:
     def __init__(self, directory: Path, here: Rig, there: Rig) -> None:
         """directory: short, in memory; for states and staging."""
         self.directory, self.here, self.there = directory, here, there
-        self.staging = self._made("staging")
         self.staging_there = self._made("staging-there")
         self.base, self.base_there = self._made("s"), self._made("t")
         os.environ["BHYSEND_VMM_DIR"] = str(here.directory)
         for base in (self.base_there, self.base):
             os.environ["BHYSEND_STATE_DIR"] = str(base)
             state.directory()
-        os.environ["BHYSEND_STAGING"] = str(self.staging)
         os.environ["BHYRECV_STAGING"] = str(self.staging_there)
         self.guests: list[Guest] = []
 
@@ -147,14 +145,28 @@ class Two:
         path.write_text("\n".join([*kept, f"uuid={UUID}", ""]))
         return path
 
-    def source(self, name: str = "g", *, keep: bool = False, without: str = "#") -> BhyveSource:
+    def source(self, name: str = "g", *, without: str = "#") -> BhyveSource:
         """Open a guest of the source in this process."""
         config = str(self.config(name, without))
-        return BhyveSource(self.here.host, name, self.base, config, keep=keep, force=False)
+        return BhyveSource(self.here.host, name, self.base, config, force=False)
 
-    def paused(self, place: Place) -> BhyvePaused:
-        """Return a guest found again by its record, as the verbs do."""
-        return open_paused(place.to_json())
+    def prepared(self, name: str = "g", *, without: str = "#") -> tuple[BhyveSource, Json]:
+        """Return a guest of the source, made ready for the pause, and its record."""
+        made = self.source(name, without=without)
+        try:
+            return made, made.prepare(ID).record
+        except BaseException:
+            made.close()
+            raise
+
+    def hold(self, name: str = "g") -> BhyveHeld:
+        """Let a guest of the source stand held; it is found again from its record."""
+        made, record = self.prepared(name)
+        try:
+            made.pause()
+        finally:
+            made.close()
+        return open_held(record)
 
     # Moves.
 
@@ -220,11 +232,10 @@ class Two:
 
     def assert_runs_on(self, *, name: str = "g", sweeps: int = 1) -> None:
         """Assert that the guest runs at the source, unharmed, and nothing is left of a move."""
-        # A rollback is another process with the same console.
-        again = Console(self.console(name))
-        again.await_sweeps(sweeps)
-        assert_unbroken(again)
-        assert list(self.staging.iterdir()) == []
+        guest = next(guest for guest in reversed(self.guests) if guest.name == name)
+        guest.console.await_sweeps(sweeps)
+        assert_unbroken(guest.console)
+        assert guest.process.poll() is None
         assert self.held() == []
         assert not self.there.host.exists(name)
 
@@ -249,12 +260,11 @@ class Two:
 
     def held(self) -> list[str]:
         """Return the ids of what is kept at the source."""
-        return [path.name for path in (self.base / "held").glob("*") if path.suffix != ".started"]
+        return [path.name for path in (self.base / "held").glob("*")]
 
     def left(self) -> list[str]:
         """Return what is left of moves in staging, state and memory directories of both."""
-        found = [*self.staging.iterdir(), *self.staging_there.iterdir()]
-        found += (self.base / "source").iterdir()
+        found = [*self.staging_there.iterdir(), *(self.base / "source").iterdir()]
         for base in (self.base, self.base_there):
             for kept in ("held", "loaded"):
                 found += (base / kept).iterdir() if (base / kept).exists() else ()

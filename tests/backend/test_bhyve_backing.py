@@ -186,6 +186,8 @@ def test_a_device_whose_sectors_are_larger_than_the_guests_is_hard(host: Rig) ->
         [],
     )
     assert judged(host, section(host, "pci.0.3.0.sectorsize=8192")) == ([], [])
+    host.settings(disks={str(host.directory / "a"): {"sector_bytes": 4096}})
+    assert judged(host, found) == ([], []), "bhyve does not ask a file"
 
 
 def test_what_bhyve_cannot_open_is_hard(host: Rig) -> None:

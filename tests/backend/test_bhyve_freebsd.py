@@ -19,7 +19,7 @@ import xxhash
 from bhystream.backend.bhyve import freebsd, freebsd_disk, freebsd_kld, freebsd_text, libc
 from bhystream.backend.bhyve.freebsd import FreeBsdHost
 from bhystream.backend.bhyve.freebsd_text import Mount
-from bhystream.backend.bhyve.freebsd_vm import FreeBsdVm, cut, dirty_request, walk
+from bhystream.backend.bhyve.freebsd_vm import FreeBsdVm, cut, dirty_request, pieces, walk
 from bhystream.backend.bhyve.host import Disk, MemoryMap
 from bhystream.errors import GuestError
 
@@ -216,6 +216,33 @@ def test_a_memory_map_that_does_not_ascend_is_refused(unsound: MemoryMap) -> Non
 def test_a_memory_map_without_end_is_refused() -> None:
     with pytest.raises(GuestError, match="unsound"):
         walk(lambda gpa: entry(gpa, 4096))
+
+
+def test_a_range_is_cut_where_the_memory_map_is() -> None:
+    maps = [entry(0, 2 * GIB), entry(2 * GIB, GIB), entry(4 * GIB, GIB)]
+    assert pieces(maps, 0, 3 * GIB) == [(0, 2 * GIB), (2 * GIB, GIB)]
+    assert pieces(maps, 4 * GIB, GIB) == [(4 * GIB, GIB)]
+    assert pieces(maps, GIB, 4096) == [(GIB, 4096)]
+
+
+def test_memory_domains_are_mapped_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = tmp_path / "web1"
+    node.write_bytes(b"a" * 4096 + b"b" * 8192)
+    maps = [entry(0, 4096), entry(4096, 8192)]
+    monkeypatch.setattr(FreeBsdVm, "maps", lambda self: maps)
+    asked: list[object] = []
+
+    def map_pieces(fd: int, parts: object, *, is_writable: bool) -> mmap.mmap:
+        asked.append((parts, is_writable))
+        return mmap.mmap(-1, 1)
+
+    monkeypatch.setattr(libc, "map_pieces", map_pieces)
+    vm = FreeBsdVm("web1", str(node))
+    vm.map(0, 12288)
+    assert asked == [([(0, 4096), (4096, 8192)], False)]
+    with vm.map(4096, 8192) as mapping:
+        assert mapping[:] == b"b" * 8192
+    vm.close()
 
 
 def test_the_dirty_log_is_asked_for_both_segments() -> None:

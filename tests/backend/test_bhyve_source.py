@@ -1,8 +1,8 @@
-"""BhyveSource over a live guest: what a pause that fails leaves, and what the guest does then."""
+"""BhyveSource over a live guest: what is refused, what a pause that fails leaves."""
 
 from __future__ import annotations
 
-import errno
+import mmap
 import os
 import signal
 import subprocess
@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.bhyve import paused, source
-from bhystream.backend.bhyve.checkpoint import Checkpoint, Outcome, UnansweredError, settle
-from bhystream.backend.bhyve.place import Place
+from bhystream.backend.base import State
+from bhystream.backend.bhyve import fpu, held, rehearsal, snapshot, source
+from bhystream.backend.bhyve.checkpoint import Checkpoint, UnansweredError, settle
+from bhystream.backend.bhyve.held import open_held
+from bhystream.backend.bhyve.lent import NotPutBackError
+from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource
-from bhystream.errors import GoneError, GuestError, IncompatibleError, PipeError
-from standin.rig import Spec, assert_unbroken, await_true
+from bhystream.errors import GoneError, GuestError, IncompatibleError
+from bhystream.standin.kernel import StandinHost
+from standin.rig import Spec
 
 from .bhyve_rig import ID, Two, require_sink, sink_prefix, small_tmpfs, two_hosts, without_sink
 
@@ -40,306 +44,430 @@ def sink(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-def prepared(two: Two, *, keep: bool = False, without: str = "#") -> BhyveSource:
-    made = two.source(keep=keep, without=without)
-    made.prepare(ID)
-    return made
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_HOLD_S", 0.3)
+    monkeypatch.setattr(held, "_SERVED_S", 0.3)
+    monkeypatch.setattr(held, "_SETTLE_S", 0.3)
 
 
-def back(two: Two, made: BhyveSource) -> None:
-    """Let the guest of a failed or successful pause run on, and see that nothing is lost."""
-    made.resume()
+def refused(two: Two, made: BhyveSource, what: type[Exception], words: str) -> Exception:
+    """See that the pause fails, and that the guest runs on by itself."""
+    with pytest.raises(what, match=words) as caught:
+        made.pause()
     made.close()
     two.assert_runs_on()
+    return caught.value
+
+
+# To open it.
 
 
 def test_opening_and_closing_changes_nothing(two: Two) -> None:
-    two.start()
+    guest = two.start()
     made = two.source()
     assert made.name == "g"
     assert made.lock_name == "standin-g"
     assert [one.name for one in made.head().layout] == ["lowmem"]
-    assert sorted(made.resources()) == ["bootrom=", "com1=", "disk0=", "net0="]
+    assert made.resources()
     made.close()
     made.close()
     two.assert_runs_on()
+    assert "nvlist_recv() failed" not in guest.stderr()
 
 
-def test_a_guest_that_is_not_there_is_refused(two: Two) -> None:
+def test_a_guest_that_is_not_here_is_named(two: Two) -> None:
     two.start()
-    (two.here.directory / "h.config").write_text((two.here.directory / "g.config").read_text())
-    with pytest.raises(GuestError, match="no VM of that name"):
-        two.source("h")
+    config = str(two.config())
+    with pytest.raises(GuestError, match="guest h: no VM of that name is here"):
+        BhyveSource(two.here.host, "h", two.base, config, force=False)
 
 
-@pytest.mark.parametrize(
-    ("without", "found"), [("memory.size", "memory.size"), ("cpus=", "sockets")]
-)
-def test_a_configuration_that_is_not_the_guests_is_refused(
-    two: Two, without: str, found: str
+def test_a_configuration_of_another_guest_is_refused(two: Two) -> None:
+    two.start()
+    path = two.config()
+    path.write_text(path.read_text().replace("memory.size=64M", "memory.size=128M"))
+    with pytest.raises(IncompatibleError, match=r"memory\.size: the configuration says 134217728"):
+        BhyveSource(two.here.host, "g", two.base, str(path), force=False)
+
+
+def test_a_guest_without_a_configuration_is_refused(two: Two) -> None:
+    two.start()
+    with pytest.raises(IncompatibleError, match="its configuration is not known"):
+        BhyveSource(two.here.host, "g", two.base, None, force=False)
+
+
+def test_a_bhyve_that_does_not_answer_is_told(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_SYNC_S", 0.2)
+    two.start()
+    with two.here.connect("g"), pytest.raises(UnansweredError, match="has not answered for"):
+        two.source()
+    two.assert_runs_on()
+
+
+# vCPUs that were never started.
+
+
+def test_a_guest_with_vcpus_that_never_started_is_refused_before_anything(two: Two) -> None:
+    guest = two.start(Spec(keys={"standin.waiting": "1"}))
+    with pytest.raises(IncompatibleError, match="vcpus: 1 of 2 were never started"):
+        two.source()
+    two.assert_runs_on()  # a checkpoint of any kind would have run it
+    assert guest.process.poll() is None
+
+
+@pytest.mark.parametrize("when", ["prepare", "pause"])
+def test_a_vcpu_that_stopped_since_is_seen(
+    two: Two, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two.start()
-    with pytest.raises(IncompatibleError, match=rf"{found}: the configuration says"):
-        two.source(without=without)
-    two.assert_runs_on()
-
-
-def test_what_was_prepared_goes_with_close(two: Two, sink: str) -> None:
-    two.start()
-    made = prepared(two)
-    place = two.staging / f"bhysend-{ID[:16]}"
-    assert (place / "ckp").is_symlink() == (sink == "sink")
-    assert bool(made.warnings()[2:]) == (sink == "file")
+    made = two.source()
+    if when == "pause":
+        made.prepare(ID)
+    monkeypatch.setattr(type(made._mapped), "waiting_vcpus", lambda self: frozenset({1}))
+    asks = []
+    monkeypatch.setattr(Checkpoint, "request", lambda *words: asks.append(words))
+    with pytest.raises(IncompatibleError, match="vcpus: 1 of 2"):
+        made.pause() if when == "pause" else made.prepare(ID)
+    assert asks == []
     made.close()
     two.assert_runs_on()
 
 
-def test_a_suspended_guest_comes_back(two: Two, sink: str) -> None:
+# The rehearsal.
+
+
+def test_a_rehearsal_tells_what_the_pause_will_find(two: Two, sink: str) -> None:
     guest = two.start()
-    made = prepared(two)
-    made.pause()
-    assert guest.await_exit() == 5
-    assert made.states()[0].name == "meta"
-    back(two, made)
+    made = two.source()
+    before = made.fixed_ns()
+    prepared = made.prepare(ID)
+    meta = snapshot.parse(prepared.plan)
+    assert meta.vmname == "g" and meta.ncpus == 2 and meta.memory_bytes == 64 << 20
+    directory = Path(prepared.record["directory"])
+    assert directory == two.base / "held" / ID
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert sorted(path.name for path in directory.iterdir()) == (
+        ["ckp", "ckp.meta", "dev"] if sink == "sink" else ["ckp.meta"]
+    )
+    assert (directory / "ckp.meta").is_fifo()
+    assert made._rehearsal is not None and made._rehearsal.took_ns > 0
+    assert made.fixed_ns() != before
+    assert any("memory file: " in line for line in made.warnings()) == (sink == "file")
+    assert guest.process.poll() is None
+    made.close()
+    two.assert_runs_on()
 
 
-def test_a_guest_that_runs_on_serves_others_again(two: Two) -> None:
-    two.start()
-    made = prepared(two)
-    made.resume()
-    two.here.ask("g", cmd="of somebody else")
-    back(two, made)
-
-
-@pytest.mark.parametrize("status", [0, 5])
-def test_either_status_is_a_suspend(two: Two, status: int) -> None:
-    two.here.settings(suspend_status=status)
+def test_a_pause_finds_it_and_the_guest_stands_until_it_is_resumed(two: Two, sink: str) -> None:
     guest = two.start()
-    made = prepared(two)
-    made.pause()
-    assert guest.await_exit() == status
-    back(two, made)
+    made = two.source()
+    plan = made.prepare(ID).plan
+    paused = made.pause()
+    beats = guest.console.beats()
+    states = paused.states()
+    text, kern = states[0], b"".join(state.data for state in states[1:])
+    assert text == State("meta", plan)
+    assert [state.name for state in states[1:]] == [
+        item.state_name for item in snapshot.parse(plan).items
+    ]
+    path = Path(paused.record.directory, "ckp.kern")
+    assert path.read_bytes() == kern
+    assert made.changed() is None
+    paused.require_paused()
+    assert guest.console.beats() == beats
+    paused.resume()
+    made.close()
+    two.assert_runs_on()
+    assert "nvlist_recv() failed" not in guest.stderr()
 
 
-def test_a_device_that_cannot_be_saved_refuses_the_pause(two: Two, sink: str) -> None:
+def test_a_device_that_cannot_be_saved_is_refused_by_the_rehearsal(two: Two, sink: str) -> None:
     guest = two.start(NVME)
-    made = prepared(two, without="0.9.0")
+    made = two.source(without="0.9.0")
     with pytest.raises(GuestError) as caught:
-        made.pause()
-    assert caught.value.hint == "a device that cannot be saved is the usual reason"
-    assert guest.process.poll() is None
-    back(two, made)
-    assert guest.process.poll() is None
-    assert "nvme@pci.0.9.0: snapshot not supported" in guest.stderr()
-    # The cause is gone with the device, and so is the refusal.
-    guest.power_off()
-    two.guests.clear()
-    two.start()
-    made = prepared(two)
-    made.pause()
-    back(two, made)
+        made.prepare(ID)
+    assert caught.value.hint == rehearsal.UNSAVED
+    made.close()
+    two.assert_runs_on()
+    assert guest.stderr().count("Failed to snapshot nvme@pci.0.9.0") == 1  # not tried again
 
 
 def test_what_bhyve_says_of_a_refusal_is_handed_on() -> None:
     with two_hosts(generation=5) as two:
         two.start(NVME)
-        made = prepared(two, without="0.9.0")
-        with pytest.raises(GuestError, match=r"refused: failed to snapshot"):
-            made.pause()
-        back(two, made)
-
-
-@pytest.mark.parametrize("generation", [4, 5])
-def test_a_move_with_such_a_device_fails_and_the_next_succeeds(generation: int) -> None:
-    require_sink()
-    with two_hosts(generation=generation) as two:
-        guest = two.start(NVME)
-        ended = two.move("-f", without="0.9.0")
-        assert ended.status == 69, ended.stderr
-        assert "guest g: it runs here" in ended.stderr
+        made = two.source(without="0.9.0")
+        with pytest.raises(GuestError, match=r"refused: failed to snapshot: Operation not supp"):
+            made.prepare(ID)
+        made.close()
         two.assert_runs_on()
-        guest.power_off()
-        two.guests.clear()
-        two.start()
-        ended = two.move("-f")
-        assert ended.status == 0, ended.stderr
-        two.assert_moved()
 
 
-def test_a_device_that_bhyve_may_not_open_is_replaced_by_a_file(two: Two) -> None:
+def test_a_device_that_bhyve_may_not_open_is_replaced_by_a_file(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if require_sink():
         pytest.skip("only root can remount")
-    guest = two.start()
-    made = prepared(two)
-    null = two.staging / f"bhysend-{ID[:16]}" / "dev" / "null"
-    subprocess.run(["mount", "-o", "remount,bind,nodev", null], check=True)
-    made.pause()
-    assert guest.await_exit() == 5
-    assert "failed to open a snapshot file" in guest.stderr()
-    image = two.staging / f"bhysend-{ID[:16]}" / "ckp"
+    two.start()
+    real = StandinHost.mount_null
+
+    def mount(self: StandinHost, directory: Path) -> None:
+        real(self, directory)
+        subprocess.run(["mount", "-o", "remount,bind,nodev", directory / "null"], check=True)
+
+    monkeypatch.setattr(StandinHost, "mount_null", mount)
+    made = two.source()
+    made.prepare(ID)
+    [said] = [line for line in made.warnings() if line.startswith("memory file: ")]
+    assert "it cannot write it to the null device" in said
+    paused = made.pause()
+    image = Path(paused.record.directory, "ckp")
     assert image.is_file() and image.stat().st_size == 64 << 20
-    back(two, made)
-
-
-# No answer.
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_SUSPEND_S", 0.2)
-    monkeypatch.setattr(paused, "_SETTLE_S", 1.0)
-
-
-def test_a_request_without_an_answer_is_given_up_and_the_guest_runs_on(
-    two: Two, sink: str, impatient: None
-) -> None:
-    two.start()
-    made = prepared(two)
-    two.here.settings(fail=["hang"])
-    with pytest.raises(UnansweredError, match="has not answered for"):
-        made.pause()
-    assert (two.staging / f"bhysend-{ID[:16]}").exists()
-    back(two, made)
-
-
-def test_a_checkpoint_without_an_answer_is_given_up_and_the_guest_runs_on(
-    two: Two, impatient: None
-) -> None:
-    two.start()
-    made = prepared(two, keep=True)
-    two.here.settings(fail=["hang"])
-    with pytest.raises(UnansweredError):
-        made.pause()
-    back(two, made)
-
-
-def test_a_request_that_was_given_up_never_suspends_the_guest_later(
-    two: Two, sink: str, impatient: None
-) -> None:
-    guest = two.start()
-    # Somebody else's connection is served first, and says nothing for now.
-    with two.here.connect("g"):
-        made = prepared(two)
-        with pytest.raises(UnansweredError):
-            made.pause()
-        made.resume()
-        made.close()
-        assert list(two.staging.iterdir()) == []
-    assert settle(two.here.directory / "run", "g", "guest g", 20.0)
-    await_true(lambda: "failed to open a snapshot file" in guest.stderr(), "the late request")
-    assert guest.process.poll() is None
+    paused.resume()
+    made.close()
     two.assert_runs_on()
 
 
-def test_a_request_that_had_begun_when_it_was_given_up_is_waited_for(
-    two: Two, sink: str, monkeypatch: pytest.MonkeyPatch
+def test_a_device_that_takes_no_write_of_that_size_is_not_tried(two: Two) -> None:
+    two.here.settings(sysctl={"debug.devfs_iosize_max_clamp": "1"})
+    two.start(Spec(memory="2G"))
+    made = two.source()
+    [said] = [line for line in made.warnings() if line.startswith("memory file: ")]
+    assert "debug.devfs_iosize_max_clamp: it is 1 here" in said
+    assert made.fixed_ns() > 10**9
+    made.close()
+
+
+def test_a_rehearsal_without_an_answer_is_given_up(two: Two, impatient: None) -> None:
+    two.start()
+    made = two.source()
+    two.here.settings(fail=["hang"])
+    with pytest.raises(UnansweredError, match="has not answered for"):
+        made.prepare(ID)
+    made.close()
+    two.assert_runs_on()
+
+
+@pytest.mark.parametrize("fail", ["die", "power-off"])
+def test_a_guest_that_ends_in_the_rehearsal_is_gone(two: Two, fail: str) -> None:
+    guest = two.start()
+    made = two.source()
+    if fail == "die":
+        two.here.settings(fail=["die"])
+    else:
+        guest.power_off()
+    with pytest.raises(GoneError):
+        made.prepare(ID)
+    made.close()
+    assert two.held() == []
+    assert guest.await_exit() != 0
+
+
+@pytest.mark.parametrize("size", [100, 9000])
+def test_a_state_whose_text_does_not_hold_is_refused(
+    two: Two, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    two.start()
+    made = two.source()
+    real = snapshot.read_meta
+    monkeypatch.setattr(snapshot, "read_meta", lambda files: (real(files)[0], bytes(size)))
+    with pytest.raises(IncompatibleError, match=f"has {size} bytes, and holds a guest only"):
+        made.prepare(ID)
+    made.close()
+    two.assert_runs_on()
+
+
+# What one who was killed has left.
+
+
+def test_what_a_killed_bhysend_left_is_swept_by_the_next(two: Two) -> None:
+    two.start()
+    left, record = two.prepared()
+    left._directory = None  # as one who was killed
+    left.close()
+    assert two.held() == [ID]
+    made = two.source()
+    made.prepare("f" * 32)
+    assert two.held() == ["f" * 32]
+    made.close()
+    assert record["directory"].endswith(ID)
+    two.assert_runs_on()
+
+
+def test_what_a_record_speaks_of_is_not_swept(two: Two) -> None:
+    two.start()
+    left, _ = two.prepared()
+    left._directory = None
+    left.close()
+    (two.base / "source" / f"{ID}.json").write_text("{}")
+    made = two.source()
+    made.prepare("f" * 32)
+    assert sorted(two.held()) == [ID, "f" * 32]
+    made.close()
+    assert two.held() == [ID]
+
+
+def test_what_somebody_stands_in_is_not_swept(two: Two, impatient: None) -> None:
+    """Also where its record was removed: it could not be let go any more."""
+    two.start()
+    found = two.hold()
+    lock = two.base / "lock" / "standin-g"
+    assert lock.read_text() == found.record.directory
+    other = SnapshotDir(two.base / "held" / ("f" * 32))
+    other.sweep(two.here.host, lock, two.base / "source")
+    assert found.stands()
+    found.resume()
+    two.assert_runs_on()
+
+
+# The pause that fails.
+
+
+def test_a_state_that_has_grown_is_refused_and_said(two: Two, sink: str) -> None:
+    two.start()
+    made, _ = two.prepared()
+    two.here.settings(fail=["hold-grow"])
+    error = refused(two, made, GuestError, r"not what it was at the rehearsal: dev/\S+ has \d+")
+    assert "bytes, not" in str(error)
+
+
+def test_a_checkpoint_that_fails_while_it_seems_held_is_refused(two: Two, sink: str) -> None:
+    """The FIFO is full then, and the guest runs."""
+    two.start()
+    made, record = two.prepared()
+    two.here.settings(fail=["hold-fail"])
+    words = "saved it at the rehearsal, and now did not|refused: failed to snapshot: No space"
+    refused(two, made, GuestError, words)
+    open_held(record).resume()
+    two.assert_runs_on()
+
+
+def test_the_vcpus_tell_a_failed_checkpoint_from_a_hold(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where FILE.kern has its whole size."""
+    two.start()
+    made, _ = two.prepared()
+    monkeypatch.setattr(held.BhyveHeld, "_vcpus_stand", lambda self: False)
+    monkeypatch.setattr(held.BhyveHeld, "_is_lost", lambda self: False)
+    with pytest.raises(GuestError, match="and now did not"):
+        made.pause()
+    made.close()
+    monkeypatch.undo()
+    two.assert_runs_on()
+
+
+@pytest.mark.parametrize("fail", ["hold-die", "held-die"])
+def test_a_bhyve_that_dies_in_the_pause_is_a_guest_that_has_ended(two: Two, fail: str) -> None:
+    guest = two.start()
+    made, record = two.prepared()
+    two.here.settings(fail=[fail])
+    with pytest.raises(GoneError, match="has ended"):
+        paused = made.pause()
+        guest.await_exit()  # it may die a moment behind the pause
+        paused.require_paused()
+    made.close()
+    assert guest.await_exit() == -signal.SIGKILL
+    with pytest.raises(GoneError):
+        open_held(record).resume()
+    assert two.held() == []
+
+
+def test_a_bhyve_that_drops_the_descriptor_ends_with_our_end_of_it(two: Two) -> None:
+    """What the descriptor is for: without it bhyve has no reader but us."""
+    guest = two.start()
+    made, _ = two.prepared()
+    two.here.settings(fail=["no-anchor"])
+    with pytest.raises(GoneError):
+        paused = made.pause()
+        guest.await_exit()
+        paused.require_paused()
+    made.close()
+    assert guest.await_exit() == -signal.SIGPIPE
+
+
+def test_a_pause_without_an_answer_is_given_up_and_the_guest_runs_on(
+    two: Two, sink: str, impatient: None
+) -> None:
+    two.start()
+    made, _ = two.prepared()
+    two.here.settings(fail=["hang"])
+    refused(two, made, UnansweredError, "has not answered for")
+
+
+def test_a_request_that_was_given_up_never_holds_the_guest_later(
+    two: Two, sink: str, impatient: None
 ) -> None:
     guest = two.start()
-    made = prepared(two)
-    kern = two.staging / f"bhysend-{ID[:16]}" / "ckp.kern"
-
-    def gives_up(self: Checkpoint, limit_s: float) -> Outcome:
-        monkeypatch.undo()
-        await_true(kern.exists, "the first file")
-        raise UnansweredError("given up")
-
-    monkeypatch.setattr(Checkpoint, "await_outcome", gives_up)
-    with pytest.raises(UnansweredError, match="given up"):
-        made.pause()
-    back(two, made)
-    assert guest.await_exit() == 5  # it was suspended, and is back
+    made, _ = two.prepared()
+    with two.here.connect("g"):  # served first, and says nothing for now
+        with pytest.raises(UnansweredError):
+            made.pause()
+        made.close()
+        assert two.held() == []
+    assert settle(two.here.host.run_dir, "g", "guest g", 20.0)
+    assert "Failed to open kernel data snapshot file." in guest.stderr()
+    two.assert_runs_on()
 
 
-def test_a_second_request_without_an_answer_is_given_up_as_the_first(
-    two: Two, impatient: None, monkeypatch: pytest.MonkeyPatch
+def test_a_bhyve_that_hangs_in_the_pause_stands_and_is_the_operator_s(
+    two: Two, impatient: None
 ) -> None:
-    """What the first has left must not pass for a request that has begun."""
-    if require_sink():
-        pytest.skip("only root can remount")
-    two.start()
-    made = prepared(two)
-    null = two.staging / f"bhysend-{ID[:16]}" / "dev" / "null"
-    subprocess.run(["mount", "-o", "remount,bind,nodev", null], check=True)
-    real = BhyveSource._reconnect
-
-    def hanging(self: BhyveSource, before: Checkpoint) -> None:
-        two.here.settings(fail=["hang"])
-        real(self, before)
-
-    monkeypatch.setattr(BhyveSource, "_reconnect", hanging)
+    guest = two.start()
+    made, record = two.prepared()
+    two.here.settings(fail=["hold-hang"])
     with pytest.raises(UnansweredError):
         made.pause()
-    back(two, made)
-
-
-def test_a_guest_that_hangs_is_no_reason_to_hang(tmp_path: Path) -> None:
-    prefix = require_sink()
-    with two_hosts() as two:
-        two.start()
-        two.here.settings(fail=["hang"])
-        words = two.send("-f")[len(prefix) :]
-        limits = [f"backend.bhyve.{name}=0.5" for name in ("source._SUSPEND_S",)]
-        limited = Path(__file__).parents[1] / "cli" / "limited.py"
-        [ended] = two.run(
-            [*prefix, words[0], str(limited), *limits, "--", *words[1:], *two.receive()]
-        )
-        assert ended.status == 69, ended.stderr
-        assert "its bhyve has not answered for" in ended.stderr
-        assert "guest g: it runs here" in ended.stderr
-        two.assert_runs_on()
-
-
-# The node.
-
-
-@pytest.mark.parametrize("is_left", [False, True])
-def test_the_node_is_made_anew_when_the_guest_comes_back(
-    two: Two, sink: str, is_left: bool
-) -> None:
-    two.here.settings(node_left=is_left)
-    guest = two.start()
-    node = two.here.directory / "vmm" / "g"
-    before = node.stat().st_ino
-    made = prepared(two)
-    made.pause()
-    guest.await_exit()
-    assert node.exists() == is_left
-    back(two, made)
-    assert node.stat().st_ino != before
-
-
-# Death.
-
-
-def test_a_bhyve_that_dies_in_the_suspend_is_a_lost_guest_and_that_is_said(
-    two: Two, sink: str
-) -> None:
-    guest = two.start()
-    two.here.settings(fail=["die"])
-    made = prepared(two)
-    with pytest.raises(GuestError, match=r"ckp\.meta is empty"):
-        made.pause()
-    assert guest.await_exit() == -signal.SIGKILL
-    with pytest.raises(GoneError, match="its bhyve has ended, and left nothing to go on from"):
-        made.resume()
-    record = paused.open_paused(made.revive())
-    assert not record.runs()
-    assert not record.is_alive()
     made.close()
+    assert two.held() == [ID]  # it may come to its last write yet
+    guest.kill()
+    open_held(record).discard("")
+    assert two.held() == []
+
+
+def test_a_guest_that_was_started_anew_is_not_paused_with_the_memory_of_the_old(
+    two: Two,
+) -> None:
+    guest = two.start()
+    made, _ = two.prepared()
+    guest.power_off()
+    again = two.start()
+    with pytest.raises(GoneError, match="another guest has its name now"):
+        made.pause()
+    made.close()
+    again.console.await_sweeps(1)
+    two.assert_runs_on()
+
+
+def test_a_guest_that_powers_off_before_the_pause_is_gone(two: Two) -> None:
+    guest = two.start()
+    made, record = two.prepared()
+    guest.power_off()
+    with pytest.raises(GoneError, match="its bhyve has ended meanwhile"):
+        made.pause()
+    made.close()
+    with pytest.raises(GoneError):
+        open_held(record).resume()
+    assert two.held() == []
 
 
 # Room.
 
 
-def test_a_staging_directory_without_room_is_refused_before_the_pause(two: Two) -> None:
+def fill(directory: Path, leave_bytes: int = 0) -> None:
+    """Leave no more room in a file system."""
+    free = os.statvfs(directory)
+    with (directory / "other").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - leave_bytes)
+
+
+def test_a_directory_without_room_is_refused_before_the_rehearsal(two: Two) -> None:
     two.start()
-    with small_tmpfs(two.directory / "tiny", "1m") as tiny:
-        os.environ["BHYSEND_STAGING"] = str(tiny)
+    with small_tmpfs(two.base / "held", "1m") as room:
         made = two.source()
-        with pytest.raises(GuestError, match=rf"staging: {tiny} has \d+ bytes free, \d+ are need"):
+        with pytest.raises(GuestError, match=rf"state directory: {room}\S* has \d+ bytes free"):
             made.prepare(ID)
         made.close()
-        assert list(tiny.iterdir()) == []
     two.assert_runs_on()
 
 
@@ -348,218 +476,123 @@ def test_why_the_memory_needs_room_is_told_with_the_refusal(
 ) -> None:
     without_sink(monkeypatch)
     two.start()
-    with small_tmpfs(two.directory / "tiny", "65m") as tiny:
-        os.environ["BHYSEND_STAGING"] = str(tiny)
+    with small_tmpfs(two.base / "held", "100m"):
         made = two.source()
-        with pytest.raises(GuestError, match="staging: ") as refused:
+        with pytest.raises(GuestError, match="state directory: ") as caught:
             made.prepare(ID)
-        assert "bhyve writes the memory into" in refused.value.hint
-        assert "Operation not permitted" in refused.value.hint
-        made.close()
-
-
-def test_a_state_directory_without_room_is_refused_before_the_pause(two: Two) -> None:
-    two.start()
-    with small_tmpfs(two.base / "held", "1m") as held:
-        made = two.source()
-        with pytest.raises(GuestError, match=rf"state directory: {held} has \d+ bytes free"):
-            made.prepare(ID)
+        assert "Operation not permitted" in caught.value.hint
         made.close()
     two.assert_runs_on()
-
-
-def test_one_file_system_needs_the_room_of_both(two: Two) -> None:
-    """Either fits, and what is kept is written before the staging goes."""
-    two.start()
-    with small_tmpfs(two.base / "held", "100m") as held:
-        (held / "staging").mkdir()
-        os.environ["BHYSEND_STAGING"] = str(held / "staging")
-        made = two.source()
-        with pytest.raises(GuestError, match=rf"staging and state directory: {held} has \d+ bytes"):
-            made.prepare(ID)
-        made.close()
-    two.assert_runs_on()
-
-
-def fill(directory: Path) -> None:
-    """Leave no room in a file system."""
-    free = os.statvfs(directory)
-    with (directory / "other").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
 
 
 def test_room_that_vanishes_before_the_pause_is_seen_again(two: Two) -> None:
     two.start()
-    with small_tmpfs(two.base / "held", "160m") as held:
-        made = prepared(two)
-        fill(held)
+    with small_tmpfs(two.base / "held", "80m") as room:
+        made, _ = two.prepared()
+        fill(room)
         with pytest.raises(GuestError, match=r"state directory: .* has 0 bytes free"):
             made.pause()
-        made.resume()
         made.close()
     two.assert_runs_on()
 
 
-def test_room_that_vanishes_at_the_suspend_leaves_the_guest_running(
-    two: Two, sink: str, monkeypatch: pytest.MonkeyPatch
+def test_room_that_vanishes_in_the_pause_leaves_the_guest_running(
+    two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guest = two.start()
-    with small_tmpfs(two.directory / "tiny", "160m") as tiny:
-        os.environ["BHYSEND_STAGING"] = str(tiny)
-        made = prepared(two)
-        filling(monkeypatch, tiny)
-        with pytest.raises(GuestError):
+    require_sink()
+    with small_tmpfs(two.base / "held", "80m") as room:
+        made, record = two.prepared()
+        real = Checkpoint.request
+
+        def request(self: Checkpoint, *words: int) -> None:
+            fill(room, 4096)
+            real(self, *words)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Checkpoint, "request", request)
+        with pytest.raises(GuestError, match=r"now did not|No space left"):
             made.pause()
-        assert guest.process.poll() is None
-        made.resume()
         made.close()
-        assert [path.name for path in tiny.iterdir()] == ["other"]
-    assert "No space left" in guest.stderr()
+        assert "Failed to write all snapshotted data." in guest.stderr()
+        open_held(record).resume()
     two.assert_runs_on()
 
 
-def filling(patch: pytest.MonkeyPatch, directory: Path) -> None:
-    """Let the room vanish after the last check, before the request."""
-    real = Checkpoint.request
-
-    def request(self: Checkpoint, directory_fd: int, filename: str, *, suspend: bool) -> None:
-        if not (directory / "other").exists():
-            fill(directory)
-        real(self, directory_fd, filename, suspend=suspend)
-
-    patch.setattr(Checkpoint, "request", request)
+# The FPU.
 
 
-def test_the_room_for_the_state_is_held_until_the_request(two: Two) -> None:
-    """bhyve would not see that it is gone, and end with half a state."""
-    require_sink()
-    two.start()
-    with small_tmpfs(two.directory / "tiny", "160m") as tiny:
-        os.environ["BHYSEND_STAGING"] = str(tiny)
-        made = prepared(two)
-        fill(tiny)
-        made.pause()
-        made.resume()
-        made.close()
-    two.assert_runs_on()
+def with_fpu(patch: pytest.MonkeyPatch, raises: BaseException | None = None) -> None:
+    """Let fpu.py find one vCPU's registers, or fail."""
+
+    def save(vm: object, memory: mmap.mmap, ncpus: int) -> fpu.Saved:
+        assert len(memory) == 64 << 20 and ncpus == 2
+        if raises:
+            raise raises
+        return fpu.Saved((FPU_0,), ("vCPU 1 is not carried",))
+
+    patch.setattr(fpu, "carriable", lambda vm, ncpus: [f"fpu: of {ncpus}"])
+    patch.setattr(fpu, "save", save)
 
 
-def test_the_room_for_the_state_is_held_until_the_second_request(
+FPU_0 = State("fpu/0", b"x", is_optional=True)
+
+
+def test_the_fpu_s_states_are_the_last_and_its_reasons_are_told(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    require_sink()
+    with_fpu(monkeypatch)
     two.start()
-    made = prepared(two)
-    assert made._place is not None
-    place, held = made._place, [made._place.held_bytes()]
-    request, reconnect = Checkpoint.request, BhyveSource._reconnect
-
-    def asking(self: Checkpoint, directory_fd: int, filename: str, *, suspend: bool) -> None:
-        held.append(place.held_bytes())
-        if len(held) == 2:  # what bhyve cannot open is refused
-            place.staged.memory.unlink()
-            place.staged.memory.mkdir()
-        request(self, directory_fd, filename, suspend=suspend)
-
-    def again(self: BhyveSource, before: Checkpoint) -> None:
-        held.append(place.held_bytes())
-        place.staged.memory.rmdir()
-        reconnect(self, before)
-
-    monkeypatch.setattr(Checkpoint, "request", asking)
-    monkeypatch.setattr(Place, "has_sink", lambda self: len(held) < 3)
-    monkeypatch.setattr(BhyveSource, "_reconnect", again)
-    made.pause()
-    assert held == [64 << 20, 0, 64 << 20, 0]
-    made.resume()
+    made, _ = two.prepared()
+    assert "fpu: of 2" in made.warnings()
+    paused = made.pause()
+    assert paused.states()[-1] == FPU_0
+    assert paused.reasons == ["vCPU 1 is not carried"]
+    paused.resume()
     made.close()
     two.assert_runs_on()
 
 
-def test_a_file_system_that_reserves_nothing_holds_no_room(
+def test_an_fpu_that_cannot_be_stored_is_no_failure_of_the_move(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EINVAL, "Invalid argument")
-
+    with_fpu(monkeypatch, GuestError("cannot run it"))
     two.start()
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
-    made = prepared(two)
-    made.pause()
-    made.resume()
+    made, _ = two.prepared()
+    paused = made.pause()
+    assert paused.reasons == ["fpu: cannot run it"]
+    paused.require_paused()
+    paused.resume()
     made.close()
     two.assert_runs_on()
 
 
-def test_a_state_directory_that_is_full_when_the_guest_has_to_come_back_loses_nothing(
+def test_a_guest_whose_registers_were_not_put_back_is_not_let_go(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    require_sink()
-    two.start()
-    with small_tmpfs(two.base / "held", "160m") as held:
-        made = prepared(two)
-        filling(monkeypatch, held)
-        made.pause()
-        for _ in range(2):
-            with pytest.raises(PipeError, match="No space left"):
-                made.resume()
-        (held / "other").unlink()
-        made.resume()
-        made.close()
-    two.assert_runs_on()
-
-
-# -k
-
-
-def test_a_kept_guest_runs_while_its_file_is_read(two: Two) -> None:
+    with_fpu(monkeypatch, NotPutBackError("vCPU 0: its registers are not what they were"))
     guest = two.start()
-    made = prepared(two, keep=True)
-    assert not made.is_live
-    made.pause()
-    [image] = made.memory()
-    beats = len(guest.console.beats())
-    guest.console.await_beats(beats + 3)
-    assert guest.process.poll() is None
-    pages = sum(end - first for first, end in made.touched())
-    assert 1024 <= pages < 2048
-    assert image.nbytes == 64 << 20
-    assert made.changed() is None
-    image.release()
-    back(two, made)
-
-
-def test_a_kept_guest_that_powered_off_meanwhile_is_not_started_from_its_copy(two: Two) -> None:
-    guest = two.start()
-    made = prepared(two, keep=True)
-    made.pause()
-    guest.power_off()
-    record = paused.open_paused(made.revive())
-    assert not record.is_alive()
-    made.resume()
+    made, record = two.prepared()
+    with pytest.raises(GuestError, match="vCPU 0: its registers are not"):
+        made.pause()
     made.close()
-    assert two.here.pid("g") is None
-    assert not two.here.host.exists("g")
-    assert list(two.staging.iterdir()) == []
+    found = open_held(record)
+    assert found.stands()
+    with pytest.raises(GuestError, match="were not put back"):
+        found.resume()
+    found.discard("")
+    assert guest.await_exit() == -signal.SIGKILL
 
 
-def test_a_copy_of_a_kept_guest_starts_elsewhere(tmp_path: Path) -> None:
-    prefix = require_sink()
-    del prefix
-    with two_hosts() as two:
-        guest = two.start()
-        with (tmp_path / "kept").open("wb") as file:
-            [ended] = two.run_into(file, two.send("-k"))
-        assert ended.status == 0, ended.stderr
-        two.assert_runs_on()
-        with (tmp_path / "kept").open("rb") as file:
-            [ended] = two.run_from(file, two.receive())
-        assert ended.status == 0, ended.stderr
-        two.arrived().await_sweeps(1)
-        assert_unbroken(guest.console)
-        copy = two.arrived().beats()
-        assert copy == list(range(copy[0], copy[0] + len(copy)))
-        assert two.held() == []
+def test_an_interrupt_while_the_fpu_is_stored_lets_the_guest_go(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_fpu(monkeypatch, KeyboardInterrupt())
+    two.start()
+    made, _ = two.prepared()
+    with pytest.raises(KeyboardInterrupt):
+        made.pause()
+    made.close()
+    two.assert_runs_on()
 
 
 def test_the_sink_can_be_had_in_ci() -> None:

@@ -168,8 +168,8 @@ def test_a_guest_that_runs_here_may_be_moved(locks: Locks) -> None:
     assert locks.is_supervised() and locks.holder() == HOST
 
 
-def test_the_suspend_is_announced_and_taken_back(locks: Locks) -> None:
-    locks.before_suspend()
+def test_the_end_is_announced_and_taken_back(locks: Locks) -> None:
+    locks.before_kill()
     assert (locks.directory / "suspending.lock").read_text() == f"{HOST}\n"
     locks.take_back()
     locks.take_back()

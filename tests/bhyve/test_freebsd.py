@@ -85,6 +85,45 @@ def test_this_host_can_take_snapshots(host: Host) -> None:
     assert verdict.ability_reasons(host) == ([], [])
 
 
+def test_vmm_shows_its_snapshots_and_its_build(host: Host) -> None:
+    say("can snapshot:", host.can_snapshot(), "vmm.ko:", host.module_hash() or "in the kernel")
+    assert host.can_snapshot() is True
+
+
+def test_a_file_is_a_disk_and_what_is_none_is_not(host: Host, tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(1 << 20))
+    found = host.disk(str(path))
+    say("a file of", tmp_path, "as a disk:", found)
+    assert found is not None and not found.is_device
+    assert (found.size_bytes, found.sector_bytes, found.is_writable) == (1 << 20, 512, True)
+    for other in ("/dev/null", str(tmp_path), str(tmp_path / "none")):
+        assert host.disk(other) is None
+
+
+@only_freebsd
+def test_a_device_is_the_disk_that_diskinfo_8_prints(host: Host) -> None:
+    """An md(4) of swap: `mdconfig -t swap` can delete, and has sectors of 4096 here."""
+    unit = programs.ask("/sbin/mdconfig", "-a", "-t", "swap", "-s", "8m", "-S", "4096").strip()
+    assert unit
+    try:
+        found = host.disk(f"/dev/{unit}")
+        printed = programs.ask("/usr/sbin/diskinfo", f"/dev/{unit}").split()
+        say(found, printed)
+        assert found is not None and found.is_device and found.is_writable and found.can_delete
+        assert [str(found.sector_bytes), str(found.size_bytes)] == printed[1:3]
+    finally:
+        programs.do(f"remove {unit}", "/sbin/mdconfig", "-d", "-u", unit)
+
+
+@only_freebsd
+def test_an_interface_has_the_mtu_that_ifconfig_8_prints(host: Host) -> None:
+    printed = programs.ask("/sbin/ifconfig", "lo0")
+    say(host.mtu("lo0"), printed.splitlines()[0])
+    assert f" mtu {host.mtu('lo0')}" in printed
+    assert host.mtu("nosuch9") is None
+
+
 @only_freebsd
 @pytest.mark.parametrize("name", _SYSCTLS)
 def test_a_sysctl_is_read_as_sysctl_8_prints_it(host: Host, name: str) -> None:

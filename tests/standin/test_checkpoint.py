@@ -14,7 +14,6 @@ from bhystream.backend.bhyve import nvlist
 from bhystream.errors import GuestError
 from bhystream.standin.guest import KERNEL_STRUCTS
 from bhystream.standin.kernel import StandinVm
-from bhystream.standin.node import read_map
 from bhystream.standin.proof import DEVICE_PAGE, TIMER_PAGE
 
 from .held import Hold
@@ -319,7 +318,7 @@ def test_the_dirty_log_has_every_page_that_was_written(host: Rig) -> None:
         host.settings(fail=["hold-hang"])
         with Hold(host) as hold:
             hold.ask()
-            await_true(lambda: len(read_map(host.directory, "g").waiting) == 2, "not paused")
+            await_true(lambda: len(host.waiting("g")) == 2, "not paused")
             guest.kill()
         follow(vm, mapping, copy)
         assert copy == mapping[:]

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from bhystream.standin.node import read_map
-
 from .early import Early
 from .held import Hold
 from .rig import Console, Guest, Rig, Spec, assert_unbroken, await_true
@@ -86,10 +84,10 @@ def test_the_vm_shows_its_vcpus_waiting(host: Rig, moved: Moved) -> None:
     vm = host.host.open_vm("g")
     assert vm.topology() == (2, 1, 1)
     assert (vm.maps()[0].gpa, vm.maps()[0].length_bytes) == (0, _BYTES)
-    assert waiting(host) == (0, 1)
+    assert host.waiting("g") == {0, 1}
     moved.early.write_all(moved.image)
     moved.finish(guest)
-    assert waiting(host) == ()
+    assert not host.waiting("g")
 
 
 def test_what_it_opens_is_open_while_it_is_held(host: Rig, moved: Moved) -> None:
@@ -215,8 +213,3 @@ def test_a_vm_that_is_destroyed_ends_it(host: Rig, moved: Moved) -> None:
     moved.early.await_read()
     host.host.destroy("g")
     assert guest.await_exit() == 4
-
-
-def waiting(host: Rig) -> tuple[int, ...]:
-    """Return what the VM's map says of vCPUs that wait in bhyve."""
-    return read_map(host.directory, "g").waiting

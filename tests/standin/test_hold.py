@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from bhystream.standin.devices import UNSAVED
-from bhystream.standin.node import read_map
 from bhystream.standin.proof import DEVICE_PAGE
 
 from .held import Hold, drain, fifos_of, kern_bytes
@@ -271,15 +270,15 @@ def test_a_rehearsal_shows_a_device_that_cannot_be_saved(host: Rig, kind: str) -
 def test_a_checkpoint_runs_a_vcpu_that_was_never_started(host: Rig) -> None:
     guest = host.start("g", Spec(cpus=4, keys={"standin.waiting": "2"}))
     guest.console.await_sweeps(1)
-    assert waiting(host) == (2, 3)
+    assert host.waiting("g") == {2, 3}
     with Hold(host) as hold:
         hold.ask()
         hold.await_held()
-        assert waiting(host) == (0, 1, 2, 3)
+        assert host.waiting("g") == {0, 1, 2, 3}
         hold.release()
     assert guest.console.await_wrong("vcpu 2") == "WRONG vcpu 2: ran without a SIPI"
     assert guest.console.await_wrong("vcpu 3")
-    assert waiting(host) == ()
+    assert not host.waiting("g")
 
 
 def test_even_a_checkpoint_that_opens_nothing_runs_it(host: Rig) -> None:
@@ -287,8 +286,3 @@ def test_even_a_checkpoint_that_opens_nothing_runs_it(host: Rig) -> None:
     host.snapshot("g").kern.symlink_to("/nowhere")
     host.checkpoint("g")
     assert guest.console.await_wrong("vcpu 1: ran without a SIPI")
-
-
-def waiting(host: Rig) -> tuple[int, ...]:
-    """Return what the VM's map says of vCPUs that wait in bhyve."""
-    return read_map(host.directory, "g").waiting

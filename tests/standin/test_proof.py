@@ -6,7 +6,15 @@ from itertools import pairwise
 
 import pytest
 
-from bhystream.standin.proof import Boot, content, describe, make_plans, unpack_boot
+from bhystream.standin.proof import (
+    Boot,
+    content,
+    describe,
+    describe_fpu,
+    fpu_registers,
+    make_plans,
+    unpack_boot,
+)
 
 from .rig import Rig, Snapshot, Spec, assert_unbroken
 
@@ -155,6 +163,22 @@ def test_a_page_that_was_never_written_must_stay_zero(host: Rig) -> None:
     assert "never written" in wrong_after(host, snapshot, f"page {stray}:")
 
 
+def test_a_plain_restore_loses_the_fpu_and_each_vcpu_says_so_once(host: Rig) -> None:
+    console = host.launch("g", SPEC, suspended(host).path).console
+    console.await_sweeps(1)
+    console.forgives_fpu = False
+    lost = sorted(line.partition(": expected step")[0] for line in console.wrong())
+    assert lost == ["WRONG fpu vcpu 0", "WRONG fpu vcpu 1"]
+    assert all("found nothing, as after a reset" in line for line in console.wrong())
+
+
+def test_what_an_fpu_holds_is_described() -> None:
+    registers = fpu_registers(1, 40)[0][1]
+    assert describe_fpu(1, registers, 50) == "step 40"
+    assert describe_fpu(0, registers, 50).startswith("unknown ")
+    assert describe_fpu(1, bytes(len(registers)), 50) == "nothing, as after a reset"
+
+
 def test_registers_that_went_back_in_time_are_reported(host: Rig) -> None:
     old, new = old_and_new(host)
     new.put_blob("vmcx", old.blob("vmcx"))
@@ -185,7 +209,7 @@ def test_an_old_blob_of_a_kernel_structure_is_reported(host: Rig, name: str) -> 
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("vatpit", "vatpic"), ("vm", "vmcx"), ("virtio-blk@pci.0.3.0", "virtio-net@pci.0.4.0")],
+    [("vatpit", "vatpic"), ("vm", "vmcx"), ("lpc@pci.0.31.0", "atkbdc")],
 )
 def test_swapped_blobs_are_reported(host: Rig, one: str, other: str) -> None:
     snapshot = suspended(host)

@@ -102,7 +102,7 @@ def test_a_kernel_structure_that_is_missing_is_refused(host: Rig, snapshot: Snap
 @pytest.mark.parametrize(
     ("said", "keys"),
     [
-        ({"can_delete": False}, {}),
+        ({"can_delete": True}, {}),
         ({"is_writable": False}, {}),
         ({}, {"pci.0.3.0.ro": "true"}),
         ({}, {"pci.0.4.0.mtu": "1400"}),

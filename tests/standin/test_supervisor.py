@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from .rig import Rig, Spec, await_true, supervised
 
 
@@ -48,72 +50,110 @@ def test_a_guest_runs_with_its_tap_and_lock_until_it_is_powered_off(host: Rig) -
     assert text.endswith(": stopped\n")
 
 
-def test_a_suspend_with_the_lock_ends_the_loop(host: Rig) -> None:
-    host.settings(suspend_status=0)
-    with supervised(host, "v", *arguments(host, "v"), tap="tap0:bridge0") as supervisor:
-        supervisor.console.await_beats(1)
-        (host.directory / "vm" / "v" / "suspending.lock").touch()
-        host.suspend("v")
-        assert supervisor.await_exit() == 0
-    assert is_clean(host)
-    assert log(host).endswith(": suspended\n")
+def power(host: Rig, number: signal.Signals) -> int:
+    """Send the guest a signal and return which process it was."""
+    pid = host.pid("v")
+    assert pid is not None
+    os.kill(pid, number)
+    return pid
 
 
-def test_a_suspend_of_status_0_without_the_lock_starts_the_guest_again(host: Rig) -> None:
-    host.settings(suspend_status=0)
+def write_conf(host: Rig, line: str) -> None:
+    directory = host.directory / "vm" / "v"
+    directory.mkdir(exist_ok=True)
+    (directory / "v.conf").write_text(f'loader="uefi"\n{line}\n')
+
+
+def test_a_guest_that_reboots_is_started_again(host: Rig) -> None:
     with supervised(host, "v", *arguments(host, "v"), tap="tap0:bridge0") as supervisor:
         supervisor.console.await_beats(3)
-        first = host.pid("v")
-        host.suspend("v")
+        first = power(host, signal.SIGUSR1)
         await_true(lambda: host.pid("v") not in (None, first), "no second guest")
         await_true(lambda: supervisor.console.beats().count(1) == 2, "no second boot")
         assert "starting bhyve (run 2)" in log(host)
 
 
-def test_a_suspend_of_status_5_ends_the_loop(host: Rig) -> None:
+def test_on_restart_is_asked(host: Rig) -> None:
+    write_conf(host, "on_restart=shutdown")
+    with supervised(host, "v", *arguments(host, "v"), tap="tap0:bridge0") as supervisor:
+        supervisor.console.await_beats(1)
+        power(host, signal.SIGUSR1)
+        assert supervisor.await_exit() == 0
+    assert "exited with status 0" in log(host)
+
+
+def test_a_suspend_is_a_fault_and_ends_the_loop(host: Rig) -> None:
     with supervised(host, "v", *arguments(host, "v"), tap="tap0:bridge0") as supervisor:
         supervisor.console.await_beats(1)
         host.suspend("v")
         assert supervisor.await_exit() == 0
     assert is_clean(host)
+    assert "exited with status 5" in log(host)
 
 
 def test_a_restart_restores_nothing(host: Rig) -> None:
-    host.settings(suspend_status=0)
     words = arguments(host, "v")
     host.host.make_tap("tap0", None)
     first = host.run(*words, "v")
     first.console.await_beats(0)
     snapshot = host.suspend("v")
     # Until it is gone its socket takes connections, and lets them fall.
-    assert first.await_exit() == 0
+    assert first.await_exit() == 5
     (host.directory / "net" / "tap0").unlink()
     words += ["-r", str(snapshot.path)]
     with supervised(host, "v", *words, tap="tap0:bridge0") as supervisor:
-        host.suspend("v")
+        await_true(lambda: host.pid("v") is not None, "no restored guest")
+        power(host, signal.SIGUSR1)
         await_true(lambda: "run 2" in log(host), "no second run")
         await_true(lambda: supervisor.console.beats().count(1) == 2, "no second boot")
         assert log(host).count(" -r ") == 1
 
 
 def test_the_loader_makes_the_vm_of_a_guest_without_boot_rom(host: Rig) -> None:
-    host.settings(suspend_status=0, node_left=True)
     words = arguments(host, "v", has_rom=False)
     with supervised(host, "v", *words, tap="tap0:bridge0") as supervisor:
         supervisor.console.await_beats(1)
-        host.suspend("v")
+        power(host, signal.SIGUSR1)
         await_true(lambda: supervisor.console.beats().count(1) == 2, "no second boot")
 
 
 def test_a_guest_that_is_killed_ends_the_loop(host: Rig) -> None:
     with supervised(host, "v", *arguments(host, "v"), tap="tap0:bridge0") as supervisor:
         supervisor.console.await_beats(1)
-        pid = host.pid("v")
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        power(host, signal.SIGKILL)
         assert supervisor.await_exit() == 0
     assert is_clean(host)
     assert "bhyve exited with status 137" in log(host)
+
+
+@pytest.mark.parametrize("is_discarded", [True, False])
+def test_on_fault_restart_starts_a_killed_guest_again(host: Rig, is_discarded: bool) -> None:
+    """As soon as its VM is gone: until then the next bhyve finds it busy."""
+    write_conf(host, "on_fault=restart")
+    with supervised(host, "v", *arguments(host, "v"), tap="tap0:bridge0") as supervisor:
+        supervisor.console.await_beats(1)
+        power(host, signal.SIGKILL)
+        await_true(lambda: "run 3" in log(host), "not started again")
+        assert log(host).count("exited with status 4\n") >= 1
+        if is_discarded:
+            host.host.destroy("v")
+            await_true(lambda: supervisor.console.beats().count(1) == 2, "no second boot")
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_the_suspending_lock_ends_the_loop_all_the_same(host: Rig, is_known: bool) -> None:
+    """From 1.7.0 on."""
+    write_conf(host, "on_fault=restart")
+    host.settings(knows_suspending_lock=is_known)
+    with supervised(host, "v", *arguments(host, "v"), tap="tap0:bridge0") as supervisor:
+        supervisor.console.await_beats(1)
+        (host.directory / "vm" / "v" / "suspending.lock").touch()
+        power(host, signal.SIGKILL)
+        if is_known:
+            assert supervisor.await_exit() == 0
+            assert log(host).endswith(": suspended\n")
+        else:
+            await_true(lambda: "run 2" in log(host), "not started again")
 
 
 def test_a_lock_of_another_host_refuses_the_start(host: Rig) -> None:

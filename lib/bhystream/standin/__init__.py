@@ -2,9 +2,9 @@
 
 `BHYSEND_VMM_DIR=DIR python -m bhystream.standin [options] NAME` is started
 like bhyve and keeps bhyve's contract: the memory node (node.py), the
-checkpoint socket and the snapshot files (checkpoint.py, below.py), the
-restore (restore.py), the configuration (config.py), exit statuses
-(__main__.py).  kernel.py is what the bhyve backend sees of its host;
+checkpoint socket (checkpoint.py), what a checkpoint saves and when (saving.py,
+xo.py, below.py), the restore (restore.py), the configuration (config.py), exit
+statuses (__main__.py).  kernel.py is what the bhyve backend sees of its host;
 supervisor.py plays vm-bhyve; stage.py makes two hosts for the demonstration
 (bhystream.demo).  The guest inside (guest.py, vcpu.py, devices.py) proves its
 own memory and registers (proof.py).
@@ -13,6 +13,7 @@ own memory and registers (proof.py).
     DIR/vmm/NAME         the memory node: sparse, file offset = guest physical address
     DIR/vmm/NAME.map     memory map and topology, JSON
     DIR/vmm/NAME.dirty   one byte a page, where the host keeps a dirty log
+    DIR/vmm/NAME.cpu     registers and FPU of its vCPUs, and which of them may run
     DIR/vmm/NAME.swapped one byte a page that mincore(2) would not call resident
     DIR/run/NAME         the checkpoint socket
     DIR/net/TAP          a tap; its content is its bridge

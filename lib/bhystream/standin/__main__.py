@@ -118,9 +118,11 @@ class Machine:
         gate = Gate()
         devices = make_devices(self._config, memory, gate, self._directory)
         ncpus = topology[0] * topology[1] * topology[2]
-        active = replace(mapped, is_active=True, waiting=tuple(range(ncpus)))
-        node.write_map(self._directory, self._name, active)
-        return Guest(memory, devices, gate, ncpus, lambda cpus: self._show_waiting(memory, cpus))
+        guest = Guest(memory, devices, gate, ncpus)
+        if self._snapshot is not None:
+            guest.hold_vcpus()
+        node.write_map(self._directory, self._name, replace(mapped, is_active=True))
+        return guest
 
     def _restored_size(self, snapshot: Snapshot) -> tuple[int, tuple[int, int, int]]:
         """Return memory and topology of a snapshot, which come before the configuration's."""
@@ -221,10 +223,6 @@ class Machine:
         self._is_suspended = True  # or _watch() would take it for somebody else's destruction
         self._destroy(guest)
         os._exit(SUSPENDED)
-
-    def _show_waiting(self, memory: node.Memory, cpus: Sequence[int]) -> None:
-        if memory.is_current():
-            node.show_waiting(self._directory, self._name, cpus)
 
     def _watch(self, guest: Guest) -> int:
         """Wait for the power-off, or for somebody to destroy the VM.

@@ -16,19 +16,23 @@ run there.
 
 from __future__ import annotations
 
+import os
 import struct
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from bhystream.errors import UsageError
+from bhystream.errors import GuestError, UsageError
 
+from . import cpu as cpu_file
 from .blob import number, pack_blob, unpack_blob
 from .config import Config, parse_bytes
 from .devices import Device, Ticker, blob_complaints, uart_of
 from .gate import Gate
+from .interpreter import Interpreter
 from .node import Memory
 from .proof import (
     BOOT_PAGE,
@@ -40,6 +44,7 @@ from .proof import (
     make_plans,
     unpack_boot,
 )
+from .settings import read_settings
 from .vcpu import Vcpu, read_registers
 
 KERNEL_STRUCTS = (
@@ -56,6 +61,7 @@ KERNEL_STRUCTS = (
 """In the order of FILE.kern.  Source: dossier, section 3.4, G4."""
 
 _BEAT_S = 0.1
+_TRY_S = 0.001  # vmexit.c, vmexit_debug()
 _TOLD_LIMIT = 50
 _STRAYS_A_SLICE = 2048
 _CLOCK = struct.Struct("<Q")
@@ -80,8 +86,7 @@ class Guest:
     """A guest, paused until start_vcpus() or resume_vcpus().
 
     gate: parks the devices that have a pause callback; it is the one that they
-    were made with.  show_waiting: told which vCPUs wait in bhyve, whenever
-    that changes (VM_DEBUG_CPUS).
+    were made with.
     """
 
     def __init__(
@@ -90,7 +95,6 @@ class Guest:
         devices: Sequence[Device],
         gate: Gate,
         ncpus: int,
-        show_waiting: Callable[[Sequence[int]], None],
     ) -> None:
         self.memory = memory
         self.devices = devices
@@ -98,7 +102,6 @@ class Guest:
         # No CPU enters a guest whose registers are all 0.  Source: the AMD64 manual,
         # volume 2, 15.5.1: EFER.SVME 0; the Intel manual, volume 3, 26.3: CR4.VMXE 0.
         self.can_enter = True
-        self._show_waiting = show_waiting
         self._unstarted: range = range(0)
         self._gate = gate
         self._cpus = Gate()
@@ -116,6 +119,37 @@ class Guest:
         self._strays: Iterator[None] = iter(())
         self._telling = threading.Lock()
         self._restored: dict[str, dict[str, Any]] = {}
+        settings = read_settings(memory.path.parent.parent)
+        self._is_intel = settings.cpu_vendor == "intel"
+        self._cpu_path = memory.path.with_name(f"{memory.path.name}.cpu")
+        self._cpu_file = cpu_file.create(self._cpu_path, ncpus, is_intel=self._is_intel)
+        self._held: list[threading.Thread] = []
+        self._is_let_go = threading.Event()
+
+    def hold_vcpus(self) -> None:
+        """Let each vCPU's thread try VM_RUN, in vain while it is suspended, until they all run.
+
+        What bhyve's do while a snapshot is read.
+        """
+        for index in range(self.ncpus):
+            thread = threading.Thread(target=self._try_to_run, args=(index,), daemon=True)
+            self._held.append(thread)
+            thread.start()
+
+    def _try_to_run(self, index: int) -> None:
+        own = cpu_file.Cpus(self._cpu_path, is_intel=self._is_intel)
+        interpreter = Interpreter(own[index], self.memory.segments()[0][1])
+        try:
+            while not self._is_let_go.wait(_TRY_S):
+                if not own[index].get("suspended"):
+                    with own.locked():
+                        interpreter.run()
+        except GuestError as error:
+            sys.stderr.write(f"vm exit[{index}]: {error}\n")
+            sys.stderr.flush()
+            os.abort()
+        finally:
+            own.close()
 
     def boot(self, boot: Boot) -> None:
         """Fill a new guest's memory."""
@@ -132,6 +166,9 @@ class Guest:
         """
         if self._restored:
             self._take_state()
+        self._let_go()
+        for index, cpu in enumerate(self._cpu_file):
+            cpu.start(index)
         for device in self.devices:
             device.start()
         self._timer.start()
@@ -142,7 +179,7 @@ class Guest:
     def pause_vcpus(self) -> None:
         """Stop every vCPU; return when all stand."""
         self._cpus.close()
-        self._show_waiting(range(self.ncpus))
+        self._let_wait(range(self.ncpus))
 
     def pause_devices(self) -> None:
         """Stop every device that has a pause callback; return when all stand."""
@@ -154,7 +191,7 @@ class Guest:
 
     def start_vcpus(self) -> None:
         """Let those run that the guest starts: bhyve the first, the guest's firmware the others."""
-        self._show_waiting(self._unstarted)
+        self._let_wait(self._unstarted)
         self._cpus.open()
 
     def resume_vcpus(self) -> None:
@@ -162,13 +199,25 @@ class Guest:
         for index in self._unstarted:
             self._complaints.append(f"vcpu {index}: ran without a SIPI")
         self._unstarted = range(0)
-        self._show_waiting(())
+        self._let_wait(())
         self._cpus.open()
 
     @property
     def is_paused(self) -> bool:
         """Whether the vCPUs stand."""
         return self._cpus.is_closed
+
+    def _let_wait(self, waiting: Collection[int]) -> None:
+        """Show which vCPUs wait in bhyve (VM_DEBUG_CPUS)."""
+        for index, cpu in enumerate(self._cpu_file):
+            cpu.put("suspended", int(index in waiting))
+
+    def _let_go(self) -> None:
+        """End the threads of hold_vcpus()."""
+        self._is_let_go.set()
+        for thread in self._held:
+            thread.join()
+        self._held.clear()
 
     def save_kernel(self) -> Iterator[tuple[str, bytes]]:
         """Yield the name and the blob of each kernel structure of the paused guest."""
@@ -240,6 +289,8 @@ class Guest:
                     plan,
                     self.memory,
                     self._cpus,
+                    index,
+                    self._cpu_file[index],
                     rate=boot.rate / boot.started,
                     sweep_rate=boot.sweep_rate / boot.started,
                     tell=self._tell,

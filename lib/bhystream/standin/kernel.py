@@ -18,10 +18,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from bhystream.backend.base import PAGE_BYTES
-from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, VMM_DIR, Disk, MemoryMap
+from bhystream.backend.bhyve.host import (
+    HIGHMEM_BASE_GPA,
+    VMM_DIR,
+    Disk,
+    MemoryMap,
+    SegmentDescriptor,
+)
 from bhystream.errors import GuestError, from_oserror
 
 from . import node
+from .cpu import Cpus
+from .interpreter import Interpreter
 from .settings import read_settings
 
 _SYSCTL = {
@@ -48,15 +56,18 @@ _MTU = 1500
 
 
 class StandinVm:
-    """One VM of a stand-in, opened to be read."""
+    """One VM of a stand-in, opened to be read, or changed too."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, *, is_writable: bool = False) -> None:
         """Open the node.  Raises GuestError, AccessError."""
         self._directory = directory
         self._name = name
         self._read = node.read_map(directory, name)
+        self._open_cpus: Cpus | None = None
+        self._lowmem: mmap.mmap | None = None
+        flags = os.O_RDWR if is_writable else os.O_RDONLY
         try:
-            self._fd = os.open(node.node_path(directory, name), os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(node.node_path(directory, name), flags | os.O_CLOEXEC)
         except OSError as error:
             raise from_oserror(error, f"open VM {name}") from error
 
@@ -68,14 +79,79 @@ class StandinVm:
         """Return (sockets, cores, threads)."""
         return self._read.topology
 
-    def map(self, gpa: int, length_bytes: int) -> mmap.mmap:
-        """Map one entry of system memory, read-only."""
+    def map(self, gpa: int, length_bytes: int, *, is_writable: bool = False) -> mmap.mmap:
+        """Map one entry of system memory."""
         if not any(m.segid == 0 and m.gpa == gpa for m in self._read.maps):
             raise GuestError(f"VM {self._name} has no system memory at {gpa:#x}")
+        prot = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
         try:
-            return mmap.mmap(self._fd, length_bytes, prot=mmap.PROT_READ, offset=gpa)
+            return mmap.mmap(self._fd, length_bytes, prot=prot, offset=gpa)
         except (OSError, ValueError) as error:
             raise GuestError(f"cannot map {gpa:#x} of VM {self._name}: {error}") from error
+
+    @property
+    def _cpus(self) -> Cpus:
+        """The file of its vCPUs, of which an empty VM has none."""
+        if self._open_cpus is None:
+            is_intel = read_settings(self._directory).cpu_vendor == "intel"
+            path = node.beside(self._directory, self._name, "cpu")
+            self._open_cpus = Cpus(path, is_intel=is_intel)
+        return self._open_cpus
+
+    def waiting_vcpus(self) -> frozenset[int]:
+        """Return the vCPUs that are suspended."""
+        return frozenset(n for n, cpu in enumerate(self._cpus) if cpu.get("suspended"))
+
+    def registers(self, vcpu: int, numbers: Sequence[int]) -> list[int]:
+        """Return registers' values."""
+        with self._cpus.locked():
+            return [self._cpus[vcpu][number] for number in numbers]
+
+    def set_register(self, vcpu: int, number: int, value: int) -> None:
+        """Set one register."""
+        with self._cpus.locked():
+            self._cpus[vcpu][number] = value
+
+    def descriptor(self, vcpu: int, number: int) -> SegmentDescriptor:
+        """Return the hidden part of a segment register."""
+        with self._cpus.locked():
+            return self._cpus[vcpu].hidden(number)
+
+    def set_descriptor(self, vcpu: int, number: int, value: SegmentDescriptor) -> None:
+        """Set the hidden part of a segment register."""
+        with self._cpus.locked():
+            self._cpus[vcpu].put_hidden(number, value)
+
+    def pending_event(self, vcpu: int) -> tuple[int, int]:
+        """Return the two words."""
+        with self._cpus.locked():
+            return self._cpus[vcpu].get("event_1"), self._cpus[vcpu].get("event_2")
+
+    def inject_nmi(self, vcpu: int) -> None:
+        """Let an NMI wait."""
+        self._cpus[vcpu].put("nmi_pending", 1)
+
+    def resume_cpu(self, vcpu: int) -> None:
+        """Let a vCPU be run.  Source: vmm_vm.c, vm_resume_cpu()."""
+        if not self._cpus[vcpu].get("suspended"):
+            raise GuestError(f"cannot resume vCPU {vcpu}: Invalid argument")
+        self._cpus[vcpu].put("suspended", 0)
+
+    def suspend_cpu(self, vcpu: int) -> None:
+        """Undo resume_cpu()."""
+        self._cpus[vcpu].put("suspended", 1)
+
+    def run(self, vcpu: int) -> int:
+        """Run a vCPU until it leaves the guest; return the exit code."""
+        if self._lowmem is None:
+            low = next(entry for entry in self._read.maps if entry.gpa == 0)
+            self._lowmem = self.map(0, low.length_bytes, is_writable=True)
+        with self._cpus.locked():
+            return Interpreter(self._cpus[vcpu], self._lowmem).run()
+
+    def set_rtc(self, seconds: int) -> None:
+        """Set the guest's clock, which is only remembered."""
+        self._cpus.rtc_seconds = seconds
 
     def resident(self, mapping: mmap.mmap, gpa: int) -> bytes:
         """Return one byte a page, other than 0 where it has data and is not swapped.
@@ -122,6 +198,11 @@ class StandinVm:
 
     def close(self) -> None:
         """Give up the node."""
+        if self._open_cpus is not None:
+            self._open_cpus.close()
+        if self._lowmem is not None:
+            self._lowmem.close()
+        self._open_cpus = self._lowmem = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -238,9 +319,9 @@ class StandinHost:
             raise from_oserror(error, f"look at VM {name}") from error
         return f"{found.st_dev}:{found.st_ino}"
 
-    def open_vm(self, name: str) -> StandinVm:
+    def open_vm(self, name: str, *, is_writable: bool = False) -> StandinVm:
         """Open a VM.  Raises GuestError where there is none."""
-        return StandinVm(self._directory, name)
+        return StandinVm(self._directory, name, is_writable=is_writable)
 
     def create(self, name: str) -> None:
         """Create an empty VM."""

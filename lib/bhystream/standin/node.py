@@ -11,15 +11,15 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, LOWMEM_LIMIT_BYTES, MemoryMap
 from bhystream.errors import GuestError, from_oserror
 
-_SUFFIXES = ("", ".map", ".dirty", ".swapped")
+_SUFFIXES = ("", ".map", ".dirty", ".swapped", ".cpu")
 _PROT_ALL = 7
 
 
@@ -31,7 +31,7 @@ def node_path(directory: Path, name: str) -> Path:
 
 
 def beside(directory: Path, name: str, what: str) -> Path:
-    """Return the path of one of the files beside the node: "map", "dirty", "swapped"."""
+    """Return the path of one of the files beside the node: "map", "dirty", "swapped", "cpu"."""
     path = node_path(directory, name)
     return path.with_name(f"{path.name}.{what}")
 
@@ -61,14 +61,12 @@ class Map:
     """What stands in NAME.map.
 
     topology: sockets, cores, threads.  is_active: its vCPUs were activated
-    once, so that no second bhyve can be started on it.  waiting: the vCPUs
-    that wait in bhyve, never started or suspended (VM_DEBUG_CPUS).
+    once, so that no second bhyve can be started on it.
     """
 
     maps: tuple[MemoryMap, ...]
     topology: tuple[int, int, int]
     is_active: bool
-    waiting: tuple[int, ...] = ()
 
 
 def read_map(directory: Path, name: str) -> Map:
@@ -79,7 +77,7 @@ def read_map(directory: Path, name: str) -> Map:
         raise GuestError(f"no VM {name}: {error}") from error
     sockets, cores, threads = found["topology"]
     maps = tuple(MemoryMap(**entry) for entry in found["maps"])
-    return Map(maps, (sockets, cores, threads), found["is_active"], tuple(found.get("waiting", ())))
+    return Map(maps, (sockets, cores, threads), found["is_active"])
 
 
 def write_map(directory: Path, name: str, written: Map) -> None:
@@ -88,15 +86,6 @@ def write_map(directory: Path, name: str, written: Map) -> None:
     new = path.with_name(f".{path.name}.new")
     new.write_text(json.dumps(asdict(written)))
     new.replace(path)
-
-
-def show_waiting(directory: Path, name: str, waiting: Iterable[int]) -> None:
-    """Write into a VM's map which of its vCPUs wait; nothing where the VM is gone."""
-    try:
-        written = read_map(directory, name)
-    except GuestError:
-        return
-    write_map(directory, name, replace(written, waiting=tuple(waiting)))
 
 
 def sizes(memsize_bytes: int) -> tuple[int, int]:

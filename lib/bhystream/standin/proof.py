@@ -1,4 +1,4 @@
-"""How a guest knows what each of its pages has to hold.
+"""How a guest knows what each of its pages, and each vCPU's FPU, has to hold.
 
 The content of a page is a function of its number and its *generation*, other
 in all of its 4096 bytes from one generation to the next.  Static pages have
@@ -11,6 +11,10 @@ like pages from the future.
 
 Every eighth generation of a page is zero: pages go from data to zero and back
 while they are moved.  Pages of the guest that are in no plan stay untouched.
+
+The FPU of a vCPU holds a function of its number and of the steps it has made, in
+x87, XMM and the upper halves of YMM, new at each step: registers that were lost,
+or of another moment, or another vCPU's, are found at the next one.
 
 The boot parameters live in the boot page of guest memory, so that a restored
 guest needs none of them on its command line.
@@ -44,6 +48,12 @@ _NEARBY = 4096
 # Pages lie in clusters, as an allocator leaves them, and not each by itself.
 _CLUSTER = 16
 
+# Of an XSAVE image of standard format: x87 and XMM, the header's XSTATE_BV, the upper halves.
+X87_AT, _X87_BYTES = 32, 384
+XSTATE_AT, _XSTATE = 512, (7).to_bytes(8, "little")
+AVX_AT, _AVX_BYTES = 576, 256
+_NEARBY_STEPS = 64
+
 _BOOT = struct.Struct("<8sQQQQQQQ")
 _MAGIC = b"STANDIN1"
 
@@ -74,6 +84,28 @@ def describe(page: int, found: bytes, expected_generation: int) -> str:
         if not torn and candidate[:64] == found[:64]:
             torn = f"torn, begins as generation {generation}"
     return torn or f"unknown {found[:8].hex()}"
+
+
+def fpu_registers(vcpu: int, step: int) -> tuple[tuple[int, bytes], ...]:
+    """Return what the FPU holds after so many steps: places in an XSAVE image, and bytes."""
+    digest: bytes = xxhash.xxh3_128_digest(_PAIR.pack(vcpu, step), 0x465055)
+    repeats = _X87_BYTES // len(digest), _AVX_BYTES // len(digest)
+    return (
+        (X87_AT, digest * repeats[0]),
+        (XSTATE_AT, _XSTATE),
+        (AVX_AT, digest[::-1] * repeats[1]),
+    )
+
+
+def describe_fpu(vcpu: int, found: bytes, expected_step: int) -> str:
+    """Say what x87 and XMM hold instead: nothing, a step nearby, or unknown."""
+    if not any(found):
+        return "nothing, as after a reset"
+    first = max(0, expected_step - _NEARBY_STEPS)
+    for step in range(expected_step + _NEARBY_STEPS, first - 1, -1):
+        if fpu_registers(vcpu, step)[0][1] == found:
+            return f"step {step}"
+    return f"unknown {found[-8:].hex()}"
 
 
 @dataclass(frozen=True)

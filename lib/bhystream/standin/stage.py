@@ -6,8 +6,8 @@
         disk rom console what the guest's configuration names
 
 Nothing outside of DIR is touched.  A stand-in ends by itself when its node is
-gone, and whatever a program leaves behind on Linux becomes our child, so when
-the stage closes no process of it lives on.
+gone, one that is held when vmm/ is, and whatever a program leaves behind on
+Linux becomes our child, so when the stage closes no process of it lives on.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class PlayedHost:
     def variables(self) -> dict[str, str]:
         """Return the variables that name this host."""
         own = str(self.directory)
-        return {VMM_DIR: own, "BHYSEND_STATE_DIR": f"{own}/var", "BHYRECV_STAGING": own}
+        return {VMM_DIR: own, "BHYSEND_STATE_DIR": f"{own}/var"}
 
     def resources(self) -> dict[str, str]:
         """Return what this host lends a guest, by the short words of `bhyrecv -o`."""
@@ -183,8 +183,8 @@ class Stage:
                     program.terminate()
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         program.wait(_POLITE_S)
-            for node in self.directory.glob("?/vmm/*"):
-                node.unlink(missing_ok=True)
+            for vmm in self.directory.glob("?/vmm"):
+                shutil.rmtree(vmm, ignore_errors=True)
             _end_children()
             for mounted in self.directory.glob("?/*/dev/null"):  # of a bhysend that was killed
                 StandinHost(self.directory).unmount_null(mounted.parent)

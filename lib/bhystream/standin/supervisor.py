@@ -8,9 +8,15 @@ runs the bare word.  Exit status 1 where vm-bhyve would refuse the start.
 
 Source: freebsd/vm-bhyve lib/vm-run, vm::run, vm::lock, vm::handle_exit: a
 run.lock of another host or a VM that exists refuse the start; after each exit
-suspending.lock ends the loop, else 0 starts the guest again, without -r; at
-the end taps, VM and locks go, in this order.  What bhyve says on its standard
-error goes to bhyve.log, as with debug=yes.
+suspending.lock ends the loop, from 1.7.0 on; else the status decides:
+
+    0        on_restart of NAME.conf, by default restart, which is without -r
+    1, 2     the guest is off: the loop ends
+    others   on_fault, by default shutdown.  So a bhyve that was killed (137)
+             ends the loop, but not with on_fault=restart
+
+At the end taps, VM and locks go, in this order.  What bhyve says on its
+standard error goes to bhyve.log, as with debug=yes.
 """
 
 from __future__ import annotations
@@ -35,6 +41,8 @@ LOG = "vm-bhyve.log"
 RUN_LOCK = "run.lock"
 SUSPENDING_LOCK = "suspending.lock"
 CONSOLE = "console"
+_OFF = (1, 2)
+_AGAIN_S = 0.05  # between a fault and the next run
 _USAGE = "usage: supervisor [-t tap:bridge]... name -- argument ...\n"
 
 
@@ -134,10 +142,30 @@ class Supervisor:
             self._log(f"starting bhyve (run {run})")
             status = self._run_guest(arguments)
             self._log(f"bhyve exited with status {status}")
-            if (self._guest / SUSPENDING_LOCK).exists() or status != 0:
+            if not self._starts_again(status):
                 return
             self._log("restarting")
             arguments = _without_restore(arguments)
+
+    def _starts_again(self, status: int) -> bool:
+        if self._host.knows_suspending_lock() and (self._guest / SUSPENDING_LOCK).exists():
+            return False
+        if status in _OFF:
+            return False
+        if status == 0:
+            return self._asked("on_restart", "restart") == "restart"
+        time.sleep(_AGAIN_S)
+        return self._asked("on_fault", "shutdown") == "restart"
+
+    def _asked(self, key: str, default: str) -> str:
+        """Return a key of NAME.conf, which is the guest's for vm-bhyve."""
+        path = self._guest / f"{self._name}.conf"
+        found = default
+        for line in path.read_text().splitlines() if path.exists() else ():
+            name, _, value = line.partition("=")
+            if name.strip() == key:
+                found = value.strip().strip('"')
+        return found
 
     def _run_guest(self, arguments: list[str]) -> int:
         """Run bhyve once; return its exit status, 128 and the signal for a death by one."""

@@ -1,7 +1,8 @@
 """A vCPU: a thread that rewrites its working set, and checks every page before.
 
 Its registers are the step count and how far its sweep of all of its pages has
-come; they travel in the vmcx blob and nowhere in memory.
+come; they travel in the vmcx blob and nowhere in memory.  Its FPU is in the
+file of vCPUs (cpu.py), and travels in no blob.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 from bhystream.backend.base import PAGE_BYTES
 
 from .blob import number
+from .cpu import Cpu
 from .gate import Gate
 from .node import Memory
-from .proof import Plan, content, describe
+from .proof import X87_AT, Plan, content, describe, describe_fpu, fpu_registers
 
 _SLICE_S = 0.005
 _BATCH_PAGES = 64
@@ -53,8 +55,9 @@ class Vcpu:
     """One vCPU and its program.
 
     rate, sweep_rate: bytes a second of this vCPU; a rate of 0 is as fast as
-    it can.  tell: prints a line about a wrong page.  every_slice: called
-    between two batches, about every 5 ms.
+    it can.  index, cpu: its number, and what vmm knows of it.  tell: prints a
+    line about what is wrong.  every_slice: called between two batches, about
+    every 5 ms.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class Vcpu:
         plan: Plan,
         memory: Memory,
         gate: Gate,
+        index: int,
+        cpu: Cpu,
         *,
         rate: float,
         sweep_rate: float,
@@ -72,6 +77,9 @@ class Vcpu:
         self.plan = plan
         self._memory = memory
         self._gate = gate
+        self._index = index
+        self._cpu = cpu
+        self._state = b""
         self._rate = rate
         self._sweep_rate = sweep_rate
         self._tell = tell
@@ -81,9 +89,11 @@ class Vcpu:
         """Write every page of the plan for the first time."""
         for page in (*self.plan.working, *self.plan.static):
             self._memory.write(page, content(page, 0))
+        self._write_fpu()
 
     def start(self, name: str) -> None:
         """Start the thread; it runs when the gate opens."""
+        self._state = self._cpu.state()
         self._gate.join(threading.Thread(target=self._run, name=name, daemon=True))
 
     def _run(self) -> None:
@@ -107,10 +117,28 @@ class Vcpu:
             self._gate.rest(_SLICE_S if self._rate else 0.0)
 
     def _step(self) -> None:
+        self._check_cpu()
         page, generation = self.plan.at(self.registers.step)
         self._check(page, generation)
         self._memory.write(page, content(page, generation + 1))
         self.registers.step += 1
+        self._write_fpu()
+
+    def _write_fpu(self) -> None:
+        for at, data in fpu_registers(self._index, self.registers.step):
+            self._cpu.put_fpu(at, data)
+
+    def _check_cpu(self) -> None:
+        """Say that the FPU or a register is wrong, once; the next step writes the FPU anew."""
+        step = self.registers.step
+        expected = fpu_registers(self._index, step)
+        if any(self._cpu.fpu(at, len(data)) != data for at, data in expected):
+            found = self._cpu.fpu(X87_AT, len(expected[0][1]))
+            what = describe_fpu(self._index, found, step)
+            self._tell(f"fpu vcpu {self._index}: expected step {step} found {what}")
+        if self._cpu.state() != self._state:
+            self._state = self._cpu.state()
+            self._tell(f"registers vcpu {self._index}: expected those of before the pause")
 
     def _sweep(self) -> None:
         registers = self.registers

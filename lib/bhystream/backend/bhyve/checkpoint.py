@@ -3,41 +3,49 @@
     generation   a request ends with                  success or failure
     G4           EOF, when the handler has returned   not told: the files say it
     G5           a reply, then EOF                    "error" in the reply
-    both         EOF and the process's end            a suspend that succeeded
+    both         nothing, while FILE.meta is a FIFO   held: the FIFO says it
+                 that takes no more (fifo.py)
 
-bhyve serves one connection after the other, and one request on each.  So a
-connection that is held open before the request keeps every other client
-waiting, and any answer on a later connection proves that all requests before
-it have been served: settle() asks with a command that does not exist.
+bhyve serves one connection after the other, and one request on each.  So any
+answer on a later connection proves that all requests before it have been
+served: settle() asks with a command that does not exist.  A connection that
+is closed without a word leaves a line in the guest's log, so each one asks.
+
+Two descriptors go along that no command of bhyve's knows.  bhyve keeps what
+came with a request until it has been served, so what they are open at does not
+end with us:
+
+    bhysend        the FIFO: without a reader bhyve's write to it would be SIGPIPE
+    bhysend-reply  our end of this connection: so would be G5's reply
+
+bhyve does not ignore that signal; it would be the guest's end.
 
 Whether the process lives is never concluded from the socket.  A refused
 connection says that nobody listens, but on FreeBSD also that the queue of
 those who wait is full; only the process's own identity decides.
 
-Confirmed in source, never run:
+- Run on FreeBSD 15.1, emulated AMD: a request with the FIFO, held and released;
+  G4's EOF; the line in the log.
+- Read: usr.sbin/bhyve/snapshot.c, checkpoint_thread() and vm_checkpoint() (15.1,
+  and 14's); usr.sbin/bhyve/ipc.c, ipc_thread() (16-CURRENT), which destroys the
+  request behind the reply; lib/libnv/msgio.c, buf_send(), which sends without
+  MSG_NOSIGNAL, and buf_recv(), which waits for a request without a limit.
+- Read: the loop ends with the first accept(2) that fails, which a client that is
+  gone already does not cause.
+- Read: the queue holds 10, and a full one refuses: sys/kern/uipc_usrreq.c,
+  unp_connectat().
 
-- 14: usr.sbin/bhyve/snapshot.c, checkpoint_thread() (index id 246591366); 15:
-  freebsd/freebsd-src@04811d46 usr.sbin/bhyve/ipc.c, ipc_thread().  The thread
-  waits for a connection's request without a limit (lib/libnv/msgio.c,
-  buf_recv()), and an exit of bhyve does not wait for it: a connection held
-  idle harms nothing.  Its loop ends with the first accept(2) that fails, which
-  a client that is gone already does not cause (uipc_accept()).
-- A suspend ends in exit(3) inside the handler (vm_checkpoint()), so all files
-  are written by then, as far as they ever will be: that FILE.meta could not be
-  written whole, bhyve does not notice.  Where it cannot be opened the guest
-  runs on, and G5 tells no error.
-- The queue holds 10, and a full one refuses: sys/kern/uipc_usrreq.c,
-  unp_connectat() (index id 371788122).
-
-What the reply to a checkpoint holds in 15 was not found.
+What the reply to a checkpoint holds in 16 was not found.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
 import time
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
@@ -58,10 +66,9 @@ _CONNECT_S = 10.0
 _POLL_S = 0.05
 # A reply is a few bytes that bhyve sends at once; it may be cut off by its end.
 _REPLY_S = 10.0
-# From the end of the connection, which a process that ends closes first, to
-# its own end: a moment; longer where a large guest's page tables are torn down.
+# From the end of the connection, which a process that ends closes first, to its own end.
 _MOMENT_S = 0.2
-_EXIT_S = 30.0
+_HOLD_POLL_S = 0.001  # of the guest's pause
 _SYNC: dict[str, nvlist.Value] = {"cmd": "bhysend-sync"}
 
 
@@ -70,6 +77,7 @@ class Outcome(Enum):
 
     REPLIED = "bhyve answered"
     CLOSED = "the connection ended"
+    HELD = "bhyve stands in the request"
     EXITED = "the process ended"
 
 
@@ -86,9 +94,10 @@ class UnansweredError(GuestError):
 
 
 class Checkpoint:
-    """One connection to a guest's bhyve.  Held open, it keeps other clients out.
+    """One connection to a guest's bhyve, for one request.
 
-    identity: the process that listens.
+    identity: the process that listens.  served_ns: when the request was seen
+    to have ended, of the monotonic clock.
     """
 
     def __init__(self, run_dir: Path, name: str, who: str, limit_s: float = _CONNECT_S) -> None:
@@ -100,8 +109,12 @@ class Checkpoint:
         self._who = who
         self._path = run_dir / name
         self._socket = _connect(self._path, who, limit_s)
+        self.served_ns = 0
+        self._has_asked = False
         try:
             self.identity: Identity = identify(peer_pid(self._socket, "bhyve"), "bhyve")
+            # Now: to look for a process takes time, and later the guest stands.
+            self._ending = open_ending(self.identity)
         except EndedError as error:
             self._socket.close()
             raise NobodyListensError(f"{who}: nobody listens at {self._path}: {error}") from None
@@ -109,51 +122,61 @@ class Checkpoint:
             self._socket.close()
             raise
 
-    def request(self, directory_fd: int, filename: str, *, suspend: bool) -> None:
-        """Ask for a checkpoint, or a suspend, into files of a directory.
+    def request(self, directory_fd: int, filename: str, fifo_fd: int | None = None) -> None:
+        """Ask for a checkpoint into files of a directory.
 
         directory_fd: the caller's; bhyve gets a copy.  filename: the memory
-        file's last path component.  Raises GuestError.
+        file's last path component.  fifo_fd: FILE.meta, where that is a FIFO;
+        the caller's too.  Raises GuestError.
         """
-        self._send(
-            {
-                "cmd": "checkpoint",
-                "filename": filename,
-                "suspend": suspend,
-                "fddir": Descriptor(directory_fd),
-            }
-        )
+        pairs: dict[str, nvlist.Value] = {
+            "cmd": "checkpoint",
+            "filename": filename,
+            "suspend": False,
+            "fddir": Descriptor(directory_fd),
+        }
+        if fifo_fd is not None:
+            pairs["bhysend"] = Descriptor(fifo_fd)
+        self._send(pairs)
 
     def sync(self) -> None:
         """Ask for a command that does not exist, to be answered when all before it is served."""
         self._send(_SYNC)
 
     def _send(self, pairs: dict[str, nvlist.Value]) -> None:
+        self._has_asked = True
         try:
-            nvlist.send(self._socket, pairs)
+            ours = Descriptor(self._socket.fileno())
+            nvlist.send(self._socket, {**pairs, "bhysend-reply": ours})
         except OSError as error:
             raise GuestError(f"{self._who}: cannot ask its bhyve: {error.strerror}") from None
 
-    def await_outcome(self, limit_s: float) -> Outcome:
+    def await_outcome(self, limit_s: float, is_held: Callable[[], bool] | None = None) -> Outcome:
         """Wait for the end of the request, for at most limit_s seconds.
 
+        is_held: says whether bhyve stands in it and goes no further; asked often.
+
         The end of the connection may be that of the process, seen a moment
-        earlier: CLOSED means that it lives on, and EXITED whenever it is
-        gone.  Raises UnansweredError at the limit, and RefusedError for an
-        error that a living bhyve replies.
+        earlier: CLOSED means that it lives on, as far as that moment shows it.
+        Raises UnansweredError at the limit, and RefusedError for an error that
+        a living bhyve replies.
         """
-        ending = open_ending(self.identity)
-        if ending is None:
+        if self._ending is None:
             return Outcome.EXITED
-        try:
-            if not _is_readable([self._socket.fileno(), ending.fileno()], limit_s):
+        end = time.monotonic() + limit_s
+        fds = [self._socket.fileno(), self._ending.fileno()]
+        while not _is_readable(fds, _HOLD_POLL_S if is_held else limit_s):
+            if is_held and is_held():
+                return Outcome.HELD
+            if time.monotonic() >= end:
                 raise UnansweredError(
                     f"{self._who}: its bhyve has not answered for {limit_s:.0f} s"
                 )
-        finally:
-            ending.close()
+        self.served_ns = time.monotonic_ns()
         reply = self._receive()
-        if self._exits() if reply is None else not is_alive(self.identity):
+        if reply is None and await_end(self.identity, _MOMENT_S):
+            return Outcome.EXITED
+        if reply is not None and not is_alive(self.identity):
             return Outcome.EXITED
         if reply and "error" in reply:
             # ascii(): it goes to a terminal.
@@ -177,24 +200,34 @@ class Checkpoint:
                 os.close(value.fd)  # nobody asked for it
         return reply
 
-    def _exits(self) -> bool:
-        """Say whether the process ends, now that it has closed our connection.
+    def is_settled(self, limit_s: float) -> bool:
+        """Ask for nothing, see that it was served; say whether the process lives then.
 
-        One that ends has closed its listening socket too, at the latest a
-        moment later, so where that still accepts, the handler has returned:
-        G4's whole answer.
+        Raises UnansweredError at the limit, and GuestError.
         """
-        if await_end(self.identity, _MOMENT_S):
-            return True
+        end = time.monotonic() + limit_s
         try:
-            _connect(self._path, self._who, _CONNECT_S).close()
-        except (GuestError, AccessError):
-            return await_end(self.identity, _EXIT_S)
-        return False
+            self.sync()
+        except GuestError:
+            # It let go of us before we asked: it ends.  One that lives after all
+            # has served nothing of ours.
+            if await_end(self.identity, max(0.0, end - time.monotonic())):
+                return False
+            raise
+        try:
+            return self.await_outcome(max(0.0, end - time.monotonic())) != Outcome.EXITED
+        except RefusedError:
+            return is_alive(self.identity)
 
     def close(self) -> None:
-        """End the connection.  Twice is no error."""
+        """End the connection, with a word if none was said.  Twice is no error."""
+        if not self._has_asked:
+            with contextlib.suppress(GuestError):
+                self.sync()
         self._socket.close()
+        if self._ending is not None:
+            self._ending.close()
+            self._ending = None
 
 
 def settle(
@@ -220,25 +253,9 @@ def settle(
                 raise
             continue
         try:
-            return _is_served(sync, end)
+            return sync.is_settled(max(0.0, end - time.monotonic()))
         finally:
             sync.close()
-
-
-def _is_served(sync: Checkpoint, end: float) -> bool:
-    """Say whether the process lives once it has answered.  end: of the monotonic clock."""
-    try:
-        sync.sync()
-    except GuestError:
-        # It let go of us before we asked: it ends.  One that lives after all
-        # has served nothing of ours.
-        if await_end(sync.identity, max(0.0, end - time.monotonic())):
-            return False
-        raise
-    try:
-        return sync.await_outcome(max(0.0, end - time.monotonic())) != Outcome.EXITED
-    except RefusedError:
-        return is_alive(sync.identity)
 
 
 def _is_readable(fds: list[int], limit_s: float) -> bool:

@@ -56,6 +56,17 @@ def walk(next_map: Callable[[int], MemoryMap | None]) -> list[MemoryMap]:
     return maps
 
 
+def pieces(maps: Sequence[MemoryMap], gpa: int, length_bytes: int) -> list[tuple[int, int]]:
+    """Return (gpa, length) of the part of a range that lies in each map, ascending."""
+    found = []
+    for one in maps:
+        first = max(one.gpa, gpa)
+        end = min(one.gpa + one.length_bytes, gpa + length_bytes)
+        if first < end:
+            found.append((first, end - first))
+    return found
+
+
 def dirty_request(lengths_bytes: Sequence[int], marks_at: int) -> ioctl.DirtyPageList:
     """Return the argument of VM_GET_DIRTY_PAGE_LIST.
 
@@ -218,10 +229,14 @@ class FreeBsdVm:
         """As host.Vm's.  The offset in the node is the guest physical address.
 
         Python's mapping keeps a duplicate of the node's descriptor until it is
-        closed; hw.vmm.destroy does not wait for it.
+        closed; hw.vmm.destroy does not wait for it.  Memory domains are several
+        entries of the map, and one mmap(2) takes no more than one: not run.
         """
         prot = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
         try:
+            parts = pieces(self.maps(), gpa, length_bytes)
+            if len(parts) > 1:
+                return libc.map_pieces(self._fd, parts, is_writable=is_writable)
             return mmap.mmap(self._fd, length_bytes, flags=mmap.MAP_SHARED, prot=prot, offset=gpa)
         except OSError as error:
             raise self._error(error, f"map its memory at {gpa:#x}") from None

@@ -112,8 +112,10 @@ def lent(vm: Vm, memory: Lowmem, vcpu: int, made: stub.Stub) -> Iterator[None]:
 
     vm: opened to be changed.  memory: writable.  No signal is taken: the guest
     would be left with our registers.  Raises NotPutBackError, whatever the
-    block has raised.
+    block has raised; GuestError where nothing was changed.
     """
+    if len(memory) < stub.END_GPA:
+        raise GuestError(f"its memory ends below {stub.END_GPA:#x}")
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         kept = _Kept(vm, memory, vcpu)

@@ -6,19 +6,23 @@
     NAME.save        its existence alone makes the next `vm start` resume it, and nothing
                      removes it then: after a reboot in the guest it would be resumed again
 
-A guest that was started by bhyrecv, or again after a rollback, has no
-supervisor, and its start is in no log of vm-bhyve's.  Its run.lock has a
-second line, of which vm-bhyve reads nothing ("head -n 1"), and beside it is
+A guest that was started by bhyrecv has no supervisor, and its start is in no
+log of vm-bhyve's.  Its run.lock has a second line, of which vm-bhyve reads
+nothing ("head -n 1"), and beside it is
 
     bhysend.conf     the bhyve_config(5) text that it was started with
 
-At the source: before_suspend(), the suspend, supervisor_gone(), then
-gone_to(destination) or held(word), or, where the guest runs on here,
-runs_here().  The supervisor unlinks run.lock, suspending.lock and console when
-it ends, so nothing of ours is written before that.  vm-bhyve older than 1.7.0
-knows no suspending.lock: it starts the guest again.
+At the source nothing is written while the guest stands held: its process and
+its lock are what they were.  Where it has moved: before_kill(), the kill,
+supervisor_gone(), then gone_to(destination) or held(word).  The supervisor
+unlinks run.lock, suspending.lock and console when it ends, so nothing else of
+ours is written before that.
 
-Confirmed in source, never run: freebsd/vm-bhyve@0c93a8fb lib/vm-run, vm::run():
+To the supervisor a bhyve that was killed has failed: on_fault decides, which is
+"restart" only where somebody has set it, and which suspending.lock overrules.
+vm-bhyve older than 1.7.0 does not know that lock.
+
+Read: freebsd/vm-bhyve@0c93a8fb lib/vm-run, vm::run() and vm::handle_exit():
 after bhyve's exit with suspending.lock its taps are destroyed, then the VM's
 node, if it is there, then vm::unlock() removes the three files.
 """
@@ -104,12 +108,12 @@ class Locks:
         """Return the configuration of a guest that we started here, None for any other."""
         return _read(self._conf, _MAX_CONF_BYTES) if self._is_ours() else None
 
-    def before_suspend(self) -> None:
-        """Tell the supervisor that the coming exit is a suspend: it will not start it again."""
+    def before_kill(self) -> None:
+        """Tell the supervisor that the coming exit is no fault: it will not start it again."""
         self._write(self._suspending, self.hostname)
 
     def take_back(self) -> None:
-        """Undo before_suspend(): the guest runs on, and its next exit is its own."""
+        """Undo before_kill(): the guest runs on, and its next exit is its own."""
         self._remove(self._suspending)
 
     def supervisor_gone(self, limit_s: float) -> bool:

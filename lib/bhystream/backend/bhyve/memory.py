@@ -1,15 +1,10 @@
-"""A guest's memory, mapped: what the source reads, and the keeper keeps.
+"""A guest's memory, mapped: what the source reads.
 
     /dev/vmm/NAME --VM_MMAP_GETNEXT--> lowmem, highmem --mmap(2)--> one view each
 
-A mapping outlives the VM and its process: mmap(2) of the node takes a reference
-of its own to the memory's object, and vmm's destruction drops only vmm's.  That
-is what makes a suspended guest whole: bhyve's snapshot needs no memory file,
-because the memory is here.  So the last pages are read from here, and a
-rollback writes them from here.
-Confirmed in source, never run: freebsd/freebsd-src@012895d5 sys/dev/vmm/vmm_dev.c,
-vmmdev_mmap_single(); @09fa9c6f sys/dev/vmm/vmm_mem.c, vm_free_memseg(); 14 the
-same (index id 189825660).
+bhyve writes no memory for us (snapshotdir.py): all pages come from here, the
+last ones too, while the guest stands held.  Devices without a pause callback
+go on then, and what they write is here as well.
 
 Pages that were never touched are not read: reading one allocates it.
 """
@@ -17,14 +12,11 @@ Pages that were never touched are not read: reading one allocates it.
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 
 from bhystream.backend.base import PAGE_BYTES, Segment
-from bhystream.backend.bhyve.cold import data_extents
 from bhystream.backend.bhyve.host import (
     HIGHMEM_BASE_GPA,
     LOWMEM_LIMIT_BYTES,
@@ -34,28 +26,7 @@ from bhystream.backend.bhyve.host import (
 )
 from bhystream.backend.bhyve.residency import believes_mincore, dirty_extents, extents
 from bhystream.backend.bhyve.snapshot import layout_of, memory_spans
-from bhystream.errors import IncompatibleError, from_oserror
-
-_CHUNK_BYTES = 1 << 20
-_ZEROS = bytes(_CHUNK_BYTES)
-
-
-def copy_sparse(source: Path, target: Path) -> None:
-    """Copy a file into a new one, mode 0600; its holes stay holes.  Raises OSError."""
-    inner = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        outer = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            size = os.fstat(inner).st_size
-            os.ftruncate(outer, size)
-            for first, end in data_extents(inner, 0, size):
-                at = first * PAGE_BYTES
-                while at < (stop := min(end * PAGE_BYTES, size)):
-                    at += os.pwrite(outer, os.pread(inner, min(_CHUNK_BYTES, stop - at), at), at)
-        finally:
-            os.close(outer)
-    finally:
-        os.close(inner)
+from bhystream.errors import IncompatibleError
 
 
 def system_memory(maps: Sequence[MemoryMap], who: str) -> list[MemoryMap]:
@@ -155,38 +126,14 @@ class Memory:
             ]
         )
 
+    def waiting_vcpus(self) -> frozenset[int]:
+        """Return the vCPUs that wait in bhyve."""
+        return self._vm.waiting_vcpus()
+
     def changed(self) -> Iterator[tuple[int, int]] | None:
         """Return the extents written since the last call, None where the kernel has no log."""
         log = self._vm.dirty([one.length_bytes for one in self._maps])
         return None if log is None else dirty_extents(log, self.base_pages)
-
-    def write(self, path: str) -> None:
-        """Write the memory into a new file, as bhyve's snapshot has it: sparse, not synced.
-
-        Raises PipeError or AccessError; then the file is incomplete.
-        """
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                os.ftruncate(fd, self.size_bytes)
-                for first, end in self.touched():
-                    self._write(fd, first, end)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise from_oserror(error, f"write {path}") from error
-
-    def _write(self, fd: int, first: int, end: int) -> None:
-        """Write an extent, but for the pieces of it that are zero."""
-        index = int(len(self.views) > 1 and first >= self.base_pages[1])
-        view, base_bytes = self.views[index], self.base_pages[index] * PAGE_BYTES
-        at, end_bytes = first * PAGE_BYTES, end * PAGE_BYTES
-        while at < end_bytes:
-            piece = view[at - base_bytes : min(at + _CHUNK_BYTES, end_bytes) - base_bytes]
-            if piece == _ZEROS[: len(piece)]:
-                at += len(piece)
-            else:
-                at += os.pwrite(fd, piece, at)
 
     def close(self) -> None:
         """Give up the VM and the mappings.  Twice is no error.

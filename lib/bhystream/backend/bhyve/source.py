@@ -1,90 +1,92 @@
 """BhyveSource: a running bhyve guest as base.Source.
 
-    open      the VM, its memory mapped; its configuration; the checkpoint
-              socket connected, which also keeps others' requests out
-    prepare   the staging directory, with the null device as memory file; room
-    pause     bhyve's own suspend: it writes its state, and is gone
-    states    FILE.kern cut into pieces by FILE.meta
-    resume    `bhyve -r`, see paused.py
+    open      the VM, its memory mapped; its configuration; who listens at its
+              checkpoint socket
+    prepare   the directory, with the null device as memory file; the rehearsal:
+              a checkpoint, which bhyve ends by itself; then the FIFO
+    pause     the same checkpoint, which stands in its last write (fifo.py), so
+              that the guest stands held (held.py); FILE.kern is its state, with
+              the rehearsal's FILE.meta, and the FPU beside it
 
-bhyve saves a guest only by suspending or checkpointing it, and has no way to
-take a suspend back.  So the pause is the suspend, and a rollback is a restore.
-The memory is not written by bhyve but read from our mapping, in which the last
-changes are too: also those of devices that go on until the process ends.
+bhyve has no pause that can be taken back, but its checkpoint is one, as long as
+it lasts: vCPUs and devices are paused before the state is saved and resumed
+behind it, and what it writes last tells nothing that another checkpoint of the
+same guest does not tell: names, order and sizes.  So that can be known before.
+The rehearsal shows too that every device can be saved, and how long it takes.
 
-With -k the guest is checkpointed instead: bhyve writes the memory into a file
-while the guest stands, and lets it run; the file is then what is sent.
+The memory is not written by bhyve but read from our mapping.
 
-Unverified on FreeBSD, all of it.
+Run on FreeBSD 15.1, emulated AMD: rehearsal, hold and release by themselves;
+nothing of this module.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bhystream.backend.base import PAGE_BYTES, Head, Json, State
-from bhystream.backend.bhyve import backing, identity, snapshot, verdict, vmbhyve
-from bhystream.backend.bhyve.checkpoint import Checkpoint, RefusedError
-from bhystream.backend.bhyve.cold import data_extents
+from bhystream.backend.base import Head, Prepared
+from bhystream.backend.bhyve import backing, fifo, fpustate, identity, snapshot, verdict, vmbhyve
+from bhystream.backend.bhyve.checkpoint import Checkpoint, Outcome
 from bhystream.backend.bhyve.config import GuestConfig, devices, parse, split
+from bhystream.backend.bhyve.held import BhyveHeld, HeldRecord
 from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.memory import Memory
-from bhystream.backend.bhyve.paused import BhyvePaused
-from bhystream.backend.bhyve.place import FILE, Place, staging_root
-from bhystream.backend.bhyve.restore import SLOW_BYTES_PER_SECOND
-from bhystream.backend.process import is_alive, is_same
+from bhystream.backend.bhyve.rehearsal import (
+    UNSAVED,
+    MemoryFileError,
+    Rehearsal,
+    changes,
+    rehearse,
+)
+from bhystream.backend.bhyve.snapshotdir import FILE, SnapshotDir, clamped
+from bhystream.backend.process import Identity, is_alive, is_same
 from bhystream.errors import (
     AccessError,
+    BhyError,
+    FormatError,
     GoneError,
     GuestError,
     IncompatibleError,
-    TakenError,
     from_oserror,
 )
 
-_SUSPEND_S = 60.0
-# Where nothing has been measured: to stop, to save, to start; and what a
-# destination reads a second.  The last two grow with the memory.
-_FIXED_NS = 150_000_000
-_LOAD_BYTES_PER_SECOND = 1 << 30
-_STATE_BYTES = 64 << 20  # room for FILE.kern and FILE.meta
+_HOLD_S = 30.0
+_SYNC_S = 10.0
+_SLOW_BYTES_PER_SECOND = 100 << 20  # of a slow disk: how long a memory file may take
+# Where nothing has been measured: to stop and to save; and to load, elsewhere.
+_SAVE_NS = 150_000_000
+_LOAD_NS = 100_000_000
+_WRITE_BYTES_PER_SECOND = 1 << 30  # of a memory file in memory
+_STATE_BYTES = 64 << 20  # room for FILE.kern and FILE.meta, before their sizes are known
 
 
 class BhyveSource:
     """A running guest, named by its name."""
 
     def __init__(
-        self, host: Host, name: str, base: Path, config_path: str | None, *, keep: bool, force: bool
+        self, host: Host, name: str, base: Path, config_path: str | None, *, force: bool
     ) -> None:
         """Open the guest.
 
         base: the state directory.  config_path: of -C, or None for what
-        vm-bhyve knows.  keep: the guest is to be checkpointed, not suspended.
-        force: overrule soft reasons.  Raises GuestError, IncompatibleError,
-        AccessError.
+        vm-bhyve knows.  force: overrule soft reasons.  Raises GuestError,
+        IncompatibleError, AccessError.
         """
         self._host = host
         self._name = name
+        self._who = f"guest {name}"
         self._base = base
-        self._keep = keep
-        self.is_live = not keep
         self._memory: Memory | None = None
-        self._checkpoint: Checkpoint | None = None
-        self._place: Place | None = None
-        self._paused: BhyvePaused | None = None
-        self._image: mmap.mmap | None = None
-        self._image_views: list[memoryview] = []
-        self._image_fd = -1
-        self._sink_warnings: list[str] = []
-        self._said = ""
-        self._states: Sequence[State] = ()
-        self._was_paused = False
-        self._node_left = False
+        self._process: Identity | None = None
+        self._directory: SnapshotDir | None = None
+        self._record: HeldRecord | None = None
+        self._rehearsal: Rehearsal | None = None
+        self._sink_warning = ""
+        self._was_asked = False
         self._manager = vmbhyve.find(host.datastores(), name, socket.gethostname())
         try:
             self._open(config_path, force)
@@ -101,12 +103,21 @@ class BhyveSource:
         self._config = self._find_config(config_path)
         self._memory = Memory(host, name)
         self._compare()
-        self._checkpoint = Checkpoint(host.run_dir, name, f"guest {name}")
-        hard, soft = verdict.source_reasons(
-            host, self._checkpoint.identity.pid, manager=self._manager
-        )
+        self._require_started()
+        self._process = self._listener()
+        hard, soft = verdict.source_reasons(host, self._process.pid, manager=self._manager)
         if reasons := hard + ([] if force else soft):
             raise IncompatibleError(f"guest {name}: {reasons[0]}", "\n".join(reasons[1:]))
+
+    def _listener(self) -> Identity:
+        """Return the process that serves the guest's checkpoint socket, and has said so."""
+        connection = self._connect()
+        try:
+            if connection.is_settled(_SYNC_S):
+                return connection.identity
+        finally:
+            connection.close()
+        raise GoneError(f"{self._who}: its bhyve has just ended")
 
     def _find_config(self, path: str | None) -> GuestConfig:
         """Return the guest's configuration.  Without one nothing could start it again."""
@@ -121,13 +132,12 @@ class BhyveSource:
 
     def _compare(self) -> None:
         """Compare the configuration with what the kernel knows of the guest."""
-        assert self._memory is not None
         keys = self._config.section["keys"]
         wanted = [
             int(keys["memory.size"]),
             *(int(keys[k]) for k in ("sockets", "cores", "threads")),
         ]
-        found = [self._memory.size_bytes, *self._memory.topology]
+        found = [self._mapped.size_bytes, *self._mapped.topology]
         for key, a, b in zip(
             ("memory.size", "sockets", "cores", "threads"), wanted, found, strict=True
         ):
@@ -137,6 +147,26 @@ class BhyveSource:
                     f" the running guest has {b}",
                     "it was started with another configuration: give it with -C",
                 )
+
+    def _require_started(self) -> None:
+        """Refuse a guest with vCPUs that were never started.
+
+        bhyve ends every checkpoint with letting all vCPUs run, and one that
+        the guest has not started runs from wherever its registers say.  Run on
+        FreeBSD 15.1, emulated AMD: from address 0.
+        """
+        try:
+            waiting = sorted(self._mapped.waiting_vcpus())
+        except GuestError:
+            self._require_alive()
+            raise
+        if waiting:
+            which = ", ".join(map(str, waiting))
+            raise IncompatibleError(
+                f"{self._who}: vcpus: {which} of {self._config.section['keys']['cpus']} were never"
+                " started, or are stopped: a checkpoint would let them run",
+                "wait until its operating system runs, or give it no more vCPUs than that uses",
+            )
 
     @property
     def name(self) -> str:
@@ -166,231 +196,219 @@ class BhyveSource:
         """Return what no tool can mend, and why the memory file cannot be left out."""
         is_wired = self._mapped.is_wired
         found = verdict.warnings(self._config.section, self._host, is_wired=is_wired)
-        return [*found, *self._sink_warnings]
+        found += fpustate.reasons(self._host, self._name, self._ncpus)
+        if why := self._sink_warning or clamped(self._host, self._mapped.size_bytes):
+            found.append(
+                f"memory file: bhyve writes the memory into {self._base / 'held'} while the guest"
+                f" stands, in a rehearsal and in the pause: {why}"
+            )
+        return found
 
-    def prepare(self, id_: str) -> None:
-        """Make the staging directory, with the sink where it can be had; see that there is room."""
-        assert self._checkpoint is not None
-        root = staging_root(self._host, "source", self._base, os.environ)
-        full = self._config.full
-        self._place = place = Place(
-            kind=self._host.kind,
-            vmm_dir=self._host.environment().get(VMM_DIR, ""),
-            name=self._name,
-            process=self._checkpoint.identity,
-            staging=str(root / f"bhysend-{id_[:16]}"),
-            kept=str(self._base / "held" / id_),
-            keys=dict(full),
-            memory_bytes=self._mapped.size_bytes,
-            bridges={tap: self._host.bridge_of(tap) for tap in _taps(full)},
-            manager=str(self._manager.directory) if self._manager else "",
-            is_copied=self._keep,
-            node=self._host.node_id(self._name),
-        )
-        self._paused = BhyvePaused(place, self._memory)
-        place.sweep(self._host, self._base / "lock" / self.lock_name, self._base / "source")
-        place.make_staging()
-        if not self._keep and (why := place.make_sink(self._host)):
-            self._sink_warnings = [
-                f"bhyve writes the memory into {place.staging} while the guest stands,"
-                f" which makes the pause longer: {why}"
-            ]
-        self._check_room()
-        if self._keep:
-            self._map_image()
-
-    def _check_room(self) -> None:
-        """Refuse before the pause what would end in a full disk in it; hold the state's room."""
-        assert self._place is not None
-        place = self._place
-        used = sum(end - first for first, end in self._mapped.touched()) * PAGE_BYTES
-        staged = _STATE_BYTES - place.held_bytes()
-        staged += 0 if place.has_sink() else self._mapped.size_bytes
-        try:
-            os.makedirs(os.path.dirname(place.kept), 0o700, exist_ok=True)
-        except OSError as error:
-            raise from_oserror(error, f"make {os.path.dirname(place.kept)}") from None
-        here, there = os.path.dirname(place.staging), os.path.dirname(place.kept)
-        kept = 0 if self._keep else used + _STATE_BYTES
-        wanted = [("staging", here, staged), ("state directory", there, kept)]
-        if os.stat(here).st_dev == os.stat(there).st_dev:
-            # Both at once: what is kept is written before the staging goes.
-            wanted = [("staging and state directory", there, staged + kept)]
-        reasons = []
-        for key, path, needed in wanted:
-            found = os.statvfs(path)
-            free = found.f_bavail * found.f_frsize
-            reasons += verdict.room_reasons(needed, free, key, path)
-        if reasons:
-            hints = [*reasons[1:], *self._sink_warnings]
-            raise GuestError(f"guest {self._name}: {reasons[0]}", "\n".join(hints))
-        place.hold_room(_STATE_BYTES)
-
-    def _map_image(self) -> None:
-        """Map the file that a checkpoint will write the memory into (-k)."""
-        assert self._place is not None
-        path, size = self._place.staged.memory, self._mapped.size_bytes
-        try:
-            self._image_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            os.ftruncate(self._image_fd, size)
-            self._image = mmap.mmap(self._image_fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
-        except OSError as error:
-            raise from_oserror(error, f"make {path}") from None
-        whole = memoryview(self._image)
-        self._image_views = [
-            whole[offset : offset + length] for _, offset, length in snapshot.memory_spans(size)
-        ]
+    @property
+    def _ncpus(self) -> int:
+        return int(self._config.section["keys"]["cpus"])
 
     def memory(self) -> Sequence[memoryview]:
-        """Return the guest's memory; with -k the file that the checkpoint writes."""
-        return self._image_views if self._keep and self._image else self._mapped.views
+        """Return the guest's memory."""
+        return self._mapped.views
 
     def touched(self) -> Iterator[tuple[int, int]]:
         """Yield the extents that may be other than zero."""
-        if self._keep and self._image:
-            return self._image_extents()
         return self._mapped.touched()
 
-    def _image_extents(self) -> Iterator[tuple[int, int]]:
-        for _, offset, length in snapshot.memory_spans(self._mapped.size_bytes):
-            base = offset // PAGE_BYTES
-            for first, end in data_extents(self._image_fd, offset, length):
-                yield base + first, base + end
-
     def changed(self) -> Iterator[tuple[int, int]] | None:
-        """Yield what the kernel saw written since the last call, where it keeps such a log."""
-        return None if self._was_paused or self._keep else self._mapped.changed()
+        """Yield what the kernel saw written since the last call, where it keeps such a log.
 
-    def load_seconds(self) -> float:
-        """Return what `bhyve -r` may take there to read the memory."""
-        return self._mapped.size_bytes / SLOW_BYTES_PER_SECOND
+        None in the hold: some devices go on, and the log is of vCPUs.
+        """
+        return None if self._was_asked else self._mapped.changed()
 
     def fixed_ns(self) -> int:
-        """Return what suspend and restore take, by the guest's size."""
-        memory_bytes = sum(end - first for first, end in self._mapped.touched()) * PAGE_BYTES
-        if self._place and not self._place.has_sink():
-            memory_bytes *= 2
-        return _FIXED_NS + memory_bytes * 10**9 // _LOAD_BYTES_PER_SECOND
+        """Return what the rehearsal took, and what to load it may take elsewhere."""
+        if self._rehearsal:
+            return self._rehearsal.took_ns + _LOAD_NS
+        written = self._mapped.size_bytes if clamped(self._host, self._mapped.size_bytes) else 0
+        return _SAVE_NS + _LOAD_NS + written * 10**9 // _WRITE_BYTES_PER_SECOND
+
+    # While it runs.
+
+    def prepare(self, id_: str) -> Prepared:
+        """Make the directory, rehearse, make the FIFO."""
+        assert self._process is not None
+        self._require_started()
+        host, size = self._host, self._mapped.size_bytes
+        self._directory = directory = SnapshotDir(self._base / "held" / id_)
+        directory.sweep(host, self._base / "lock" / self.lock_name, self._base / "source")
+        directory.make()
+        self._sink_warning = clamped(host, size) or directory.make_sink(host)
+        self._rehearsal = self._rehearse(directory)
+        try:
+            full_bytes = fifo.make(directory.files.meta)
+        except OSError as error:
+            raise from_oserror(error, f"make {directory.files.meta}") from None
+        self._record = HeldRecord(
+            kind=host.kind,
+            vmm_dir=host.environment().get(VMM_DIR, ""),
+            name=self._name,
+            process=self._process,
+            directory=str(directory.path),
+            node=host.node_id(self._name),
+            full_bytes=full_bytes,
+            manager=str(self._manager.directory) if self._manager else "",
+        )
+        return Prepared(self._record.to_json(), self._rehearsal.text)
+
+    def _rehearse(self, directory: SnapshotDir) -> Rehearsal:
+        """Rehearse; once more with a memory file where bhyve may not write to the device."""
+        self._require_room(_STATE_BYTES)
+        try:
+            return self._rehearse_once(directory)
+        except MemoryFileError as error:
+            if not directory.has_sink():
+                raise
+            self._sink_warning = f"it cannot write it to the null device ({error})"
+            directory.drop_sink(self._host)
+            self._require_room(_STATE_BYTES)
+            return self._rehearse_once(directory)
+
+    def _rehearse_once(self, directory: SnapshotDir) -> Rehearsal:
+        checkpoint = self._connect_again()
+        try:
+            return rehearse(
+                checkpoint, directory, self._who, self._mapped.size_bytes, self._limit_s()
+            )
+        finally:
+            checkpoint.close()
+
+    def _require_room(self, state_bytes: int) -> None:
+        """Refuse while the guest runs what would end in a full disk."""
+        assert self._directory is not None
+        path = self._directory.path
+        needed = state_bytes + (0 if self._directory.has_sink() else self._mapped.size_bytes)
+        try:
+            found = os.statvfs(path)
+        except OSError as error:
+            raise from_oserror(error, f"look at {path}") from None
+        free = found.f_bavail * found.f_frsize
+        if reasons := verdict.room_reasons(needed, free, "state directory", str(path)):
+            raise GuestError(f"guest {self._name}: {reasons[0]}", self._sink_warning)
+
+    def _limit_s(self) -> float:
+        assert self._directory is not None
+        written = 0 if self._directory.has_sink() else self._mapped.size_bytes
+        return _HOLD_S + written / _SLOW_BYTES_PER_SECOND
+
+    def _connect(self) -> Checkpoint:
+        return Checkpoint(self._host.run_dir, self._name, self._who)
+
+    def _connect_again(self) -> Checkpoint:
+        """Connect to the same process: another guest's memory is not what we have mapped."""
+        assert self._process is not None
+        try:
+            made = self._connect()
+        except BhyError:
+            self._require_alive()
+            raise
+        if is_same(made.identity, self._process):
+            return made
+        made.close()
+        raise GoneError(f"guest {self._name}: another guest has its name now")
+
+    def _require_alive(self) -> None:
+        if self._process and not is_alive(self._process):
+            raise GoneError(f"guest {self._name}: its bhyve has ended meanwhile")
 
     # The pause.
 
-    def pause(self) -> None:
-        """Suspend the guest, or checkpoint it with -k, and see that its state is complete."""
-        assert self._place is not None and self._checkpoint is not None
-        self._require_alive()
-        self._check_room()
-        if self._manager and not self._keep:
-            self._manager.locks.before_suspend()
-        self._was_paused = True
-        self._request()
-        if not self._keep and is_alive(self._checkpoint.identity):
-            # bhyve may not be allowed to open the device; then into a file.
-            if not self._place.has_sink():
-                raise self._refused()
-            self._place.drop_sink(self._host)
-            self._place.drop_files()
-            self._check_room()
-            self._reconnect(self._checkpoint)
-            self._request()
-            if is_alive(self._checkpoint.identity):
-                raise self._refused()
-        elif self._keep:
-            self._require_alive()
-        self._node_left = self._host.exists(self._name)
-        _, self._states = snapshot.read_states(self._place.staged, self._mapped.size_bytes)
+    def pause(self) -> BhyveHeld:
+        """Hold the guest in a checkpoint, and take its state.
 
-    def _require_alive(self) -> None:
-        assert self._checkpoint is not None
-        if not is_alive(self._checkpoint.identity):
-            raise GoneError(f"guest {self._name}: its bhyve has ended meanwhile")
-
-    def _reconnect(self, before: Checkpoint) -> None:
-        """Connect anew, to the same process: another guest's memory is not what we have mapped."""
-        before.close()
-        self._checkpoint = Checkpoint(self._host.run_dir, self._name, f"guest {self._name}")
-        if not is_same(self._checkpoint.identity, before.identity):
-            raise GoneError(f"guest {self._name}: another guest has its name now")
-
-    def _request(self) -> None:
-        assert self._place is not None and self._checkpoint is not None
-        limit_s = _SUSPEND_S + self._mapped.size_bytes / SLOW_BYTES_PER_SECOND
-        directory = os.open(self._place.staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._place.release_room()
+        Where that fails, the guest is let go; a request that was not served
+        is taken back.
+        """
+        assert self._record is not None and self._rehearsal is not None
+        self._require_started()
+        self._require_room(self._rehearsal.meta.kern_bytes)
+        checkpoint = self._connect_again()
+        held = BhyveHeld(self._record)
         try:
-            self._checkpoint.request(directory, FILE, suspend=not self._keep)
+            self._was_asked = True
+            self._hold(checkpoint, held)
+            return self._with_state(held)
+        except BaseException:
+            with contextlib.suppress(BhyError):
+                held.resume()
+            raise
         finally:
-            os.close(directory)
-        self._said = ""
-        try:
-            self._checkpoint.await_outcome(limit_s)
-        except RefusedError as error:
-            if self._keep:
-                raise
-            self._said = str(error)
+            checkpoint.close()
 
-    def _refused(self) -> GuestError:
-        """Return why the guest was not suspended: G5's own words, which G4 does not tell."""
+    def _hold(self, checkpoint: Checkpoint, held: BhyveHeld) -> None:
+        """Ask for the checkpoint; return when the guest stands in it, all of it saved."""
+        assert self._directory is not None and self._rehearsal is not None
+        files, full_bytes = self._directory.files, held.record.full_bytes
+        try:
+            fd = fifo.arm(files.meta, full_bytes)
+        except OSError as error:
+            raise from_oserror(error, f"fill {files.meta}") from None
+        try:
+            directory = self._directory.open()
+            try:
+                checkpoint.request(directory, FILE, fd)
+            finally:
+                os.close(directory)
+            outcome = checkpoint.await_outcome(
+                self._limit_s(), lambda: fifo.pending_in(fd) == full_bytes
+            )
+        finally:
+            os.close(fd)  # bhyve has it now, or nobody: see fifo.has_reader()
+        if outcome == Outcome.EXITED:
+            raise GoneError(f"guest {self._name}: its bhyve has ended in the pause")
+        if outcome != Outcome.HELD:
+            raise self._unsaved("")
+        kern_bytes = files.kern.stat().st_size
+        if not held.stands() or kern_bytes != self._rehearsal.meta.kern_bytes:
+            raise self._failed(checkpoint, held)
+
+    def _failed(self, checkpoint: Checkpoint, held: BhyveHeld) -> GuestError:
+        """Let go of a checkpoint that is not what was rehearsed; return how it differs.
+
+        Raises RefusedError with G5's own words.
+        """
+        assert self._rehearsal is not None
+        text = held.release()
+        if checkpoint.await_outcome(_HOLD_S) == Outcome.EXITED:
+            return GoneError(f"guest {self._name}: its bhyve has ended in the pause")
+        return self._unsaved(changes(self._rehearsal.meta, text))
+
+    def _unsaved(self, why: str) -> GuestError:
+        if why:
+            return GuestError(
+                f"guest {self._name}: its state is not what it was at the rehearsal: {why}",
+                "send it again when its devices stay as they are",
+            )
         return GuestError(
-            self._said
-            or f"guest {self._name}: its bhyve did not suspend it, and logs the reason itself",
-            "a device that cannot be saved is the usual reason",
+            f"guest {self._name}: its bhyve saved it at the rehearsal, and now did not; it logs"
+            " the reason itself",
+            f"{UNSAVED}, or a full disk",
         )
 
-    def states(self) -> Sequence[State]:
-        """Return the state that pause() has read."""
-        return self._states
-
-    def require_paused(self) -> None:
-        """See that no supervisor took the suspend for a reboot, and starts the guest from its disk.
-
-        bhyve's status after a suspend may be that of a reboot.  Source:
-        dossier managers.md, 0.
-        """
-        assert self._paused is not None
-        is_new = not self._node_left and self._host.exists(self._name)
-        if self._paused.runs() or is_new:
-            raise TakenError(
-                f"guest {self._name}: it was started anew here after its suspend",
-                "what supervises it must end with bhyve's status 0 or 5 after a suspend",
-            )
-
-    def resume(self) -> None:
-        """Let it run: it does already, or is restored."""
-        if self._paused:
-            self._drop_checkpoint()
-            self._paused.resume()
-
-    def keep(self) -> str:
-        """Write the suspended guest to disk, synced; return the directory."""
-        if self._paused is None or self._place is None:
-            return ""
-        self._paused.keep()
-        return self._place.kept
-
-    def revive(self) -> Json:
-        """Return what open_paused() needs; known after prepare()."""
-        if self._place is None:
-            raise GuestError(f"guest {self._name}: prepare() was not called")
-        return self._place.to_json()
-
-    def _drop_checkpoint(self) -> None:
-        """Let go of the socket: bhyve serves one client, and the next one settles."""
-        if self._checkpoint is not None:
-            self._checkpoint.close()
+    def _with_state(self, held: BhyveHeld) -> BhyveHeld:
+        """Return the guest that stands held, with its state read and its FPU stored."""
+        assert self._rehearsal is not None and self._directory is not None
+        path = self._directory.files.kern
+        try:
+            states = snapshot.cut(self._rehearsal.text, path.read_bytes())
+        except OSError as error:
+            raise from_oserror(error, f"read {path}") from None
+        except FormatError as error:
+            raise GuestError(f"guest {self._name}: {path}: {error}") from None
+        saved, reasons = fpustate.save(self._host, self._name, self._ncpus, self._directory)
+        return BhyveHeld(held.record, [*states, *saved], reasons)
 
     def close(self) -> None:
-        """Give up socket and mappings; what prepare() made too, if it was not paused."""
-        self._drop_checkpoint()
-        if self._place and not self._was_paused:
-            self._place.remove(self._host)
-        with contextlib.suppress(BufferError):
-            for view in self._image_views:
-                view.release()
-            self._image_views = []
-            if self._image is not None:
-                self._image.close()
-                os.close(self._image_fd)
-                self._image = None
+        """Give up the mappings; what prepare() made too, if the guest was never asked."""
+        if self._directory and not self._was_asked:
+            self._directory.remove(self._host)
         if self._memory is not None:
             self._memory.close()
 
@@ -409,8 +427,3 @@ def read_config(path: str, name: str) -> GuestConfig:
     except UnicodeDecodeError:
         raise GuestError(f"cannot read {path}: it is no text") from None
     return split(parse(text), name)
-
-
-def _taps(keys: Mapping[str, str]) -> list[str]:
-    """Return the taps of a configuration."""
-    return [value for key, value in keys.items() if key.endswith(".backend")]

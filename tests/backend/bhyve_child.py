@@ -1,0 +1,71 @@
+"""A bhysend that is killed: python -m backend.bhyve_child BASE CONFIG POINT.
+
+It opens the guest g, prepares, prints the record, and pauses; it kills itself
+at a point:
+
+    rehearsing  when the rehearsal was asked for
+    prepared    before the pause
+    armed       before the pause's request is sent
+    asked       when it was sent
+    storing     while the FPU is stored
+    held        when the guest stands held
+    releasing   when it has read, once, what is in the FIFO
+    released    behind that, with the directory still there
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bhystream.backend.bhyve import fifo, fpu
+from bhystream.backend.bhyve.checkpoint import Checkpoint
+from bhystream.backend.bhyve.hosts import open_host
+from bhystream.backend.bhyve.snapshotdir import SnapshotDir
+from bhystream.backend.bhyve.source import BhyveSource
+
+from .bhyve_rig import ID
+
+POINTS = ("rehearsing", "prepared", "armed", "asked", "storing", "held", "releasing", "released")
+
+
+def die(*_: Any, **__: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    base, config, point = sys.argv[1:]
+    asks: list[Callable[..., None]] = [Checkpoint.request]
+
+    def request(self: Checkpoint, *words: Any) -> None:
+        is_pause = len(words) > 2
+        if point == "armed" and is_pause:
+            die()
+        asks[0](self, *words)
+        if point == ("asked" if is_pause else "rehearsing"):
+            die()
+
+    Checkpoint.request = request  # type: ignore[method-assign, assignment]
+    if point == "storing":
+        fpu.save = die
+    source = BhyveSource(open_host(), "g", Path(base), config, force=False)
+    print(json.dumps(dict(source.prepare(ID).record)), flush=True)
+    if point == "prepared":
+        die()
+    held = source.pause()
+    if point == "held":
+        die()
+    if point == "releasing":
+        real = fifo.drain
+        fifo.drain = lambda path, limit_s: die(real(path, 0.0))
+    SnapshotDir.remove = die  # type: ignore[method-assign]
+    held.resume()
+
+
+if __name__ == "__main__":
+    main()

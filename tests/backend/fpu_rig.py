@@ -1,0 +1,66 @@
+"""A VM of the stand-in without a process, whose vCPUs are saved and loaded."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from pathlib import Path
+
+from bhystream.backend.bhyve import fpu
+from bhystream.standin import cpu as cpu_file
+from bhystream.standin import node
+from bhystream.standin.cpu import FPU_BYTES
+from bhystream.standin.kernel import StandinVm
+
+LOW_BYTES = 2 << 20
+SEED = 8
+
+
+class Machine:
+    """A VM of the stand-in without a process: memory full of bytes, vCPUs full of values."""
+
+    def __init__(self, directory: Path, ncpus: int, vendor: str = "intel") -> None:
+        directory.mkdir(exist_ok=True)
+        (directory / "host.json").write_text(json.dumps({"cpu_vendor": vendor}))
+        self.directory = directory
+        self.ncpus = ncpus
+        node.create(directory, "g")
+        maps = node.memory_maps(LOW_BYTES, is_wired=False)
+        node.write_map(directory, "g", node.Map(maps, (ncpus, 1, 1), is_active=True))
+        self.memory = node.Memory(directory, "g", LOW_BYTES, has_log=False)
+        self.low = self.memory.segments()[0][1]
+        self.low[:] = random.Random(SEED).randbytes(LOW_BYTES)
+        self.low[0x5000:0x6000] = bytes(4096)  # the guest's PML4
+        path = node.beside(directory, "g", "cpu")
+        self.cpus = cpu_file.create(path, ncpus, is_intel=vendor == "intel")
+        self.vm = StandinVm(directory, "g", is_writable=True)
+
+    def start(self) -> None:
+        """Put every vCPU in the middle of its work, with an FPU of its own, and hold it."""
+        for index, cpu in enumerate(self.cpus):
+            cpu.start(index)
+            image = bytearray(random.Random(index).randbytes(832))
+            image[24:32] = struct.pack("<II", 0x1F80, 0xFFFF)
+            image[416:576] = bytes(160)
+            image[512] = 7
+            cpu.put_fpu(0, bytes(image))
+
+    def seen(self) -> list[bytes]:
+        """Return all that must not change: memory, registers, hidden parts, FPU, CPL."""
+        found = [self.low[:]]
+        for cpu in self.cpus:
+            found.append(cpu.state())
+            found.append(cpu.fpu(0, FPU_BYTES))
+            names = (name for name in cpu_file.NAMES if not name.startswith("nmi_after"))
+            masked = {"cr0_shadow": cpu_file.CR0_MASK, "cr4_shadow": cpu_file.CR4_MASK}
+            values = {name: cpu.get(name) & masked.get(name, -1) for name in names}
+            found.append(json.dumps(values).encode())
+        return found
+
+    def save(self) -> fpu.Saved:
+        """Save, and find everything as it was."""
+        before = self.seen()
+        saved = fpu.save(self.vm, self.low, self.ncpus)
+        assert self.seen() == before
+        return saved

@@ -1,0 +1,215 @@
+"""A guest of bhyve's own that proves itself, and two names that it moves between on one host.
+
+The guest is a boot ROM (BHYSEND_TEST_ROM) with one vCPU and no disk.  It prints on COM1, ten
+times a second, "HB n ..." with n counting up from 0 over its whole life, "bad 0" as long as each
+page that it checks is right, and "LOST" once a vector register of it has lost its value.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+BHYVE, BHYVECTL = "/usr/sbin/bhyve", "/usr/sbin/bhyvectl"
+DEADLINE_S = 180.0
+_BEAT = re.compile(r"HB (\d+) .* bad (\d+) ")
+_UUID = "0f0e0d0c-1111-2222-3333-444444444444"
+
+
+def until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
+    """Wait for a condition."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"no {what} in {deadline_s:.0f} s"
+        time.sleep(0.02)
+
+
+def program(name: str) -> list[str]:
+    """Return the words that run bhysend or bhyrecv."""
+    return [sys.executable, "-P", "-m", f"bhystream.{name.removeprefix('bhy')}"]
+
+
+@dataclass
+class Ended:
+    """What a program came to."""
+
+    status: int
+    said: str
+
+
+@dataclass
+class Host:
+    """Both ends of a move: two state directories on this host, and the guest wherever it is.
+
+    at: the name that it has now.  lived: the consoles that it has had, in their order.
+    """
+
+    rom: str
+    memory: str
+    directory: Path
+    at: str = ""
+    lived: list[Path] = field(default_factory=list)
+
+    def console(self, name: str) -> Path:
+        return self.directory / f"{name}.console"
+
+    def state(self, side: str) -> Path:
+        return self.directory / side
+
+    def environment(self, side: str) -> dict[str, str]:
+        """Return the environment of one side: "a" sends, "b" receives."""
+        return {**os.environ, "BHYSEND_STATE_DIR": str(self.state(side))}
+
+    def start(self, name: str) -> None:
+        """Boot the guest under a name."""
+        Path("/var/run/bhyve").mkdir(exist_ok=True)
+        self._make_console(name)
+        with (self.directory / f"{name}.log").open("wb") as log:
+            subprocess.Popen(
+                [BHYVE, "-k", str(self._config(name)), name],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.at = name
+        until(lambda: self.beats() and self.pid(), "heartbeat of the guest")
+
+    def _make_console(self, name: str) -> None:
+        # bhyve takes a file for a serial port, if it is there.
+        path = self.directory / f"{name}.{len(self.lived)}"
+        path.touch()
+        self.console(name).unlink(missing_ok=True)
+        self.console(name).symlink_to(path)
+        self.lived.append(path)
+
+    def _config(self, name: str) -> Path:
+        path = self.directory / f"{name}.conf"
+        keys = {
+            "cpus": "1",
+            "memory.size": self.memory,
+            "acpi_tables": "false",
+            "uuid": _UUID,
+            "lpc.bootrom": self.rom,
+            "lpc.com1.path": str(self.console(name)),
+            "pci.0.0.0.device": "hostbridge",
+            "pci.0.31.0.device": "lpc",
+        }
+        path.write_text("".join(f"{key}={value}\n" for key, value in keys.items()))
+        return path
+
+    # The move.
+
+    def send(self, *options: str) -> list[str]:
+        return [*program("bhysend"), "-C", str(self._config(self.at)), *options, self.at]
+
+    def receive(self, name: str, *options: str) -> list[str]:
+        """Return the command that receives it under another name."""
+        self._make_console(name)
+        lent = ["-o", f"com1={self.console(name)}", "-o", f"bootrom={self.rom}"]
+        environment = ["env", f"BHYSEND_STATE_DIR={self.state('b')}"]
+        return [*environment, *program("bhyrecv"), *lent, *options, name]
+
+    def run(self, *words: str, side: str = "a", deadline_s: float = DEADLINE_S) -> Ended:
+        """Run a program to its end."""
+        done = subprocess.run(
+            words,
+            env=self.environment(side),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=deadline_s,
+            check=False,
+        )
+        print(done.stderr)
+        return Ended(done.returncode, done.stderr)
+
+    def shell(self, text: str) -> Ended:
+        """Run a pipeline; the status is that of its last command."""
+        return self.run("sh", "-c", text)
+
+    # The guest.
+
+    def other(self) -> str:
+        """Return the name that it does not have."""
+        return "rom2" if self.at == "rom1" else "rom1"
+
+    def arrived(self, name: str) -> None:
+        """Take it as living under a name; its old one is gone."""
+        assert self.pid(self.at) == 0
+        assert not os.path.exists(f"/dev/vmm/{self.at}")
+        self.at = name
+        assert self.pid()
+
+    def stayed(self) -> None:
+        """Take it as living where it did; what was made for it elsewhere is no console of it."""
+        self.lived.pop()
+
+    def pid(self, name: str = "") -> int:
+        """Return its bhyve's process id, 0 where there is none."""
+        name = name or self.at
+        words = ["/bin/pgrep", "-f", f"bhyve.*[ :/]{name}( |$)"]
+        found = subprocess.run(words, capture_output=True, text=True, check=False).stdout.split()
+        return int(found[0]) if found else 0
+
+    def lines(self) -> list[str]:
+        return [
+            line
+            for path in self.lived
+            for line in path.read_bytes().decode(errors="replace").replace("\0", "").splitlines()
+        ]
+
+    def beats(self) -> list[tuple[int, int]]:
+        """Return (number, bad) of each whole heartbeat."""
+        return [(int(m[1]), int(m[2])) for line in self.lines() if (m := _BEAT.match(line))]
+
+    def prove(self, more: int = 15) -> None:
+        """See it beat on, with no beat missing, no page wrong, and its vector registers kept."""
+        count = len(self.beats())
+        until(lambda: len(self.beats()) >= count + more, f"{more} more heartbeats")
+        beats = self.beats()
+        assert [number for number, _ in beats] == list(range(beats[-1][0] + 1))
+        assert not any(bad for _, bad in beats)
+        assert "LOST" not in "\n".join(self.lines())
+
+    def stands_still(self) -> bool:
+        """Say whether it says nothing for a second."""
+        before = len(self.beats())
+        time.sleep(1.0)
+        return len(self.beats()) == before
+
+    def end(self) -> None:
+        """End everything that bears one of its names."""
+        for name in ("rom1", "rom2"):
+            if pid := self.pid(name):
+                subprocess.run(["/bin/kill", "-9", str(pid)], check=False)
+                until(lambda name=name: not self.pid(name), "end of bhyve")  # type: ignore[misc]
+            if os.path.exists(f"/dev/vmm/{name}"):
+                subprocess.run([BHYVECTL, "--destroy", f"--vm={name}"], check=False)
+
+
+@contextmanager
+def booted(directory: Path, memory: str = "256M") -> Iterator[Host]:
+    """Boot the guest, and end it."""
+    rom = os.environ.get("BHYSEND_TEST_ROM")
+    if not rom:
+        pytest.skip("BHYSEND_TEST_ROM names a boot ROM that proves itself")
+    host = Host(rom, memory, directory)
+    for side in "ab":
+        host.state(side).mkdir(mode=0o700, exist_ok=True)
+    host.end()
+    try:
+        host.start("rom1")
+        yield host
+    finally:
+        host.end()
