@@ -12,10 +12,12 @@ and pages go through base.Target in extents as a stream has them.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
 import struct
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +27,9 @@ from typing import Any
 from bhystream import state
 from bhystream.backend.base import PAGE_BYTES, Head, State, Target
 from bhystream.backend.bhyve import config, identity, snapshot
+from bhystream.backend.bhyve.loaded import held
+from bhystream.backend.bhyve.place import Place
+from bhystream.backend.bhyve.restore import Restore
 from bhystream.backend.bhyve.sink import BhyveSink
 from bhystream.standin.node import data_extents
 from standin.rig import Console, Rig, Spec, assert_unbroken, await_true
@@ -88,6 +93,12 @@ class Arriving:
         for index, _ in enumerate(re.findall(r"^pci\..*\.backend=", text, re.M)):
             self.there.host.make_tap(f"tap{index}", "bridge0")
             found[f"net{index}"] = f"tap{index}"
+        return found
+
+    def bare(self) -> Arriving:
+        """Return it for another process, which starts no guest and ends none."""
+        found = copy.copy(self)
+        found.guest, found.here, found.there = None, None, Rig.at(self.there.directory)  # type: ignore[assignment]
         return found
 
     # The sink.
@@ -186,9 +197,53 @@ def read_page(image: Path, page: int) -> bytes:
         return os.pread(file.fileno(), PAGE_BYTES, page * PAGE_BYTES)
 
 
-def flip(states: Sequence[State], name: str, **changes: Any) -> list[State]:
-    """Return the states, one of them with other data."""
-    return [State(one.name, changes["data"]) if one.name == name else one for one in states]
+def place_of(guest: Arriving) -> Place:
+    """Return the place that a sink gives the guest."""
+    sink = guest.sink()
+    assert sink.check(guest.head) == []
+    return Place.from_json(sink.record())
+
+
+def restore_of(guest: Arriving) -> Restore:
+    """Return what is to be started from the files of a guest, all of its memory in them."""
+    place = place_of(guest)
+    (guest.base / "loaded").mkdir(exist_ok=True)
+    place.make_staging()
+    subprocess.run(["cp", "--sparse=always", guest.image, place.files.memory], check=True)
+    place.files.meta.write_bytes(guest.states[0].data)
+    return Restore(guest.there.host, place, place.files)
+
+
+def kern(guest: Arriving) -> bytes:
+    """Return FILE.kern."""
+    return b"".join(state.data for state in guest.states[1:])
+
+
+def hold(guest: Arriving) -> Restore:
+    """Return it held."""
+    one = restore_of(guest)
+    one.hold(len(kern(guest)))
+    return one
+
+
+def is_clean(guest: Arriving) -> bool:
+    """Say whether nothing of a start is left but files."""
+    return (
+        not guest.there.host.exists("g")
+        and list((guest.base / "log").iterdir()) == []
+        and guest.started() == []
+        and guest.processes() == []
+    )
+
+
+def again(guest: Arriving) -> None:
+    """Start it once more, from the files that are there, and see every page right."""
+    guest.there.settings(fail=[])
+    place = place_of(guest)
+    one = held(guest.there.host, place, place.files, len(kern(guest)))
+    one.load(kern(guest), ())
+    one.release()
+    guest.await_unbroken()
 
 
 @contextmanager

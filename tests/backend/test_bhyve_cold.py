@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from bhystream import cold as cold_send
-from bhystream import format as fmt
-from bhystream.backend.base import PAGE_BYTES, Head, Segment, Sink, Source
+from bhystream.backend.base import PAGE_BYTES, Head, Segment, Sink, Snapshot, State
+from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.cold import FilesSink, SnapshotSource
 from bhystream.backend.bhyve.snapshot import Files
 from bhystream.errors import (
@@ -28,9 +28,7 @@ from bhystream.errors import (
     UsageError,
 )
 from bhystream.format import Form
-from bhystream.hole import punch
 from bhystream.options import SendOptions
-from bhystream.page import scatter
 from bhystream.precopy import Limits
 from bhystream.report import Console
 from bhystream.signals import Interrupted, Signals
@@ -41,6 +39,7 @@ from .snapshot_files import CONFIG, DEVICES, HOST, KERNEL, MEMORY, made, names, 
 
 GIB = 1 << 30
 BIG = 3 * GIB + MEMORY
+FPU = [State(f"fpu/{cpu}", os.urandom(900), is_optional=True) for cpu in range(2)]
 
 
 def write_snapshot(files: Files, memory_bytes: int) -> Files:
@@ -77,7 +76,7 @@ def there(tmp_path: Path) -> Path:
     return tmp_path / "there"
 
 
-def send(source: Source, path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:
+def send(source: Snapshot, path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:
     """Write the stream of a snapshot to a file, as bhysend does."""
     opts = SendOptions(guest="x", **{"limits": Limits(), **options})
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -100,7 +99,7 @@ def receive(path: Path, sink: Sink, *, start: bool = True) -> Ended:
                     if reasons:
                         raise IncompatibleError("; ".join(reasons))
                     layout = event.layout
-                    places = sink.open()
+                    places = sink.open(b"")
                 case Pages():
                     place(event, layout, places)
                 case Ended():
@@ -114,11 +113,7 @@ def receive(path: Path, sink: Sink, *, start: bool = True) -> Ended:
 def place(event: Pages, layout: tuple[Segment, ...], places: Any) -> None:
     base = sum(segment.npages for segment in layout[: event.segment])
     npages = layout[event.segment].npages
-    to = places[event.segment]
-    scatter(to.fd, to.offset_bytes, base, npages, event.extents, event.pages)
-    for first, count, kind in fmt.EXTENT.iter_unpack(event.extents):
-        if kind == fmt.KIND_ZERO:
-            punch(to.fd, to.offset_bytes + (first - base) * PAGE_BYTES, count * PAGE_BYTES)
+    places[event.segment].place(base, npages, event.extents, event.pages)
 
 
 def data(path: Path) -> list[tuple[int, bytes]]:
@@ -175,15 +170,22 @@ def test_a_guest_of_more_than_3_gib_arrives_and_stays_sparse(
     assert (there / "big").stat().st_blocks * 512 <= here.memory.stat().st_blocks * 512 < GIB
 
 
+@pytest.mark.parametrize("fpu", [[], FPU], ids=["plain", "fpu"])
 def test_the_stream_of_the_files_that_arrived_is_the_same_stream(
-    here: Files, there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: Files, there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fpu: list[State]
 ) -> None:
+    if fpu:
+        here.fpu.write_bytes(snapshot.pack_fpu(fpu))
     monkeypatch.setattr(secrets, "token_bytes", lambda n: bytes(n))
     monkeypatch.setattr(secrets, "randbits", lambda n: 7)
     first, second = tmp_path / "1", tmp_path / "2"
     send(SnapshotSource(here.memory, None, HOST), first, monkeypatch)
     receive(first, FilesSink(there, "web2"))
     send(SnapshotSource(there / "web2", None, HOST), second, monkeypatch)
+    ended = rebuild(second.read_bytes()).ended
+    assert ended is not None
+    assert [state for state in ended.states if state.is_optional] == fpu
+    assert (there / "web2.fpu").exists() == bool(fpu)
     assert filecmp.cmp(first, second, shallow=False)
 
 
@@ -218,22 +220,11 @@ def test_without_a_configuration_the_meta_tells_a_minimal_one(here: Files) -> No
 
 
 def test_a_configuration_names_the_guest_and_its_resources(here: Files) -> None:
-    source: Source = SnapshotSource(here.memory, {**CONFIG, "name": "db7"}, HOST)
+    source: Snapshot = SnapshotSource(here.memory, {**CONFIG, "name": "db7"}, HOST)
     assert (source.name, source.resources()) == ("db7", ["disk0=", "net0="])
     assert source.warnings() == []
     source.close()
     source.close()
-
-
-def test_one_snapshot_has_one_lock_by_any_path(here: Files, tmp_path: Path) -> None:
-    (tmp_path / "other").symlink_to(here.directory)
-    sources = [
-        SnapshotSource(path / "web1.save", None, HOST)
-        for path in (here.directory, tmp_path / "other")
-    ]
-    assert sources[0].lock_name == sources[1].lock_name
-    for source in sources:
-        source.close()
 
 
 def test_holes_are_not_read(here: Files) -> None:
@@ -369,10 +360,11 @@ def touch(path: Path) -> None:
     os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
 
 
-@pytest.mark.parametrize("which", ["memory", "kern", "meta"])
+@pytest.mark.parametrize("which", ["memory", "kern", "meta", "fpu"])
 def test_a_snapshot_that_changes_while_it_is_sent_has_no_end(
     here: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
+    here.fpu.write_bytes(snapshot.pack_fpu(FPU))
     source = SnapshotSource(here.memory, None, HOST)
     touch(getattr(here, which))
     with pytest.raises(GuestError, match="was written to while it was sent"):
@@ -429,3 +421,23 @@ def test_a_truncated_stream_leaves_no_file(
         receive(stream, sink)
     sink.abort()
     assert names(there) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "web1.save.fpu is empty"),
+        (b"{", "web1.save.fpu is not complete, or not ours"),
+        (b"[]", "web1.save.fpu is not complete, or not ours"),
+        (b'{"fpu/0": 1}', "web1.save.fpu is not complete, or not ours"),
+        (b'{"fpu/0": "*"}', "web1.save.fpu is not complete, or not ours"),
+        (b'{"fpu/x": ""}', "web1.save.fpu: a name in it is no vCPU's"),
+        (b" " * (9 << 20), "web1.save.fpu: 9437184 bytes are more than"),
+    ],
+)
+def test_an_fpu_file_that_is_none_is_refused(
+    here: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes, message: str
+) -> None:
+    here.fpu.write_bytes(text)
+    with pytest.raises(GuestError, match=message):
+        send(SnapshotSource(here.memory, None, HOST), tmp_path / "s", monkeypatch)

@@ -81,18 +81,18 @@ def test_a_guest_of_bhyves_is_taken(there: Path, text: str, kind: str) -> None:
     assert names(there) == []
 
 
-@pytest.mark.parametrize("suffix", ["", ".kern", ".meta"])
+@pytest.mark.parametrize("suffix", ["", ".kern", ".meta", ".fpu"])
 def test_no_file_is_overwritten(there: Path, suffix: str) -> None:
     (there / f"web1{suffix}").symlink_to("nowhere")
     assert FilesSink(there, "web1").check(head()) == [f"-S: {there}/web1{suffix} exists"]
 
 
-@pytest.mark.parametrize("suffix", ["", ".kern", ".meta"])
+@pytest.mark.parametrize("suffix", ["", ".kern", ".meta", ".fpu"])
 def test_no_file_is_overwritten_that_came_later(there: Path, suffix: str) -> None:
     sink = FilesSink(there, "web1")
     assert sink.check(head()) == []
-    sink.open()
-    sink.load(states_of())
+    sink.open(b"")
+    sink.load([*states_of(), State("fpu/0", b"x", is_optional=True)])
     (there / f"web1{suffix}").write_text("mine")
     with pytest.raises(IncompatibleError, match=f"web1{suffix} exists now"):
         sink.start()
@@ -122,7 +122,7 @@ def test_a_guest_that_has_no_room_is_refused_unless_forced(
 def test_until_it_is_complete_nothing_has_its_name(there: Path) -> None:
     sink = FilesSink(there, "web1")
     sink.check(head())
-    places = sink.open()
+    places = sink.open(b"")
     assert os.fstat(places[0].fd).st_size == MEMORY
     assert os.fstat(places[0].fd).st_blocks == 0
     sink.load(states_of())
@@ -151,7 +151,7 @@ def test_the_meta_gets_its_name_when_the_others_are_on_the_disk(
 
     sink = FilesSink(there, "web1")
     sink.check(head())
-    sink.open()
+    sink.open(b"")
     monkeypatch.setattr(os, "link", note_link)
     monkeypatch.setattr(os, "fsync", note_fsync)
     sink.load(states_of())
@@ -165,14 +165,14 @@ def test_the_meta_gets_its_name_when_the_others_are_on_the_disk(
 def test_a_step_without_the_one_before_is_our_fault(there: Path, step: str) -> None:
     sink = FilesSink(there, "web1")
     calls: dict[str, Callable[[], object]] = {
-        "open": sink.open,
+        "open": lambda: sink.open(b""),
         "load": lambda: sink.load(states_of()),
         "start": sink.start,
     }
     with pytest.raises(InternalError):
         calls[step]()
     sink.check(head())
-    sink.open()
+    sink.open(b"")
     with pytest.raises(InternalError):
         sink.start()
     sink.abort()
@@ -193,7 +193,7 @@ def test_states_that_are_no_snapshot_leave_no_file(
 ) -> None:
     sink = FilesSink(there, "web1")
     sink.check(head())
-    sink.open()
+    sink.open(b"")
     with pytest.raises(FormatError, match=message):
         sink.load(states)
     sink.abort()
@@ -209,10 +209,10 @@ def test_a_disk_that_fails_leaves_no_file(there: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(os, "ftruncate", fail)
         with pytest.raises(BhyError, match=r"cannot make .*web1: No space left"):
-            sink.open()
+            sink.open(b"")
     sink.abort()
     assert names(there) == []
-    sink.open()
+    sink.open(b"")
     sink.load(states_of())
     monkeypatch.setattr(durable, "sync", fail)
     with pytest.raises(BhyError, match=r"cannot make .*web1: No space left"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import calendar
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,23 +19,20 @@ import pytest
 from bhystream.backend.base import State
 from bhystream.backend.bhyve import loaded, restore
 from bhystream.backend.bhyve.config import parse
-from bhystream.backend.bhyve.host import Host
+from bhystream.backend.bhyve.listening import listener, listens
 from bhystream.backend.bhyve.loaded import held
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import (
     Phase,
     Restore,
     TooLateError,
-    listener,
-    listens,
-    rtc_seconds,
 )
 from bhystream.backend.process import is_same, is_stopped
 from bhystream.errors import GuestError, PipeError
 from bhystream.standin.kernel import StandinHost
 from standin.rig import Spec, await_true
 
-from .arriving import Arriving, arriving
+from .arriving import Arriving, again, arriving, hold, is_clean, kern, restore_of
 
 
 @pytest.fixture
@@ -46,65 +41,14 @@ def guest() -> Iterator[Arriving]:
         yield made
 
 
-def made(guest: Arriving, *, whole: bool = True) -> Restore:
-    """Return what is to be started from the files of a guest, all of its memory in them."""
-    sink = guest.sink()
-    assert sink.check(guest.head) == []
-    place = Place.from_json(sink.record())
-    (guest.base / "loaded").mkdir(exist_ok=True)
-    place.make_staging()
-    if whole:
-        subprocess.run(["cp", "--sparse=always", guest.image, place.files.memory], check=True)
-    else:
-        place.files.memory.touch()
-        os.truncate(place.files.memory, place.memory_bytes)
-    place.files.meta.write_bytes(guest.states[0].data)
-    return Restore(guest.there.host, place, place.files)
-
-
-def kern(guest: Arriving) -> bytes:
-    return b"".join(state.data for state in guest.states[1:])
-
-
-def hold(guest: Arriving) -> Restore:
-    one = made(guest)
-    one.hold(len(kern(guest)))
-    return one
-
-
 def fails(guest: Arriving, message: str, kind: type[GuestError] = GuestError) -> Restore:
     """Assert that it is not held, and that nothing of it is left but its files."""
-    one = made(guest)
+    one = restore_of(guest)
     with pytest.raises(kind, match=message):
         one.hold(len(kern(guest)))
     assert not one.may_have_run
     assert is_clean(guest)
     return one
-
-
-def is_clean(guest: Arriving) -> bool:
-    return (
-        not guest.there.host.exists("g")
-        and list((guest.base / "log").iterdir()) == []
-        and guest.started() == []
-        and guest.processes() == []
-    )
-
-
-def again(guest: Arriving) -> None:
-    """Start it once more, from the files that are there, and see every page right."""
-    guest.there.settings(fail=[])
-    place = Place.from_json(made_place(guest))
-    one = held(guest.there.host, place, place.files, len(kern(guest)))
-    one.load(kern(guest), ())
-    one.release()
-    guest.await_unbroken()
-
-
-def made_place(guest: Arriving) -> Any:
-    sink = guest.sink()
-    assert sink.check(guest.head) == []
-    return sink.record()
 
 
 # Held.
@@ -198,7 +142,7 @@ def test_what_cannot_be_written_down_is_not_run(
 
     monkeypatch.setattr(Place, "write_started", full)
     with pytest.raises(PipeError, match="No space left"):
-        made(guest).hold(len(kern(guest)))
+        restore_of(guest).hold(len(kern(guest)))
     assert is_clean(guest)
 
 
@@ -214,7 +158,7 @@ def test_one_that_ends_before_it_is_held_is_told_in_its_words(guest: Arriving) -
 def test_one_that_ends_where_another_goes_round_never_ran(guest: Arriving) -> None:
     """Whether it was stopped first, or had ended, is chance."""
     guest.there.settings(fail=["short-read"])
-    one = made(guest)
+    one = restore_of(guest)
     with pytest.raises(GuestError, match="bhyve -r: Failed to restore VM memory"):
         one.hold(len(kern(guest)))
         one.load(kern(guest), ())
@@ -233,7 +177,7 @@ def test_one_that_had_read_all_before_the_cut_is_not_taken_for_held(guest: Arriv
 def test_one_that_was_too_fast_is_tried_again(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = made(guest)._place
+    place = restore_of(guest)._place
     tries: list[int] = []
     real = Restore._launch
 
@@ -251,7 +195,7 @@ def test_one_that_was_too_fast_is_tried_again(
 
 
 def test_one_that_is_always_too_fast_is_given_up(guest: Arriving) -> None:
-    place = made(guest)._place
+    place = restore_of(guest)._place
     guest.there.settings(fail=["late-cut"])
     with pytest.raises(TooLateError):
         held(guest.there.host, place, place.files, len(kern(guest)))
@@ -260,7 +204,7 @@ def test_one_that_is_always_too_fast_is_given_up(guest: Arriving) -> None:
 
 def test_one_that_takes_too_long_to_read_is_ended(guest: Arriving) -> None:
     guest.there.settings(fail=["slow-read"])
-    one = made(guest)
+    one = restore_of(guest)
     one._limit_s = 0.0
     with pytest.raises(GuestError, match="bhyve -r: its memory is not read after 0 s"):
         one.hold(len(kern(guest)))
@@ -269,7 +213,7 @@ def test_one_that_takes_too_long_to_read_is_ended(guest: Arriving) -> None:
 
 def test_a_slow_read_is_waited_for(guest: Arriving) -> None:
     guest.there.settings(fail=["slow-read"])
-    one = made(guest)
+    one = restore_of(guest)
     thread = threading.Thread(target=one.hold, args=(len(kern(guest)),))
     thread.start()
     await_true(lambda: guest.started() != [], "bhyve -r")
@@ -327,7 +271,7 @@ def test_a_socket_that_others_left_proves_nothing(guest: Arriving) -> None:
 def test_a_socket_that_cannot_be_removed_starts_nothing(guest: Arriving) -> None:
     (guest.there.directory / "run" / "g").mkdir()
     with pytest.raises(PipeError, match="cannot remove"):
-        made(guest).hold(1)
+        restore_of(guest).hold(1)
     assert is_clean(guest)
 
 
@@ -339,7 +283,7 @@ def test_a_program_that_cannot_be_run_leaves_nothing(
 
 
 def test_files_that_cannot_be_written_start_nothing(guest: Arriving) -> None:
-    one = made(guest)
+    one = restore_of(guest)
     one._config.mkdir()
     with pytest.raises(PipeError, match="cannot write"):
         one.hold(1)
@@ -354,7 +298,7 @@ def interrupt(*args: object) -> Any:
 def test_an_interrupt_leaves_nothing(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    one = made(guest)
+    one = restore_of(guest)
     with monkeypatch.context() as patch:
         patch.setattr(Restore, step, interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -385,7 +329,7 @@ Restore(place.host(), place, place.files).hold(kern_bytes)
 
 
 def run_killed(guest: Arriving, script: str, step: str) -> int:
-    record = json.dumps(dict(made(guest)._place.to_json()))
+    record = json.dumps(dict(restore_of(guest)._place.to_json()))
     words = [sys.executable, "-c", script, step, record, str(len(kern(guest)))]
     return subprocess.run(words).returncode
 
@@ -466,158 +410,3 @@ def test_without_fpu_states_it_is_not_woken(
     one.load(kern(guest), ())
     assert one.is_held()
     one.undo()
-
-
-# Released.
-
-
-def test_a_restore_that_fails_never_ran_and_leaves_nothing(guest: Arriving) -> None:
-    guest.there.settings(fail=["restore"])
-    one = hold(guest)
-    one.load(kern(guest), ())
-    with pytest.raises(GuestError, match="bhyve -r: Failed to restore vhpet"):
-        one.release()
-    assert not one.may_have_run
-    assert is_clean(guest)
-    again(guest)
-
-
-def test_a_restore_that_fails_with_its_socket_there_may_have_run(guest: Arriving) -> None:
-    guest.there.settings(fail=["restore-late"])
-    one = hold(guest)
-    one.load(kern(guest), ())
-    with pytest.raises(GuestError, match="bhyve -r: Unable to restore time"):
-        one.release()
-    assert one.may_have_run
-    assert list((guest.base / "log").iterdir()) != []  # to be read
-    assert len(guest.started()) == 1
-
-
-def test_a_restore_that_takes_too_long_is_ended_and_never_ran(guest: Arriving) -> None:
-    guest.there.settings(fail=["slow-restore"])
-    one = hold(guest)
-    one.load(kern(guest), ())
-    one._limit_s = 0.0
-    with pytest.raises(GuestError, match="bhyve -r: not done after"):
-        one.release()
-    assert not one.may_have_run
-    assert is_clean(guest)
-
-
-def test_a_slow_restore_is_waited_for(guest: Arriving) -> None:
-    guest.there.settings(fail=["slow-restore"])
-    one = hold(guest)
-    one.load(kern(guest), ())
-    thread = threading.Thread(target=one.release)
-    thread.start()
-    await_true(lambda: one.phase is Phase.RELEASED, "the release")
-    assert not listens(guest.there.host, "g")
-    (guest.there.directory / "release").touch()
-    thread.join(30)
-    assert not thread.is_alive()
-    guest.await_unbroken()
-
-
-def test_an_interrupt_while_it_restores_ends_it(
-    guest: Arriving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    guest.there.settings(fail=["slow-restore"])
-    one = hold(guest)
-    one.load(kern(guest), ())
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(restore, "listens", interrupt)
-        one.release()
-    assert not one.may_have_run
-    assert is_clean(guest)
-
-
-def test_an_interrupt_when_its_socket_is_there_leaves_it_alone(
-    guest: Arriving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def late(host: Host, name: str) -> bool:
-        if not (host.run_dir / name).exists():
-            return False
-        raise KeyboardInterrupt
-
-    one = hold(guest)
-    one.load(kern(guest), ())
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(restore, "listens", late)
-        one.release()
-    assert one.may_have_run
-    guest.await_unbroken()
-
-
-def test_undo_may_be_done_at_any_time_and_twice(guest: Arriving) -> None:
-    one = made(guest)
-    one.undo()
-    one.hold(len(kern(guest)))
-    one.undo()
-    one.undo()
-    one.close()
-    assert is_clean(guest)
-
-
-# The clock chip.
-
-
-@pytest.mark.parametrize("zone", ["UTC0", "XYZ-5:30", "ABC3"])
-@pytest.mark.parametrize(
-    ("keys", "is_local"),
-    [
-        ({}, True),
-        ({"rtc.use_localtime": "true"}, True),
-        ({"rtc.use_localtime": "false"}, False),
-        ({"rtc.use_localtime": "no"}, False),
-    ],
-)
-def test_the_clock_chip_gets_what_bhyve_gives_a_new_guest(
-    monkeypatch: pytest.MonkeyPatch, zone: str, keys: dict[str, str], is_local: bool
-) -> None:
-    monkeypatch.setenv("TZ", zone)
-    time.tzset()
-    now = 1_800_000_000
-    wanted = calendar.timegm(time.localtime(now)) if is_local else now
-    assert rtc_seconds(keys, now) == wanted
-    monkeypatch.undo()
-    time.tzset()
-
-
-def test_the_clock_chip_is_set(guest: Arriving, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[int] = []
-    monkeypatch.setattr(
-        "bhystream.standin.kernel.StandinVm.set_rtc", lambda self, seconds: given.append(seconds)
-    )
-    one = hold(guest)
-    one.load(kern(guest), ())
-    one.release()
-    one.set_clock()
-    assert abs(given[0] - rtc_seconds({}, int(time.time()))) < 60
-
-
-# Its socket.
-
-
-def test_nobody_listens_where_there_is_no_socket(guest: Arriving) -> None:
-    assert not listens(guest.there.host, "g")
-    assert listener(guest.there.host, "g") is None
-
-
-def test_one_whose_queue_is_full_listens_and_cannot_be_told_apart(
-    guest: Arriving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = guest.there.start("h")
-    guest.there.settings(fail=["hang"])
-    opened: list[socket.socket] = []
-    with pytest.raises(BlockingIOError):
-        while len(opened) < 64:
-            opened.append(socket.socket(socket.AF_UNIX))
-            opened[-1].setblocking(False)
-            opened[-1].connect(str(guest.there.directory / "run" / "h"))
-    assert listens(guest.there.host, "h")
-    monkeypatch.setattr(restore, "_PROBE_S", 0.1)
-    with pytest.raises(GuestError, match="busy, or hangs"):
-        listener(guest.there.host, "h")
-    for one in opened:
-        one.close()
-    other.kill()

@@ -2,419 +2,450 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from bhystream.backend.base import PAGE_BYTES, Head, State
-from bhystream.backend.bhyve import paused, restore
-from bhystream.backend.bhyve.sink import BhyveSink
+from bhystream.backend.base import PAGE_BYTES, State
+from bhystream.backend.bhyve import restore
 from bhystream.errors import (
-    BhyError,
     FormatError,
     GuestError,
     IncompatibleError,
     InternalError,
     PipeError,
 )
-from bhystream.standin.node import data_extents
-from standin.rig import Console, Spec, assert_unbroken
+from bhystream.target import FileTarget, MappedTarget
+from standin.rig import Spec
 
-from .bhyve_rig import ID, Two, small_tmpfs, two_hosts
+from .arriving import ID, Arriving, arriving, read_page
 
 
 @pytest.fixture
-def two() -> Iterator[Two]:
-    with two_hosts() as made:
+def guest() -> Iterator[Arriving]:
+    with arriving() as made:
         yield made
 
 
-class Arriving:
-    """A guest that was suspended at the source, its memory in a file, and a sink for it.
-
-    resources: the -o words; None leaves one out.
-    """
-
-    def __init__(self, two: Two, spec: Spec | None = None) -> None:
-        self.two = two
-        guest = two.start(spec)
-        source = two.source()
-        source.prepare(ID)
-        self.head: Head = source.head()
-        source.pause()
-        guest.await_exit()
-        self.states: Sequence[State] = source.states()
-        source.keep()
-        source.close()
-        self.image = two.base / "held" / ID / "ckp"
-        words = two.resources()
-        self.resources: dict[str, str | None] = {}
-        for word in words[1::2]:
-            key, _, self.resources[key] = word.partition("=")
-        os.environ["BHYSEND_VMM_DIR"] = str(two.there.directory)
-
-    def sink(self, name: str = "g", *, force: bool = False) -> BhyveSink:
-        given = {word: value for word, value in self.resources.items() if value is not None}
-        return BhyveSink(self.two.there.host, name, given, [], self.two.base_there, ID, force=force)
-
-    def fill(self, sink: BhyveSink) -> None:
-        """Do what the engine does up to READY."""
-        assert sink.check(self.head) == []
-        destinations = sink.open()
-        with self.image.open("rb") as image:
-            base = 0
-            for segment, to in zip(self.head.layout, destinations, strict=True):
-                end = base + segment.npages * PAGE_BYTES
-                for at, stop in data_extents(image.fileno(), base, end):
-                    moved = to.offset_bytes - base
-                    while at < stop:
-                        at += os.pwrite(to.fd, os.pread(image.fileno(), stop - at, at), at + moved)
-                base = end
-        sink.load(self.states)
-
-    def reasons(self, *, force: bool = False, **changes: Any) -> list[str]:
-        sink = self.sink(force=force)
-        found = sink.check(replace(self.head, **changes))
-        sink.abort()
-        return found
-
-    @property
-    def staging(self) -> Path:
-        return self.two.staging_there / f"bhyrecv-{ID[:16]}"
-
-    def nothing_is_left(self) -> bool:
-        two = self.two
-        return (
-            list(two.staging_there.iterdir()) == []
-            and not (two.base_there / "loaded" / ID).exists()
-            and list((two.base_there / "log").iterdir()) == []
-            and not two.there.host.exists("g")
-        )
+def meta_with(plan: bytes, **changes: Any) -> bytes:
+    """Return a FILE.meta with other basic metadata."""
+    value = json.loads(plan)
+    value["basic metadata"].update(changes)
+    return json.dumps(value).encode()
 
 
-@pytest.fixture
-def arriving(two: Two) -> Arriving:
-    return Arriving(two)
+def renamed(plan: bytes, old: str, new: str) -> bytes:
+    assert old.encode() in plan
+    return plan.replace(old.encode(), new.encode())
 
 
-def test_a_guest_is_built_and_started(arriving: Arriving) -> None:
-    sink = arriving.sink()
-    arriving.fill(sink)
+# The whole way.
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+def test_a_guest_is_built_and_started(guest: Arriving, late: bool) -> None:
+    sink = guest.sink()
+    guest.build(sink, late=late)
     assert not sink.may_have_run
-    assert sorted(os.listdir(arriving.staging)) == ["ckp", "ckp.kern", "ckp.meta"]
+    assert guest.console.lines() == []
     sink.start()
     assert sink.may_have_run
     sink.abort()  # it is nobody's any more
-    console = arriving.two.arrived()
-    console.await_sweeps(1)
-    assert_unbroken(Console(arriving.two.guests[0].console.path), console)
-    assert not arriving.staging.exists()
+    guest.await_unbroken()
+    assert list(guest.staging_root.iterdir()) == []
+    assert guest.started() == []
+    assert sink.notices == []
 
 
-def test_a_guest_with_highmem_is_built(two: Two) -> None:
-    arriving = Arriving(two, Spec(memory="5G", touched="16M"))
-    sink = arriving.sink()
-    assert sink.check(arriving.head) == []
-    low, high = sink.open()
-    assert (low.offset_bytes, high.offset_bytes) == (0, 3 << 30)
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+def test_a_guest_with_highmem_is_built_and_stays_sparse(late: bool) -> None:
+    with arriving(Spec(memory="5G", touched="16M")) as guest:
+        sink = guest.sink()
+        targets = guest.open(sink, late=late)
+        assert [type(one) for one in targets] == [FileTarget if late else MappedTarget] * 2
+        sink.abort()
+        assert guest.left() == []
+        sink = guest.sink()
+        guest.build(sink, late=late)
+        sink.start()
+        guest.await_unbroken()
+        assert guest.memory().stat().st_blocks * 512 < 256 << 20
+
+
+def test_a_guest_without_a_boot_rom_is_built() -> None:
+    with arriving(Spec(has_rom=False)) as guest:
+        sink = guest.sink()
+        guest.build(sink)
+        sink.start()
+        guest.await_unbroken()
+
+
+def test_a_guest_may_have_another_name_there(guest: Arriving) -> None:
+    sink = guest.sink("other")
+    guest.build(sink)
+    sink.start()
+    assert guest.there.host.exists("other")
+    guest.await_unbroken()
+
+
+def test_pages_that_were_data_and_are_zero_are_zero(guest: Arriving) -> None:
+    """Between the rounds a guest may have cleared what the first one brought."""
+    sink = guest.sink()
+    targets = guest.open(sink)
+    npages = guest.head.layout[0].npages
+    touched = next(first for first, _ in guest._touched(guest.image, None, 0, npages))
+    last = npages - 1
+    for page in (touched + 7, npages - 2, last, 12345):
+        extent = page.to_bytes(8, "little") + (1).to_bytes(4, "little")
+        listed = memoryview(extent + bytes(4))
+        targets[0].place(0, npages, listed, memoryview(b"x" * PAGE_BYTES))
+        assert read_page(guest.memory(), page) == b"x" * PAGE_BYTES
+        targets[0].place(0, npages, memoryview(extent + b"\1\0\0\0"), memoryview(b""))
+        assert read_page(guest.memory(), page) == bytes(PAGE_BYTES)
+    guest.place(targets, guest.image)
+    sink.load(guest.states)
+    sink.start()
+    guest.await_unbroken()
+
+
+@pytest.mark.parametrize("page", [-1, -2], ids=["last", "last-but-one"])
+def test_the_pages_that_hold_it_arrive_as_others_do(guest: Arriving, page: int) -> None:
+    sink = guest.sink()
+    targets = guest.open(sink)
+    npages = guest.head.layout[0].npages
+    at = npages + page
+    listed = memoryview(at.to_bytes(8, "little") + b"\1\0\0\0\0\0\0\0")
+    targets[0].place(0, npages, listed, memoryview(b"last" * (PAGE_BYTES // 4)))
+    guest.place(targets, guest.image)
+    sink.load(guest.states)
+    files = guest.staging_root / f"bhyrecv-{ID[:16]}.g"
+    keep_as = guest.directory / "kept"
+    os.link(files / "ckp", keep_as)
+    sink.start()
+    assert read_page(keep_as, npages - 1) == (b"last" * 1024 if page == -1 else bytes(PAGE_BYTES))
+    assert read_page(guest.memory(), at) == b"last" * (PAGE_BYTES // 4)
+    # The guest never wrote there, and says so: every byte of it is what was placed.
+    assert guest.console.await_wrong(f"page {at}")
+
+
+# The verdict.
+
+
+def reasons(
+    guest: Arriving, *, options: dict[str, bool] | None = None, **changes: Any
+) -> list[str]:
+    sink = guest.sink(**(options or {}))
+    found = sink.check(replace(guest.head, **changes))
     sink.abort()
-    sink = arriving.sink()
-    arriving.fill(sink)
-    sink.start()
-    two.arrived().await_sweeps(1)
+    return found
 
 
-def test_a_guest_may_have_another_name_there(arriving: Arriving) -> None:
-    sink = arriving.sink("other")
-    arriving.fill(sink)
-    sink.start()
-    assert arriving.two.there.host.exists("other")
-    arriving.two.arrived().await_sweeps(1)
+FORCE = {"force": True}
 
 
-def test_the_verdict_touches_nothing(arriving: Arriving) -> None:
-    assert arriving.reasons() == []
-    assert arriving.nothing_is_left()
+def test_the_verdict_touches_nothing(guest: Arriving) -> None:
+    assert reasons(guest) == []
+    assert guest.left() == []
+    assert not (guest.base / "loaded").exists()
 
 
-def test_what_a_host_cannot_take_is_named(arriving: Arriving) -> None:
-    two, head = arriving.two, arriving.head
-    assert arriving.reasons(host={**head.host, "hypervisor": "bhyve"}) == [
+def test_what_a_host_cannot_take_is_named(guest: Arriving) -> None:
+    head, there = guest.head, guest.there
+    assert reasons(guest, host={**head.host, "hypervisor": "bhyve"}) == [
         "hypervisor: the guest runs under 'bhyve', not standin"
     ]
-    [reason] = arriving.reasons(layout=head.layout * 2, force=True)
-    assert reason.startswith("layout: it is not that of memory.size=")
-    [reason] = arriving.reasons(config={**head.config, "keys": {}})
-    assert "memory.size" in reason or "cpus" in reason
-    two.there.host.create("g")
-    [reason] = arriving.reasons(force=True)
+    found = reasons(guest, layout=head.layout * 2, options=FORCE)
+    assert found[0].startswith("layout: it is not that of memory.size=")
+    [reason] = reasons(guest, config={**head.config, "keys": {}})
+    assert "is missing" in reason
+    there.host.create("g")
+    [reason] = reasons(guest, options=FORCE)
     assert reason.startswith("name: a VM g is here already")
-    two.there.host.destroy("g")
-    two.there.settings(free_memory_bytes=1 << 20)
-    [reason] = arriving.reasons()
-    assert reason.startswith("memory: this host has 1048576 bytes free")
-    assert arriving.reasons(force=True) == []
-    assert arriving.nothing_is_left()
+    there.host.destroy("g")
+    assert guest.left() == []
 
 
 @pytest.mark.parametrize(
-    ("word", "value", "reason"),
-    [
-        ("disk0", "/nonexistent", "disk0: /nonexistent: there is no such file"),
-        ("bootrom", "/nonexistent", "bootrom: /nonexistent: there is no such file"),
-        ("net0", "tap99", "net0: tap99: there is no such interface"),
-        ("net0", None, "net0: no -o net0= is given"),
-    ],
+    ("options", "needed"),
+    [({}, 64 << 20), ({"is_kept": True}, 128 << 20), ({"unstarted": True}, None)],
+    ids=["live", "kept", "left-loaded"],
 )
-def test_a_resource_that_is_not_there_is_named(
-    arriving: Arriving, word: str, value: str | None, reason: str
+def test_memory_that_is_not_there_is_named(
+    guest: Arriving, options: dict[str, bool], needed: int | None
 ) -> None:
-    arriving.resources = {**arriving.resources, word: value}
-    [found] = arriving.sink(force=True).check(arriving.head)
-    assert found.startswith(reason)
-    assert arriving.nothing_is_left()
+    """Twice the guest only where it goes through a file in memory."""
+    if needed is None:
+        needed = (128 if guest.there.host.is_memory(guest.base) else 64) << 20
+    guest.there.settings(free_memory_bytes=needed)
+    assert reasons(guest, options=options) == []
+    guest.there.settings(free_memory_bytes=needed - 1)
+    [reason] = reasons(guest, options=options)
+    assert f"has {needed - 1} bytes free, up to {needed} are needed" in reason
+    assert reasons(guest, options={**options, **FORCE}) == []
 
 
-def test_room_that_is_not_there_is_named(arriving: Arriving) -> None:
-    with small_tmpfs(arriving.two.directory / "tiny", "8m") as tiny:
-        os.environ["BHYRECV_STAGING"] = str(tiny)
-        [reason] = arriving.reasons()
-        assert reason.startswith(f"staging: {tiny} has ")
-        assert list(tiny.iterdir()) == []
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = SimpleNamespace(f_bavail=1, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
 
 
-def test_room_that_vanishes_is_an_error_and_leaves_nothing(arriving: Arriving) -> None:
-    with small_tmpfs(arriving.two.directory / "tiny", "80m") as tiny:
-        os.environ["BHYRECV_STAGING"] = str(tiny)
-        sink = arriving.sink()
-        assert sink.check(arriving.head) == []
-        sink.open()
-        free = os.statvfs(tiny)
-        with (tiny / "other").open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
-        with pytest.raises(PipeError, match="No space left"):
-            sink.load(arriving.states)
-        sink.abort()
-        assert [path.name for path in tiny.iterdir()] == ["other"]
+def test_room_for_a_file_is_asked_for_only_where_it_is_needed(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little_room(monkeypatch)
+    assert reasons(guest) == []
+    [reason] = reasons(guest, options={"is_kept": True})
+    assert reason.startswith(f"staging: {guest.staging_root} has 4096 bytes free")
+    [reason] = reasons(guest, options={"unstarted": True})
+    assert reason.startswith(f"state: {guest.base} has 4096 bytes free")
+    assert reasons(guest, options={"is_kept": True, **FORCE}) == []
 
 
-def test_what_cannot_be_made_is_an_error_of_ours(arriving: Arriving) -> None:
-    (arriving.two.base_there / "loaded").write_text("in the way")
-    sink = arriving.sink()
-    assert sink.check(arriving.head) == []
-    with pytest.raises(PipeError, match="cannot make"):
-        sink.open()
+def test_room_for_a_late_start_is_asked_for_when_it_is_known(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little_room(monkeypatch)
+    sink = guest.sink()
+    with pytest.raises(IncompatibleError, match=r"guest g: staging: .* has 4096 bytes free"):
+        guest.open(sink, late=True)
+    sink.abort()
+    assert guest.left() == []
+    guest.open(guest.sink(force=True), late=True)
+    sink = guest.sink()
+    guest.open(sink)  # early: none is needed
     sink.abort()
 
 
-def test_nothing_is_made_of_a_guest_that_was_not_checked(arriving: Arriving) -> None:
-    with pytest.raises(InternalError):
-        arriving.sink().open()
-
-
-@pytest.mark.parametrize("step", ["open", "fill"])
-def test_abort_leaves_nothing_and_may_be_done_twice(arriving: Arriving, step: str) -> None:
-    sink = arriving.sink()
-    if step == "open":
-        assert sink.check(arriving.head) == []
-        sink.open()
-    else:
-        arriving.fill(sink)
-    assert arriving.staging.exists()
-    for _ in range(2):
-        sink.abort()
-        assert arriving.nothing_is_left()
+# What is hostile.
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (b'"ncpus": 2|"ncpus": 1', "ncpus is 1, not cpus"),
-        (b'"memsize": 67108864|"memsize": 33554432', "memsize is 33554432, not memory.size"),
+        (lambda plan: b"", None),
+        (lambda plan: b"{", "rehearsal: meta: "),
+        (lambda plan: b"x" * (1 << 21), "rehearsal: meta: .* bytes are more than"),
+        (lambda plan: meta_with(plan, ncpus=1), "rehearsal: ncpus is 1, not cpus"),
+        (lambda plan: meta_with(plan, memsize=1 << 40), "rehearsal: memsize is 1099511627776"),
+        (
+            lambda plan: renamed(plan, "virtio-net@pci.0.4.0", "e1000@pci.0.4.0"),
+            "rehearsal: 'e1000@pci.0.4.0' is no device of the configuration",
+        ),
+        (lambda plan: renamed(plan, "atkbdc", "atkbdd"), "rehearsal: 'atkbdc' is missing"),
+        (lambda plan: renamed(plan, "vmcx", "vmcy"), "rehearsal: meta: kern/vmcx is missing"),
+    ],
+)
+def test_a_plan_that_is_not_this_guests_makes_nothing(
+    guest: Arriving, change: Callable[[bytes], bytes], message: str | None
+) -> None:
+    sink = guest.sink()
+    assert sink.check(guest.head) == []
+    if message is None:
+        assert isinstance(sink.open(change(guest.plan))[0], FileTarget)
+        sink.abort()
+        return
+    with pytest.raises(FormatError, match=message):
+        sink.open(change(guest.plan))
+    sink.abort()
+    assert guest.left() == []
+
+
+def grown(states: Sequence[State], name: str) -> list[State]:
+    """Return the states, one of them longer, and a meta that says so."""
+    meta, by = json.loads(states[0].data), 0
+    for key in ("kern_structs", "devices"):
+        for entry in meta[key]:
+            entry["file_offset"] += by
+            if entry["device"] == name.partition("/")[2]:
+                entry["size"] += 8
+                by = 8
+    blobs = [
+        State(one.name, one.data + bytes(8)) if one.name == name else one for one in states[1:]
+    ]
+    return [State("meta", json.dumps(meta).encode()), *blobs]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ncpus": 1}, "state meta: ncpus is 1, not cpus"),
+        ({"memsize": 32 << 20}, "state meta: memsize is 33554432, not memory.size"),
     ],
 )
 def test_a_state_of_another_guest_is_refused(
-    arriving: Arriving, change: bytes, message: str
+    guest: Arriving, late: bool, change: dict[str, int], message: str
 ) -> None:
-    sink = arriving.sink()
-    assert sink.check(arriving.head) == []
-    sink.open()
-    meta, *blobs = arriving.states
-    before, after = change.split(b"|")
-    assert before in meta.data
+    sink = guest.sink()
+    guest.open(sink, late=late)
+    meta, *blobs = guest.states
     with pytest.raises(FormatError, match=message):
-        sink.load([State("meta", meta.data.replace(before, after)), *blobs])
+        sink.load([State("meta", meta_with(meta.data, **change)), *blobs])
     sink.abort()
-    assert arriving.nothing_is_left()
+    assert guest.left() == []
 
 
-# The start.
+def test_a_state_that_is_not_shaped_as_the_plan_said_is_refused(guest: Arriving) -> None:
+    """bhyve has read the plan's text, and would take each blob from where that says."""
+    sink = guest.sink()
+    guest.open(sink)
+    with pytest.raises(FormatError, match=r"state meta: kern/vmcx has \d+ bytes, the rehearsal"):
+        sink.load(grown(guest.states, "kern/vmcx"))
+    sink.abort()
+    assert guest.left() == []
 
 
-def test_a_start_that_fails_never_ran_and_is_undone(arriving: Arriving) -> None:
-    arriving.two.there.settings(fail=["restore"])
-    sink = arriving.sink()
-    arriving.fill(sink)
+def test_optional_states_that_are_not_known_are_left_out(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        restore, "load_fpu", lambda vm, memory, states: seen.append([s.name for s in states])
+    )
+    more = ["fpu/0", "fpu/1", "other", "fpu/x"]
+    states = [*guest.states, *(State(name, b"x", is_optional=True) for name in more)]
+    sink = guest.sink()
+    guest.build(sink, states=states)
+    assert seen == [["fpu/0", "fpu/1"]]
+    sink.start()
+    guest.await_unbroken()
+
+
+# What fails.
+
+
+def test_nothing_is_made_of_a_guest_that_was_not_checked(guest: Arriving) -> None:
+    for call in (lambda: guest.sink().open(b""), lambda: guest.sink().start()):
+        with pytest.raises(InternalError):
+            call()
+
+
+def test_what_cannot_be_made_is_an_error_of_ours(guest: Arriving) -> None:
+    (guest.base / "loaded").write_text("in the way")
+    sink = guest.sink()
+    with pytest.raises(PipeError, match="cannot make"):
+        guest.open(sink)
+    sink.abort()
+
+
+@pytest.mark.parametrize("step", ["open", "build"])
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+def test_abort_leaves_nothing_and_may_be_done_twice(guest: Arriving, step: str, late: bool) -> None:
+    sink = guest.sink()
+    if step == "open":
+        guest.open(sink, late=late)
+    else:
+        guest.build(sink, late=late)
+    assert guest.left() != []
+    for _ in range(2):
+        sink.abort()
+        assert guest.left() == []
+    assert not sink.may_have_run
+
+
+@pytest.mark.parametrize("fail", ["restore-early", "late-cut"])
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+def test_a_bhyve_that_cannot_be_held_leaves_nothing(guest: Arriving, fail: str, late: bool) -> None:
+    guest.there.settings(fail=[fail])
+    sink = guest.sink()
+    with pytest.raises(GuestError, match="bhyve -r"):
+        guest.build(sink, late=late)
+    sink.abort()
+    assert guest.left() == []
+    guest.there.settings(fail=[])
+    sink = guest.sink()
+    guest.build(sink, late=late)
+    sink.start()
+    guest.await_unbroken()
+
+
+def test_a_start_that_fails_never_ran_and_is_undone(guest: Arriving) -> None:
+    guest.there.settings(fail=["restore"])
+    sink = guest.sink()
+    guest.build(sink)
     with pytest.raises(GuestError, match="bhyve -r: Failed to restore"):
         sink.start()
     assert not sink.may_have_run
     sink.abort()
-    assert arriving.nothing_is_left()
-    # The next attempt.
-    arriving.two.there.settings(fail=[])
-    sink = arriving.sink()
-    arriving.fill(sink)
-    sink.start()
-    arriving.two.arrived().await_sweeps(1)
+    assert guest.left() == []
 
 
-def test_a_start_that_fails_behind_its_socket_may_have_run(arriving: Arriving) -> None:
-    arriving.two.there.settings(fail=["restore-late"])
-    sink = arriving.sink()
-    arriving.fill(sink)
-    with pytest.raises(GuestError, match="bhyve -r: vm_restore_time"):
+def test_a_start_that_fails_behind_its_socket_may_have_run(guest: Arriving) -> None:
+    guest.there.settings(fail=["restore-late"])
+    sink = guest.sink()
+    guest.build(sink)
+    with pytest.raises(GuestError, match="bhyve -r: Unable to restore time"):
         sink.start()
     assert sink.may_have_run
-
-
-def test_a_vm_that_came_meanwhile_is_left_alone(arriving: Arriving) -> None:
-    sink = arriving.sink()
-    arriving.fill(sink)
-    arriving.two.there.host.create("g")
-    with pytest.raises(IncompatibleError, match="a VM of that name came here meanwhile"):
-        sink.start()
-    assert not sink.may_have_run
     sink.abort()
-    assert arriving.two.there.host.exists("g")
+    assert list(guest.staging_root.iterdir()) != []  # the operator's to look at
 
 
-# bhyrecv -u, and what -q sees.
-
-
-def test_a_guest_that_is_left_paused_is_found_and_started(arriving: Arriving) -> None:
-    sink = arriving.sink()
-    arriving.fill(sink)
-    sink.leave_paused()
-    sink.abort()
-    assert not arriving.staging.exists()
-    loaded = paused.open_paused(sink.revive())
-    assert loaded.is_alive() and not loaded.runs()
-    loaded.resume()
-    assert paused.open_paused(sink.revive()).runs()
-    console = arriving.two.arrived()
-    console.await_sweeps(1)
-    assert_unbroken(Console(arriving.two.guests[0].console.path), console)
-
-
-def test_a_guest_that_is_left_paused_destroys_no_vm_that_came_meanwhile(
-    arriving: Arriving,
+def test_a_clock_chip_that_cannot_be_set_is_told_and_no_error(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sink = arriving.sink()
-    arriving.fill(sink)
-    arriving.two.there.host.create("g")
-    sink.leave_paused()
-    paused.open_paused(sink.revive()).discard("")
-    assert arriving.two.there.host.exists("g")
+    def refuse(self: object, seconds: int) -> None:
+        raise GuestError("VM_RTC_SETTIME: Operation not permitted")
 
-
-def test_a_started_guest_is_seen_running(arriving: Arriving) -> None:
-    sink = arriving.sink()
-    arriving.fill(sink)
+    monkeypatch.setattr("bhystream.standin.kernel.StandinVm.set_rtc", refuse)
+    sink = guest.sink()
+    guest.build(sink)
     sink.start()
-    found = paused.open_paused(sink.revive())
-    assert found.is_alive() and found.runs()
+    [notice] = sink.notices
+    assert notice == "its clock chip is not set: VM_RTC_SETTIME: Operation not permitted"
+    guest.await_unbroken()
 
 
-@pytest.mark.parametrize("is_left", [False, True], ids=["files-gone", "files-left"])
-def test_another_guest_of_that_name_does_not_make_it_one_that_runs(
-    arriving: Arriving, is_left: bool
-) -> None:
-    """RUNNING is what has the source end its own: a guest started anew here is not the guest."""
-    two = arriving.two
-    sink = arriving.sink()
-    arriving.fill(sink)
+def test_a_held_guest_is_ready_for_as_long_as_one_likes(guest: Arriving) -> None:
+    """READY: nothing of it is running meanwhile, so nothing of it can change."""
+    sink = guest.sink()
+    guest.build(sink)
+    started = sink.record()["process"]
+    before = cpu_ticks(started["pid"])
+    names = sorted(path.name for path in next(guest.staging_root.iterdir()).iterdir())
+    assert names == ["ckp", "ckp.conf", "ckp.kern", "ckp.meta", "ckp.tail"]
+    assert cpu_ticks(started["pid"]) == before
+    assert state_of(started["pid"]) == "T"
     sink.start()
-    two.arrived().await_beats(1)
-    record = sink.revive()
-    pid = two.there.pid("g")
-    assert pid is not None
-    two.there.host.destroy("g")
-    end(pid)
-    if is_left:
-        arriving.fill(arriving.sink())
-    other = two.there.launch("g", Spec(touched="1M"))
-    other.console.await_beats(1)
-    assert not seen_running(record)
-    other.console.await_sweeps(1)
+    guest.await_unbroken()
 
 
-def seen_running(record: Any) -> bool:
-    """Say what bhyrecv -q would see."""
-    try:
-        return paused.open_paused(record).runs()
-    except BhyError:
-        return False
+def cpu_ticks(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
 
 
-def end(pid: int) -> None:
-    """Wait for the end of a stand-in whose VM is destroyed; it is a child of this process."""
-    os.waitpid(pid, 0)
-
-
-def test_one_whose_bhyrecv_was_killed_while_it_loaded_is_seen_running(
-    arriving: Arriving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(self: restore.Restore) -> None:
-        raise KeyboardInterrupt
-
-    sink = arriving.sink()
-    arriving.fill(sink)
-    with monkeypatch.context() as patch:
-        patch.setattr(restore.Restore, "_await", killed)
-        patch.setattr(restore.Restore, "_undo", lambda self: None)
-        with pytest.raises(KeyboardInterrupt):
-            sink.start()
-    assert paused.open_paused(sink.revive()).runs()
-    arriving.two.arrived().await_sweeps(1)
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 # vm-bhyve's guest of that name.
 
 
 @pytest.fixture
-def lock(arriving: Arriving) -> Path:
+def lock(guest: Arriving) -> Path:
     """The run.lock of a guest that vm-bhyve knows at the destination."""
-    directory = arriving.two.there.directory / "vm" / "g"
+    directory = guest.there.directory / "vm" / "g"
     directory.mkdir()
     (directory / "g.conf").write_text("loader=uefi\n")
     return directory / "run.lock"
 
 
-def test_a_started_guest_is_locked_for_this_host(arriving: Arriving, lock: Path) -> None:
-    sink = arriving.sink()
-    arriving.fill(sink)
+def test_a_started_guest_is_locked_for_this_host(guest: Arriving, lock: Path) -> None:
+    sink = guest.sink()
+    guest.build(sink)
     assert not lock.exists()
     sink.start()
     assert lock.read_text().splitlines()[0] == os.uname().nodename
     assert "memory.size=" in (lock.parent / "bhysend.conf").read_text()
 
 
-def test_a_guest_that_is_another_hosts_is_refused(arriving: Arriving, lock: Path) -> None:
+def test_a_guest_that_is_another_hosts_is_refused(guest: Arriving, lock: Path) -> None:
     lock.write_text("elsewhere\n")
-    [reason] = arriving.reasons(force=True)
+    [reason] = reasons(guest, options=FORCE)
     assert reason == f"{lock}: the guest belongs to 'elsewhere'"
-
-
-def test_a_guest_left_paused_is_locked_until_it_is_discarded(
-    arriving: Arriving, lock: Path
-) -> None:
-    sink = arriving.sink()
-    arriving.fill(sink)
-    sink.leave_paused()
-    assert lock.read_text() == "held-by-bhysend\n"
-    paused.open_paused(sink.revive()).discard("")
-    assert not lock.exists()

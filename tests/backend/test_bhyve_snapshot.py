@@ -268,6 +268,79 @@ def test_states_that_are_not_those_of_the_meta_are_refused(
         join(change(cut(text_of(value), kern)))
 
 
+def test_optional_states_are_passed_over_wherever_they_stand() -> None:
+    value, kern = made()
+    states = cut(text_of(value), kern)
+    odd = [State("fpu/0", b"x", is_optional=True), State("meta", b"", is_optional=True)]
+    assert join([odd[1], *states[:3], odd[0], *states[3:]]) == join(states)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("basic metadata", "ncpus", to=3), "ncpus is 3, the rehearsal had 2"),
+        (put("basic metadata", "memsize", to=4096), "memory_bytes is 4096, the rehearsal had"),
+        (
+            lambda value: value["devices"].pop(),
+            "dev/atkbdc of the rehearsal is missing",
+        ),
+        (
+            put("devices", 3, "size", to=1),
+            r"dev/atkbdc has 1 bytes, the rehearsal had \d+",
+        ),
+        (
+            lambda value: value["devices"].append(
+                {"device": "xhci@pci.0.9.0", "size": 8, "file_offset": kern_bytes(value)}
+            ),
+            "dev/xhci@pci.0.9.0 is one that the rehearsal had not",
+        ),
+        (
+            lambda value: exchange_names(value["devices"][1], value["devices"][2]),
+            r"dev/virtio-blk@pci.0.3.0 has \d+ bytes, the rehearsal had",
+        ),
+    ],
+)
+def test_a_state_that_is_not_shaped_as_in_the_rehearsal_is_refused(
+    change: Callable[[Json], object], message: str
+) -> None:
+    value, _ = made()
+    planned = parse(text_of(value))
+    snapshot.require_same(planned, parse(text_of(value)))
+    change(value)
+    with pytest.raises(FormatError, match=f"state meta: {message}"):
+        snapshot.require_same(planned, parse(text_of(value)))
+
+
+def test_a_state_in_another_order_than_in_the_rehearsal_is_refused() -> None:
+    value, _ = made()
+    one, other = value["devices"][1:3]
+    other["size"] = one["size"]
+    value["devices"][3]["file_offset"] = other["file_offset"] + other["size"]
+    planned = parse(text_of(value))
+    exchange_names(one, other)
+    with pytest.raises(FormatError, match="its order is not that of the rehearsal"):
+        snapshot.require_same(planned, parse(text_of(value)))
+
+
+def exchange_names(one: Json, other: Json) -> None:
+    one["device"], other["device"] = other["device"], one["device"]
+
+
+def kern_bytes(value: Json) -> int:
+    last = value["devices"][-1]
+    return int(last["file_offset"]) + int(last["size"])
+
+
+@pytest.mark.parametrize(
+    "name", ["fpu/", "fpu/01", "fpu/x", "fpu/-1", "fpu/0/", "xfpu/0", "fpu/123456"]
+)
+def test_only_an_optional_state_of_a_vcpu_is_its_fpu(name: str) -> None:
+    good = State("fpu/10", b"", is_optional=True)
+    assert snapshot.fpu_states([State(name, b"", is_optional=True), State("fpu/1", b""), good]) == [
+        good
+    ]
+
+
 def test_a_snapshot_is_read_whole(files: Files) -> None:
     meta, states = read_states(files, MEMORY)
     assert meta == parse(files.meta.read_bytes())

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from bhystream.backend import process, process_freebsd
+from bhystream.backend import launch, process, process_freebsd
 from bhystream.errors import GuestError
 
 Child = subprocess.Popen[bytes]
@@ -72,6 +73,61 @@ def test_a_process_lives_until_its_last_thread_has_ended() -> None:
     assert process.await_end(who, 20)
     assert not process.is_alive(who)
     child.communicate()
+
+
+@pytest.fixture
+def stubborn() -> Iterator[Child]:
+    """A process that takes no notice of SIGTERM."""
+    words = ["/bin/sh", "-c", "trap '' TERM; echo; read -r _"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        yield child
+        child.kill()
+
+
+def test_a_stopped_process_is_killed_at_once(stubborn: Child) -> None:
+    who = process.identify(stubborn.pid, "sh")
+    assert not process.is_stopped(who)
+    stubborn.send_signal(signal.SIGSTOP)
+    while not process.is_stopped(who):
+        time.sleep(0.001)
+    assert process.is_alive(who)
+    assert process.kill_process(who)
+    assert stubborn.wait() == -signal.SIGKILL
+    assert process.kill_process(who)
+    assert not process.is_stopped(who)
+
+
+def test_another_process_with_its_pid_is_not_killed(sleeper: Child) -> None:
+    who = process.identify(sleeper.pid, "sleep")
+    other = process.Identity(who.pid, who.start_ticks + 1000, who.boot_id)
+    sleeper.send_signal(signal.SIGSTOP)
+    while not process.is_stopped(who):
+        time.sleep(0.001)
+    assert not process.is_stopped(other)
+    assert process.kill_process(other)
+    assert sleeper.poll() is None
+
+
+def test_a_child_is_stopped_when_none_of_its_threads_runs(tmp_path: Path) -> None:
+    code = (
+        "import sys, threading\nfor _ in range(4): threading.Thread(target=sys.stdin.read).start()"
+    )
+    gate, opener = os.pipe()
+    child = launch.Child([sys.executable, "-c", code], str(tmp_path / "log"), stdin=gate)
+    assert child.status is None
+    assert child.stop(20)
+    tasks = Path(f"/proc/{child.pid}/task")
+    states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks.iterdir()]
+    assert set(states) == {"T"}
+    child.go_on()
+    assert child.stop(20)
+    child.kill()
+    os.close(gate)
+    os.close(opener)
+    assert not child.stop(20)
+    assert child.status == -signal.SIGKILL
 
 
 def test_a_zombie_is_not_alive(sleeper: Child) -> None:

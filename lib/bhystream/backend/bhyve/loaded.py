@@ -26,14 +26,10 @@ from bhystream.backend.base import Json, State
 from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.host import Host
+from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.place import Place, Started
-from bhystream.backend.bhyve.restore import (
-    SLOW_BYTES_PER_SECOND,
-    Restore,
-    TooLateError,
-    listener,
-)
+from bhystream.backend.bhyve.restore import SLOW_BYTES_PER_SECOND, Restore, TooLateError
 from bhystream.backend.bhyve.snapshot import Files
 from bhystream.backend.process import is_same, is_stopped
 from bhystream.errors import BhyError, GoneError, GuestError, TakenError, from_oserror
@@ -175,13 +171,11 @@ class BhyveLoaded:
     def _require_startable(self) -> None:
         """End what an earlier start left; refuse a guest that may have run by it."""
         started = self.place.started()
-        if (
-            started is not None
-            and not started.is_alive()
-            and started.may_have_run(self._host.run_dir, self.place.name)
-        ):
-            raise self._has_run(f"{self._who}: its bhyve -r has ended")
-        self._end(started)
+        if started is not None:
+            may_have_run = started.may_have_run(self._host.run_dir, self.place.name)
+            if may_have_run and not started.is_alive():
+                raise self._has_run(f"{self._who}: its bhyve -r has ended")
+            self._end(started)
         if not self._is_complete():
             raise GoneError(f"{self._who}: its bhyve has ended, and left nothing to go on from")
 
@@ -231,22 +225,22 @@ class BhyveLoaded:
         """End it for good: its bhyve, its VM, its files.  One that runs is refused."""
         if self.runs():
             raise GuestError(f"{self._who}: it runs, so it is not ended here")
-        self._end(self.place.started())
+        if started := self.place.started():
+            self._end(started)
         self.place.remove()
-        self.place.forget_started()
         if self._locks and self._locks.holder() == HELD:
             self._locks.release()
 
-    def _end(self, started: Started | None) -> None:
-        if started is not None:
-            started.end(self._host, self.place.name)
-            self.place.forget_started()
+    def _end(self, started: Started) -> None:
+        started.end(self._host, self.place.name)
+        self.place.forget_started()
 
     def clear(self) -> None:
         """Remove the files of a start; also its bhyve, where that never ran."""
         with contextlib.suppress(BhyError):
-            if not self.runs():
-                self._end(self.place.started())
+            started = self.place.started()
+            if started is not None and not self.runs():
+                self._end(started)
             self.place.remove()
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ from bhystream import durable
 from bhystream.backend.base import Json
 from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.hosts import open_host
+from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.snapshot import Files
 from bhystream.backend.process import Identity, boot_id, is_alive, kill_process
 from bhystream.errors import GuestError, UsageError, from_oserror
@@ -65,10 +66,13 @@ class Started:
         return self.process.boot_id != boot_id() or os.path.lexists(run_dir / name)
 
     def end(self, host: Host, name: str) -> None:
-        """Kill it, and destroy its VM, and no other of that name.  Raises GuestError."""
+        """Kill it, and destroy its VM, and no other of that name.  Raises GuestError.
+
+        Where it has ended, another bhyve may have taken over its VM (VM_REINIT).
+        """
         if not kill_process(self.process, _KILL_S):
             raise GuestError(f"guest {name}: its bhyve, process {self.process.pid}, does not end")
-        if self.node and host.node_id(name) == self.node:
+        if self.node and host.node_id(name) == self.node and not listens(host, name):
             host.destroy(name)
 
 

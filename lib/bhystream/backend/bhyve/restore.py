@@ -30,7 +30,6 @@ import contextlib
 import mmap
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
@@ -47,16 +46,16 @@ from bhystream.backend.bhyve.host import (
 )
 from bhystream.backend.bhyve.keys import boolean
 from bhystream.backend.bhyve.lastpage import LastPage
+from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.memory import system_memory
 from bhystream.backend.bhyve.place import Place, Started
 from bhystream.backend.bhyve.snapshot import Files
 from bhystream.backend.launch import Child
-from bhystream.backend.process import EndedError, Identity, identify, peer_pid
+from bhystream.backend.process import identify
 from bhystream.errors import BhyError, GuestError, from_oserror
 
 _LIMIT_S = 60.0
 SLOW_BYTES_PER_SECOND = 100 << 20  # of a slow disk: how long a memory file may take
-_PROBE_S = 5.0
 _STOP_S = 10.0
 _POLL_S = 0.002
 # From the memory's appearance to the read there are the devices: a millisecond at the least.
@@ -77,37 +76,6 @@ class Phase(Enum):
     READING = "reading the memory"
     HELD = "held"
     RELEASED = "released"
-
-
-def listens(host: Host, name: str) -> bool:
-    """Say whether a bhyve answers at a guest's checkpoint socket."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(_PROBE_S)
-        try:
-            probe.connect(str(host.run_dir / name))
-        except (TimeoutError, BlockingIOError):
-            return True  # its queue is full: somebody is there
-        except OSError:
-            return False
-    return True
-
-
-def listener(host: Host, name: str) -> Identity | None:
-    """Return the process that listens at a guest's checkpoint socket, None where none does.
-
-    Raises GuestError where its queue is full, so that it cannot be seen.
-    """
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(_PROBE_S)
-        try:
-            probe.connect(str(host.run_dir / name))
-        except (TimeoutError, BlockingIOError):
-            raise GuestError(f"guest {name}: the bhyve of that name is busy, or hangs") from None
-        except OSError:
-            return None
-        with contextlib.suppress(EndedError):
-            return identify(peer_pid(probe, "bhyve"), "bhyve")
-    return None
 
 
 def load_fpu(vm: Vm, memory: memoryview, states: Sequence[State]) -> None:

@@ -1,0 +1,183 @@
+"""A held bhyve let go: what is left of one that fails, and whether it may have run."""
+
+from __future__ import annotations
+
+import calendar
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from bhystream.backend.bhyve import listening, restore
+from bhystream.backend.bhyve.host import Host
+from bhystream.backend.bhyve.listening import listener, listens
+from bhystream.backend.bhyve.restore import Phase, rtc_seconds
+from bhystream.errors import GuestError
+from standin.rig import await_true
+
+from .arriving import Arriving, again, arriving, hold, is_clean, kern, restore_of
+
+
+@pytest.fixture
+def guest() -> Iterator[Arriving]:
+    with arriving() as made:
+        yield made
+
+
+def interrupt(*args: object) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_a_restore_that_fails_never_ran_and_leaves_nothing(guest: Arriving) -> None:
+    guest.there.settings(fail=["restore"])
+    one = hold(guest)
+    one.load(kern(guest), ())
+    with pytest.raises(GuestError, match="bhyve -r: Failed to restore vhpet"):
+        one.release()
+    assert not one.may_have_run
+    assert is_clean(guest)
+    again(guest)
+
+
+def test_a_restore_that_fails_with_its_socket_there_may_have_run(guest: Arriving) -> None:
+    guest.there.settings(fail=["restore-late"])
+    one = hold(guest)
+    one.load(kern(guest), ())
+    with pytest.raises(GuestError, match="bhyve -r: Unable to restore time"):
+        one.release()
+    assert one.may_have_run
+    assert list((guest.base / "log").iterdir()) != []  # to be read
+    assert len(guest.started()) == 1
+
+
+def test_a_restore_that_takes_too_long_is_ended_and_never_ran(guest: Arriving) -> None:
+    guest.there.settings(fail=["slow-restore"])
+    one = hold(guest)
+    one.load(kern(guest), ())
+    one._limit_s = 0.0
+    with pytest.raises(GuestError, match="bhyve -r: not done after"):
+        one.release()
+    assert not one.may_have_run
+    assert is_clean(guest)
+
+
+def test_a_slow_restore_is_waited_for(guest: Arriving) -> None:
+    guest.there.settings(fail=["slow-restore"])
+    one = hold(guest)
+    one.load(kern(guest), ())
+    thread = threading.Thread(target=one.release)
+    thread.start()
+    await_true(lambda: one.phase is Phase.RELEASED, "the release")
+    assert not listens(guest.there.host, "g")
+    (guest.there.directory / "release").touch()
+    thread.join(30)
+    assert not thread.is_alive()
+    guest.await_unbroken()
+
+
+def test_an_interrupt_while_it_restores_ends_it(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest.there.settings(fail=["slow-restore"])
+    one = hold(guest)
+    one.load(kern(guest), ())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(restore, "listens", interrupt)
+        one.release()
+    assert not one.may_have_run
+    assert is_clean(guest)
+
+
+def test_an_interrupt_when_its_socket_is_there_leaves_it_alone(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(host: Host, name: str) -> bool:
+        if not (host.run_dir / name).exists():
+            return False
+        raise KeyboardInterrupt
+
+    one = hold(guest)
+    one.load(kern(guest), ())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(restore, "listens", late)
+        one.release()
+    assert one.may_have_run
+    guest.await_unbroken()
+
+
+def test_undo_may_be_done_at_any_time_and_twice(guest: Arriving) -> None:
+    one = restore_of(guest)
+    one.undo()
+    one.hold(len(kern(guest)))
+    one.undo()
+    one.undo()
+    one.close()
+    assert is_clean(guest)
+
+
+# The clock chip.
+
+
+@pytest.mark.parametrize("zone", ["UTC0", "XYZ-5:30", "ABC3"])
+@pytest.mark.parametrize(
+    ("keys", "is_local"),
+    [
+        ({}, True),
+        ({"rtc.use_localtime": "true"}, True),
+        ({"rtc.use_localtime": "false"}, False),
+        ({"rtc.use_localtime": "no"}, False),
+    ],
+)
+def test_the_clock_chip_gets_what_bhyve_gives_a_new_guest(
+    monkeypatch: pytest.MonkeyPatch, zone: str, keys: dict[str, str], is_local: bool
+) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    now = 1_800_000_000
+    wanted = calendar.timegm(time.localtime(now)) if is_local else now
+    assert rtc_seconds(keys, now) == wanted
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_the_clock_chip_is_set(guest: Arriving, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(
+        "bhystream.standin.kernel.StandinVm.set_rtc", lambda self, seconds: given.append(seconds)
+    )
+    one = hold(guest)
+    one.load(kern(guest), ())
+    one.release()
+    one.set_clock()
+    assert abs(given[0] - rtc_seconds({}, int(time.time()))) < 60
+
+
+# Its socket.
+
+
+def test_nobody_listens_where_there_is_no_socket(guest: Arriving) -> None:
+    assert not listens(guest.there.host, "g")
+    assert listener(guest.there.host, "g") is None
+
+
+def test_one_whose_queue_is_full_listens_and_cannot_be_told_apart(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = guest.there.start("h")
+    guest.there.settings(fail=["hang"])
+    opened: list[socket.socket] = []
+    with pytest.raises(BlockingIOError):
+        while len(opened) < 64:
+            opened.append(socket.socket(socket.AF_UNIX))
+            opened[-1].setblocking(False)
+            opened[-1].connect(str(guest.there.directory / "run" / "h"))
+    assert listens(guest.there.host, "h")
+    monkeypatch.setattr(listening, "_PROBE_S", 0.1)
+    with pytest.raises(GuestError, match="busy, or hangs"):
+        listener(guest.there.host, "h")
+    for one in opened:
+        one.close()
+    other.kill()
