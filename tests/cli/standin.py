@@ -57,6 +57,7 @@ class StandinPlace(Place):
 
     def __init__(self, host: Rig, spec: StandinSpec, console: Path) -> None:
         self.rig = host
+        self.memory_bytes = spec.memory_mib << 20
         self.operand = spec.name
         self.console = Console(console, self._why_ended)
         self.config = host.write_config(spec.name, spec.guest, console)
