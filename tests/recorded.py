@@ -31,6 +31,7 @@ class Guest:
     fails: bool = False
     running: bool = False
     asked: list[tuple[str, str | None]] = field(default_factory=list)
+    reasons: Sequence[str] = ()
 
     def note(self, what: str) -> None:
         record = self.records.get(A)

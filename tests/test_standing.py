@@ -50,7 +50,7 @@ def ended(host: Host) -> list[str]:
 # The acts of a row.
 
 # What the guest is asked, the record's phase at that time, and what is left.
-EXPECTED = {
+EXPECTED: dict[tuple[str, Event], tuple[tuple[str, str], list[str]]] = {
     (PAUSED, Event.ALONE): (("resume", PAUSED), []),
     (PAUSED, Event.FAILED): (("resume", PAUSED), []),
     (GO, Event.RUNNING): (("discard hv2", MOVED), []),

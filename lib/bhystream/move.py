@@ -238,6 +238,9 @@ class Move:
         last = self.transfer.round(last=True)
         self.last_ns = last.end_ns - last.start_ns
         self.console.clear()  # the destination's lines often come to the same terminal
+        assert self.paused is not None
+        for reason in self.paused.reasons:
+            self.console.say(f"guest {self.source.name}: {reason}")
 
     def release(self) -> None:
         """Resume a kept guest: its copy is complete."""

@@ -182,8 +182,12 @@ class Paused(Protocol):
     from its record, in any process: the keeper, -A, --resume, --discard.
     """
 
+    @property
+    def reasons(self) -> Sequence[str]:
+        """What of the guest the state does not have, and why, each in one line."""
+
     def states(self) -> Sequence[State]:
-        """Return the state that the pause has saved, whole, in memory."""
+        """Return the state that the pause has saved, whole, in memory; optional ones last."""
 
     def require_paused(self) -> None:
         """Ask the hypervisor whether it still holds the guest.

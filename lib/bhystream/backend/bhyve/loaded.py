@@ -92,6 +92,8 @@ def _synced(place: Place) -> Path:
 class BhyveLoaded:
     """base.Paused for the destination's guests of bhyve and its stand-in."""
 
+    reasons: Sequence[str] = ()
+
     def __init__(self, place: Place) -> None:
         """place: as it was recorded."""
         self.place = place

@@ -73,6 +73,8 @@ class QemuPaused:
         self._announce = announce
         self._qmp = qmp
         self._states = states
+        # QEMU leaves nothing of a guest out.
+        self.reasons: Sequence[str] = ()
 
     def _connect(self) -> Qmp:
         """Return the connection to this very guest.  Raises GuestError."""

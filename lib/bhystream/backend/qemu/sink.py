@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bhystream import hole
-from bhystream.backend.base import Head, Json, State, Target
+from bhystream.backend.base import Head, Json, State
 from bhystream.backend.qemu import facts, host, migration, ram, verdict
 from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.empty import Empty
@@ -170,7 +170,7 @@ class QemuSink:
 
     # ---- open
 
-    def open(self, plan: bytes) -> Sequence[Target]:
+    def open(self, plan: bytes) -> Sequence[FileTarget]:
         """Start or take over the empty QEMU; return its RAM file, all zero."""
         config = self._known()
         size_bytes = config["memory"]["size_bytes"]
