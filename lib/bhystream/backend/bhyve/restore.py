@@ -280,7 +280,12 @@ class Restore:
         assert self._child is not None and self._vm is not None
         # Its own threads run the vCPUs, while its first one goes round in read(2).
         self._child.go_on()
-        load_fpu(self._vm, self.memory[0], states)
+        try:
+            load_fpu(self._vm, self.memory[0], states)
+        except BhyError:
+            if self._child.has_ended():
+                raise self._ended() from None
+            raise
         self._stop()
 
     def is_held(self) -> bool:
