@@ -1,13 +1,13 @@
-"""A guest of one stand-in's host that arrives at another, without anything of the source.
+"""A guest of one stand-in's host that arrives at another.
 
-    with arriving() as guest:                    # it runs, was rehearsed, and stands suspended
+    with arriving() as guest:                    # it was rehearsed, held, and is gone
         sink = guest.sink()
         guest.build(sink)                        # what the engine does up to READY: early
         sink.start()
         guest.await_unbroken()
 
-The guest's memory, its plan and its state come from the stand-in's own files,
-and pages go through base.Target in extents as a stream has them.
+Its plan, its state and its memory are BhyveSource's, and pages go through
+base.Target in extents as a stream has them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from bhystream import state
-from bhystream.backend.base import PAGE_BYTES, Head, State, Target
-from bhystream.backend.bhyve import config, identity, snapshot
+from bhystream.backend.base import PAGE_BYTES, State, Target
 from bhystream.backend.bhyve.loaded import held
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import Restore
 from bhystream.backend.bhyve.sink import BhyveSink
+from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.standin.node import data_extents
 from standin.rig import Console, Rig, Spec, assert_unbroken, await_true
 
@@ -52,28 +52,48 @@ class Arriving:
         self.base = directory / "state"
         self.staging_root = directory / "staging"
         self.staging_root.mkdir(0o700)
-        os.environ["BHYSEND_STATE_DIR"] = str(self.base)
         os.environ["BHYRECV_STAGING"] = str(self.staging_root)
-        os.environ["BHYSEND_VMM_DIR"] = str(there.directory)
-        state.directory()
         self.guest = here.start("g", spec)
-        here.checkpoint("g", filename="early")
-        self.early = here.directory / "s" / "early"
-        self.plan = self.early.with_name("early.meta").read_bytes()
-        self.guest.console.await_sweeps(1)
-        self.image = here.suspend("g").path
-        self.guest.await_exit()
-        kern = self.image.with_name("g.kern").read_bytes()
-        self.states = snapshot.cut(self.image.with_name("g.meta").read_bytes(), kern)
-        section = config.split(config.parse(self._text())).section
-        size = int(section["keys"]["memory.size"])
-        self.head = Head(
-            identity.describe(here.host),
-            snapshot.layout_of(size),
-            section,
-            config.devices(section),
-        )
+        self.early, self.image = directory / "early", directory / "image"
+        self._leave()
         self.resources = self._resources()
+
+    def _leave(self) -> None:
+        """Rehearse the guest, hold it, and end it, with its memory at both times in files."""
+        base = self.directory / "s"
+        os.environ["BHYSEND_STATE_DIR"] = str(base)
+        os.environ["BHYSEND_VMM_DIR"] = str(self.here.directory)
+        state.directory()
+        config = self.directory / "g.conf"
+        config.write_text(self._text())
+        source = BhyveSource(self.here.host, "g", base, str(config), force=False)
+        try:
+            self.head = source.head()
+            self.plan = source.prepare(ID).plan
+            self._write_image(source, self.early)
+            self.guest.console.await_sweeps(1)
+            paused = source.pause()
+            self.states = list(paused.states())
+            self._write_image(source, self.image)
+            paused.discard("there")
+        finally:
+            source.close()
+        os.environ["BHYSEND_STATE_DIR"] = str(self.base)
+        os.environ["BHYSEND_VMM_DIR"] = str(self.there.directory)
+        state.directory()
+        self.guest.await_exit()
+
+    @staticmethod
+    def _write_image(source: BhyveSource, path: Path) -> None:
+        """Write the memory as bhyve's snapshot has it, sparse."""
+        views, base = source.memory(), 0
+        with path.open("wb") as file:
+            file.truncate(sum(map(len, views)))
+            for first, end in source.touched():
+                at = first * PAGE_BYTES
+                base = len(views[0]) if at >= len(views[0]) else 0
+                view = views[1 if base else 0]
+                os.pwrite(file.fileno(), view[at - base : end * PAGE_BYTES - base], at)
 
     def _text(self) -> str:
         """Return the configuration as an operator has it."""
@@ -216,7 +236,12 @@ def restore_of(guest: Arriving) -> Restore:
 
 def kern(guest: Arriving) -> bytes:
     """Return FILE.kern."""
-    return b"".join(state.data for state in guest.states[1:])
+    return b"".join(state.data for state in guest.states[1:] if not state.is_optional)
+
+
+def fpu(guest: Arriving) -> list[State]:
+    """Return the FPU of its vCPUs."""
+    return [state for state in guest.states if state.is_optional]
 
 
 def hold(guest: Arriving) -> Restore:
@@ -241,7 +266,7 @@ def again(guest: Arriving) -> None:
     guest.there.settings(fail=[])
     place = place_of(guest)
     one = held(guest.there.host, place, place.files, len(kern(guest)))
-    one.load(kern(guest), ())
+    one.load(kern(guest), fpu(guest))
     one.release()
     guest.await_unbroken()
 

@@ -48,7 +48,7 @@ def test_a_file_is_whole_again_and_the_memory_has_its_bytes(tmp_path: Path, data
     read_all(files, memory, SIZE - 2 * PAGE_BYTES)
     assert not last.is_read(memory)
     read_all(files, memory, SIZE - PAGE_BYTES)
-    assert last.is_read(memory)
+    assert last.is_read(memory) and not last.is_read_whole(memory)
     assert last.settle(memory)
     assert bytes(memory[0]) == whole
     last.fill(b"k" * 1000)
@@ -76,7 +76,7 @@ def test_a_read_that_was_faster_is_seen(tmp_path: Path, data: bytes) -> None:
     last.arm(1)
     read_all(files, memory, SIZE)
     last.cut()
-    assert last.is_read(memory)
+    assert last.is_read(memory) and last.is_read_whole(memory)
     assert not last.settle(memory)
 
 

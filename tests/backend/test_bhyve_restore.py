@@ -32,7 +32,7 @@ from bhystream.errors import GuestError, PipeError
 from bhystream.standin.kernel import StandinHost
 from standin.rig import Spec, await_true
 
-from .arriving import Arriving, again, arriving, hold, is_clean, kern, restore_of
+from .arriving import Arriving, again, arriving, fpu, hold, is_clean, kern, restore_of
 
 
 @pytest.fixture
@@ -72,10 +72,10 @@ def test_a_guest_is_held_and_nothing_of_it_runs(guest: Arriving) -> None:
 def test_a_guest_is_released_and_is_nobodys(spec: Spec) -> None:
     with arriving(spec) as guest:
         one = hold(guest)
-        one.load(kern(guest), ())
-        assert one.phase is Phase.HELD
+        one.load(kern(guest), fpu(guest))
+        assert one.is_held()
         one.release()
-        assert one.phase is Phase.RELEASED
+        assert not one.is_held()
         assert not one.may_have_run
         found = listener(guest.there.host, "g")
         assert found is not None and one.started is not None
@@ -88,7 +88,7 @@ def test_a_guest_of_more_than_3_gib_is_held_and_stays_sparse() -> None:
     with arriving(Spec(memory="3073M", touched="16M")) as guest:
         one = hold(guest)
         assert [len(view) for view in one.memory] == [3 << 30, 1 << 20]
-        one.load(kern(guest), ())
+        one.load(kern(guest), fpu(guest))
         one.release()
         one.close()
         guest.await_unbroken()
@@ -99,7 +99,7 @@ def test_no_byte_of_the_marks_is_left(guest: Arriving) -> None:
     """In the file, too: another attempt reads it."""
     one = hold(guest)
     files = one._files
-    one.load(kern(guest), ())
+    one.load(kern(guest), fpu(guest))
     one.release()
     assert files.memory.read_bytes() == guest.image.read_bytes()
 
@@ -161,7 +161,7 @@ def test_one_that_ends_where_another_goes_round_never_ran(guest: Arriving) -> No
     one = restore_of(guest)
     with pytest.raises(GuestError, match="bhyve -r: Failed to restore VM memory"):
         one.hold(len(kern(guest)))
-        one.load(kern(guest), ())
+        one.load(kern(guest), fpu(guest))
         one.release()
     assert not one.may_have_run
     assert is_clean(guest)
@@ -189,7 +189,7 @@ def test_one_that_was_too_fast_is_tried_again(
     monkeypatch.setattr(Restore, "_launch", launch)
     one = held(guest.there.host, place, place.files, len(kern(guest)))
     assert len(tries) == loaded.ATTEMPTS
-    one.load(kern(guest), ())
+    one.load(kern(guest), fpu(guest))
     one.release()
     guest.await_unbroken()
 
@@ -262,7 +262,7 @@ def test_a_socket_that_others_left_proves_nothing(guest: Arriving) -> None:
     guest.there.settings(fail=["restore"])
     one = hold(guest)
     assert not path.exists()
-    one.load(kern(guest), ())
+    one.load(kern(guest), fpu(guest))
     with pytest.raises(GuestError, match="bhyve -r: Failed to restore"):
         one.release()
     assert not one.may_have_run
@@ -349,9 +349,10 @@ def test_it_stands_held_whatever_else_happens_to_it(guest: Arriving) -> None:
     """Woken by somebody it goes round before its last page, and can be stopped again."""
     one = hold(guest)
     assert one.started is not None
-    one.load(kern(guest), ())
+    one.load(kern(guest), fpu(guest))
     os.kill(one.started.process.pid, signal.SIGCONT)
-    await_true(lambda: not is_stopped(one.started.process), "it goes on")
+    process = one.started.process
+    await_true(lambda: not is_stopped(process), "it goes on")
     assert not listens(guest.there.host, "g")
     one.release()
     guest.await_unbroken()
@@ -371,17 +372,18 @@ def test_one_that_is_killed_while_it_is_held_is_said(guest: Arriving) -> None:
 def test_the_fpu_is_loaded_while_it_goes_round(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    states = [State("fpu/0", b"0", is_optional=True)]
     seen: list[Any] = []
+    real = restore.load_fpu
 
-    def load(vm: Any, memory: memoryview, given: Sequence[State]) -> None:
+    def load(vm: Any, memory: memoryview, states: Sequence[State]) -> None:
         assert one.started is not None
-        seen.append((is_stopped(one.started.process), len(memory), list(given)))
+        seen.append((is_stopped(one.started.process), len(memory), list(states)))
+        real(vm, memory, states)
 
     monkeypatch.setattr(restore, "load_fpu", load)
     one = hold(guest)
-    one.load(kern(guest), states)
-    assert seen == [(False, 64 << 20, states)]
+    one.load(kern(guest), fpu(guest))
+    assert seen == [(False, 64 << 20, fpu(guest))]
     assert one.started is not None and is_stopped(one.started.process)
     one.release()
     guest.await_unbroken()

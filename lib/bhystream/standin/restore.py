@@ -23,10 +23,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bhystream.backend.base import PAGE_BYTES
 from bhystream.errors import BhyError
 
 from .guest import KERNEL_STRUCTS, Guest
-from .node import data_extents
+from .node import Memory, data_extents
 from .saving import abort, complain
 
 EX_DATAERR = 65
@@ -36,6 +37,7 @@ _ROUND_S = 0.001  # bhyve does not sleep
 # read: for its devices, and for every page, holes too.
 _WHOLE_READ_S = 0.25
 _EINVAL = 22
+_TAIL_BYTES = 2 * PAGE_BYTES
 
 
 class RestoreError(BhyError):
@@ -49,7 +51,7 @@ class RestoreError(BhyError):
 class Snapshot:
     """An open snapshot: FILE and FILE.kern by descriptor and mapping, FILE.meta parsed.
 
-    memory_bytes: of FILE when it was opened.
+    memory_bytes: of FILE when it was opened.  tail: its last pages then.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,6 +60,7 @@ class Snapshot:
             self.memory_fd, self.memory_bytes = _open(path, "restore file", "Restore file")
         except RestoreError as error:
             raise _unread(path, error, "Failed to load guest RAM file.") from None
+        self.tail = os.pread(self.memory_fd, _TAIL_BYTES, max(0, self.memory_bytes - _TAIL_BYTES))
         try:
             fd, size = _open(_beside(path, ".kern"), "kernel data file", "Kernel data file")
         except RestoreError as error:
@@ -143,14 +146,16 @@ def load_memory(
     if total != snapshot.memory_bytes:
         complain(f"vm_snapshot_mem: mem size mismatch: {total} vs {snapshot.memory_bytes}")
         raise RestoreError("Failed to restore VM memory.")
-    is_late = "late-cut" in fail
-    _await_cut(lambda: snapshot.is_kern_cut if is_late else snapshot.is_cut, look)
+    if "late-cut" in fail:
+        # ftruncate(2) waits for a read that has begun, so that one has brought the end too.
+        _await_cut(lambda: snapshot.is_kern_cut, look)
+        return _write_end(memory, snapshot.tail)
+    _await_cut(lambda: snapshot.is_cut, look)
     base = 0
     for gpa, mapping in memory.segments():
         done = 0
         while done < len(mapping):
-            size = total if is_late else os.fstat(snapshot.memory_fd).st_size
-            end = min(size - base, len(mapping))
+            end = min(os.fstat(snapshot.memory_fd).st_size - base, len(mapping))
             if end > done:
                 done += _read(snapshot.memory_fd, base, memory.fd, gpa, mapping, done, end)
                 continue
@@ -159,6 +164,15 @@ def load_memory(
             look()
             time.sleep(_ROUND_S)
         base += len(mapping)
+    return None
+
+
+def _write_end(memory: Memory, data: bytes) -> None:
+    """Write the last bytes of the memory, page by page; the last one is there first."""
+    npages = len(data) // PAGE_BYTES
+    for page in reversed(range(npages)):
+        piece = data[page * PAGE_BYTES : (page + 1) * PAGE_BYTES]
+        memory.write(memory.npages - npages + page, piece)
 
 
 def _await_cut(is_cut: Callable[[], bool], look: Callable[[], None]) -> None:

@@ -13,10 +13,10 @@ as one likes, before it has restored anything; and the page lets it go.
     fill      FILE.kern's true bytes, at the place of those that bhyve has mapped
     give      the last page, from the VM's memory
 
-A bhyve that was faster than cut() has read the second mark, and is not held:
-settle() sees that.  It finds zeros in FILE.kern, from which no vCPU can run
-(neither a VMCB without EFER.SVME nor a VMCS without CR4.VMXE is entered), or
-SIGBUS.  Source: usr.sbin/bhyve/snapshot.c, load_vmmem_file(),
+A bhyve that was faster than cut(), which waits for a read that has begun, has
+read the second mark, and is not held: is_read_whole().  It finds zeros in
+FILE.kern, from which no vCPU can run (neither a VMCB without EFER.SVME nor a
+VMCS without CR4.VMXE is entered), or SIGBUS.  Source: usr.sbin/bhyve/snapshot.c, load_vmmem_file(),
 load_kdata_file(), vm_snapshot_mem_part(); run on FreeBSD 15.1, emulated AMD,
 FILE on tmpfs.
 
@@ -91,10 +91,14 @@ class LastPage:
         page = self._page(memory, 0)
         return bytes(page[PAGE_BYTES - _MARK_BYTES :]) == self._marks[0]
 
+    def is_read_whole(self, memory: Sequence[memoryview]) -> bool:
+        """Say whether the last page has been read, too: bhyve was faster than cut()."""
+        return bytes(self._page(memory, 1)[:_MARK_BYTES]) == self._marks[1]
+
     def settle(self, memory: Sequence[memoryview]) -> bool:
         """Put the true bytes in; bhyve stands.  False where it has read the last page too."""
         last_but_one, last = self._page(memory, 0), self._page(memory, 1)
-        if bytes(last[:_MARK_BYTES]) == self._marks[1]:
+        if self.is_read_whole(memory):
             return False
         last_but_one[:] = self._tail[:PAGE_BYTES]
         last[:] = self._tail[PAGE_BYTES:]

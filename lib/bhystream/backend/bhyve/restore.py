@@ -246,9 +246,14 @@ class Restore:
             time.sleep(poll_s)
 
     def _ended(self) -> GuestError:
-        """Return why it has ended.  Behind the empty FILE.kern is SIGBUS."""
+        """Return why it has ended.
+
+        Too late is the empty FILE.kern, where SIGBUS is, and a restore of zeros.
+        """
         assert self._child is not None
-        if self.phase in (Phase.READING, Phase.HELD) and self._child.status == -signal.SIGBUS:
+        is_bus = self.phase is not Phase.RELEASED and self._child.status == -signal.SIGBUS
+        is_read = self.phase is Phase.READING and self.memory != []
+        if is_bus or (is_read and self._last.is_read_whole(self.memory)):
             return self._too_late()
         return GuestError(f"{self._who}: bhyve -r: {self._child.last_words()}")
 
@@ -280,7 +285,12 @@ class Restore:
         assert self._child is not None and self._vm is not None
         # Its own threads run the vCPUs, while its first one goes round in read(2).
         self._child.go_on()
-        load_fpu(self._vm, self.memory[0], states)
+        try:
+            load_fpu(self._vm, self.memory[0], states)
+        except BhyError:
+            if self._child.has_ended():
+                raise self._ended() from None
+            raise
         self._stop()
 
     def is_held(self) -> bool:
