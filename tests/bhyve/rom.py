@@ -12,9 +12,11 @@ import re
 import subprocess
 import sys
 import time
+import tty
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,8 @@ import pytest
 BHYVE, BHYVECTL = "/usr/sbin/bhyve", "/usr/sbin/bhyvectl"
 DEADLINE_S = 180.0
 _BEAT = re.compile(r"HB (\d+) .* bad (\d+) ")
+# Units of nmdm(4) that nobody else uses, each of them once.
+_UNIT, _COUNT = 700, count()
 _UUID = "0f0e0d0c-1111-2222-3333-444444444444"
 
 
@@ -46,6 +50,25 @@ class Ended:
     said: str
 
 
+class Console:
+    """The other side of a guest's serial port, a nmdm(4), read from the beginning."""
+
+    def __init__(self, unit: int) -> None:
+        self._fd = os.open(f"/dev/nmdm{unit}B", os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY)
+        tty.setraw(self._fd)
+        self._said = b""
+
+    def said(self) -> str:
+        """Return all that was printed."""
+        with suppress(BlockingIOError):
+            while data := os.read(self._fd, 1 << 16):
+                self._said += data
+        return self._said.decode(errors="replace").replace("\r", "")
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 @dataclass
 class Host:
     """Both ends of a move: two state directories on this host, and the guest wherever it is.
@@ -57,10 +80,8 @@ class Host:
     memory: str
     directory: Path
     at: str = ""
-    lived: list[Path] = field(default_factory=list)
-
-    def console(self, name: str) -> Path:
-        return self.directory / f"{name}.console"
+    lived: list[Console] = field(default_factory=list)
+    units: dict[str, int] = field(default_factory=dict)
 
     def state(self, side: str) -> Path:
         return self.directory / side
@@ -74,23 +95,23 @@ class Host:
         Path("/var/run/bhyve").mkdir(exist_ok=True)
         self._make_console(name)
         with (self.directory / f"{name}.log").open("wb") as log:
-            subprocess.Popen(
-                [BHYVE, "-k", str(self._config(name)), name],
+            # Its parent is init: what else starts a guest may start it again.
+            words = ["/bin/sh", "-c", '"$@" &', "sh", BHYVE, "-k", str(self._config(name)), name]
+            subprocess.run(
+                words,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                check=True,
             )
         self.at = name
         until(lambda: self.beats() and self.pid(), "heartbeat of the guest")
 
     def _make_console(self, name: str) -> None:
-        # bhyve takes a file for a serial port, if it is there.
-        path = self.directory / f"{name}.{len(self.lived)}"
-        path.touch()
-        self.console(name).unlink(missing_ok=True)
-        self.console(name).symlink_to(path)
-        self.lived.append(path)
+        """Give the guest a new serial port under a name."""
+        self.units[name] = _UNIT + next(_COUNT)
+        self.lived.append(Console(self.units[name]))
 
     def _config(self, name: str) -> Path:
         path = self.directory / f"{name}.conf"
@@ -100,7 +121,7 @@ class Host:
             "acpi_tables": "false",
             "uuid": _UUID,
             "lpc.bootrom": self.rom,
-            "lpc.com1.path": str(self.console(name)),
+            "lpc.com1.path": f"/dev/nmdm{self.units[name]}A",
             "pci.0.0.0.device": "hostbridge",
             "pci.0.31.0.device": "lpc",
         }
@@ -115,7 +136,7 @@ class Host:
     def receive(self, name: str, *options: str) -> list[str]:
         """Return the command that receives it under another name."""
         self._make_console(name)
-        lent = ["-o", f"com1={self.console(name)}", "-o", f"bootrom={self.rom}"]
+        lent = ["-o", f"com1=/dev/nmdm{self.units[name]}A", "-o", f"bootrom={self.rom}"]
         environment = ["env", f"BHYSEND_STATE_DIR={self.state('b')}"]
         return [*environment, *program("bhyrecv"), *lent, *options, name]
 
@@ -153,7 +174,7 @@ class Host:
 
     def stayed(self) -> None:
         """Take it as living where it did; what was made for it elsewhere is no console of it."""
-        self.lived.pop()
+        self.lived.pop().close()
 
     def pid(self, name: str = "") -> int:
         """Return its bhyve's process id, 0 where there is none."""
@@ -163,11 +184,8 @@ class Host:
         return int(found[0]) if found else 0
 
     def lines(self) -> list[str]:
-        return [
-            line
-            for path in self.lived
-            for line in path.read_bytes().decode(errors="replace").replace("\0", "").splitlines()
-        ]
+        """Return the whole lines that it has said, wherever it was in the middle of one."""
+        return "".join(console.said() for console in self.lived).split("\n")[:-1]
 
     def beats(self) -> list[tuple[int, int]]:
         """Return (number, bad) of each whole heartbeat."""
@@ -178,7 +196,9 @@ class Host:
         count = len(self.beats())
         until(lambda: len(self.beats()) >= count + more, f"{more} more heartbeats")
         beats = self.beats()
-        assert [number for number, _ in beats] == list(range(beats[-1][0] + 1))
+        numbers = [number for number, _ in beats]
+        missing = sorted(set(range(numbers[-1] + 1)) - set(numbers))
+        assert numbers == sorted(numbers) and not missing, f"missing: {missing}"
         assert not any(bad for _, bad in beats)
         assert "LOST" not in "\n".join(self.lines())
 
@@ -189,7 +209,7 @@ class Host:
         return len(self.beats()) == before
 
     def end(self) -> None:
-        """End everything that bears one of its names."""
+        """End everything that bears one of its names, and the reading of its consoles."""
         for name in ("rom1", "rom2"):
             if pid := self.pid(name):
                 subprocess.run(["/bin/kill", "-9", str(pid)], check=False)
@@ -199,7 +219,7 @@ class Host:
 
 
 @contextmanager
-def booted(directory: Path, memory: str = "256M") -> Iterator[Host]:
+def booted(directory: Path, memory: str = "128M") -> Iterator[Host]:
     """Boot the guest, and end it."""
     rom = os.environ.get("BHYSEND_TEST_ROM")
     if not rom:
@@ -213,3 +233,5 @@ def booted(directory: Path, memory: str = "256M") -> Iterator[Host]:
         yield host
     finally:
         host.end()
+        for console in host.lived:
+            console.close()
