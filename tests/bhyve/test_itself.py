@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from bhystream.backend.bhyve.host import VMM_DIR
-from standin.rig import Rig, Spec
+from standin.rig import Rig, Spec, assert_unbroken
 
-TESTS = Path(__file__).with_name("test_freebsd.py")
-NO_MOUNT = "test_the_null_device_can_be_had_below_a_directory"
+TESTS = [Path(__file__).with_name(name) for name in ("test_freebsd.py", "test_hold.py")]
+NO_MOUNT = {
+    "test_the_null_device_can_be_had_below_a_directory",
+    "test_the_memory_file_may_be_the_null_device",
+}
 
 
 @pytest.fixture
@@ -59,7 +62,17 @@ def run(rig: Rig, config: Path, *words: str, **more: str) -> tuple[dict[str, str
         **more,
     }
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-rA", "-p", "no:cacheprovider", *words, str(TESTS)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-v",
+            "-rA",
+            "-p",
+            "no:cacheprovider",
+            *words,
+            *map(str, TESTS),
+        ],
         env=env,
         capture_output=True,
         text=True,
@@ -73,23 +86,20 @@ def run(rig: Rig, config: Path, *words: str, **more: str) -> tuple[dict[str, str
 @pytest.mark.parametrize("generation", [4, 5])
 def test_all_that_the_stand_in_has_passes(rig: Rig, generation: int) -> None:
     rig.settings(generation=generation)
-    found, said = run(rig, start(rig), BHYSEND_TEST_SUSPEND="yes")
-    bad = {name for name, outcome in found.items() if outcome in ("FAILED", "ERROR")}
-    may_fail = (
-        set() if os.geteuid() == 0 else {NO_MOUNT, "test_the_memory_file_may_be_the_null_device"}
-    )
-    assert bad <= may_fail, said
-    assert found["test_bhyve_r_brings_the_guest_back"] == "PASSED", said
-    assert "the node was left behind: False" in said
-    assert f"saw: G{generation}:" in said
-
-
-def test_the_guest_is_not_suspended_unless_that_is_wanted(rig: Rig) -> None:
     config = start(rig)
-    pid = rig.pid("g")
-    found, _ = run(rig, config)
-    assert found["test_bhyve_r_brings_the_guest_back"] == "SKIPPED"
-    assert rig.pid("g") == pid
+    found, said = run(rig, config, BHYSEND_TEST_HOLD="yes")
+    bad = {name for name, outcome in found.items() if outcome in ("FAILED", "ERROR")}
+    assert bad <= (set() if os.geteuid() == 0 else NO_MOUNT), said
+    assert found["test_a_held_guest_stands_saved_in_its_process"] == "PASSED", said
+    assert f"saw: G{generation}:" in said
+    assert_unbroken(rig.guest("g").console)
+    assert list((rig.directory / "state" / "held").iterdir()) == []
+
+
+def test_the_guest_is_not_held_unless_that_is_wanted(rig: Rig) -> None:
+    found, said = run(rig, start(rig), "-k", "held or fifo")
+    assert found["test_a_held_guest_stands_saved_in_its_process"] == "SKIPPED", said
+    assert found["test_a_fifo_takes_so_many_bytes_and_no_more"] == "PASSED", said
 
 
 def test_another_configuration_is_found_out(rig: Rig) -> None:
