@@ -157,17 +157,19 @@ class Host:
 
     def pid(self, name: str = "") -> int:
         """Return its bhyve's process id, 0 where there is none."""
-        name = name or self.at
-        words = ["/bin/pgrep", "-f", f"bhyve.*[ :/]{name}( |$)"]
-        found = subprocess.run(words, capture_output=True, text=True, check=False).stdout.split()
-        return int(found[0]) if found else 0
+        named = re.compile(rf"[ :/]{name or self.at}( |$)")
+        words = ["/bin/ps", "-axww", "-o", "pid=", "-o", "comm=", "-o", "args="]
+        found = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        for line in found.splitlines():
+            pid, comm, args = (*line.split(None, 2), "")[:3]
+            if comm == "bhyve" and named.search(args):
+                return int(pid)
+        return 0
 
     def lines(self) -> list[str]:
-        return [
-            line
-            for path in self.lived
-            for line in path.read_bytes().decode(errors="replace").replace("\0", "").splitlines()
-        ]
+        # A move may come in the middle of a line.
+        text = b"".join(path.read_bytes() for path in self.lived)
+        return text.decode(errors="replace").replace("\0", "").splitlines()
 
     def beats(self) -> list[tuple[int, int]]:
         """Return (number, bad) of each whole heartbeat."""
