@@ -253,6 +253,8 @@ class Build:
         assert self.sink is not None
         if self.reply:
             self.seen(now=True)
+        if not self.targets:  # a guest that never wrote a page
+            self.open(b"")
         self.sink.load(self.ended.states)
         if self.opts.directory is not None:
             self.sink.start()
