@@ -391,8 +391,16 @@ class Move:
                 self.keeper.tell_hook(self.hook.group)
 
     def _require_paused(self) -> None:
+        """See that nobody else has let the guest run.
+
+        One that has ended here is no reason to give up: all of it was sent,
+        and the copy is the only one then.
+        """
         assert self.paused is not None
-        self.paused.require_paused()
+        try:
+            self.paused.require_paused()
+        except GoneError as gone:
+            self.console.say(f"{gone}; all of it was sent, so its copy goes on")
 
     def _resume(self) -> None:
         if self.paused is not None:
