@@ -320,7 +320,7 @@ def test_a_process_that_may_not_be_killed_stays_and_is_said(
 def test_a_guest_whose_registers_are_not_its_own_is_not_let_go(two: Two) -> None:
     two.start()
     found = two.hold()
-    Path(found.record.directory, "spoiled").touch()
+    Path(found.record.directory, "journal").touch()
     with pytest.raises(GuestError, match="its registers were not put back"):
         found.resume()
     assert found.stands()

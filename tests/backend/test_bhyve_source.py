@@ -574,6 +574,7 @@ def test_a_guest_whose_registers_were_not_put_back_is_not_let_go(
     with_fpu(monkeypatch, NotPutBackError("vCPU 0: its registers are not what they were"))
     guest = two.start()
     made, record = two.prepared()
+    (two.base / "held" / ID / "journal").touch()
     with pytest.raises(GuestError, match="vCPU 0: its registers are not"):
         made.pause()
     made.close()
