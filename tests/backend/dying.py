@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from bhystream.backend.bhyve.journal import Journal
+from bhystream.backend.bhyve.kept import PACKED_BYTES
 from bhystream.standin.interpreter import Interpreter
 from bhystream.standin.kernel import StandinVm
+
+JOURNAL_BYTES = 16 + PACKED_BYTES
 
 _CALLS: tuple[tuple[type, str], ...] = (
     *((StandinVm, name) for name in ("set_register", "set_descriptor", "inject_nmi")),
@@ -53,7 +56,9 @@ class Dying:
         Interpreter._one = self._before(  # type: ignore[method-assign]
             "instruction", Interpreter._one
         )
-        StandinVm.run = self._running(StandinVm.run)  # type: ignore[method-assign]
+        StandinVm.run = self._running(  # type: ignore[method-assign, assignment]
+            StandinVm.run
+        )
         StandinVm.map = self._mapping(StandinVm.map)  # type: ignore[method-assign]
         os.write = self._writing(os.write)
 
@@ -87,7 +92,7 @@ class Dying:
         """Let the journal's write have a half."""
 
         def write(fd: int, data: Any) -> int:
-            if len(data) < mmap.PAGESIZE:
+            if len(data) != JOURNAL_BYTES:
                 return real(fd, data)
             half = real(fd, data[: len(data) // 2])
             self.step("half file")

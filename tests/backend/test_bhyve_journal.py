@@ -14,11 +14,11 @@ import pytest
 from bhystream.backend.bhyve import fpu, lent
 from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve.journal import Journal, Phase
-from bhystream.backend.bhyve.kept import PACKED_BYTES, Kept
+from bhystream.backend.bhyve.kept import Kept
 from bhystream.errors import GuestError
 from bhystream.standin.kernel import StandinVm
 
-from .dying import Dying, Memory
+from .dying import JOURNAL_BYTES, Dying, Memory
 from .fpu_rig import LOW_BYTES, Machine
 
 NCPUS = 2  # at CPL 0, and at CPL 3
@@ -248,7 +248,7 @@ def test_a_journal_that_is_none_of_ours_changes_nothing(
     held.journal.write(Kept.read(held.vm, held.low, 0))
     path = held.directory / "journal"
     data = path.read_bytes()
-    assert len(data) == HEAD_BYTES + PACKED_BYTES
+    assert len(data) == JOURNAL_BYTES
     path.write_bytes(spoil(data))
     held.cpus[0][reg.RAX] = 5
     before = held.seen()

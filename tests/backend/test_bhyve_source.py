@@ -15,6 +15,7 @@ from bhystream.backend.base import State
 from bhystream.backend.bhyve import fpu, held, rehearsal, snapshot, source
 from bhystream.backend.bhyve.checkpoint import Checkpoint, UnansweredError, settle
 from bhystream.backend.bhyve.held import open_held
+from bhystream.backend.bhyve.journal import Journal
 from bhystream.backend.bhyve.lent import NotPutBackError
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource
@@ -526,8 +527,8 @@ def test_room_that_vanishes_in_the_pause_leaves_the_guest_running(
 def with_fpu(patch: pytest.MonkeyPatch, raises: BaseException | None = None) -> None:
     """Let fpu.py find one vCPU's registers, or fail."""
 
-    def save(vm: object, memory: mmap.mmap, ncpus: int) -> fpu.Saved:
-        assert len(memory) == 64 << 20 and ncpus == 2
+    def save(vm: object, memory: mmap.mmap, ncpus: int, journal: Journal) -> fpu.Saved:
+        assert len(memory) == 64 << 20 and ncpus == 2 and not journal.exists()
         if raises:
             raise raises
         return fpu.Saved((FPU_0,), ("vCPU 1 is not carried",))
