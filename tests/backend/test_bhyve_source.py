@@ -15,6 +15,7 @@ from bhystream.backend.base import State
 from bhystream.backend.bhyve import fpu, held, rehearsal, snapshot, source
 from bhystream.backend.bhyve.checkpoint import Checkpoint, UnansweredError, settle
 from bhystream.backend.bhyve.held import open_held
+from bhystream.backend.bhyve.journal import Journal
 from bhystream.backend.bhyve.lent import NotPutBackError
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource
@@ -526,7 +527,7 @@ def test_room_that_vanishes_in_the_pause_leaves_the_guest_running(
 def with_fpu(patch: pytest.MonkeyPatch, raises: BaseException | None = None) -> None:
     """Let fpu.py find one vCPU's registers, or fail."""
 
-    def save(vm: object, memory: mmap.mmap, ncpus: int) -> fpu.Saved:
+    def save(vm: object, memory: mmap.mmap, ncpus: int, journal: Journal) -> fpu.Saved:
         assert len(memory) == 64 << 20 and ncpus == 2
         if raises:
             raise raises
@@ -574,6 +575,7 @@ def test_a_guest_whose_registers_were_not_put_back_is_not_let_go(
     with_fpu(monkeypatch, NotPutBackError("vCPU 0: its registers are not what they were"))
     guest = two.start()
     made, record = two.prepared()
+    (two.base / "held" / ID / "journal").touch()
     with pytest.raises(GuestError, match="vCPU 0: its registers are not"):
         made.pause()
     made.close()
