@@ -300,7 +300,11 @@ class Move:
         with self.signals.interruptible():
             self.machine.on(Event.COPIED)
             self.nonce = self.offer.await_ready(memory_bytes)
-        self._require_paused()
+        try:
+            self._require_paused()
+        except GoneError as gone:
+            # What waits there is the only copy now.
+            self.console.say(f"{gone}; {self.offer.host} has all of it, so it goes on there")
         # Before GO: a signal that comes right behind it is told so too.
         self.offer.commit()
         self.machine.on(Event.READY)
@@ -391,16 +395,8 @@ class Move:
                 self.keeper.tell_hook(self.hook.group)
 
     def _require_paused(self) -> None:
-        """See that nobody else has let the guest run.
-
-        One that has ended here is no reason to give up: all of it was sent,
-        and the copy is the only one then.
-        """
         assert self.paused is not None
-        try:
-            self.paused.require_paused()
-        except GoneError as gone:
-            self.console.say(f"{gone}; all of it was sent, so its copy goes on")
+        self.paused.require_paused()
 
     def _resume(self) -> None:
         if self.paused is not None:
