@@ -40,6 +40,7 @@ from bhystream.backend.bhyve import checkpoint, fifo, fpustate
 from bhystream.backend.bhyve.checkpoint import UnansweredError
 from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.hosts import open_host
+from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
@@ -318,6 +319,12 @@ class BhyveHeld:
                     "one of the two has to end; what supervises bhyve here may have started it",
                 )
         elif is_this_boot:
+            # Where it has ended, another bhyve may have taken over its VM (VM_REINIT).
+            if listens(self._host, self.record.name):
+                raise TakenError(
+                    f"{self._who}: it has ended, and another bhyve runs in its VM",
+                    "what supervises bhyve here may have started it; end that one first",
+                )
             if self._host.node_id(self.record.name):
                 self._host.destroy(self.record.name)
             self._leave_lock(there)
