@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from bhystream.backend.bhyve import fpu
 from bhystream.backend.bhyve.journal import Journal
@@ -16,6 +21,17 @@ from bhystream.standin.kernel import StandinVm
 
 LOW_BYTES = 2 << 20
 SEED = 8
+
+
+_MADE: list[Machine] = []
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """Close every machine that a test has made: select(2) takes no descriptor above 1023."""
+    yield
+    while _MADE:
+        _MADE.pop().close()
 
 
 class Machine:
@@ -36,7 +52,17 @@ class Machine:
         path = node.beside(directory, "g", "cpu")
         self.cpus = cpu_file.create(path, ncpus, is_intel=vendor == "intel")
         self.journal = Journal(directory / "journal")
-        self.vm = StandinVm(directory, "g", is_writable=True)
+        self.vm = self._first = StandinVm(directory, "g", is_writable=True)
+        _MADE.append(self)
+
+    def close(self) -> None:
+        """Give up what it has open."""
+        for vm in {id(vm): vm for vm in (self.vm, self._first)}.values():
+            vm.close()
+        self.cpus.close()
+        os.close(self.memory.fd)
+        with contextlib.suppress(BufferError):
+            self.low.close()
 
     def start(self) -> None:
         """Put every vCPU in the middle of its work, with an FPU of its own, and hold it."""

@@ -27,7 +27,7 @@ from bhystream.standin.gate import Gate
 from bhystream.standin.guest import Guest
 from bhystream.standin.kernel import StandinVm
 
-from .fpu_rig import LOW_BYTES, Machine
+from .fpu_rig import LOW_BYTES, Machine, closed  # noqa: F401
 
 
 @pytest.fixture(params=["intel", "amd"])
@@ -50,6 +50,7 @@ def restoring(tmp_path: Path, vendor: str) -> Iterator[Machine]:
     guest.hold_vcpus()
     yield machine
     guest._let_go()
+    guest._cpu_file.close()
 
 
 def one(held: Machine) -> State:

@@ -19,7 +19,7 @@ from bhystream.errors import GuestError
 from bhystream.standin.kernel import StandinVm
 
 from .dying import JOURNAL_BYTES, Dying, Memory
-from .fpu_rig import LOW_BYTES, Machine
+from .fpu_rig import LOW_BYTES, Machine, closed  # noqa: F401
 
 NCPUS = 2  # at CPL 0, and at CPL 3
 _CAP = 1000
