@@ -178,7 +178,7 @@ def test_without_the_right_to_mount_the_report_says_what_it_costs(own: Path) -> 
 @pytest.mark.parametrize(
     ("planted", "said"),
     [
-        (DISK_MISSING, "bhysend ended with 76: the guest has not moved"),
+        (DISK_MISSING, "bhysend ended with 76: the guest was to run on"),
         (PAGE_SPOILT, "the guest found a fault: WRONG page 257: expected"),
         (GUEST_DIES, "the guest does not go on in 1 s"),
     ],

@@ -32,8 +32,9 @@ def linux(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_without_a_bhyve_its_operands_are_refused(tmp_path: Path, operand: str, why: str) -> None:
+    what = Sending(operand, tmp_path)
     with pytest.raises(UsageError) as caught:
-        hypervisors.open_source(Sending(operand, tmp_path))
+        hypervisors.open_snapshot(what) if what.is_cold else hypervisors.open_source(what)
     assert str(caught.value) == f"{why}; a QEMU guest is qemu:/path/to/qmp.sock"
 
 
