@@ -13,9 +13,9 @@ import pytest
 
 from bhystream import durable, hypervisors
 from bhystream.backend.base import State
+from bhystream.backend.bhyve import fpu as fpus
 from bhystream.backend.bhyve import loaded as loadeds
 from bhystream.backend.bhyve import place as places
-from bhystream.backend.bhyve import restore
 from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.loaded import BhyveLoaded, open_loaded
 from bhystream.backend.bhyve.restore import Restore
@@ -88,13 +88,13 @@ def test_a_guest_left_loaded_is_started_and_seen_running(guest: Arriving) -> Non
 
 def test_its_fpu_is_loaded_then(guest: Arriving, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[State] = []
-    real = restore.load_fpu
+    real = fpus.load
 
     def load(vm: Any, memory: memoryview, states: Sequence[State]) -> None:
         seen.extend(states)
         real(vm, memory, states)
 
-    monkeypatch.setattr(restore, "load_fpu", load)
+    monkeypatch.setattr(fpus, "load", load)
     record = left_loaded(guest, [*guest.states, State("other", b"", is_optional=True)])
     open_loaded(record).resume()
     assert seen == fpu(guest) and len(seen) == 2

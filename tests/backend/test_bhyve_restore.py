@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from bhystream.backend.base import State
-from bhystream.backend.bhyve import loaded, restore
+from bhystream.backend.bhyve import fpu as fpus
+from bhystream.backend.bhyve import loaded
 from bhystream.backend.bhyve.config import parse
 from bhystream.backend.bhyve.listening import listener, listens
 from bhystream.backend.bhyve.loaded import held
@@ -373,14 +374,14 @@ def test_the_fpu_is_loaded_while_it_goes_round(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    real = restore.load_fpu
+    real = fpus.load
 
     def load(vm: Any, memory: memoryview, states: Sequence[State]) -> None:
         assert one.started is not None
         seen.append((is_stopped(one.started.process), len(memory), list(states)))
         real(vm, memory, states)
 
-    monkeypatch.setattr(restore, "load_fpu", load)
+    monkeypatch.setattr(fpus, "load", load)
     one = hold(guest)
     one.load(kern(guest), fpu(guest))
     assert seen == [(False, 64 << 20, fpu(guest))]
@@ -395,7 +396,7 @@ def test_an_fpu_that_cannot_be_loaded_is_an_error_before_it_runs(
     def refuse(*args: object) -> None:
         raise GuestError("cannot load the FPU")
 
-    monkeypatch.setattr(restore, "load_fpu", refuse)
+    monkeypatch.setattr(fpus, "load", refuse)
     one = hold(guest)
     with pytest.raises(GuestError, match="cannot load the FPU"):
         one.load(kern(guest), [State("fpu/0", b"0", is_optional=True)])
@@ -407,7 +408,7 @@ def test_without_fpu_states_it_is_not_woken(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = hold(guest)
-    monkeypatch.setattr(restore, "load_fpu", interrupt)
+    monkeypatch.setattr(fpus, "load", interrupt)
     monkeypatch.setattr("bhystream.backend.launch.Child.go_on", interrupt)
     one.load(kern(guest), ())
     assert one.is_held()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bhystream.backend.base import PAGE_BYTES, State
-from bhystream.backend.bhyve import restore
+from bhystream.backend.bhyve import fpu as fpus
 from bhystream.errors import (
     FormatError,
     GuestError,
@@ -305,13 +305,13 @@ def test_optional_states_that_are_not_known_are_left_out(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
-    real = restore.load_fpu
+    real = fpus.load
 
     def load(vm: Any, memory: memoryview, states: Sequence[State]) -> None:
         seen.append([state.name for state in states])
         real(vm, memory, states)
 
-    monkeypatch.setattr(restore, "load_fpu", load)
+    monkeypatch.setattr(fpus, "load", load)
     more = [State(name, b"x", is_optional=True) for name in ("other", "fpu/x", "meta")]
     sink = guest.sink()
     guest.build(sink, states=[*guest.states, *more])

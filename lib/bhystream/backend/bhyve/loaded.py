@@ -168,7 +168,7 @@ class BhyveLoaded:
         if self._locks:
             # It runs, whatever becomes of a note for vm-bhyve.
             with contextlib.suppress(BhyError):
-                self._locks.runs_here(config_file(self.place.keys, {}))
+                self._locks.runs_here(config_file(self.place.keys))
 
     def _require_startable(self) -> None:
         """End what an earlier start left; refuse a guest that may have run by it."""

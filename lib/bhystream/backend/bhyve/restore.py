@@ -36,6 +36,7 @@ from enum import Enum
 from pathlib import Path
 
 from bhystream.backend.base import State
+from bhystream.backend.bhyve import fpu
 from bhystream.backend.bhyve.command import argv, config_file
 from bhystream.backend.bhyve.host import (
     HIGHMEM_BASE_GPA,
@@ -76,16 +77,6 @@ class Phase(Enum):
     READING = "reading the memory"
     HELD = "held"
     RELEASED = "released"
-
-
-def load_fpu(vm: Vm, memory: memoryview, states: Sequence[State]) -> None:
-    """Let the vCPUs of a held guest load their FPU: see fpu.py.
-
-    memory: of the guest from address 0 on, writable.  Raises GuestError.
-    """
-    from bhystream.backend.bhyve import fpu
-
-    fpu.load(vm, memory, states)
 
 
 def rtc_seconds(keys: Mapping[str, str], now: int) -> int:
@@ -168,7 +159,7 @@ class Restore:
         return Path(f"{self._files.memory}.conf")
 
     def _write_files(self, kern_bytes: int) -> None:
-        text = config_file(self._place.keys, {})
+        text = config_file(self._place.keys)
         with self._writing():
             fd = os.open(self._config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with open(fd, "w", encoding="utf-8") as file:
@@ -286,7 +277,7 @@ class Restore:
         # Its own threads run the vCPUs, while its first one goes round in read(2).
         self._child.go_on()
         try:
-            load_fpu(self._vm, self.memory[0], states)
+            fpu.load(self._vm, self.memory[0], states)
         except BhyError:
             if self._child.has_ended():
                 raise self._ended() from None

@@ -341,7 +341,7 @@ class BhyveSink:
             # It runs, whatever becomes of a note for vm-bhyve, which does not
             # start it as long as its VM is there.
             with contextlib.suppress(BhyError):
-                self._manager.locks.runs_here(config_file(place.keys, {}))
+                self._manager.locks.runs_here(config_file(place.keys))
 
     def leave_paused(self) -> None:
         """Let go of the guest, which lies in files on disk; its record finds it again."""
