@@ -1,98 +1,79 @@
 """Measure whether a bhyve guest's pause grows with its size, on the stand-in.
 
 Two guests with the same touched memory and the same working set, of 1 GiB and of 8 GiB, are
-suspended in turn, so that a busy neighbour hits both alike.  What a move does in the pause is
-timed by its parts:
+moved in turn, so that a busy neighbour hits both alike: by bhysend and bhyrecv, as processes, in
+the command form with its answers.  What bhysend says of the pause is its parts:
 
-    suspend   the last check of the room, bhyve's suspend, which with the sink writes no memory,
-              and the state read
-    scan      the last look at the memory
-    copy      what had changed, written
-    load      `bhyve -r` from the complete files until its socket answers: the destination's read
+    state        held in the checkpoint, and the state read and sent
+    last pages   the last look at the memory, and what had changed, sent
+    answers      verified, loaded and let go at the destination: READY, GO, RUNNING
 
-All but the last is bhysend's to keep short, and its ratio is what counts: near 1 where the sink
-works.  The load is bhyve's own, and reads the whole memory file; the stand-in leaves holes out,
-which bhyve does not.  Needs root, or `unshare -Urm` in front.
+No part may grow with the size: the memory goes to the null device here, and is in its VM there
+before the pause.  What bhyve itself does in it is the stand-in's, so the ratio is what counts:
+near 1.  Needs root, or `unshare -Urm`.
 
 usage: PYTHONPATH=tests python tests/bench/bench_pause.py [turns]
 """
 
 from __future__ import annotations
 
-import os
+import re
 import statistics
 import sys
-import time
 from collections import defaultdict
 
-from backend.bhyve_rig import ID, Two, two_hosts
-from bhystream import format as fmt
-from bhystream.format import Form, Header
-from bhystream.transfer import Transfer
-from bhystream.writer import Writer
-from standin.rig import Spec
+from backend.bhyve_rig import Two, sink_prefix, two_hosts
+from cli.pipeline import report
+from standin.rig import Spec, await_true
 
 SIZES = ("1G", "8G")
-OURS = ("suspend", "scan", "copy")
-ROUNDS = 3
-NS_PER_MS = 1e6
+PARTS = ("paused", "state", "last pages", "answers")
+_PAUSED = re.compile(r"is gone here; .*; (paused .*)")
+_MS = {"ms": 1.0, "s": 1e3}
 
 
-def measure(two: Two, size: str) -> dict[str, float]:
-    """Suspend a guest after some live rounds, and start it again; return the parts, ms."""
+def parts_ms(said: str) -> dict[str, float]:
+    """Return the parts of the pause of which bhysend's last line tells."""
+    line = _PAUSED.findall(said)[-1]
+    found = {}
+    for name in PARTS:
+        number, unit = re.findall(rf"\b{name} ([\d.]+) (ms|s)\b", line)[0]
+        found[name] = float(number) * _MS[unit]
+    return found
+
+
+def measure(two: Two, size: str, name: str) -> dict[str, float]:
+    """Move a guest after a live round, and end it; return the parts of its pause, ms."""
     spec = Spec(memory=size, touched="64M", working_set="16M", rate="24M")
-    guest = two.start(spec)
+    guest = two.start(spec, name)
     guest.console.await_sweeps(1)
-    source = two.source()
-    source.prepare(ID)
-    if source.warnings()[2:]:
+    ended = two.move("-r", "2", name=name)
+    if ended.status:
+        sys.exit(report(ended))
+    if "memory file:" in ended.stderr:
         sys.exit("the sink cannot be had here: run this as root")
-    with open(os.devnull, "wb") as nowhere:
-        writer = Writer(nowhere.fileno(), Header(Form.PLAIN, fmt.Feature(0), bytes(16), 1))
-        transfer = Transfer(source, source.head().layout, writer)
-        for _ in range(ROUNDS):
-            transfer.round()
-        start_ns = time.monotonic_ns()
-        source.pause()
-        paused_ns = time.monotonic_ns()
-        source.states()
-        last = transfer.round(last=True)
-        del transfer
-    source.keep()
-    load_ns = time.monotonic_ns()
-    source.resume()
-    end_ns = time.monotonic_ns()
-    source.close()
-    two.assert_runs_on()
-    guest_pid = two.here.pid("g")
-    two.here.host.destroy("g")
-    assert guest_pid is not None
-    os.waitpid(guest_pid, 0)
-    two.guests.clear()
-    parts = {
-        "suspend": paused_ns - start_ns,
-        "scan": last.end_ns - last.start_ns - last.write_ns,
-        "copy": last.write_ns,
-        "load": end_ns - load_ns,
-    }
-    return {name: value / NS_PER_MS for name, value in parts.items()}
+    two.assert_moved(name=name)
+    two.there.host.destroy(name)
+    await_true(lambda: two.there.pid(name) is None, "end of the guest")
+    return parts_ms(ended.stderr)
 
 
 def main(argv: list[str]) -> int:
-    """Print the median of each part, and how the whole of ours grows."""
+    """Print the median of each part, and how it grows."""
     turns = int(argv[1]) if len(argv) > 1 else 5
+    if sink_prefix() is None:
+        sys.exit("the sink cannot be had here: run this as root")
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     with two_hosts() as two:
-        for _ in range(turns):
+        for turn in range(turns):
             for size in SIZES:
-                parts = measure(two, size)
-                parts["ours"] = sum(value for name, value in parts.items() if name in OURS)
+                parts = measure(two, size, f"g{turn}-{size}")
                 for name, value in parts.items():
                     found[size, name].append(value)
                 text = ", ".join(f"{name} {value:.1f} ms" for name, value in parts.items())
                 print(f"{size}: {text}", flush=True)
     median = {key: statistics.median(values) for key, values in found.items()}
-    for name in (*OURS, "ours", "load"):
+    for name in PARTS:
         one, other = (median[size, name] for size in SIZES)
         print(f"{name}: {one:.1f} ms, {other:.1f} ms, ratio {other / one:.2f}")
     return 0

@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from bhystream import options
-from bhystream.backend.base import PAGE_BYTES, Head, Segment, State
-from bhystream.format import Feature, Form, Header
+from bhystream.backend.base import PAGE_BYTES, Head, Segment
+from bhystream.format import Feature, Form, Header, Type
 from bhystream.page import scatter
 from bhystream.transfer import Transfer, write_head
 from bhystream.verify import Ended, Pages, Walk
@@ -38,7 +38,9 @@ def memory_file(size: int) -> int:
 
 
 class Paused:
-    """As much of a base.Source as Transfer asks for: one segment, all touched."""
+    """A base.Readable of one segment, all touched."""
+
+    name = "bench"
 
     def __init__(self, fd: int, npages: int) -> None:
         self.layout = (Segment("ram", None, npages),)
@@ -56,9 +58,11 @@ class Paused:
         """Yield all of it."""
         yield 0, self.layout[0].npages
 
-    def states(self) -> Sequence[State]:
-        """Return none."""
-        return []
+    def changed(self) -> None:
+        """Return that nobody knows."""
+
+    def close(self) -> None:
+        """Keep all."""
 
 
 def send_bare(source: Paused, fd: int) -> None:
@@ -83,8 +87,8 @@ def send_stream(source: Paused, fd: int) -> None:
     """Send a whole stream of one round."""
     writer = Writer(fd, Header(Form.PLAIN, Feature(0), os.urandom(16), 7))
     write_head(writer, source.head())
-    Transfer(source, source.layout, writer).round(last=True)  # type: ignore[arg-type]
-    writer.section(0x0A, bytes(16))
+    Transfer(source, source.layout, writer).round(last=True)
+    writer.section(Type.TIME, bytes(16))
     writer.end()
 
 

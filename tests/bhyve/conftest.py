@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from bhystream import state
+from bhystream.backend.base import Paused
 from bhystream.backend.bhyve.config import GuestConfig
+from bhystream.backend.bhyve.held import HeldRecord
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.hosts import open_host
 from bhystream.backend.bhyve.memory import Memory
-from bhystream.backend.bhyve.place import Place, staging_root
+from bhystream.backend.bhyve.snapshot import Meta, parse
+from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource, read_config
 from bhystream.backend.bhyve.vmbhyve import find
-from bhystream.backend.process import is_alive
-from bhystream.errors import BhyError
+from bhystream.hypervisors import open_paused
 
 
 def setting(name: str, what: str) -> str:
@@ -67,79 +69,61 @@ def memory(host: Host, guest: str) -> Iterator[Memory]:
 
 @pytest.fixture
 def staging(host: Host) -> Iterator[Path]:
-    """Make a directory where bhysend would make its own."""
-    root = staging_root(host, "source", state.directory(), os.environ)
-    path = root / f"bhytest-{secrets.token_hex(4)}"
-    path.mkdir(mode=0o700)
+    """Make a directory where bhysend makes its own."""
+    directory = SnapshotDir(state.directory() / "held" / f"bhytest{secrets.token_hex(4)}")
+    directory.make()
     try:
-        yield path
+        yield directory.path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        directory.remove(host)
 
 
-@dataclass
-class Suspended:
-    """What was seen while a guest was suspended, and after it was brought back.
+@dataclass(frozen=True)
+class Trial:
+    """A guest that has rehearsed, and can be held.
 
-    failure: what went wrong, "" if nothing did.  before: pages of the mapping
-    at the suspend; after: the same when the VM was destroyed too.
+    record: from which any process finds it again.  plan: what FILE.meta said.
     """
 
-    failure: str = ""
-    is_process_alive: bool = True
-    has_sink: bool = False
-    is_node_left: bool = False
-    is_node_gone_in_the_end: bool = False
-    states: tuple[str, ...] = ()
-    before: tuple[bytes, ...] = ()
-    after: tuple[bytes, ...] = ()
-    runs_again: bool = False
+    source: BhyveSource
+    record: HeldRecord
+    plan: Meta
+
+    @property
+    def directory(self) -> SnapshotDir:
+        """Return where it is held."""
+        return SnapshotDir(Path(self.record.directory))
+
+    def found_again(self) -> Paused:
+        """Find it by its record alone."""
+        return open_paused(self.record.to_json())
 
 
-@pytest.fixture(scope="session")
-def suspended(host: Host, guest: str, config_path: str | None) -> Suspended:
-    """Suspend the guest, look, and bring it back: once for all the tests that ask for it."""
-    if os.environ.get("BHYSEND_TEST_SUSPEND") != "yes":
-        pytest.skip("BHYSEND_TEST_SUSPEND=yes has the guest suspended and started again")
-    seen = Suspended()
-    base = state.directory()
-    source = BhyveSource(host, guest, base, config_path, keep=False, force=False)
-    ours = Memory(host, guest)
+@contextmanager
+def rehearsed(host: Host, guest: str, config_path: str | None) -> Iterator[Trial]:
+    """Let a guest rehearse; whatever becomes of the block, it runs on."""
+    source = BhyveSource(host, guest, state.directory(), config_path, force=False)
     try:
-        source.prepare(secrets.token_hex(16))
-        print(*source.warnings(), sep="\n")
-        _look(host, guest, source, ours, seen)
-    except BhyError as error:
-        seen.failure = str(error)
+        prepared = source.prepare(secrets.token_hex(16))
+        try:
+            record = HeldRecord.from_json(prepared.record)
+            yield Trial(source, record, parse(prepared.plan))
+        finally:
+            open_paused(prepared.record).resume()
     finally:
-        ours.close()
         source.close()
-    return seen
 
 
-def _look(host: Host, guest: str, source: BhyveSource, ours: Memory, seen: Suspended) -> None:
-    place = Place.from_json(source.revive())
-    assert place.process is not None
-    seen.has_sink = place.has_sink()
-    try:
-        source.pause()
-        seen.is_process_alive = is_alive(place.process)
-        seen.is_node_left = host.exists(guest)
-        seen.states = tuple(item.name for item in source.states())
-        seen.before = sample(ours)
-        host.destroy(guest)
-        seen.is_node_gone_in_the_end = not host.exists(guest)
-        seen.after = sample(ours)
-    finally:
-        # Whatever was seen: the guest has to come back.
-        source.resume()
-        seen.runs_again = True
+@pytest.fixture
+def may_hold() -> None:
+    """Skip the test, unless the guest may be held."""
+    if os.environ.get("BHYSEND_TEST_HOLD") != "yes":
+        pytest.skip("BHYSEND_TEST_HOLD=yes has the guest held, and let go again")
 
 
-def sample(memory: Memory, count: int = 256) -> tuple[bytes, ...]:
-    """Return some pages of a mapping, from all over it."""
-    pages = []
-    for view in memory.views:
-        step = max(len(view) // count // 4096, 1) * 4096
-        pages += [bytes(view[at : at + 4096]) for at in range(0, len(view), step)]
-    return tuple(pages)
+@pytest.fixture
+def trial(may_hold: None, host: Host, guest: str, config_path: str | None) -> Iterator[Trial]:
+    """Return a guest that has rehearsed and is to be held; it runs on in the end."""
+    with rehearsed(host, guest, config_path) as made:
+        print(*made.source.warnings(), sep="\n")
+        yield made

@@ -178,10 +178,14 @@ class Host:
 
     def pid(self, name: str = "") -> int:
         """Return its bhyve's process id, 0 where there is none."""
-        name = name or self.at
-        words = ["/bin/pgrep", "-f", f"bhyve.*[ :/]{name}( |$)"]
-        found = subprocess.run(words, capture_output=True, text=True, check=False).stdout.split()
-        return int(found[0]) if found else 0
+        named = re.compile(rf"[ :/]{name or self.at}( |$)")
+        words = ["/bin/ps", "-axww", "-o", "pid=", "-o", "comm=", "-o", "args="]
+        found = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        for line in found.splitlines():
+            pid, comm, args = (*line.split(None, 2), "")[:3]
+            if comm == "bhyve" and named.search(args):
+                return int(pid)
+        return 0
 
     def lines(self) -> list[str]:
         """Return the whole lines that it has said, wherever it was in the middle of one."""

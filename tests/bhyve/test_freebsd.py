@@ -5,14 +5,14 @@
 
 Run as root on a FreeBSD host with a running guest that may be lost.  From
 harmless to less so: what only looks; what mounts a devfs for a moment; what
-has the guest write a checkpoint, for which it stands; and, with
-BHYSEND_TEST_SUSPEND=yes, what suspends it and starts it again.  Each test
-prints what it saw: that is the report.
+has the guest write a checkpoint, for which it stands; and what holds it
+(test_hold.py).  Each test prints what it saw: that is the report.
 
     BHYSEND_TEST_GUEST    the guest's name
     BHYSEND_TEST_CONFIG   its bhyve_config(5) file; not needed for one of vm-bhyve
-    BHYSEND_TEST_SUSPEND  yes: suspend it too
-    BHYSEND_STAGING       a directory with room for its memory, best on a tmpfs
+    BHYSEND_TEST_HOLD     yes: hold it too
+    BHYSEND_STATE_DIR     a directory, mode 0700, with room for the guest's memory
+                          twice: two of the checkpoints write it; /var/db/bhysend
 
 Where BHYSEND_VMM_DIR names a stand-in's directory they run against that:
 test_itself.py does so, to see that they can pass and fail.
@@ -30,8 +30,10 @@ from pathlib import Path
 
 import pytest
 
+from bhystream import state
 from bhystream.backend import programs
-from bhystream.backend.bhyve import identity, verdict
+from bhystream.backend.bhyve import fpu, identity, verdict
+from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve.checkpoint import (
     Checkpoint,
     Outcome,
@@ -42,11 +44,10 @@ from bhystream.backend.bhyve.checkpoint import (
 from bhystream.backend.bhyve.config import GuestConfig
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, VMM_DIR, Host
 from bhystream.backend.bhyve.memory import Memory
+from bhystream.backend.bhyve.place import staging_root
 from bhystream.backend.bhyve.snapshot import Files, memory_spans, read_states
 from bhystream.backend.process import is_alive
 from bhystream.errors import GuestError
-
-from .conftest import Suspended
 
 IS_FREEBSD = sys.platform.startswith("freebsd")
 PAGE_BYTES = 4096
@@ -156,6 +157,27 @@ def test_a_vm_that_is_gone_cannot_be_opened(host: Host) -> None:
         host.open_vm("bhytest-none")
 
 
+def test_a_node_is_told_from_one_that_is_made_anew(host: Host, guest: str, memory: Memory) -> None:
+    """A record of a guest destroys this VM and no other: its node keeps its id, a new one has one.
+
+    Made for that: an empty VM of another name.
+    """
+    before = host.node_id(guest)
+    say(before)
+    bytes(memory.views[0][:PAGE_BYTES])
+    assert before == host.node_id(guest) != ""
+    ids = []
+    for _ in range(2):
+        host.create("bhytest-new")
+        try:
+            ids.append(host.node_id("bhytest-new"))
+        finally:
+            host.destroy("bhytest-new")
+        assert host.node_id("bhytest-new") == ""
+    say(ids)
+    assert len({before, *ids}) == 3
+
+
 def test_the_memory_map_is_lowmem_from_0_and_highmem_from_4_gib(
     host: Host, guest: str, config: GuestConfig
 ) -> None:
@@ -178,6 +200,30 @@ def test_the_topology_is_the_configurations(memory: Memory, config: GuestConfig)
     say(memory.topology)
     keys = config.section["keys"]
     assert memory.topology == tuple(int(keys[key]) for key in ("sockets", "cores", "threads"))
+
+
+def test_no_vcpu_of_a_running_guest_waits_in_bhyve(memory: Memory) -> None:
+    """VM_DEBUG_CPUS; else a checkpoint would start one that the guest has not started."""
+    waiting = sorted(memory.waiting_vcpus())
+    say("waiting vCPUs:", waiting)
+    assert waiting == []
+
+
+def test_registers_are_read_and_say_whether_the_fpu_can_be_carried(
+    host: Host, guest: str, config: GuestConfig
+) -> None:
+    """VM_GET_REGISTER_SET and VM_GET_SEGMENT_DESCRIPTOR cost each vCPU an exit."""
+    ncpus = int(config.section["keys"]["cpus"])
+    vm = host.open_vm(guest)
+    try:
+        for vcpu in range(ncpus):
+            efer, rip, cr0 = vm.registers(vcpu, (reg.EFER, reg.RIP, reg.CR0))
+            say(f"vCPU {vcpu}: EFER {efer:#x} RIP {rip:#x}", vm.descriptor(vcpu, reg.CS))
+            assert cr0 & reg.CR0_PE
+        reasons = fpu.carriable(vm, ncpus)
+    finally:
+        vm.close()
+    say(reasons or "the FPU of every vCPU can be carried")
 
 
 def test_a_dirty_log_is_whole_or_there_is_none(memory: Memory) -> None:
@@ -322,9 +368,11 @@ def test_a_removed_directory_takes_no_file(staging: Path) -> None:
         os.close(fd)
 
 
-def test_the_staging_directory_is_in_memory(host: Host, staging: Path) -> None:
-    say(staging, "on a tmpfs:", host.is_memory(staging))
-    assert host.is_memory(staging), "set BHYSEND_STAGING to a directory on a tmpfs"
+def test_what_a_destination_makes_is_in_memory(host: Host) -> None:
+    """Of a guest whose memory cannot be written into its VM (-p) this is the whole memory."""
+    root = staging_root(host, state.directory(), os.environ)
+    say(root, "on a tmpfs:", host.is_memory(root))
+    assert host.is_memory(root), "set BHYRECV_STAGING to a directory on a tmpfs"
 
 
 def test_the_null_device_can_be_had_below_a_directory(host: Host, staging: Path) -> None:
@@ -352,7 +400,7 @@ def request(host: Host, guest: str, directory: Path, *, is_gone: bool = False) -
         if is_gone:
             directory.rmdir()
         start = time.monotonic()
-        connection.request(fd, "ckp", suspend=False)
+        connection.request(fd, "ckp")
         try:
             outcome = str(connection.await_outcome(LIMIT_S))
         except RefusedError as error:
@@ -422,40 +470,3 @@ def test_the_memory_file_may_be_the_null_device(
         say(outcome, [(item.name, len(item.data)) for item in states])
     finally:
         host.unmount_null(directory)
-
-
-# ---- the suspend: the guest's bhyve ends, and is started again
-
-
-def test_a_suspend_ends_the_process(suspended: Suspended) -> None:
-    say(suspended.failure or "no failure")
-    assert not suspended.is_process_alive
-
-
-def test_a_suspend_leaves_the_node_or_not_and_it_can_be_destroyed(suspended: Suspended) -> None:
-    say("the node was left behind:", suspended.is_node_left)
-    assert suspended.is_node_gone_in_the_end
-
-
-def test_the_suspended_state_is_complete(suspended: Suspended) -> None:
-    say("memory file is the null device:", suspended.has_sink)
-    say(suspended.states)
-    assert suspended.states[:1] == ("meta",)
-    assert "kern/vmcx" in suspended.states
-
-
-def test_the_mapping_survives_process_and_vm(suspended: Suspended) -> None:
-    data = sum(any(page) for page in suspended.before)
-    say(f"{data} of {len(suspended.before)} pages have data")
-    assert data > 0
-    assert suspended.after == suspended.before
-
-
-def test_bhyve_r_brings_the_guest_back(
-    suspended: Suspended, host: Host, guest: str, memory: Memory
-) -> None:
-    say(suspended.failure or "no failure")
-    assert not suspended.failure
-    assert suspended.runs_again
-    assert settle(host.run_dir, guest, guest, LIMIT_S)
-    assert memory.size_bytes > 0

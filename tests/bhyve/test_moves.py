@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from .rom import Ended, Host, booted, program, until
+from .rom import DEADLINE_S, Ended, Host, booted, program, until
 
 pytestmark = [
     pytest.mark.bhyve,
@@ -222,12 +222,16 @@ def test_one_who_is_killed_in_the_pause_loses_nothing(host: Host, who: tuple[str
 def test_a_destination_that_is_killed_before_go_lets_it_go_on(host: Host) -> None:
     """bhyve -r is killed when the guest stands paused here; it held its memory already."""
     pid, to = host.pid(), host.other()
-    name = shlex.quote(f"bhyve.*-r.*{to}")
-    # The command's own line has its name in it too, so it is looked for by its program.
+    ready, go = host.directory / "ready", host.directory / "go"
+    stop = f"touch {ready}; while ! test -e {go}; do sleep 0.1; done"
     cut = (
         f"{shlex.join(host.receive(to))} | while read -r l; do"
-        f' case $l in *" READY "*) pkill -9 -x bhyve -f {name};; esac; echo "$l"; done'
+        f' case $l in *" READY "*) {stop};; esac; echo "$l"; done'
     )
-    done = host.run(*host.send(), "sh", "-c", cut)
-    assert done.status == 69, done.said
+    with subprocess.Popen([*host.send(), "sh", "-c", cut], env=host.environment("a")) as sender:
+        until(ready.exists, "READY")
+        os.kill(host.pid(to), signal.SIGKILL)
+        until(lambda: not host.pid(to), "end of the destination's bhyve")
+        go.touch()
+        assert sender.wait(DEADLINE_S) == 69
     goes_on(host, pid)

@@ -12,8 +12,9 @@ import re
 import stat
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from .cpu import Cpus
 from .interpreter import Interpreter
 from .settings import read_settings
 
+_POLL_S = 0.0002
 _SYSCTL = {
     # 1 on FreeBSD: then no device takes more than INT_MAX bytes at once.
     "debug.devfs_iosize_max_clamp": "0",
@@ -229,6 +231,26 @@ def _clear_seen(log: mmap.mmap, seen: bytes) -> None:
         start = seen.find(1, end)
 
 
+class StandinTrace:
+    """A stand-in that is started: it waits a while before it reads, and is not stopped."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+
+    def run_until(self, is_ready: Callable[[], bool], limit_s: float) -> bool:
+        """Wait for a condition; False where the process has ended, or the time is over."""
+        end = time.monotonic() + limit_s
+        while not is_ready():
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            if time.monotonic() > end or os.waitid(os.P_PID, self._pid, flags) is not None:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def let_go(self) -> None:
+        """Do nothing: it runs."""
+
+
 class StandinHost:
     """The host that a stand-in's directory plays."""
 
@@ -266,6 +288,10 @@ class StandinHost:
     def program(self) -> list[str]:
         """Return the words that run the stand-in."""
         return [sys.executable, "-P", "-m", "bhystream.standin"]
+
+    def trace(self, pid: int) -> StandinTrace:
+        """Return what looks at a stand-in that is started."""
+        return StandinTrace(pid)
 
     def program_hash(self) -> str:
         """Return what host.json says, else a hash of the stand-in's own modules."""

@@ -20,6 +20,7 @@ import xxhash
 
 from bhystream.backend import process_freebsd, programs
 from bhystream.backend.bhyve import freebsd_disk, freebsd_kld, freebsd_text, libc
+from bhystream.backend.bhyve.freebsd_trace import Trace
 from bhystream.backend.bhyve.freebsd_vm import FreeBsdVm
 from bhystream.backend.bhyve.host import Disk, NoBhyveError
 from bhystream.errors import AccessError, GuestError, from_oserror
@@ -101,6 +102,10 @@ class FreeBsdHost:
     def program(self) -> list[str]:
         """As host.Host's."""
         return [BHYVE]
+
+    def trace(self, pid: int) -> Trace:
+        """As host.Host's."""
+        return Trace(pid)
 
     def program_hash(self) -> str:
         """As host.Host's: XXH3-128 of the program's file, hex."""

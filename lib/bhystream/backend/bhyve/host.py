@@ -12,7 +12,7 @@ takes the other's.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -143,6 +143,19 @@ class Vm(Protocol):
         """Give up the node; mappings stay."""
 
 
+class Trace(Protocol):
+    """A bhyve of ours that is about to be run, to be stopped before it reads its memory file."""
+
+    def run_until(self, is_ready: Callable[[], bool], limit_s: float) -> bool:
+        """Let it run until a condition holds and it has not read yet, and stop it there.
+
+        Returns False where it has ended, or limit_s is over.
+        """
+
+    def let_go(self) -> None:
+        """Let it run on.  Twice is no error."""
+
+
 class Host(Protocol):
     """The host."""
 
@@ -166,6 +179,9 @@ class Host(Protocol):
 
     def program(self) -> list[str]:
         """Return the words that run bhyve."""
+
+    def trace(self, pid: int) -> Trace:
+        """Take a child of ours, which runs nothing yet, by the hand.  Raises GuestError."""
 
     def program_hash(self) -> str:
         """Return what tells one build of bhyve from another."""

@@ -7,7 +7,8 @@
     released   FILE and FILE.kern are whole; it restores devices, then the kernel's
                structures, makes its checkpoint socket, and lets the vCPUs run
 
-How it is held, and that it cannot run before: lastpage.py.  Of its process and
+How it is held, and that it cannot run before: lastpage.py; on FreeBSD, that the
+files are cut in time: freebsd_trace.py.  Of its process and
 its VM a file speaks before it is run: a shell waits for that, and without us
 runs nothing.  bhyve is in a session of its own, so our death wakes it neither
 (sys/kern/kern_proc.c, fixjobc_kill(), read).
@@ -43,6 +44,7 @@ from bhystream.backend.bhyve.host import (
     LOWMEM_LIMIT_BYTES,
     Host,
     MemoryMap,
+    Trace,
     Vm,
 )
 from bhystream.backend.bhyve.keys import boolean
@@ -59,8 +61,6 @@ _LIMIT_S = 60.0
 SLOW_BYTES_PER_SECOND = 100 << 20  # of a slow disk: how long a memory file may take
 _STOP_S = 10.0
 _POLL_S = 0.002
-# From the memory's appearance to the read there are the devices: a millisecond at the least.
-_QUICK_POLL_S = 0.0002
 _MOMENT_S = 0.05  # from the socket to the vCPUs there are a few system calls
 # The shell gets a line when it may become bhyve, and the end of the input if we died before.
 _GATE = ("/bin/sh", "-c", 'read -r _ && exec "$@" </dev/null', "sh")
@@ -114,6 +114,7 @@ class Restore:
         self._socket = host.run_dir / place.name
         self._child: Child | None = None
         self._vm: Vm | None = None
+        self._trace: Trace | None = None
         self._mappings: list[mmap.mmap] = []
         self._node = ""
 
@@ -132,6 +133,7 @@ class Restore:
             self._await_maps()
             with self._writing():
                 self._last.cut()
+            self._let_go_of_trace()
             self._map()
             self._await_read()
             self._stop()
@@ -187,18 +189,27 @@ class Restore:
             started = Started(identify(self._child.pid, "bhyve"), self._node)
             self._place.write_started(started)
             self.started = started
+            self._trace = self._host.trace(self._child.pid)
             os.write(opener, b"\n")
         finally:
             os.close(gate)
             os.close(opener)
 
     def _await_maps(self) -> None:
-        """Wait until the VM has all its memory: bhyve has opened its files before that."""
+        """Let it run until the VM has all its memory, and no further: it has opened its files."""
 
         def has_memory() -> bool:
             return sum(one.length_bytes for one in self._maps()) == self._place.memory_bytes
 
-        self._await(has_memory, "its VM has no memory", _LIMIT_S, _QUICK_POLL_S)
+        assert self._child is not None and self._trace is not None
+        if not self._trace.run_until(has_memory, _LIMIT_S):
+            if self._child.has_ended():
+                raise self._ended()
+            raise GuestError(f"{self._who}: bhyve -r: its VM has no memory after {_LIMIT_S:.0f} s")
+
+    def _let_go_of_trace(self) -> None:
+        if self._trace is not None:
+            self._trace.let_go()
 
     def _maps(self) -> list[MemoryMap]:
         """Return what there is of the system memory's maps."""
@@ -223,9 +234,7 @@ class Restore:
             lambda: self._last.is_read(self.memory), "its memory is not read", self._limit_s
         )
 
-    def _await(
-        self, is_done: Callable[[], bool], what: str, limit_s: float, poll_s: float = _POLL_S
-    ) -> None:
+    def _await(self, is_done: Callable[[], bool], what: str, limit_s: float) -> None:
         """Wait for a condition.  Raises GuestError where bhyve has ended, or the time is over."""
         assert self._child is not None
         end = time.monotonic() + limit_s
@@ -234,7 +243,7 @@ class Restore:
                 raise self._ended()
             if time.monotonic() > end:
                 raise GuestError(f"{self._who}: bhyve -r: {what} after {limit_s:.0f} s")
-            time.sleep(poll_s)
+            time.sleep(_POLL_S)
 
     def _ended(self) -> GuestError:
         """Return why it has ended.
@@ -331,6 +340,7 @@ class Restore:
     def undo(self) -> None:
         """End what never ran; what may have run is left alone.  Never raises; twice is no error."""
         self.close()
+        self._let_go_of_trace()
         if self._child is None:
             self._destroy()
             return

@@ -1,0 +1,127 @@
+"""A bhyve that we start, stopped at the moment before it reads its memory file: ptrace(2).
+
+bhyve reads all of lowmem by one read(2), and that call holds a lock on its
+range of the file, for which ftruncate(2) waits: a file that is to be cut has to
+be cut before the read begins.  Source: sys/kern/vfs_vnops.c, vn_io_fault() and
+vn_truncate(); read.  Between the moment in which the VM's memory shows and the
+read there are the devices, which may be next to nothing.  So it is not raced:
+bhyve is traced from before it is run, and stopped at each system call, until
+it is about to seek in the file and the VM has its memory.
+
+Who misses that moment misses it badly.  A bhyve that restores a FILE.kern of
+zeros gives its vCPUs an XCR0 of 0, and the next VM_RUN loads that: a general
+protection fault in the host's kernel.  Run on FreeBSD 15.1, emulated AMD: it
+panics.  Source: sys/amd64/vmm/vmm.c, vm_snapshot_vcpus() and
+restore_guest_fpustate().
+
+The kernel kills what is traced when its tracer dies (kern.kill_on_debugger_exit,
+1 by default), so nothing is left of a bhyve whose bhyrecv was killed before it
+was held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable
+
+from bhystream.errors import GuestError
+
+# Source: sys/sys/ptrace.h; sys/sys/syscall.h.
+_PT_ATTACH, _PT_DETACH, _PT_LWPINFO, _PT_TO_SCE = 10, 11, 13, 20
+_PL_FLAG_SCE = 0x04
+_SYS_LSEEK = 478
+_WTRAPPED = 32  # Source: sys/sys/wait.h
+_NEXT = 1  # the address that means: where it was stopped
+_POLL_S = 0.0002
+
+
+class LwpInfo(ctypes.Structure):
+    """struct ptrace_lwpinfo: which thread has stopped, and why."""
+
+    _fields_ = (
+        ("lwpid", ctypes.c_int32),
+        ("event", ctypes.c_int),
+        ("flags", ctypes.c_int),
+        ("sigmask", ctypes.c_uint32 * 4),
+        ("siglist", ctypes.c_uint32 * 4),
+        ("siginfo", ctypes.c_uint64 * 10),
+        ("tdname", ctypes.c_char * 20),
+        ("child_pid", ctypes.c_int32),
+        ("syscall_code", ctypes.c_uint),
+        ("syscall_narg", ctypes.c_uint),
+    )
+
+
+def _ptrace(request: int, pid: int, address: object, data: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = (ctypes.c_int, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int)
+    libc.ptrace.restype = ctypes.c_int
+    ctypes.set_errno(0)
+    if libc.ptrace(request, pid, address, data) == -1 and (number := ctypes.get_errno()):
+        raise OSError(number, os.strerror(number))
+
+
+class Trace:
+    """host.Trace over ptrace(2): a child of ours, stopped until run_until() lets it run."""
+
+    def __init__(self, pid: int) -> None:
+        """Attach to a child that has not ended.  Raises GuestError."""
+        self._pid = pid
+        self._is_attached = False
+        try:
+            _ptrace(_PT_ATTACH, pid, None, 0)
+            self._is_attached = True
+            os.waitpid(pid, 0)
+        except OSError as error:
+            raise GuestError(f"cannot trace process {pid}: {error.strerror}") from None
+
+    def run_until(self, is_ready: Callable[[], bool], limit_s: float) -> bool:
+        """Let it run until it is about to seek in a file, and a condition holds.
+
+        It is stopped when this returns True.  False where it has ended, which
+        is left to its parent to see, or where limit_s is over.
+        """
+        end = time.monotonic() + limit_s
+        number = 0
+        while True:
+            try:
+                _ptrace(_PT_TO_SCE, self._pid, _NEXT, number)
+            except OSError:
+                return False
+            while (found := self._stopped()) is None:
+                if time.monotonic() > end:
+                    return False
+                time.sleep(_POLL_S)
+            if found < 0:
+                return False
+            # What is no stop of ours is a signal, and the process's.
+            number = 0 if found in (signal.SIGTRAP, signal.SIGSTOP) else found
+            if found == signal.SIGTRAP and self._seeks() and is_ready():
+                return True
+
+    def _stopped(self) -> int | None:
+        """Return the signal that it stands at; None while it runs, -1 where it has ended."""
+        found = os.waitid(os.P_PID, self._pid, os.WEXITED | _WTRAPPED | os.WNOHANG | os.WNOWAIT)
+        if found is None:
+            return None
+        if found.si_code != os.CLD_TRAPPED:
+            self._is_attached = False
+            return -1
+        os.waitid(os.P_PID, self._pid, _WTRAPPED | os.WNOHANG)
+        return found.si_status
+
+    def _seeks(self) -> bool:
+        info = LwpInfo()
+        _ptrace(_PT_LWPINFO, self._pid, ctypes.byref(info), ctypes.sizeof(info))
+        return bool(info.flags & _PL_FLAG_SCE) and info.syscall_code == _SYS_LSEEK
+
+    def let_go(self) -> None:
+        """Trace it no more; it runs on.  Twice is no error, nor is one that has ended."""
+        if self._is_attached:
+            self._is_attached = False
+            with contextlib.suppress(OSError):
+                _ptrace(_PT_DETACH, self._pid, _NEXT, 0)

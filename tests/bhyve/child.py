@@ -1,0 +1,41 @@
+"""Other processes of a hold: child.py hold GUEST [CONFIG], and child.py resume RECORD.
+
+hold      print the record of a guest, hold it, and be killed
+resume    find a held guest by its record, JSON, and let it run
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import sys
+
+from bhystream import state
+from bhystream.backend.bhyve.hosts import open_host
+from bhystream.backend.bhyve.source import BhyveSource
+from bhystream.hypervisors import open_paused
+
+
+def hold(guest: str, config_path: str | None = None) -> None:
+    """Hold the guest; nothing of this process is closed or removed."""
+    source = BhyveSource(open_host(), guest, state.directory(), config_path, force=False)
+    print(json.dumps(source.prepare(secrets.token_hex(16)).record), flush=True)
+    source.pause()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resume(record: str) -> None:
+    """Let the guest run, if it stands held."""
+    paused = open_paused(json.loads(record))
+    paused.require_paused()
+    paused.resume()
+
+
+if __name__ == "__main__":
+    verb, *words = sys.argv[1:]
+    if verb == "hold":
+        hold(*words)
+    else:
+        resume(*words)

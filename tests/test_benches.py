@@ -1,0 +1,65 @@
+"""Every bench runs, in its shortest form, and prints its figures; they are nobody's limit here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from backend.bhyve_rig import require_sink
+
+BENCHES = Path(__file__).with_name("bench")
+DEADLINE_S = 240
+
+
+def printed(name: str, *words: str) -> str:
+    """Run a bench; return what it has printed."""
+    path = os.pathsep.join([str(BENCHES.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, str(BENCHES / name), *words],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_bench_is_run_here() -> None:
+    text = Path(__file__).read_text()
+    assert [
+        path.name for path in BENCHES.glob("*.py") if f'printed("{path.name}"' not in text
+    ] == []
+
+
+def test_the_loops_are_measured() -> None:
+    said = printed("bench_kernels.py", "1", "1")
+    assert "check + scatter" in said
+    assert "walk, every other page" in said
+
+
+def test_the_stream_is_measured() -> None:
+    said = printed("bench_stream.py", "1", "1")
+    assert [line.split()[:2] for line in said.splitlines()] == [
+        [kind, way] for kind in ("cold", "warm") for way in ("bare", "stream")
+    ]
+
+
+@pytest.mark.standin
+def test_the_pause_is_measured() -> None:
+    require_sink()
+    said = printed("bench_pause.py", "1").splitlines()
+    names = [line.partition(":")[0] for line in said if "ratio" in line]
+    assert names == ["paused", "state", "last pages", "answers"]
+
+
+@pytest.mark.guest
+def test_the_downtime_is_measured() -> None:
+    said = printed("bench_downtime.py", "1").splitlines()
+    names = [line.partition(":")[0] for line in said if "median" in line]
+    assert names == ["plain, pipe", "plain, ssh", "answered, pipe", "answered, ssh"]
