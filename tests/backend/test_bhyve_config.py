@@ -382,9 +382,8 @@ def test_what_matters_to_a_monitor_only_is_dropped() -> None:
 def test_the_command_names_the_file_the_snapshot_and_the_guest() -> None:
     words = command.argv(["/usr/sbin/bhyve"], "web2", "/run/web2.conf", "/run/web2.ckp")
     assert words == ["/usr/sbin/bhyve", "-k", "/run/web2.conf", "-r", "/run/web2.ckp", "web2"]
-    assert command.argv(["bhyve"], "web2", "/c", None) == ["bhyve", "-k", "/c", "web2"]
     with pytest.raises(IncompatibleError, match="cannot be a guest's"):
-        command.argv(["bhyve"], "-r", "/c", None)
+        command.argv(["bhyve"], "-r", "/c", "/s")
 
 
 def test_a_tap_of_another_name_gets_its_type() -> None:
