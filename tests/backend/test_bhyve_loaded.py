@@ -90,9 +90,9 @@ def test_its_fpu_is_loaded_then(guest: Arriving, monkeypatch: pytest.MonkeyPatch
     seen: list[State] = []
     real = fpus.load
 
-    def load(vm: Any, memory: memoryview, states: Sequence[State]) -> None:
+    def load(vm: Any, memory: memoryview, states: Sequence[State], *more: Any) -> None:
         seen.extend(states)
-        real(vm, memory, states)
+        real(vm, memory, states, *more)
 
     monkeypatch.setattr(fpus, "load", load)
     record = left_loaded(guest, [*guest.states, State("other", b"", is_optional=True)])

@@ -307,9 +307,9 @@ def test_optional_states_that_are_not_known_are_left_out(
     seen: list[list[str]] = []
     real = fpus.load
 
-    def load(vm: Any, memory: memoryview, states: Sequence[State]) -> None:
+    def load(vm: Any, memory: memoryview, states: Sequence[State], *more: Any) -> None:
         seen.append([state.name for state in states])
-        real(vm, memory, states)
+        real(vm, memory, states, *more)
 
     monkeypatch.setattr(fpus, "load", load)
     more = [State(name, b"x", is_optional=True) for name in ("other", "fpu/x", "meta")]

@@ -133,11 +133,11 @@ class BhyveLoaded:
         if not started.is_alive():
             return False
         found = listener(self._host, self.place.name)
-        return found is not None and is_same(found, started.process)
+        return found is not None and started.process is not None and is_same(found, started.process)
 
     def _is_held(self, started: Started) -> bool:
         """Say whether it stands, or goes round, before its last page."""
-        if is_stopped(started.process):
+        if started.process is not None and is_stopped(started.process):
             return True
         with contextlib.suppress(OSError):
             return self.place.files.memory.stat().st_size < self.place.memory_bytes

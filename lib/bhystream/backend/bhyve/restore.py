@@ -8,9 +8,9 @@
                structures, makes its checkpoint socket, and lets the vCPUs run
 
 How it is held, and that it cannot run before: lastpage.py; on FreeBSD, that the
-files are cut in time: freebsd_trace.py.  Of its VM a
-file speaks as soon as it is there, of its process before that is bhyve: a shell
-waits for it, and without us runs nothing.  bhyve is in a session of its own, so our death wakes it neither
+files are cut in time: freebsd_trace.py.  Of its VM a file speaks as soon as it
+is there, of its process before that is bhyve: a shell waits for it, and without
+us runs nothing.  bhyve is in a session of its own, so our death wakes it neither
 (sys/kern/kern_proc.c, fixjobc_kill(), read).
 
 The VM is made by us, so that it is known whose it is.  A bhyve with a boot ROM
