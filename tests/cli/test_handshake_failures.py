@@ -238,6 +238,23 @@ def test_a_destination_that_dies_before_go_has_not_run(
         attempt.settle("here")
 
 
+@in_both("three-stages")
+def test_what_a_killed_bhyrecv_left_ready_is_not_in_the_way_of_the_next(
+    form: str, host: Host, small: Traveller, gate: Gate
+) -> None:
+    attempt = Attempt(form, "READY", host, small, gate)
+    with attempt.begin():
+        attempt.kill("bhyrecv")
+        attempt.release("never")
+        attempt.wait()
+        assert attempt.end() == "here", attempt.said()
+        assert [row.phase for row in host.rows(BHYRECV)] == ["ready"]
+        assert len(attempt.to.hypervisors()) == 1
+        small.run_on(host, sweeps=1)
+        small.move(host, to=attempt.to, sweeps=1)
+        assert host.rows(BHYRECV) == []
+
+
 @ANY
 def test_in_doubt_is_said_of_what_is_in_doubt_only(host: Host, small: Traveller) -> None:
     [sent, _] = run(small.send(), ["cat"], env=host.env)
