@@ -18,7 +18,7 @@ import pytest
 
 from .attempt import Attempt, Gate
 from .kinds import ANY, EVERY, G4, G5, QEMU, matrix
-from .pipeline import BHYSEND, report, run, until
+from .pipeline import BHYRECV, BHYSEND, report, run, until
 from .travel import Host, Traveller, is_gone, limited, process_state
 
 FORMS = ("three-stages", "command")
