@@ -19,7 +19,7 @@ import pytest
 
 from bhystream.backend.base import State
 from bhystream.backend.bhyve import fpu as fpus
-from bhystream.backend.bhyve import loaded
+from bhystream.backend.bhyve import loaded, restore
 from bhystream.backend.bhyve.config import parse
 from bhystream.backend.bhyve.lastpage import LastPage
 from bhystream.backend.bhyve.listening import listener, listens
@@ -148,6 +148,18 @@ def test_what_cannot_be_written_down_is_not_run(
 
     monkeypatch.setattr(Place, "write_started", full)
     with pytest.raises(PipeError, match="No space left"):
+        restore_of(guest).hold(len(kern(guest)))
+    assert is_clean(guest)
+
+
+def test_a_vm_whose_bhyve_cannot_be_run_is_forgotten(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **words: Any) -> None:
+        raise PipeError("cannot open the log: No space left on device")
+
+    monkeypatch.setattr(restore, "Child", full)
+    with pytest.raises(PipeError, match="cannot open the log"):
         restore_of(guest).hold(len(kern(guest)))
     assert is_clean(guest)
 
@@ -382,6 +394,7 @@ def test_one_that_has_ended_is_not_loaded(guest: Arriving) -> None:
     for act in (one.require_held, lambda: one.load(kern(guest), ())):
         with pytest.raises(GuestError, match="bhyve -r: "):
             act()
+    assert one._files.kern.stat().st_size == 0
     one.undo()
     assert is_clean(guest)
 
