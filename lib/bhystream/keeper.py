@@ -42,6 +42,7 @@ from typing import Any
 
 from bhystream.answers import MAX_LINE_BYTES, unpack
 from bhystream.backend.base import Paused
+from bhystream.backend.process import Identity, identify, is_stopped, kill_process
 from bhystream.errors import (
     BhyError,
     FormatError,
@@ -62,7 +63,8 @@ _START_SECONDS = 30
 _END_SECONDS = 10
 _RESUME_SECONDS = 120
 _RETRY_SECONDS = 0.2
-_LOOK_SECONDS = 1.0
+# On FreeBSD it takes a run of ps(1) to look.
+_LOOK_SECONDS = 5.0 if sys.platform.startswith("freebsd") else 1.0
 _STOPPED_SECONDS = 10.0
 # What ends or stops a process that does not ask for it, and can be ignored.
 _IGNORED = ("SIGINT", "SIGHUP", "SIGTERM", "SIGQUIT", "SIGTSTP", "SIGUSR1", "SIGUSR2", "SIGINFO")
@@ -186,38 +188,30 @@ class Guard:
 
     Stopped, it would keep the guest paused for ever; left alive, it might go
     on one day and write END.  So it is killed first, and then the guest is
-    resumed.  Where there is no /proc nothing is seen, and nothing done.
+    resumed.
     """
 
     def __init__(self, pid: int, records: Records, id_: str) -> None:
         """pid: of bhysend, our parent."""
-        self._stat = Path(f"/proc/{pid}/stat")
         self._records = records
         self._id = id_
         self._since: float | None = None
-        self._pidfd = -1
-        with contextlib.suppress(OSError, AttributeError):
-            self._pidfd = os.pidfd_open(pid)
+        self._who: Identity | None = None
+        with contextlib.suppress(GuestError):
+            self._who = identify(pid, "bhysend")
 
     def look(self) -> None:
         """Look once, and act when it has been stopped for too long."""
-        if not self._is_stopped():
+        if self._who is None or not is_stopped(self._who):
             self._since = None
             return
         self._since = self._since or time.monotonic()
         if time.monotonic() - self._since < _STOPPED_SECONDS:
             return
-        with contextlib.suppress(BhyError, OSError):
+        with contextlib.suppress(BhyError):
             record = self._records.get(self._id)
-            if record is not None and record.phase == PAUSED and self._pidfd >= 0:
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-
-    def _is_stopped(self) -> bool:
-        try:
-            text = self._stat.read_bytes()
-        except OSError:
-            return False
-        return text[text.rindex(b")") + 2 :][:1] in b"Tt"
+            if record is not None and record.phase == PAUSED:
+                kill_process(self._who, _END_SECONDS)
 
 
 def _listen(peer: socket.socket, lines: socket.SocketIO, guard: Guard) -> bytes:

@@ -300,7 +300,11 @@ class Move:
         with self.signals.interruptible():
             self.machine.on(Event.COPIED)
             self.nonce = self.offer.await_ready(memory_bytes)
-        self._require_paused()
+        try:
+            self._require_paused()
+        except GoneError as gone:
+            # What waits there is the only copy now.
+            self.console.say(f"{gone}; {self.offer.host} has all of it, so it goes on there")
         # Before GO: a signal that comes right behind it is told so too.
         self.offer.commit()
         self.machine.on(Event.READY)

@@ -7,7 +7,7 @@ at a point:
     prepared    before the pause
     armed       before the pause's request is sent
     asked       when it was sent
-    storing     while the FPU is stored
+    NAME:K      while the FPU is stored, at a step (dying.py)
     held        when the guest stands held
     releasing   when it has read, once, what is in the FIFO
     released    behind that, with the directory still there
@@ -23,15 +23,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bhystream.backend.bhyve import fifo, fpu
+from bhystream.backend.bhyve import fifo
 from bhystream.backend.bhyve.checkpoint import Checkpoint
 from bhystream.backend.bhyve.hosts import open_host
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource
 
 from .bhyve_rig import ID
+from .dying import Dying
 
-POINTS = ("rehearsing", "prepared", "armed", "asked", "storing", "held", "releasing", "released")
+POINTS = ("rehearsing", "prepared", "armed", "asked", "held", "releasing", "released")
 
 
 def die(*_: Any, **__: Any) -> Any:
@@ -51,12 +52,13 @@ def main() -> None:
             die()
 
     Checkpoint.request = request  # type: ignore[method-assign, assignment]
-    if point == "storing":
-        fpu.save = die
     source = BhyveSource(open_host(), "g", Path(base), config, force=False)
     print(json.dumps(dict(source.prepare(ID).record)), flush=True)
     if point == "prepared":
         die()
+    if ":" in point:
+        name, count = point.split(":")
+        Dying(name, int(count)).install()
     held = source.pause()
     if point == "held":
         die()

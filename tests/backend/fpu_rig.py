@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 from bhystream.backend.bhyve import fpu
+from bhystream.backend.bhyve.journal import Journal
 from bhystream.standin import cpu as cpu_file
 from bhystream.standin import node
 from bhystream.standin.cpu import FPU_BYTES
@@ -34,6 +35,7 @@ class Machine:
         self.low[0x5000:0x6000] = bytes(4096)  # the guest's PML4
         path = node.beside(directory, "g", "cpu")
         self.cpus = cpu_file.create(path, ncpus, is_intel=vendor == "intel")
+        self.journal = Journal(directory / "journal")
         self.vm = StandinVm(directory, "g", is_writable=True)
 
     def start(self) -> None:
@@ -61,6 +63,7 @@ class Machine:
     def save(self) -> fpu.Saved:
         """Save, and find everything as it was."""
         before = self.seen()
-        saved = fpu.save(self.vm, self.low, self.ncpus)
+        saved = fpu.save(self.vm, self.low, self.ncpus, self.journal)
         assert self.seen() == before
+        assert not self.journal.exists()
         return saved

@@ -172,7 +172,7 @@ def test_a_shadow_that_a_hlt_left_is_no_shadow(tmp_path: Path) -> None:
     machine = Machine(tmp_path / "a", 1, "amd")
     machine.start()
     map_rip(machine, machine.cpus[0], b"\xf4")
-    saved = fpu.save(machine.vm, machine.low, 1)
+    saved = fpu.save(machine.vm, machine.low, 1, machine.journal)
     assert not saved.reasons
     assert machine.cpus[0][reg.INTR_SHADOW] == 0
 
@@ -219,7 +219,7 @@ def test_an_nmi_between_any_two_instructions_is_given_back(tmp_path: Path, after
     cpu = machine.cpus[1]
     before, registers = machine.low[:], cpu.state()
     cpu.put("nmi_after", after)
-    saved = fpu.save(machine.vm, machine.low, 2)
+    saved = fpu.save(machine.vm, machine.low, 2, machine.journal)
     assert len(saved.states) == 2
     assert machine.low[:] == before and cpu.state() == registers
     assert cpu.get("nmi_blocked") == 0
@@ -301,7 +301,7 @@ def test_registers_that_cannot_be_put_back_are_an_error(held: Machine) -> None:
     held.vm = FailsToSet(held.directory, "g", is_writable=True)
     held.vm.fails = [("set CR3", 99)]
     with pytest.raises(NotPutBackError, match="vCPU 0 has run code of ours"):
-        fpu.save(held.vm, held.low, held.ncpus)
+        fpu.save(held.vm, held.low, held.ncpus, held.journal)
 
 
 def test_registers_that_read_back_as_others_are_an_error(held: Machine) -> None:
@@ -311,7 +311,7 @@ def test_registers_that_read_back_as_others_are_an_error(held: Machine) -> None:
 
     held.vm = Drifts(held.directory, "g", is_writable=True)
     with pytest.raises(NotPutBackError, match="they read back as others"):
-        fpu.save(held.vm, held.low, held.ncpus)
+        fpu.save(held.vm, held.low, held.ncpus, held.journal)
 
 
 def test_memory_that_a_device_keeps_writing_is_an_error(held: Machine) -> None:
@@ -329,7 +329,7 @@ def test_memory_that_a_device_keeps_writing_is_an_error(held: Machine) -> None:
             low[stub.BASE_GPA + 0x5800] = low[stub.BASE_GPA + 0x5800] ^ 1
 
     with pytest.raises(NotPutBackError):
-        fpu.save(held.vm, Written(), held.ncpus)  # type: ignore[arg-type]
+        fpu.save(held.vm, Written(), held.ncpus, held.journal)  # type: ignore[arg-type]
 
 
 def test_no_signal_interrupts_it(held: Machine) -> None:
@@ -349,7 +349,7 @@ def test_no_signal_interrupts_it(held: Machine) -> None:
     old = signal.signal(signal.SIGTERM, interrupt)
     try:
         with pytest.raises(Killed):
-            fpu.save(held.vm, held.low, held.ncpus)
+            fpu.save(held.vm, held.low, held.ncpus, held.journal)
     finally:
         signal.signal(signal.SIGTERM, old)
     assert held.seen() == before
@@ -371,7 +371,7 @@ def test_an_fxsave_that_ffxsr_would_cut_short_is_whole(held: Machine) -> None:
 
 def test_too_little_memory_is_a_reason(held: Machine) -> None:
     with memoryview(held.low)[: stub.END_GPA - 4096] as view:
-        saved = fpu.save(held.vm, view, held.ncpus)
+        saved = fpu.save(held.vm, view, held.ncpus, held.journal)
     assert not saved.states and "memory" in saved.reasons[0]
 
 
@@ -430,7 +430,7 @@ def test_registers_that_the_cpu_refuses_are_an_error_and_all_is_put_back(
 def test_a_vcpu_that_nobody_runs_is_an_error(
     held: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fpu, "_LIMIT_S", 0.01)
+    monkeypatch.setattr(fpu, "LIMIT_S", 0.01)
     stopped = Machine(tmp_path / "b", 3)
     before = stopped.seen()
     with pytest.raises(GuestError, match="it does not run"):
@@ -466,4 +466,4 @@ def test_only_the_saving_stub_has_an_out() -> None:
 def test_a_mapping_of_its_own_is_a_memory_too(held: Machine) -> None:
     with held.vm.map(0, LOW_BYTES, is_writable=True) as mapping:
         assert isinstance(mapping, mmap.mmap)
-        assert len(fpu.save(held.vm, mapping, 3).states) == 3
+        assert len(fpu.save(held.vm, mapping, 3, held.journal).states) == 3

@@ -17,6 +17,8 @@ from bhystream.backend.base import Json
 from bhystream.backend.bhyve import fifo, held
 from bhystream.backend.bhyve.checkpoint import UnansweredError, settle
 from bhystream.backend.bhyve.held import BhyveHeld, HeldRecord, open_held
+from bhystream.backend.bhyve.kept import Kept
+from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.process import Identity
 from bhystream.errors import BhyError, GoneError, GuestError, TakenError
 from standin.rig import await_true
@@ -320,12 +322,38 @@ def test_a_process_that_may_not_be_killed_stays_and_is_said(
 def test_a_guest_whose_registers_are_not_its_own_is_not_let_go(two: Two) -> None:
     two.start()
     found = two.hold()
-    Path(found.record.directory, "spoiled").touch()
+    Path(found.record.directory, "journal").touch()
     with pytest.raises(GuestError, match="its registers were not put back"):
         found.resume()
     assert found.stands()
     found.discard("")
     assert not two.here.host.exists("g")
+
+
+def test_a_guest_that_somebody_let_run_is_not_touched(two: Two) -> None:
+    guest = two.start()
+    found = two.hold()
+    vm = two.here.host.open_vm("g", is_writable=True)
+    with vm.map(0, 64 << 20) as memory:
+        SnapshotDir(Path(found.record.directory)).journal.write(Kept.read(vm, memory, 0))
+    vm.close()
+    assert fifo.drain(Path(found.record.directory, "ckp.meta"), 10.0)[1]
+    with pytest.raises(GuestError, match="somebody let it run meanwhile") as caught:
+        found.resume()
+    assert "power it off" in caught.value.hint
+    guest.console.await_sweeps(1)
+
+
+def test_another_vm_of_its_name_gets_none_of_its_registers(two: Two) -> None:
+    two.start()
+    found = two.hold()
+    Path(found.record.directory, "journal").touch()
+    other = BhyveHeld(replace(found.record, node="0:0"))
+    with pytest.raises(GuestError, match="its VM was destroyed"):
+        other.resume()
+    Path(found.record.directory, "journal").unlink()
+    found.resume()
+    two.assert_runs_on()
 
 
 # The record.

@@ -426,7 +426,7 @@ def test_an_fpu_is_not_waited_for_when_its_bhyve_has_ended(
         await_true(self.has_ended, "its end")
 
     monkeypatch.setattr(Child, "go_on", die)
-    monkeypatch.setattr(fpus, "_LIMIT_S", math.inf)
+    monkeypatch.setattr(fpus, "LIMIT_S", math.inf)
     with pytest.raises(GuestError, match="bhyve -r: "):
         one.load(kern(guest), fpu(guest))
     monkeypatch.setattr(Child, "go_on", real)

@@ -137,11 +137,3 @@ def test_a_mount_that_was_left_goes_with_the_directory(host: Rig, directory: Sna
             ["cat", "/proc/mounts"], capture_output=True, text=True, check=True
         ).stdout
     )
-
-
-def test_a_mark_says_that_the_guest_must_not_be_let_go(directory: SnapshotDir) -> None:
-    assert not directory.is_spoiled()
-    directory.spoil()
-    assert directory.is_spoiled()
-    directory.unspoil()
-    assert not directory.is_spoiled()

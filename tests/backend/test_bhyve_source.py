@@ -15,11 +15,12 @@ from bhystream.backend.base import State
 from bhystream.backend.bhyve import fpu, held, rehearsal, snapshot, source
 from bhystream.backend.bhyve.checkpoint import Checkpoint, UnansweredError, settle
 from bhystream.backend.bhyve.held import open_held
+from bhystream.backend.bhyve.journal import Journal
 from bhystream.backend.bhyve.lent import NotPutBackError
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.errors import GoneError, GuestError, IncompatibleError
-from bhystream.standin.kernel import StandinHost
+from bhystream.standin.kernel import StandinHost, StandinVm
 from standin.rig import Spec
 
 from .bhyve_rig import ID, Two, require_sink, sink_prefix, small_tmpfs, two_hosts, without_sink
@@ -122,8 +123,7 @@ def test_a_vcpu_that_stopped_since_is_seen(
 ) -> None:
     two.start()
     made = two.source()
-    if when == "pause":
-        made.prepare(ID)
+    prepared = made.prepare(ID) if when == "pause" else None
     monkeypatch.setattr(type(made._mapped), "waiting_vcpus", lambda self: frozenset({1}))
     asks = []
     monkeypatch.setattr(Checkpoint, "request", lambda *words: asks.append(words))
@@ -131,6 +131,26 @@ def test_a_vcpu_that_stopped_since_is_seen(
         made.pause() if when == "pause" else made.prepare(ID)
     assert asks == []
     made.close()
+    if prepared:  # what the engine does where a pause has failed
+        monkeypatch.undo()
+        open_held(prepared.record).resume()
+    two.assert_runs_on()
+
+
+def test_a_guest_that_somebody_else_stops_just_then_is_let_alone(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its vCPUs wait, as in anybody's checkpoint: it was not asked, so it is not held."""
+    two.start()
+    made, record = two.prepared()
+    everyone = frozenset({0, 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(type(made._mapped), "waiting_vcpus", lambda self: everyone)
+        patch.setattr(StandinVm, "waiting_vcpus", lambda self: everyone)
+        with pytest.raises(IncompatibleError, match="vcpus: 0, 1 of 2"):
+            made.pause()
+        made.close()
+        open_held(record).resume()
     two.assert_runs_on()
 
 
@@ -431,12 +451,14 @@ def test_a_guest_that_was_started_anew_is_not_paused_with_the_memory_of_the_old(
     two: Two,
 ) -> None:
     guest = two.start()
-    made, _ = two.prepared()
+    made, record = two.prepared()
     guest.power_off()
     again = two.start()
     with pytest.raises(GoneError, match="another guest has its name now"):
         made.pause()
     made.close()
+    with pytest.raises(GoneError):
+        open_held(record).resume()
     again.console.await_sweeps(1)
     two.assert_runs_on()
 
@@ -526,7 +548,7 @@ def test_room_that_vanishes_in_the_pause_leaves_the_guest_running(
 def with_fpu(patch: pytest.MonkeyPatch, raises: BaseException | None = None) -> None:
     """Let fpu.py find one vCPU's registers, or fail."""
 
-    def save(vm: object, memory: mmap.mmap, ncpus: int) -> fpu.Saved:
+    def save(vm: object, memory: mmap.mmap, ncpus: int, journal: Journal) -> fpu.Saved:
         assert len(memory) == 64 << 20 and ncpus == 2
         if raises:
             raise raises
@@ -574,6 +596,7 @@ def test_a_guest_whose_registers_were_not_put_back_is_not_let_go(
     with_fpu(monkeypatch, NotPutBackError("vCPU 0: its registers are not what they were"))
     guest = two.start()
     made, record = two.prepared()
+    (two.base / "held" / ID / "journal").touch()
     with pytest.raises(GuestError, match="vCPU 0: its registers are not"):
         made.pause()
     made.close()

@@ -438,9 +438,9 @@ def test_a_guest_killed_while_paused_is_reported(rig: Rig) -> None:
     paused = source.pause()
     rig.processes["here"].kill()
     rig.processes["here"].wait()
-    with pytest.raises(GoneError, match="its QEMU has ended while it stood paused"):
+    with pytest.raises(GoneError, match=r"its QEMU \(process \d+\) has ended"):
         paused.require_paused()
-    with pytest.raises(GuestError, match="guest here: cannot"):
+    with pytest.raises(GoneError, match="has ended"):
         paused.resume()
     source.close()
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import subprocess
 import sys
+import threading
 import time
 import tty
 from collections.abc import Callable, Iterator
@@ -51,21 +53,29 @@ class Ended:
 
 
 class Console:
-    """The other side of a guest's serial port, a nmdm(4), read from the beginning."""
+    """The other side of a guest's serial port, a nmdm(4), read all the time: it keeps little."""
 
     def __init__(self, unit: int) -> None:
         self._fd = os.open(f"/dev/nmdm{unit}B", os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY)
         tty.setraw(self._fd)
         self._said = b""
+        self._is_over = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while not self._is_over.is_set():
+            if select.select([self._fd], [], [], 0.1)[0]:
+                with suppress(BlockingIOError):
+                    self._said += os.read(self._fd, 1 << 16)
 
     def said(self) -> str:
         """Return all that was printed."""
-        with suppress(BlockingIOError):
-            while data := os.read(self._fd, 1 << 16):
-                self._said += data
         return self._said.decode(errors="replace").replace("\r", "")
 
     def close(self) -> None:
+        self._is_over.set()
+        self._reader.join()
         os.close(self._fd)
 
 

@@ -12,6 +12,7 @@ import pytest
 from bhystream.backend.bhyve import fpu, stub
 from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve.host import SegmentDescriptor
+from bhystream.backend.bhyve.journal import Journal
 from bhystream.errors import GuestError
 from bhystream.standin import cpu as cpu_file
 from bhystream.standin import node
@@ -49,6 +50,7 @@ class Place:
         self.guest = Guest(self.memory, [], Gate(), NCPUS)
         self.told: list[str] = []
         self.guest._tell = self.told.append  # type: ignore[assignment, method-assign]
+        self.journal = Journal(directory / "journal")
         self.vm = StandinVm(directory, "g", is_writable=True)
 
     def boot(self) -> None:
@@ -98,7 +100,7 @@ def there(tmp_path: Path) -> Place:
 def test_a_guest_whose_fpu_was_saved_runs_on_and_notices_nothing(here: Place) -> None:
     for _ in range(3):
         here.pause()
-        assert fpu.save(here.vm, here.low, NCPUS).reasons == ()
+        assert fpu.save(here.vm, here.low, NCPUS, here.journal).reasons == ()
         here.guest.resume_vcpus()
         here.await_steps()
     assert here.told == []
@@ -107,7 +109,7 @@ def test_a_guest_whose_fpu_was_saved_runs_on_and_notices_nothing(here: Place) ->
 
 def test_a_guest_whose_fpu_is_carried_goes_on_where_it_was(here: Place, there: Place) -> None:
     here.pause()
-    there.take(here, fpu.save(here.vm, here.low, NCPUS))
+    there.take(here, fpu.save(here.vm, here.low, NCPUS, here.journal))
     there.await_steps()
     assert there.told == [] and here.told == []
 
@@ -121,7 +123,7 @@ def test_a_guest_whose_fpu_is_not_carried_says_so(here: Place, there: Place) -> 
 
 def test_an_fpu_of_another_moment_is_noticed(here: Place, there: Place) -> None:
     here.pause()
-    saved = fpu.save(here.vm, here.low, NCPUS)
+    saved = fpu.save(here.vm, here.low, NCPUS, here.journal)
     step = here.steps()[0]
     here.guest.resume_vcpus()
     here.await_steps(3)

@@ -49,7 +49,9 @@ from bhystream.backend.base import State
 from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve import stub
 from bhystream.backend.bhyve.host import Vm
-from bhystream.backend.bhyve.lent import NotPutBackError, kept_registers, lent, vmcs_fields
+from bhystream.backend.bhyve.journal import Journal
+from bhystream.backend.bhyve.kept import kept_registers, vmcs_fields
+from bhystream.backend.bhyve.lent import LIMIT_S, NotPutBackError, flag, lent, run_to_end
 from bhystream.backend.bhyve.physical import ADDRESS, Lowmem, Physical
 from bhystream.errors import AccessError, GuestError
 
@@ -60,7 +62,6 @@ STATE_LIMIT_BYTES = 16 << 10
 XCR0 is 0, and there is no XSAVE image, where the vCPU has not enabled XSAVE.
 """
 
-_LIMIT_S = 10.0
 _POLL_S = 0.0002
 _HEAD = struct.Struct("<Q")
 _LEAST_BYTES = _HEAD.size + stub.FXSAVE_BYTES
@@ -68,7 +69,6 @@ _LEAST_XSAVE_BYTES = 512 + 64  # legacy region and header
 _NAME = re.compile(r"fpu/(0|[1-9][0-9]{0,4})", re.ASCII)
 _VALID = 1 << 31  # of an event in the VMCS
 _HLT = b"\xf4"
-_RUNS_NEVER = (reg.EXIT_VMX, reg.EXIT_SVM, reg.EXIT_SUSPENDED, reg.EXIT_DEBUG)
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,19 @@ def carriable(vm: Vm, ncpus: int) -> list[str]:
     return reasons
 
 
-def save(vm: Vm, memory: Lowmem, ncpus: int) -> Saved:
+def save(vm: Vm, memory: Lowmem, ncpus: int, journal: Journal) -> Saved:
     """Save the FPU registers of every vCPU of a guest that stands held at the source.
 
     vm: opened to be changed.  memory: lowmem at gpa 0, writable; it is as it
     was when this returns, so read pages before or after, but not meanwhile.
+    journal: for whoever finds the guest when we are killed in here.
     What cannot be saved is a reason.  Raises NotPutBackError.
     """
     states, reasons = [], []
     with Physical(vm, memory) as physical:
         for vcpu in range(ncpus):
             try:
-                image = _save(vm, memory, physical, vcpu)
+                image = _save(vm, memory, physical, vcpu, journal)
                 states.append(State(f"{STATE_PREFIX}{vcpu}", image, is_optional=True))
             except NotPutBackError:
                 raise
@@ -141,29 +142,25 @@ def load(
         pages[stub.FXSAVE : stub.FXSAVE + stub.FXSAVE_BYTES] = image[: stub.FXSAVE_BYTES]
         rest = image[stub.FXSAVE_BYTES :]
         pages[stub.XSAVE : stub.XSAVE + len(rest)] = rest
-        with lent(vm, memory, vcpu, replace(made, pages=bytes(pages))):
-            end = time.monotonic() + _LIMIT_S
-            while not _flag(memory) and time.monotonic() < end and not has_ended():
+        with lent(vm, memory, vcpu, replace(made, pages=bytes(pages)), None):
+            end = time.monotonic() + LIMIT_S
+            while not flag(memory) and time.monotonic() < end and not has_ended():
                 time.sleep(_POLL_S)
-            flag = _flag(memory)
-        if flag != stub.DONE:
-            how = "refuses them" if flag else "does not run"
+            found = flag(memory)
+        if found != stub.DONE:
+            how = "refuses them" if found else "does not run"
             raise GuestError(f"cannot load the FPU registers of vCPU {vcpu}: it {how}")
 
 
-def _save(vm: Vm, memory: Lowmem, physical: Physical, vcpu: int) -> bytes:
+def _save(vm: Vm, memory: Lowmem, physical: Physical, vcpu: int, journal: Journal) -> bytes:
     """Return a vCPU's payload.  Raises GuestError with the reason, NotPutBackError."""
     before = kept_registers(vm, vcpu)
     slot = _require_carriable(vm, physical, vcpu, before)
     has_xsave = bool(before[reg.CR4] & reg.CR4_XSAVE)
     made = stub.make(_cpl(before), slot, is_save=True, has_xsave=has_xsave)
-    with lent(vm, memory, vcpu, made):
-        end = time.monotonic() + _LIMIT_S
-        while not _flag(memory):
-            code = vm.run(vcpu)
-            if code in _RUNS_NEVER or time.monotonic() > end:
-                raise GuestError(f"it cannot run (exit code {code})")
-        if _flag(memory) != stub.DONE:
+    with lent(vm, memory, vcpu, made, journal):
+        run_to_end(vm, memory, vcpu)
+        if flag(memory) != stub.DONE:
             raise GuestError("it faults when it saves them")
         pages = bytes(memory[stub.BASE_GPA : stub.END_GPA])
     xcr0 = pages[stub.XCR0 : stub.XCR0 + _HEAD.size]
@@ -202,10 +199,6 @@ def _cpl(values: Mapping[int, int]) -> int:
     if not values[reg.CR0] & reg.CR0_PE:
         return 0
     return 3 if values[reg.RFLAGS] & reg.RFLAGS_VM else values[reg.CS] & 3
-
-
-def _flag(memory: Lowmem) -> int:
-    return memory[stub.BASE_GPA + stub.FLAG]
 
 
 def _reason(vcpu: int, why: str) -> str:

@@ -1,23 +1,25 @@
-"""The guest's FPU as states of the hold: what fpu.py does, between two marks.
+"""The guest's FPU as states of the hold: what fpu.py does, with the directory's journal.
 
 bhyve's snapshot leaves the FPU out.  fpu.py lets each vCPU of the held guest
 store its own, in pages and with registers of the guest that it puts back
 afterwards.  A guest whose registers were not put back must not be let go, also
-not by one who finds it when we were killed in between: so the directory has a
-file as long as that lasts.
+not by one who finds it when we were killed in between: he finds the journal,
+and puts them back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from bhystream.backend.base import State
-from bhystream.backend.bhyve import fpu
-from bhystream.backend.bhyve.host import Host
+from bhystream.backend.bhyve import fpu, lent
+from bhystream.backend.bhyve.host import Host, Vm
 from bhystream.backend.bhyve.lent import NotPutBackError
 from bhystream.backend.bhyve.memory import system_memory
+from bhystream.backend.bhyve.physical import Lowmem
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
-from bhystream.errors import AccessError, GuestError, from_oserror
+from bhystream.errors import AccessError, GuestError
 
 
 def reasons(host: Host, name: str, ncpus: int) -> list[str]:
@@ -36,34 +38,37 @@ def save(
 ) -> tuple[Sequence[State], Sequence[str]]:
     """Store the FPU of a guest that stands held: its states, and what could not be stored and why.
 
-    Raises NotPutBackError: then the guest must not be let go, and
-    directory.is_spoiled() says so.
+    Raises NotPutBackError: then the guest must not be let go, and the
+    directory's journal says so.
     """
     try:
-        directory.spoil()
-    except OSError as error:
-        return [], [f"fpu: {from_oserror(error, f'write into {directory.path}')}"]
-    try:
-        saved = _save(host, name, ncpus)
+        with _opened(host, name) as (vm, memory):
+            saved = fpu.save(vm, memory, ncpus, directory.journal)
     except NotPutBackError:
         raise
     except (GuestError, AccessError) as error:
-        directory.unspoil()
         return [], [f"fpu: {error}"]
-    except BaseException:
-        directory.unspoil()
-        raise
-    directory.unspoil()
     return saved.states, saved.reasons
 
 
-def _save(host: Host, name: str, ncpus: int) -> fpu.Saved:
+def put_back(host: Host, name: str, directory: SnapshotDir) -> None:
+    """Put back what a guest that stands held has lent to one who was killed.
+
+    Raises GuestError, AccessError: then it must not be let go.
+    """
+    with _opened(host, name) as (vm, memory):
+        lent.put_back(vm, memory, directory.journal)
+
+
+@contextmanager
+def _opened(host: Host, name: str) -> Iterator[tuple[Vm, Lowmem]]:
+    """Open a VM, and its lowmem, to be changed."""
     vm = host.open_vm(name, is_writable=True)
     try:
         lowmem = system_memory(vm.maps(), f"guest {name}")[0]
         memory = vm.map(lowmem.gpa, lowmem.length_bytes, is_writable=True)
         try:
-            return fpu.save(vm, memory, ncpus)
+            yield vm, memory
         finally:
             memory.close()
     finally:

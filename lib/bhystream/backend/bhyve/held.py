@@ -8,7 +8,8 @@ and it ends with its host.
     asked?     ckp.kern is a file      it has begun: it stands, comes to stand, or ran on
                ckp.kern is a directory it was taken back before
     stands     the FIFO is full, and every vCPU waits in bhyve
-    resume     read the FIFO until the request has been served
+    resume     put back what the journal says (lent.py), then read the FIFO until the
+               request has been served
     discard    SIGKILL, the end awaited, then the VM destroyed
 
 A full FIFO alone says that bhyve stands in its write of FILE.meta, and a
@@ -35,15 +36,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bhystream.backend.base import Json, State
-from bhystream.backend.bhyve import checkpoint, fifo
+from bhystream.backend.bhyve import checkpoint, fifo, fpustate
 from bhystream.backend.bhyve.checkpoint import UnansweredError
 from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.hosts import open_host
+from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 from bhystream.backend.process import Identity, boot_id, is_alive, kill_process
-from bhystream.errors import BhyError, GoneError, GuestError, TakenError, from_oserror
+from bhystream.errors import AccessError, BhyError, GoneError, GuestError, TakenError, from_oserror
 
 _SERVED_S = 60.0
 _SETTLE_S = 10.0
@@ -163,7 +165,13 @@ class BhyveHeld:
             raise from_oserror(error, f"look at {self._directory.files.meta}") from None
 
     def _vcpus_stand(self) -> bool:
-        """Say whether no vCPU runs: each one waits in bhyve, or the VM was destroyed."""
+        """Say whether no vCPU runs: each one waits in bhyve, or the VM was destroyed.
+
+        One that was left in the stub is not suspended in the kernel, and yet
+        its thread waits: a journal is written only while the guest stands.
+        """
+        if self._directory.journal.exists():
+            return True
         if not self._host.exists(self.record.name):
             return True
         vm = self._host.open_vm(self.record.name)
@@ -217,7 +225,7 @@ class BhyveHeld:
     def resume(self) -> None:
         """Let it run.  Raises GoneError, and GuestError where it cannot be let go."""
         if self.is_alive():
-            self._require_unspoiled()
+            self._put_back()
             self.release()
             if self._is_lost():
                 raise GuestError(
@@ -232,14 +240,30 @@ class BhyveHeld:
         if is_gone:
             raise GoneError(f"{self._who}: its bhyve has ended")
 
-    def _require_unspoiled(self) -> None:
-        """Refuse a guest whose registers were not put back when its FPU was stored."""
-        if self._directory.is_spoiled():
+    def _put_back(self) -> None:
+        """Give it its registers and memory back, if one who stored its FPU was killed.
+
+        Raises GuestError where that cannot be done: it is not let go then.
+        """
+        if not self._directory.journal.exists():
+            return
+        name, cure = (
+            self.record.name,
+            "--resume tries it again; else only its end is left: --discard",
+        )
+        try:
+            if not self._is_full():
+                cure = "nothing of it can be kept: power it off"
+                raise GuestError("somebody let it run meanwhile")
+            if self._host.node_id(name) != self.record.node:
+                raise GuestError("its VM was destroyed")
+            fpustate.put_back(self._host, name, self._directory)
+        except (GuestError, AccessError) as error:
             raise GuestError(
                 f"{self._who}: its FPU was being stored, and its registers were not put back: it"
-                " would not go on where it was",
-                "only its end is left: --discard",
-            )
+                f" would not go on where it was: {error}",
+                cure,
+            ) from None
 
     def release(self) -> bytes:
         """See that no request of ours holds it any more; return what bhyve wrote into the FIFO.
@@ -295,6 +319,12 @@ class BhyveHeld:
                     "one of the two has to end; what supervises bhyve here may have started it",
                 )
         elif is_this_boot:
+            # Where it has ended, another bhyve may have taken over its VM (VM_REINIT).
+            if listens(self._host, self.record.name):
+                raise TakenError(
+                    f"{self._who}: it has ended, and another bhyve runs in its VM",
+                    "what supervises bhyve here may have started it; end that one first",
+                )
             if self._host.node_id(self.record.name):
                 self._host.destroy(self.record.name)
             self._leave_lock(there)

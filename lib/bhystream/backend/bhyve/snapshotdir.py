@@ -4,7 +4,7 @@
     ckp.kern   what bhyve saves of kernel and devices
     ckp.meta   a regular file in the rehearsal; the FIFO afterwards
     dev/       the null device, mounted
-    spoiled    while the guest's registers are not its own (fpustate.py)
+    journal    while the guest's registers are not its own: what they were
 
 It is handed to bhyve as a descriptor, so it also takes a request back: a
 directory in the place of ckp.kern, which bhyve opens first, refuses it.
@@ -25,6 +25,7 @@ from pathlib import Path
 
 from bhystream.backend.bhyve import fifo
 from bhystream.backend.bhyve.host import Host
+from bhystream.backend.bhyve.journal import Journal
 from bhystream.backend.bhyve.snapshot import Files, memory_spans
 from bhystream.errors import AccessError, GuestError, PipeError, from_oserror
 
@@ -173,23 +174,9 @@ class SnapshotDir:
     # The registers.
 
     @property
-    def _spoiled(self) -> Path:
-        return self.path / "spoiled"
-
-    def spoil(self) -> None:
-        """Note that the guest must not be let go.  Raises OSError."""
-        self._spoiled.touch(0o600)
-
-    def unspoil(self) -> None:
-        """Undo spoil().  Raises PipeError, AccessError."""
-        try:
-            self._spoiled.unlink()
-        except OSError as error:
-            raise from_oserror(error, f"remove {self._spoiled}") from None
-
-    def is_spoiled(self) -> bool:
-        """Say whether the guest must not be let go."""
-        return self._spoiled.exists()
+    def journal(self) -> Journal:
+        """Return what is to be put back into the guest before it is let go."""
+        return Journal(self.path / "journal")
 
     def remove(self, host: Host) -> None:
         """Remove it with its mount.  Never raises; twice is no error."""

@@ -327,12 +327,13 @@ class BhyveSource:
         is taken back.
         """
         assert self._record is not None and self._rehearsal is not None
+        # From here on the directory is the paused guest's to remove, asked or not.
+        self._was_asked = True
         self._require_started()
         self._require_room(self._rehearsal.meta.kern_bytes)
         checkpoint = self._connect_again()
         held = BhyveHeld(self._record)
         try:
-            self._was_asked = True
             self._hold(checkpoint, held)
             return self._with_state(held)
         except BaseException:

@@ -93,6 +93,7 @@ _VECTOR = 0x80
 _NMI_VECTOR = 2
 _CODE_0, _DATA_0, _CODE, _DATA, _TR = 0x08, 0x10, 0x18, 0x20, 0x28
 _TSS_BYTES = 0x68
+_SLOT_SHIFT = 39
 _SLOTS = range(96, 200)
 """PML4 slots, lower half, far from where systems put code, heaps, libraries and stacks."""
 
@@ -178,13 +179,18 @@ def free_slot(pml4: bytes) -> int | None:
     return next((slot for slot in _SLOTS if not pml4[slot * 8] & 1), None)
 
 
+def is_at_own_cpl(rip: int) -> bool:
+    """Say whether a vCPU that stands there in the stub is at the CPL that it came with."""
+    return ENTRY <= rip % (1 << _SLOT_SHIFT) < _GATE
+
+
 def make(cpl: int, slot: int, *, is_save: bool, has_xsave: bool) -> Stub:
     """Return the stub for a vCPU.
 
     cpl: what it stands at, 0 to 3.  slot: of free_slot().  has_xsave: XSAVE
     and XCR0 too, which needs CR4.OSXSAVE.
     """
-    base = slot << 39
+    base = slot << _SLOT_SHIFT
     pages = bytearray(LENGTH_BYTES)
 
     def put(at: int, data: bytes) -> None:

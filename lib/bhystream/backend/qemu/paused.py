@@ -12,18 +12,20 @@ the socket, which serves one client, while bhysend lives.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # Loaded now, also by a keeper: later the file system may be what fails.
 import qemu.qmp  # noqa: F401
 
 from bhystream.backend.base import Json, State
-from bhystream.backend.process import Identity, end_process, identify, is_alive
+from bhystream.backend.process import Identity, await_end, end_process, identify, is_alive
 from bhystream.backend.qemu import migration
 from bhystream.backend.qemu.facts import status
-from bhystream.backend.qemu.qmp import Qmp
+from bhystream.backend.qemu.qmp import ConnectionLostError, Qmp
 from bhystream.errors import GoneError, GuestError, TakenError
+
+_END_S = 2.0
 
 
 def open_paused(record: Json) -> QemuPaused:
@@ -80,7 +82,7 @@ class QemuPaused:
         """Return the connection to this very guest.  Raises GuestError."""
         if self._qmp is None:
             if not self.is_alive():
-                raise GuestError(f"{self._who}: its QEMU (process {self._identity.pid}) has ended")
+                raise self._gone()
             qmp = Qmp(self._qmp_path, self._who)
             try:
                 if identify(qmp.pid, "QEMU") != self._identity:
@@ -94,6 +96,20 @@ class QemuPaused:
             self._qmp = qmp
         return self._qmp
 
+    def _gone(self) -> GoneError:
+        return GoneError(f"{self._who}: its QEMU (process {self._identity.pid}) has ended")
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Tell a connection that was lost with its QEMU from one that was only lost.  GoneError."""
+        try:
+            yield
+        except ConnectionLostError:
+            # The process closes it a moment before it is gone.
+            if await_end(self._identity, _END_S):
+                raise self._gone() from None
+            raise
+
     def states(self) -> Sequence[State]:
         """Return the state that the pause has saved."""
         return self._states
@@ -104,9 +120,8 @@ class QemuPaused:
         `postmigrate` is left by a `cont` only, whoever sends it: every QEMU
         may have several monitors, and a `stop` afterwards leads to `paused`.
         """
-        if not self.is_alive():
-            raise GoneError(f"{self._who}: its QEMU has ended while it stood paused")
-        now = status(self._connect())
+        with self._ending():
+            now = status(self._connect())
         if now != "postmigrate":
             raise TakenError(
                 f"{self._who}: somebody let it run while it stood paused: it is '{now}'",
@@ -117,7 +132,8 @@ class QemuPaused:
         """Let it run; a guest that runs already is left alone."""
         qmp = self._connect()
         try:
-            migration.let_run(qmp)
+            with self._ending():
+                migration.let_run(qmp)
             migration.restore(qmp, self._found)
             if self._announce:
                 migration.announce(qmp)
