@@ -244,6 +244,10 @@ class Move:
     def sweep(self, host: str) -> None:
         """Remove what dead bhyrecvs have left on a host, where the records let us."""
         for move in self.shared.moves:
+            key = (host, move.id)
+            lives = any(r.host == host and r.machine is not None for r in move.readers)
+            if not lives and self.shared.received.get(key) == handshake.READY:
+                self.shared.received[key] = handshake.DEAD
             for reader in move.readers:
                 is_left = reader.host == host and reader.machine is None
                 record = self.shared.received.get((host, move.id))

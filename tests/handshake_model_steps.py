@@ -303,6 +303,22 @@ def sweep(world: World, rules: Rules, host: str) -> World:
     return world._replace(receiver=receiver._replace(copy=copy))
 
 
+def next_bhyrecv(world: World, rules: Rules, host: str) -> World:
+    """Let another bhyrecv come for this guest: what waits for GO is DEAD, then removed.
+
+    One that lives has the guest's lock: then it removes nothing that is READY.
+    """
+    if disk(world, host) == handshake.READY and is_alone(world, host):
+        world = record_there(world, host, handshake.DEAD)
+    return sweep(world, rules, host)
+
+
+def is_alone(world: World, host: str) -> bool:
+    """Say whether no bhyrecv lives on a host."""
+    here = (world.receiver, world.replay)
+    return all(one is None or one.host != host or one.at is None for one in here)
+
+
 def receiver_fails(world: World, rules: Rules, receiver: Receiver, act: Act) -> World:
     """Let an act of a bhyrecv fail; those after it are not done."""
     event = Event.NEVER_RAN if act is Act.RECORD_STARTED else Event.FAILURE
@@ -320,7 +336,7 @@ def receiver_steps(world: World, rules: Rules, receiver: Receiver) -> Iterator[S
     if receiver.copy == RUNS:
         yield FAULT, f"{name}: its copy dies", put(world, receiver, receiver._replace(copy=RAN))
     if receiver.at is None:
-        swept = sweep(world, rules, receiver.host) if live else world
+        swept = next_bhyrecv(world, rules, receiver.host) if live else world
         if swept != world:
             yield CHANCE, f"another bhyrecv on {receiver.host}", swept
         return
@@ -449,6 +465,11 @@ def query(world: World, rules: Rules, host: str, old: bool = False) -> tuple[Wor
     runs = any(r is not None and r.host == host and r.copy == RUNS for r in here)
     if phase == handshake.STARTED and runs:
         word = "RUNNING"
+    elif phase == handshake.STARTED and is_alone(world, host):
+        # Killed before START: it is seen, and nobody can do that any more.
+        copies = {r.copy for r in here if r is not None and r.host == host}
+        if BUILT in copies and copies <= {BUILT, NONE}:
+            world, word = record_there(world, host, handshake.DEAD), "FAILED"
     # Without a record it does not know what is left there.
     return (world if phase is None or old else sweep(world, rules, host)), word
 

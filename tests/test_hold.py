@@ -252,6 +252,24 @@ def test_a_guest_that_waits_for_go_is_buried_before_it_is_discarded(
         host.run("--discard", role="destination")
 
 
+def test_what_is_left_of_one_that_never_ran_is_discarded_by_its_id(host: Host) -> None:
+    """Its bhyrecv died between the tombstone and the end of the guest."""
+    record = host.record(DEAD)
+    for _ in range(2):
+        assert host.run("--discard", A, role="destination") == OK
+    assert host.guest.asked == [("discard", DEAD), ("close", DEAD)] * 2
+    assert host.roles["destination"].all() == [record]
+    with pytest.raises(GuestError, match="none of that name is held"):
+        host.run("--resume", A, role="destination")
+
+
+def test_one_that_its_bhyrecv_ends_just_now_is_left_to_it(host: Host) -> None:
+    host.record(DEAD)
+    with Lock(host.base, f"stream-{A}", "x"), pytest.raises(GuestError, match="works on it"):
+        host.run("--discard", A, role="destination")
+    assert host.guest.asked == []
+
+
 def test_a_guest_that_was_started_just_now_is_not_discarded(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:

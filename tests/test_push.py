@@ -174,6 +174,7 @@ class Slow(Box):
         if self.words:
             self.words -= 1
             self.seen += 1
+            self.told += 1
         return condition()
 
 
@@ -226,6 +227,7 @@ def test_a_stall_is_counted_from_the_last_word(null: int, monkeypatch: pytest.Mo
         def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
             clock.ns += 6 * 10**9
             self.seen += clock.ns // (6 * 10**9) % 2
+            self.told = self.seen + 1
             return condition()
 
     monkeypatch.setattr(push, "time", clock)
@@ -235,6 +237,36 @@ def test_a_stall_is_counted_from_the_last_word(null: int, monkeypatch: pytest.Mo
     assert sum(pipeline.pads) == MAX_BYTES
     with pytest.raises(UsageError):
         Push(pipeline, box).until(lambda: box.seen >= 199, stall_s=5)
+
+
+def test_a_destination_that_waits_for_its_hypervisor_is_waited_for(null: int) -> None:
+    """It reads nothing, and says again what it has read: the bytes lie in front of it."""
+
+    class Waiting(Slow):
+        def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
+            self.put(HELLO, Answer(ID, "SEEN", ("7" if self.words else "99",)))
+            self.words = max(0, self.words - 1)
+            return condition()
+
+    box = Waiting(100)
+    box.put(HELLO, HELLO)
+    pipeline = Hoarding(null, 1 << 40, box, says_hello=False)
+    Push(pipeline, box).until(lambda: box.seen >= 99, stall_s=0)
+    assert pipeline.pads == []
+
+
+def test_a_destination_that_nothing_reaches_is_given_up(null: int) -> None:
+    """It says HELLO again and again: that is what it does where nothing comes."""
+
+    class Greeting(Box):
+        def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
+            self.put(HELLO, HELLO)
+            return condition()
+
+    box = Greeting()
+    pipeline = Hoarding(null, 1 << 40, box)
+    with pytest.raises(UsageError, match="until EOF"):
+        Push(pipeline, box).until(lambda: box.seen >= 0, stall_s=0)
 
 
 def test_a_refusal_ends_it(null: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bhystream import query, state
+from bhystream import hypervisors, query, state
 from bhystream.answers import Answer, unpack
 from bhystream.errors import OK, GuestError, UsageError
 from bhystream.handshake import DEAD, LOADED, READY, STARTED
@@ -153,6 +153,21 @@ def test_a_started_guest_that_cannot_be_looked_at_may_have_run(
     assert ask() == OK
     assert said[-1] == ("RAN", STARTED)
     assert "it has another client" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_guest_that_nobody_can_release_any_more_has_failed(
+    host: Host, said: Said, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+) -> None:
+    """bhyrecv was killed between the record and the release: DEAD before it is said."""
+    host.record(STARTED)
+    monkeypatch.setattr(hypervisors, "was_never_released", lambda revive: is_alone)
+    assert ask() == OK
+    if is_alone:
+        assert said[-1] == ("FAILED", DEAD)
+        assert host.guest.asked[-2:] == [("discard", DEAD), ("close", DEAD)]
+    else:
+        assert said[-1] == ("RAN", STARTED)
 
 
 def test_a_loaded_guest_may_have_run(host: Host, said: Said) -> None:

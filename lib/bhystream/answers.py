@@ -196,12 +196,13 @@ class Box:
     """
 
     def __init__(self) -> None:
-        """Empty."""
+        """Empty.  seen: the highest n of SEEN.  told: how many answers came but HELLO."""
         self._bell, self._ear = socket.socketpair()
         self._bell.setblocking(False)
         self._ear.setblocking(False)
         self.hello: Answer | None = None
         self.seen = -1
+        self.told = 0
         self.accepted = False
         self.nonce: bytes | None = None
         self.final: Answer | None = None
@@ -222,6 +223,8 @@ class Box:
                 self.nonce = bytes.fromhex(answer.args[0])
             case "REFUSED" | "RUNNING" | "FAILED" | "RAN":
                 self.final = answer
+        # HELLO is what comes where nothing arrives there.
+        self.told += answer.word != "HELLO"
         self._ring()
 
     def lose(self, why: str) -> None:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bhystream import format as fmt
-from bhystream import handshake, hold, hypervisors, state
+from bhystream import handshake, hold, hypervisors, leftover, state
 from bhystream.backend.base import PAGE_BYTES, Head, Segment, Sink, Target
 from bhystream.errors import (
     BhyError,
@@ -194,6 +194,8 @@ class Build:
             self.opts.receiving(self.base, self.walk),
         )
         self.lock = state.Lock(self.base, f"to-{self.operand}", f"guest {self.name}")
+        if self.opts.directory is None:
+            leftover.sweep(self.base, self.records, f"to-{self.operand}")
         refuse(self.sink.check(head), self.name)
         self.console.log(f"guest {self.name}: stream {self.id} begins")
         self.layout = head.layout
@@ -207,6 +209,7 @@ class Build:
         self.signals.on_report = self.progress.report
         if self.reply:
             self.source.on_quiet = None
+            self.sink.on_wait = lambda: self.seen(now=False)
             self.reply.say("ACCEPT")
             self.accepted = True
 
@@ -239,7 +242,9 @@ class Build:
         self.progress.tick()
 
     def say_round(self, event: RoundEnd) -> None:
-        """Report a round, with -v."""
+        """Report a round, with -v; see that the guest that is built is still there."""
+        if self.sink:
+            self.sink.require_alive()
         self.progress.round = event.round + 1
         self.progress.sent_pages = 0
         if self.opts.verbose:
@@ -309,6 +314,8 @@ class Build:
             text += f"; paused {duration(total)} and the way of END, {duration(here_ns)} of it here"
         self.console.say(text)
         self.console.log(text)
+        for notice in self.sink.notices if self.sink else ():
+            self.console.say(f"guest {self.name}: {notice}")
         if self.opts.unstarted:
             self.console.say(f"let it run: bhyrecv --resume {self.name}")
             self.console.say(f"or end it: bhyrecv --discard {self.name}")

@@ -43,7 +43,9 @@ stand any more is a FAILURE.  Who lets it run after that makes two of one.
 The destination's hypervisor may have been started long before END.  It holds
 the guest, and outlives its bhyrecv, but only bhyrecv lets it run (START), after
 recording STARTED.  So what a killed bhyrecv leaves never runs: the next one on
-that host removes it, and `bhyrecv -q`, but never where STARTED is recorded.
+that host removes it, and `bhyrecv -q`, where READY is recorded after recording
+DEAD.  Where STARTED is, only -q does, and only of a hypervisor that it finds
+before what lets it go, which nobody is left to give: DEAD is recorded first.
 
 tests/test_handshake.py searches everything that this composition can do, with
 kills, cuts, delays and replays, and shows that it goes wrong without the
@@ -191,7 +193,9 @@ RECORD: Mapping[tuple[str, Event], tuple[Act, ...]] = {
 }
 
 # What `bhyrecv -q` does and answers, by the destination's record.  For STARTED
-# it answers RUNNING instead if it sees the guest running.
+# it answers RUNNING instead if it sees the guest running, and FAILED, after
+# RECORD_DEAD, if it sees that bhyrecv was killed before START, and that nobody
+# can do it any more.
 QUERY: Mapping[str | None, tuple[tuple[Act, ...], str]] = {
     None: ((), "UNKNOWN"),
     READY: ((Act.RECORD_DEAD,), "FAILED"),

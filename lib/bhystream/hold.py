@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bhystream import hypervisors, standing, state
+from bhystream import hypervisors, leftover, standing, state
 from bhystream.errors import OK, BhyError, GuestError, TakenError, UsageError
 from bhystream.handshake import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
 from bhystream.report import Console, host_name, printable
@@ -70,8 +70,11 @@ def run(verb: Verb, role: Role, console: Console) -> int:
     try:
         # Read again under the lock: a keeper may have acted meanwhile.
         current = records.get(record.id)
-        if current is not None and _is_start(current, guest, verb.name):
-            _clear(current, console)
+        if current is not None and _is_left(current, guest, verb.name):
+            if current.phase == DEAD:
+                _end_dead(base, current, console)
+            else:
+                _clear(current, console)
         elif current is None or current.phase in OVER:
             raise GuestError(f"guest {record.guest}: it is not held any more")
         elif verb.name == "--discard":
@@ -114,7 +117,7 @@ def _is_locked(base: Path, record: Record) -> bool:
 def _one(records: Records, guest: str, verb: str) -> Record:
     """Find the one guest that the operator means."""
     all_ = records.find(guest)
-    found = [r for r in all_ if r.phase not in OVER or _is_start(r, guest, verb)]
+    found = [r for r in all_ if r.phase not in OVER or _is_left(r, guest, verb)]
     if not found:
         if any(r.phase == STARTED for r in all_):
             raise GuestError(
@@ -127,9 +130,16 @@ def _one(records: Records, guest: str, verb: str) -> Record:
     return found[0]
 
 
-def _is_start(record: Record, guest: str, verb: str) -> bool:
-    """Say whether what is left of a start is meant: by its stream id only, never by a name."""
-    return verb == "--discard" and record.phase == STARTED and record.id == guest
+def _is_left(record: Record, guest: str, verb: str) -> bool:
+    """Say whether what is left of one that is over is meant: by its id only, never by a name."""
+    return verb == "--discard" and record.phase in OVER and record.id == guest
+
+
+def _end_dead(base: Path, record: Record, console: Console) -> None:
+    """End what a killed bhyrecv has left.  The record stays: its GO may still be on the way."""
+    leftover.end_dead(base, record)
+    console.say(f"guest {record.guest}: it never ran here, and nothing is left of it")
+    console.log(f"guest {record.guest}: what stream {record.id} left is removed")
 
 
 def _clear(record: Record, console: Console) -> None:

@@ -207,3 +207,17 @@ def open_paused(revive: Mapping[str, Any]) -> Paused:
     from bhystream.backend.qemu.paused import open_paused as open_qemu
 
     return open_qemu(revive)
+
+
+def was_never_released(revive: Mapping[str, Any]) -> bool:
+    """Say whether a guest of the destination stands as nobody can let it run any more.
+
+    revive: of a record whose bhyrecv is gone for good.  False where that is
+    not known, as of QEMU's guests: one that stands paused may have run before.
+    Raises GuestError.
+    """
+    if revive.get("hypervisor") not in _BHYVE:
+        return False
+    from bhystream.backend.bhyve.loaded import open_loaded
+
+    return open_loaded(revive).was_never_released()

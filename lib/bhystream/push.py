@@ -92,9 +92,13 @@ class Push:
         self.trip_ns = time.monotonic_ns() - start_ns
 
     def _flows(self, condition: Callable[[], bool]) -> bool:
-        """Wait a while; say whether anything came back."""
-        seen = self._box.seen
-        return self._box.wait(lambda: condition() or self._box.seen > seen, _PATIENCE_S)
+        """Wait a while; say whether anything came back.
+
+        SEEN of what was seen before, too: the destination waits for its
+        hypervisor, and reads nothing meanwhile.
+        """
+        told = self._box.told
+        return self._box.wait(lambda: condition() or self._box.told > told, _PATIENCE_S)
 
     def pad(self, count: int) -> None:
         """Write so many random bytes as PAD sections."""

@@ -12,14 +12,14 @@ import re
 import time
 from pathlib import Path
 
-from bhystream import handshake, hypervisors, state
+from bhystream import handshake, hypervisors, leftover, state
 from bhystream.errors import OK, BhyError, GuestError, UsageError
 from bhystream.handshake import QUERY, Act
 from bhystream.reply import Reply
 from bhystream.report import Console, host_name
 from bhystream.signals import Interrupts
-from bhystream.standing import end_guest, open_alive
-from bhystream.state import Lock, Record, Records
+from bhystream.standing import open_alive
+from bhystream.state import Record, Records
 
 # Of a bhyrecv that has got GO and starts the guest now.
 _START_SECONDS = 40.0
@@ -37,7 +37,8 @@ def run(id_: str, console: Console) -> int:
     word = _ask(base, records, id_, console)
     record = records.get(id_)
     if record and record.phase == handshake.DEAD:
-        _clear(base, record)
+        with contextlib.suppress(BhyError):
+            leftover.end_dead(base, record)
     texts = ["it was not started there, and will not be"] if word == "FAILED" else []
     reply.say(word, *texts)
     if record and word == "RUNNING":
@@ -57,7 +58,9 @@ def _ask(base: Path, records: Records, id_: str, console: Console) -> str:
             if _is_starting(base, record):
                 return word
             if records.get(id_) == record:
-                return "RUNNING" if _runs(record, console) else word
+                if _runs(record, console):
+                    return "RUNNING"
+                return "FAILED" if _never_ran(base, records, record) else word
         elif Act.RECORD_DEAD not in acts or records.change(id_, handshake.READY, handshake.DEAD):
             return word
 
@@ -66,7 +69,7 @@ def _is_starting(base: Path, record: Record) -> bool:
     """Wait for the bhyrecv that starts the guest; say whether it still does."""
     deadline = time.monotonic() + _START_SECONDS
     while True:
-        with contextlib.suppress(GuestError), Lock(base, f"stream-{record.id}", "the stream"):
+        with contextlib.suppress(GuestError), leftover.lock_stream(base, record.id):
             return False
         if time.monotonic() > deadline:
             return True
@@ -97,7 +100,13 @@ def _tidy(record: Record) -> None:
         paused.close()
 
 
-def _clear(base: Path, record: Record) -> None:
-    """End the guest that a killed bhyrecv left waiting; one that lives does it itself."""
-    with contextlib.suppress(BhyError), Lock(base, f"stream-{record.id}", "the stream"):
-        end_guest(record)
+def _never_ran(base: Path, records: Records, record: Record) -> bool:
+    """Say whether a guest that was to be started never ran, and never will: then it is DEAD now.
+
+    Its bhyrecv was killed between the record and the release, and nobody else
+    releases it.
+    """
+    with contextlib.suppress(BhyError), leftover.lock_stream(base, record.id):
+        if hypervisors.was_never_released(record.revive):
+            return records.change(record.id, handshake.STARTED, handshake.DEAD)
+    return False

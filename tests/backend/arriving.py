@@ -31,6 +31,7 @@ from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import Restore
 from bhystream.backend.bhyve.sink import BhyveSink
 from bhystream.backend.bhyve.source import BhyveSource
+from bhystream.backend.process import Identity
 from bhystream.standin.node import data_extents
 from standin.rig import Console, Rig, Spec, assert_unbroken, await_true
 
@@ -249,6 +250,12 @@ def hold(guest: Arriving) -> Restore:
     one = restore_of(guest)
     one.hold(len(kern(guest)))
     return one
+
+
+def process_of(one: Restore) -> Identity:
+    """Return the process of one that was started."""
+    assert one.started is not None and one.started.process is not None
+    return one.started.process
 
 
 def is_clean(guest: Arriving) -> bool:

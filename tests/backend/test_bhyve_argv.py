@@ -51,7 +51,7 @@ def test_the_argv_of_a_vm_bhyve_guest_becomes_keys() -> None:
 
 def test_argv_to_keys_to_file_to_keys_is_the_same_guest() -> None:
     found = config.split(parse_argv(ARGV))
-    again = config.read(command.config_file(found.full, {}), "web1")
+    again = config.read(command.config_file(found.full), "web1")
     assert (again.full, again.section) == (found.full, found.section)
 
 

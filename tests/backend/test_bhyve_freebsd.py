@@ -45,20 +45,6 @@ zroot/big               /mnt/two\\040words       zfs     rw              0 0
 tmpfs                   /tmp                    tmpfs   rw              0 0
 """
 
-BRIDGE = """\
-vm-public: flags=8843<UP,BROADCAST,RUNNING,SIMPLEX,MULTICAST> metric 0 mtu 1500
-\tether 02:1f:9c:73:9c:00
-\tid 00:00:00:00:00:00 priority 32768 hellotime 2 fwddelay 15
-\tmaxage 20 holdcnt 6 proto rstp maxaddr 2000 timeout 1200
-\troot id 00:00:00:00:00:00 priority 32768 ifcost 0 port 0
-\tmember: tap10 flags=143<LEARNING,DISCOVER,AUTOEDGE,AUTOPTP>
-\t        ifmaxaddr 0 port 4 priority 128 path cost 2000000
-\tmember: igb0 flags=143<LEARNING,DISCOVER,AUTOEDGE,AUTOPTP>
-\t        ifmaxaddr 0 port 1 priority 128 path cost 20000
-\tgroups: bridge vm-switch
-\tnd6 options=41<PERFORMNUD,NO_RADR>
-"""
-
 SYSTEM_CONF = """\
 switch_list="public"
 type_public="standard"
@@ -106,11 +92,6 @@ def test_the_mount_table_is_read_with_its_spaces() -> None:
         Mount("zroot/big", "/mnt/two words", "zfs"),
         Mount("tmpfs", "/tmp", "tmpfs"),
     ]
-
-
-def test_the_members_of_a_bridge_are_read_whole() -> None:
-    assert freebsd_text.members(BRIDGE) == ["tap10", "igb0"]
-    assert "tap1" not in freebsd_text.members(BRIDGE)
 
 
 def test_the_variables_of_a_configuration_are_read() -> None:

@@ -28,7 +28,7 @@ from backend.arriving import Arriving
 from bhystream.backend.bhyve.sink import BhyveSink
 guest = pickle.loads(Path(sys.argv[1]).read_bytes())
 late, step = sys.argv[2] == "late", sys.argv[3]
-def die(*args):
+def die(*args, **words):
     os.kill(os.getpid(), signal.SIGKILL)
 if "." in step:
     import importlib
@@ -44,7 +44,10 @@ die()
 """
 
 _RESTORE = "bhystream.backend.bhyve.restore:Restore"
-STEPS = [f"{_RESTORE}.{name}" for name in ("_await_maps", "_map", "_await_read", "_stop", "load")]
+STEPS = [
+    "bhystream.backend.bhyve.restore:Child",  # between its VM and its process
+    *(f"{_RESTORE}.{name}" for name in ("_await_maps", "_map", "_await_read", "_stop", "load")),
+]
 
 
 def killed(guest: Arriving, step: str, how: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import pytest
 
 from bhystream import durable, hypervisors
 from bhystream.backend.base import State
+from bhystream.backend.bhyve import fpu as fpus
 from bhystream.backend.bhyve import loaded as loadeds
 from bhystream.backend.bhyve import place as places
-from bhystream.backend.bhyve import restore
 from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.loaded import BhyveLoaded, open_loaded
+from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import Restore
 from bhystream.errors import BhyError, GoneError, GuestError, PipeError, TakenError
 from standin.rig import Console, Spec, assert_unbroken, await_true
@@ -88,13 +90,13 @@ def test_a_guest_left_loaded_is_started_and_seen_running(guest: Arriving) -> Non
 
 def test_its_fpu_is_loaded_then(guest: Arriving, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[State] = []
-    real = restore.load_fpu
+    real = fpus.load
 
-    def load(vm: Any, memory: memoryview, states: Sequence[State]) -> None:
+    def load(vm: Any, memory: memoryview, states: Sequence[State], *more: Any) -> None:
         seen.extend(states)
-        real(vm, memory, states)
+        real(vm, memory, states, *more)
 
-    monkeypatch.setattr(restore, "load_fpu", load)
+    monkeypatch.setattr(fpus, "load", load)
     record = left_loaded(guest, [*guest.states, State("other", b"", is_optional=True)])
     open_loaded(record).resume()
     assert seen == fpu(guest) and len(seen) == 2
@@ -263,6 +265,18 @@ def test_one_that_was_let_go_by_a_killed_bhyrecv_is_waited_for(
     guest.await_unbroken()
 
 
+def test_one_without_its_last_page_was_never_released(guest: Arriving) -> None:
+    """STARTED is recorded, and its bhyrecv was killed: woken by anybody, it goes no further."""
+    record = held(guest)
+    for _ in range(2):
+        assert hypervisors.was_never_released(record)
+        os.kill(record["process"]["pid"], signal.SIGCONT)
+    os.kill(record["process"]["pid"], signal.SIGKILL)
+    await_true(lambda: not open_loaded(record).is_alive(), "its end")
+    assert not hypervisors.was_never_released(record)
+    assert not hypervisors.was_never_released({"hypervisor": "qemu"})
+
+
 def test_one_whose_bhyrecv_was_killed_before_it_woke_it_does_not_run(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +293,7 @@ def test_one_whose_bhyrecv_was_killed_before_it_woke_it_does_not_run(
         sink.start()
     found = open_loaded(sink.record())
     assert found.is_alive() and not found.runs()
+    assert not found.was_never_released()  # SIGCONT from anywhere would do it
     found.discard("")
     assert guest.processes() == []
 
@@ -354,6 +369,9 @@ def lock(guest: Arriving) -> Path:
 def test_a_guest_left_loaded_is_locked_until_it_is_discarded(guest: Arriving, lock: Path) -> None:
     record = left_loaded(guest)
     assert lock.read_text() == "held-by-bhysend\n"
+    other = Place.from_json(record)
+    BhyveLoaded(replace(other, kept=f"{other.kept}2", staging="/nonexistent")).discard("")
+    assert lock.exists()  # of a stream that never ran; this one is another's
     open_loaded(record).discard("")
     assert not lock.exists()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bhystream import handshake
 from bhystream.backend.bhyve import place as places
 from bhystream.backend.bhyve.place import (
     Place,
@@ -21,6 +22,7 @@ from bhystream.backend.bhyve.place import (
     note_directory,
     staging_of,
     staging_root,
+    stream_of,
 )
 from bhystream.backend.process import Identity, boot_id, identify
 from bhystream.errors import GuestError, PipeError, UsageError
@@ -159,6 +161,7 @@ def test_a_bhyve_is_killed_with_its_vm_and_no_other(
 ) -> None:
     host.host.create("web1")
     started = started_of(child, host.host.node_id("web1"))
+    assert started.process is not None
     other = Started(replace(started.process, start_ticks=1), "another")
     other.end(host.host, "web1")
     assert child.poll() is None and host.host.exists("web1")
@@ -197,15 +200,44 @@ def test_what_is_left_is_ended_and_removed(
     assert find_leftover(base, Path(made.staging), "web1") is None
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"phase": "ready", "revive": {}}'])
 def test_one_of_which_a_record_speaks_is_not_ours_to_end(
-    base: Path, child: subprocess.Popen[bytes]
+    base: Path, child: subprocess.Popen[bytes], text: str
 ) -> None:
     """It may run: a record comes before a guest may."""
     made = place(base)
     made.make_staging()
     made.write_started(started_of(child))
-    (base / "destination" / f"{ID}.json").touch()
+    (base / "destination" / f"{ID}.json").write_text(text)
     assert find_leftover(base, Path(made.staging), "web1") is None
+
+
+def test_one_whose_record_says_that_it_never_ran_is_ours_to_end(base: Path) -> None:
+    made = place(base)
+    made.make_staging()
+    text = json.dumps({"phase": handshake.DEAD, "revive": {}})
+    (base / "destination" / f"{ID}.json").write_text(text)
+    assert find_leftover(base, Path(made.staging), "web1") is not None
+
+
+def test_a_vm_leads_to_the_stream_whose_record_names_it(base: Path) -> None:
+    started = Started(Identity(1, 2, "b"), "7:8")
+    text = json.dumps({"phase": "started", "revive": dict(place(base).to_json(started))})
+    (base / "destination" / f"{ID}.json").write_text(text)
+    (base / "destination" / f"{OTHER}.json").write_text("{")
+    assert stream_of(base, "7:8") == ID
+    assert stream_of(base, "7:9") == stream_of(base, "") == ""
+
+
+def test_a_vm_whose_process_is_not_known_yet_is_ended(host: Rig, base: Path) -> None:
+    made = place(base)
+    host.host.create("web1")
+    made.write_started(Started(None, host.host.node_id("web1")))
+    started = made.started()
+    assert started is not None and not started.is_alive()
+    assert not started.may_have_run(base, "web1")
+    started.end(host.host, "web1")
+    assert not host.host.exists("web1")
 
 
 def test_a_guest_of_another_name_or_stream_is_not_ours_to_end(

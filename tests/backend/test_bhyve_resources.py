@@ -45,7 +45,7 @@ def test_every_resource_given_is_no_reason(section: dict[str, Any]) -> None:
 
 def test_what_bhyve_is_started_with_is_the_same_machine(section: dict[str, Any]) -> None:
     found = Wishes.parse(ALL).resolve(section)
-    text = command.config_file(found.section["keys"], found.values)
+    text = command.config_file({**found.section["keys"], **found.values})
     again = config.read(text, "web1")
     assert again.section == section
     assert again.full["pci.0.4.0.path"] == "/dev/zvol/b/web1"

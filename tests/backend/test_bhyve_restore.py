@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -17,8 +18,10 @@ from typing import Any
 import pytest
 
 from bhystream.backend.base import State
+from bhystream.backend.bhyve import fpu as fpus
 from bhystream.backend.bhyve import loaded, restore
 from bhystream.backend.bhyve.config import parse
+from bhystream.backend.bhyve.lastpage import LastPage
 from bhystream.backend.bhyve.listening import listener, listens
 from bhystream.backend.bhyve.loaded import held
 from bhystream.backend.bhyve.place import Place
@@ -27,12 +30,13 @@ from bhystream.backend.bhyve.restore import (
     Restore,
     TooLateError,
 )
+from bhystream.backend.launch import Child
 from bhystream.backend.process import is_same, is_stopped
 from bhystream.errors import GuestError, PipeError
 from bhystream.standin.kernel import StandinHost
 from standin.rig import Spec, await_true
 
-from .arriving import Arriving, again, arriving, fpu, hold, is_clean, kern, restore_of
+from .arriving import Arriving, again, arriving, fpu, hold, is_clean, kern, process_of, restore_of
 
 
 @pytest.fixture
@@ -57,10 +61,10 @@ def fails(guest: Arriving, message: str, kind: type[GuestError] = GuestError) ->
 def test_a_guest_is_held_and_nothing_of_it_runs(guest: Arriving) -> None:
     one = hold(guest)
     assert one.phase is Phase.HELD and one.is_held()
-    assert one.started is not None and is_stopped(one.started.process)
+    assert is_stopped(process_of(one))
     assert not listens(guest.there.host, "g")
-    assert os.getsid(one.started.process.pid) == one.started.process.pid
-    assert one.started.node == guest.there.host.node_id("g")
+    assert os.getsid(process_of(one).pid) == process_of(one).pid
+    assert one.started is not None and one.started.node == guest.there.host.node_id("g")
     assert guest.console.lines() == []
     for view in one.memory:
         assert bytes(view) == guest.image.read_bytes()
@@ -78,8 +82,8 @@ def test_a_guest_is_released_and_is_nobodys(spec: Spec) -> None:
         assert not one.is_held()
         assert not one.may_have_run
         found = listener(guest.there.host, "g")
-        assert found is not None and one.started is not None
-        assert is_same(found, one.started.process)
+        assert found is not None
+        assert is_same(found, process_of(one))
         one.close()
         guest.await_unbroken()
 
@@ -113,8 +117,7 @@ def test_its_configuration_is_for_us_alone(guest: Arriving) -> None:
 def test_its_input_is_the_null_device(guest: Arriving) -> None:
     """A terminal would let bhyve read in pieces, with a spinner."""
     one = hold(guest)
-    assert one.started is not None
-    assert os.readlink(f"/proc/{one.started.process.pid}/fd/0") == "/dev/null"
+    assert os.readlink(f"/proc/{process_of(one).pid}/fd/0") == "/dev/null"
 
 
 def test_who_it_is_stands_on_the_disk_before_it_is_run(
@@ -124,7 +127,8 @@ def test_who_it_is_stands_on_the_disk_before_it_is_run(
     real = Place.write_started
 
     def write(self: Place, started: Any) -> None:
-        seen.append(Path(f"/proc/{started.process.pid}/exe").resolve().name.encode())
+        if started.process is not None:
+            seen.append(Path(f"/proc/{started.process.pid}/exe").resolve().name.encode())
         real(self, started)
 
     monkeypatch.setattr(Place, "write_started", write)
@@ -134,14 +138,28 @@ def test_who_it_is_stands_on_the_disk_before_it_is_run(
     one.undo()
 
 
+@pytest.mark.parametrize("what", ["vm", "process"])
 def test_what_cannot_be_written_down_is_not_run(
-    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     def full(self: Place, started: Any) -> None:
-        raise PipeError("cannot write: No space left on device")
+        if (started.process is None) == (what == "vm"):
+            raise PipeError("cannot write: No space left on device")
 
     monkeypatch.setattr(Place, "write_started", full)
     with pytest.raises(PipeError, match="No space left"):
+        restore_of(guest).hold(len(kern(guest)))
+    assert is_clean(guest)
+
+
+def test_a_vm_whose_bhyve_cannot_be_run_is_forgotten(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **words: Any) -> None:
+        raise PipeError("cannot open the log: No space left on device")
+
+    monkeypatch.setattr(restore, "Child", full)
+    with pytest.raises(PipeError, match="cannot open the log"):
         restore_of(guest).hold(len(kern(guest)))
     assert is_clean(guest)
 
@@ -348,10 +366,9 @@ def test_one_that_was_never_let_begin_ends_with_us(guest: Arriving) -> None:
 def test_it_stands_held_whatever_else_happens_to_it(guest: Arriving) -> None:
     """Woken by somebody it goes round before its last page, and can be stopped again."""
     one = hold(guest)
-    assert one.started is not None
     one.load(kern(guest), fpu(guest))
-    os.kill(one.started.process.pid, signal.SIGCONT)
-    process = one.started.process
+    os.kill(process_of(one).pid, signal.SIGCONT)
+    process = process_of(one)
     await_true(lambda: not is_stopped(process), "it goes on")
     assert not listens(guest.there.host, "g")
     one.release()
@@ -360,8 +377,7 @@ def test_it_stands_held_whatever_else_happens_to_it(guest: Arriving) -> None:
 
 def test_one_that_is_killed_while_it_is_held_is_said(guest: Arriving) -> None:
     one = hold(guest)
-    assert one.started is not None
-    os.kill(one.started.process.pid, signal.SIGKILL)
+    os.kill(process_of(one).pid, signal.SIGKILL)
     await_true(lambda: not one.is_held(), "its end")
     with pytest.raises(GuestError, match="bhyve -r: "):
         one.release()
@@ -369,22 +385,85 @@ def test_one_that_is_killed_while_it_is_held_is_said(guest: Arriving) -> None:
     assert is_clean(guest)
 
 
+def test_one_that_has_ended_is_not_loaded(guest: Arriving) -> None:
+    """READY would be said of a dead bhyve."""
+    one = hold(guest)
+    one.require_held()
+    os.kill(process_of(one).pid, signal.SIGKILL)
+    await_true(lambda: not one.is_held(), "its end")
+    for act in (one.require_held, lambda: one.load(kern(guest), ())):
+        with pytest.raises(GuestError, match="bhyve -r: "):
+            act()
+    assert one._files.kern.stat().st_size == 0
+    one.undo()
+    assert is_clean(guest)
+
+
+def test_one_that_ends_while_it_is_loaded_is_not_said_to_be(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = hold(guest)
+
+    def fill(self: LastPage, data: bytes) -> None:
+        os.kill(process_of(one).pid, signal.SIGKILL)
+        await_true(lambda: not one.is_held(), "its end")
+
+    monkeypatch.setattr(LastPage, "fill", fill)
+    with pytest.raises(GuestError, match="bhyve -r: "):
+        one.load(kern(guest), ())
+    one.undo()
+
+
+def test_an_fpu_is_not_waited_for_when_its_bhyve_has_ended(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else 10 s of the pause go by for each vCPU."""
+    one = hold(guest)
+    real = Child.go_on
+
+    def die(self: Child) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        await_true(self.has_ended, "its end")
+
+    monkeypatch.setattr(Child, "go_on", die)
+    monkeypatch.setattr(fpus, "LIMIT_S", math.inf)
+    with pytest.raises(GuestError, match="bhyve -r: "):
+        one.load(kern(guest), fpu(guest))
+    monkeypatch.setattr(Child, "go_on", real)
+    one.undo()
+    assert is_clean(guest)
+
+
+def test_who_waits_for_it_is_heard_meanwhile(guest: Arriving) -> None:
+    """The source must not take a bhyve that reads for a pipeline that holds bytes back."""
+    guest.there.settings(fail=["slow-read"])
+    place, calls = restore_of(guest)._place, []
+
+    def wait() -> None:
+        calls.append(1)
+        if len(calls) == 50:
+            (guest.there.directory / "release").touch()
+
+    one = held(guest.there.host, place, place.files, len(kern(guest)), wait)
+    assert one.is_held() and len(calls) >= 50
+    one.undo()
+
+
 def test_the_fpu_is_loaded_while_it_goes_round(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    real = restore.load_fpu
+    real = fpus.load
 
-    def load(vm: Any, memory: memoryview, states: Sequence[State]) -> None:
-        assert one.started is not None
-        seen.append((is_stopped(one.started.process), len(memory), list(states)))
-        real(vm, memory, states)
+    def load(vm: Any, memory: memoryview, states: Sequence[State], *more: Any) -> None:
+        seen.append((is_stopped(process_of(one)), len(memory), list(states)))
+        real(vm, memory, states, *more)
 
-    monkeypatch.setattr(restore, "load_fpu", load)
+    monkeypatch.setattr(fpus, "load", load)
     one = hold(guest)
     one.load(kern(guest), fpu(guest))
     assert seen == [(False, 64 << 20, fpu(guest))]
-    assert one.started is not None and is_stopped(one.started.process)
+    assert is_stopped(process_of(one))
     one.release()
     guest.await_unbroken()
 
@@ -395,7 +474,7 @@ def test_an_fpu_that_cannot_be_loaded_is_an_error_before_it_runs(
     def refuse(*args: object) -> None:
         raise GuestError("cannot load the FPU")
 
-    monkeypatch.setattr(restore, "load_fpu", refuse)
+    monkeypatch.setattr(fpus, "load", refuse)
     one = hold(guest)
     with pytest.raises(GuestError, match="cannot load the FPU"):
         one.load(kern(guest), [State("fpu/0", b"0", is_optional=True)])
@@ -407,7 +486,7 @@ def test_without_fpu_states_it_is_not_woken(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = hold(guest)
-    monkeypatch.setattr(restore, "load_fpu", interrupt)
+    monkeypatch.setattr(fpus, "load", interrupt)
     monkeypatch.setattr("bhystream.backend.launch.Child.go_on", interrupt)
     one.load(kern(guest), ())
     assert one.is_held()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from bhystream.backend.base import PAGE_BYTES, State
-from bhystream.backend.bhyve import restore
+from bhystream.backend.bhyve import fpu as fpus
 from bhystream.errors import (
     FormatError,
     GuestError,
@@ -22,7 +23,7 @@ from bhystream.errors import (
     PipeError,
 )
 from bhystream.target import FileTarget, MappedTarget
-from standin.rig import Spec
+from standin.rig import Spec, await_true
 
 from .arriving import ID, Arriving, arriving, read_page
 
@@ -305,13 +306,13 @@ def test_optional_states_that_are_not_known_are_left_out(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
-    real = restore.load_fpu
+    real = fpus.load
 
-    def load(vm: Any, memory: memoryview, states: Sequence[State]) -> None:
+    def load(vm: Any, memory: memoryview, states: Sequence[State], *more: Any) -> None:
         seen.append([state.name for state in states])
-        real(vm, memory, states)
+        real(vm, memory, states, *more)
 
-    monkeypatch.setattr(restore, "load_fpu", load)
+    monkeypatch.setattr(fpus, "load", load)
     more = [State(name, b"x", is_optional=True) for name in ("other", "fpu/x", "meta")]
     sink = guest.sink()
     guest.build(sink, states=[*guest.states, *more])
@@ -388,6 +389,23 @@ def test_a_start_that_fails_behind_its_socket_may_have_run(guest: Arriving) -> N
     assert sink.may_have_run
     sink.abort()
     assert list(guest.staging_root.iterdir()) != []  # the operator's to look at
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_bhyve_is_waited_for_aloud_and_its_end_is_seen(guest: Arriving, late: bool) -> None:
+    sink, calls = guest.sink(), []
+    sink.on_wait = lambda: calls.append(1)
+    sink.require_alive()
+    guest.build(sink, late=late)
+    assert calls != []
+    sink.require_alive()
+    [pid] = guest.processes()
+    os.kill(pid, signal.SIGKILL)
+    await_true(lambda: guest.processes() == [], "its end")
+    with pytest.raises(GuestError, match="bhyve -r: "):
+        sink.require_alive()
+    sink.abort()
+    assert guest.left() == []
 
 
 def test_a_clock_chip_that_cannot_be_set_is_told_and_no_error(

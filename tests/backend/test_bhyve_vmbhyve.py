@@ -209,7 +209,7 @@ def test_a_guest_that_we_started_has_no_supervisor_to_wait_for(locks: Locks) -> 
 def test_the_configuration_of_a_guest_that_we_started_is_ours(tmp_path: Path) -> None:
     guest = guest_in(tmp_path)
     full = dict(guest.config().full) | {"pci.0.6.0.backend": "tap42"}
-    guest.locks.runs_here(config_file(full, {}))
+    guest.locks.runs_here(config_file(full))
     assert guest.config().full == full
     assert (guest.directory / "bhysend.conf").stat().st_mode & 0o777 == 0o600
     supervise(guest.locks)  # vm-bhyve has started it anew

@@ -18,7 +18,7 @@ import pytest
 
 from .attempt import Attempt, Gate
 from .kinds import ANY, EVERY, G4, G5, QEMU, matrix
-from .pipeline import BHYSEND, report, run, until
+from .pipeline import BHYRECV, BHYSEND, report, run, until
 from .travel import Host, Traveller, is_gone, limited, process_state
 
 FORMS = ("three-stages", "command")
@@ -238,6 +238,23 @@ def test_a_destination_that_dies_before_go_has_not_run(
         attempt.check_statuses("here")
         assert attempt.ended[0].status == 69, attempt.said()
         attempt.settle("here")
+
+
+@in_both("three-stages")
+def test_what_a_killed_bhyrecv_left_ready_is_not_in_the_way_of_the_next(
+    form: str, host: Host, small: Traveller, gate: Gate
+) -> None:
+    attempt = Attempt(form, "READY", host, small, gate)
+    with attempt.begin():
+        attempt.kill("bhyrecv")
+        attempt.release("never")
+        attempt.wait()
+        assert attempt.end() == "here", attempt.said()
+        assert [row.phase for row in host.rows(BHYRECV)] == ["ready"]
+        assert len(attempt.to.hypervisors()) == 1
+        small.run_on(host, sweeps=1)
+        small.move(host, to=attempt.to, sweeps=1)
+        assert host.rows(BHYRECV) == []
 
 
 @ANY

@@ -10,7 +10,7 @@ first page of segment 1 follows the last of segment 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -230,6 +230,13 @@ class Sink(Protocol):
     def may_have_run(self) -> bool:
         """False as long as the guest's vCPUs provably never ran here."""
 
+    @property
+    def notices(self) -> Sequence[str]:
+        """What the operator has to know of a start that succeeded, each in one line."""
+
+    on_wait: Callable[[], None]
+    """Called often while open() and load() wait for a hypervisor; raises nothing."""
+
     def check(self, head: Head) -> list[str]:
         """Compare the head with this host and the given resources.
 
@@ -243,6 +250,13 @@ class Sink(Protocol):
         plan: of the REHEARSAL section, not to be trusted; b"" where there is
         none, or where the guest is not to be started in this move.  Memory is
         zero and, where the host allows it, not allocated.
+        """
+
+    def require_alive(self) -> None:
+        """Raise GuestError where the hypervisor that open() has started has ended.
+
+        Asked after each round: what failed there is to end the move before
+        the pause.
         """
 
     def load(self, states: Sequence[State]) -> None:

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,7 @@ class FilesSink:
     """Snapshot files being made of a stream (bhyrecv -S).  No guest ever runs."""
 
     may_have_run = False
+    notices: Sequence[str] = ()
 
     def __init__(self, directory: Path, name: str, *, force: bool = False) -> None:
         """Prepare; touches nothing.
@@ -184,6 +185,7 @@ class FilesSink:
         name: of FILE in the directory.  force: overrule the check for room,
         which does not know how much of the memory is holes.  Raises UsageError.
         """
+        self.on_wait: Callable[[], None] = lambda: None
         self._files = Files(directory, name)
         self._force = force
         self._config: Json = {}
@@ -237,6 +239,9 @@ class FilesSink:
         except OSError as error:
             raise from_oserror(error, f"make {files.memory}") from None
         return [FileTarget(self._fd, offset) for _, offset, _ in memory_spans(self._memory_bytes)]
+
+    def require_alive(self) -> None:
+        """Do nothing: nothing was started."""
 
     def load(self, states: Sequence[State]) -> None:
         """Write the other files, and see all of them on the disk.

@@ -1,4 +1,4 @@
-"""Configuration + resources -> what bhyve is started with.
+"""Configuration -> what bhyve is started with.
 
 Everything is handed over in a bhyve_config(5) file, `bhyve -k FILE`: it has no
 quoting, and no value of it can become another option.
@@ -26,16 +26,15 @@ from bhystream.backend.bhyve.keys import BACKENDS, KEY, NAME, VALUE, refuse, sho
 _TWO_NAMES = {"lpc.bootrom": "bootrom", "lpc.bootvars": "bootvars"}
 
 
-def config_file(keys: Mapping[str, str], resources: Mapping[str, str]) -> str:
+def config_file(keys: Mapping[str, str]) -> str:
     """Return the text of a bhyve_config(5) file.
 
-    keys: of a validated CONFIG section, or, for a rollback at the source,
-    GuestConfig.full with no resources.  resources: key -> value; they win.
+    keys: the whole configuration, this host's resources too.
     An interface whose name begins with no backend's prefix gets type=tap:
     bhyve infers the type from the name.  Source: net_backends.c, netbe_init().
     Raises IncompatibleError for what cannot stand in such a file.
     """
-    whole = {**keys, **resources}
+    whole = dict(keys)
     for key, value in list(whole.items()):
         if key.endswith(".backend") and not value.startswith(BACKENDS):
             whole.setdefault(f"{key.removesuffix('backend')}type", "tap")
@@ -49,17 +48,13 @@ def config_file(keys: Mapping[str, str], resources: Mapping[str, str]) -> str:
     return "".join(lines)
 
 
-def argv(
-    program: Sequence[str], name: str, config_path: str, snapshot_path: str | None
-) -> list[str]:
-    """Return the argv that starts a guest.
+def argv(program: Sequence[str], name: str, config_path: str, snapshot_path: str) -> list[str]:
+    """Return the argv that restores a guest.
 
     program: the words that run bhyve.  name: the guest's here.  config_path:
     of config_file()'s text.  snapshot_path: the memory file of a snapshot,
-    with .kern and .meta beside it; None starts the guest from its boot ROM.
-    The name on the command line wins over the snapshot's.
+    with .kern and .meta beside it.  The name on the command line wins over the snapshot's.
     """
     if not NAME.fullmatch(name):
         raise refuse(f"name: {shown(name)} cannot be a guest's")
-    resume = ["-r", snapshot_path] if snapshot_path is not None else []
-    return [*program, "-k", config_path, *resume, name]
+    return [*program, "-k", config_path, "-r", snapshot_path, name]

@@ -5,7 +5,7 @@ running bhyve is lost (setproctitle), so the configuration comes from a file, a
 manager's log (vmbhyve.py), or a command line (argv.py), and always ends up
 here as a flat mapping of keys.  Two halves of it are kept apart:
 
-    full      the source's own, with its paths and taps: for a rollback on the source
+    full      the source's own, with its paths and taps
     section   {"name", "keys", "resources"}: what travels; no path, tap or address.
               backing.py adds "disks" and "nets": what stands behind the resources
 

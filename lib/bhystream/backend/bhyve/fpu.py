@@ -42,7 +42,7 @@ from __future__ import annotations
 import re
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bhystream.backend.base import State
@@ -119,11 +119,14 @@ def save(vm: Vm, memory: Lowmem, ncpus: int, journal: Journal) -> Saved:
     return Saved(tuple(states), tuple(reasons))
 
 
-def load(vm: Vm, memory: Lowmem, states: Sequence[State]) -> None:
+def load(
+    vm: Vm, memory: Lowmem, states: Sequence[State], has_ended: Callable[[], bool] = lambda: False
+) -> None:
     """Load FPU registers into the vCPUs of a guest whose bhyve waits to restore it.
 
     vm, memory: as save()'s.  states: the optional ones of its name, not to be
-    trusted.  bhyve's threads must run, not be stopped.  Raises GuestError where
+    trusted.  bhyve's threads must run, not be stopped.  has_ended: says whether
+    bhyve has, so that nobody waits for it.  Raises GuestError where
     the registers cannot be had here, NotPutBackError.
     """
     waiting = vm.waiting_vcpus()
@@ -141,7 +144,7 @@ def load(vm: Vm, memory: Lowmem, states: Sequence[State]) -> None:
         pages[stub.XSAVE : stub.XSAVE + len(rest)] = rest
         with lent(vm, memory, vcpu, replace(made, pages=bytes(pages)), None):
             end = time.monotonic() + LIMIT_S
-            while not flag(memory) and time.monotonic() < end:
+            while not flag(memory) and time.monotonic() < end and not has_ended():
                 time.sleep(_POLL_S)
             found = flag(memory)
         if found != stub.DONE:

@@ -39,7 +39,6 @@ _RUN_DIR = "/var/run/bhyve"  # Source: usr.sbin/bhyve/ipc.h, BHYVE_RUN_DIR
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,14}")  # IFNAMSIZ is 16.  Source: net/if.h
 _NG_DEVICE = re.compile(r"ngd[0-9]+")  # Source: ng_device(4); net_backends.c, tap_init()
-_UNIT = re.compile(r"(tap|vmnet)[0-9]+")  # interfaces that are made under their own name
 _CHUNK_BYTES = 1 << 20
 
 
@@ -257,32 +256,10 @@ class FreeBsdHost:
         config = freebsd_text.assignments(text)
         return [Path(default), *map(Path, freebsd_text.more_stores(config, table))]
 
-    # The network.  Source for all: ifconfig(8), tap(4), bridge(4).
+    # The network.  Source: ifconfig(8), tap(4).
 
     def has_tap(self, tap: str) -> bool:
         """As host.Host's."""
         if _NG_DEVICE.fullmatch(tap):
             return os.path.exists(f"/dev/{tap}")
         return programs.run(_IFCONFIG, _checked(tap, _INTERFACE, "an interface")).returncode == 0
-
-    def bridge_of(self, tap: str) -> str | None:
-        """As host.Host's: every interface of the group "bridge" is asked for its members."""
-        for bridge in programs.ask(_IFCONFIG, "-g", "bridge").split():
-            if tap in freebsd_text.members(programs.ask(_IFCONFIG, bridge)):
-                return bridge
-        return None
-
-    def make_tap(self, tap: str, bridge: str | None) -> None:
-        """As host.Host's.  What fails on the way takes the tap away again."""
-        _checked(tap, _INTERFACE, "an interface")
-        made = [tap, "create"] if _UNIT.fullmatch(tap) else ["tap", "create", "name", tap]
-        programs.do(f"create {tap}", _IFCONFIG, *made)
-        try:
-            if bridge is not None:
-                _checked(bridge, _INTERFACE, "an interface")
-                programs.do(f"add {tap} to {bridge}", _IFCONFIG, bridge, "addm", tap, "up")
-            programs.do(f"bring {tap} up", _IFCONFIG, tap, "up")
-        except GuestError:
-            with contextlib.suppress(GuestError):
-                programs.run(_IFCONFIG, tap, "destroy")
-            raise

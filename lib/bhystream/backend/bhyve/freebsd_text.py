@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from bhystream.errors import GuestError
 
-_MEMBER = re.compile(r"^\s+member: (\S+) ", re.MULTILINE)
 _ASSIGNMENT = re.compile(r"""^\s*(\w+)=(?:"([^"]*)"|'([^']*)'|(\S*))\s*(?:#.*)?$""")
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
@@ -56,11 +55,6 @@ def mounts(text: str) -> list[Mount]:
         if len(words) >= 3:
             found.append(Mount(*words[:3]))
     return found
-
-
-def members(text: str) -> list[str]:
-    """Return the members of a bridge.  text: of `ifconfig BRIDGE`.  Source: ifconfig(8)."""
-    return _MEMBER.findall(text)
 
 
 def assignments(text: str) -> dict[str, str]:

@@ -233,14 +233,8 @@ class Host(Protocol):
     def is_memory(self, directory: Path) -> bool:
         """Say whether files in a directory live in memory (tmpfs)."""
 
-    def bridge_of(self, tap: str) -> str | None:
-        """Return the bridge that a tap belongs to, None where it belongs to none."""
-
     def has_tap(self, tap: str) -> bool:
         """Say whether a network interface, or an ng_device(4) of a guest, exists."""
-
-    def make_tap(self, tap: str, bridge: str | None) -> None:
-        """Create a tap and make it a member of the bridge.  Raises GuestError."""
 
     def parent_command(self, pid: int) -> str:
         """Return the command line of a process's parent, "" for init's."""

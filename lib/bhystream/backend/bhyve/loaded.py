@@ -18,7 +18,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bhystream import durable
@@ -46,13 +46,20 @@ def open_loaded(record: Json) -> BhyveLoaded:
     return BhyveLoaded(Place.from_json(record))
 
 
-def held(host: Host, place: Place, files: Files, kern_bytes: int) -> Restore:
+def held(
+    host: Host,
+    place: Place,
+    files: Files,
+    kern_bytes: int,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Restore:
     """Start a bhyve for a guest's files, and return it held.
 
-    One that was faster than we is ended, and started again.  Raises BhyError.
+    on_wait: as Restore's.  One that was faster than we is ended, and started
+    again.  Raises BhyError.
     """
     for attempt in range(ATTEMPTS):
-        restore = Restore(host, place, files)
+        restore = Restore(host, place, files, on_wait)
         try:
             restore.hold(kern_bytes)
         except TooLateError:
@@ -126,12 +133,27 @@ class BhyveLoaded:
         if not started.is_alive():
             return False
         found = listener(self._host, self.place.name)
-        return found is not None and is_same(found, started.process)
+        return found is not None and started.process is not None and is_same(found, started.process)
 
     def _is_held(self, started: Started) -> bool:
         """Say whether it stands, or goes round, before its last page."""
-        if is_stopped(started.process):
+        if started.process is not None and is_stopped(started.process):
             return True
+        with contextlib.suppress(OSError):
+            return self.place.files.memory.stat().st_size < self.place.memory_bytes
+        return False
+
+    def was_never_released(self) -> bool:
+        """Say whether nobody can let its bhyve run any more: FILE has no last page.
+
+        Asked where the bhyrecv that would have given it is gone.  Without that
+        page no signal lets bhyve go on, so there is no race with anybody.  One
+        that has its page and stands stopped never ran either, but a SIGCONT from
+        anywhere would let it run just when it is ended: that one is left in doubt.
+        """
+        started = self.place.started()
+        if started is None or not started.is_alive():
+            return False
         with contextlib.suppress(OSError):
             return self.place.files.memory.stat().st_size < self.place.memory_bytes
         return False
@@ -168,7 +190,7 @@ class BhyveLoaded:
         if self._locks:
             # It runs, whatever becomes of a note for vm-bhyve.
             with contextlib.suppress(BhyError):
-                self._locks.runs_here(config_file(self.place.keys, {}))
+                self._locks.runs_here(config_file(self.place.keys))
 
     def _require_startable(self) -> None:
         """End what an earlier start left; refuse a guest that may have run by it."""
@@ -230,7 +252,8 @@ class BhyveLoaded:
         if started := self.place.started():
             self._end(started)
         self.place.remove()
-        if self._locks and self._locks.holder() == HELD:
+        is_left_loaded = self.place.staging == self.place.kept
+        if self._locks and is_left_loaded and self._locks.holder() == HELD:
             self._locks.release()
 
     def _end(self, started: Started) -> None:

@@ -6,8 +6,8 @@ Two directories belong to it:
     kept      loaded/ID.NAME in the state directory, on disk, for one that is not (bhyrecv -u)
 
 and, beside kept, ID.NAME.started: the bhyve that was started from the stream.
-It is written before that bhyve is run, so whoever finds what a killed bhyrecv
-left knows its process and its VM, and ends exactly these.  It stays when the
+Its VM is written there when it is made, its process before that runs bhyve, so
+whoever finds what a killed bhyrecv left knows both, and ends exactly these.  It stays when the
 files go, where nothing else tells the guest from another one of its name.
 """
 
@@ -31,6 +31,7 @@ from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.snapshot import Files
 from bhystream.backend.process import Identity, boot_id, is_alive, kill_process
 from bhystream.errors import GuestError, UsageError, from_oserror
+from bhystream.handshake import DEAD
 
 FILE = "ckp"
 ROLE = "destination"
@@ -48,21 +49,28 @@ _KILL_S = 30.0
 
 @dataclass(frozen=True)
 class Started:
-    """A bhyve that we have started.  node: Host.node_id() of its VM, which we have made."""
+    """A bhyve that we have started.
 
-    process: Identity
+    process: None where its VM was made for it, and nothing more is known.
+    node: Host.node_id() of that VM.
+    """
+
+    process: Identity | None
     node: str
 
     def is_alive(self) -> bool:
         """Say whether this very process lives."""
-        return is_alive(self.process)
+        return self.process is not None and is_alive(self.process)
 
     def may_have_run(self, run_dir: Path, name: str) -> bool:
         """Say whether it may have let its vCPUs run, now that it has ended.
 
         It has made its checkpoint socket by then, of which none was left at
-        its start.  After a reboot, which removes sockets, nobody can say.
+        its start.  After a reboot, which removes sockets, nobody can say.  None
+        runs before its process is written down.
         """
+        if self.process is None:
+            return False
         return self.process.boot_id != boot_id() or os.path.lexists(run_dir / name)
 
     def end(self, host: Host, name: str) -> None:
@@ -70,7 +78,7 @@ class Started:
 
         Where it has ended, another bhyve may have taken over its VM (VM_REINIT).
         """
-        if not kill_process(self.process, _KILL_S):
+        if self.process is not None and not kill_process(self.process, _KILL_S):
             raise GuestError(f"guest {name}: its bhyve, process {self.process.pid}, does not end")
         if self.node and host.node_id(name) == self.node and not listens(host, name):
             host.destroy(name)
@@ -123,7 +131,7 @@ class Place:
         return read_started(self.started_path)
 
     def write_started(self, started: Started) -> None:
-        """Write durably what is about to be run.  Raises PipeError, AccessError."""
+        """Write durably what was made, or is about to be run.  Raises PipeError, AccessError."""
         try:
             durable.write(self.started_path, json.dumps(asdict(started)))
         except OSError as error:
@@ -182,16 +190,17 @@ def read_started(path: Path) -> Started | None:
     """Read what write_started() wrote; None where there is none, or none that can be read."""
     try:
         fields = json.loads(path.read_text())
-        return Started(Identity(**fields["process"]), str(fields["node"]))
+        process = fields["process"]
+        return Started(None if process is None else Identity(**process), str(fields["node"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """What a killed bhyrecv left of one stream and guest, and of which no record speaks.
+    """What a killed bhyrecv left of one stream and guest, of which no record speaks, or DEAD does.
 
-    So nothing of it was released: a record comes before a guest may run.
+    So nothing of it was released: STARTED is recorded before a guest may run.
     Whoever removes it holds the lock of the guest's name.
     """
 
@@ -216,14 +225,14 @@ def find_leftover(base: Path, directory: Path, name: str) -> Leftover | None:
     """Return what is left of a stream whose files were in a directory; None where nothing is.
 
     base: the state directory.  directory: as Place.staging, from whatever
-    source.  name: the guest's.  None also where a record speaks of the stream:
-    then that one's verbs end it.
+    source.  name: the guest's.  None also where a record other than DEAD speaks of
+    the stream: then that one's verbs end it.
     """
     stem, _, rest = directory.name.removeprefix(_PREFIX).partition(".")
     is_ours = directory.name.startswith(_PREFIX) or directory.parent == base / _KEPT
     if not is_ours or rest != name or not _STEM.fullmatch(stem):
         return None
-    if any((base / ROLE).glob(f"{stem}*.json")):
+    if any(_read(path)[0] != DEAD for path in (base / ROLE).glob(f"{stem}*.json")):
         return None
     started = {}
     for path in (base / _KEPT).glob(f"{stem}*.started"):
@@ -231,6 +240,21 @@ def find_leftover(base: Path, directory: Path, name: str) -> Leftover | None:
         if one is not None and path.name.partition(".")[2] == f"{name}.started":
             started[path] = one
     return Leftover(name, directory, started) if started or directory.is_dir() else None
+
+
+def stream_of(base: Path, node: str) -> str:
+    """Return the id of the stream whose record names a VM, "" for none.  node: Host.node_id()."""
+    records = (base / ROLE).glob("*.json")
+    return next((path.stem for path in records if _read(path)[1] == node != ""), "")
+
+
+def _read(path: Path) -> tuple[str, str]:
+    """Return a record's phase and its VM; ("", "") where it cannot be read."""
+    try:
+        fields = json.loads(path.read_text())
+        return str(fields["phase"]), str(fields["revive"].get("node", ""))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "", ""
 
 
 def last_directory(lock: Path) -> Path | None:

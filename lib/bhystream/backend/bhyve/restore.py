@@ -8,9 +8,9 @@
                structures, makes its checkpoint socket, and lets the vCPUs run
 
 How it is held, and that it cannot run before: lastpage.py; on FreeBSD, that the
-files are cut in time: freebsd_trace.py.  Of its process and
-its VM a file speaks before it is run: a shell waits for that, and without us
-runs nothing.  bhyve is in a session of its own, so our death wakes it neither
+files are cut in time: freebsd_trace.py.  Of its VM a file speaks as soon as it
+is there, of its process before that is bhyve: a shell waits for it, and without
+us runs nothing.  bhyve is in a session of its own, so our death wakes it neither
 (sys/kern/kern_proc.c, fixjobc_kill(), read).
 
 The VM is made by us, so that it is known whose it is.  A bhyve with a boot ROM
@@ -37,6 +37,7 @@ from enum import Enum
 from pathlib import Path
 
 from bhystream.backend.base import State
+from bhystream.backend.bhyve import fpu
 from bhystream.backend.bhyve.command import argv, config_file
 from bhystream.backend.bhyve.host import (
     HIGHMEM_BASE_GPA,
@@ -78,16 +79,6 @@ class Phase(Enum):
     RELEASED = "released"
 
 
-def load_fpu(vm: Vm, memory: memoryview, states: Sequence[State]) -> None:
-    """Let the vCPUs of a held guest load their FPU: see fpu.py.
-
-    memory: of the guest from address 0 on, writable.  Raises GuestError.
-    """
-    from bhystream.backend.bhyve import fpu
-
-    fpu.load(vm, memory, states)
-
-
 def rtc_seconds(keys: Mapping[str, str], now: int) -> int:
     """Return what bhyve sets a new guest's clock chip to, of seconds since the Epoch.
 
@@ -107,8 +98,13 @@ class Restore:
     as long as the vCPUs provably never ran.
     """
 
-    def __init__(self, host: Host, place: Place, files: Files) -> None:
-        """Nothing is started yet.  files: FILE of the guest's size, and FILE.meta."""
+    def __init__(
+        self, host: Host, place: Place, files: Files, on_wait: Callable[[], None] = lambda: None
+    ) -> None:
+        """Nothing is started yet.  files: FILE of the guest's size, and FILE.meta.
+
+        on_wait: called often while bhyve is waited for.
+        """
         self.phase = Phase.NEW
         self.may_have_run = False
         self.started: Started | None = None
@@ -119,6 +115,7 @@ class Restore:
         self._place = place
         self._files = files
         self._last = LastPage(files, place.memory_bytes)
+        self._on_wait = on_wait
         self._limit_s = _LIMIT_S + place.memory_bytes / SLOW_BYTES_PER_SECOND
         self._socket = host.run_dir / place.name
         self._child: Child | None = None
@@ -170,7 +167,7 @@ class Restore:
         return Path(f"{self._files.memory}.conf")
 
     def _write_files(self, kern_bytes: int) -> None:
-        text = config_file(self._place.keys, {})
+        text = config_file(self._place.keys)
         with self._writing():
             fd = os.open(self._config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with open(fd, "w", encoding="utf-8") as file:
@@ -188,6 +185,7 @@ class Restore:
         """Make the VM and the process, write down which they are, and let bhyve begin."""
         self._host.create(self._name)
         self._node = self._host.node_id(self._name)
+        self._place.write_started(Started(None, self._node))
         words = argv(self._host.program(), self._name, str(self._config), str(self._files.memory))
         gate, opener = os.pipe()
         try:
@@ -208,6 +206,7 @@ class Restore:
         """Let it run until the VM has all its memory, and no further: it has opened its files."""
 
         def has_memory() -> bool:
+            self._on_wait()
             return sum(one.length_bytes for one in self._maps()) == self._place.memory_bytes
 
         assert self._child is not None and self._trace is not None
@@ -252,6 +251,7 @@ class Restore:
                 raise self._ended()
             if time.monotonic() > end:
                 raise GuestError(f"{self._who}: bhyve -r: {what} after {limit_s:.0f} s")
+            self._on_wait()
             time.sleep(_POLL_S)
 
     def _ended(self) -> GuestError:
@@ -287,15 +287,19 @@ class Restore:
         kern: FILE.kern, of the size that hold() was told.  states: of the FPU;
         for none it is not woken.  Raises BhyError; then call undo().
         """
+        self.require_held()
         with self._writing():
             self._last.fill(kern)
-        if not states:
-            return
+        if states:
+            self._load_fpu(states)
+        self.require_held()
+
+    def _load_fpu(self, states: Sequence[State]) -> None:
         assert self._child is not None and self._vm is not None
         # Its own threads run the vCPUs, while its first one goes round in read(2).
         self._child.go_on()
         try:
-            load_fpu(self._vm, self.memory[0], states)
+            fpu.load(self._vm, self.memory[0], states, self._child.has_ended)
         except BhyError:
             if self._child.has_ended():
                 raise self._ended() from None
@@ -305,6 +309,11 @@ class Restore:
     def is_held(self) -> bool:
         """Say whether it stands held still, and lives."""
         return self.phase is Phase.HELD and self._child is not None and not self._child.has_ended()
+
+    def require_held(self) -> None:
+        """Raise GuestError, with its last words, where it has ended."""
+        if not self.is_held():
+            raise self._ended()
 
     # From held to running.
 
@@ -352,6 +361,7 @@ class Restore:
         self._let_go_of_trace()
         if self._child is None:
             self._destroy()
+            self._place.forget_started()
             return
         is_released = self.phase is Phase.RELEASED
         if not (is_released and self._socket.exists()):

@@ -23,7 +23,7 @@ import contextlib
 import os
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from bhystream.backend.bhyve.place import (
     note_directory,
     staging_of,
     staging_root,
+    stream_of,
 )
 from bhystream.backend.bhyve.resources import Wishes
 from bhystream.backend.bhyve.restore import Restore
@@ -62,8 +63,7 @@ from bhystream.target import FileTarget, MappedTarget
 class BhyveSink:
     """A guest being built.
 
-    may_have_run: False as long as its vCPUs provably never ran.  notices: what
-    the operator has to know of a start that succeeded, a line each.
+    may_have_run, notices, on_wait: as base.Sink's.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class BhyveSink:
         """
         self.may_have_run = False
         self.notices: list[str] = []
+        self.on_wait: Callable[[], None] = lambda: None
         self._host = host
         self._name = name
         self._wishes = Wishes.parse(resources, dropped)
@@ -134,7 +135,11 @@ class BhyveSink:
         hard += reasons
         soft += differences
         if host.exists(self._name) and not any(one.has_vm(host) for one in self._leftovers()):
-            hard.append(f"name: a VM {self._name} is here already; name another, or destroy it")
+            id_ = stream_of(self._base, host.node_id(self._name))
+            whose = f" (it is of stream {id_}: bhyrecv -q {id_})" if id_ else ""
+            hard.append(
+                f"name: a VM {self._name} is here already; name another, or destroy it{whose}"
+            )
         self._section = config
         self._place = self._placed(keys, size)
         return hard, soft + self._room(is_late=self._is_kept)
@@ -256,7 +261,7 @@ class BhyveSink:
             return [FileTarget(self._fd, offset) for _, offset, _ in spans]
         self._close()
         self._write(place.files.meta, plan)
-        self._restore = held(self._host, place, place.files, self._plan.kern_bytes)
+        self._restore = held(self._host, place, place.files, self._plan.kern_bytes, self.on_wait)
         return [MappedTarget(view) for view in self._restore.memory]
 
     def _planned(self, plan: bytes) -> Meta:
@@ -299,6 +304,11 @@ class BhyveSink:
 
     # ---- load and start
 
+    def require_alive(self) -> None:
+        """Raise GuestError where its bhyve has ended."""
+        if self._restore is not None:
+            self._restore.require_held()
+
     def load(self, states: Sequence[State]) -> None:
         """Complete the guest: its bhyve is held then, with all but the last page."""
         place = self._known()
@@ -312,7 +322,7 @@ class BhyveSink:
             snapshot.require_same(self._plan, meta)
         else:
             self._write(place.files.meta, text)
-            self._restore = held(self._host, place, place.files, len(kern))
+            self._restore = held(self._host, place, place.files, len(kern), self.on_wait)
         self._started().load(kern, snapshot.fpu_states(states))
 
     def _started(self) -> Restore:
@@ -341,7 +351,7 @@ class BhyveSink:
             # It runs, whatever becomes of a note for vm-bhyve, which does not
             # start it as long as its VM is there.
             with contextlib.suppress(BhyError):
-                self._manager.locks.runs_here(config_file(place.keys, {}))
+                self._manager.locks.runs_here(config_file(place.keys))
 
     def leave_paused(self) -> None:
         """Let go of the guest, which lies in files on disk; its record finds it again."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bhystream import hole
@@ -76,6 +76,8 @@ class QemuSink:
         self._record: Json | None = None
         self._released = False
         self.may_have_run = False
+        self.notices: Sequence[str] = ()
+        self.on_wait: Callable[[], None] = lambda: None
 
     @property
     def name(self) -> str:
@@ -221,6 +223,12 @@ class QemuSink:
         return self._qmp
 
     # ---- load and start
+
+    def require_alive(self) -> None:
+        """Ask QEMU for its state.  Raises GuestError where it does not answer."""
+        if self._qmp is not None:
+            with self._blaming():
+                facts.status(self._qmp)
 
     def load(self, states: Sequence[State]) -> None:
         """Give QEMU the device state; the guest stands paused afterwards."""
