@@ -321,7 +321,7 @@ def test_the_fpu_is_stored_and_nothing_else_is_changed_by_it(
     assert digest(memory) == before
     assert fpu_of(again) == first
     assert [*reasons] == [*paused.reasons]
-    assert not trial.directory.is_spoiled()
+    assert not trial.directory.journal.exists()
 
 
 def fpu_of(states: Sequence[State]) -> dict[str, bytes]:
