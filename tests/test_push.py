@@ -259,7 +259,11 @@ def test_a_destination_that_nothing_reaches_is_given_up(null: int) -> None:
     """It says HELLO again and again: that is what it does where nothing comes."""
 
     class Greeting(Box):
+        waits = 0
+
         def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
+            self.waits += 1
+            assert self.waits < 1000
             self.put(HELLO, HELLO)
             return condition()
 
