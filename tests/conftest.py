@@ -17,6 +17,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
+# The programs run as an administrator runs them, whatever a developer's shell asks of Python.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 _TAKEN = [
     getattr(signal, f"SIG{name}")
     for name in ("INT", "HUP", "TERM", "TSTP", "TTIN", "TTOU", "USR1", "PIPE", "ALRM")

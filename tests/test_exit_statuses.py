@@ -316,3 +316,10 @@ def test_closed_standard_input_of_the_third_stage_is_refused(environment: dict[s
 def test_a_closed_standard_error_changes_no_status(environment: dict[str, str]) -> None:
     assert closed(environment, '"$P" bhysend web1 2>&-').returncode == 64
     assert closed(environment, '"$P" bhysend -l 2>&-').returncode == 0
+
+
+def test_a_full_standard_error_changes_no_status(environment: dict[str, str]) -> None:
+    """Python ends with 120 if the last of it could not be written."""
+    assert closed(environment, '"$P" bhysend web1 2>/dev/full').returncode == 64
+    assert closed(environment, '"$P" bhyrecv -X 2>/dev/full').returncode == 64
+    assert closed(environment, '"$P" bhysend -l 2>/dev/full').returncode == 0

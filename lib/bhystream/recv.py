@@ -174,6 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return receive(parsed, console)
     except Exception as raised:
         return console.fail(as_error(raised))
+    finally:
+        console.close()
 
 
 if __name__ == "__main__":

@@ -102,6 +102,14 @@ class Console:
             self._write("\r" + " " * self._width() + "\r")
             self._drawn = False
 
+    def close(self) -> None:
+        """Give up what standard error has not taken: for that, Python would end with 120."""
+        try:
+            if self._err is not None:
+                self._err.flush()
+        except (OSError, ValueError):
+            sys.stderr = None
+
     def is_terminal(self) -> bool:
         """Say whether somebody may be looking."""
         return self._err is not None and self._err.isatty()

@@ -148,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return send(parsed, console)
     except Exception as raised:
         return console.fail(as_error(raised))
+    finally:
+        console.close()
 
 
 if __name__ == "__main__":
