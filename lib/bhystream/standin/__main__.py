@@ -251,5 +251,6 @@ class Machine:
 
 if __name__ == "__main__":
     STATUS = main()
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(STATUS)
