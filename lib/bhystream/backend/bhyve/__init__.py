@@ -47,10 +47,9 @@ The pieces, in the order in which a move meets them:
 Everything but freebsd*.py, ioctl.py and libc.py is the same code over the
 stand-in, and is tested there.
 
-Run on FreeBSD 15.1, on an AMD processor that QEMU emulates: the holds by
-themselves, here and there, and the FPU carried between them, by small C
-programs; and, by a bhysend that suspended its guests, what asks the host: ioctls
-but those of registers, the socket, the null device, mincore(2), bhyve -r.
+Run on FreeBSD 15.1, on an AMD processor that QEMU emulates: moves in every
+form, between two hosts and on one, with the holds and the FPU, and most of what
+can fail in them.
 Everything else was read in its sources, and so was all of 14, of 16 and of
 Intel's.  Which of the two a fact is, and where it stands, is said with it.
 """

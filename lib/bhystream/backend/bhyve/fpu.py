@@ -34,7 +34,7 @@ Left alone, each for a reason that is told:
 The kernel leaves HLT when a vCPU is suspended (vm_handle_hlt()): RIP stands
 behind it, and the guest sees one wake-up that nobody sent.
 
-Unverified: Intel, any machine that is not emulated, and this very stub.
+Unverified: Intel, and any machine that is not emulated.
 """
 
 from __future__ import annotations

@@ -14,11 +14,11 @@ as one likes, before it has restored anything; and the page lets it go.
     give      the last page, from the VM's memory
 
 A bhyve that was faster than cut(), which waits for a read that has begun, has
-read the second mark, and is not held: is_read_whole().  It finds zeros in
-FILE.kern, from which no vCPU can run (neither a VMCB without EFER.SVME nor a
-VMCS without CR4.VMXE is entered), or SIGBUS.  Source: usr.sbin/bhyve/snapshot.c, load_vmmem_file(),
-load_kdata_file(), vm_snapshot_mem_part(); run on FreeBSD 15.1, emulated AMD,
-FILE on tmpfs.
+read the second mark, and is not held: is_read_whole().  It finds SIGBUS in
+FILE.kern, or zeros, and a restore of zeros panics the host: so on FreeBSD it is
+stopped before the read (freebsd_trace.py).  Source: usr.sbin/bhyve/snapshot.c,
+load_vmmem_file(), load_kdata_file(), vm_snapshot_mem_part(); run on FreeBSD
+15.1, emulated AMD, FILE on tmpfs.
 
 FILE may be the guest's only copy.  So its two pages are in FILE.tail before they
 are marked, and arm() puts them back first, whatever became of an earlier attempt.
