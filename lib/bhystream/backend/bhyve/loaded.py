@@ -29,8 +29,8 @@ from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.place import Place, Started
-from bhystream.backend.bhyve.restore import SLOW_BYTES_PER_SECOND, Restore, TooLateError
-from bhystream.backend.bhyve.snapshot import Files
+from bhystream.backend.bhyve.restore import Restore, TooLateError
+from bhystream.backend.bhyve.snapshot import SLOW_BYTES_PER_SECOND, Files
 from bhystream.backend.process import is_same, is_stopped
 from bhystream.errors import BhyError, GoneError, GuestError, TakenError, from_oserror
 
@@ -139,6 +139,10 @@ class BhyveLoaded:
         """Say whether it stands, or goes round, before its last page."""
         if started.process is not None and is_stopped(started.process):
             return True
+        return self._lacks_last_page()
+
+    def _lacks_last_page(self) -> bool:
+        """Say whether FILE is there, and cut short."""
         with contextlib.suppress(OSError):
             return self.place.files.memory.stat().st_size < self.place.memory_bytes
         return False
@@ -152,11 +156,7 @@ class BhyveLoaded:
         anywhere would let it run just when it is ended: that one is left in doubt.
         """
         started = self.place.started()
-        if started is None or not started.is_alive():
-            return False
-        with contextlib.suppress(OSError):
-            return self.place.files.memory.stat().st_size < self.place.memory_bytes
-        return False
+        return started is not None and started.is_alive() and self._lacks_last_page()
 
     def _is_complete(self) -> bool:
         """Say whether it lies in files from which it can be started."""

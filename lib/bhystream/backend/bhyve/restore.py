@@ -52,13 +52,12 @@ from bhystream.backend.bhyve.lastpage import LastPage
 from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.memory import system_memory
 from bhystream.backend.bhyve.place import Place, Started
-from bhystream.backend.bhyve.snapshot import Files
+from bhystream.backend.bhyve.snapshot import SLOW_BYTES_PER_SECOND, Files
 from bhystream.backend.launch import Child
 from bhystream.backend.process import identify
 from bhystream.errors import BhyError, GuestError, from_oserror
 
 _LIMIT_S = 60.0
-SLOW_BYTES_PER_SECOND = 100 << 20  # of a slow disk: how long a memory file may take
 _STOP_S = 10.0
 _POLL_S = 0.002
 _MOMENT_S = 0.05  # from the socket to the vCPUs there are a few system calls

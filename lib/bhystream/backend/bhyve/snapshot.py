@@ -50,6 +50,7 @@ MAX_ITEMS = 1024
 MAX_VCPUS = 1 << 16
 _MAX_FPU_TEXT_BYTES = 2 * fmt.MAX_OPTIONAL_STATE_BYTES  # base64 makes 4 of 3
 _MAX_COMPONENT_BYTES = 255  # NAME_MAX
+SLOW_BYTES_PER_SECOND = 100 << 20  # of a slow disk: how long a memory file may take
 # What FreeBSD 14 saves of the kernel, and what no kernel can do without.
 _KERNEL_14 = frozenset(
     ("vhpet", "vm", "vioapic", "vlapic", "vmcx", "vatpit", "vatpic", "vpmtmr", "vrtc")
@@ -342,13 +343,7 @@ def read_fpu(files: Files) -> list[State]:
     """Read FILE.fpu; [] where there is none.  Raises GuestError, AccessError."""
     if not os.path.lexists(files.fpu):
         return []
-    fd, size = open_file(files.fpu)
-    try:
-        if size > _MAX_FPU_TEXT_BYTES:
-            raise GuestError(f"{files.fpu}: {size} bytes are more than {_MAX_FPU_TEXT_BYTES}")
-        text = _read(fd, size, 0, files.fpu)
-    finally:
-        os.close(fd)
+    text = _read_text(files.fpu, _MAX_FPU_TEXT_BYTES)
     try:
         found = fmt.unpack_json(text)
         states = [
@@ -398,13 +393,7 @@ def open_file(path: Path) -> tuple[int, int]:
 
 def read_meta(files: Files) -> tuple[Meta, bytes]:
     """Read FILE.meta: what it says, and its text.  Raises GuestError, AccessError."""
-    fd, size = open_file(files.meta)
-    try:
-        if size > MAX_META_BYTES:
-            raise GuestError(f"{files.meta}: {size} bytes are more than {MAX_META_BYTES}")
-        text = _read(fd, size, 0, files.meta)
-    finally:
-        os.close(fd)
+    text = _read_text(files.meta, MAX_META_BYTES)
     try:
         return parse(text), text
     except FormatError as error:
@@ -443,6 +432,17 @@ def check_size(path: Path, size_bytes: int, wanted_bytes: int, meta: Path) -> No
             f"{path} has {size_bytes} bytes where {meta.name} says {wanted_bytes}: "
             f"{why}, or of another snapshot"
         )
+
+
+def _read_text(path: Path, limit_bytes: int) -> bytes:
+    """Return what is in a file of a snapshot.  Raises GuestError, AccessError."""
+    fd, size = open_file(path)
+    try:
+        if size > limit_bytes:
+            raise GuestError(f"{path}: {size} bytes are more than {limit_bytes}")
+        return _read(fd, size, 0, path)
+    finally:
+        os.close(fd)
 
 
 def _read(fd: int, size: int, offset: int, path: Path) -> bytes:

@@ -16,8 +16,7 @@ The rehearsal shows too that every device can be saved, and how long it takes.
 
 The memory is not written by bhyve but read from our mapping.
 
-Run on FreeBSD 15.1, emulated AMD: rehearsal, hold and release by themselves;
-nothing of this module.
+Run on FreeBSD 15.1, emulated AMD: rehearsal, hold, release and discard.
 """
 
 from __future__ import annotations
@@ -56,7 +55,6 @@ from bhystream.errors import (
 
 _HOLD_S = 30.0
 _SYNC_S = 10.0
-_SLOW_BYTES_PER_SECOND = 100 << 20  # of a slow disk: how long a memory file may take
 # Where nothing has been measured: to stop and to save; and to load, elsewhere.
 _SAVE_NS = 150_000_000
 _LOAD_NS = 100_000_000
@@ -296,7 +294,7 @@ class BhyveSource:
     def _limit_s(self) -> float:
         assert self._directory is not None
         written = 0 if self._directory.has_sink() else self._mapped.size_bytes
-        return _HOLD_S + written / _SLOW_BYTES_PER_SECOND
+        return _HOLD_S + written / snapshot.SLOW_BYTES_PER_SECOND
 
     def _connect(self) -> Checkpoint:
         return Checkpoint(self._host.run_dir, self._name, self._who)
