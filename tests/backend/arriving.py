@@ -15,12 +15,14 @@ from __future__ import annotations
 import copy
 import os
 import re
+import select
 import shutil
+import signal
 import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from bhystream.backend.bhyve.sink import BhyveSink
 from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.backend.process import Identity
 from bhystream.standin.node import data_extents
-from standin.rig import Console, Rig, Spec, assert_unbroken, await_true
+from standin.rig import DEADLINE_S, Console, Rig, Spec, assert_unbroken
 
 ID = "0123456789abcdef" * 2
 UUID = "11111111-2222-3333-4444-555555555555"
@@ -298,5 +300,26 @@ def arriving(spec: Spec | None = None, **settings: Any) -> Iterator[Arriving]:
 def end(made: Arriving) -> None:
     """Kill what a test has left held."""
     for pid in made.processes():
-        os.kill(pid, 9)
-    await_true(lambda: not made.processes(), "the end of every bhyve")
+        with suppress(ProcessLookupError):
+            kill(pid)
+
+
+def kill(pid: int) -> None:
+    """Kill a process, and return when it has ended.
+
+    Its command line is gone before: the kernel gives its memory back first.
+    """
+    with ended(pid):
+        os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def ended(pid: int) -> Iterator[None]:
+    """Leave when a process has ended that ends for what is done inside."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield
+        if not select.select([pidfd], [], [], DEADLINE_S)[0]:
+            raise TimeoutError(f"the end of process {pid}")
+    finally:
+        os.close(pidfd)

@@ -24,7 +24,7 @@ from bhystream.backend.bhyve.restore import Restore
 from bhystream.errors import BhyError, GoneError, GuestError, PipeError, TakenError
 from standin.rig import Console, Spec, assert_unbroken, await_true
 
-from .arriving import ID, Arriving, arriving, fpu
+from .arriving import ID, Arriving, arriving, ended, fpu
 
 
 @pytest.fixture
@@ -321,8 +321,8 @@ def test_another_guest_of_that_name_does_not_make_it_one_that_runs(
 ) -> None:
     """RUNNING is what has the source end its own: a guest started anew here is not the guest."""
     record = started(guest)
-    guest.there.host.destroy("g")
-    await_true(lambda: guest.processes() == [], "its end")
+    with ended(record["process"]["pid"]):
+        guest.there.host.destroy("g")
     if is_left:
         Path(record["staging"]).mkdir()
     other = guest.there.launch("g", Spec(touched="1M"))

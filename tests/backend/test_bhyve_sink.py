@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +22,9 @@ from bhystream.errors import (
     PipeError,
 )
 from bhystream.target import FileTarget, MappedTarget
-from standin.rig import Spec, await_true
+from standin.rig import Spec
 
-from .arriving import ID, Arriving, arriving, read_page
+from .arriving import ID, Arriving, arriving, kill, read_page
 
 
 @pytest.fixture
@@ -400,8 +399,7 @@ def test_a_bhyve_is_waited_for_aloud_and_its_end_is_seen(guest: Arriving, late: 
     assert calls != []
     sink.require_alive()
     [pid] = guest.processes()
-    os.kill(pid, signal.SIGKILL)
-    await_true(lambda: guest.processes() == [], "its end")
+    kill(pid)
     with pytest.raises(GuestError, match="bhyve -r: "):
         sink.require_alive()
     sink.abort()
