@@ -130,6 +130,21 @@ def test_a_child_is_stopped_when_none_of_its_threads_runs(tmp_path: Path) -> Non
     assert child.status == -signal.SIGKILL
 
 
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        ("print('no such disk'); raise SystemExit(3)", "no such disk; status 3"),
+        ("raise SystemExit(4)", "status 4"),
+        ("import os; print('paused', flush=True); os.kill(os.getpid(), 9)", "paused; signal 9"),
+    ],
+)
+def test_a_child_s_last_words_end_with_how_it_ended(tmp_path: Path, code: str, words: str) -> None:
+    """Of a guest that dies at once its status is all that bhyve tells: 3 is a triple fault."""
+    child = launch.Child([sys.executable, "-c", code], str(tmp_path / "log"))
+    assert child.ends_within(20)
+    assert child.last_words() == words
+
+
 def test_a_zombie_is_not_alive(sleeper: Child) -> None:
     who = process.identify(sleeper.pid, "sleep")
     sleeper.kill()

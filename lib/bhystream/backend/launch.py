@@ -102,14 +102,16 @@ class Child:
         return True
 
     def last_words(self) -> str:
-        """Return the last lines of its log as one, or else its status."""
+        """Return the last lines of its log and its exit status, as one line."""
         try:
             with open(self.log_path, encoding="utf-8", errors="replace") as file:
                 lines = [line.strip() for line in file.read()[-4096:].splitlines()]
         except OSError:
             lines = []
-        words = "; ".join([line for line in lines if line][-_LOG_LINES:])
-        return words or f"status {self._child.returncode}"
+        said = [line for line in lines if line][-_LOG_LINES:]
+        if self.status is not None:
+            said.append(f"status {self.status}" if self.status >= 0 else f"signal {-self.status}")
+        return "; ".join(said)
 
     def kill(self) -> None:
         """End it at once and wait for it.  Never raises."""
