@@ -68,6 +68,9 @@ class MemorySource:
     def resources(self) -> Sequence[str]:
         return ("disk0=", "net0=")
 
+    def require_described(self) -> None:
+        """It stays what it is."""
+
     def fixed_ns(self) -> int:
         return 0
 

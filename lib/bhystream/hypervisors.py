@@ -79,7 +79,7 @@ def open_source(what: Sending) -> Source:
             raise UsageError("-C: QEMU tells its own configuration")
         from bhystream.backend.qemu.source import QemuSource
 
-        return QemuSource(_qmp_path(what.operand))
+        return QemuSource(_qmp_path(what.operand), force=what.force)
     name = _name(what.operand)
     host = _host_of(f"guest {name}: bhyve guests live on FreeBSD")
     from bhystream.backend.bhyve.source import BhyveSource

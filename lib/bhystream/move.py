@@ -229,6 +229,7 @@ class Move:
         """Record what is coming, pause the guest with its state taken."""
         if self.keeper and not self.keeper.is_alive():
             self.start_keeper()
+        self.source.require_described()
         self.signals.ignore_stops()
         self.machine.on(Event.PAUSE)
         self.progress.phase, self.progress.round = "paused, round", len(self.rounds)

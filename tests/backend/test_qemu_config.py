@@ -10,7 +10,8 @@ import pytest
 from bhystream.backend.qemu.command import build
 from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.config import reduce_argv
-from bhystream.backend.qemu.facts import Disk, Facts
+from bhystream.backend.qemu.facts import Facts
+from bhystream.backend.qemu.graph import Drive, Medium
 from bhystream.backend.qemu.options import parse_size, split_keyval
 from bhystream.backend.qemu.resources import Resources
 from bhystream.backend.qemu.validate import validate
@@ -58,7 +59,27 @@ KEYS = {
     "net1": "user", "serial0": "/dst/log", "serial1": "unix:/dst/agent", "kernel": "/dst/k",
     "initrd": "/dst/i",
 }  # fmt: skip
-DISKS = {"d0": Disk("raw", 1 << 20), "ide2-cd0": Disk("raw", 2048), "n1": Disk("qcow2", 1 << 30)}
+
+
+def drives(a: str, cd: str, c: str, label: str) -> tuple[Drive, ...]:
+    """Return what QEMU says of FULL's drives.  label: of the third."""
+    return (
+        Drive("d0", "vd0", False, Medium("#block1", "raw", 1 << 20, False, a)),
+        Drive("ide2-cd0", "", True, Medium("#block2", "raw", 2048, True, cd)),
+        Drive(label, "", False, Medium("n1", "qcow2", 1 << 30, True, c)),
+    )
+
+
+HERE = Facts(
+    machine="pc-q35-7.2",
+    accel="tcg",
+    drives=drives("/srv/a,b.img", "/srv/cd.iso", "/srv/c.qcow2", ""),
+)
+THERE = Facts(
+    machine="pc-q35-7.2",
+    accel="tcg",
+    drives=drives("/dst/a.img", "/dst/cd.iso", "/dst/c.qcow2", "n1"),
+)
 
 
 def reduced(*extra: str) -> dict[str, Any]:
@@ -66,7 +87,22 @@ def reduced(*extra: str) -> dict[str, Any]:
 
 
 def full() -> dict[str, Any]:
-    return reduce_argv(FULL, Facts(machine="pc-q35-7.2", accel="tcg", disks=DISKS))
+    return reduce_argv(FULL, HERE)
+
+
+def present(
+    drive: str,
+    medium: Medium | None,
+    *,
+    label: str = "virtio0",
+    is_removable: bool = False,
+    changes: list[str] | None = None,
+) -> dict[str, Any]:
+    """Reduce a -drive in which QEMU says that this is now."""
+    found = Facts(
+        "x86_64", "pc-q35-7.2", "tcg", {}, (Drive(label, "", is_removable, medium),), "/w"
+    )
+    return reduce_argv([*BASE, "-drive", drive], found, "", changes)
 
 
 def test_no_path_of_the_source_host_travels() -> None:
@@ -85,7 +121,7 @@ def test_argv_to_configuration_to_argv_is_the_same_machine() -> None:
     config = validate(full())
     resources = Resources.parse(KEYS)
     argv = build(config, resources, name="web2", ram_path="/dev/shm/x,y", qmp_path="/run/q,mp")
-    again = reduce_argv(argv, Facts(machine="pc-q35-7.2", accel="tcg", disks=DISKS))
+    again = reduce_argv(argv, THERE)
     assert compare(config, again) == []
     assert again["name"] == "web2"
 
@@ -112,9 +148,7 @@ def test_an_alias_becomes_the_pinned_machine() -> None:
 
 
 def test_the_image_format_that_qemu_probed_travels() -> None:
-    disks = {"virtio0": Disk("qcow2", 77)}
-    facts = Facts(machine="pc-q35-7.2", accel="tcg", disks=disks)
-    config = reduce_argv([*BASE, "-drive", "file=/a,if=virtio"], facts)
+    config = present("file=/a,if=virtio", Medium("#block1", "qcow2", 77, False, "/a"))
     assert config["disks"][0]["props"]["format"] == "qcow2"
     assert config["disks"][0]["size_bytes"] == 77
 

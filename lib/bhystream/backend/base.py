@@ -160,6 +160,12 @@ class Source(Described, Protocol):
         guest was not paused.
         """
 
+    def require_described(self) -> None:
+        """Raise where the guest is no longer what head() has said of it.
+
+        Called at the last moment before pause(), while the guest runs.
+        """
+
     def fixed_ns(self) -> int:
         """Return what of a pause no round makes shorter: to stop, to take the state, to load it.
 

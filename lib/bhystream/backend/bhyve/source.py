@@ -221,6 +221,9 @@ class BhyveSource:
         """
         return None if self._was_asked else self._mapped.changed()
 
+    def require_described(self) -> None:
+        """Do nothing: bhyve's devices and disks stay what they were at its start."""
+
     def fixed_ns(self) -> int:
         """Return what the rehearsal took, and what to load it may take elsewhere."""
         if self._rehearsal:

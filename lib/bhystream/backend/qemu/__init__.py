@@ -6,6 +6,8 @@ The pieces, in the order in which a move meets them:
     process.py    who listens at the socket: pid, start time, argv
     ram.py        the file behind guest memory: found, and walked
     facts.py      what only QMP knows: the pinned machine, the accelerator
+    graph.py      what is in each drive now, and the jobs that work on it
+    plugged.py    whether the devices are still those of argv
     allow.py      every word that may travel, and every word that stays
     options.py    QEMU's own option syntax, taken apart
     config.py     argv of a running QEMU -> the CONFIG section, or a refusal

@@ -18,7 +18,9 @@ from typing import Any
 from bhystream.backend.qemu import allow
 
 _TABLES = {"disk": "disks", "net": "nets", "serial": "serials"}
-# The operator's own choice, or (size, format) unknown where QMP was not asked.
+# Where QMP was not asked.
+_MAY_BE_UNKNOWN = (".format", ".size_bytes")
+# The operator's own choice.
 _HOST_DISK_PROPS = {"cache", "cache.direct", "cache.no-flush", "cache.writeback", "discard"}
 
 
@@ -31,7 +33,7 @@ def compare(stream: dict[str, Any], here: dict[str, Any]) -> list[str]:
     lines = []
     for key in [*left, *(key for key in right if key not in left)]:
         a, b = left.get(key, "none"), right.get(key, "none")
-        if a != b and not (key.endswith(".format") and "none" in (a, b)):
+        if a != b and not (key.endswith(_MAY_BE_UNKNOWN) and "none" in (a, b)):
             lines.append(f"{key}: the stream says {a}, here {b}")
     return lines
 
@@ -71,6 +73,8 @@ def _devices(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield disk["key"], f"if={disk['if']}{' empty' if disk['empty'] else ''}"
         props = {k: v for k, v in disk["props"].items() if k not in _HOST_DISK_PROPS}
         yield from _table(disk["key"], props)
+        if disk["size_bytes"]:
+            yield f"{disk['key']}.size_bytes", str(disk["size_bytes"])
     for net in config["nets"]:
         yield net["key"], net["kind"]
         yield from _table(net["key"], net["props"])

@@ -27,17 +27,31 @@ from bhystream.backend.qemu.facts import CURE, Facts
 from bhystream.backend.qemu.options import as_dict, parse_size, split_argv, split_keyval
 from bhystream.errors import IncompatibleError
 
+OTHER_IMAGE = (
+    "after a snapshot or a mirror: commit it, or restart QEMU with what it writes to;"
+    " -f sends the guest as it is: lend it that image at the destination"
+)
 _SHORT_DISKS = {"hda": "0", "hdb": "1", "hdc": "2", "hdd": "3"}
 
 
-def reduce_argv(argv: list[str], facts: Facts, name: str = "") -> dict[str, Any]:
+def reduce_argv(
+    argv: list[str], facts: Facts, name: str = "", changes: list[str] | None = None
+) -> dict[str, Any]:
     """Return the configuration that an argv (without the program) describes.
 
     facts: what QMP adds; a default Facts() leaves aliases as they are.
-    name: the guest's name where -name gives none.
+    name: the guest's name where -name gives none.  changes: gets a line for
+    each disk on which the guest writes to another image than argv names; without
+    it they are refused.
     Raises IncompatibleError naming the first thing that cannot travel.
     """
-    return _Reducer(facts).run(argv, name)
+    reducer = _Reducer(facts)
+    config = reducer.run(argv, name)
+    if changes is None and reducer.changes:
+        raise IncompatibleError(reducer.changes[0], hint=OTHER_IMAGE)
+    if changes is not None:
+        changes += reducer.changes
+    return config
 
 
 class _Reducer:
@@ -120,6 +134,10 @@ class _Reducer:
         out["accel"] = self._finish_accel()
         out["flags"].sort()
         return out
+
+    @property
+    def changes(self) -> list[str]:
+        return self._parts.changes
 
     def _take(self, option: str, rest: Any) -> None:
         """Handle one option, taking its argument from `rest` if it has one."""

@@ -10,18 +10,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from bhystream.backend.files import identity_of
 from bhystream.backend.qemu import allow
 from bhystream.backend.qemu.facts import CURE, Facts
-from bhystream.backend.qemu.options import as_dict, parse_size, split_keyval
+from bhystream.backend.qemu.graph import Drive, Medium, local_path
+from bhystream.backend.qemu.options import as_dict, is_on, parse_size, split_keyval
 from bhystream.errors import IncompatibleError
 
-_ALIASES = {"ahci": "ich9-ahci"} | {
+_ALIASES = {"ahci": "ich9-ahci", "e1000-82540em": "e1000"} | {
     f"virtio-{kind}": f"virtio-{kind}-pci"
     for kind in ("blk", "net", "rng", "balloon", "scsi", "serial")
 }
+_MOVED = "restart QEMU with a command line that names its disks as they are now"
 _NODE_PROPS = {"discard", "detect-zeroes", "cache.direct", "cache.no-flush"}
 _NODE_HOST_PROPS = {"filename", "aio", "locking", "auto-read-only"}
 _PROTOCOLS = {"file", "host_device"}
+
+
+def driver_of(name: str) -> str:
+    """Return a driver by the one of its names that is the type's."""
+    return _ALIASES.get(name, name)
 
 
 def refuse(what: str) -> IncompatibleError:
@@ -56,13 +64,14 @@ class Parts:
         self._serials: list[str] = []
         self._objects: dict[str, str] = {}
         self._devices: list[dict[str, Any]] = []
+        # What QEMU has in its drives now against its command line, one line each.
+        self.changes: list[str] = []
         self.ram: dict[str, Any] | None = None
 
     def device(self, text: str) -> None:
         """-device: the driver and every property must be on the lists."""
         props = as_dict(split_keyval(text, "driver"), "-device")
-        driver = _ALIASES.get(props.get("driver", ""), props.get("driver", ""))
-        props.pop("driver", None)
+        driver = driver_of(props.pop("driver", ""))
         if driver not in allow.DRIVERS:
             raise refuse(f"device {driver[:60]}")
         for key, value in props.items():
@@ -94,7 +103,7 @@ class Parts:
             raise IncompatibleError(f"object {name}: a second memory backend", hint=CURE)
         # memory-backend-memfd is shared unless told otherwise; the file is not.
         default = "on" if pairs["qom-type"].endswith("memfd") else "off"
-        if pairs.get("share", default) not in ("on", "yes", "true"):
+        if not is_on(pairs.get("share", default), "share"):
             raise IncompatibleError(f"memory backend {name} is not share=on", hint=CURE)
         if not allow.RAM_IDENT.fullmatch(name):
             raise IncompatibleError(f"memory backend: the id '{name[:60]}' cannot travel")
@@ -212,44 +221,105 @@ class Parts:
     def _finish_disks(self) -> list[dict[str, Any]]:
         used = self._used("drive")
         disks = []
-        count: dict[str, int] = {}
+        taken: dict[str, set[int]] = {}
         for pairs in self._drives:
             interface, name = pairs["if"], pairs.get("id", "")
-            index = pairs.get("index", "")
-            number = int(index) if index.isdecimal() else count.get(interface, 0)
-            count[interface] = number + 1
+            labels = [name] if name else self._labels(pairs, taken.setdefault(interface, set()))
             if interface == "none" and name not in used:
                 continue
             props = {k: v for k, v in pairs.items() if k in allow.DISK_PROPS}
-            empty = "file" not in pairs and "file.filename" not in pairs
+            file = pairs.get("file", pairs.get("file.filename", ""))
             disk = {
                 "id": ident(name, "-drive") if name else "",
                 "if": interface,
-                "empty": empty,
+                "empty": not file,
+                "size_bytes": 0,
                 "props": props,
             }
-            disks.append(disk | self._probe(disk, [name, *self._labels(interface, number)]))
-        disks += [self._node(name) for name in used if name in self._nodes]
-        return disks
+            disks.append(self._present(disk, file, self._drive_of(labels, name)))
+        return disks + [self._node(name) for name in used if name in self._nodes]
 
-    def _labels(self, interface: str, number: int) -> list[str]:
-        """Return what QEMU may call the drive.  Source: qemu/qemu blockdev.c, drive_new()."""
+    def _labels(self, pairs: dict[str, str], taken: set[int]) -> list[str]:
+        """Return what QEMU may call a drive without an id.
+
+        taken: the numbers of the interface's drives so far.
+        Source: qemu/qemu blockdev.c, drive_new().
+        """
+        interface = pairs["if"]
+        # pc has two drives on each of its buses, q35 has one.
+        each = 2 if interface == "ide" and "q35" not in self._facts.machine else 1
+        if "bus" in pairs or "unit" in pairs:
+            number = _number(pairs, "bus") * each + _number(pairs, "unit")
+        else:
+            number = _number(pairs, "index")
+            while number in taken:
+                number += 1
+        taken.add(number)
         if interface == "ide":
-            bus, unit = (number, 0) if "q35" in self._facts.machine else divmod(number, 2)
+            bus, unit = divmod(number, each)
             return [f"ide{bus}-hd{unit}", f"ide{bus}-cd{unit}"]
         return [f"{interface}{number}"]
 
-    def _probe(self, disk: dict[str, Any], labels: list[str]) -> dict[str, Any]:
-        """Fill in the image's format and size from what QEMU says."""
-        found = next((self._facts.disks[x] for x in labels if x and x in self._facts.disks), None)
+    def _drive_of(self, labels: list[str], name: str) -> Drive | None:
+        """Return QEMU's own drive of -drive; None where QEMU was not asked.
+
+        name: what a device calls it, "" for one that QEMU adds by itself.
+        """
+        if self._facts.drives is None:
+            return None
+        found = next((each for each in self._facts.drives if each.label in labels), None)
+        if found is None or found.device != self._device_of(name):
+            raise IncompatibleError(
+                f"disk {labels[0]} is not where it was at the start", hint=_MOVED
+            )
+        return found
+
+    def _device_of(self, name: str) -> str:
+        """Return the id of the device that has a drive, "" where it has none."""
+        props = (device["props"] for device in self._devices)
+        return next((str(each.get("id", "")) for each in props if each.get("drive") == name), "")
+
+    def _present(self, disk: dict[str, Any], file: str, drive: Drive | None) -> dict[str, Any]:
+        """Describe a disk by what is in its drive now.
+
+        file: what the command line has put into it.  Notes what differs.
+        """
         props = dict(disk["props"])
-        if disk["empty"]:
-            return {"size_bytes": 0, "props": props}
-        if "format" not in props and found is not None:
-            props["format"] = found.format
-        if "format" in props and props["format"] not in allow.DISK_FORMATS:
-            raise refuse(f"disk format {props['format'][:60]}")
-        return {"size_bytes": found.size_bytes if found else 0, "props": props}
+        if drive is None:
+            if props.get("format", "raw") not in allow.DISK_FORMATS:
+                raise refuse(f"disk format {props['format'][:60]}")
+            return disk
+        what = f"disk {disk['id'] or drive.label}"
+        medium = drive.medium
+        if medium is None:
+            if not drive.is_removable:
+                raise IncompatibleError(f"{what} is not there any more", hint=_MOVED)
+            props.pop("format", None)
+            return disk | {"empty": True, "props": props}
+        if medium.format not in allow.DISK_FORMATS:
+            raise refuse(f"{what}: its format {medium.format[:60]}")
+        if not drive.is_removable:
+            self.changes += self._changes(what, file, props.get("format"), medium)
+        props["format"] = medium.format
+        is_read_only = is_on(props.get("readonly", "off"), "readonly")
+        if props.get("media") != "cdrom" and is_read_only != medium.is_read_only:
+            props["readonly"] = "on" if medium.is_read_only else "off"
+        return disk | {"empty": False, "size_bytes": medium.size_bytes, "props": props}
+
+    def _changes(self, what: str, file: str, wanted: str | None, medium: Medium) -> list[str]:
+        """Say how the image in a drive differs from that of the command line."""
+        then = local_path(file, self._facts.directory)
+        now = local_path(medium.file, self._facts.directory)
+        if then != now and (then is None or now is None or identity_of(then) != identity_of(now)):
+            return [
+                f"{what}: QEMU writes to {now or 'an image of a network'}, its command line has"
+                f" {then or 'an image of a network'}"
+            ]
+        if not medium.is_there:
+            return [f"{what}: {now} is no longer the file that QEMU has open"]
+        if wanted not in (None, medium.format):
+            return [f"{what}: it is {medium.format} now, its command line has {wanted}"]
+        return []
 
     def _node(self, name: str) -> dict[str, Any]:
         pairs = self._nodes[name]
@@ -259,10 +329,44 @@ class Parts:
             raise IncompatibleError(f"blockdev {name}: its file '{below[:60]}' is not there")
         props = {key: pairs[key] for key in sorted(_NODE_PROPS & pairs.keys())}
         props["format"] = "raw" if driver in _PROTOCOLS else driver
-        if pairs.get("read-only", "off") == "on":
+        if is_on(pairs.get("read-only", "off"), "read-only"):
             props["readonly"] = "on"
-        disk = {"id": name, "if": "none", "empty": False, "props": props}
-        return disk | self._probe(disk, [name])
+        file = pairs.get("filename", pairs.get("file.filename", ""))
+        if below is not None:
+            file = self._nodes[below].get("filename", "")
+        disk = {"id": name, "if": "none", "empty": False, "size_bytes": 0, "props": props}
+        return self._present(disk, file, self._drive_of_node(name))
+
+    def _drive_of_node(self, name: str) -> Drive | None:
+        """Return the drive that -blockdev's node is in, or was in at the start.
+
+        By the node, and where another one, or none, is in it now, by its device.
+        """
+        if self._facts.drives is None:
+            return None
+        nameless = [each for each in self._facts.drives if not each.label]
+        for each in nameless:
+            if each.medium is not None and each.medium.node == name:
+                return each
+        device = self._device_of(name)
+        others = [each for each in nameless if each.device == device and not self._has_own(each)]
+        if len(others) != 1:
+            raise IncompatibleError(
+                f"disk {name}: what is in its drive now cannot be told",
+                hint="give each device of QEMU's command line an id",
+            )
+        return others[0]
+
+    def _has_own(self, drive: Drive) -> bool:
+        """Say whether a drive still has a node of the command line's devices."""
+        return drive.medium is not None and drive.medium.node in self._used("drive")
+
+
+def _number(pairs: dict[str, str], key: str) -> int:
+    value = pairs.get(key, "0")
+    if not value.isdecimal():
+        raise refuse(f"drive property {key}={value[:20]}")
+    return int(value)
 
 
 def check_references(devices: list[dict[str, Any]], known: dict[str, set[str]]) -> None:

@@ -1,26 +1,20 @@
 """What only QMP knows of a running QEMU, and what must hold before a move.
 
 argv says what was asked for; this is what came of it: the machine version
-behind an alias, the accelerator of a list, the format of a probed image, a
-device that was plugged in later.
+behind an alias, the accelerator of a list, and what is in each drive now
+(graph.py).  Whether its devices are still those of argv: plugged.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from bhystream.backend.qemu import graph
+from bhystream.backend.qemu.graph import Drive
+from bhystream.backend.qemu.process import working_directory
 from bhystream.backend.qemu.qmp import CommandError, Qmp
 from bhystream.errors import GuestError, IncompatibleError
-
-
-@dataclass(frozen=True)
-class Disk:
-    """One block device: its image format and its size as the guest sees it."""
-
-    format: str
-    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -28,37 +22,30 @@ class Facts:
     """Of one QEMU.  An empty field is unknown, and argv alone decides.
 
     machine: the pinned type, "pc-q35-7.2".  aliases: {"q35": "pc-q35-7.2"}.
-    disks: by drive id or node name.
+    drives: what is in each now; None where nobody was asked.  directory: the
+    one that its relative paths are in.
     """
 
     arch: str = "x86_64"
     machine: str = ""
     accel: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    disks: Mapping[str, Disk] = field(default_factory=dict)
-
-
-def _disk(inserted: Mapping[str, Any]) -> Disk:
-    image = inserted.get("image", {})
-    return Disk(str(inserted.get("drv", "")), int(image.get("virtual-size", 0)))
+    drives: tuple[Drive, ...] | None = None
+    directory: str = ""
 
 
 def gather(qmp: Qmp) -> Facts:
     """Ask a QEMU for its facts.  Raises GuestError."""
     doing = "examine"
-    disks: dict[str, Disk] = {}
-    for node in qmp.execute("query-named-block-nodes", {"flat": True}, doing=doing):
-        disks[str(node.get("node-name", ""))] = _disk(node)
-    for device in qmp.execute("query-block", doing=doing):
-        if device.get("inserted") and device.get("device"):
-            disks[str(device["device"])] = _disk(device["inserted"])
+    directory = working_directory(qmp.pid)
     machine = qmp.execute("qom-get", {"path": "/machine", "property": "type"}, doing=doing)
     kvm = qmp.execute("query-kvm", doing=doing)
     return Facts(
         arch=str(qmp.execute("query-target", doing=doing)["arch"]),
         machine=str(machine).removesuffix("-machine"),
         accel="kvm" if kvm["enabled"] else "tcg",
-        disks=disks,
+        drives=graph.drives(qmp, directory),
+        directory=directory,
     )
 
 
@@ -111,39 +98,6 @@ def memory_backend(qmp: Qmp) -> Backend:
     if offset:
         raise IncompatibleError(f"{qmp.who}: memory backend {ident} has offset={offset}", hint=CURE)
     return Backend(ident, size_bytes)
-
-
-def check_plugged(qmp: Qmp, config: Mapping[str, Any]) -> None:
-    """Refuse devices that were plugged or unplugged after the start.
-
-    argv no longer describes such a guest, and QEMU would load its state into
-    other hardware without complaint.  Source: qemu/qemu softmmu/qdev-monitor.c:
-    -device with an id lives below /machine/peripheral, without below
-    /machine/peripheral-anon.
-    """
-    doing = "examine devices"
-    named = {d["props"]["id"] for d in config["devices"] if "id" in d["props"]}
-    here = {
-        str(item["name"])
-        for item in qmp.execute("qom-list", {"path": "/machine/peripheral"}, doing=doing)
-        if str(item["type"]).startswith("child<")
-    }
-    for word, idents in (("plugged in", here - named), ("unplugged", named - here)):
-        if idents:
-            raise IncompatibleError(f"{qmp.who}: device {min(idents)} was {word} after the start")
-    anonymous = sum("id" not in d["props"] for d in config["devices"])
-    anonymous += sum(d["if"] == "virtio" for d in config["disks"])
-    found = [
-        item
-        for item in qmp.execute("qom-list", {"path": "/machine/peripheral-anon"}, doing=doing)
-        if str(item["type"]).startswith("child<")
-    ]
-    if len(found) != anonymous:
-        raise IncompatibleError(
-            f"{qmp.who}: devices without an id were plugged or unplugged after the start"
-        )
-    if len(qmp.execute("query-cpus-fast", doing=doing)) != config["smp"]["cpus"]:
-        raise IncompatibleError(f"{qmp.who}: vCPUs were plugged in after the start")
 
 
 def status(qmp: Qmp) -> str:

@@ -2,6 +2,7 @@
 
 a,b=c,,d     first word without "=" is the implied key; ",," is a comma
 {"a": ...}   JSON, for -device, -object, -netdev and -blockdev
+nbd:host:1   a file name that begins with a protocol
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from collections.abc import Iterator
 from bhystream.errors import IncompatibleError
 
 _SIZE = re.compile(r"(\d{1,20})([bBkKmMgGtT]?)")
+_PROTOCOL = re.compile(r"([^:/]+):")
+_TRUE = ("on", "yes", "true", "y")
+_FALSE = ("off", "no", "false", "n")
 _SHIFT = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
 
@@ -84,6 +88,22 @@ def parse_size(text: str, unit_bytes: int) -> int:
         raise IncompatibleError(f"cannot read the size '{text}'")
     suffix = found[2].lower()
     return int(found[1]) * (1 << _SHIFT[suffix] if suffix else unit_bytes)
+
+
+def protocol_of(name: str) -> str:
+    """Return "nbd" of "nbd:unix:/run/x", "" of a path.
+
+    Source: qemu/qemu block.c, path_has_protocol(): a colon before any slash.
+    """
+    found = _PROTOCOL.match(name)
+    return found[1] if found else ""
+
+
+def is_on(value: str, what: str) -> bool:
+    """Read the truth value of `what`.  Source: qemu/qemu qapi/qapi-util.c, qapi_bool_parse()."""
+    if value in _TRUE or value in _FALSE:
+        return value in _TRUE
+    raise IncompatibleError(f"{what}: '{value[:20]}' is neither on nor off")
 
 
 def escape(value: str) -> str:

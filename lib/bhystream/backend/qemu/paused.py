@@ -22,6 +22,7 @@ from bhystream.backend.base import Json, State
 from bhystream.backend.process import Identity, await_end, end_process, identify, is_alive
 from bhystream.backend.qemu import migration
 from bhystream.backend.qemu.facts import status
+from bhystream.backend.qemu.graph import refuse_jobs
 from bhystream.backend.qemu.qmp import ConnectionLostError, Qmp
 from bhystream.errors import GoneError, GuestError, TakenError
 
@@ -127,6 +128,8 @@ class QemuPaused:
                 f"{self._who}: somebody let it run while it stood paused: it is '{now}'",
                 "what was sent is no longer this guest; keep other monitors away from it",
             )
+        with self._ending():
+            refuse_jobs(self._connect())
 
     def resume(self) -> None:
         """Let it run; a guest that runs already is left alone."""

@@ -1,6 +1,8 @@
-"""What a QEMU process was started with."""
+"""What a QEMU process was started with, and where."""
 
 from __future__ import annotations
+
+import os
 
 from bhystream.errors import AccessError, GuestError
 
@@ -14,3 +16,12 @@ def read_argv(pid: int) -> list[str]:
         kind = AccessError if isinstance(error, PermissionError) else GuestError
         raise kind(f"cannot read the arguments of process {pid}: {error.strerror}") from None
     return [word.decode("utf-8", "surrogateescape") for word in raw.split(b"\0")[:-1]]
+
+
+def working_directory(pid: int) -> str:
+    """Return the directory that a process's relative paths are in, as itself sees it."""
+    try:
+        return os.readlink(f"/proc/{pid}/cwd")
+    except OSError as error:
+        kind = AccessError if isinstance(error, PermissionError) else GuestError
+        raise kind(f"cannot read the directory of process {pid}: {error.strerror}") from None

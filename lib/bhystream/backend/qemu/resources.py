@@ -2,7 +2,8 @@
 
     mem=PATH        the memory file, or a directory for it  (default: /dev/shm)
     qmp=PATH        the QMP socket
-    disk0=PATH      an image file, a block device, or a URL that QEMU knows
+    disk0=PATH      an image file or a block device
+    disk0=NAME      what QEMU opens by a protocol: nbd:HOST:PORT, rbd:POOL/IMAGE, https://...
     net0=tap:IFNAME | user | none
     serial0=PATH | unix:PATH | null                          (default: null)
     kernel=PATH  initrd=PATH  bios=PATH
@@ -22,13 +23,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bhystream.backend.files import Lent, identity_of
+from bhystream.backend.qemu.options import protocol_of
 from bhystream.errors import UsageError
 
 _KEY = re.compile(r"(disk|net|serial)(0|[1-9]\d{0,2})")
 _PLAIN = ("mem", "qmp", "kernel", "initrd", "bios", "template")
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+_BOOT = ("kernel", "initrd", "bios")
 _NET = re.compile(r"tap:[A-Za-z0-9._-]{1,15}|user|none")
 _QCOW2_MAGIC = b"QFI\xfb"
+# Where the size is, big-endian.  Source: qemu/qemu docs/interop/qcow2.txt.
+_QCOW2_SIZE = slice(24, 32)
+_SECTOR_BYTES = 512
+# Protocols of QEMU's for a file, and for what is no disk: a directory, or nothing.
+_FILES = ("file", "host_device", "host_cdrom")
+_NO_DISKS = ("fat", "vvfat", "null-co", "null-aio")
+_NBD_SOCKET = re.compile(r"(nbd:unix:)([^:]+)(.*)", re.DOTALL)
+_URL_SOCKET = re.compile(r"[^?]*\?(?:.*&)?socket=([^&]*)")
+_NULL = "/dev/null"
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Resources:
                 raise UsageError(f"-o {key}=: a value is missing")
             if kind == "net" and not _NET.fullmatch(value):
                 raise UsageError(f"-o {key}={value}: say tap:IFNAME, user or none")
-            values[key] = _absolute(kind, value)
+            values[key] = _absolute(key, kind, value)
         return cls(values)
 
     def get(self, key: str) -> str | None:
@@ -83,33 +95,63 @@ class Resources:
             out += self._net(net, config["devices"])
         for port in config["serials"]:
             out += self._serial(port["key"])
-        for key in ("kernel", "initrd", "bios"):
+        for key in _BOOT:
             if config[key]:
                 out += self._file(key)
-        wanted = {item["key"] for t in ("disks", "nets", "serials") for item in config[t]}
+        return out + self._unwanted(config) + self._twice(config)
+
+    def _unwanted(self, config: Mapping[str, Any]) -> list[str]:
+        """Name the keys that the guest has no use for."""
+        wanted = _wanted(config)
+        empty = {disk["key"] for disk in config["disks"] if disk["empty"]}
+        out = []
         for key in self.values:
-            if _KEY.fullmatch(key) and key not in wanted:
+            if key in empty:
+                out.append(f"{key}: the drive is empty at the source; remove -o {key}=")
+            elif _KEY.fullmatch(key) and key not in wanted:
                 out.append(f"{key}: the guest has none; remove -o {key}=")
-            elif key in ("kernel", "initrd", "bios") and not config[key]:
+            elif key in _BOOT and key not in wanted:
                 out.append(f"{key}: the guest was started without one; remove -o {key}=")
         return out
 
-    def _file(self, key: str, mode: int = os.R_OK) -> list[str]:
+    def _twice(self, config: Mapping[str, Any]) -> list[str]:
+        """Name what is lent twice and written, under whatever names."""
+        read_only = {disk["key"] for disk in config["disks"] if _is_read_only(disk)}
+        lent, out = Lent(), []
+        for key in sorted((_wanted(config) | {"mem", "qmp"}) & self.values.keys()):
+            value = self.values[key]
+            text = value.removeprefix("unix:")
+            if value in ("user", "none", "null") or text == _NULL:
+                continue
+            if key == "mem" and os.path.isdir(text):
+                continue
+            what = identity_of(text) if text.startswith("/") else text
+            is_written = key not in _BOOT and key not in read_only
+            if before := lent.again(key, [what], is_written=is_written):
+                out.append(f"{key}: {_shown(value)}: it is lent as {before} too")
+        return out
+
+    def _file(self, key: str, mode: int = os.R_OK, *, is_disk: bool = False) -> list[str]:
         path = self.values.get(key)
         if path is None:
             return [f"{key}: missing; say -o {key}=PATH"]
-        if not os.path.exists(path):
-            return [f"{key}: {path} does not exist"]
+        try:
+            kind = os.stat(path).st_mode
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError)
+            return [f"{key}: {path} does not exist" if gone else f"{key}: {path}: {error.strerror}"]
+        if not (stat.S_ISREG(kind) or (is_disk and stat.S_ISBLK(kind))):
+            return [f"{key}: {path} is not a file" + (" and not a block device" * is_disk)]
         if not os.access(path, mode):
             return [f"{key}: {path}: permission denied"]
         return []
 
     def _disk(self, disk: Mapping[str, Any]) -> list[str]:
         key, path = disk["key"], self.values.get(disk["key"])
-        if path is not None and _URL.match(path):
-            return []  # QEMU's to open; it says so at start
-        read_only = disk["props"].get("readonly") == "on" or disk["props"].get("media") == "cdrom"
-        out = self._file(key, os.R_OK if read_only else os.R_OK | os.W_OK)
+        if path is not None and not path.startswith("/"):
+            return []  # QEMU's to open; what it finds is compared when it has
+        mode = os.R_OK if _is_read_only(disk) else os.R_OK | os.W_OK
+        out = self._file(key, mode, is_disk=True)
         if out or path is None:
             if disk["size_bytes"]:
                 out = [f"{line} ({disk['size_bytes']} bytes)" for line in out]
@@ -119,19 +161,18 @@ class Resources:
         return self._image(disk, path)
 
     def _image(self, disk: Mapping[str, Any], path: str) -> list[str]:
-        """Compare an image file with what the source had: kind, format, size."""
+        """Compare an image file with what the source had: format, and size as the guest sees it."""
         key, wanted = disk["key"], disk["size_bytes"]
-        mode = os.stat(path).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            return [f"{key}: {path} is not a file and not a block device"]
         with open(path, "rb", buffering=0) as file:
-            is_qcow2 = file.read(4) == _QCOW2_MAGIC
-            size_bytes = file.seek(0, os.SEEK_END)
-        is_raw = disk["props"]["format"] == "raw"
-        if is_raw == is_qcow2:
+            header = file.read(_QCOW2_SIZE.stop)
+            size_bytes = -(-file.seek(0, os.SEEK_END) // _SECTOR_BYTES) * _SECTOR_BYTES
+        is_qcow2 = header.startswith(_QCOW2_MAGIC)
+        if (disk["props"]["format"] == "raw") == is_qcow2:
             here = "qcow2" if is_qcow2 else "raw"
             return [f"{key}: {path} is {here}, the source's is {disk['props']['format']}"]
-        if is_raw and wanted and size_bytes != wanted:
+        if is_qcow2:
+            size_bytes = int.from_bytes(header[_QCOW2_SIZE], "big")
+        if wanted and size_bytes != wanted:
             return [f"{key}: {path} has {size_bytes} bytes, the source's has {wanted}"]
         return []
 
@@ -156,18 +197,65 @@ class Resources:
         return []
 
     def _serial(self, key: str) -> list[str]:
-        value = self.values.get(key, "null").removeprefix("unix:")
-        if value != "null" and not os.access(os.path.dirname(value), os.W_OK):
-            return [f"{key}: cannot write to {os.path.dirname(value)}"]
+        value = self.values.get(key, "null")
+        if value == "null":
+            return []
+        path = value.removeprefix("unix:")
+        try:
+            kind = os.stat(path).st_mode
+        except FileNotFoundError:
+            if os.access(os.path.dirname(path), os.W_OK):
+                return []
+            return [f"{key}: cannot write to {os.path.dirname(path)}"]
+        except OSError as error:
+            return [f"{key}: {path}: {error.strerror}"]
+        # QEMU removes whatever lies where it is to listen.
+        if value != path and not stat.S_ISSOCK(kind):
+            return [f"{key}: {path} exists and is not a socket"]
+        if value == path and not (stat.S_ISREG(kind) or stat.S_ISCHR(kind)):
+            return [f"{key}: {path} is not a file and not a terminal"]
         return []
 
 
-def _absolute(kind: str, value: str) -> str:
+def _wanted(config: Mapping[str, Any]) -> set[str]:
+    """Return the keys that a guest has a use for."""
+    wanted = {item["key"] for t in ("disks", "nets", "serials") for item in config[t]}
+    return wanted | {key for key in _BOOT if config[key]}
+
+
+def _is_read_only(disk: Mapping[str, Any]) -> bool:
+    props: Mapping[str, str] = disk["props"]
+    return props.get("readonly") == "on" or props.get("media") == "cdrom"
+
+
+def _shown(value: str) -> str:
+    """Return a value for a message: of a name with a protocol, which may hold a password, that."""
+    return value if value.startswith(("/", "tap:")) else f"{protocol_of(value)}:..."
+
+
+def _absolute(key: str, kind: str, value: str) -> str:
     """Make paths absolute: QEMU is started in another directory."""
     if kind == "net" or (kind == "serial" and value == "null"):
         return value
-    if kind == "disk" and _URL.match(value):
-        return value
+    if kind == "disk":
+        return _absolute_disk(key, value)
     if kind == "serial" and value.startswith("unix:"):
         return "unix:" + os.path.abspath(value[5:])
     return os.path.abspath(value)
+
+
+def _absolute_disk(key: str, value: str) -> str:
+    """Return a path absolute, a name with a protocol as it is, but for a socket in it."""
+    protocol = protocol_of(value)
+    if protocol in _FILES:
+        return os.path.abspath(value[len(protocol) + 1 :])
+    if not protocol or os.path.lexists(value):
+        return os.path.abspath(value)
+    if protocol in _NO_DISKS:
+        raise UsageError(f"-o {key}={protocol}:...: that is no disk of a guest")
+    if nbd := _NBD_SOCKET.fullmatch(value):
+        return nbd[1] + os.path.abspath(nbd[2]) + nbd[3]
+    url = _URL_SOCKET.match(value)
+    if url and not url[1].startswith(("/", "%2f", "%2F")):
+        raise UsageError(f"-o {key}={_shown(value)}: the path of its socket is not absolute")
+    return value

@@ -185,6 +185,7 @@ class QemuSink:
             else:
                 self._qmp = self._empty.start_built()
                 self._ram_fd = self._empty.take_ram()
+            self._require_disks(self._qmp)
         qmp = self._connected()
         if self._ram_fd < 0:
             self._ram_fd = ram.open_ram(qmp.pid, size_bytes, os.O_RDWR)
@@ -195,6 +196,12 @@ class QemuSink:
             hole.punch(self._ram_fd, 0, size_bytes)
         self._prepare(qmp)
         return [FileTarget(self._ram_fd, 0)]
+
+    def _require_disks(self, qmp: Qmp) -> None:
+        """Refuse a QEMU that has opened other disks than the source's, by what it says of them."""
+        differences = verdict.disk_differences(qmp, self._known())
+        if differences and not self._force:
+            raise IncompatibleError(f"guest {self.name}: {'; '.join(differences)}")
 
     def _prepare(self, qmp: Qmp) -> None:
         """Set what the load needs, before the source pauses.

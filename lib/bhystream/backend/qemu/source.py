@@ -25,10 +25,12 @@ from typing import Any
 
 from bhystream.backend.base import PAGE_BYTES, Head, Json, Prepared, Segment, State
 from bhystream.backend.process import identify
-from bhystream.backend.qemu import facts, host, migration, ram
+from bhystream.backend.qemu import facts, graph, host, migration, ram
+from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.config import reduce_argv
 from bhystream.backend.qemu.paused import QemuPaused
-from bhystream.backend.qemu.process import read_argv
+from bhystream.backend.qemu.plugged import check_plugged
+from bhystream.backend.qemu.process import read_argv, working_directory
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.state import take_state
 from bhystream.errors import GuestError
@@ -41,8 +43,12 @@ FIXED_NS = 25_000_000
 class QemuSource:
     """A running guest, named by the path of its QMP socket."""
 
-    def __init__(self, qmp_path: str) -> None:
-        """Open the guest.  Raises GuestError, IncompatibleError or AccessError."""
+    def __init__(self, qmp_path: str, *, force: bool = False) -> None:
+        """Open the guest.  Raises GuestError, IncompatibleError or AccessError.
+
+        force: also one that writes to another image than its command line names.
+        """
+        self._force = force
         self._mapping: mmap.mmap | None = None
         self._views: list[memoryview] = []
         self._ram_fd = -1
@@ -70,14 +76,37 @@ class QemuSource:
             "parameters": {"max-bandwidth": int(parameters["max-bandwidth"])},
         }
         backend = facts.memory_backend(qmp)
-        self._config = reduce_argv(read_argv(qmp.pid)[1:], facts.gather(qmp), fallback)
-        facts.check_plugged(qmp, self._config)
+        self._fallback = fallback
+        self._argv = read_argv(qmp.pid)[1:]
+        self._changes: list[str] = []
+        self._config, self._drives = self._describe(self._changes)
         qmp.who = f"guest {self._config['name']}"
         self._layout = (Segment(backend.ident, None, backend.size_bytes // PAGE_BYTES),)
         self._size_bytes = backend.size_bytes
         self._ram_fd = ram.open_ram(qmp.pid, backend.size_bytes, os.O_RDONLY)
         self._mapping = mmap.mmap(self._ram_fd, backend.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
         self._views = [memoryview(self._mapping)]
+
+    def _describe(
+        self, changes: list[str] | None
+    ) -> tuple[dict[str, Any], tuple[graph.Drive, ...] | None]:
+        """Return the configuration as it is now, and what is in its drives.
+
+        changes: as of reduce_argv(), where they are no reason to refuse.
+        """
+        graph.refuse_jobs(self._qmp)
+        found = facts.gather(self._qmp)
+        config = reduce_argv(self._argv, found, self._fallback, changes if self._force else None)
+        check_plugged(self._qmp, config)
+        return config, found.drives
+
+    def _require_quiet(self) -> None:
+        """Refuse a paused guest whose disks are not what they were just before."""
+        graph.refuse_jobs(self._qmp)
+        if graph.drives(self._qmp, working_directory(self._qmp.pid)) != self._drives:
+            raise GuestError(
+                f"{self._qmp.who}: its disks were changed as it was paused", hint="send it again"
+            )
 
     @property
     def name(self) -> str:
@@ -106,8 +135,8 @@ class QemuSource:
         return [f"{key}=" for key in keys]
 
     def warnings(self) -> Sequence[str]:
-        """Return nothing: what QEMU cannot move is refused."""
-        return ()
+        """Return which image the destination has to lend, where argv names another."""
+        return [f"{change}; lend it the former" for change in self._changes]
 
     def prepare(self, id_: str) -> Prepared:
         """Return the record; what the pause needs is set in it, in a millisecond."""
@@ -125,6 +154,17 @@ class QemuSource:
         """Return None: QEMU's dirty log is its own."""
         return None
 
+    def require_described(self) -> None:
+        """Ask for devices, disks and jobs again: they may change while the guest is sent."""
+        config, drives = self._describe([])
+        if config != self._config or drives != self._drives:
+            lines = compare(self._config, config)
+            raise GuestError(
+                f"{self._qmp.who}: its devices or disks were changed while it was sent"
+                + (f": {lines[0]}" if lines else ""),
+                hint="send it again",
+            )
+
     def fixed_ns(self) -> int:
         """Return what stop, state, load and cont take together."""
         return FIXED_NS
@@ -140,6 +180,7 @@ class QemuSource:
             state = facts.status(qmp)
             if state != "paused":
                 raise GuestError(f"{qmp.who}: cannot pause: it is '{state}'")
+            self._require_quiet()
             data = take_state(qmp, self._identity)
         except BaseException:
             with contextlib.suppress(GuestError):

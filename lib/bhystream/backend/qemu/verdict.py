@@ -14,10 +14,11 @@ from itertools import pairwise
 from typing import Any
 
 from bhystream.backend.base import PAGE_BYTES, Head
-from bhystream.backend.qemu import facts, host, migration
+from bhystream.backend.qemu import facts, graph, host, migration
 from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.config import reduce_argv
 from bhystream.backend.qemu.options import as_dict, split_keyval
+from bhystream.backend.qemu.plugged import check_plugged
 from bhystream.backend.qemu.process import read_argv
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.resources import Resources
@@ -134,14 +135,29 @@ def waiting_reasons(qmp: Qmp, config: dict[str, Any]) -> tuple[list[str], list[s
         if not waits_deferred(argv):
             return [f"qmp: {qmp.path} was not started with -incoming defer"], []
         migration.refuse_unusual(qmp, migration.capabilities(qmp))
-        here = reduce_argv(argv, facts.gather(qmp), config["name"])
+        here = described(qmp, config["name"])
         backend = facts.memory_backend(qmp)
-        facts.check_plugged(qmp, here)
+        check_plugged(qmp, here)
+        graph.refuse_jobs(qmp)
     except BhyError as error:
         return [f"qmp: {error}"], []
     if (backend.ident, backend.size_bytes) != tuple(config["memory"].values()):
         return compare(config, here), []
     return [], compare(config, here)
+
+
+def described(qmp: Qmp, name: str) -> dict[str, Any]:
+    """Return the configuration of a QEMU that waits.  name: of its guest."""
+    return reduce_argv(read_argv(qmp.pid)[1:], facts.gather(qmp), name)
+
+
+def disk_differences(qmp: Qmp, config: dict[str, Any]) -> list[str]:
+    """Say how the disks that a QEMU has opened differ from the stream's, one line each.
+
+    Only QEMU knows what it has found behind a name that is no path.
+    """
+    lines = compare(config, described(qmp, config["name"]))
+    return [line for line in lines if line.startswith("disk")]
 
 
 def waits_deferred(argv: list[str]) -> bool:

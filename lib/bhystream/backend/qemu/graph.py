@@ -1,0 +1,183 @@
+"""The block graph of a running QEMU: what is in each drive now, and who else works on it.
+
+argv tells the start.  Since then a snapshot or a mirror may have put another
+image under a disk, a tray may have been emptied or filled, and a job may copy
+from a disk or into it.  Such a job does not end with the pause: it goes on to
+write, and QEMU asserts and dies on it when the state is taken (seen with 7.2:
+bdrv_co_write_req_prepare(), BDRV_O_INACTIVE); where it does not, what it was
+for is lost without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bhystream.backend.files import identity
+from bhystream.backend.qemu.options import protocol_of
+from bhystream.backend.qemu.qmp import Qmp
+from bhystream.errors import AccessError, GuestError
+
+# Over which an image format lies; as the top node they are raw.
+PROTOCOLS = frozenset({"file", "host_device", "host_cdrom", "nbd", "rbd", "iscsi", "ssh"})
+_LOCAL = ("file", "host_device", "host_cdrom")
+# Names of descriptors that QEMU was handed (add-fd), and no paths.
+_FD_SETS = "/dev/fdset/"
+_ENDED = frozenset({"concluded", "null"})
+
+
+@dataclass(frozen=True)
+class Medium:
+    """An image in a drive.
+
+    node: its name in the graph.  format: "raw", "qcow2", or a filter's name.
+    size_bytes: as the guest sees it.  file: what QEMU has opened.  is_there:
+    False where the path of a local file now leads to another one, or to none.
+    """
+
+    node: str
+    format: str
+    size_bytes: int
+    is_read_only: bool
+    file: str
+    is_there: bool = True
+
+
+@dataclass(frozen=True)
+class Drive:
+    """One drive of the guest.
+
+    label: the id of -drive, or QEMU's own name of it; "" for one of -blockdev.
+    device: the id of the device that has it, "" for one without an id.
+    medium: None where it is empty.
+    """
+
+    label: str
+    device: str
+    is_removable: bool
+    medium: Medium | None
+
+
+def drives(qmp: Qmp, directory: str) -> tuple[Drive, ...]:
+    """Return what is in each drive now.  Source: query-block.  Raises GuestError.
+
+    directory: QEMU's own.
+    """
+    opened = _open_files(qmp.pid)
+
+    def medium(inserted: Mapping[str, Any] | None) -> Medium | None:
+        found = _medium(inserted)
+        if found is None or _is_open(found.file, directory, qmp.pid, opened):
+            return found
+        return replace(found, is_there=False)
+
+    return tuple(
+        Drive(
+            str(each.get("device", "")),
+            _device_id(str(each.get("qdev", ""))),
+            bool(each.get("removable")),
+            medium(each.get("inserted")),
+        )
+        for each in qmp.execute("query-block", doing="examine the disks")
+    )
+
+
+def _device_id(qdev: str) -> str:
+    """Return the id in "vd0" or "/machine/peripheral/vd0/virtio-backend"."""
+    parts = qdev.split("/")
+    if len(parts) == 1:
+        return qdev
+    return parts[3] if parts[2:3] == ["peripheral"] else ""
+
+
+def _medium(inserted: Mapping[str, Any] | None) -> Medium | None:
+    if not inserted:
+        return None
+    driver = str(inserted.get("drv", ""))
+    return Medium(
+        str(inserted.get("node-name", "")),
+        "raw" if driver in PROTOCOLS else driver,
+        int(inserted.get("image", {}).get("virtual-size", 0)),
+        bool(inserted.get("ro")),
+        file_of(str(inserted.get("file", ""))),
+    )
+
+
+def file_of(name: str) -> str:
+    """Return the innermost file name of a "json:{...}", any other name as it is."""
+    if not name.startswith("json:"):
+        return name
+    try:
+        node = json.loads(name[len("json:") :])
+        while isinstance(node.get("file"), dict):
+            node = node["file"]
+        return str(node.get("filename", name))
+    except (ValueError, AttributeError):
+        return name
+
+
+def local_path(name: str, directory: str) -> str | None:
+    """Return the absolute path of a file name of QEMU's; None for what is no local file.
+
+    directory: the working directory of the QEMU that was given it.
+    """
+    name = file_of(name)
+    protocol = protocol_of(name)
+    if protocol in _LOCAL:
+        name = name[len(protocol) + 1 :]
+    elif protocol:
+        return None
+    return os.path.normpath(os.path.join(directory, name))
+
+
+def refuse_jobs(qmp: Qmp) -> None:
+    """Refuse a guest on whose disks a job works, or another program.
+
+    One that has ended and only waits to be dismissed works no more.  Raises GuestError.
+    """
+    for job in qmp.execute("query-jobs", doing="examine the jobs"):
+        if job.get("status") not in _ENDED:
+            name = str(job.get("id", ""))
+            raise GuestError(
+                f"{qmp.who}: the job '{name}' ({job.get('type')}, {job.get('status')}) works on"
+                " its disks: QEMU may die of it in the pause, and it does not move along",
+                hint=f"wait for its end, or end it (QMP: job-complete or job-cancel, id {name})",
+            )
+    for export in qmp.execute("query-block-exports", doing="examine the exports"):
+        name = str(export.get("id", ""))
+        raise GuestError(
+            f"{qmp.who}: the {export.get('type')} export '{name}' gives one of its disks to"
+            " another program, and does not move along",
+            hint=f"end it first (QMP: block-export-del, id {name})",
+        )
+
+
+def _open_files(pid: int) -> frozenset[str]:
+    """Return the identities of all files that a process has open.  Raises AccessError."""
+    found = set()
+    directory = f"/proc/{pid}/fd"
+    try:
+        names = os.listdir(directory)
+    except OSError as error:
+        kind = AccessError if isinstance(error, PermissionError) else GuestError
+        raise kind(f"cannot see the files of process {pid}: {error.strerror}") from None
+    for name in names:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            found.add(identity(os.stat(os.path.join(directory, name))))
+    return frozenset(found)
+
+
+def _is_open(file: str, directory: str, pid: int, opened: frozenset[str]) -> bool:
+    """Say whether a name leads to a file that QEMU has open; True of what is no path."""
+    path = local_path(file, directory)
+    if path is None or path.startswith(_FD_SETS):
+        return True
+    try:
+        # As QEMU sees it, whatever its root and its mounts are.
+        return identity(os.stat(f"/proc/{pid}/root{path}")) in opened
+    except OSError:
+        return False

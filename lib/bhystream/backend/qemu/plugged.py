@@ -1,0 +1,107 @@
+"""Are the devices of a running QEMU still those of its argv?
+
+argv no longer describes a guest whose devices were plugged or unplugged since,
+and QEMU would load its state into other hardware without complaint.
+
+Source: qemu/qemu softmmu/qdev-monitor.c: -device with an id lives below
+/machine/peripheral, without below /machine/peripheral-anon.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from bhystream.backend.qemu.devices import driver_of
+from bhystream.backend.qemu.qmp import CommandError, Qmp
+from bhystream.errors import IncompatibleError
+
+_CURE = "restart QEMU with a command line that names the devices as they are now"
+# What a device that was exchanged for one of its kind is told by, where argv
+# names it; its drive is devices.py's to compare.
+_TOLD_BY = ("netdev", "chardev", "mac", "serial", "addr", "bus")
+
+
+def check_plugged(qmp: Qmp, config: Mapping[str, Any]) -> None:
+    """Refuse devices that were plugged, unplugged or exchanged after the start.
+
+    config: of the argv.  Raises IncompatibleError by name.
+    """
+    named = {d["props"]["id"]: d for d in config["devices"] if "id" in d["props"]}
+    here = dict(_children(qmp, "/machine/peripheral"))
+    for word, idents in (
+        ("plugged in", here.keys() - named.keys()),
+        ("unplugged", named.keys() - here.keys()),
+    ):
+        if idents:
+            raise _refuse(qmp, f"device {min(idents)} was {word} after the start")
+    for ident, device in sorted(named.items()):
+        if here[ident] != device["driver"]:
+            raise _refuse(
+                qmp,
+                f"device {ident} is a {here[ident]} now, not the {device['driver']} of the start",
+            )
+        _check_props(qmp, ident, device["props"])
+    anonymous = Counter(d["driver"] for d in config["devices"] if "id" not in d["props"])
+    anonymous[driver_of("virtio-blk")] += sum(d["if"] == "virtio" for d in config["disks"])
+    found = Counter(kind for _, kind in _children(qmp, "/machine/peripheral-anon"))
+    for word, kinds in (("plugged in", found - anonymous), ("unplugged", anonymous - found)):
+        if kinds:
+            raise _refuse(qmp, f"a {min(kinds)} without an id was {word} after the start")
+    if len(qmp.execute("query-cpus-fast", doing="examine the vCPUs")) != config["smp"]["cpus"]:
+        raise _refuse(qmp, "vCPUs were plugged in or unplugged after the start")
+
+
+def _refuse(qmp: Qmp, why: str) -> IncompatibleError:
+    return IncompatibleError(f"{qmp.who}: {why}", hint=_CURE)
+
+
+def _children(qmp: Qmp, path: str) -> list[tuple[str, str]]:
+    """Return (name, type) of each object right below a path of QOM."""
+    items = qmp.execute("qom-list", {"path": path}, doing="examine the devices")
+    return [
+        (str(item["name"]), str(item["type"])[len("child<") : -1])
+        for item in items
+        if str(item["type"]).startswith("child<")
+    ]
+
+
+def _check_props(qmp: Qmp, ident: str, props: Mapping[str, str]) -> None:
+    for key in _TOLD_BY:
+        if key not in props:
+            continue
+        now = _prop(qmp, ident, key)
+        if now is not None and _plain(key, now) != _plain(key, props[key]):
+            raise _refuse(
+                qmp,
+                f"device {ident} is another one than at the start:"
+                f" {key} was {props[key]}, is {now or 'nothing'}",
+            )
+
+
+def _prop(qmp: Qmp, ident: str, key: str) -> str | None:
+    """Return a property as text, None for one that cannot be asked."""
+    name = {"bus": "parent_bus", "addr": "legacy-addr"}.get(key, key)
+    try:
+        value = qmp.execute(
+            "qom-get",
+            {"path": f"/machine/peripheral/{ident}", "property": name},
+            doing="examine a device",
+        )
+    except CommandError:
+        return None
+    return str(value).rsplit("/", 1)[-1] if key == "bus" else str(value)
+
+
+def _plain(key: str, value: str) -> str:
+    """Return a property's value in one form of writing it."""
+    if key == "mac":
+        return value.lower().replace("-", ":")
+    if key == "addr":
+        slot, _, function = value.partition(".")
+        try:
+            return f"{int(slot, 16)}.{int(function or '0', 16)}"
+        except ValueError:
+            return value
+    return value

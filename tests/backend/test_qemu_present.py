@@ -1,0 +1,408 @@
+"""The command line tells the start of a QEMU, these tell the present: drives, jobs, devices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bhystream.backend.qemu import QemuSink, QemuSource, open_paused
+from bhystream.errors import GuestError, IncompatibleError
+
+from .qemu_rig import Rig, await_true, copy_memory, monitor, state_of
+
+pytestmark = pytest.mark.guest
+
+MIB = 1 << 20
+Ask = Callable[..., Any]
+
+
+def image(rig: Rig, name: str, kind: str = "raw", size: int = 8 * MIB, backing: str = "") -> str:
+    """Make a disk image, a raw one full of data, so that a job on it takes its time."""
+    path = rig.path(name)
+    if kind == "raw":
+        Path(path).write_bytes(os.urandom(MIB) * (size // MIB))
+        return path
+    sized = ["-b", backing, "-F", "raw", path] if backing else [path, str(size)]
+    subprocess.run(["qemu-img", "create", "-q", "-f", kind, *sized], check=True)
+    return path
+
+
+def disk(path: str, kind: str = "raw") -> tuple[str, ...]:
+    drive = f"if=none,id=d0,file={path},format={kind}"
+    return "-drive", drive, "-device", "virtio-blk-pci,drive=d0,id=vd0"
+
+
+def node(path: str, kind: str = "raw") -> tuple[str, ...]:
+    file = f"driver=file,filename={path},node-name=f0"
+    device = "virtio-blk-pci,drive=n0,id=vd0"
+    above = f"driver={kind},node-name=n0,file=f0"
+    return "-blockdev", file, "-blockdev", above, "-device", device
+
+
+def cdrom(path: str = "") -> tuple[str, ...]:
+    drive = "if=none,id=cd0,media=cdrom,readonly=on" + (f",format=raw,file={path}" if path else "")
+    return "-drive", drive, "-device", "ide-cd,drive=cd0,id=ide0"
+
+
+# ---- jobs
+
+
+def start_mirror(ask: Ask, rig: Rig) -> Any:
+    target = image(rig, "target")
+    return ask(
+        "drive-mirror", device="d0", target=target, format="raw", sync="full", mode="existing",
+        speed=1,
+    )  # fmt: skip
+
+
+def start_backup(ask: Ask, rig: Rig) -> Any:
+    target = image(rig, "target")
+    return ask(
+        "drive-backup", device="d0", target=target, format="raw", sync="full", mode="existing",
+        speed=1,
+    )  # fmt: skip
+
+
+def start_stream(ask: Ask, rig: Rig) -> Any:
+    return ask("block-stream", device="d0", speed=1)
+
+
+def start_commit(ask: Ask, rig: Rig) -> Any:
+    return ask("block-commit", device="d0", speed=1)
+
+
+@pytest.mark.parametrize("start", [start_mirror, start_backup, start_stream, start_commit])
+def test_a_job_on_a_disk_is_refused_by_name(rig: Rig, start: Callable[[Ask, Rig], Any]) -> None:
+    below = image(rig, "base")
+    path = rig.start("here", *disk(image(rig, "over", "qcow2", backing=below), "qcow2"))
+    with monitor(path) as ask:
+        if start is start_commit:  # nothing to commit is no job
+            ask("human-monitor-command", **{"command-line": 'qemu-io d0 "write 0 4M"'})
+        assert start(ask, rig) == {}
+    kind = start.__name__.removeprefix("start_")
+    with pytest.raises(GuestError, match=rf"guest here: the job 'd0' \({kind}, ") as caught:
+        QemuSource(path)
+    assert "id d0" in caught.value.hint
+    with monitor(path) as ask:
+        ask("block-job-cancel", device="d0", force=True)
+        await_true(lambda: ask("query-jobs") == [])
+    QemuSource(path).close()
+
+
+def test_a_job_that_has_ended_is_no_reason(rig: Rig) -> None:
+    path = rig.start("here")
+    with monitor(path) as ask:
+        options = {"driver": "file", "filename": rig.path("new"), "size": 512}
+        assert ask("blockdev-create", **{"job-id": "made", "options": options}) == {}
+        await_true(lambda: [job["status"] for job in ask("query-jobs")] == ["concluded"])
+    QemuSource(path).close()
+
+
+def export(ask: Ask, rig: Rig) -> None:
+    server = {"type": "unix", "data": {"path": rig.path("nbd")}}
+    assert ask("nbd-server-start", addr=server) == {}
+    [drive] = ask("query-block")
+    name = drive["inserted"]["node-name"]
+    assert ask("block-export-add", **{"type": "nbd", "id": "backup", "node-name": name}) == {}
+
+
+def test_a_disk_that_is_exported_is_refused_by_name(rig: Rig) -> None:
+    path = rig.start("here", *disk(image(rig, "base")))
+    with monitor(path) as ask:
+        export(ask, rig)
+    with pytest.raises(GuestError, match="the nbd export 'backup'") as caught:
+        QemuSource(path)
+    assert "block-export-del" in caught.value.hint
+
+
+@pytest.mark.parametrize("step", ["require_described", "pause"])
+def test_a_job_that_starts_while_the_guest_is_sent_is_refused(rig: Rig, step: str) -> None:
+    second = rig.path("second.qmp")
+    monitor_too = ("-qmp", f"unix:{second},server=on,wait=off")
+    path = rig.start("here", *disk(image(rig, "base")), *monitor_too)
+    source = QemuSource(path)
+    source.require_described()
+    with monitor(second) as ask:
+        assert start_mirror(ask, rig) == {}
+        with pytest.raises(GuestError, match="the job 'd0'"):
+            getattr(source, step)()
+        assert ask("query-status")["status"] == "running"
+    source.close()
+
+
+def test_an_export_in_the_pause_is_seen(rig: Rig) -> None:
+    second = rig.path("second.qmp")
+    monitor_too = ("-qmp", f"unix:{second},server=on,wait=off")
+    path = rig.start("here", *disk(image(rig, "base")), *monitor_too)
+    source = QemuSource(path)
+    paused = source.pause()
+    paused.require_paused()
+    with monitor(second) as ask:
+        export(ask, rig)
+        with pytest.raises(GuestError, match="the nbd export 'backup'"):
+            paused.require_paused()
+        paused.resume()
+        assert ask("query-status")["status"] == "running"
+    source.close()
+
+
+# ---- disks
+
+
+def snapshot(ask: Ask, rig: Rig) -> str:
+    over = rig.path("over.qcow2")
+    wanted = {"device": "d0", "snapshot-file": over, "format": "qcow2"}
+    assert ask("blockdev-snapshot-sync", **wanted) == {}
+    return over
+
+
+def snapshot_node(ask: Ask, rig: Rig) -> str:
+    over = image(rig, "over.qcow2", "qcow2")
+    file = {"driver": "file", "filename": over}
+    above = {"driver": "qcow2", "node-name": "n1", "file": file, "backing": None}
+    assert ask("blockdev-add", **above) == {}
+    assert ask("blockdev-snapshot", node="n0", overlay="n1") == {}
+    return over
+
+
+def mirrored(ask: Ask, rig: Rig) -> str:
+    target = image(rig, "target")
+    wanted = {"target": target, "format": "raw", "sync": "full", "mode": "existing"}
+    assert ask("drive-mirror", device="d0", **wanted) == {}
+    await_true(lambda: ask("query-block-jobs")[0]["ready"])
+    assert ask("block-job-complete", device="d0") == {}
+    await_true(lambda: ask("query-jobs") == [])
+    return target
+
+
+OTHERS = [
+    (disk, "raw", snapshot, "qcow2"),
+    (disk, "qcow2", snapshot, "qcow2"),
+    (node, "raw", snapshot_node, "qcow2"),
+    (node, "qcow2", snapshot_node, "qcow2"),
+    (disk, "raw", mirrored, "raw"),
+]
+
+
+@pytest.mark.parametrize(("option", "kind", "change", "kind_now"), OTHERS)
+def test_a_guest_that_writes_to_another_image_needs_force(
+    rig: Rig, option: Any, kind: str, change: Any, kind_now: str
+) -> None:
+    base = image(rig, "base", kind)
+    path = rig.start("here", *option(base, kind))
+    with monitor(path) as ask:
+        now = change(ask, rig)
+    text = f"disk (d|n)0: QEMU writes to {now}, its command line has {base}"
+    with pytest.raises(IncompatibleError, match=text) as caught:
+        QemuSource(path)
+    assert "-f sends" in caught.value.hint
+    source = QemuSource(path, force=True)
+    [found] = source.head().config["disks"]
+    assert found["props"]["format"] == kind_now
+    [warning] = source.warnings()
+    assert f"QEMU writes to {now}" in warning
+    source.close()
+
+
+def test_a_snapshot_that_was_committed_is_gone(rig: Rig) -> None:
+    path = rig.start("here", *disk(image(rig, "base")))
+    with monitor(path) as ask:
+        snapshot(ask, rig)
+        assert ask("block-commit", device="d0") == {}
+        await_true(lambda: ask("query-block-jobs")[0]["ready"])
+        assert ask("block-job-complete", device="d0") == {}
+        await_true(lambda: ask("query-jobs") == [])
+    source = QemuSource(path)
+    assert source.head().config["disks"][0]["props"]["format"] == "raw"
+    source.close()
+
+
+@pytest.mark.parametrize("change", [os.unlink, lambda path: os.replace(path + ".new", path)])
+def test_an_image_whose_path_leads_elsewhere_needs_force(rig: Rig, change: Any) -> None:
+    base = image(rig, "base")
+    image(rig, "base.new")
+    path = rig.start("here", *disk(base))
+    change(base)
+    with pytest.raises(IncompatibleError, match=f"{base} is no longer the file that QEMU has open"):
+        QemuSource(path)
+    QemuSource(path, force=True).close()
+
+
+def test_an_image_is_one_under_all_its_names(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = image(rig, "base")
+    os.symlink(base, rig.path("link"))
+    monkeypatch.chdir(rig.directory)
+    for name in ("link", "./link", "file:link"):
+        path = rig.start("here", *disk(name))
+        QemuSource(path).close()
+        rig.processes["here"].kill()
+        rig.processes["here"].wait()
+
+
+def test_a_disk_that_has_grown_is_told_with_its_size(rig: Rig) -> None:
+    path = rig.start("here", *disk(image(rig, "base", "qcow2"), "qcow2"))
+    with monitor(path) as ask:
+        assert ask("block_resize", device="d0", size=16 * MIB) == {}
+    source = QemuSource(path)
+    assert source.head().config["disks"][0]["size_bytes"] == 16 * MIB
+    source.close()
+
+
+@pytest.mark.parametrize("option", [disk, node])
+def test_what_changes_while_the_guest_is_sent_is_refused(rig: Rig, option: Any) -> None:
+    second = rig.path("second.qmp")
+    monitor_too = ("-qmp", f"unix:{second},server=on,wait=off")
+    path = rig.start("here", *option(image(rig, "base")), *cdrom(image(rig, "cd")), *monitor_too)
+    source = QemuSource(path, force=True)
+    with monitor(second) as ask:
+        ask("eject", id="ide0", force=True)
+        with pytest.raises(GuestError, match=r"changed while it was sent: disk\d: .* empty"):
+            source.require_described()
+        with pytest.raises(GuestError, match="changed as it was paused"):
+            source.pause()
+        assert ask("query-status")["status"] == "running"
+    source.close()
+
+
+# ---- trays
+
+
+def cd_of(source: QemuSource) -> dict[str, Any]:
+    [found] = source.head().config["disks"]
+    return dict(found)
+
+
+def test_an_ejected_cd_is_not_put_back(rig: Rig) -> None:
+    path = rig.start("here", *cdrom(image(rig, "cd")))
+    with monitor(path) as ask:
+        ask("eject", id="ide0", force=True)
+    source = QemuSource(path)
+    assert (cd_of(source)["empty"], source.resources()) == (True, [])
+    given = rig.sink("there", disk0=rig.path("cd"))
+    assert given.check(source.head()) == [
+        "disk0: the drive is empty at the source; remove -o disk0="
+    ]
+    sink = rig.sink("there")
+    assert sink.check(source.head()) == []
+    [destination] = sink.open(b"")
+    paused = source.pause()
+    copy_memory(source, destination)
+    sink.load(paused.states())
+    sink.start()
+    with monitor(str(rig.state_dir / "there.qmp")) as ask:
+        [tray] = ask("query-block")
+    assert tray["tray_open"] and "inserted" not in tray
+    open_paused(sink.record()).close()
+    source.close()
+
+
+@pytest.mark.parametrize("first", ["cd", ""])
+def test_a_cd_that_was_put_in_is_told(rig: Rig, first: str) -> None:
+    path = rig.start("here", *cdrom(image(rig, first) if first else ""))
+    other = image(rig, "other", size=2 * MIB)
+    with monitor(path) as ask:
+        assert ask("blockdev-change-medium", id="ide0", filename=other, format="raw") == {}
+    source = QemuSource(path)
+    found = cd_of(source)
+    assert (found["empty"], found["size_bytes"]) == (False, 2 * MIB)
+    assert source.resources() == ["disk0="]
+    [reason] = rig.sink("there", disk0=image(rig, "cd")).check(source.head())
+    assert reason.startswith("disk0: ") and str(2 * MIB) in reason
+    assert rig.sink("there", disk0=other).check(source.head()) == []
+    source.close()
+
+
+@pytest.mark.parametrize("ident", ["id=ide0", "bus=ide.0"])
+def test_a_tray_of_blockdev_is_told_too(rig: Rig, ident: str) -> None:
+    file = f"driver=file,filename={image(rig, 'cd')},node-name=f0,read-only=on"
+    above = "driver=raw,node-name=n0,file=f0,read-only=on"
+    device = f"ide-cd,drive=n0,{ident}"
+    path = rig.start("here", "-blockdev", file, "-blockdev", above, "-device", device)
+    QemuSource(path).close()
+    with monitor(path) as ask:
+        [drive] = ask("query-block")
+        ask("eject", id=drive["qdev"], force=True)
+    source = QemuSource(path)
+    assert cd_of(source)["empty"]
+    source.close()
+
+
+# ---- devices
+
+USB = ("-device", "qemu-xhci,id=x0")
+TABLET = (*USB, "-device", "usb-tablet,id=t0,serial=one")
+
+
+def exchange(ask: Ask, device: str, **new: str) -> None:
+    """Unplug a device, which USB does at once, and plug in another."""
+    assert ask("device_del", id=device) == {}
+    if new:
+        await_true(lambda: "error" not in ask("device_add", **new))
+
+
+@pytest.mark.parametrize(
+    ("extra", "device", "new", "named"),
+    [
+        (TABLET, "t0", {}, "device t0 was unplugged"),
+        (TABLET, "t0", {"driver": "usb-kbd", "id": "t1"}, "device t1 was plugged in"),
+        (TABLET, "t0", {"driver": "usb-kbd", "id": "t0"},
+         "device t0 is a usb-kbd now, not the usb-tablet of the start"),
+        (TABLET, "t0", {"driver": "usb-tablet", "id": "t0", "serial": "two"},
+         "device t0 is another one than at the start: serial was one, is two"),
+        ((*USB, "-device", "usb-tablet"), "/machine/peripheral-anon/device[0]", {},
+         "a usb-tablet without an id was unplugged"),
+        ((*USB, "-device", "usb-tablet"), "/machine/peripheral-anon/device[0]",
+         {"driver": "usb-kbd"}, "a usb-kbd without an id was plugged in"),
+    ],
+)  # fmt: skip
+def test_a_device_that_was_exchanged_is_refused_by_name(
+    rig: Rig, extra: tuple[str, ...], device: str, new: dict[str, str], named: str
+) -> None:
+    path = rig.start("here", *extra)
+    QemuSource(path).close()
+    with monitor(path) as ask:
+        exchange(ask, device, **new)
+    with pytest.raises(IncompatibleError, match=named) as caught:
+        QemuSource(path)
+    assert "restart QEMU" in caught.value.hint
+
+
+def test_a_stick_with_another_disk_is_refused_by_name(rig: Rig) -> None:
+    stick = ("-drive", f"if=none,id=d0,file={image(rig, 'base')},format=raw")
+    path = rig.start("here", *USB, *stick, "-device", "usb-storage,id=s0,drive=d0")
+    QemuSource(path).close()
+    with monitor(path) as ask:
+        file = {"driver": "file", "filename": image(rig, "other")}
+        assert ask("blockdev-add", **{"driver": "raw", "node-name": "n9", "file": file}) == {}
+        exchange(ask, "s0", driver="usb-storage", id="s0", drive="n9")
+    with pytest.raises(IncompatibleError, match="disk d0 is not where it was at the start"):
+        QemuSource(path)
+
+
+def test_what_argv_writes_otherwise_is_the_same_device(rig: Rig) -> None:
+    net = "virtio-net-pci,netdev=n0,id=net0,mac=52-54-00-AA-bb-01,addr=5.0,bus=pcie.0"
+    path = rig.start(
+        "here", "-netdev", "user,id=n0", "-device", net, "-device", "virtio-blk,drive=d0,addr=0x6",
+        "-drive", f"if=none,id=d0,file={image(rig, 'base')},format=raw", "-device", "ahci",
+        "-device", "virtio-rng,id=r0,addr=0x7.0x1", "-device", "pcie-root-port,id=rp0,chassis=1",
+        "-object", "rng-builtin,id=b0", "-device", "virtio-rng-pci,id=r1,bus=rp0,rng=b0",
+    )  # fmt: skip
+    QemuSource(path).close()
+
+
+def test_a_waiting_qemu_with_another_disk_is_refused(rig: Rig) -> None:
+    source = QemuSource(rig.start("here", *disk(image(rig, "base", "qcow2"), "qcow2")))
+    larger = image(rig, "larger", "qcow2", 16 * MIB)
+    waiting = rig.start("wait", "-S", "-incoming", "defer", *disk(larger, "qcow2"))
+    sink = QemuSink(waiting, {}, None, False, str(rig.state_dir))
+    assert sink.check(source.head()) == [
+        f"disk0.size_bytes: the stream says {8 * MIB}, here {16 * MIB}"
+    ]
+    sink.abort()
+    assert state_of(waiting) == "inmigrate"
+    source.close()
