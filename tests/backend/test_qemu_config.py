@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from bhystream.backend.qemu.command import build
 from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.config import reduce_argv
 from bhystream.backend.qemu.facts import Facts
-from bhystream.backend.qemu.graph import Drive, Medium
+from bhystream.backend.qemu.graph import Drive, Medium, file_of
 from bhystream.backend.qemu.options import parse_size, split_keyval
 from bhystream.backend.qemu.resources import Resources
 from bhystream.backend.qemu.validate import validate
@@ -151,6 +152,93 @@ def test_the_image_format_that_qemu_probed_travels() -> None:
     config = present("file=/a,if=virtio", Medium("#block1", "qcow2", 77, False, "/a"))
     assert config["disks"][0]["props"]["format"] == "qcow2"
     assert config["disks"][0]["size_bytes"] == 77
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "line"),
+    [
+        ("/w/a", "a", ""),
+        ("file:/w/a", "/w/x/../a", ""),
+        ("nbd:unix:/n:exportname=a", "nbd+unix:///a?socket=/n", ""),
+        ("/w/a", 'json:{"driver":"raw","file":{"driver":"file","filename":"/w/a"}}', ""),
+        ("/w/a", "b", "QEMU writes to /w/b, its command line has /w/a"),
+        ("/w/a", 'json:{"driver":"raw","file":{"driver":"file","filename":"/b"}}', "to /b, its"),
+        ("/w/a", "nbd://secret@host/a", "QEMU writes to an image of a network, its command line"),
+        ("rbd:p/a:key=secret", "/w/a", "to /w/a, its command line has an image of a network"),
+    ],
+)
+def test_another_image_than_the_command_lines_is_named(then: str, now: str, line: str) -> None:
+    drive, changes = f"if=virtio,format=raw,file={then}", list[str]()
+    medium = Medium("#block1", "raw", 512, False, file_of(now))
+    config = present(drive, medium, changes=changes)
+    assert config["disks"][0]["size_bytes"] == 512
+    assert len(changes) == (line != "") and line in "".join(changes)
+    assert "secret" not in "".join(changes)
+    if line:
+        with pytest.raises(IncompatibleError, match="disk virtio0: QEMU writes to") as caught:
+            present(drive, medium)
+        assert "-f sends" in caught.value.hint
+
+
+def test_an_image_is_compared_as_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    (tmp_path / "hard").hardlink_to(tmp_path / "a")
+    for now, count in (("hard", 0), ("b", 1)):
+        changes: list[str] = []
+        medium = Medium("#block1", "raw", 512, False, str(tmp_path / now))
+        present(f"if=virtio,format=raw,file={tmp_path}/a", medium, changes=changes)
+        assert len(changes) == count
+
+
+def test_a_medium_of_a_tray_may_be_another() -> None:
+    drive = "if=ide,media=cdrom,format=qcow2,file=/a"
+    medium = Medium("#block1", "raw", 2048, True, "/b")
+    config = present(drive, medium, label="ide0-cd0", is_removable=True)
+    assert config["disks"][0]["props"] == {"media": "cdrom", "format": "raw"}
+
+
+def test_a_disk_is_told_as_it_may_be_written_now() -> None:
+    for option, now, wanted in (
+        ("", True, "on"),
+        (",readonly=on", False, "off"),
+        ("", False, None),
+    ):
+        drive = "if=virtio,format=raw,file=/a" + option
+        config = present(drive, Medium("#block1", "raw", 512, now, "/a"))
+        assert config["disks"][0]["props"].get("readonly") == wanted
+
+
+def test_a_disk_that_is_gone_or_below_a_filter_is_refused() -> None:
+    drive, gone = "if=virtio,format=raw,file=/a", "disk virtio0 is not there any more"
+    medium = Medium("#block1", "copy-before-write", 1, False, "/a")
+    with pytest.raises(IncompatibleError, match=gone):
+        present(drive, None, changes=[])
+    with pytest.raises(IncompatibleError, match=gone):
+        present(drive, medium, label="virtio1", changes=[])
+    with pytest.raises(IncompatibleError, match="virtio0: its format copy-before-write cannot"):
+        present(drive, medium, changes=[])
+
+
+@pytest.mark.parametrize(
+    ("options", "machine", "labels"),
+    [
+        (["if=ide,index=2", "if=ide"], "pc-q35-7.2", ["ide2-hd0", "ide0-hd0"]),
+        (["if=ide,index=2", "if=ide", "if=ide"], "pc-i440fx-7.2",
+         ["ide1-hd0", "ide0-hd0", "ide0-hd1"]),
+        (["if=ide,bus=1,unit=1", "if=ide"], "pc-i440fx-7.2", ["ide1-hd1", "ide0-hd0"]),
+        (["if=virtio,index=1", "if=virtio"], "pc-q35-7.2", ["virtio1", "virtio0"]),
+    ],
+)  # fmt: skip
+def test_qemus_own_names_of_drives(options: list[str], machine: str, labels: list[str]) -> None:
+    there = tuple(
+        Drive(label, "", False, Medium("", "raw", at, False, "/a"))
+        for at, label in enumerate(labels)
+    )
+    argv = [*BASE]
+    for option in options:
+        argv += ["-drive", f"format=raw,file=/a,{option}"]
+    config = reduce_argv(argv, Facts("x86_64", machine, "tcg", {}, there))
+    assert [disk["size_bytes"] for disk in config["disks"]] == list(range(len(labels)))
 
 
 def test_what_no_device_uses_stays_at_home() -> None:

@@ -209,6 +209,37 @@ def test_a_guest_that_writes_to_another_image_needs_force(
     source.close()
 
 
+def test_each_device_is_told_with_its_own_node(rig: Rig) -> None:
+    options: list[str] = []
+    for at in "ab":
+        file = f"driver=file,filename={image(rig, at)},node-name=f{at}"
+        options += ["-blockdev", file, "-blockdev", f"driver=raw,node-name=n{at},file=f{at}"]
+        options += ["-device", f"virtio-blk-pci,drive=n{at},id=v{at}"]
+    path = rig.start("here", *options)
+    with monitor(path) as ask:
+        for at in "ba":
+            below = {"driver": "file", "filename": image(rig, f"over-{at}", "qcow2")}
+            above = {"driver": "qcow2", "node-name": f"over-{at}", "file": below, "backing": None}
+            assert ask("blockdev-add", **above) == {}
+            assert ask("blockdev-snapshot", node=f"n{at}", overlay=f"over-{at}") == {}
+    source = QemuSource(path, force=True)
+    assert [line.split(";")[0] for line in source.warnings()] == [
+        f"disk n{at}: QEMU writes to {rig.path(f'over-{at}')}, its command line has {rig.path(at)}"
+        for at in "ab"
+    ]
+    source.close()
+
+
+def test_a_daemon_has_left_the_directory_of_its_names(rig: Rig) -> None:
+    image(rig, "base")
+    argv = [*rig.argv("here"), *disk("base"), "-daemonize", "-pidfile", rig.path("pid")]
+    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, cwd=rig.directory)
+    try:
+        QemuSource(rig.path("here.qmp")).close()
+    finally:
+        os.kill(int(Path(rig.path("pid")).read_text()), 9)
+
+
 def test_a_snapshot_that_was_committed_is_gone(rig: Rig) -> None:
     path = rig.start("here", *disk(image(rig, "base")))
     with monitor(path) as ask:
@@ -380,7 +411,7 @@ def test_a_stick_with_another_disk_is_refused_by_name(rig: Rig) -> None:
         file = {"driver": "file", "filename": image(rig, "other")}
         assert ask("blockdev-add", **{"driver": "raw", "node-name": "n9", "file": file}) == {}
         exchange(ask, "s0", driver="usb-storage", id="s0", drive="n9")
-    with pytest.raises(IncompatibleError, match="disk d0 is not where it was at the start"):
+    with pytest.raises(IncompatibleError, match="disk d0 is not there any more"):
         QemuSource(path)
 
 

@@ -236,7 +236,7 @@ class Parts:
                 "size_bytes": 0,
                 "props": props,
             }
-            disks.append(self._present(disk, file, self._drive_of(labels, name)))
+            disks.append(self._present(disk, file, self._drive_of(labels)))
         return disks + [self._node(name) for name in used if name in self._nodes]
 
     def _labels(self, pairs: dict[str, str], taken: set[int]) -> list[str]:
@@ -260,18 +260,16 @@ class Parts:
             return [f"ide{bus}-hd{unit}", f"ide{bus}-cd{unit}"]
         return [f"{interface}{number}"]
 
-    def _drive_of(self, labels: list[str], name: str) -> Drive | None:
+    def _drive_of(self, labels: list[str]) -> Drive | None:
         """Return QEMU's own drive of -drive; None where QEMU was not asked.
 
-        name: what a device calls it, "" for one that QEMU adds by itself.
+        It goes with its device.
         """
         if self._facts.drives is None:
             return None
         found = next((each for each in self._facts.drives if each.label in labels), None)
-        if found is None or found.device != self._device_of(name):
-            raise IncompatibleError(
-                f"disk {labels[0]} is not where it was at the start", hint=_MOVED
-            )
+        if found is None:
+            raise IncompatibleError(f"disk {labels[0]} is not there any more", hint=_MOVED)
         return found
 
     def _device_of(self, name: str) -> str:

@@ -176,6 +176,8 @@ def _is_open(file: str, directory: str, pid: int, opened: frozenset[str]) -> boo
     path = local_path(file, directory)
     if path is None or path.startswith(_FD_SETS):
         return True
+    if directory == "/" and not file_of(file).startswith("/"):
+        return True  # -daemonize goes there when the disks are open
     try:
         # As QEMU sees it, whatever its root and its mounts are.
         return identity(os.stat(f"/proc/{pid}/root{path}")) in opened
