@@ -202,12 +202,79 @@ def test_what_bhyve_cannot_open_is_hard(host: Rig) -> None:
     )
 
 
-def test_one_disk_is_not_lent_twice_under_any_name(host: Rig) -> None:
-    (host.directory / "other").symlink_to("a")
+def other_name(path: Path, kind: str) -> str:
+    """Return another name of a file."""
+    other = path.with_name("other")
+    if kind == "hard link":
+        other.hardlink_to(path)
+    elif kind == "symlink":
+        other.symlink_to(path.name)
+    elif kind == "directory":
+        other.symlink_to(".")
+        return str(other / path.name)
+    return str(other) if kind.endswith("link") else str(path)
+
+
+@pytest.mark.parametrize("kind", ["text", "hard link", "symlink", "directory"])
+def test_one_disk_is_not_lent_twice_under_any_name(host: Rig, kind: str) -> None:
+    other = other_name(host.directory / "a", kind)
     found = section(host, disk1={"mediasize": MIB})
-    assert judged(host, found, disk1=f"{host.directory}/other")[0] == [
-        f"disk1: {host.directory}/other: it is lent as disk0 too"
-    ]
+    assert judged(host, found, disk1=other) == ([f"disk1: {other}: it is lent as disk0 too"], [])
+
+
+@pytest.mark.parametrize("word", ["com1", "bootvars", "bootrom"])
+def test_nothing_else_is_lent_what_a_disk_is(host: Rig, word: str) -> None:
+    keys = {"com1": "lpc.com1.path=/x", "bootvars": f"lpc.bootvars={host.rom}"}
+    lines = [f"lpc.bootrom={host.rom}", keys.get(word, "")]
+    lent = {"bootrom": str(host.rom), word: str(host.directory / "a")}
+    found = section(host, *filter(None, lines))
+    assert judged(host, found, **lent) == (
+        [f"{word}: {host.directory}/a: it is lent as disk0 too"],
+        [],
+    )
+
+
+def test_what_is_only_read_may_be_lent_twice(host: Rig) -> None:
+    cd = "pci.0.4.0.port.2.type=cd", f"pci.0.4.0.port.2.path={host.directory}/cd"
+    assert judged(host, section(host, *cd), disk3=f"{host.directory}/cd") == ([], [])
+    found = section(host, "pci.0.3.0.ro=true", "pci.0.4.0.port.0.ro=true", disk1={"mediasize": MIB})
+    assert judged(host, found, disk1=f"{host.directory}/a") == ([], [])
+
+
+def test_two_serial_ports_share_the_null_device_only(host: Rig) -> None:
+    found = section(host, "lpc.com1.path=/x", "lpc.com2.path=/y")
+    assert judged(host, found, com1="/dev/null", com2="/dev/null") == ([], [])
+    assert judged(host, found, com1="/dev/nmdm1A", com2="/dev//nmdm1A") == (
+        ["com2: /dev//nmdm1A: it is lent as com1 too"],
+        [],
+    )
+
+
+def test_one_interface_is_not_lent_twice(host: Rig) -> None:
+    second = "pci.0.6.0.device=virtio-net", "pci.0.6.0.backend=tap0"
+    found = section(host, *second)
+    assert judged(host, found, net1="tap0") == (["net1: tap0: it is lent as net0 too"], [])
+    host.host.make_tap("tap1", None)
+    assert judged(host, found, net1="tap1") == ([], [])
+    assert judged(host, found, net0="slirp", net1="slirp") == ([], [])
+    hooks = {f"pci__0__{slot}__0__{key}": "a" for slot in (5, 6) for key in ("path", "peerhook")}
+    lent = hooks | {"net0": "netgraph", "net1": "netgraph"}
+    assert judged(host, found, **lent) == (["net1: netgraph: it is lent as net0 too"], [])
+    assert judged(host, found, **(lent | {"pci__0__6__0__peerhook": "b"})) == ([], [])
+
+
+@pytest.mark.parametrize("word", ["bootrom", "bootvars"])
+@pytest.mark.parametrize("path", ["", "/dev/null"])
+def test_a_boot_rom_is_a_file(host: Rig, word: str, path: str) -> None:
+    found = section(host, f"lpc.bootrom={host.rom}", f"lpc.bootvars={host.rom}")
+    vars_file = host.directory / "vars"
+    vars_file.touch()
+    lent = {"bootrom": str(host.rom), "bootvars": str(vars_file)}
+    value = path or str(host.directory)
+    assert judged(host, found, **(lent | {word: value})) == (
+        [f"{word}: {value}: it is no file"],
+        [],
+    )
 
 
 def test_a_boot_rom_has_to_be_there(host: Rig) -> None:

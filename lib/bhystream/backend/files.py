@@ -31,6 +31,9 @@ def identity_of(path: str) -> str:
         return os.path.realpath(path)
 
 
+_NULL = identity_of(os.devnull)
+
+
 class Lent:
     """What was lent so far, by identity: finds what is lent twice."""
 
@@ -40,9 +43,11 @@ class Lent:
     def again(self, word: str, identities: Iterable[str], *, is_written: bool = True) -> str:
         """Note what is lent as `word`; return the word that has lent it before, "" for none.
 
-        Two that only read may share.
+        Two that only read may share, and nothing is told apart in the null device.
         """
         for one in identities:
+            if one == _NULL:
+                continue
             before, was_written = self._seen.setdefault(one, (word, is_written))
             if before != word and (is_written or was_written):
                 return before

@@ -317,8 +317,7 @@ class StandinHost:
             return None
         if not stat.S_ISREG(found.st_mode) or not os.access(path, os.R_OK):
             return None
-        identity = f"{found.st_dev}:{found.st_ino}"
-        disk = Disk(found.st_size, 512, False, os.access(path, os.W_OK), identity)
+        disk = Disk(found.st_size, 512, False, os.access(path, os.W_OK))
         return replace(disk, **read_settings(self._directory).disks.get(path, {}))
 
     def mtu(self, interface: str) -> int | None:

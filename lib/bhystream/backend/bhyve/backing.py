@@ -24,6 +24,7 @@ from typing import Any
 
 from bhystream.backend.bhyve.config import GuestConfig
 from bhystream.backend.bhyve.host import Disk, Host
+from bhystream.backend.files import Lent, identity_of
 
 Reasons = tuple[list[str], list[str]]
 
@@ -83,25 +84,52 @@ def reasons(host: Host, section: Mapping[str, Any], values: Mapping[str, str]) -
     """
     hard: list[str] = []
     soft: list[str] = []
-    seen: dict[str, str] = {}
+    lent = Lent()
     for word, key in section["resources"].items():
         value = values.get(key)
         if value is None:
             continue
         if word.startswith("disk"):
             more = _disk_reasons(host, section, word, value)
-            found = host.disk(value)
-            if found is not None and seen.setdefault(found.identity, word) != word:
-                more[0].append(f"{word}: {value}: it is lent as {seen[found.identity]} too")
         elif word.startswith("net"):
             more = _net_reasons(host, section, values, word, value)
-        elif word in ("bootrom", "bootvars") and not os.path.exists(value):
-            more = ([f"{word}: {value}: there is no such file"], [])
+        elif word in ("bootrom", "bootvars"):
+            more = _file_reasons(word, value)
         else:
-            continue  # bhyve makes com ports, and listens itself
+            more = [], []  # bhyve makes com ports, and listens itself
+        if before := lent.again(
+            word,
+            _identities(values, key, value),
+            is_written=_is_written(section["keys"], key),
+        ):
+            more[0].append(f"{word}: {value}: it is lent as {before} too")
         hard += more[0]
         soft += more[1]
     return hard, soft
+
+
+def _identities(values: Mapping[str, str], key: str, value: str) -> list[str]:
+    """Return what a resource is, whatever it is called; nothing of what may be shared."""
+    if key.endswith(".backend"):
+        if _is_interface(values, key, value):
+            return [f"interface {value}"]
+        net = key.removesuffix(".backend")
+        hook = [values[f"{net}.{need}"] for need in _NETGRAPH_NEEDS if f"{net}.{need}" in values]
+        return [f"hook {' '.join(hook)}"] if hook else []
+    return [identity_of(value)] if value.startswith("/") else []
+
+
+def _is_written(keys: Mapping[str, str], key: str) -> bool:
+    """Say whether the guest writes to what stands behind a resource."""
+    disk = key.removesuffix(".path")
+    is_read = keys.get(f"{disk}.type") == "cd" or keys.get(f"{disk}.ro") == "true"
+    return not is_read and key != "lpc.bootrom"
+
+
+def _file_reasons(word: str, value: str) -> Reasons:
+    if not os.path.exists(value):
+        return [f"{word}: {value}: there is no such file"], []
+    return ([] if os.path.isfile(value) else [f"{word}: {value}: it is no file"]), []
 
 
 def _disk_reasons(host: Host, section: Mapping[str, Any], word: str, value: str) -> Reasons:

@@ -65,12 +65,11 @@ def disk(path: str) -> Disk | None:
 def _look(fd: int, is_writable: bool) -> Disk | None:
     """Return what is behind a descriptor.  Raises OSError for a device that is no disk."""
     found = os.fstat(fd)
-    identity = f"{found.st_dev}:{found.st_ino}"
     if stat.S_ISREG(found.st_mode):
         can_delete = False
         with contextlib.suppress(OSError):
             can_delete = os.fpathconf(fd, _PC_DEALLOC_PRESENT) == 1
-        return Disk(found.st_size, _DEV_BSIZE, can_delete, is_writable, identity)
+        return Disk(found.st_size, _DEV_BSIZE, can_delete, is_writable)
     (size,) = struct.unpack("<q", fcntl.ioctl(fd, DIOCGMEDIASIZE, bytes(8)))
     (sector,) = struct.unpack("<I", fcntl.ioctl(fd, DIOCGSECTORSIZE, bytes(4)))
     if size <= 0 or sector == 0:
@@ -80,7 +79,7 @@ def _look(fd: int, is_writable: bool) -> Disk | None:
     with contextlib.suppress(OSError):
         fcntl.ioctl(fd, DIOCGATTR, asked)
         can_delete = asked.value[0] & 0xFFFFFFFF != 0
-    return Disk(size, sector, can_delete, is_writable, identity, is_device=True)
+    return Disk(size, sector, can_delete, is_writable, is_device=True)
 
 
 def mtu(interface: str) -> int | None:

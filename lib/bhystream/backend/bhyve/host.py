@@ -61,7 +61,6 @@ class Disk:
     size_bytes, sector_bytes: as bhyve finds them.  can_delete: DISCARD is
     offered to the guest (GEOM::candelete; of a file, _PC_DEALLOC_PRESENT).
     is_writable: bhyve falls back to read-only without a word where it is not.
-    identity: of the file itself, however it is named: st_dev and st_ino.
     is_device: it is no regular file; the key nodelete means such only.
     """
 
@@ -69,7 +68,6 @@ class Disk:
     sector_bytes: int
     can_delete: bool
     is_writable: bool
-    identity: str
     is_device: bool = False
 
 

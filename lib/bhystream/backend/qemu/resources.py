@@ -40,7 +40,6 @@ _FILES = ("file", "host_device", "host_cdrom")
 _NO_DISKS = ("fat", "vvfat", "null-co", "null-aio")
 _NBD_SOCKET = re.compile(r"(nbd:unix:)([^:]+)(.*)", re.DOTALL)
 _URL_SOCKET = re.compile(r"[^?]*\?(?:.*&)?socket=([^&]*)")
-_NULL = "/dev/null"
 
 
 @dataclass(frozen=True)
@@ -121,9 +120,7 @@ class Resources:
         for key in sorted((_wanted(config) | {"mem", "qmp"}) & self.values.keys()):
             value = self.values[key]
             text = value.removeprefix("unix:")
-            if value in ("user", "none", "null") or text == _NULL:
-                continue
-            if key == "mem" and os.path.isdir(text):
+            if value in ("user", "none", "null") or (key == "mem" and os.path.isdir(text)):
                 continue
             what = identity_of(text) if text.startswith("/") else text
             is_written = key not in _BOOT and key not in read_only
