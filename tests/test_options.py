@@ -333,7 +333,7 @@ def test_bhyrecv_with_every_option() -> None:
     [
         ("a b", "name at most one guest"),
         ("-o disk0 a", "-o disk0: not a key=value, or given twice"),
-        ("-o disk0=a -o disk0=b a", "-o disk0=b: not a key=value, or given twice"),
+        ("-o disk0=a -o disk0=b a", "-o disk0: not a key=value, or given twice"),
         ("-k a", "option -k not recognized"),
         ("-C a b", "option -C not recognized"),
         ("-S", "option -S requires argument"),

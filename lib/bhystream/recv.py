@@ -54,7 +54,8 @@ def parse_options(argv: Sequence[str]) -> Options | hold.Verb:
         if name == "-o":
             key, equals, text = value.partition("=")
             if not equals or key in opts.resources:
-                raise UsageError(f"-o {value}: not a key=value, or given twice", USAGE)
+                # Not its value, which may be a password.
+                raise UsageError(f"-o {key}: not a key=value, or given twice", USAGE)
             opts.resources[key] = text
         elif name == "-x":
             opts.dropped.append(value)

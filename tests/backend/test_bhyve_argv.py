@@ -189,7 +189,7 @@ def test_an_empty_topology_is_one_cpu() -> None:
         ("-s 3,passthru,x", "no device of the host"),
         ("-s 3,fbuf,w=", "'w=' is no option"),
         ("-s 3,lpc -s 3:0,lpc", "pci.0.3.0 is given twice"),
-        ("web1 web2", "argument 'web2': a second name"),
+        ("web1 web2", "behind the guest's name: a second name"),
     ],
 )
 def test_what_bhyve_would_not_take_is_refused_by_name(argv: str, message: str) -> None:

@@ -119,7 +119,7 @@ def test_a_malformed_file_is_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a=%(b)", "a: it refers to 'b', which is not set"),
+        ("a=%(b)", r"a: '%\(b\)' refers to a key that is not set"),
         ("a=%(a)", "a: its references do not end"),
         ("a=100%", "a % that is no reference"),
         ("a=%%(b)\nb=1", "a % that is no reference"),

@@ -55,7 +55,7 @@ def parse_argv(words: Sequence[str]) -> dict[str, str]:
     reader = _Reader()
     rest = reader.run(words)
     if len(rest) > 1:
-        raise refuse(f"argument {shown(rest[1])}: a second name")
+        raise refuse("a word stands behind the guest's name: a second name")
     if rest:
         reader.keys["name"] = rest[0]
     return reader.keys

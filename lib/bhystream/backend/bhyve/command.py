@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bhystream.backend.bhyve.keys import BACKENDS, KEY, NAME, VALUE, refuse, shown
+from bhystream.backend.bhyve.keys import BACKENDS, KEY, NAME, VALUE, refuse, shown, told
 
 _TWO_NAMES = {"lpc.bootrom": "bootrom", "lpc.bootvars": "bootvars"}
 
@@ -43,7 +43,7 @@ def config_file(keys: Mapping[str, str]) -> str:
     lines = []
     for key, value in sorted(whole.items()):
         if not KEY.fullmatch(key) or not VALUE.fullmatch(value):
-            raise refuse(f"{shown(key)}={shown(value)} cannot be written")
+            raise refuse(f"{told(shown(key), value)} cannot be written")
         lines.append(f"{key}={value}\n")
     return "".join(lines)
 

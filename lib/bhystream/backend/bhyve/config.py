@@ -20,7 +20,7 @@ from typing import Any
 
 from bhystream.backend.bhyve import keys as known
 from bhystream.backend.bhyve.defaults import explicit, memory_bytes
-from bhystream.backend.bhyve.keys import refuse, shown
+from bhystream.backend.bhyve.keys import refuse, shown, told
 
 MAX_FILE_BYTES = 256 << 10
 _MAX_KEYS = 1024
@@ -100,16 +100,16 @@ def _expanded(keys: Mapping[str, str], key: str, value: str, depth: int) -> str:
         before, _, rest = rest.partition("%")
         name, bracket, behind = rest[1:].partition(")")
         if not rest.startswith("(") or not bracket or "\\" in value:
-            raise refuse(f"{key}: {shown(value)}: a % that is no reference")
+            raise refuse(f"{told(key, value)}: a % that is no reference")
         if name not in keys:
-            raise refuse(f"{key}: it refers to {shown(name)}, which is not set")
+            raise refuse(f"{told(key, f'%({name})')} refers to a key that is not set")
         out += before + _expanded(keys, key, keys[name], depth + 1)
         if len(out) > _MAX_VALUE:
             break
         rest = behind
     out += rest
     if not known.VALUE.fullmatch(out):
-        raise refuse(f"{key}: {shown(out)} is empty, too long, or not printable")
+        raise refuse(f"{told(key, out)} is empty, too long, or not printable")
     return out
 
 
@@ -209,7 +209,7 @@ def _sort(
             is_size = key == "memory.size" or known.is_domain_size(key)
             cleaned = rule.clean(str(memory_bytes(value)) if is_size else value)
             if cleaned is None:
-                raise refuse(f"{key}: {shown(value)} is not allowed")
+                raise refuse(f"{told(key, value)} is not allowed")
             guest[key] = cleaned
     return guest, resources
 

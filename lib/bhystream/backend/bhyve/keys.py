@@ -47,6 +47,8 @@ _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|\d{1,20}")
 _TRUE = {"true", "on", "yes", "1"}
 _FALSE = {"false", "off", "no", "0"}
 _AHCI_PORTS = 32
+_SECRET = re.compile(r"(password)(.+)", re.IGNORECASE | re.DOTALL)
+_SECRET_KEY = re.compile(r"password", re.IGNORECASE)
 _TAP = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 _VNC = re.compile(r"(?:\d{1,3}(?:\.\d{1,3}){3}:|\[[0-9A-Fa-f:.]{2,45}\]:)?\d{1,5}")
 _VNC_SOCKET = re.compile(r"unix:(/.{1,102})")  # sun_path has 104 bytes with its NUL
@@ -388,9 +390,17 @@ def refuse(what: str, hint: str = "") -> IncompatibleError:
 
 
 def shown(value: object) -> str:
-    """Return text that may be hostile for a message: ASCII, quoted, short."""
-    quoted = ascii(value)
+    """Return text that may be hostile for a message: ASCII, quoted, short.
+
+    What stands behind the word "password" in it is left out.
+    """
+    quoted = ascii(_SECRET.sub(r"\1...", value) if isinstance(value, str) else value)
     return quoted if len(quoted) <= 80 else quoted[:77] + "..."
+
+
+def told(key: str, value: object) -> str:
+    """Return a key and its value for a message; of one that holds a password only the key."""
+    return f"{key}: its value" if _SECRET_KEY.search(key) else f"{key}: {shown(value)}"
 
 
 def unknown(key: str) -> IncompatibleError:

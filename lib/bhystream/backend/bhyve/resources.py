@@ -129,7 +129,7 @@ class Wishes:
                 continue
             clean = rule.clean(value)
             if clean is None:
-                reasons.append(f"{word}: {known.shown(value)} is not allowed for {key}")
+                reasons.append(f"{known.told(word, value)} is not allowed for {key}")
             elif key in values:
                 reasons.append(f"{key}: it is given twice")
             else:

@@ -16,7 +16,7 @@ from typing import Any
 
 from bhystream.backend.bhyve import keys as known
 from bhystream.backend.bhyve.defaults import domains, memory_bytes, topology
-from bhystream.backend.bhyve.keys import Slot, shown
+from bhystream.backend.bhyve.keys import Slot, shown, told
 from bhystream.errors import IncompatibleError
 
 _MAX_KEYS = 1024
@@ -97,7 +97,7 @@ def _strings(value: object, what: str, limit: int) -> dict[str, str]:
         if not isinstance(key, str) or not known.KEY.fullmatch(key):
             raise _bad(f"{what}: {shown(key)} is no key")
         if not isinstance(each, str) or not known.VALUE.fullmatch(each):
-            raise _bad(f"{key}: {shown(each)} is not allowed")
+            raise _bad(f"{told(key, each)} is not allowed")
         out[key] = each
     return out
 
@@ -113,7 +113,7 @@ def check_keys(keys: Mapping[str, str]) -> dict[str, str]:
         if rule.role != "guest":
             raise _bad(f"{key} belongs to the host and cannot travel")
         if rule.clean(value) != value:
-            raise _bad(f"{key}: {shown(value)} is not allowed")
+            raise _bad(f"{told(key, value)} is not allowed")
         clean[key] = value
     _complete(clean, devices)
     known.shape_of(clean, devices)

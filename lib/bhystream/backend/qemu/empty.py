@@ -111,7 +111,7 @@ class Empty:
         path = self._qmp_path
         if path not in self._made:
             self._made.append(path)
-        child = Launched(argv, self._log, self._who)
+        child = Launched(argv, self._log, self._who, self._resources.secrets())
         try:
             qmp = child.connect(path)
         except BaseException:

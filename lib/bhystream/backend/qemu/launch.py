@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from bhystream.backend.launch import Child
 from bhystream.backend.qemu.qmp import NobodyListensError, Qmp
@@ -14,13 +15,24 @@ START_LIMIT_S = 30.0
 class Launched(Child):
     """A QEMU and its log file; both ours until let_go()."""
 
-    def __init__(self, argv: list[str], log_path: str, who: str) -> None:
+    def __init__(
+        self, argv: list[str], log_path: str, who: str, secrets: Mapping[str, str]
+    ) -> None:
         """Start it.  argv: program first.  log_path: created, 0600.
 
-        Raises a BhyError if the program cannot be run.
+        secrets: what its last words must not show: QEMU repeats the option that
+        it does not like.  Raises a BhyError if the program cannot be run.
         """
         super().__init__(argv, log_path)
         self._who = who
+        self._secrets = secrets
+
+    def last_words(self) -> str:
+        """Return the last lines of its log as one, without the secrets."""
+        words = super().last_words()
+        for secret, shown in self._secrets.items():
+            words = words.replace(secret, shown)
+        return words
 
     def blame(self, error: GuestError) -> GuestError:
         """Return the error with QEMU's own last words, if it has any."""

@@ -25,7 +25,7 @@ def split_argv(argv: list[str]) -> Iterator[tuple[str, Iterator[str]]]:
     words = iter(argv)
     for word in words:
         if not word.startswith("-") or word == "-":
-            raise IncompatibleError(f"argument '{word}': a disk without an option; say -drive")
+            raise IncompatibleError(f"argument {told(word)}: a disk without an option; say -drive")
         yield word.removeprefix("-").removeprefix("-"), words
 
 
@@ -53,7 +53,8 @@ def _flatten_json(text: str) -> list[tuple[str, str]]:
     try:
         value = json.loads(text)
     except ValueError:
-        raise IncompatibleError(f"cannot read the JSON of '{text[:60]}'") from None
+        # Not the text: a secret's data may be in it.
+        raise IncompatibleError("cannot read the JSON of an option") from None
     pairs: list[tuple[str, str]] = []
 
     def walk(prefix: str, node: object) -> None:
@@ -97,6 +98,15 @@ def protocol_of(name: str) -> str:
     """
     found = _PROTOCOL.match(name)
     return found[1] if found else ""
+
+
+def told(name: str) -> str:
+    """Return the name of an image for a message.
+
+    One with a protocol may hold a password, so it is only called by that.
+    """
+    protocol = protocol_of(name)
+    return f"{protocol}:..." if protocol else name
 
 
 def is_on(value: str, what: str) -> bool:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bhystream.backend.files import Lent, identity_of
-from bhystream.backend.qemu.options import protocol_of
+from bhystream.backend.qemu.options import escape, protocol_of, told
 from bhystream.errors import UsageError
 
 _KEY = re.compile(r"(disk|net|serial)(0|[1-9]\d{0,2})")
@@ -69,6 +69,16 @@ class Resources:
     def get(self, key: str) -> str | None:
         """Return the value of a key, or None."""
         return self.values.get(key)
+
+    def secrets(self) -> dict[str, str]:
+        """Return what a message must not show, and what it says in its place."""
+        names = [value for key, value in self.values.items() if key.startswith("disk")]
+        return {
+            text: told(name)
+            for name in names
+            if not name.startswith("/")
+            for text in (escape(name), name)
+        }
 
     def template(self) -> list[str]:
         """Return the operator's command line, program first if it names one."""
@@ -125,7 +135,8 @@ class Resources:
             what = identity_of(text) if text.startswith("/") else text
             is_written = key not in _BOOT and key not in read_only
             if before := lent.again(key, [what], is_written=is_written):
-                out.append(f"{key}: {_shown(value)}: it is lent as {before} too")
+                shown = value if key.startswith("net") else told(value)
+                out.append(f"{key}: {shown}: it is lent as {before} too")
         return out
 
     def _file(self, key: str, mode: int = os.R_OK, *, is_disk: bool = False) -> list[str]:
@@ -225,11 +236,6 @@ def _is_read_only(disk: Mapping[str, Any]) -> bool:
     return props.get("readonly") == "on" or props.get("media") == "cdrom"
 
 
-def _shown(value: str) -> str:
-    """Return a value for a message: of a name with a protocol, which may hold a password, that."""
-    return value if value.startswith(("/", "tap:")) else f"{protocol_of(value)}:..."
-
-
 def _absolute(key: str, kind: str, value: str) -> str:
     """Make paths absolute: QEMU is started in another directory."""
     if kind == "net" or (kind == "serial" and value == "null"):
@@ -254,5 +260,5 @@ def _absolute_disk(key: str, value: str) -> str:
         return nbd[1] + os.path.abspath(nbd[2]) + nbd[3]
     url = _URL_SOCKET.match(value)
     if url and not url[1].startswith(("/", "%2f", "%2F")):
-        raise UsageError(f"-o {key}={_shown(value)}: the path of its socket is not absolute")
+        raise UsageError(f"-o {key}={told(value)}: the path of its socket is not absolute")
     return value
