@@ -10,13 +10,14 @@ import pytest
 
 from bhystream.backend.qemu.command import build
 from bhystream.backend.qemu.compare import compare
-from bhystream.backend.qemu.config import reduce_argv
+from bhystream.backend.qemu.config import guest_name, reduce_argv
 from bhystream.backend.qemu.facts import Facts
 from bhystream.backend.qemu.graph import Drive, Medium, file_of
 from bhystream.backend.qemu.options import parse_size, split_keyval
 from bhystream.backend.qemu.resources import Resources
 from bhystream.backend.qemu.validate import validate
 from bhystream.errors import IncompatibleError, UsageError
+from bhystream.format import GUEST_NAME
 
 from .qemu_rig import strings
 
@@ -280,7 +281,11 @@ def test_what_no_device_uses_stays_at_home() -> None:
         (["-net", "nic"], "-net"),
         (["disk.img"], "disk.img"),
         (["-serial"], "-serial"),
-        (["-name", "a b"], "a b"),
+        (["-smp", "two"], "-smp: cpus: 'two'"),
+        (["-m", "512M,maxmem=513M"], "maxmem"),
+        (["-drive", "file=/x,if=virtio,snapshot=on"], "snapshot"),
+        (["-drive", "file=/x,if=virtio,index=09"], "index: '09'"),
+        (["-machine", "smp.cpus=0z1"], "-smp: cpus: '0z1'"),
     ],
 )
 def test_what_cannot_travel_is_refused_by_name(extra: list[str], named: str) -> None:
@@ -333,15 +338,79 @@ def test_keyval_syntax() -> None:
         split_keyval('{"a":[1]}')
 
 
-@pytest.mark.parametrize(("text", "size"), [("512", 512 << 20), ("1G", 1 << 30), ("4096B", 4096)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512", 512 << 20), ("1G", 1 << 30), ("4096B", 4096), ("1.5G", 3 << 29), ("0.5", 1 << 19),
+        ("0512", 512 << 20), ("0x10", 16 << 20), ("0x4b", 0x4B), ("0x10k", 16 << 10),
+        ("2t", 2 << 40), ("1P", 1 << 50), ("1e", 1 << 60), ("64.0", 64 << 20), ("0.1k", 102),
+    ],
+)  # fmt: skip
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text, 1 << 20) == size
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1.5G", "9" * 30, "1X"])
+@pytest.mark.parametrize(
+    "text", ["", "-1", "1.5", "1.5B", "9" * 20, "16E", "1X", "1.", "0x", "0x1.5", "1 G", "\u0661"]
+)
 def test_bad_sizes_are_refused(text: str) -> None:
     with pytest.raises(IncompatibleError):
         parse_size(text, 1)
+
+
+SPELLINGS: list[tuple[list[str], list[str]]] = [
+    (
+        ["-machine", "kernel_irqchip=off,mem_merge=on"],
+        ["-machine", "kernel-irqchip=off,mem-merge=on"],
+    ),
+    (["-machine", "smp.cpus=2,smp.cores=2"], ["-smp", "2,cores=2"]),
+    (["-machine", "boot.order=dc"], ["-boot", "dc"]),
+    (["-machine", "memory.size=512M"], []),
+    (["-m", "0.5G"], []),
+    (["-m", "0x200"], []),
+    (["-m", "524284.1K"], []),
+    (["-m", "512M,slots=0,maxmem=512M"], []),
+    (["-smp", "0x2"], ["-smp", "cpus=2"]),
+    (["-smp", "010"], ["-smp", "8"]),
+    (["-smbios", "type=0x1,serial=a"], ["-smbios", "type=1,serial=a"]),
+    (["-device", "e1000-82540em"], ["-device", "e1000"]),
+    (["-device", '{"driver":"e1000","addr":49}'], ["-device", "e1000,addr=6.1"]),
+    (["-device", '{"driver":"e1000","addr":"0x6"}'], ["-device", "e1000,addr=0x6"]),
+    *(
+        (["-drive", f"file=/a,if=virtio,format=raw,{one}"], ["-drive", f"file=/a,if=virtio,{two}"])
+        for one, two in (
+            ("readonly=yes", "format=raw,readonly=on"),
+            ("read-only=true", "format=raw,readonly=on"),
+            ("readonly", "format=raw,readonly=on"),
+            ("noreadonly", "format=raw,readonly=off"),
+            ("node-name=x,auto-read-only=on", "format=raw"),
+            ("snapshot=off,copy-on-read=no,force-share=off", "format=raw"),
+            ("index=0x1", "format=raw,index=0x1"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SPELLINGS)
+def test_one_thing_may_be_spelt_in_many_ways(one: list[str], other: list[str]) -> None:
+    assert reduced(*one) == reduced(*other)
+
+
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("web1", "web1"), ("my web server", "my-web-server"), ("a,,b", "a-b"), ("-x", "x"),
+        ("..", "qemu7"), ("\u00fc", "qemu7"), ("x" * 80, "x" * 64), ("_x.", "_x"), ("", "qemu7"),
+        ("../etc", "etc"),
+    ],
+)  # fmt: skip
+def test_a_guest_of_any_name_can_be_called(name: str, called: str) -> None:
+    argv = ["-name", name, *BASE[2:]]
+    config = reduce_argv(argv, FACTS, "qemu7")
+    assert config["name"] == called
+    assert GUEST_NAME.fullmatch(called)
+    assert validate(config)["name"] == called
+    assert guest_name(argv) == name.replace(",,", ",")
 
 
 @pytest.mark.parametrize(

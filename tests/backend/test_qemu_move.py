@@ -169,6 +169,26 @@ def test_many_devices_move(rig: Rig) -> None:
     source.close()
 
 
+def test_what_qemu_takes_in_other_words_moves(rig: Rig) -> None:
+    """Such words as other tools write: QEMU has to take them here, and what is made of them."""
+    image = rig.path("disk.img")
+    Path(image).write_bytes(bytes(1 << 20))
+    path = rig.start(
+        "here", "-name", "my web server", "-m", "0.0625G", "-boot", "menu=yes",
+        "-machine", "kernel_irqchip=off,mem_merge=off,smp.cpus=2", "-smbios", "type=0x1,serial=a",
+        "-drive", f"if=none,id=d0,format=raw,file={image},noreadonly,snapshot=off,node-name=n0",
+        "-device", '{"driver":"virtio-blk-pci","drive":"d0","id":"v0","addr":49}',
+        "-device", "e1000-82540em,mac=52-54-00-AA-00-01", "-cpu", "qemu64,model-id=My CPU",
+    )  # fmt: skip
+    source, sink = QemuSource(path), rig.sink("there", disk0=image)
+    assert source.name == "my-web-server"
+    [warning] = source.warnings()
+    assert "'my web server'" in warning and "bhyrecv's operand" in warning
+    move(source, sink)
+    assert state_of(str(rig.state_dir / "there.qmp")) == "running"
+    source.close()
+
+
 def test_resume_after_states_leaves_qemu_as_found(rig: Rig) -> None:
     path = rig.start("here")
     with monitor(path) as ask:

@@ -24,7 +24,7 @@ RESERVED = "bhyrecv"
 RAM_IDENT = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,30}")
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MACHINE = re.compile(r"pc-(q35|i440fx)-[a-z0-9][a-z0-9.-]{0,39}|microvm")
-CPU_FEATURE = re.compile(r"[+-]?[A-Za-z][A-Za-z0-9._-]{0,63}(=[A-Za-z0-9._:+-]{0,64})?")
+CPU_FEATURE = re.compile(r"[+-]?[A-Za-z][A-Za-z0-9._-]{0,63}(=[A-Za-z0-9._:+ -]{0,64})?")
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 # The guest's own kernel command line, and SMBIOS strings: text, not words.
 APPEND = re.compile(r"[\x20-\x7e]{0,4095}")
@@ -121,7 +121,11 @@ DISK_PROPS = _words(
     "cache.direct cache.no-flush cache.writeback",
 )
 # The host's business; the destination has its own.
-DISK_HOST_PROPS = _words("file file.filename file.driver file.locking file.aio aio")
+DISK_HOST_PROPS = _words(
+    "file file.filename file.driver file.locking file.aio aio auto-read-only node-name"
+)
+# What a drive may be told that it has not.
+DISK_OFF_PROPS = _words("snapshot copy-on-read force-share")
 NET_BACKENDS = _words("tap user bridge socket stream dgram hubport vde")
 NIC_PROPS = _words("model mac addr")
 NIC_MODELS = _words("virtio-net-pci virtio e1000 e1000e rtl8139")

@@ -18,19 +18,29 @@ slash is `append`, the guest kernel's own command line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from bhystream.backend.qemu import allow
 from bhystream.backend.qemu.devices import Parts, refuse, word
 from bhystream.backend.qemu.facts import CURE, Facts
-from bhystream.backend.qemu.options import as_dict, parse_size, split_argv, split_keyval
+from bhystream.backend.qemu.options import (
+    as_dict,
+    parse_number,
+    parse_size,
+    split_argv,
+    split_keyval,
+)
 from bhystream.errors import IncompatibleError
 
 OTHER_IMAGE = (
     "after a snapshot or a mirror: commit it, or restart QEMU with what it writes to;"
     " -f sends the guest as it is: lend it that image at the destination"
 )
+# Source: qemu/qemu hw/core/machine.c and softmmu/vl.c: memory is a multiple of it.
+_RAM_ALIGN_BYTES = 8192
 _SHORT_DISKS = {"hda": "0", "hdb": "1", "hdc": "2", "hdd": "3"}
 
 
@@ -52,6 +62,27 @@ def reduce_argv(
     if changes is not None:
         changes += reducer.changes
     return config
+
+
+def guest_name(argv: list[str]) -> str:
+    """Return the guest's own name, as -name has it; "" for none."""
+    found = ""
+    for option, after in pairwise(argv):
+        if option in ("-name", "--name"):
+            found = _name_of(after)
+    return found
+
+
+def _name_of(text: str) -> str:
+    return as_dict(split_keyval(text, "guest"), "-name").get("guest", "")
+
+
+def label(name: str) -> str:
+    """Return what a guest is called whose own name may be any text; "" if nothing is left of it.
+
+    The name of a guest becomes a file name, and an operand.
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:64].strip("-.")
 
 
 class _Reducer:
@@ -126,9 +157,7 @@ class _Reducer:
         out = self._out
         out |= self._parts.finish()
         self._finish_machine()
-        out["name"] = out["name"] or name
-        if not allow.NAME.fullmatch(out["name"]):
-            raise IncompatibleError(f"the guest's name '{out['name'][:70]}' cannot travel")
+        out["name"] = label(out["name"]) or label(name) or "guest"
         if self._ram_size not in (None, out["memory"]["size_bytes"]):
             raise IncompatibleError("-m and the memory backend differ in size")
         out["accel"] = self._finish_accel()
@@ -180,7 +209,13 @@ class _Reducer:
             raise refuse(f"option -{option}")
 
     def _on_machine(self, text: str) -> None:
-        self._machine |= as_dict(split_keyval(text, "type"), "-machine")
+        # "_" is "-" in these.  Source: qemu/qemu softmmu/vl.c, machine_parse_property_opt().
+        pairs = [(key.replace("_", "-"), value) for key, value in split_keyval(text, "type")]
+        given = as_dict(pairs, "-machine")
+        for key in [key for key in given if key.partition(".")[0] in _IN_MACHINE]:
+            option, _, part = key.partition(".")
+            _IN_MACHINE[option](self, f"{part}={given.pop(key)}")
+        self._machine |= given
 
     def _finish_machine(self) -> None:
         props = dict(self._machine)
@@ -234,9 +269,9 @@ class _Reducer:
     def _on_smp(self, text: str) -> None:
         counts: dict[str, int] = {}
         for key, value in as_dict(split_keyval(text, "cpus"), "-smp").items():
-            if key not in allow.SMP_KEYS or not value.isdecimal():
-                raise refuse(f"option -smp: {key[:60]}={value[:60]}")
-            counts[key] = int(value)
+            if key not in allow.SMP_KEYS:
+                raise refuse(f"option -smp: {key[:60]}")
+            counts[key] = parse_number(value, f"option -smp: {key}")
         if "cpus" not in counts:
             total = 1
             for key in allow.SMP_KEYS - {"cpus", "maxcpus"}:
@@ -246,12 +281,16 @@ class _Reducer:
 
     def _on_m(self, text: str) -> None:
         pairs = as_dict(split_keyval(text, "size"), "-m")
-        if pairs.keys() - {"size"}:
-            raise refuse(f"option -m: {min(pairs.keys() - {'size'})[:60]}")
-        self._ram_size = parse_size(pairs["size"], 1 << 20)
+        size = parse_size(pairs.pop("size", "128M"), 1 << 20)
+        self._ram_size = -(-size // _RAM_ALIGN_BYTES) * _RAM_ALIGN_BYTES
+        # Room for memory to be plugged in, if it is any.
+        if "maxmem" in pairs and parse_size(pairs["maxmem"], 1) <= size:
+            pairs = {key: pairs[key] for key in pairs.keys() - {"maxmem", "slots"}}
+        if pairs:
+            raise refuse(f"option -m: {min(pairs)[:60]}")
 
     def _on_name(self, text: str) -> None:
-        self._out["name"] = as_dict(split_keyval(text, "guest"), "-name").get("guest", "")
+        self._out["name"] = _name_of(text)
 
     def _on_vga(self, text: str) -> None:
         if text not in allow.VGAS:
@@ -273,13 +312,13 @@ class _Reducer:
 
     def _on_smbios(self, text: str) -> None:
         pairs = as_dict(split_keyval(text), "-smbios")
-        kind = pairs.pop("type", "")
-        if kind not in ("0", "1", "2", "3", "4", "17"):
-            raise refuse(f"option -smbios: type={kind[:60]}")
+        kind = parse_number(pairs.pop("type", ""), "option -smbios: type")
+        if kind not in (0, 1, 2, 3, 4, 17):
+            raise refuse(f"option -smbios: type={kind}")
         for key, value in pairs.items():
             if key not in allow.SMBIOS_KEYS or not allow.SMBIOS_TEXT.fullmatch(value):
                 raise refuse(f"option -smbios: {key[:60]}={value[:60]}")
-        self._out["smbios"].append({"type": int(kind), "props": pairs})
+        self._out["smbios"].append({"type": kind, "props": pairs})
 
     def _on_global(self, text: str) -> None:
         pairs = split_keyval(text)
@@ -300,3 +339,7 @@ class _Reducer:
 
     def _on_watchdog(self, text: str) -> None:
         self._out["watchdog_action"] = word(text, "option -watchdog-action")
+
+
+# What may be given as a property of the machine too, "smp.cpus".
+_IN_MACHINE = {"smp": _Reducer._on_smp, "boot": _Reducer._on_boot, "memory": _Reducer._on_m}

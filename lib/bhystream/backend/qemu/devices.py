@@ -14,7 +14,14 @@ from bhystream.backend.files import identity_of
 from bhystream.backend.qemu import allow
 from bhystream.backend.qemu.facts import CURE, Facts
 from bhystream.backend.qemu.graph import Drive, Medium, local_path
-from bhystream.backend.qemu.options import as_dict, is_on, parse_size, split_keyval
+from bhystream.backend.qemu.options import (
+    as_dict,
+    is_on,
+    json_address,
+    parse_number,
+    parse_size,
+    split_keyval,
+)
 from bhystream.errors import IncompatibleError
 
 _ALIASES = {"ahci": "ich9-ahci", "e1000-82540em": "e1000"} | {
@@ -70,7 +77,7 @@ class Parts:
 
     def device(self, text: str) -> None:
         """-device: the driver and every property must be on the lists."""
-        props = as_dict(split_keyval(text, "driver"), "-device")
+        props = as_dict(split_keyval(text, "driver"), "-device") | json_address(text)
         driver = driver_of(props.pop("driver", ""))
         if driver not in allow.DRIVERS:
             raise refuse(f"device {driver[:60]}")
@@ -114,6 +121,8 @@ class Parts:
         pairs = preset | {"file": text} if preset else as_dict(split_keyval(text), "-drive")
         if "read-only" in pairs:
             pairs["readonly"] = pairs.pop("read-only")
+        if "readonly" in pairs:
+            pairs["readonly"] = "on" if is_on(pairs["readonly"], "readonly") else "off"
         if "driver" in pairs:
             pairs.setdefault("format", pairs.pop("driver"))
         interface = pairs.get("if", "ide")
@@ -123,6 +132,8 @@ class Parts:
             raise refuse(f"drive protocol {pairs['file.driver'][:60]}")
         for key, value in pairs.items():
             if key in allow.DISK_HOST_PROPS or key in ("if", "id"):
+                continue
+            if key in allow.DISK_OFF_PROPS and not is_on(value, f"drive property {key}"):
                 continue
             if key not in allow.DISK_PROPS:
                 raise refuse(f"drive property {key[:60]}")
@@ -361,10 +372,7 @@ class Parts:
 
 
 def _number(pairs: dict[str, str], key: str) -> int:
-    value = pairs.get(key, "0")
-    if not value.isdecimal():
-        raise refuse(f"drive property {key}={value[:20]}")
-    return int(value)
+    return parse_number(pairs.get(key, "0"), f"drive property {key}")
 
 
 def check_references(devices: list[dict[str, Any]], known: dict[str, set[str]]) -> None:

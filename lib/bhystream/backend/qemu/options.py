@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 
 from bhystream.errors import IncompatibleError
 
-_SIZE = re.compile(r"(\d{1,20})([bBkKmMgGtT]?)")
+_SIZE = re.compile(r"(0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}(?:\.[0-9]{1,20})?)([bBkKmMgGtTpPeE]?)")
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}")
 _PROTOCOL = re.compile(r"([^:/]+):")
 _TRUE = ("on", "yes", "true", "y")
 _FALSE = ("off", "no", "false", "n")
-_SHIFT = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+_SHIFT = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
 
 def split_argv(argv: list[str]) -> Iterator[tuple[str, Iterator[str]]]:
@@ -33,7 +35,7 @@ def split_keyval(text: str, implied: str = "") -> list[tuple[str, str]]:
     """Split "a,b=c" into pairs, in order.
 
     implied: the key of a first word without "=".  Any other bare word is a
-    switch: "readonly" is on, as QEMU has it.
+    switch: "readonly" is on, and "noreadonly" is off, as QEMU has it.
     Source: qemu/qemu util/qemu-option.c, get_opt_name_value().
     """
     if text.startswith("{"):
@@ -42,8 +44,10 @@ def split_keyval(text: str, implied: str = "") -> list[tuple[str, str]]:
     # A doubled comma becomes a NUL, which no argument can hold.
     for number, item in enumerate(text.replace(",,", "\0").split(",")):
         key, equals, value = item.partition("=")
-        if not equals:
-            key, value = (implied, key) if number == 0 and implied else (key, "on")
+        if not equals and number == 0 and implied:
+            key, value = implied, key
+        elif not equals:
+            key, value = (key[2:], "off") if key.startswith("no") else (key, "on")
         if key:
             pairs.append((key, value.replace("\0", ",")))
     return pairs
@@ -72,6 +76,16 @@ def _flatten_json(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def json_address(text: str) -> dict[str, str]:
+    """Return the PCI address of a -device in JSON where it is a number, as "slot.function".
+
+    There it is the two in one, and as text it would be the slot.
+    Source: qemu/qemu hw/core/qdev-properties-system.c, set_pci_devfn().
+    """
+    address = json.loads(text).get("addr") if text.startswith("{") else None
+    return {"addr": f"{address >> 3:x}.{address & 7:x}"} if type(address) is int else {}
+
+
 def as_dict(pairs: list[tuple[str, str]], what: str) -> dict[str, str]:
     """Turn pairs into a dict; a key that is given twice is refused by name."""
     out: dict[str, str] = {}
@@ -83,12 +97,32 @@ def as_dict(pairs: list[tuple[str, str]], what: str) -> dict[str, str]:
 
 
 def parse_size(text: str, unit_bytes: int) -> int:
-    """Return a size in bytes; unit_bytes is what a bare number counts."""
+    """Return a size in bytes; unit_bytes is what a bare number counts.
+
+    With a fraction, or hexadecimal, where a letter at the end is a digit.
+    Source: qemu/qemu util/cutils.c, do_strtosz(); softmmu/vl.c, where -m gets
+    its "M" behind a digit only.
+    """
     found = _SIZE.fullmatch(text)
     if not found:
-        raise IncompatibleError(f"cannot read the size '{text}'")
-    suffix = found[2].lower()
-    return int(found[1]) * (1 << _SHIFT[suffix] if suffix else unit_bytes)
+        raise IncompatibleError(f"cannot read the size '{text[:60]}'")
+    number, suffix = found[1], found[2].lower()
+    is_hex = number[:2].lower() == "0x"
+    unit = 1 << _SHIFT[suffix] if suffix else unit_bytes if text[-1].isdecimal() else 1
+    size = (Fraction(int(number, 16)) if is_hex else Fraction(number)) * unit
+    if size >= 1 << 64 or (unit == 1 and size.denominator != 1):
+        raise IncompatibleError(f"cannot read the size '{text[:60]}'")
+    return int(size)
+
+
+def parse_number(text: str, what: str) -> int:
+    """Return a number of `what`: decimal, 0x... or octal.  Source: strtoull(3), base 0."""
+    if not _NUMBER.fullmatch(text):
+        raise IncompatibleError(f"{what}: '{text[:20]}' is no number")
+    try:
+        return int(text, 16 if text[:2].lower() == "0x" else 8 if text[0] == "0" else 10)
+    except ValueError:
+        raise IncompatibleError(f"{what}: '{text[:20]}' is no number") from None
 
 
 def protocol_of(name: str) -> str:

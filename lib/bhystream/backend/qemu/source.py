@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from bhystream.backend.base import PAGE_BYTES, Head, Json, Prepared, Segment, St
 from bhystream.backend.process import identify
 from bhystream.backend.qemu import facts, graph, host, migration, ram
 from bhystream.backend.qemu.compare import compare
-from bhystream.backend.qemu.config import reduce_argv
+from bhystream.backend.qemu.config import guest_name, label, reduce_argv
 from bhystream.backend.qemu.paused import QemuPaused
 from bhystream.backend.qemu.plugged import check_plugged
 from bhystream.backend.qemu.process import read_argv, working_directory
@@ -135,8 +134,15 @@ class QemuSource:
         return [f"{key}=" for key in keys]
 
     def warnings(self) -> Sequence[str]:
-        """Return which image the destination has to lend, where argv names another."""
-        return [f"{change}; lend it the former" for change in self._changes]
+        """Return which image the destination has to lend, and a name that is another here."""
+        out = [f"{change}; lend it the former" for change in self._changes]
+        own = guest_name(self._argv)
+        if own not in ("", self.name):
+            out.append(
+                f"name: {ascii(own)[:80]} cannot be a guest's in a stream; it is called"
+                f" {self.name}, or what bhyrecv's operand says"
+            )
+        return out
 
     def prepare(self, id_: str) -> Prepared:
         """Return the record; what the pause needs is set in it, in a millisecond."""
@@ -233,8 +239,7 @@ def record_of(qmp: Qmp, name: str, found: Mapping[str, Any]) -> Json:
 
 def _name_of_path(path: str) -> str:
     """Return a guest name made of the socket's: "web1" of "/run/web1.qmp"."""
-    stem = os.path.basename(path).split(".")[0]
-    return re.sub(r"[^A-Za-z0-9._-]", "-", stem)[:64] or "guest"
+    return label(os.path.basename(path).split(".")[0]) or "guest"
 
 
 def _cure(state: str) -> str:
