@@ -142,6 +142,8 @@ def as_error(raised: Exception) -> BhyError:
     """Return what was raised as a BhyError: itself, or an InternalError around it."""
     if isinstance(raised, BhyError):
         return raised
+    if isinstance(raised, MemoryError):
+        return GuestError("there is not enough memory", "allow more (ulimit -v), or free some")
     error = InternalError(f"unexpected {type(raised).__name__}: {raised}")
     error.__cause__ = raised
     return error

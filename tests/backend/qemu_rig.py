@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bhystream.backend.base import PAGE_BYTES
+from bhystream import format as fmt
+from bhystream.backend.base import PAGE_BYTES, Target
 from bhystream.backend.qemu import QemuSink, QemuSource
-from bhystream.target import FileTarget
 
 SIZE = 64 << 20
 
@@ -126,13 +126,14 @@ def state_of(path: str) -> str:
         return str(ask("query-status")["status"])
 
 
-def copy_memory(source: QemuSource, destination: FileTarget) -> int:
+def copy_memory(source: QemuSource, destination: Target) -> int:
     """Copy every touched page by hand; return how many."""
     pages = 0
     [view] = source.memory()
     for first, end in source.touched():
+        extent = memoryview(fmt.EXTENT.pack(first, end - first, fmt.KIND_DATA))
         chunk = view[first * PAGE_BYTES : end * PAGE_BYTES]
-        os.pwrite(destination.fd, chunk, destination.offset_bytes + first * PAGE_BYTES)
+        destination.place(0, len(view) // PAGE_BYTES, extent, chunk)
         pages += end - first
     return pages
 

@@ -22,6 +22,7 @@ from bhystream.errors import (
     InternalError,
     TakenError,
 )
+from bhystream.target import FileTarget
 
 from .qemu_rig import SIZE, Rig, copy_memory, monitor, peer, state_of, stop, strings
 
@@ -87,6 +88,7 @@ def test_the_memory_there_is_the_memory_here(rig: Rig) -> None:
     source, sink = QemuSource(rig.start("here")), rig.sink()
     assert sink.check(source.head()) == []
     [destination] = sink.open(b"")
+    assert isinstance(destination, FileTarget)
     assert os.fstat(destination.fd).st_blocks == 0
     paused = source.pause()
     states = paused.states()
@@ -275,6 +277,7 @@ def test_a_waiting_qemu_is_filled_and_started(rig: Rig) -> None:
     sink = QemuSink(waiting, {}, None, False, str(rig.state_dir))
     assert sink.check(source.head()) == []
     [destination] = sink.open(b"")
+    assert isinstance(destination, FileTarget)
     assert os.fstat(destination.fd).st_blocks == 0
     assert os.pread(destination.fd, PAGE_BYTES, SIZE - PAGE_BYTES) == bytes(PAGE_BYTES)
     sink.abort()

@@ -65,10 +65,10 @@ def test_memory_whose_file_was_unlinked_is_found(rig: Rig) -> None:
 def test_extents_of_a_sparse_file(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
     os.ftruncate(fd, 64 * PAGE_BYTES)
-    assert list(extents(fd, 64 * PAGE_BYTES)) == []
+    assert list(extents(fd, 64 * PAGE_BYTES, os.getpid())) == []
     os.pwrite(fd, b"x", 3 * PAGE_BYTES + 5)
     os.pwrite(fd, b"x" * 2 * PAGE_BYTES, 63 * PAGE_BYTES)  # past the size asked for
-    assert list(extents(fd, 64 * PAGE_BYTES)) == [(3, 4), (63, 64)]
+    assert list(extents(fd, 64 * PAGE_BYTES, os.getpid())) == [(3, 4), (63, 64)]
     os.close(fd)
 
 

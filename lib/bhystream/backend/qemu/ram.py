@@ -1,4 +1,4 @@
-"""The file behind a guest's memory: found and walked.
+"""The file behind a guest's memory: found, mapped and walked.
 
 The file is found through /proc/PID/fd, not by its path: the path may be
 unlinked (bhyrecv's own guests), a memfd, or one of another mount namespace.
@@ -8,18 +8,49 @@ shared, writable one of the whole size from offset 0.
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import re
+import struct
+import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from bhystream import hole
+from bhystream.backend.base import PAGE_BYTES
 from bhystream.errors import AccessError, GuestError
 
 _MAPS = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<mode>....) (?P<offset>[0-9a-f]+) "
     r"[0-9a-f]+:[0-9a-f]+ (?P<inode>\d+)"
 )
+
+_STATFS_BYTES = 512  # more than struct statfs has
+_HUGETLBFS_MAGIC = 0x958458F6
+_BLOCK_BYTES = 512  # of st_blocks
+_ENTRY_BYTES = 8
+_ZEROS = bytes(1 << 20)
+
+
+class _Mapping(NamedTuple):
+    """One shared, writable mapping of a process.  In bytes; end is exclusive."""
+
+    start: int
+    end: int
+    offset: int
+    inode: int
+
+
+def _mappings(pid: int) -> Iterator[_Mapping]:
+    """Yield the shared, writable mappings of a process.  Raises OSError."""
+    with open(f"/proc/{pid}/maps", encoding="ascii", errors="replace") as file:
+        for line in file:
+            found = _MAPS.match(line)
+            if found and found["mode"][1] == "w" and found["mode"][3] == "s":
+                start, end, offset = (int(found[x], 16) for x in ("start", "end", "offset"))
+                yield _Mapping(start, end, offset, int(found["inode"]))
 
 
 def _mapped_inodes(pid: int, size_bytes: int) -> set[int]:
@@ -30,14 +61,9 @@ def _mapped_inodes(pid: int, size_bytes: int) -> set[int]:
     pieces (mprotect, madvise) is put together again by its offsets.
     """
     reach: dict[int, int] = {}
-    with open(f"/proc/{pid}/maps", encoding="ascii", errors="replace") as file:
-        for line in file:
-            found = _MAPS.match(line)
-            if not found or found["mode"][1] != "w" or found["mode"][3] != "s":
-                continue
-            inode, offset = int(found["inode"]), int(found["offset"], 16)
-            if offset == reach.get(inode, 0):
-                reach[inode] = offset + int(found["end"], 16) - int(found["start"], 16)
+    for one in _mappings(pid):
+        if one.offset == reach.get(one.inode, 0):
+            reach[one.inode] = one.offset + one.end - one.start
     return {inode for inode, end in reach.items() if end == size_bytes}
 
 
@@ -70,15 +96,92 @@ def open_ram(pid: int, size_bytes: int, flags: int) -> int:
         raise GuestError(f"cannot open the memory of process {pid}: {error.strerror}") from None
 
 
-def extents(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+def map_ram(fd: int, size_bytes: int, who: str, protection: int) -> mmap.mmap:
+    """Map the memory of a guest.  protection: mmap.PROT_READ, PROT_WRITE.  Raises GuestError."""
+    try:
+        return mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, protection)
+    except (OSError, ValueError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise GuestError(
+            f"{who}: cannot map its memory of {size_bytes} bytes: {why}",
+            hint="allow more address space (ulimit -v)",
+        ) from None
+
+
+def is_huge(fd: int) -> bool:
+    """Say whether a file is one of huge pages (hugetlbfs), which cannot be written but by mapping.
+
+    Source: Linux, include/uapi/linux/magic.h; statfs(2): f_type comes first.
+    """
+    found = ctypes.create_string_buffer(_STATFS_BYTES)
+    if ctypes.CDLL(None, use_errno=True).fstatfs(fd, found):
+        return False
+    return int.from_bytes(found.raw[: struct.calcsize("l")], sys.byteorder) == _HUGETLBFS_MAGIC
+
+
+def extents(fd: int, size_bytes: int, pid: int) -> Iterator[tuple[int, int]]:
     """Yield the page extents [first, end) of a file that hold data.
 
-    A file system without SEEK_DATA reports everything as data (lseek(2)).
+    pid: of the QEMU.  A file system without SEEK_DATA reports everything as
+    data (lseek(2)), and so does hugetlbfs: _huge_extents().
     """
     try:
-        yield from hole.data_extents(fd, 0, size_bytes, (errno.EINVAL,))
+        if is_huge(fd):
+            yield from _huge_extents(fd, size_bytes, pid)
+        else:
+            yield from hole.data_extents(fd, 0, size_bytes, (errno.EINVAL,))
     except OSError as error:
         raise GuestError(f"cannot walk the guest's memory: {error.strerror}") from None
+
+
+def _huge_extents(fd: int, size_bytes: int, pid: int) -> Iterator[tuple[int, int]]:
+    """Yield the extents of a file of huge pages that were touched; takes none itself.
+
+    Reading a hole through a mapping would take a huge page; read(2) gives zeros.
+    QEMU's page table names the pages that it has touched, and the file counts
+    all that there are.  Where these are more, as after another process has
+    written, or while the kernel moves one, the others are read and looked at:
+    what is all zero may be left out.
+    """
+    status = os.fstat(fd)
+    huge_bytes = status.st_blksize
+    npages = huge_bytes // PAGE_BYTES
+    touched = _present(pid, status.st_ino, size_bytes, huge_bytes)
+    if touched.count(1) * huge_bytes < os.fstat(fd).st_blocks * _BLOCK_BYTES:
+        for at, is_touched in enumerate(touched):
+            if not is_touched and _holds_data(fd, at * huge_bytes, huge_bytes):
+                touched[at] = 1
+    at = 0
+    while (first := touched.find(1, at)) >= 0:
+        end = touched.find(0, first)
+        at = len(touched) if end < 0 else end
+        yield first * npages, at * npages
+
+
+def _present(pid: int, inode: int, size_bytes: int, huge_bytes: int) -> bytearray:
+    """Return a 1 for each huge page of a file that a process has in its page table.
+
+    Source: Linux, Documentation/admin-guide/mm/pagemap.rst: bit 63 of an entry.
+    """
+    found = bytearray(size_bytes // huge_bytes)
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as table:
+        for one in _mappings(pid):
+            if one.inode != inode:
+                continue
+            for at in range(0, one.end - one.start, huge_bytes):
+                place = (one.start + at) // mmap.PAGESIZE * _ENTRY_BYTES
+                entry = os.pread(table.fileno(), _ENTRY_BYTES, place)
+                if int.from_bytes(entry, sys.byteorder) >> 63:
+                    found[(one.offset + at) // huge_bytes] = 1
+    return found
+
+
+def _holds_data(fd: int, offset_bytes: int, length_bytes: int) -> bool:
+    """Say whether a range of a file is other than zero."""
+    for at in range(offset_bytes, offset_bytes + length_bytes, len(_ZEROS)):
+        if os.pread(fd, len(_ZEROS), at) != _ZEROS:
+            return True
+    return False
 
 
 def other_user(fd: int, own_pid: int) -> int | None:

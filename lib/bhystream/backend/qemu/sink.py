@@ -18,13 +18,14 @@ it is, and is no longer `inmigrate`: check() refuses it by that name.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bhystream import hole
-from bhystream.backend.base import Head, Json, State
+from bhystream.backend.base import Head, Json, State, Target
 from bhystream.backend.qemu import facts, host, migration, ram, verdict
 from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.empty import Empty
@@ -35,7 +36,7 @@ from bhystream.backend.qemu.source import record_of
 from bhystream.backend.qemu.state import MAX_STATE_BYTES
 from bhystream.backend.qemu.validate import validate
 from bhystream.errors import BhyError, GuestError, IncompatibleError, InternalError, UsageError
-from bhystream.target import FileTarget
+from bhystream.target import FileTarget, MappedTarget
 
 
 class QemuSink:
@@ -72,6 +73,7 @@ class QemuSink:
         self._qmp: Qmp | None = None
         self._empty: Empty | None = None
         self._ram_fd = -1
+        self._mapped: MappedTarget | None = None
         self._found: dict[str, Any] = {}
         self._record: Json | None = None
         self._released = False
@@ -172,7 +174,7 @@ class QemuSink:
 
     # ---- open
 
-    def open(self, plan: bytes) -> Sequence[FileTarget]:
+    def open(self, plan: bytes) -> Sequence[Target]:
         """Start or take over the empty QEMU; return its RAM file, all zero."""
         config = self._known()
         size_bytes = config["memory"]["size_bytes"]
@@ -194,8 +196,14 @@ class QemuSink:
                 raise IncompatibleError(f"mem: the memory file is in use by process {other}")
             # Mappings see the zeros too: right also for a QEMU that waits.
             hole.punch(self._ram_fd, 0, size_bytes)
+        target: Target = FileTarget(self._ram_fd, 0)
+        if ram.is_huge(self._ram_fd):
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            mapping = ram.map_ram(self._ram_fd, size_bytes, f"guest {self.name}", protection)
+            self._mapped = MappedTarget(memoryview(mapping))
+            target = self._mapped
         self._prepare(qmp)
-        return [FileTarget(self._ram_fd, 0)]
+        return [target]
 
     def _require_disks(self, qmp: Qmp) -> None:
         """Refuse a QEMU that has opened other disks than the source's, by what it says of them."""
@@ -301,6 +309,9 @@ class QemuSink:
         self._close_ram()
 
     def _close_ram(self) -> None:
+        if self._mapped is not None:
+            self._mapped.release()
+            self._mapped = None
         if self._ram_fd >= 0:
             os.close(self._ram_fd)
             self._ram_fd = -1

@@ -83,7 +83,7 @@ class QemuSource:
         self._layout = (Segment(backend.ident, None, backend.size_bytes // PAGE_BYTES),)
         self._size_bytes = backend.size_bytes
         self._ram_fd = ram.open_ram(qmp.pid, backend.size_bytes, os.O_RDONLY)
-        self._mapping = mmap.mmap(self._ram_fd, backend.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._mapping = ram.map_ram(self._ram_fd, backend.size_bytes, qmp.who, mmap.PROT_READ)
         self._views = [memoryview(self._mapping)]
 
     def _describe(
@@ -153,8 +153,8 @@ class QemuSource:
         return self._views
 
     def touched(self) -> Iterator[tuple[int, int]]:
-        """Yield the page extents of the RAM file that hold data."""
-        return ram.extents(self._ram_fd, self._size_bytes)
+        """Yield the page extents of the memory's file that hold data."""
+        return ram.extents(self._ram_fd, self._size_bytes, self._identity.pid)
 
     def changed(self) -> Iterator[tuple[int, int]] | None:
         """Return None: QEMU's dirty log is its own."""
