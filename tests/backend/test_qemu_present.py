@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .qemu_rig import Rig, await_true, copy_memory, monitor, state_of
 pytestmark = pytest.mark.guest
 
 MIB = 1 << 20
+ROOT = Path(__file__).resolve().parents[2]
 Ask = Callable[..., Any]
 
 
@@ -437,3 +439,71 @@ def test_a_waiting_qemu_with_another_disk_is_refused(rig: Rig) -> None:
     sink.abort()
     assert state_of(waiting) == "inmigrate"
     source.close()
+
+
+# ---- the program
+
+
+def eject_cd(ask: Ask, rig: Rig) -> None:
+    assert ask("eject", id="ide0", force=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "named"),
+    [
+        (start_mirror, 69, "the job 'd0' (mirror, running)"),
+        (snapshot, 76, "its command line has"),
+        (eject_cd, 69, "its devices or disks were changed while it was sent: disk1"),
+    ],
+)
+def test_bhysend_lets_a_guest_run_that_was_changed_while_it_was_sent(
+    rig: Rig, change: Callable[[Ask, Rig], Any], status: int, named: str
+) -> None:
+    """The pipe is full, so that it sends the first round when the change is made."""
+    second = rig.path("second.qmp")
+    monitor_too = ("-qmp", f"unix:{second},server=on,wait=off")
+    options = (*disk(image(rig, "base")), *cdrom(image(rig, "cd")), *monitor_too)
+    path = rig.start("here", *options)
+    with open(rig.path("here.ram"), "r+b") as memory:
+        memory.seek(24 * MIB)
+        memory.write(os.urandom(16 * MIB))
+    command = [sys.executable, str(ROOT / "bhysend"), f"qemu:{path}"]
+    state = rig.directory / "sending"
+    state.mkdir(mode=0o700)
+    environment = {**os.environ, "BHYSEND_STATE_DIR": str(state)}
+    with (
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as sending,
+        monitor(second) as ask,
+    ):
+        assert sending.stdout is not None and sending.stderr is not None
+        assert len(sending.stdout.read(4 * MIB)) == 4 * MIB
+        change(ask, rig)
+        out, err = sending.communicate(timeout=60)
+        assert ask("query-status")["status"] == "running"
+    text = err.decode()
+    assert sending.returncode == status, text
+    assert named in text and "it runs here" in text
+    assert len(out) > 8 * MIB
+    assert list(state.glob("source/*.json")) == []
+
+
+@pytest.mark.parametrize(("options", "status"), [((), 76), (("-f",), 0)])
+def test_force_sends_a_guest_with_what_it_writes_to(
+    rig: Rig, options: tuple[str, ...], status: int
+) -> None:
+    path = rig.start("here", *disk(image(rig, "base")))
+    with monitor(path) as ask:
+        over = snapshot(ask, rig)
+    state = rig.directory / "sending"
+    state.mkdir(mode=0o700)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bhysend"), "-n", *options, f"qemu:{path}"],
+        env={**os.environ, "BHYSEND_STATE_DIR": str(state)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == status, done.stderr
+    assert f"disk d0: QEMU writes to {over}" in done.stderr.decode()
