@@ -100,6 +100,19 @@ def test_one_image_is_not_lent_twice(lent: dict[str, str], tmp_path: Path, named
     assert reason == f"disk1: {path.removeprefix('file:')}: it is lent as disk0 too"
 
 
+def test_an_image_and_a_loop_device_over_it_are_one(lent: dict[str, str]) -> None:
+    made = subprocess.run(
+        ["losetup", "-f", "--show", lent["disk0"]], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"no loop device can be had: {made.stderr.strip()}")
+    device = made.stdout.strip()
+    try:
+        assert reasons(lent | {"disk1": device}) == [f"disk1: {device}: it is lent as disk0 too"]
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+
+
 def test_one_device_is_one_under_all_its_nodes(tmp_path: Path) -> None:
     for kind, number in ((stat.S_IFBLK, os.makedev(7, 77)), (stat.S_IFCHR, os.makedev(1, 3))):
         nodes = [tmp_path / f"{kind}{at}" for at in range(2)]
@@ -193,6 +206,20 @@ def test_a_qcow2_image_has_the_size_that_the_guest_sees(
     (tmp_path / "cut").write_bytes(Path(right).read_bytes()[:20])
     [reason] = reasons(lent | {"disk0": f"{tmp_path}/cut"}, config(kind))
     assert "has 0 bytes" in reason
+
+
+def test_a_qcow2_image_needs_what_it_lies_over(lent: dict[str, str], tmp_path: Path) -> None:
+    kind = {"props": {"format": "qcow2"}, "size_bytes": 4 * KIB}
+    for name in ("base", f"{tmp_path}/base", "nbd:localhost:1"):
+        (tmp_path / "base").write_bytes(bytes(4 * KIB))
+        over = f"{tmp_path}/over"
+        create = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", name, over]
+        subprocess.run([*create, str(4 * KIB)], check=True)
+        assert reasons(lent | {"disk0": over}, config(kind)) == []
+        (tmp_path / "base").unlink()
+        found = reasons(lent | {"disk0": over}, config(kind))
+        missing = [f"disk0: {over}: its backing file {tmp_path}/base does not exist"]
+        assert found == ([] if name.startswith("nbd") else missing)
 
 
 @pytest.mark.parametrize(("size", "is_right"), [(3585, True), (4096, True), (3584, False)])

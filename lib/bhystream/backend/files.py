@@ -15,12 +15,26 @@ def identity(status: os.stat_result) -> str:
     """Return what tells a file from all others of this host.
 
     A device is told by its number: its nodes may be many, and lie in many places.
+    Linux's loop device is the file behind it.
     """
     if stat.S_ISBLK(status.st_mode):
-        return f"block:{status.st_rdev}"
+        return _behind(status.st_rdev) or f"block:{status.st_rdev}"
     if stat.S_ISCHR(status.st_mode):
         return f"character:{status.st_rdev}"
     return f"{status.st_dev}:{status.st_ino}"
+
+
+def _behind(number: int) -> str:
+    """Return the identity of the file behind a loop device, "" for any other device.
+
+    Source: Linux, drivers/block/loop.c, loop_attr_backing_file_show().
+    """
+    path = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/loop/backing_file"
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return identity(os.stat(file.read().removesuffix("\n")))
+    except OSError:
+        return ""
 
 
 def identity_of(path: str) -> str:

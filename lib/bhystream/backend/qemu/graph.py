@@ -25,8 +25,8 @@ from bhystream.errors import AccessError, GuestError
 # Over which an image format lies; as the top node they are raw.
 PROTOCOLS = frozenset({"file", "host_device", "host_cdrom", "nbd", "rbd", "iscsi", "ssh"})
 _LOCAL = ("file", "host_device", "host_cdrom")
-# Names of descriptors that QEMU was handed (add-fd), and no paths.
-_FD_SETS = "/dev/fdset/"
+# Names of descriptors that QEMU was handed, and no paths.
+_DESCRIPTORS = ("/dev/fdset/", "/dev/fd/", "/proc/self/fd/")
 _ENDED = frozenset({"concluded", "null"})
 
 
@@ -174,7 +174,7 @@ def _open_files(pid: int) -> frozenset[str]:
 def _is_open(file: str, directory: str, pid: int, opened: frozenset[str]) -> bool:
     """Say whether a name leads to a file that QEMU has open; True of what is no path."""
     path = local_path(file, directory)
-    if path is None or path.startswith(_FD_SETS):
+    if path is None or path.startswith(_DESCRIPTORS):
         return True
     if directory == "/" and not file_of(file).startswith("/"):
         return True  # -daemonize goes there when the disks are open

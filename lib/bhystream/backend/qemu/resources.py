@@ -19,11 +19,13 @@ import os
 import re
 import shlex
 import stat
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bhystream.backend.files import Lent, identity_of
+from bhystream.backend.qemu.graph import local_path
 from bhystream.backend.qemu.options import escape, protocol_of, told
 from bhystream.errors import UsageError
 
@@ -34,6 +36,7 @@ _NET = re.compile(r"tap:[A-Za-z0-9._-]{1,15}|user|none")
 _QCOW2_MAGIC = b"QFI\xfb"
 # Where the size is, big-endian.  Source: qemu/qemu docs/interop/qcow2.txt.
 _QCOW2_SIZE = slice(24, 32)
+_MAX_BACKING_BYTES = 1023
 _SECTOR_BYTES = 512
 # Protocols of QEMU's for a file, and for what is no disk: a directory, or nothing.
 _FILES = ("file", "host_device", "host_cdrom")
@@ -180,6 +183,9 @@ class Resources:
             return [f"{key}: {path} is {here}, the source's is {disk['props']['format']}"]
         if is_qcow2:
             size_bytes = int.from_bytes(header[_QCOW2_SIZE], "big")
+            below = _backing_file(path, header)
+            if below and not os.path.exists(below):
+                return [f"{key}: {path}: its backing file {below} does not exist"]
         if wanted and size_bytes != wanted:
             return [f"{key}: {path} has {size_bytes} bytes, the source's has {wanted}"]
         return []
@@ -223,6 +229,17 @@ class Resources:
         if value == path and not (stat.S_ISREG(kind) or stat.S_ISCHR(kind)):
             return [f"{key}: {path} is not a file and not a terminal"]
         return []
+
+
+def _backing_file(path: str, header: bytes) -> str:
+    """Return the path of the image that a qcow2 image lies over; "" for none, or no path."""
+    offset_bytes, length_bytes = struct.unpack_from(">QI", header.ljust(20, b"\0"), 8)
+    if not offset_bytes or length_bytes > _MAX_BACKING_BYTES:
+        return ""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset_bytes)
+        name = os.fsdecode(file.read(length_bytes))
+    return local_path(name, os.path.dirname(path)) or ""
 
 
 def _wanted(config: Mapping[str, Any]) -> set[str]:
