@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from bhystream.backend.qemu.command import build
 from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.config import guest_name, reduce_argv
 from bhystream.backend.qemu.facts import Facts
-from bhystream.backend.qemu.graph import Drive, Medium, file_of
+from bhystream.backend.qemu.graph import Drive, Medium, file_of, is_open
 from bhystream.backend.qemu.options import parse_size, split_keyval
 from bhystream.backend.qemu.resources import Resources
 from bhystream.backend.qemu.validate import validate
@@ -179,6 +180,13 @@ def test_another_image_than_the_command_lines_is_named(then: str, now: str, line
         with pytest.raises(IncompatibleError, match="disk virtio0: QEMU writes to") as caught:
             present(drive, medium)
         assert "-f sends" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["/dev/fdset/1", "/dev/fd/3", "/proc/self/fd/3", "nbd:h:1", "x"])
+def test_what_is_no_path_of_qemus_leads_nowhere_else(name: str) -> None:
+    """Of a daemon, whose directory is "/", the relative paths are not known either."""
+    assert is_open(name, "/", os.getpid(), frozenset())
+    assert not is_open("/x/y", "/", os.getpid(), frozenset())
 
 
 def test_an_image_is_compared_as_a_file(tmp_path: Path) -> None:

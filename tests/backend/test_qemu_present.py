@@ -441,6 +441,18 @@ def test_a_waiting_qemu_with_another_disk_is_refused(rig: Rig) -> None:
     source.close()
 
 
+def test_a_waiting_qemu_whose_disk_is_exported_is_refused(rig: Rig) -> None:
+    source = QemuSource(rig.start("here", *disk(image(rig, "base"))))
+    waiting = rig.start("wait", "-S", "-incoming", "defer", *disk(image(rig, "copy")))
+    with monitor(waiting) as ask:
+        export(ask, rig)
+    sink = QemuSink(waiting, {}, None, False, str(rig.state_dir))
+    [reason] = sink.check(source.head())
+    assert "the nbd export 'backup'" in reason
+    sink.abort()
+    source.close()
+
+
 # ---- the program
 
 

@@ -71,7 +71,7 @@ def drives(qmp: Qmp, directory: str) -> tuple[Drive, ...]:
 
     def medium(inserted: Mapping[str, Any] | None) -> Medium | None:
         found = _medium(inserted)
-        if found is None or _is_open(found.file, directory, qmp.pid, opened):
+        if found is None or is_open(found.file, directory, qmp.pid, opened):
             return found
         return replace(found, is_there=False)
 
@@ -171,8 +171,11 @@ def _open_files(pid: int) -> frozenset[str]:
     return frozenset(found)
 
 
-def _is_open(file: str, directory: str, pid: int, opened: frozenset[str]) -> bool:
-    """Say whether a name leads to a file that QEMU has open; True of what is no path."""
+def is_open(file: str, directory: str, pid: int, opened: frozenset[str]) -> bool:
+    """Say whether a name leads to a file that QEMU has open; True of what is no path.
+
+    directory, pid: QEMU's.  opened: the identities of its files.
+    """
     path = local_path(file, directory)
     if path is None or path.startswith(_DESCRIPTORS):
         return True
