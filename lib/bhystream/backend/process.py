@@ -233,21 +233,3 @@ def is_stopped(who: Identity) -> bool:
     """
     found = _stat(who.pid)
     return found is not None and found[0] == "T" and is_alive(who)
-
-
-def parent_command(pid: int) -> str:
-    """Return the command line of a process's parent; "" for init's, and where it is not seen.
-
-    Source: proc_pid_stat(5), field 4, and proc_pid_cmdline(5); ps(1) on FreeBSD.
-    """
-    if _IS_FREEBSD:
-        return process_freebsd.parent_command(pid)
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            text = file.read()
-        parent = int(text[text.rindex(b")") + 2 :].split()[1])
-        with open(f"/proc/{parent}/cmdline", "rb") as file:
-            words = file.read()
-    except OSError:
-        return ""
-    return "" if parent == 1 else words.replace(b"\0", b" ").decode(errors="replace").strip()

@@ -21,15 +21,10 @@ Only the parent is looked at: a supervisor further up is not noticed.
 from __future__ import annotations
 
 from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
+from bhystream.backend.supervisors import may_start_again, program_of, reason
 
-# Of a bhyve that was started by hand.  "" is init: its parent has ended.
-_SHELLS = frozenset({"sh", "csh", "tcsh", "bash", "zsh", "ksh", "mksh", "fish", "dash"})
-_HARMLESS = frozenset(
-    {"", "doas", "init", "login", "screen", "script", "sshd", "su", "sudo", "tmux"}
-    | {"bhyve", "vmrun.sh"}
-)
+_HARMLESS = frozenset({"bhyve", "vmrun.sh"})
 _LIBVIRT = frozenset({"libvirtd", "virtbhyved"})
-_MAX_SHOWN_CHARS = 60
 
 
 def reasons(
@@ -54,36 +49,17 @@ def reasons(
             "supervisor: CBSD starts the guest again once it has moved if its on_crash is"
             " restart: a second copy; set it to destroy and restart the guest, or -f if it is"
         ]
-    if _program(parent) in _LIBVIRT:
+    if program_of(parent) in _LIBVIRT:
         return [], [
             "supervisor: libvirt does not notice that the guest has moved, and may start it here"
             " again: a second copy; virsh autostart --disable now, virsh destroy and undefine"
             " afterwards, and -f"
         ]
-    if _may_start_again(parent):
-        return [], [
-            f"supervisor: the guest's bhyve was started by {ascii(parent)[:_MAX_SHOWN_CHARS]},"
-            " which may start it again when it is killed: a second copy; end that first,"
-            " or -f if it does not"
-        ]
+    if may_start_again(parent, _HARMLESS):
+        return [], [reason("bhyve", parent)]
     return [], []
 
 
 def _is_cbsd(parent: str) -> bool:
     """Say whether it is the lockf(1) that CBSD's bhyverun.sh runs bhyve under."""
-    return _program(parent) == "lockf" and "/bhyveload." in parent
-
-
-def _may_start_again(parent: str) -> bool:
-    """Say whether a parent is more than a terminal's: a script, or a program not known."""
-    name, words = _program(parent), parent.split()
-    if name in _SHELLS:
-        scripts = [word for word in words[1:] if not word.startswith("-")]
-        return bool(scripts) and scripts[0].rpartition("/")[2] not in _HARMLESS
-    return name not in _HARMLESS
-
-
-def _program(command: str) -> str:
-    """Return the name of a command line's program: also of a login shell, and of a title."""
-    words = command.split()
-    return words[0].rpartition("/")[2].lstrip("-").rstrip(":") if words else ""
+    return program_of(parent) == "lockf" and "/bhyveload." in parent

@@ -20,6 +20,7 @@ The pieces, in the order in which a move meets them:
     launch.py     one QEMU started by us: its log, its end
     empty.py      a QEMU of ours that waits, and all that was made for it
     load.py       the state into QEMU
+    supervisors.py  what would start a guest again that has moved
     verdict.py    the reasons against a guest on this host
     source.py     QemuSource: base.Source
     sink.py       QemuSink: base.Sink

@@ -24,7 +24,7 @@ from typing import Any
 
 from bhystream.backend.base import PAGE_BYTES, Head, Json, Prepared, Segment, State
 from bhystream.backend.process import identify
-from bhystream.backend.qemu import facts, graph, host, migration, ram
+from bhystream.backend.qemu import facts, graph, host, migration, ram, supervisors
 from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.config import guest_name, label, reduce_argv
 from bhystream.backend.qemu.paused import QemuPaused
@@ -32,7 +32,7 @@ from bhystream.backend.qemu.plugged import check_plugged
 from bhystream.backend.qemu.process import read_argv, working_directory
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.state import take_state
-from bhystream.errors import GuestError
+from bhystream.errors import GuestError, IncompatibleError
 
 # Measured with QEMU 7.2 under TCG on two busy cores: stop 2 to 6 ms, state 2 to
 # 5, load 2 to 12, cont under 1, and the programs around them.
@@ -45,7 +45,8 @@ class QemuSource:
     def __init__(self, qmp_path: str, *, force: bool = False) -> None:
         """Open the guest.  Raises GuestError, IncompatibleError or AccessError.
 
-        force: also one that writes to another image than its command line names.
+        force: also one that writes to another image than its command line names,
+        and one that something seems to supervise.
         """
         self._force = force
         self._mapping: mmap.mmap | None = None
@@ -55,6 +56,8 @@ class QemuSource:
         self._qmp = Qmp(os.path.abspath(qmp_path), f"guest {fallback}")
         try:
             self._open(fallback)
+            if not force and (found := supervisors.reasons(self._identity.pid)):
+                raise IncompatibleError(f"{self._qmp.who}: {found[0]}")
         except BaseException:
             self.close()
             raise
