@@ -83,11 +83,12 @@ def test_a_shell_that_reads_its_script_is_told_from_a_terminals() -> None:
         ),
         ("0::/user.slice/user-7.slice/user@7.service/init.scope\n", Unit("init.scope", 7)),
         ("0::/user.slice/user-7.slice/user@7.service\n", Unit("user@7.service")),
-        # Beside the controllers of version 1, systemd's own hierarchy counts.
+        # Beside the controllers of version 1, systemd's own hierarchy counts; either may lie idle.
         (
-            "2:cpu,cpuacct:/a.service\n1:name=systemd:/system.slice/b.service\n0::/c.service\n",
+            "2:cpu,cpuacct:/a.service\n1:name=systemd:/system.slice/b.service\n0::/\n",
             Unit("b.service"),
         ),
+        ("9:name=systemd:/\n1:cpu:/a.service\n0::/machine.slice/b.scope\n", Unit("b.scope")),
         ("12:pids:/system.slice/a.service\n0::/\n", None),
         ("0::/docker/0123456789ab\n", None),
         ("0::/\n", None),

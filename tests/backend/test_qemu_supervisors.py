@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bhystream import hypervisors
-from bhystream.backend.lineage import Above, Unit
+from bhystream.backend.lineage import Above, Unit, has_systemd
 from bhystream.backend.qemu import QemuSource, supervisors
 from bhystream.errors import IncompatibleError
 from bhystream.hypervisors import Sending
@@ -218,3 +218,31 @@ def test_a_qemu_without_a_parent_is_taken(rig: Rig) -> None:
         QemuSource(socket).close()
     finally:
         os.kill(pid, 9)
+
+
+@pytest.mark.guest
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not has_systemd(), reason="this host's init is not systemd, or not ours"
+)
+@pytest.mark.parametrize("restart", ["no", "always"])
+def test_a_service_that_is_started_again_is_refused(restart: str, rig: Rig) -> None:
+    unit = f"bhysend-test-{os.getpid()}.service"
+    start = [
+        "systemd-run",
+        "--quiet",
+        "--collect",
+        f"--unit={unit}",
+        f"--property=Restart={restart}",
+    ]
+    subprocess.run([*start, *rig.argv("here")], check=True, stdin=subprocess.DEVNULL)
+    socket = rig.path("here.qmp")
+    try:
+        answers(socket)
+        if restart == "no":
+            QemuSource(socket).close()
+            return
+        with pytest.raises(IncompatibleError, match=f"in {unit} .* with Restart=always"):
+            QemuSource(socket)
+        QemuSource(socket, force=True).close()
+    finally:
+        subprocess.run(["systemctl", "stop", unit], check=True)

@@ -127,14 +127,19 @@ def unit_of(pid: int) -> Unit | None:
 def parse_cgroup(text: str) -> Unit | None:
     """Return the innermost unit in what proc_pid_cgroup(5) says, None where there is none.
 
-    systemd's own hierarchy is the one of that name, or else cgroup v2's.
+    systemd's own hierarchy is cgroup v2's, or the one of its name; where both
+    are there, systemd uses both, or the other lies idle.
     """
     paths = {}
     for line in text.splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         paths[controllers] = path
-    parts = paths.get("name=systemd", paths.get("", "")).split("/")
+    return _unit_in(paths.get("", "")) or _unit_in(paths.get("name=systemd", ""))
+
+
+def _unit_in(path: str) -> Unit | None:
+    parts = path.split("/")
     for at in range(len(parts) - 1, -1, -1):
         if parts[at].endswith((".service", ".scope")):
             managers = [found for part in parts[:at] if (found := _USER_MANAGER.fullmatch(part))]

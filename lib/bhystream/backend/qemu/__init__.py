@@ -17,6 +17,7 @@ The pieces, in the order in which a move meets them:
     resources.py  the operator's -o key=value
     command.py    configuration + resources -> argv of the destination
     migration.py  the hand-over: capabilities, cancel, continue
+    scope.py      where it is started, so that it outlives us
     launch.py     one QEMU started by us: its log, its end
     empty.py      a QEMU of ours that waits, and all that was made for it
     load.py       the state into QEMU

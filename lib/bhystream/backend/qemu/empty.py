@@ -10,7 +10,7 @@ import contextlib
 import os
 from typing import Any
 
-from bhystream.backend.qemu import facts, host, verdict
+from bhystream.backend.qemu import facts, host, scope, verdict
 from bhystream.backend.qemu.command import build, waiting
 from bhystream.backend.qemu.launch import Launched
 from bhystream.backend.qemu.qmp import Qmp
@@ -111,7 +111,8 @@ class Empty:
         path = self._qmp_path
         if path not in self._made:
             self._made.append(path)
-        child = Launched(argv, self._log, self._who, self._resources.secrets())
+        words = [*scope.leaving(self._name), *argv]
+        child = Launched(words, self._log, self._who, self._resources.secrets())
         try:
             qmp = child.connect(path)
         except BaseException:

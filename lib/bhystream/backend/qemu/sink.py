@@ -26,7 +26,7 @@ from typing import Any
 
 from bhystream import hole
 from bhystream.backend.base import Head, Json, State, Target
-from bhystream.backend.qemu import facts, host, migration, ram, verdict
+from bhystream.backend.qemu import facts, host, migration, ram, scope, verdict
 from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.empty import Empty
 from bhystream.backend.qemu.load import feed_state
@@ -135,6 +135,10 @@ class QemuSink:
             hard += verdict.resource_reasons(self._resources, config)
             soft += verdict.version_reasons(head, version)
             directory = verdict.ram_directory(self._resources)
+        if self._qmp is None:
+            stands, doubts = scope.reasons()
+            hard += stands
+            soft += doubts
         soft += verdict.room_reasons(config["memory"]["size_bytes"], directory)
         return hard, soft
 

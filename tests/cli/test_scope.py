@@ -1,0 +1,139 @@
+"""A guest outlives what bhyrecv was run from, or is refused: PID namespaces, systemd's units."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from backend.qemu_rig import Rig, peer, state_of
+from bhystream.backend.lineage import has_systemd, unit_of
+
+from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, report, run, until
+
+pytestmark = [
+    pytest.mark.guest,
+    pytest.mark.skipif(os.geteuid() != 0, reason="unshare(1) of a PID namespace takes root"),
+]
+
+UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
+class Pair:
+    """A guest, and the socket that it is to have elsewhere."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.here = rig.start("here")
+        self.there = str(rig.state_dir / "there.qmp")
+        rig.state_dir.chmod(0o700)
+        self.env = {**os.environ, "BHYSEND_STATE_DIR": str(rig.state_dir)}
+
+    def send(self, *receiving: str) -> Ended:
+        """Run bhysend with a command that receives the guest."""
+        [ended] = run([*BHYSEND, f"qemu:{self.here}", *receiving], env=self.env)
+        return ended
+
+    def assert_moved(self, ended: Ended) -> None:
+        assert ended.status == 0, report(ended)
+        assert state_of(self.there) == "running"
+
+    def assert_outlives(self, unit: str) -> None:
+        """End the unit that bhyrecv ran in; the guest is in another, and runs."""
+        run(["systemctl", "stop", unit], env=self.env)
+        assert state_of(self.there) == "running"
+        left = unit_of(peer(self.there))
+        assert left is not None
+        assert left.name.startswith("bhyrecv-there-") and left.name.endswith(".scope")
+
+    def assert_refused(self, ended: Ended, why: str) -> None:
+        assert ended.status == 76, report(ended)
+        assert why in ended.stderr
+        assert state_of(self.here) == "running"
+        assert not os.path.lexists(self.there)
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    with tempfile.TemporaryDirectory(prefix="bhys-", dir="/dev/shm") as directory:
+        rig = Rig(Path(directory))
+        try:
+            yield Pair(rig)
+        finally:
+            rig.end()
+
+
+RECEIVE = (*BHYRECV, "there")
+
+
+def test_a_namespace_that_ends_with_bhyrecv_is_refused(pair: Pair) -> None:
+    pair.assert_refused(pair.send(*UNSHARE, *RECEIVE), "bhyrecv is process 1 of its container")
+    forced = (*BHYRECV, "-f", "there")
+    pair.assert_refused(pair.send(*UNSHARE, *forced), "bhyrecv is process 1 of its container")
+
+
+@pytest.mark.parametrize("command", [("sh", "-c", '"$@"; :', "sh"), ("timeout", "600")])
+def test_a_namespace_whose_process_1_waits_for_bhyrecv_is_refused(
+    pair: Pair, command: Sequence[str]
+) -> None:
+    pair.assert_refused(pair.send(*UNSHARE, *command, *RECEIVE), "pid: process 1 of the container")
+
+
+def test_a_namespace_without_its_own_proc_is_refused(pair: Pair) -> None:
+    """What bhyrecv would see there of its QEMU is of other processes."""
+    words = (*UNSHARE[:-1], "sh", "-c", '"$@"; :', "sh", *RECEIVE)
+    pair.assert_refused(pair.send(*words), "pid: /proc is not of bhyrecv's PID namespace")
+
+
+def test_a_guest_goes_on_in_a_container_that_stays(pair: Pair, tmp_path: Path) -> None:
+    """As by docker exec: what is in a namespace may outlive what came into it."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    hold = f"echo up; read line < {gate}"
+    with Pipeline([*UNSHARE, "sh", "-c", hold], env=pair.env) as container:
+        init = _child_of(container)
+        enter = ("nsenter", "-t", str(init), "-p", "-m")
+        pair.assert_moved(pair.send(*enter, *RECEIVE))
+        container[0].kill()
+        assert container.wait()[0].status == -9
+
+
+def _child_of(pipeline: Pipeline) -> int:
+    """Wait until the namespace's process 1 is there; return its pid here."""
+    children = Path(f"/proc/{pipeline[0].pid}/task/{pipeline[0].pid}/children")
+    until(lambda: b"up\n" in pipeline[0].output, "process 1")
+    return int(children.read_text().split()[0])
+
+
+needs_systemd = pytest.mark.skipif(not has_systemd(), reason="this host's init is not systemd")
+
+
+@needs_systemd
+def test_a_guest_outlives_the_scope_that_bhyrecv_ran_in(pair: Pair) -> None:
+    """It is ended here, as a session's is at the logout."""
+    name = f"bhyrecv-test-{os.getpid()}"
+    # What is in it beside bhyrecv keeps the scope.
+    words = ["systemd-run", "--scope", "--quiet", "--collect", f"--unit={name}"]
+    script = 'sleep 600 </dev/null >/dev/null 2>&1 & exec "$@"'
+    pair.assert_moved(pair.send(*words, "sh", "-c", script, "sh", *RECEIVE))
+    pair.assert_outlives(f"{name}.scope")
+
+
+@needs_systemd
+def test_a_guest_outlives_the_service_that_was_bhyrecv(pair: Pair, tmp_path: Path) -> None:
+    """With bhyrecv all of a service ends, as in `systemd-run --pipe bhyrecv`."""
+    stream = tmp_path / "stream"
+    with stream.open("wb") as file:
+        [held] = run([*BHYSEND, f"qemu:{pair.here}"], env=pair.env, stdout=file)
+    assert held.status == 80, report(held)
+    name = f"bhyrecv-test-{os.getpid()}"
+    words = ["systemd-run", "--quiet", "--collect", f"--unit={name}"]
+    words += [f"--property=StandardInput=file:{stream}"]
+    words += [f"--setenv=BHYSEND_STATE_DIR={pair.env['BHYSEND_STATE_DIR']}"]
+    [started] = run([*words, *RECEIVE], env=pair.env)
+    assert started.status == 0, report(started)
+    ended = ["systemctl", "show", "--property=ActiveState", "--value", f"{name}.service"]
+    until(lambda: run(ended, env=pair.env)[0].output != b"active\n", "the end of bhyrecv")
+    pair.assert_outlives(f"{name}.service")
