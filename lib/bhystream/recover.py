@@ -37,7 +37,7 @@ def recover(move: Move, error: BhyError) -> BhyError:
         return InDoubtError(f"guest {name}: in doubt: {error}", in_doubt(move.record, move.base))
     where = f"guest {name}: it runs here"
     if move.gone:
-        where = "" if error is move.gone else str(move.gone)
+        where = "" if str(error) == str(move.gone) else str(move.gone)
     if move.writer:
         move.writer.abort(error.status, str(error))
     if move.offer and error is not move.unrecorded:

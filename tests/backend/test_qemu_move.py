@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -472,7 +474,7 @@ def test_a_guest_killed_before_its_pause_is_reported(rig: Rig) -> None:
     source = QemuSource(rig.start("here"))
     rig.processes["here"].kill()
     rig.processes["here"].wait()
-    with pytest.raises(GuestError, match="guest here: cannot"):
+    with pytest.raises(GoneError, match=r"guest here: its QEMU \(process \d+\) has ended"):
         source.pause()
     source.close()
 
@@ -528,3 +530,34 @@ def test_a_qemu_without_seccomp_is_started_without_a_sandbox(
     there = Path(f"/proc/{peer(str(rig.state_dir / 'there.qmp'))}/cmdline").read_bytes()
     assert b"-sandbox" not in there
     source.close()
+
+
+def test_a_qemu_that_ends_while_it_is_asked_is_named(rig: Rig) -> None:
+    """Its socket takes the connection, and no greeting comes any more."""
+    path = rig.start("here")
+    process = rig.processes["here"]
+    process.send_signal(signal.SIGSTOP)
+    timer = threading.Timer(0.2, process.kill)
+    timer.start()
+    try:
+        with pytest.raises(GuestError, match=rf"its QEMU \(process {process.pid}\) has ended"):
+            QemuSource(path)
+    finally:
+        timer.join()
+
+
+def test_a_socket_that_is_refused_with_its_qemu_is_its_end(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its process is seen a last time before it is gone."""
+    source = QemuSource(rig.start("here"))
+    record = source.prepare("").record
+    source.pause()
+    source.close()
+    rig.processes["here"].kill()
+    rig.processes["here"].wait()
+    held = open_paused(record)
+    monkeypatch.setattr(held, "is_alive", lambda: True)
+    for act in (held.require_paused, held.resume, held.runs):
+        with pytest.raises(GoneError, match="has ended"):
+            act()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from backend.qemu_rig import Rig, peer, state_of
+from backend.qemu_rig import peer, state_of
 from bhystream.backend.lineage import has_systemd, unit_of
 
-from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, report, run, until
+from .pair import Pair, paired
+from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run, until
 
 pytestmark = [
     pytest.mark.guest,
@@ -22,50 +22,13 @@ pytestmark = [
 UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 
-class Pair:
-    """A guest, and the socket that it is to have elsewhere."""
-
-    def __init__(self, rig: Rig) -> None:
-        self.here = rig.start("here")
-        self.there = str(rig.state_dir / "there.qmp")
-        rig.state_dir.chmod(0o700)
-        self.env = {**os.environ, "BHYSEND_STATE_DIR": str(rig.state_dir)}
-
-    def send(self, *receiving: str) -> Ended:
-        """Run bhysend with a command that receives the guest."""
-        [ended] = run([*BHYSEND, f"qemu:{self.here}", *receiving], env=self.env)
-        return ended
-
-    def assert_moved(self, ended: Ended) -> None:
-        assert ended.status == 0, report(ended)
-        assert state_of(self.there) == "running"
-
-    def assert_outlives(self, unit: str) -> None:
-        """End the unit that bhyrecv ran in; the guest is in another, and runs."""
-        run(["systemctl", "stop", unit], env=self.env)
-        assert state_of(self.there) == "running"
-        left = unit_of(peer(self.there))
-        assert left is not None
-        assert left.name.startswith("bhyrecv-there-") and left.name.endswith(".scope")
-
-    def assert_refused(self, ended: Ended, why: str) -> None:
-        assert ended.status == 76, report(ended)
-        assert why in ended.stderr
-        assert state_of(self.here) == "running"
-        assert not os.path.lexists(self.there)
+RECEIVE = (*BHYRECV, "there")
 
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    with tempfile.TemporaryDirectory(prefix="bhys-", dir="/dev/shm") as directory:
-        rig = Rig(Path(directory))
-        try:
-            yield Pair(rig)
-        finally:
-            rig.end()
-
-
-RECEIVE = (*BHYRECV, "there")
+    with paired() as made:
+        yield made
 
 
 def test_a_namespace_that_ends_with_bhyrecv_is_refused(pair: Pair) -> None:
@@ -110,6 +73,15 @@ def _child_of(pipeline: Pipeline) -> int:
 needs_systemd = pytest.mark.skipif(not has_systemd(), reason="this host's init is not systemd")
 
 
+def assert_outlives(pair: Pair, unit: str) -> None:
+    """End the unit that bhyrecv ran in; the guest is in another, and runs."""
+    run(["systemctl", "stop", unit], env=pair.env)
+    assert state_of(pair.there) == "running"
+    left = unit_of(peer(pair.there))
+    assert left is not None
+    assert left.name.startswith("bhyrecv-there-") and left.name.endswith(".scope")
+
+
 @needs_systemd
 def test_a_guest_outlives_the_scope_that_bhyrecv_ran_in(pair: Pair) -> None:
     """It is ended here, as a session's is at the logout."""
@@ -118,7 +90,7 @@ def test_a_guest_outlives_the_scope_that_bhyrecv_ran_in(pair: Pair) -> None:
     words = ["systemd-run", "--scope", "--quiet", "--collect", f"--unit={name}"]
     script = 'sleep 600 </dev/null >/dev/null 2>&1 & exec "$@"'
     pair.assert_moved(pair.send(*words, "sh", "-c", script, "sh", *RECEIVE))
-    pair.assert_outlives(f"{name}.scope")
+    assert_outlives(pair, f"{name}.scope")
 
 
 @needs_systemd
@@ -136,4 +108,4 @@ def test_a_guest_outlives_the_service_that_was_bhyrecv(pair: Pair, tmp_path: Pat
     assert started.status == 0, report(started)
     ended = ["systemctl", "show", "--property=ActiveState", "--value", f"{name}.service"]
     until(lambda: run(ended, env=pair.env)[0].output != b"active\n", "the end of bhyrecv")
-    pair.assert_outlives(f"{name}.service")
+    assert_outlives(pair, f"{name}.service")

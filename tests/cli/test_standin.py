@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import pytest
 
 from . import kinds
-from .attempt import Attempt, Gate
+from .attempt import Gate
 from .kinds import G4, G5
 from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run, until
 from .standin import StandinPlace, StandinTraveller
@@ -164,26 +164,6 @@ def test_without_the_null_device_it_comes_back(unmounted: Host, small: Traveller
     assert sent.status == 80, report(sent)
     unmounted.act(BHYSEND, "--resume", small.name)
     small.run_on(unmounted)
-
-
-# The source's bhyve dies while the guest runs: that is the guest's end, and it is said.
-
-
-@pytest.mark.parametrize("form", ["three-stages", "command"])
-@pytest.mark.parametrize("point", ["HELLO", "round-0"])
-def test_a_guest_that_dies_is_not_moved(point: str, form: str, host: Host, gate: Gate) -> None:
-    with own("g5") as guest:
-        attempt = Attempt(form, point, host, guest, gate)
-        with attempt.begin():
-            attempt.kill("source")
-            attempt.release("late")
-            attempt.wait()
-            assert attempt.ended[0].status == 69, attempt.said()
-            assert "Traceback" not in attempt.said()
-            assert "it runs here" not in attempt.ended[0].stderr
-            assert not attempt.to.runs()
-        attempt.to.assert_nothing_left()
-        assert host.rows() == []
 
 
 # The destination's bhyve, from GO on.

@@ -23,7 +23,7 @@ from bhystream.backend.process import Identity, await_end, end_process, identify
 from bhystream.backend.qemu import migration
 from bhystream.backend.qemu.facts import status
 from bhystream.backend.qemu.graph import refuse_jobs
-from bhystream.backend.qemu.qmp import ConnectionLostError, Qmp
+from bhystream.backend.qemu.qmp import ConnectionLostError, NobodyListensError, Qmp
 from bhystream.errors import GoneError, GuestError, TakenError
 
 _END_S = 2.0
@@ -48,6 +48,26 @@ def open_paused(record: Json) -> QemuPaused:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise GuestError(f"cannot read the record of a paused QEMU guest: {error}") from None
+
+
+def gone(who: str, identity: Identity) -> GoneError:
+    """Return what to say of a guest whose QEMU is no more.  who: as messages call the guest."""
+    return GoneError(f"{who}: its QEMU (process {identity.pid}) has ended")
+
+
+@contextlib.contextmanager
+def ending(who: str, identity: Identity) -> Iterator[None]:
+    """Tell a connection that was lost, or refused, with its QEMU from one that was only lost.
+
+    Around any command.  Raises GoneError where the process has ended.
+    """
+    try:
+        yield
+    except (ConnectionLostError, NobodyListensError):
+        # The process closes it a moment before it is gone.
+        if await_end(identity, _END_S):
+            raise gone(who, identity) from None
+        raise
 
 
 class QemuPaused:
@@ -83,7 +103,7 @@ class QemuPaused:
         """Return the connection to this very guest.  Raises GuestError."""
         if self._qmp is None:
             if not self.is_alive():
-                raise self._gone()
+                raise gone(self._who, self._identity)
             qmp = Qmp(self._qmp_path, self._who)
             try:
                 if identify(qmp.pid, "QEMU") != self._identity:
@@ -97,20 +117,6 @@ class QemuPaused:
             self._qmp = qmp
         return self._qmp
 
-    def _gone(self) -> GoneError:
-        return GoneError(f"{self._who}: its QEMU (process {self._identity.pid}) has ended")
-
-    @contextlib.contextmanager
-    def _ending(self) -> Iterator[None]:
-        """Tell a connection that was lost with its QEMU from one that was only lost.  GoneError."""
-        try:
-            yield
-        except ConnectionLostError:
-            # The process closes it a moment before it is gone.
-            if await_end(self._identity, _END_S):
-                raise self._gone() from None
-            raise
-
     def states(self) -> Sequence[State]:
         """Return the state that the pause has saved."""
         return self._states
@@ -121,7 +127,7 @@ class QemuPaused:
         `postmigrate` is left by a `cont` only, whoever sends it: every QEMU
         may have several monitors, and a `stop` afterwards leads to `paused`.
         """
-        with self._ending():
+        with ending(self._who, self._identity):
             now = status(self._connect())
         if now != "postmigrate":
             raise TakenError(
@@ -133,9 +139,9 @@ class QemuPaused:
 
     def resume(self) -> None:
         """Let it run; a guest that runs already is left alone."""
-        qmp = self._connect()
         try:
-            with self._ending():
+            with ending(self._who, self._identity):
+                qmp = self._connect()
                 migration.let_run(qmp)
             migration.restore(qmp, self._found)
             if self._announce:
@@ -170,7 +176,8 @@ class QemuPaused:
 
     def runs(self) -> bool:
         """Say whether its vCPUs run now."""
-        return status(self._connect()) == "running"
+        with ending(self._who, self._identity):
+            return status(self._connect()) == "running"
 
     def close(self) -> None:
         """Give up the connection; the guest stays as it is."""

@@ -21,7 +21,7 @@ import socket
 from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bhystream.backend.process import peer_pid
+from bhystream.backend.process import await_end, identify, peer_pid
 from bhystream.backend.qemu.process import read_argv
 from bhystream.errors import AccessError, GuestError
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 GREETING_LIMIT_S = 5.0
 COMMAND_LIMIT_S = 10.0
+_END_S = 0.5
 
 T = TypeVar("T")
 
@@ -140,11 +141,15 @@ class Qmp:
         )
 
     def _greet(self, sock: socket.socket) -> None:
+        who = identify(self.pid, "QEMU")
         try:
             self._run(self._client.connect(sock), GREETING_LIMIT_S)
         except TimeoutError:
             raise self._busy() from None
         except Exception as error:
+            if await_end(who, _END_S):
+                text = f"{self.who}: its QEMU (process {self.pid}) has ended"
+                raise NobodyListensError(text) from None
             raise GuestError(f"{self.who}: {self.path} does not speak QMP: {error}") from None
 
     def _version(self) -> str:

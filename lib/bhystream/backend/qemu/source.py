@@ -27,7 +27,7 @@ from bhystream.backend.process import identify
 from bhystream.backend.qemu import facts, graph, host, migration, ram, supervisors
 from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.config import guest_name, label, reduce_argv
-from bhystream.backend.qemu.paused import QemuPaused
+from bhystream.backend.qemu.paused import QemuPaused, ending
 from bhystream.backend.qemu.plugged import check_plugged
 from bhystream.backend.qemu.process import read_argv, working_directory
 from bhystream.backend.qemu.qmp import Qmp
@@ -182,15 +182,8 @@ class QemuSource:
         """Stop the guest and take its state.  What can be set up before that is."""
         qmp = self._qmp
         try:
-            migration.set_parameters(qmp, {"max-bandwidth": migration.UNLIMITED})
-            migration.set_capabilities(qmp, {"x-ignore-shared": True})
-            # It waits for the disks, and slow storage takes its time.
-            qmp.execute("stop", doing="pause", limit_s=60.0)
-            state = facts.status(qmp)
-            if state != "paused":
-                raise GuestError(f"{qmp.who}: cannot pause: it is '{state}'")
-            self._require_quiet()
-            data = take_state(qmp, self._identity)
+            with ending(qmp.who, self._identity):
+                data = self._stop()
         except BaseException:
             with contextlib.suppress(GuestError):
                 migration.let_run(qmp)
@@ -205,6 +198,19 @@ class QemuSource:
             qmp=qmp,
             states=(State("qemu", data),),
         )
+
+    def _stop(self) -> bytes:
+        """Stop the guest and return its state."""
+        qmp = self._qmp
+        migration.set_parameters(qmp, {"max-bandwidth": migration.UNLIMITED})
+        migration.set_capabilities(qmp, {"x-ignore-shared": True})
+        # It waits for the disks, and slow storage takes its time.
+        qmp.execute("stop", doing="pause", limit_s=60.0)
+        state = facts.status(qmp)
+        if state != "paused":
+            raise GuestError(f"{qmp.who}: cannot pause: it is '{state}'")
+        self._require_quiet()
+        return take_state(qmp, self._identity)
 
     def close(self) -> None:
         """Give up connection, descriptor and mapping; the guest stays as it is.

@@ -1,0 +1,56 @@
+"""One QEMU that is up in no time, and the socket that its guest is to have elsewhere.
+
+SeaBIOS with nothing to boot is the guest, as in the backend's tests: what matters is where it
+runs, and not what its memory holds.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from backend.qemu_rig import Rig, state_of
+
+from .pipeline import BHYSEND, Ended, report, run
+
+
+class Pair:
+    """here, there: its QMP sockets.  second: another monitor of it, here."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.second = rig.path("second.qmp")
+        self.here = rig.start("here", "-qmp", f"unix:{self.second},server=on,wait=off")
+        self.pid = rig.processes["here"].pid
+        self.there = str(rig.state_dir / "there.qmp")
+        rig.state_dir.chmod(0o700)
+        self.env = {**os.environ, "BHYSEND_STATE_DIR": str(rig.state_dir)}
+
+    def send(self, *receiving: str) -> Ended:
+        """Run bhysend with a command that receives the guest."""
+        [ended] = run([*BHYSEND, f"qemu:{self.here}", *receiving], env=self.env)
+        return ended
+
+    def assert_moved(self, ended: Ended) -> None:
+        assert ended.status == 0, report(ended)
+        assert state_of(self.there) == "running"
+
+    def assert_refused(self, ended: Ended, why: str) -> None:
+        assert ended.status == 76, report(ended)
+        assert why in ended.stderr
+        assert state_of(self.here) == "running"
+        assert not os.path.lexists(self.there)
+
+
+@contextmanager
+def paired() -> Iterator[Pair]:
+    """Start the guest, and end it wherever it is."""
+    # A short path, for a socket's has 107 bytes; in memory.
+    with tempfile.TemporaryDirectory(prefix="bhys-", dir="/dev/shm") as directory:
+        rig = Rig(Path(directory))
+        try:
+            yield Pair(rig)
+        finally:
+            rig.end()
