@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,21 +37,35 @@ class Rig:
     def path(self, name: str) -> str:
         return str(self.directory / name)
 
-    def argv(self, name: str, *extra: str, machine: str = "pc-q35-7.2", ram: str = "") -> list[str]:
+    def argv(
+        self,
+        name: str,
+        *extra: str,
+        machine: str = "pc-q35-7.2",
+        ram: str = "",
+        accel: str = "tcg",
+    ) -> list[str]:
         ram = ram or f"memory-backend-file,share=on,prealloc=off,mem-path={self.path(name)}.ram"
         return [
             "qemu-system-x86_64", "-name", name, "-nodefaults", "-no-user-config",
-            "-display", "none", "-vga", "none", "-no-reboot", "-accel", "tcg",
+            "-display", "none", "-vga", "none", "-no-reboot", "-accel", accel,
             "-object", f"{ram},id=ram0,size={SIZE}",
             "-machine", f"{machine},memory-backend=ram0", "-m", f"{SIZE >> 20}M",
             "-qmp", f"unix:{self.path(name)}.qmp,server=on,wait=off", *extra,
         ]  # fmt: skip
 
-    def start(self, name: str, *extra: str, machine: str = "pc-q35-7.2", ram: str = "") -> str:
+    def start(
+        self,
+        name: str,
+        *extra: str,
+        machine: str = "pc-q35-7.2",
+        ram: str = "",
+        accel: str = "tcg",
+    ) -> str:
         """Start a QEMU; return its QMP path when it answers there."""
         path = self.path(f"{name}.qmp")
         process = subprocess.Popen(
-            self.argv(name, *extra, machine=machine, ram=ram), stdin=subprocess.DEVNULL
+            self.argv(name, *extra, machine=machine, ram=ram, accel=accel), stdin=subprocess.DEVNULL
         )
         self.processes[name] = process
         await_true(lambda: listens(path) or process.poll() is not None)
@@ -68,6 +83,18 @@ class Rig:
         for path in self.state_dir.glob("*.qmp"):
             with contextlib.suppress(OSError):
                 os.kill(peer(str(path)), 9)
+
+
+@contextlib.contextmanager
+def rigged() -> Iterator[Rig]:
+    """Make a rig, and end it."""
+    # A short path: a Unix socket's has 107 bytes.  On tmpfs: RAM files.
+    with tempfile.TemporaryDirectory(prefix="bhyq-", dir="/dev/shm") as directory:
+        made = Rig(Path(directory))
+        try:
+            yield made
+        finally:
+            made.end()
 
 
 def await_true(test: Any, limit_s: float = 20.0) -> None:

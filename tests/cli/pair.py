@@ -7,12 +7,10 @@ runs, and not what its memory holds.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from backend.qemu_rig import Rig, state_of
+from backend.qemu_rig import Rig, rigged, state_of
 
 from .pipeline import BHYSEND, Ended, report, run
 
@@ -47,10 +45,5 @@ class Pair:
 @contextmanager
 def paired() -> Iterator[Pair]:
     """Start the guest, and end it wherever it is."""
-    # A short path, for a socket's has 107 bytes; in memory.
-    with tempfile.TemporaryDirectory(prefix="bhys-", dir="/dev/shm") as directory:
-        rig = Rig(Path(directory))
-        try:
-            yield Pair(rig)
-        finally:
-            rig.end()
+    with rigged() as rig:
+        yield Pair(rig)

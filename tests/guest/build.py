@@ -93,7 +93,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _run(argv: Sequence[str | Path], cwd: Path | None = None) -> str:
+def run_tool(argv: Sequence[str | Path], cwd: Path | None = None) -> str:
     """Run a tool and return its standard output; say what failed, and why, in BuildError."""
     name = str(argv[0])
     try:
@@ -131,7 +131,7 @@ def _kernel_package(cache: Path, *, refresh: bool) -> Path:
 
 def _newest_kernel() -> str:
     """Return the name of the package that the metapackage stands for today."""
-    for line in _run(["apt-cache", "depends", KERNEL_METAPACKAGE]).splitlines():
+    for line in run_tool(["apt-cache", "depends", KERNEL_METAPACKAGE]).splitlines():
         relation, _, name = line.strip().partition(": ")
         if relation == "Depends" and name.startswith("linux-image-"):
             return name
@@ -143,12 +143,12 @@ def _newest_kernel() -> str:
 
 def _unpack_kernel(package: str, scratch: Path) -> None:
     """Fetch a kernel package and leave image/vmlinuz and image/modules in scratch."""
-    _run(["apt-get", "download", package], cwd=scratch)
+    run_tool(["apt-get", "download", package], cwd=scratch)
     archives = list(scratch.glob("*.deb"))
     if len(archives) != 1:
         raise BuildError(f"apt-get download {package} left {len(archives)} archives, not one")
     tree = scratch / "tree"
-    _run(["dpkg", "-x", archives[0], tree])
+    run_tool(["dpkg", "-x", archives[0], tree])
     image = scratch / "image"
     (image / "modules").mkdir(parents=True)
     kernels = list((tree / "boot").glob("vmlinuz-*"))
@@ -173,7 +173,7 @@ def _initramfs(cache: Path, package: Path) -> Path:
         return target
     with tempfile.TemporaryDirectory(dir=cache, prefix="build-") as scratch:
         init = Path(scratch) / "init"
-        _run(["gcc", *CFLAGS, "-o", init, SOURCE])
+        run_tool(["gcc", *CFLAGS, "-o", init, SOURCE])
         archive = Path(scratch) / "initramfs"
         archive.write_bytes(_archive(init.read_bytes(), modules))
         archive.rename(target)
