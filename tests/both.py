@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import pytest
 
-from bhystream.backend.base import Head
+from bhystream.backend.base import Head, State
 from bhystream.errors import BhyError
 from bhystream.format import EXTENT, Form, Header, RoundEnd
-from bhystream.verify import Ended, Go, Pages, Rehearsal, Walk
+from bhystream.verify import Ended, Event, Go, Pages, Rehearsal, Walk
 from spec_reader import Refused, Stream, read
 from streams import NAMES, Maker
 
@@ -55,6 +55,7 @@ class Recorder:
         self.memory: dict[int, bytes] = {}
         self.rounds: list[RoundEnd] = []
         self.rehearsal: Rehearsal | None = None
+        self.states: list[State] = []
         self.ended: Ended | None = None
         self.go: Go | None = None
 
@@ -62,27 +63,33 @@ class Recorder:
         """Read to the end of the input.  Raises BhyError."""
         walk = Walk(self.input)
         for event in walk.events():
-            match event:
-                case Header():
-                    self.header = event
-                case Head():
-                    self.head = event
-                case Rehearsal():
-                    assert self.rehearsal is None and not self.rounds
-                    self.rehearsal = event
-                case Pages():
-                    self._place(event)
-                case RoundEnd():
-                    self.rounds.append(event)
-                case Ended():
-                    self.ended = event
-                    self.started = bool(event.end.what & 1)
-                case Go():
-                    self.go = event
-                    self.started = True
+            self._take(event)
         if walk.header.form != Form.ANSWERED:
             walk.expect_end_of_input()
         return self
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case Header():
+                self.header = event
+            case Head():
+                self.head = event
+            case Rehearsal():
+                assert self.rehearsal is None and not self.rounds
+                self.rehearsal = event
+            case Pages():
+                self._place(event)
+            case RoundEnd():
+                self.rounds.append(event)
+            case State():
+                assert self.ended is None
+                self.states.append(event)
+            case Ended():
+                self.ended = event
+                self.started = bool(event.end.what & 1)
+            case Go():
+                self.go = event
+                self.started = True
 
     def _place(self, event: Pages) -> None:
         at = 0
@@ -159,7 +166,7 @@ def agree(raw: bytes) -> tuple[Recorder, Stream]:
         ([(one.data_pages, one.zero_pages) for one in walked.rounds],
          [(one.data_pages, one.zero_pages) for one in found.rounds]),
         (walked.rehearsal.plan if walked.rehearsal else None, found.rehearsal),
-        ([(one.name, one.data, one.is_optional) for one in walked.ended.states],
+        ([(one.name, one.data, one.is_optional) for one in walked.states],
          [(*one, False) for one in found.states.items()]
          + [(*one, True) for one in found.optional_states.items()]),
         (_time(walked.ended), found.time),

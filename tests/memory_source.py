@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bhystream import format as fmt
-from bhystream.backend.base import PAGE_BYTES, Head, Paused, Prepared, Segment
+from bhystream.backend.base import PAGE_BYTES, Head, Paused, Prepared, Segment, State
 from bhystream.errors import GuestError
 from bhystream.format import RoundEnd
 from bhystream.hole import punch
@@ -142,6 +142,7 @@ class Rebuilt:
     rounds: list[RoundEnd] = field(default_factory=list)
     data: list[set[int]] = field(default_factory=lambda: [set()])
     zero: list[set[int]] = field(default_factory=lambda: [set()])
+    states: list[State] = field(default_factory=list)
     ended: Ended | None = None
     head: Head | None = None
 
@@ -161,6 +162,8 @@ def rebuild(stream: bytes) -> Rebuilt:
                 built.rounds.append(event)
                 built.data.append(set())
                 built.zero.append(set())
+            case State():
+                built.states.append(event)
             case Ended():
                 built.ended = event
     walk.expect_end_of_input()

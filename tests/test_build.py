@@ -43,6 +43,9 @@ class Sink:
         self.segments = len(head.layout)
         return []
 
+    def late_reasons(self) -> list[str]:
+        return []
+
     def open(self, plan: bytes) -> Sequence[Target]:
         for _ in range(WAITS):
             self.on_wait()
@@ -81,6 +84,7 @@ def back(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 def build_of(stream: str, sink: Sink, base: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
     monkeypatch.setattr(hypervisors, "open_sink", lambda *_: (sink, "web1", "web1"))
+    monkeypatch.setattr(hypervisors, "open_contents", lambda *_: None)
     source = TimedInput(os.open(DATA / stream, os.O_RDONLY))
     return Build(Options(), Walk(source), source, base, Console("bhyrecv"), Signals())
 

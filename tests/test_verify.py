@@ -51,7 +51,7 @@ def test_events_come_in_the_order_of_the_stream() -> None:
     walk = Walk(Input(maker.raw))
     assert not walk.is_dry_run
     found = [type(event) for event in walk.events()]
-    assert found == [Header, Head, Pages, Pages, RoundEnd, Ended, Go]
+    assert found == [Header, Head, Pages, Pages, RoundEnd, State, Ended, Go]
     assert walk.reader.offset_bytes == len(maker.raw)
     assert walk.reader.sequence == maker.count
 
@@ -123,14 +123,13 @@ def test_optional_states_come_behind_the_others() -> None:
     maker = Maker().head().round_0().state(b"s", 0, b"1", flags=1)
     maker.state_optional(b"fpu/0", 0, b"2").state_optional(b"fpu/0", 1, b"3", flags=1)
     raw = maker.state_optional(b"fpu/1", 0, b"", flags=1).time().end().raw
-    ended = agree(raw)[0].ended
-    assert ended is not None
-    assert ended.states == (
+    recorder = agree(raw)[0]
+    assert recorder.states == [
         State("s", b"1"),
         State("fpu/0", b"23", is_optional=True),
         State("fpu/1", b"", is_optional=True),
-    )
-    assert ended.end.state_bytes == 1
+    ]
+    assert recorder.ended is not None and recorder.ended.end.state_bytes == 1
 
 
 def test_the_contents_of_a_small_stream() -> None:
@@ -140,7 +139,7 @@ def test_the_contents_of_a_small_stream() -> None:
     assert recorder.started
     assert recorder.ended is not None and recorder.ended.time is not None
     assert recorder.ended.time.paused_at_ns == PAUSED_AT
-    assert [(one.name, one.data) for one in recorder.ended.states] == [("cpu0", b"abc")]
+    assert [(one.name, one.data) for one in recorder.states] == [("cpu0", b"abc")]
 
 
 def test_a_dry_run_has_a_head_only() -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from bhystream import format as fmt
 from bhystream import handshake, hold, hypervisors, leftover, state
-from bhystream.backend.base import PAGE_BYTES, Head, Segment, Sink, Target
+from bhystream.backend.base import PAGE_BYTES, Head, Segment, Sink, State, Target
 from bhystream.errors import (
     BhyError,
     GuestError,
@@ -37,7 +37,7 @@ from bhystream.errors import (
     UsageError,
     from_oserror,
 )
-from bhystream.format import Form, RoundEnd
+from bhystream.format import Form, RoundEnd, Type
 from bhystream.handshake import GO_SECONDS, Act, Event, Machine, There
 from bhystream.reply import Reply, TimedInput
 from bhystream.report import Console, Progress, duration, size
@@ -114,6 +114,7 @@ class Build:
         self.stream_lock: state.Lock | None = None
         self.targets: Sequence[Target] = ()
         self.starts: list[int] = []
+        self.states: list[State] = []
         self.name = ""
         self.operand = ""
         self.why = ""
@@ -130,7 +131,9 @@ class Build:
         # Held to the end: a second bhyrecv of the same stream is refused now,
         # and finds the record later.
         self.stream_lock = state.Lock(self.base, f"stream-{self.id}", f"stream {self.id}")
-        self.check_form()
+        if self.walk.is_dry_run:
+            raise UsageError("the stream is a dry run (bhysend -n): read it with bhyrecv -n")
+        require_startable(self.opts, self.walk, self.records)
         events = self.walk.events()
         while not self.let_go:
             # Reading may be interrupted; acting on what was read may not.
@@ -153,6 +156,8 @@ class Build:
                 self.write_pages(event)
             case RoundEnd():
                 self.say_round(event)
+            case State():
+                self.states.append(event)
             case Ended():
                 self.ended = event
                 self.ended_ns = time.monotonic_ns()
@@ -166,33 +171,14 @@ class Build:
         reader = self.walk.reader
         self.reply.seen(reader.sequence - 1, reader.offset_bytes, now=now)
 
-    def check_form(self) -> None:
-        """Refuse what may not be started, before anything is made."""
-        if self.walk.is_dry_run:
-            raise UsageError("the stream is a dry run (bhysend -n): read it with bhyrecv -n")
-        if self.answered:
-            self.opts.refuse_answered()
-        if self.opts.directory is not None:
-            return  # files start nothing, and may be made of a stream again
-        record = self.records.get(self.id)
-        if record and record.phase == handshake.LOADED and hold.is_alive(record):
-            raise IncompatibleError(
-                f"stream {self.id} stands loaded on this host, as {record.operand}",
-                f"bhyrecv --resume {self.id}, or bhyrecv --discard {self.id}",
-            )
-        if record and (self.answered or not self.opts.again):
-            raise IncompatibleError(
-                f"stream {self.id} was {record.phase} on this host before, as {record.operand}",
-                "" if self.answered else "if no copy of that guest runs anywhere: --again",
-            )
-
     def prepare(self, head: Head) -> None:
         """Give the verdict."""
+        kind = head.host["hypervisor"]
         self.sink, self.name, self.operand = hypervisors.open_sink(
-            head.host["hypervisor"],
-            head.config["name"],
-            self.opts.receiving(self.base, self.walk),
+            kind, head.config["name"], self.opts.receiving(self.base, self.walk)
         )
+        if contents := hypervisors.open_contents(kind):
+            self.walk.understand(contents, head)
         self.lock = state.Lock(self.base, f"to-{self.operand}", f"guest {self.name}")
         if self.opts.directory is None:
             leftover.sweep(self.base, self.records, f"to-{self.operand}")
@@ -260,7 +246,8 @@ class Build:
             self.seen(now=True)
         if not self.targets:  # a guest that never wrote a page
             self.open(b"")
-        self.sink.load(self.ended.states)
+        self.sink.load(self.states)
+        self.states.clear()
         if self.opts.directory is not None:
             self.sink.start()
             self.let_go = True
@@ -291,7 +278,8 @@ class Build:
     def go(self, event: Go) -> None:
         """Start the guest, if it is our READY that is answered."""
         if not secrets.compare_digest(event.nonce, self.nonce):
-            raise IncompatibleError("GO has another nonce: it is not the answer to our READY")
+            where = self.walk.place(Type.GO)
+            raise IncompatibleError(f"{where}: GO has another nonce: it is not the answer to READY")
         self.machine.on(Event.GO)
         self.let_go = True
         self.machine.on(Event.STARTED)
@@ -401,6 +389,30 @@ class Build:
     def _try_to_say(self, word: str, *args: str) -> None:
         assert self.reply is not None
         self.reply.try_to_say(word, *args)
+
+
+def require_startable(opts: Options, walk: Walk, records: state.Records) -> None:
+    """Refuse a stream that may not be started here, whatever is in it.  Raises IncompatibleError.
+
+    records: of this destination.
+    """
+    is_answered = walk.header.form == Form.ANSWERED
+    if is_answered:
+        opts.refuse_answered()
+    if opts.directory is not None:
+        return  # files start nothing, and may be made of a stream again
+    id_ = walk.header.stream_id.hex()
+    record = records.get(id_)
+    if record and record.phase == handshake.LOADED and hold.is_alive(record):
+        raise IncompatibleError(
+            f"stream {id_} stands loaded on this host, as {record.operand}",
+            f"bhyrecv --resume {id_}, or bhyrecv --discard {id_}",
+        )
+    if record and (is_answered or not opts.again):
+        raise IncompatibleError(
+            f"stream {id_} was {record.phase} on this host before, as {record.operand}",
+            "" if is_answered else "if no copy of that guest runs anywhere: --again",
+        )
 
 
 def refuse(reasons: Sequence[str], name: str) -> None:

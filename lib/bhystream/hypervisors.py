@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bhystream.backend.base import Paused, Sink, Snapshot, Source
+from bhystream.backend.base import Contents, Paused, Sink, Snapshot, Source
 from bhystream.errors import GuestError, IncompatibleError, UsageError
 from bhystream.format import GUEST_NAME
 
@@ -118,6 +118,19 @@ def open_snapshot(what: Sending) -> Snapshot:
         meta, _ = read_meta(Files(path.parent, path.name))
         section = read_config(what.config, meta.vmname).section
     return SnapshotSource(path, section, identity.describe(host))
+
+
+def open_contents(hypervisor: str) -> Contents | None:
+    """Return what checks a hypervisor's sections of one stream; None for one not known."""
+    if hypervisor in _BHYVE:
+        from bhystream.backend.bhyve.contents import BhyveContents
+
+        return BhyveContents()
+    if hypervisor == "qemu":
+        from bhystream.backend.qemu.contents import QemuContents
+
+        return QemuContents()
+    return None
 
 
 def open_sink(hypervisor: str, stream_name: str, what: Receiving) -> tuple[Sink, str, str]:

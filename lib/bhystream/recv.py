@@ -1,6 +1,6 @@
-"""bhyrecv(8): options, wiring, the dry run, and its one error handler.
+"""bhyrecv(8): options, wiring, and its one error handler.
 
-The guest is built by build.py.
+The guest is built by build.py; what -n says of a stream is judge.py's.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from bhystream import hold, hypervisors, options, query, state
-from bhystream.backend.base import Head
-from bhystream.build import Build, Options, refuse
+from bhystream import hold, options, query, state
+from bhystream.build import Build, Options
 from bhystream.errors import OK, BhyError, UsageError, as_error
 from bhystream.format import Form
-from bhystream.reply import Reply, TimedInput
-from bhystream.report import Console, size
+from bhystream.judge import Judge
+from bhystream.reply import TimedInput
+from bhystream.report import Console
 from bhystream.signals import Signals
 from bhystream.verify import Walk
 
@@ -28,7 +27,6 @@ usage: bhyrecv [-fnPuv] [--again] [-o key=value]... [-S directory] [-x key]... [
        bhyrecv --resume guest"""
 
 _STDIN = 0
-_STDOUT = 1
 
 
 def parse_options(argv: Sequence[str]) -> Options | hold.Verb:
@@ -71,62 +69,6 @@ def _refuse_mixtures(names: Sequence[str]) -> None:
             raise UsageError(f"-S makes files and starts nothing: not with {name}", USAGE)
 
 
-def verdict(opts: Options, walk: Walk, base: Path, console: Console, signals: Signals) -> None:
-    """Verify a stream to its end and say whether this host could take it (-n).
-
-    In the answered forms that is answered too.
-    """
-    if walk.header.form != Form.ANSWERED:
-        return _judge(opts, walk, base, console, signals, None)
-    reply = Reply(base, walk.header.stream_id.hex())
-    reply.hello()
-    try:
-        if not walk.is_dry_run:
-            raise UsageError("-n: the stream is no dry run (bhysend -n)")
-        opts.refuse_answered()
-        _judge(opts, walk, base, console, signals, reply)
-    except BhyError as error:
-        reply.try_to_say("REFUSED", str(error))
-        raise
-
-
-def _judge(
-    opts: Options,
-    walk: Walk,
-    base: Path,
-    console: Console,
-    signals: Signals,
-    reply: Reply | None,
-) -> None:
-    reasons: list[str] = []
-    name = "?"
-    events = walk.events()
-    while True:
-        with signals.interruptible():
-            event = next(events, None)
-        if event is None:
-            break
-        if isinstance(event, Head):
-            sink, name, _ = hypervisors.open_sink(
-                event.host["hypervisor"], event.config["name"], opts.receiving(base, walk)
-            )
-            reasons = sink.check(event)
-            if reply and not reasons:
-                reply.say("ACCEPT")
-        if reply:
-            reply.seen(walk.reader.sequence - 1, walk.reader.offset_bytes, now=True)
-            refuse(reasons, name)
-    if walk.header.form != Form.ANSWERED:
-        with signals.interruptible():
-            walk.expect_end_of_input()
-    refuse(reasons, name)
-    what = "the head" if walk.is_dry_run else "the stream"
-    console.say(
-        f"guest {name}: {what} is sound ({size(walk.reader.offset_bytes)}); "
-        "this host can take the guest"
-    )
-
-
 def receive(opts: Options, console: Console) -> int:
     """Read a stream from standard input."""
     options.refuse_closed(_STDIN, "standard input")
@@ -143,7 +85,7 @@ def receive(opts: Options, console: Console) -> int:
         early.hint = "nothing was started here"
         raise
     if opts.dry_run:
-        verdict(opts, walk, base, console, signals)
+        Judge(opts, walk, source, base, console, signals).run()
         return OK
     build = Build(opts, walk, source, base, console, signals)
     try:

@@ -3,16 +3,19 @@
 The upper half of the reader, and the only one: `bhyrecv` builds a guest from
 what this walk yields, and `bhyrecv -n` lets it run to the end and builds
 nothing.  So there is no lenient path.  It shares format.py with the writer and
-no other line.
+no other line.  What a hypervisor demands of its own sections is its Contents's to
+say, and is asked here too (understand()), so that a fault in them has a place.
 
 Each event is yielded after every check that bhystream(5) demands of its
 section.  Page bytes are checked against their hashes before they are yielded,
 in a buffer that nothing else writes, so what reaches the guest's memory is
-what was hashed.
+what was hashed.  A state is an event of its own, when it is whole: who builds a
+guest keeps it, who only verifies has one at a time in memory.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -20,8 +23,14 @@ from typing import Any, NoReturn
 import zstandard
 
 from bhystream import format as fmt
-from bhystream.backend.base import PAGE_BYTES, Head, Segment, State
-from bhystream.errors import AbortedError, ChecksumError, FormatError, TruncatedError
+from bhystream.backend.base import PAGE_BYTES, Contents, Head, Segment, State
+from bhystream.errors import (
+    AbortedError,
+    ChecksumError,
+    FormatError,
+    IncompatibleError,
+    TruncatedError,
+)
 from bhystream.format import End, Feature, Form, Header, RoundEnd, Time, Type
 from bhystream.page import PageHasher, check_pages
 from bhystream.reader import RawInput, Reader, Section, place
@@ -43,21 +52,17 @@ class Pages:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What the state will look like, told before any memory; the hypervisor's, and not checked."""
+    """What the state will look like, told before any memory."""
 
     plan: bytes
 
 
 @dataclass(frozen=True)
 class Ended:
-    """END, verified: nothing before it is missing or changed.
-
-    states: as in the stream, the optional ones behind the others.
-    """
+    """END, verified: nothing before it is missing or changed."""
 
     end: End
     time: Time | None
-    states: tuple[State, ...]
 
 
 @dataclass(frozen=True)
@@ -74,16 +79,16 @@ class Go:
 
 _HEAD = (Type.HOST, Type.LAYOUT, Type.CONFIG, Type.DEVICES, Type.HEAD_END)
 
-Event = Header | Head | Rehearsal | Pages | RoundEnd | Pad | Ended | Go
+Event = Header | Head | Rehearsal | Pages | RoundEnd | Pad | State | Ended | Go
 
 
 @dataclass
 class _States:
-    """The states of one kind, as far as they are whole, and the bytes of all their parts."""
+    """The names of the states of one kind that are whole, and the bytes of all their parts."""
 
     what: str
     max_bytes: int
-    whole: dict[str, bytes] = field(default_factory=dict)
+    whole: set[str] = field(default_factory=set)
     nbytes: int = 0
 
 
@@ -103,7 +108,9 @@ class _Tally:
         default_factory=lambda: _States("optional states", fmt.MAX_OPTIONAL_STATE_BYTES)
     )
     parts: int = 0
-    open_bytes: bytearray = field(default_factory=bytearray)
+    # Not a list of parts: a part may be a byte, and an object is not.  Not a
+    # bytearray: this gives its bytes away without a copy.
+    open_bytes: io.BytesIO = field(default_factory=io.BytesIO)
     open_state: str = ""
     open_kind: _States | None = None
     time: Time | None = None
@@ -127,6 +134,8 @@ class Walk:
         self._npages = 0
         self._tally = _Tally()
         self._ended = False
+        self._contents: Contents | None = None
+        self._places: dict[int, str] = {}
         self._takers: dict[int, Callable[[Section], Event | None]] = {
             Type.PAD: lambda section: Pad(),
             Type.MEMORY: self._take_memory,
@@ -142,7 +151,7 @@ class Walk:
         }
 
     def events(self) -> Iterator[Event]:
-        """Yield the header, the head, a rehearsal, pages, round ends, PAD, END, and perhaps GO.
+        """Yield the header, the head, a rehearsal, pages, round ends, PAD, states, END, perhaps GO.
 
         Ends after END in the plain and kept forms, without looking at what
         follows, and at the end of the input in the answered form.  Raises
@@ -153,6 +162,8 @@ class Walk:
             section = self.reader.next()
             if section is None:
                 break
+            where = place(section.sequence, section.type, section.offset_bytes)
+            self._places[section.type] = where
             try:
                 event = self._take(section)
             except FormatError as error:
@@ -164,6 +175,28 @@ class Walk:
         if not self._ended:
             where = place(self.reader.sequence, None, self.reader.offset_bytes)
             raise TruncatedError(f"{where}: the stream ends here, without an END section")
+
+    def understand(self, contents: Contents, head: Head) -> None:
+        """Check the head by a hypervisor's rules, and what follows it when it comes.
+
+        Raises IncompatibleError with the section and its offset; then what
+        follows is not checked so.
+        """
+        checks: dict[Type, Callable[[], None]] = {
+            Type.CONFIG: lambda: contents.config(head.config),
+            Type.LAYOUT: lambda: contents.layout(head.layout),
+            Type.DEVICES: lambda: contents.devices(head.devices),
+        }
+        for type_, check in checks.items():
+            try:
+                check()
+            except IncompatibleError as error:
+                raise IncompatibleError(f"{self.place(type_)}: {error}", error.hint) from None
+        self._contents = contents
+
+    def place(self, type_: Type) -> str:
+        """Name the last section of a type that was read, as messages do."""
+        return self._places[type_]
 
     def expect_end_of_input(self) -> None:
         """Read on after END, up to the end of the input.
@@ -208,7 +241,10 @@ class Walk:
     def _take_rehearsal(self, section: Section) -> Rehearsal:
         if not section.payload:
             raise FormatError("it is empty")
-        return Rehearsal(bytes(section.payload))
+        plan = bytes(section.payload)
+        if self._contents:
+            self._contents.plan(plan)
+        return Rehearsal(plan)
 
     def _take_memory(self, section: Section) -> Pages:
         round_, nextents, npages, _ = fmt.MEMORY_HEAD.unpack_from(section.payload)
@@ -299,23 +335,23 @@ class Walk:
         tally.cursor = tally.data_pages = tally.zero_pages = 0
         return RoundEnd(round_, data, zero)
 
-    def _take_state(self, section: Section) -> None:
+    def _take_state(self, section: Section) -> State | None:
         name, part, data = fmt.unpack_state(bytes(section.payload))
         if not data and (part or not section.flags & fmt.FLAG_LAST):
             raise FormatError(f"state {name}: part {part} is empty")
         self._begin_part(section, name, part, len(data))
-        # One buffer, not a list: a part may be a byte, and an object is not.
-        self._tally.open_bytes += data
-        self._end_part(section, name)
+        self._tally.open_bytes.write(data)
+        return self._end_part(section, name)
 
-    def _take_state_zeros(self, section: Section) -> None:
+    def _take_state_zeros(self, section: Section) -> State | None:
         name, part, count = fmt.unpack_state_zeros(bytes(section.payload))
         if not count:
             raise FormatError(f"state {name}: part {part} is empty")
         self._begin_part(section, name, part, count)
-        # Twice the count for a moment, as for a state that is kept: both are capped.
-        self._tally.open_bytes += bytes(count)
-        self._end_part(section, name)
+        # A write behind the end fills up with zeros, which are nowhere before.
+        self._tally.open_bytes.seek(count - 1, io.SEEK_CUR)
+        self._tally.open_bytes.write(b"\0")
+        return self._end_part(section, name)
 
     def _kind(self, section: Section) -> _States:
         is_optional = section.type == Type.STATE_OPTIONAL
@@ -339,13 +375,18 @@ class Walk:
         tally.open_state, tally.open_kind = name, kind
         tally.parts += 1
 
-    def _end_part(self, section: Section, name: str) -> None:
-        """Keep the state if this was its last part."""
+    def _end_part(self, section: Section, name: str) -> State | None:
+        """Return the state if this was its last part."""
         tally = self._tally
-        if section.flags & fmt.FLAG_LAST:
-            self._kind(section).whole[name] = bytes(tally.open_bytes)
-            tally.open_bytes.clear()
-            tally.parts = 0
+        if not section.flags & fmt.FLAG_LAST:
+            return None
+        self._kind(section).whole.add(name)
+        state = State(name, tally.open_bytes.getvalue(), section.type == Type.STATE_OPTIONAL)
+        tally.open_bytes = io.BytesIO()
+        tally.parts = 0
+        if self._contents:
+            self._contents.state(state)
+        return state
 
     def _take_time(self, section: Section) -> None:
         _exact(section.payload, fmt.TIME.size)
@@ -376,11 +417,10 @@ class Walk:
                 shown = (said.hex(), counted.hex()) if name == "digest" else (said, counted)
                 where = place(section.sequence, section.type, section.offset_bytes)
                 raise ChecksumError(f"{where}: {name} is {shown[0]}, but counted {shown[1]}")
+        if self._contents and not self.is_dry_run:
+            self._contents.end()
         self._ended = True
-        states = [State(name, data) for name, data in tally.needed.whole.items()]
-        states += [State(name, data, True) for name, data in tally.optional.whole.items()]
-        tally.needed.whole, tally.optional.whole = {}, {}
-        return Ended(end, tally.time, tuple(states))
+        return Ended(end, tally.time)
 
     def _take_go(self, section: Section) -> Go:
         _exact(section.payload, fmt.NONCE_BYTES)

@@ -13,9 +13,15 @@ DEVICES = ("hostbridge@pci.0.0.0", "virtio-blk@pci.0.3.0", "virtio-blk@pci.0.4.0
 HOST = {"hypervisor": "bhyve", "os": "FreeBSD"}
 CONFIG = {
     "name": "web1",
-    "keys": {"cpus": "2", "memory.size": "16M", "pci.0.3.0.device": "virtio-blk"},
-    "resources": {"disk0": "pci.0.3.0.path", "net0": "pci.0.4.0.backend"},
-}
+    "keys": {
+        "cpus": "2", "sockets": "2", "cores": "1", "threads": "1",
+        "memory.size": str(MEMORY), "uuid": "4ca2e2b7-6f0b-11ef-8a6a-0cc47a8c1a2e",
+        "pci.0.0.0.device": "hostbridge",
+        "pci.0.3.0.device": "virtio-blk", "pci.0.3.0.ser": "ONE",
+        "pci.0.4.0.device": "virtio-blk", "pci.0.4.0.ser": "TWO",
+    },
+    "resources": {"disk0": "pci.0.3.0.path", "disk1": "pci.0.4.0.path"},
+}  # fmt: skip
 Json = dict[str, Any]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,6 @@ import pytest
 from bhystream.backend.base import PAGE_BYTES, State
 from bhystream.backend.bhyve import fpu as fpus
 from bhystream.errors import (
-    FormatError,
     GuestError,
     IncompatibleError,
     InternalError,
@@ -160,8 +159,6 @@ def test_what_a_host_cannot_take_is_named(guest: Arriving) -> None:
     assert reasons(guest, host={**head.host, "hypervisor": "bhyve"}) == [
         "hypervisor: the guest runs under 'bhyve', not standin"
     ]
-    found = reasons(guest, layout=head.layout * 2, options=FORCE)
-    assert found[0].startswith("layout: it is not that of memory.size=")
     [reason] = reasons(guest, config={**head.config, "keys": {}})
     assert "is missing" in reason
     there.host.create("g")
@@ -223,82 +220,6 @@ def test_room_for_a_late_start_is_asked_for_when_it_is_known(
 
 
 # What is hostile.
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda plan: b"", None),
-        (lambda plan: b"{", "rehearsal: meta: "),
-        (lambda plan: b"x" * (1 << 21), "rehearsal: meta: .* bytes are more than"),
-        (lambda plan: meta_with(plan, ncpus=1), "rehearsal: ncpus is 1, not cpus"),
-        (lambda plan: meta_with(plan, memsize=1 << 40), "rehearsal: memsize is 1099511627776"),
-        (
-            lambda plan: renamed(plan, "virtio-net@pci.0.4.0", "e1000@pci.0.4.0"),
-            "rehearsal: 'e1000@pci.0.4.0' is no device of the configuration",
-        ),
-        (lambda plan: renamed(plan, "atkbdc", "atkbdd"), "rehearsal: 'atkbdc' is missing"),
-        (lambda plan: renamed(plan, "vmcx", "vmcy"), "rehearsal: meta: kern/vmcx is missing"),
-    ],
-)
-def test_a_plan_that_is_not_this_guests_makes_nothing(
-    guest: Arriving, change: Callable[[bytes], bytes], message: str | None
-) -> None:
-    sink = guest.sink()
-    assert sink.check(guest.head) == []
-    if message is None:
-        assert isinstance(sink.open(change(guest.plan))[0], FileTarget)
-        sink.abort()
-        return
-    with pytest.raises(FormatError, match=message):
-        sink.open(change(guest.plan))
-    sink.abort()
-    assert guest.left() == []
-
-
-def grown(states: Sequence[State], name: str) -> list[State]:
-    """Return the states, one of them longer, and a meta that says so."""
-    meta, by = json.loads(states[0].data), 0
-    for key in ("kern_structs", "devices"):
-        for entry in meta[key]:
-            entry["file_offset"] += by
-            if entry["device"] == name.partition("/")[2]:
-                entry["size"] += 8
-                by = 8
-    blobs = [
-        State(one.name, one.data + bytes(8)) if one.name == name else one for one in states[1:]
-    ]
-    return [State("meta", json.dumps(meta).encode()), *blobs]
-
-
-@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"ncpus": 1}, "state meta: ncpus is 1, not cpus"),
-        ({"memsize": 32 << 20}, "state meta: memsize is 33554432, not memory.size"),
-    ],
-)
-def test_a_state_of_another_guest_is_refused(
-    guest: Arriving, late: bool, change: dict[str, int], message: str
-) -> None:
-    sink = guest.sink()
-    guest.open(sink, late=late)
-    meta, *blobs = guest.states
-    with pytest.raises(FormatError, match=message):
-        sink.load([State("meta", meta_with(meta.data, **change)), *blobs])
-    sink.abort()
-    assert guest.left() == []
-
-
-def test_a_state_that_is_not_shaped_as_the_plan_said_is_refused(guest: Arriving) -> None:
-    """bhyve has read the plan's text, and would take each blob from where that says."""
-    sink = guest.sink()
-    guest.open(sink)
-    with pytest.raises(FormatError, match=r"state meta: kern/vmcx has \d+ bytes, the rehearsal"):
-        sink.load(grown(guest.states, "kern/vmcx"))
-    sink.abort()
-    assert guest.left() == []
 
 
 def test_optional_states_that_are_not_known_are_left_out(

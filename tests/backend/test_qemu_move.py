@@ -251,20 +251,6 @@ def test_a_state_that_qemu_cannot_load_is_reported_in_its_words(rig: Rig) -> Non
     source.close()
 
 
-def test_only_a_qemu_state_is_loaded(rig: Rig) -> None:
-    source, sink = QemuSource(rig.start("here")), rig.sink()
-    assert sink.check(source.head()) == []
-    sink.open(b"")
-    with pytest.raises(IncompatibleError, match="state sections: 'x'"):
-        sink.load([State("x", b"")])
-    with pytest.raises(IncompatibleError, match="state sections: none"):
-        sink.load([])
-    with pytest.raises(IncompatibleError, match="more than 64 MiB"):
-        sink.load([State("qemu", bytes((64 << 20) + 1))])
-    sink.abort()
-    source.close()
-
-
 def test_open_needs_a_verdict(rig: Rig) -> None:
     with pytest.raises(InternalError):
         rig.sink().open(b"")
@@ -370,7 +356,6 @@ def test_the_host_is_checked_before_anything_is_made(rig: Rig) -> None:
     assert reason.startswith("hypervisor_version: the source runs QEMU '99.1.0'")
     other = dict(head.host) | {"hypervisor": "bhyve"}
     assert "bhyve" in rig.sink().check(Head(other, head.layout, head.config, ()))[0]
-    assert "layout" in rig.sink().check(Head(head.host, (), head.config, ()))[0]
     Path(rig.state_dir / "file.qmp").write_text("precious", encoding="utf-8")
     assert "not a socket" in rig.sink("file").check(head)[0]
     source.close()

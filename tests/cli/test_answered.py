@@ -413,6 +413,26 @@ def test_a_dry_run_is_one_on_both_sides(
     small.run_on(host, sweeps=1)
 
 
+@ANY
+@pytest.mark.parametrize("form", FORMS)
+def test_a_dry_run_that_breaks_behind_accept_is_no_verdict(
+    form: str, host: Host, small: Traveller
+) -> None:
+    """The host has said that it can take the guest; what failed is the stream."""
+    to, tap = small.next(), Tap("END")
+    receive = small.receive(to, "-n")
+    with Pipeline(*in_form(form, small.send("-n"), tap.argv, receive), env=host.env) as pipeline:
+        tap.reached()
+        tap.flip()
+        ended = pipeline.wait()
+    assert ended[0].status == 69, report(*ended)
+    assert "(END) at offset 0x" in ended[0].stderr
+    if form == "three-stages":
+        assert [one.status for one in ended[2:]] == [65, 69], report(*ended)
+    to.assert_nothing_left()
+    small.run_on(host, sweeps=1)
+
+
 # A stream that is not the live one.
 
 
@@ -461,6 +481,28 @@ def replayed(host: Host, path: Path, guest: Traveller) -> Ended:
     return ended
 
 
+def test_a_recorded_stream_is_verified(recorded: Recorded, host: Host, small: Traveller) -> None:
+    first, path, size = recorded
+    to, command = small.next(), small.receive(small.next(), "-n")
+    with path.open("rb") as file:
+        [ended] = run(command, env=host.env, stdin=file)
+    assert ended.status == 0, report(ended)
+    assert "the stream is sound" in ended.stderr
+    assert "it is of a move with answers, which starts nothing again" in ended.stderr
+    assert b" ACCEPT\n" not in ended.output
+    with path.open("rb") as file:
+        [ended] = run(command, env=first.env, stdin=file)
+    assert ended.status == 76, report(ended)
+    assert "the stream is sound" in ended.stderr
+    assert "was started on this host before" in ended.stderr
+    broken = host.directory / "broken.bhys"
+    broken.write_bytes(path.read_bytes()[: size - 1])
+    with broken.open("rb") as file:
+        [ended] = run(command, env=host.env, stdin=file)
+    assert ended.status != 0 and "sound" not in ended.stderr, report(ended)
+    to.assert_nothing_left()
+
+
 def test_a_recorded_stream_is_refused_where_it_ran(recorded: Recorded, small: Traveller) -> None:
     first, path, _ = recorded
     ended = replayed(first, path, small)
@@ -473,7 +515,7 @@ def test_a_recorded_go_starts_nothing(recorded: Recorded, host: Host, small: Tra
     _, path, _ = recorded
     ended = replayed(host, path, small)
     assert ended.status == 76, report(ended)
-    assert "GO has another nonce" in ended.stderr
+    assert re.search(r"section \d+ \(GO\) at offset 0x[0-9a-f]+: GO has another", ended.stderr)
     assert b" READY " in ended.output
     assert ended.output.splitlines()[-1].split()[2] == b"FAILED"
     again = replayed(host, path, small)

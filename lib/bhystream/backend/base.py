@@ -224,8 +224,37 @@ class Paused(Protocol):
         """Give up every descriptor; the guest stays as it is.  Twice is no error."""
 
 
+class Contents(Protocol):
+    """What a hypervisor's own sections of a stream say, checked on any host.
+
+    One for each stream, asked in its order, by verify.Walk: so what a Sink is
+    given has passed here, and a stream is verified where no Sink can be had.
+    What is raised names no place: the walk adds it.
+    """
+
+    def config(self, config: Json) -> None:
+        """Check CONFIG.  Raises IncompatibleError: what is not known may be of a later version."""
+
+    def layout(self, layout: tuple[Segment, ...]) -> None:
+        """Check LAYOUT.  Raises IncompatibleError where it is not CONFIG's."""
+
+    def devices(self, devices: tuple[str, ...]) -> None:
+        """Check DEVICES.  Raises IncompatibleError where they are not CONFIG's."""
+
+    def plan(self, plan: bytes) -> None:
+        """Check REHEARSAL.  Raises FormatError."""
+
+    def state(self, state: State) -> None:
+        """Check one state, whole.  Raises FormatError."""
+
+    def end(self) -> None:
+        """Check that no state is missing.  Raises FormatError."""
+
+
 class Sink(Protocol):
-    """A guest being built.  Nothing of it runs before start().
+    """A guest being built, of sections that have passed Contents.
+
+    Nothing of it runs before start().
 
     Ownership: what open() made (a process, a memory file, sockets) is the
     sink's until start() or leave_paused() succeeded; abort() before that
@@ -250,12 +279,19 @@ class Sink(Protocol):
         guest, each one line that names the key; [] means that it can.
         """
 
+    def late_reasons(self) -> list[str]:
+        """Return the reasons why this host cannot take the guest without a plan.
+
+        As check(), which comes before.  Asked where the memory begins and no
+        REHEARSAL has come.
+        """
+
     def open(self, plan: bytes) -> Sequence[Target]:
         """Make the empty guest and return where each segment's pages go.
 
-        plan: of the REHEARSAL section, not to be trusted; b"" where there is
-        none, or where the guest is not to be started in this move.  Memory is
-        zero and, where the host allows it, not allocated.
+        plan: of the REHEARSAL section; b"" where there is none, or where the
+        guest is not to be started in this move.  Memory is zero and, where the
+        host allows it, not allocated.
         """
 
     def require_alive(self) -> None:

@@ -18,6 +18,7 @@ The pieces, in the order in which a move meets them:
     resources.py  the operator's -o key=value and -x key
     compare.py    two configurations, and how they differ
     identity.py   the host's half of the HOST section
+    contents.py   BhyveContents: base.Contents
     verdict.py    the reasons against a guest on this host
       backing.py  what stands behind disks and cards, here and there
       supervisors.py  what would start a guest again that has moved

@@ -18,19 +18,16 @@ import contextlib
 import errno
 import mmap
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from bhystream import durable, hole
-from bhystream.backend.base import PAGE_BYTES, Head, Json, Segment, State
+from bhystream.backend.base import PAGE_BYTES, Head, Json, State
 from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.snapshot import Files, Meta, layout_of, memory_spans
 from bhystream.errors import (
-    FormatError,
     GuestError,
     IncompatibleError,
     InternalError,
@@ -40,9 +37,6 @@ from bhystream.format import GUEST_NAME
 from bhystream.target import FileTarget
 
 _HYPERVISORS = ("bhyve", "standin")
-_MIB = 1 << 20
-_UNITS = {"": 1, "K": 1 << 10, "M": _MIB, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"([0-9]{1,18})([KMGT]?)", re.ASCII | re.IGNORECASE)
 # A file system that does not know its holes.  Source: lseek(2).
 _NO_HOLES = (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP)
 
@@ -188,7 +182,6 @@ class FilesSink:
         self.on_wait: Callable[[], None] = lambda: None
         self._files = Files(directory, name)
         self._force = force
-        self._config: Json = {}
         self._memory_bytes = 0
         self._made: Files | None = None
         self._fd = -1
@@ -202,15 +195,15 @@ class FilesSink:
         kind = head.host.get("hypervisor")
         if kind not in _HYPERVISORS:
             return [f"hypervisor: the guest runs under {ascii(kind)[:40]}, not bhyve"]
-        size = _memory_size(head.config)
-        if size is None:
-            return ["memory.size: missing, or not a size"]
-        if head.layout != layout_of(size):
-            return [f"layout: {_shown(head.layout)} are not memory.size={size}"]
+        size = sum(segment.npages for segment in head.layout) * PAGE_BYTES
         reasons = self._reasons_of_place(size)
         if not reasons:
-            self._config, self._memory_bytes = head.config, size
+            self._memory_bytes = size
         return reasons
+
+    def late_reasons(self) -> list[str]:
+        """Return nothing: what can be made is made without a plan."""
+        return []
 
     def _reasons_of_place(self, size: int) -> list[str]:
         """Look at the directory, and for room and names in it."""
@@ -246,15 +239,11 @@ class FilesSink:
     def load(self, states: Sequence[State]) -> None:
         """Write the other files, and see all of them on the disk.
 
-        Here and not in start(), which has to be quick.  Raises FormatError for
-        states that are no snapshot of this guest.
+        Here and not in start(), which has to be quick.
         """
         if self._made is None:
             raise InternalError("FilesSink: open() was not called")
-        meta, text, kern = snapshot.join(states)
-        differences = _differences(self._config, meta)
-        if differences:
-            raise FormatError(f"state meta is not of this guest: {differences[0]}")
+        _, text, kern = snapshot.join(states)
         fpu = snapshot.fpu_states(states)
         try:
             for path, data in ((self._made.kern, kern), (self._made.meta, text)):
@@ -326,43 +315,14 @@ def _minimal(meta: Meta) -> Json:
     return {"name": meta.vmname, "keys": keys, "resources": {}}
 
 
-def _keys(config: Json) -> Mapping[str, Any]:
-    keys = config.get("keys")
-    return keys if isinstance(keys, dict) else {}
-
-
-def _memory_size(config: Json) -> int | None:
-    """Return memory.size in bytes, None if it is missing or not a size.
-
-    A bare number below 1 MiB counts MiB.  Source: FreeBSD
-    lib/libvmmapi/vmmapi.c, vm_parse_memsize().
-    """
-    text = _keys(config).get("memory.size")
-    found = _SIZE.fullmatch(text) if isinstance(text, str) else None
-    if found is None:
-        return None
-    size = int(found[1]) * _UNITS[found[2].upper()]
-    if not found[2] and size < _MIB:
-        size *= _MIB
-    return size if 0 < size <= snapshot.MAX_MEMORY_BYTES and not size % PAGE_BYTES else None
-
-
 def _differences(config: Json, meta: Meta) -> list[str]:
     """Compare what a configuration and FILE.meta both say."""
-    found = []
-    keys = _keys(config)
-    if _memory_size(config) != meta.memory_bytes:
-        said = ascii(keys.get("memory.size"))[:40]
-        found.append(f"memory.size is {said} in the configuration, {meta.memory_bytes} in meta")
-    if str(keys.get("cpus", meta.ncpus)) != str(meta.ncpus):
-        found.append(
-            f"cpus is {ascii(keys['cpus'])[:40]} in the configuration, {meta.ncpus} in meta"
-        )
-    return found
-
-
-def _shown(layout: Sequence[Segment]) -> str:
-    return ", ".join(f"{segment.name} of {segment.npages} pages" for segment in layout)[:200]
+    said, found = config["keys"], {"memory.size": meta.memory_bytes, "cpus": meta.ncpus}
+    return [
+        f"{key} is {said.get(key)} in the configuration, {count} in meta"
+        for key, count in found.items()
+        if said.get(key) != str(count)
+    ]
 
 
 def data_extents(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:

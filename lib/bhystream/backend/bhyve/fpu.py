@@ -130,7 +130,7 @@ def load(
     the registers cannot be had here, NotPutBackError.
     """
     waiting = vm.waiting_vcpus()
-    parsed = [_parse(state) for state in states]
+    parsed = [parse(state) for state in states]
     for vcpu, xcr0, image in parsed:
         if vcpu not in waiting or sum(one[0] == vcpu for one in parsed) > 1:
             raise GuestError(f"state {STATE_PREFIX}{vcpu}: no vCPU waits for it")
@@ -205,7 +205,7 @@ def _reason(vcpu: int, why: str) -> str:
     return f"the FPU registers of vCPU {vcpu} are not carried: {why}"
 
 
-def _parse(state: State) -> tuple[int, int, bytes]:
+def parse(state: State) -> tuple[int, int, bytes]:
     """Return vCPU, XCR0 and both images.  Raises GuestError for what save() never made."""
     named = _NAME.fullmatch(state.name)
     size = len(state.data)

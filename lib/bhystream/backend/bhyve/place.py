@@ -30,7 +30,7 @@ from bhystream.backend.bhyve.hosts import open_host
 from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.snapshot import Files
 from bhystream.backend.process import Identity, boot_id, is_alive, kill_process
-from bhystream.errors import GuestError, UsageError, from_oserror
+from bhystream.errors import GuestError, from_oserror
 from bhystream.handshake import DEAD
 
 FILE = "ckp"
@@ -168,13 +168,21 @@ class Place:
 
     # The directories.
 
-    def make_staging(self) -> None:
-        """Make the directory of the files.  Raises UsageError, PipeError, AccessError."""
+    def staging_reasons(self) -> list[str]:
+        """Return why the directory of the files could not be made, one line each."""
         if len(os.fsencode(self.files.memory)) > _MAX_FILE_BYTES:
-            raise UsageError(
-                f"{self.files.memory}: bhyve -r takes no path longer than {_MAX_FILE_BYTES} bytes",
-                "name another staging or state directory",
-            )
+            return [
+                f"staging: {self.files.memory}: bhyve -r takes no path longer than"
+                f" {_MAX_FILE_BYTES} bytes; name another staging or state directory"
+            ]
+        parent = os.path.dirname(self.staging)
+        # The parent of one that is left loaded is made with it.
+        if self.staging != self.kept and not os.access(parent, os.W_OK | os.X_OK):
+            return [f"staging: {parent} is not a directory that can be written to"]
+        return []
+
+    def make_staging(self) -> None:
+        """Make the directory of the files.  Raises PipeError, AccessError."""
         try:
             os.mkdir(self.staging, 0o700)
         except OSError as error:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,6 @@ from bhystream.backend.base import Head, Json, State, Target
 from bhystream.backend.bhyve import backing, identity, snapshot, verdict, vmbhyve
 from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.compare import differences
-from bhystream.backend.bhyve.config import devices as devices_of
 from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.loaded import HELD, held, keep_files
 from bhystream.backend.bhyve.place import (
@@ -52,7 +50,6 @@ from bhystream.backend.bhyve.snapshot import Meta
 from bhystream.backend.bhyve.validate import validate
 from bhystream.errors import (
     BhyError,
-    FormatError,
     IncompatibleError,
     InternalError,
     from_oserror,
@@ -99,7 +96,6 @@ class BhyveSink:
         self._is_kept = is_kept
         self._unstarted = unstarted
         self._place: Place | None = None
-        self._section: Mapping[str, Any] = {}
         self._plan: Meta | None = None
         self._restore: Restore | None = None
         self._fd = -1
@@ -128,9 +124,7 @@ class BhyveSink:
         soft += theirs_soft
         config = validate(head.config)
         size = int(config["keys"]["memory.size"])
-        if head.layout != snapshot.layout_of(size):
-            hard.append(f"layout: it is not that of memory.size={size}")
-        hard += verdict.guest_reasons(host, config, head.devices)
+        hard += verdict.guest_reasons(host, config)
         keys, reasons, differences = self._lend(config)
         hard += reasons
         soft += differences
@@ -140,8 +134,8 @@ class BhyveSink:
             hard.append(
                 f"name: a VM {self._name} is here already; name another, or destroy it{whose}"
             )
-        self._section = config
         self._place = self._placed(keys, size)
+        hard += self._place.staging_reasons()
         return hard, soft + self._room(is_late=self._is_kept)
 
     def _placed(self, keys: dict[str, str], size: int) -> Place:
@@ -239,12 +233,16 @@ class BhyveSink:
 
     # ---- open
 
+    def late_reasons(self) -> list[str]:
+        """Return why there is no room for its memory in a file; check() asked it of a kept one."""
+        return [] if self._is_kept or self._force else self._room(is_late=True)
+
     def open(self, plan: bytes) -> Sequence[Target]:
         """Make the files, and with a plan the guest's bhyve, held."""
         place = self._known()
         if plan and not self._unstarted:
-            self._plan = self._planned(plan)
-        elif not self._is_kept and not self._force and (why := self._room(is_late=True)):
+            self._plan = snapshot.parse(plan)
+        elif why := self.late_reasons():
             raise IncompatibleError(f"guest {place.name}: {why[0]}")
         directory = os.path.dirname(place.kept)
         try:
@@ -263,30 +261,6 @@ class BhyveSink:
         self._write(place.files.meta, plan)
         self._restore = held(self._host, place, place.files, self._plan.kern_bytes, self.on_wait)
         return [MappedTarget(view) for view in self._restore.memory]
-
-    def _planned(self, plan: bytes) -> Meta:
-        """Return what a plan says, if it is this guest's.  Raises FormatError."""
-        try:
-            meta = snapshot.parse(plan)
-        except FormatError as error:
-            raise FormatError(f"rehearsal: {error}") from None
-        self._require_ours(meta, "rehearsal")
-        # 14's bhyve may leave it out: it has nothing of its own to save.
-        named, configured = (
-            Counter(name for name in names if not name.startswith("hostbridge@"))
-            for names in (meta.devices, devices_of(self._section))
-        )
-        for name in sorted((configured - named) | (named - configured)):
-            why = "is missing" if name in configured else "is no device of the configuration"
-            raise FormatError(f"rehearsal: {ascii(name)[:80]} {why}")
-        return meta
-
-    def _require_ours(self, meta: Meta, what: str) -> None:
-        place = self._known()
-        if meta.memory_bytes != place.memory_bytes:
-            raise FormatError(f"{what}: memsize is {meta.memory_bytes}, not memory.size")
-        if meta.ncpus != int(place.keys["cpus"]):
-            raise FormatError(f"{what}: ncpus is {meta.ncpus}, not cpus")
 
     def _make_memory_file(self, place: Place) -> None:
         path = place.files.memory
@@ -312,15 +286,12 @@ class BhyveSink:
     def load(self, states: Sequence[State]) -> None:
         """Complete the guest: its bhyve is held then, with all but the last page."""
         place = self._known()
-        meta, text, kern = snapshot.join(states)
-        self._require_ours(meta, "state meta")
         self._close()
         if self._unstarted:
             keep_files(place, states)
             return
-        if self._plan is not None:
-            snapshot.require_same(self._plan, meta)
-        else:
+        _, text, kern = snapshot.join(states)
+        if self._plan is None:
             self._write(place.files.meta, text)
             self._restore = held(self._host, place, place.files, len(kern), self.on_wait)
         self._started().load(kern, snapshot.fpu_states(states))

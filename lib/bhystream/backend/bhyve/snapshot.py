@@ -32,7 +32,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from bhystream import format as fmt
 from bhystream.backend.base import PAGE_BYTES, Segment, State
@@ -273,6 +273,47 @@ def cut(meta_text: bytes, kern: bytes | memoryview) -> list[State]:
     return states
 
 
+class Order:
+    """The states of a stream as they come: meta, then those that it lists, in its order.
+
+    meta: what it says, when it has come.  Optional states are not its affair.
+    """
+
+    def __init__(self) -> None:
+        self.meta: Meta | None = None
+        self._names: list[str] = []
+        self._came = 0
+
+    def take(self, state: State) -> None:
+        """Check the next state.  Raises FormatError."""
+        if self.meta is None:
+            if state.name != META:
+                raise FormatError("state meta is missing, or not the first")
+            self.meta = parse(state.data)
+            self._names = [item.state_name for item in self.meta.items]
+            return
+        if state.name not in self._names:
+            raise FormatError(f"state {state.name} is one that meta does not list")
+        if state.name in self._names[: self._came]:
+            raise FormatError(f"state {state.name} is there 2 times")
+        item = self.meta.items[self._came]
+        if state.name != item.state_name:
+            raise FormatError(f"state {state.name} stands where {item.state_name} belongs")
+        if len(state.data) != item.size_bytes:
+            raise FormatError(
+                f"state {state.name} has {len(state.data)} bytes where meta says {item.size_bytes}"
+            )
+        self._came += 1
+
+    def end(self) -> Meta:
+        """Return what meta says, if all have come.  Raises FormatError."""
+        if self.meta is None:
+            raise FormatError("state meta is missing, or not the first")
+        if self._came < len(self._names):
+            raise FormatError(f"state {self._names[self._came]} is missing: meta lists it")
+        return self.meta
+
+
 def join(states: Sequence[State]) -> tuple[Meta, bytes, bytes]:
     """Put the states of a stream together: (what meta says, its text, FILE.kern).
 
@@ -281,21 +322,11 @@ def join(states: Sequence[State]) -> tuple[Meta, bytes, bytes]:
     its size.
     """
     needed = [state for state in states if not state.is_optional]
-    if not needed or needed[0].name != META:
-        raise FormatError("state meta is missing, or not the first")
-    text = needed[0].data
-    meta = parse(text)
-    blobs = needed[1:]
-    names = [state.name for state in blobs]
-    expected = [item.state_name for item in meta.items]
-    if names != expected:
-        _refuse_names(names, expected)
-    for state, item in zip(blobs, meta.items, strict=True):
-        if len(state.data) != item.size_bytes:
-            raise FormatError(
-                f"state {state.name} has {len(state.data)} bytes where meta says {item.size_bytes}"
-            )
-    return meta, text, b"".join(state.data for state in blobs)
+    order = Order()
+    for state in needed:
+        order.take(state)
+    meta = order.end()
+    return meta, needed[0].data, b"".join(state.data for state in needed[1:])
 
 
 def require_same(planned: Meta, found: Meta) -> None:
@@ -355,20 +386,6 @@ def read_fpu(files: Files) -> list[State]:
     if len(fpu_states(states)) != len(states):
         raise GuestError(f"{files.fpu}: a name in it is no vCPU's")
     return states
-
-
-def _refuse_names(names: Sequence[str], expected: Sequence[str]) -> NoReturn:
-    """Say which state is wrong."""
-    for name in expected:
-        if name not in names:
-            raise FormatError(f"state {name} is missing: meta lists it")
-    for name, count in Counter(names).items():
-        if name not in expected:
-            raise FormatError(f"state {name} is one that meta does not list")
-        if count > 1:
-            raise FormatError(f"state {name} is there {count} times")
-    wrong = [pair for pair in zip(names, expected, strict=True) if pair[0] != pair[1]]
-    raise FormatError(f"state {wrong[0][0]} stands where {wrong[0][1]} belongs")
 
 
 def open_file(path: Path) -> tuple[int, int]:

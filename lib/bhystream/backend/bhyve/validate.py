@@ -26,11 +26,20 @@ _FACTS = ("disks", "nets")  # of backing.py; a section of an earlier version has
 _MAX_BYTES = (1 << 63) - 1
 _MAX_SECTOR_BYTES = 1 << 20
 _MAX_MTU = 65535
+_BARE = ("cpus", "memory.size")
 _REQUIRED = ("cpus", "sockets", "cores", "threads", "memory.size", "uuid")
 
 
-def validate(section: object) -> dict[str, Any]:
-    """Return a clean copy of a CONFIG section.  Raises IncompatibleError by name."""
+def is_bare(section: Mapping[str, Any]) -> bool:
+    """Say whether a section is that of snapshot files whose configuration was not known."""
+    return isinstance(section["keys"], dict) and section["keys"].keys() == set(_BARE)
+
+
+def validate(section: object, *, may_be_bare: bool = False) -> dict[str, Any]:
+    """Return a clean copy of a CONFIG section.  Raises IncompatibleError by name.
+
+    may_be_bare: take one of which no guest can be built, see is_bare().
+    """
     table = _table(section, "the section", len(_FIELDS) + len(_FACTS))
     for field in table:
         if field not in (*_FIELDS, *_FACTS):
@@ -42,7 +51,7 @@ def validate(section: object) -> dict[str, Any]:
     if not isinstance(name, str) or not known.NAME.fullmatch(name):
         raise _bad(f"name: {shown(name)} is not allowed")
     keys = _strings(table["keys"], "keys", _MAX_KEYS)
-    clean = check_keys(keys)
+    clean = check_keys(keys, is_complete=not (may_be_bare and is_bare(table)))
     devices = known.pci_devices(clean)
     resources = _resources(_strings(table["resources"], "resources", _MAX_RESOURCES), devices)
     _words(clean, devices, resources)
@@ -102,8 +111,11 @@ def _strings(value: object, what: str, limit: int) -> dict[str, str]:
     return out
 
 
-def check_keys(keys: Mapping[str, str]) -> dict[str, str]:
-    """Return the keys of a section, all allowed and complete.  Raises IncompatibleError."""
+def check_keys(keys: Mapping[str, str], *, is_complete: bool = True) -> dict[str, str]:
+    """Return the keys of a section, all allowed and complete.  Raises IncompatibleError.
+
+    is_complete: False where what is left out is not missed.
+    """
     devices = known.pci_devices(keys)
     clean = {}
     for key, value in sorted(keys.items()):
@@ -115,7 +127,10 @@ def check_keys(keys: Mapping[str, str]) -> dict[str, str]:
         if rule.clean(value) != value:
             raise _bad(f"{told(key, value)} is not allowed")
         clean[key] = value
-    _complete(clean, devices)
+    if "memory.size" in clean:
+        memory_bytes(clean["memory.size"])
+    if is_complete:
+        _complete(clean, devices)
     known.shape_of(clean, devices)
     return clean
 
@@ -128,7 +143,6 @@ def _complete(keys: Mapping[str, str], devices: Mapping[Slot, str]) -> None:
         if key not in keys:
             raise _bad(f"{key} is missing")
     topology(keys)
-    memory_bytes(keys["memory.size"])
     for key, value in domains(keys).items():
         if keys.get(key) != value:
             raise _bad(f"{key}: {shown(keys.get(key))} is not {value}, as the domains have it")

@@ -14,13 +14,11 @@ Source: usr.sbin/bhyve, lib/libvmmapi, sys/dev/vmm and sys/amd64/vmm of FreeBSD 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from bhystream.backend.base import Json
 from bhystream.backend.bhyve import keys as known
-from bhystream.backend.bhyve.config import devices as devices_of
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.identity import integer
 from bhystream.backend.bhyve.residency import believes_mincore
@@ -151,28 +149,18 @@ def source_reasons(
     return hard + more_hard, soft + more_soft
 
 
-def guest_reasons(host: Host, config: Json, devices: Sequence[str]) -> list[str]:
+def guest_reasons(host: Host, config: Json) -> list[str]:
     """Say why this host cannot take a guest, whatever is lent to it; they are hard.
 
-    config: a validated CONFIG section, whole.  devices: of the DEVICES section.
+    config: a validated CONFIG section, whole.
     """
-    found = []
     ncpus, most = int(config["keys"]["cpus"]), integer(host.sysctl("hw.vmm.maxcpu"))
-    if most is not None and ncpus > most:
-        found.append(
-            f"cpus: the guest has {ncpus}, hw.vmm.maxcpu is {most} here;"
-            f" set hw.vmm.maxcpu={ncpus} in loader.conf and load vmm anew"
-        )
-    # 14's bhyve may leave it out: it has nothing of its own to save.
-    named = Counter(name for name in devices if not name.startswith("hostbridge@"))
-    configured = Counter(name for name in devices_of(config) if not name.startswith("hostbridge@"))
-    if named != configured:
-        other = min([*(named - configured), *(configured - named)])
-        found.append(
-            f"devices: DEVICES and CONFIG of the stream do not agree on {_shown(other)};"
-            " send it with the configuration that the guest runs with"
-        )
-    return found
+    if most is None or ncpus <= most:
+        return []
+    return [
+        f"cpus: the guest has {ncpus}, hw.vmm.maxcpu is {most} here;"
+        f" set hw.vmm.maxcpu={ncpus} in loader.conf and load vmm anew"
+    ]
 
 
 def _named(keys: Mapping[str, str], kinds: frozenset[str]) -> str:

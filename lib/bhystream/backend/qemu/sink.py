@@ -33,7 +33,6 @@ from bhystream.backend.qemu.load import feed_state
 from bhystream.backend.qemu.qmp import CommandError, NobodyListensError, Qmp
 from bhystream.backend.qemu.resources import Resources
 from bhystream.backend.qemu.source import record_of
-from bhystream.backend.qemu.state import MAX_STATE_BYTES
 from bhystream.backend.qemu.validate import validate
 from bhystream.errors import BhyError, GuestError, IncompatibleError, InternalError, UsageError
 from bhystream.target import FileTarget, MappedTarget
@@ -110,7 +109,7 @@ class QemuSink:
 
     def _judge(self, head: Head, config: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Return (reasons that stand, reasons that force overrules)."""
-        hard = verdict.layout_reasons(head, config)
+        hard: list[str] = []
         soft = verdict.host_reasons(head, config)
         name = self._name or config["name"]
         path = self._qmp_path or os.path.join(self._state_dir, f"{name}.qmp")
@@ -177,6 +176,10 @@ class QemuSink:
         return True
 
     # ---- open
+
+    def late_reasons(self) -> list[str]:
+        """Return nothing: a QEMU that waits needs no plan."""
+        return []
 
     def open(self, plan: bytes) -> Sequence[Target]:
         """Start or take over the empty QEMU; return its RAM file, all zero."""
@@ -252,14 +255,9 @@ class QemuSink:
     def load(self, states: Sequence[State]) -> None:
         """Give QEMU the device state; the guest stands paused afterwards."""
         qmp = self._connected()
-        needed = [state for state in states if not state.is_optional]
-        if len(needed) != 1 or needed[0].name != "qemu":
-            names = ", ".join(ascii(s.name)[:40] for s in needed) or "none"
-            raise IncompatibleError(f"state sections: {names}; QEMU needs one, 'qemu'")
-        if len(needed[0].data) > MAX_STATE_BYTES:
-            raise IncompatibleError(f"state: more than {MAX_STATE_BYTES >> 20} MiB")
+        [data] = [state.data for state in states if not state.is_optional]
         with self._blaming():
-            feed_state(qmp, needed[0].data)
+            feed_state(qmp, data)
 
     def start(self) -> None:
         """Let the guest run, verify that it does, and let go of it."""

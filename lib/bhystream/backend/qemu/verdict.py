@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from bhystream.backend.base import PAGE_BYTES, Head
+from bhystream.backend.base import Head
 from bhystream.backend.qemu import facts, graph, host, migration
 from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.config import reduce_argv
@@ -26,20 +26,6 @@ from bhystream.errors import BhyError, GuestError, IncompatibleError
 
 _MACHINE_LINE = re.compile(r"(\S+)\s+.*")
 _ALIAS = re.compile(r"\(alias of (\S+)\)")
-
-
-def layout_reasons(head: Head, config: Mapping[str, Any]) -> list[str]:
-    """Check that the layout is the one memory backend of the configuration."""
-    memory = config["memory"]
-    if len(head.layout) != 1:
-        return [f"layout: {len(head.layout)} segments; QEMU guests have one"]
-    segment = head.layout[0]
-    if segment.name != memory["id"] or segment.npages * PAGE_BYTES != memory["size_bytes"]:
-        return [
-            f"layout: segment {ascii(segment.name)[:40]} of {segment.npages} pages is not the"
-            f" configuration's memory {memory['id']} of {memory['size_bytes']} bytes"
-        ]
-    return []
 
 
 def host_reasons(head: Head, config: Mapping[str, Any]) -> list[str]:

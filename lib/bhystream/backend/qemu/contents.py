@@ -1,0 +1,64 @@
+"""What a stream says of a guest of QEMU, checked on any host: base.Contents.
+
+CONFIG is validate.py's.  The guest has one segment, its memory backend, and one
+state, QEMU's own migration stream, of which only the beginning is looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bhystream.backend.base import PAGE_BYTES, Json, Segment, State
+from bhystream.backend.qemu.state import MAX_STATE_BYTES
+from bhystream.backend.qemu.validate import validate
+from bhystream.errors import FormatError, IncompatibleError
+
+STATE = "qemu"
+# Source: qemu/qemu migration/savevm.h, QEMU_VM_FILE_MAGIC and QEMU_VM_FILE_VERSION.
+_MAGIC = b"QEVM\0\0\0\3"
+
+
+class QemuContents:
+    """base.Contents for guests of QEMU."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Any] = {}
+        self._has_state = False
+
+    def config(self, config: Json) -> None:
+        """Check CONFIG."""
+        self._memory = validate(config)["memory"]
+
+    def layout(self, layout: tuple[Segment, ...]) -> None:
+        """Check that LAYOUT is the one memory backend of CONFIG."""
+        if len(layout) != 1:
+            raise IncompatibleError(f"{len(layout)} segments; QEMU guests have one")
+        [segment], memory = layout, self._memory
+        if (segment.name, segment.npages * PAGE_BYTES) != (memory["id"], memory["size_bytes"]):
+            raise IncompatibleError(
+                f"segment {ascii(segment.name)[:40]} of {segment.npages} pages is not the"
+                f" configuration's memory {memory['id']} of {memory['size_bytes']} bytes"
+            )
+
+    def devices(self, devices: tuple[str, ...]) -> None:
+        """Do nothing: they are for people."""
+
+    def plan(self, plan: bytes) -> None:
+        """Do nothing: a QEMU that waits needs none."""
+
+    def state(self, state: State) -> None:
+        """Check the one state; optional ones are left out."""
+        if state.is_optional:
+            return
+        if state.name != STATE:
+            raise FormatError(f"state {ascii(state.name)[:40]}: QEMU has one, {STATE!r}")
+        if len(state.data) > MAX_STATE_BYTES:
+            raise FormatError(f"state {STATE}: more than {MAX_STATE_BYTES >> 20} MiB")
+        if not state.data.startswith(_MAGIC):
+            raise FormatError(f"state {STATE}: it is no migration stream of QEMU's")
+        self._has_state = True
+
+    def end(self) -> None:
+        """Check that the state has come."""
+        if not self._has_state:
+            raise FormatError(f"state {STATE} is missing")
