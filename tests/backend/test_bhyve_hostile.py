@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from backend.bhyve_samples import ARGV
+from bhystream.backend.bhyve import keys
 from bhystream.backend.bhyve.argv import parse_argv
 from bhystream.backend.bhyve.compare import differences
 from bhystream.backend.bhyve.config import split
@@ -201,6 +203,88 @@ def test_a_hostile_section_is_refused(message: str, change: Change) -> None:
     change(section)
     with pytest.raises(IncompatibleError, match=message):
         validate(section)
+
+
+# One number, and all else that somebody's parser might take for it.
+NUMBERS = {
+    "cpus": "2", "sockets": "1", "cores": "2", "threads": "1", "memory.size": str(4 << 30),
+    "domains.0.size": str(4 << 30), "domains.0.cpus": "0,1",
+    "pci.0.3.0.sectorsize": "512", "pci.0.3.0.bootindex": "1", "pci.0.4.0.port.0.nmrr": "7200",
+    "pci.0.4.0.port.0.sectorsize": "2048/4096", "pci.0.5.0.mtu": "1500", "pci.0.6.0.w": "1024",
+    "pci.0.6.0.h": "0",
+}  # fmt: skip
+ARABIC = str.maketrans("0123456789", "\u0660\u0661\u0662\u0663\u0664\u0665\u0666\u0667\u0668\u0669")
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "zero-in-front": lambda good: f"0{good}",
+    "plus": lambda good: f"+{good}",
+    "minus": lambda good: f"-{good}",
+    "minus-zero": lambda good: "-0",
+    "space-in-front": lambda good: f" {good}",
+    "space-behind": lambda good: f"{good} ",
+    "other-digits": lambda good: good.translate(ARABIC),
+    "one-other-digit": lambda good: good[:-1] + good[-1].translate(ARABIC),
+    "full-width": lambda good: good[:-1] + chr(ord(good[-1]) + 0xFEE0),
+    "hex": lambda good: f"0x{good}",
+    "HEX": lambda good: f"0X{good}",
+    "fraction": lambda good: f"{good}.0",
+    "exponent": lambda good: f"{good}e0",
+    "underscore": lambda good: f"{good[0]}_{good[1:]}0",
+    "unit": lambda good: f"{good}M",
+    "too-long": lambda good: good + "0" * 20,
+    "none": lambda good: "",
+}
+
+
+def numbered() -> dict[str, Any]:
+    return {**copy.deepcopy(GOOD), "keys": {**GOOD["keys"], **NUMBERS}}
+
+
+def test_the_numbers_are_good() -> None:
+    assert validate(numbered()) == numbered()
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_has_one_spelling(key: str, spelling: str) -> None:
+    section = numbered()
+    section["keys"][key] = SPELLINGS[spelling](NUMBERS[key])
+    with pytest.raises(IncompatibleError, match=re.escape(f"{key}: ")):
+        validate(section)
+
+
+def test_every_number_of_a_section_is_in_these_tests() -> None:
+    """A key is one whose value may be 64 or 4096, and not a word."""
+    every = dict(keys._GLOBAL)
+    every |= {f"domains.0.{name}": rule for name, rule in keys._DOMAIN_RULES.items()}
+    for device, rules in {**keys.SAVED, "ahci": keys._AHCI_PORT}.items():
+        at = {"virtio-blk": "pci.0.3.0", "ahci": "pci.0.4.0.port.0", "fbuf": "pci.0.6.0"}
+        every |= {f"{at.get(device, 'pci.0.5.0')}.{name}": rule for name, rule in rules.items()}
+    for key, rule in every.items():
+        is_number = any(rule.clean(text) for text in ("64", str(1 << 30))) and not rule.clean("x")
+        is_register = bool(rule.clean("cafe"))
+        if rule.role == "guest" and is_number and not is_register and not rule.clean("true"):
+            same = key.replace("pci.0.4.0.port.0.bootindex", "pci.0.3.0.bootindex")
+            assert same in NUMBERS, key
+
+
+@pytest.mark.parametrize("key", ["lpc.pcireg.vendor", "pci.0.0.0.devid", "pci.0.0.0.vendor"])
+def test_a_register_has_hexadecimal_digits(key: str) -> None:
+    section = copy.deepcopy(GOOD)
+    for good in ("8086", "0x8086", "0xcAfE", "0", "0x0001", "F"):
+        section["keys"][key] = good
+        assert validate(section)["keys"][key] == good
+    for bad in ("0X8086", "0x", "0x12345", "12345", "+1", "-1", " 1", "1 ", "80_6", "1h", "",
+                "\u0668", "\uff11"):  # fmt: skip
+        section["keys"][key] = bad
+        with pytest.raises(IncompatibleError, match=re.escape(f"{key}: ")):
+            validate(section)
+
+
+def test_a_source_writes_a_register_in_the_form_that_travels() -> None:
+    assert keys.SAVED["lpc"]["pcireg.vendor"].clean("0X80Fe") == "0x80Fe"
+    assert keys.SAVED["virtio-blk"]["sectorsize"].clean("0x200/4096") == "512/4096"
+    assert keys.SAVED["virtio-blk"]["sectorsize"].clean("512/4096/1") is None
+    assert keys.number(0, 9)("\u0665") is None
 
 
 @pytest.mark.parametrize("section", [None, [], "x", 7, [GOOD], {}])

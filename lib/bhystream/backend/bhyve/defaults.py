@@ -31,7 +31,7 @@ from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.bhyve import keys as known
 from bhystream.backend.bhyve.keys import Slot, refuse, shown
 
-_SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|\d+)([kmgtpe]?)(b?)", re.IGNORECASE)
+_SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([kmgtpe]?)(b?)", re.ASCII | re.IGNORECASE)
 _SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _MIB = 1 << 20
 _TOPOLOGY = ("sockets", "cores", "threads")

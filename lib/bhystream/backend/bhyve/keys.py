@@ -36,21 +36,23 @@ KEY = re.compile(r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64}){0,7}")
 VALUE = re.compile(r"[^\x00-\x1f\x7f%]{1,1023}")
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-_PCI = re.compile(r"pci\.(0|[1-9]\d{0,2})\.(0|[1-9]\d?)\.([0-7])(?:\.(.+))?")
-_PORT = re.compile(r"port\.(0|[1-9]\d?)\.([a-z]+)")
+# Python's \d has the digits of all scripts, and int() reads them; bhyve does not.
+_PCI = re.compile(r"pci\.(0|[1-9][0-9]{0,2})\.(0|[1-9][0-9]?)\.([0-7])(?:\.(.+))?")
+_PORT = re.compile(r"port\.(0|[1-9][0-9]?)\.([a-z]+)")
 _USB_SLOT = re.compile(r"slot\.[1-8]\.device")
 _COM = re.compile(r"lpc\.com[1-4]\.path")
-_CPUSET = re.compile(r"vcpu\.\d{1,5}\.cpuset")
+_CPUSET = re.compile(r"vcpu\.[0-9]{1,5}\.cpuset")
 # Source: sys/dev/vmm/vmm_mem.h, VM_MAXMEMDOM; bhyverun.c, bhyve_numa_parse().
 DOMAIN = re.compile(r"domains\.([0-7])\.(size|cpus|domain_policy)")
-_NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|\d{1,20}")
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}")
+_REGISTER = re.compile(r"(?:0[xX])?[0-9a-fA-F]{1,4}")
 _TRUE = {"true", "on", "yes", "1"}
 _FALSE = {"false", "off", "no", "0"}
 _AHCI_PORTS = 32
 _SECRET = re.compile(r"(password)(.+)", re.IGNORECASE | re.DOTALL)
 _SECRET_KEY = re.compile(r"password", re.IGNORECASE)
 _TAP = re.compile(r"[A-Za-z0-9_.-]{1,15}")
-_VNC = re.compile(r"(?:\d{1,3}(?:\.\d{1,3}){3}:|\[[0-9A-Fa-f:.]{2,45}\]:)?\d{1,5}")
+_VNC = re.compile(r"(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}:|\[[0-9A-Fa-f:.]{2,45}\]:)?[0-9]{1,5}")
 _VNC_SOCKET = re.compile(r"unix:(/.{1,102})")  # sun_path has 104 bytes with its NUL
 
 BACKENDS = ("tap", "vmnet", "ngd", "netgraph", "slirp")
@@ -169,9 +171,20 @@ def cpuset(value: str) -> str | None:
     return ",".join(parts)
 
 
+def sectors(value: str) -> str | None:
+    """Return one number, or two with a slash between them: the sectors of a disk, in bytes."""
+    parts = [number(1, 9_999_999)(part) for part in value.split("/")]
+    known = [part for part in parts if part is not None]
+    return "/".join(known) if len(known) == len(parts) <= 2 else None
+
+
+def _hex16(value: str) -> str | None:
+    """Return the digits of a register as they are; "host" is the host's."""
+    return value.replace("X", "x") if _REGISTER.fullmatch(value) else None
+
+
 _anything = text(VALUE.pattern)
 _serial = text(r"[A-Za-z0-9._:+ -]{1,40}")
-_hex16 = text(r"0[xX][0-9a-fA-F]{1,4}|[0-9a-fA-F]{1,4}")  # pcireg "host" is the host's
 _smbios = text(r"[A-Za-z0-9._:+()/, -]{1,64}")
 _yes = Rule("guest", boolean)
 
@@ -234,7 +247,7 @@ _GLOBAL |= {f"lpc.{name}": rule for name, rule in _REGISTERS.items()}
 _BLOCK: dict[str, Rule] = {
     "path": Rule("resource", absolute_path),
     "ser": Rule("guest", _serial),
-    "sectorsize": Rule("guest", text(r"\d{1,7}(/\d{1,7})?")),
+    "sectorsize": Rule("guest", sectors),
     "bootindex": Rule("guest", number(0, 65535)),
 } | dict.fromkeys(("nocache", "nodelete", "sync", "direct", "ro"), _yes)
 _NET: dict[str, Rule] = {

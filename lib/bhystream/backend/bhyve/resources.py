@@ -26,7 +26,7 @@ from bhystream.backend.bhyve import keys as known
 from bhystream.backend.bhyve.validate import check_keys
 from bhystream.errors import IncompatibleError, UsageError
 
-_WORD = re.compile(r"(disk|net)(?:0|[1-9]\d{0,2})|(com)[1-4]|(bootrom|bootvars|vnc)")
+_WORD = re.compile(r"(disk|net)(?:0|[1-9][0-9]{0,2})|(com)[1-4]|(bootrom|bootvars|vnc)")
 _PREFIXES = ("pci.", "lpc.", "domains.")
 _HINT = "disk0= net0= com1= bootrom= bootvars= vnc= or a full key: pci.0.3.0.path="
 _CHECKS = {

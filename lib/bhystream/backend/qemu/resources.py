@@ -29,7 +29,7 @@ from bhystream.backend.qemu.graph import local_path
 from bhystream.backend.qemu.options import escape, protocol_of, told
 from bhystream.errors import UsageError
 
-_KEY = re.compile(r"(disk|net|serial)(0|[1-9]\d{0,2})")
+_KEY = re.compile(r"(disk|net|serial)(0|[1-9][0-9]{0,2})")
 _PLAIN = ("mem", "qmp", "kernel", "initrd", "bios", "template")
 _BOOT = ("kernel", "initrd", "bios")
 _NET = re.compile(r"tap:[A-Za-z0-9._-]{1,15}|user|none")
