@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import PIPE, CompletedProcess
 
 import pytest
 
@@ -158,3 +158,83 @@ def test_a_stream_that_breaks_before_the_verdict_is_refused(tmp_path: Path) -> N
     done = receive(tmp_path, raw[:-1], "-n")
     assert done.returncode == 65, said(done)
     assert words(done) in (["HELLO", "REFUSED"], ["HELLO", "SEEN", "REFUSED"])
+
+
+# Memory.
+
+
+CAP_BYTES = 128 << 20
+# What reading a section takes, once: its buffer, its bytes, and what the name is cut from.
+SECTION_BYTES = 8 << 20
+
+
+def parts(maker: Maker, name: bytes, size: int, *, zeros: bool) -> None:
+    """Add a state of so many bytes, in parts of a MiB, or in one of zeros."""
+    if zeros:
+        maker.state_zeros(name, 0, size, flags=1)
+        return
+    block = bytes(range(256)) * 4096
+    for at in range(0, size, len(block)):
+        is_last = at + len(block) >= size
+        maker.state(name, at // len(block), block[: size - at], flags=is_last)
+
+
+def large(kind: str) -> bytearray:
+    """Return a stream whose states have as many bytes as all states may have."""
+    maker = Maker(KEPT)
+    maker.raw = bytearray(maker.raw)  # type: ignore[assignment]  # grows in place
+    if kind == "snapshot":
+        meta = copy.deepcopy(META)
+        for entry in meta["kern_structs"][:3]:
+            entry["size"] = 40 << 20
+        at = 0
+        for entry in [*meta["kern_structs"], *meta["devices"]]:
+            entry["file_offset"], at = at, at + entry["size"]
+        head(maker).memory(0, [(0, 4096, 1)]).round_end(0, 0, 4096, flags=1)
+        maker.state(b"meta", 0, text_of(meta), flags=1)
+        for word, key in (("kern", "kern_structs"), ("dev", "devices")):
+            for entry in meta[key]:
+                parts(maker, f"{word}/{entry['device']}".encode(), entry["size"], zeros=False)
+    else:
+        head(maker, hypervisor="xen").memory(0, [(0, 4096, 1)]).round_end(0, 0, 4096, flags=1)
+        parts(maker, b"machine", CAP_BYTES, zeros=kind == "zeros")
+    return maker.time().end().raw  # type: ignore[return-value]
+
+
+# Between us and the program: what a process has before exec(2) counts as its own.
+PEAK = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:])
+print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def peak_bytes(directory: Path, stream: Path, *options: str) -> int:
+    """Return the most memory that bhyrecv had, when it has ended as it should."""
+    environment = {"BHYSEND_STATE_DIR": str(directory / "state"), "PYTHONPATH": str(ROOT / "lib")}
+    command = [sys.executable, "-c", PEAK, sys.executable, str(ROOT / "bhyrecv"), *options]
+    with stream.open("rb") as file:
+        done = subprocess.run(command, env=environment, stdin=file, stdout=PIPE, check=True)
+    status, kib = done.stdout.split()
+    assert int(status) == (76 if "-n" in options else 0)
+    return int(kib) << 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("parts", ["-n"]), ("zeros", ["-n"]), ("snapshot", ["-n"]), ("snapshot", ["-S", "there"])],
+    ids=["one", "zeros", "many", "files"],
+)
+def test_states_are_in_memory_once(tmp_path: Path, kind: str, options: list[str]) -> None:
+    (tmp_path / "there").mkdir()
+    small, big = tmp_path / "small", tmp_path / "big"
+    small.write_bytes(whole(hypervisor="xen").raw)
+    big.write_bytes(large(kind))
+    options = [str(tmp_path / word) if word == "there" else word for word in options]
+    least = peak_bytes(tmp_path, small, "-n")
+    most = peak_bytes(tmp_path, big, *options)
+    print(f"{most >> 20} MiB, of which {least >> 20} whatever is read")
+    assert most <= least + CAP_BYTES + SECTION_BYTES
+    if kind == "snapshot" and "-n" in options:
+        # Not all of them: one of 40 MiB is there until the next is whole.
+        assert most <= least + (80 << 20) + SECTION_BYTES

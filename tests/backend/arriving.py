@@ -275,7 +275,7 @@ def again(guest: Arriving) -> None:
     guest.there.settings(fail=[])
     place = place_of(guest)
     one = held(guest.there.host, place, place.files, len(kern(guest)))
-    one.load(kern(guest), fpu(guest))
+    one.load([kern(guest)], fpu(guest))
     one.release()
     guest.await_unbroken()
 

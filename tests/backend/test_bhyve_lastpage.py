@@ -51,7 +51,7 @@ def test_a_file_is_whole_again_and_the_memory_has_its_bytes(tmp_path: Path, data
     assert last.is_read(memory) and not last.is_read_whole(memory)
     assert last.settle(memory)
     assert bytes(memory[0]) == whole
-    last.fill(b"k" * 1000)
+    last.fill([b"k" * 400, b"k" * 600])
     assert files.kern.read_bytes() == b"k" * 1000
     last.give(memory)
     assert files.memory.read_bytes() == whole

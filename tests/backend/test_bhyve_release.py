@@ -34,7 +34,7 @@ def interrupt(*args: object) -> Any:
 def test_a_restore_that_fails_never_ran_and_leaves_nothing(guest: Arriving) -> None:
     guest.there.settings(fail=["restore"])
     one = hold(guest)
-    one.load(kern(guest), fpu(guest))
+    one.load([kern(guest)], fpu(guest))
     with pytest.raises(GuestError, match="bhyve -r: Failed to restore vhpet"):
         one.release()
     assert not one.may_have_run
@@ -45,7 +45,7 @@ def test_a_restore_that_fails_never_ran_and_leaves_nothing(guest: Arriving) -> N
 def test_a_restore_that_fails_with_its_socket_there_may_have_run(guest: Arriving) -> None:
     guest.there.settings(fail=["restore-late"])
     one = hold(guest)
-    one.load(kern(guest), fpu(guest))
+    one.load([kern(guest)], fpu(guest))
     with pytest.raises(GuestError, match=r"bhyve -r: .*Unable to restore time"):
         one.release()
     assert one.may_have_run
@@ -56,7 +56,7 @@ def test_a_restore_that_fails_with_its_socket_there_may_have_run(guest: Arriving
 def test_a_restore_that_takes_too_long_is_ended_and_never_ran(guest: Arriving) -> None:
     guest.there.settings(fail=["slow-restore"])
     one = hold(guest)
-    one.load(kern(guest), fpu(guest))
+    one.load([kern(guest)], fpu(guest))
     one._limit_s = 0.0
     with pytest.raises(GuestError, match="bhyve -r: not done after"):
         one.release()
@@ -67,7 +67,7 @@ def test_a_restore_that_takes_too_long_is_ended_and_never_ran(guest: Arriving) -
 def test_a_slow_restore_is_waited_for(guest: Arriving) -> None:
     guest.there.settings(fail=["slow-restore"])
     one = hold(guest)
-    one.load(kern(guest), fpu(guest))
+    one.load([kern(guest)], fpu(guest))
     thread = threading.Thread(target=one.release)
     thread.start()
     await_true(lambda: one.phase is Phase.RELEASED, "the release")
@@ -83,7 +83,7 @@ def test_an_interrupt_while_it_restores_ends_it(
 ) -> None:
     guest.there.settings(fail=["slow-restore"])
     one = hold(guest)
-    one.load(kern(guest), fpu(guest))
+    one.load([kern(guest)], fpu(guest))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(restore, "listens", interrupt)
         one.release()
@@ -100,7 +100,7 @@ def test_an_interrupt_when_its_socket_is_there_leaves_it_alone(
         raise KeyboardInterrupt
 
     one = hold(guest)
-    one.load(kern(guest), fpu(guest))
+    one.load([kern(guest)], fpu(guest))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(restore, "listens", late)
         one.release()
@@ -149,7 +149,7 @@ def test_the_clock_chip_is_set(guest: Arriving, monkeypatch: pytest.MonkeyPatch)
         "bhystream.standin.kernel.StandinVm.set_rtc", lambda self, seconds: given.append(seconds)
     )
     one = hold(guest)
-    one.load(kern(guest), fpu(guest))
+    one.load([kern(guest)], fpu(guest))
     one.release()
     one.set_clock()
     assert abs(given[0] - rtc_seconds({}, int(time.time()))) < 60

@@ -76,7 +76,7 @@ def test_a_guest_is_held_and_nothing_of_it_runs(guest: Arriving) -> None:
 def test_a_guest_is_released_and_is_nobodys(spec: Spec) -> None:
     with arriving(spec) as guest:
         one = hold(guest)
-        one.load(kern(guest), fpu(guest))
+        one.load([kern(guest)], fpu(guest))
         assert one.is_held()
         one.release()
         assert not one.is_held()
@@ -92,7 +92,7 @@ def test_a_guest_of_more_than_3_gib_is_held_and_stays_sparse() -> None:
     with arriving(Spec(memory="3073M", touched="16M")) as guest:
         one = hold(guest)
         assert [len(view) for view in one.memory] == [3 << 30, 1 << 20]
-        one.load(kern(guest), fpu(guest))
+        one.load([kern(guest)], fpu(guest))
         one.release()
         one.close()
         guest.await_unbroken()
@@ -103,7 +103,7 @@ def test_no_byte_of_the_marks_is_left(guest: Arriving) -> None:
     """In the file, too: another attempt reads it."""
     one = hold(guest)
     files = one._files
-    one.load(kern(guest), fpu(guest))
+    one.load([kern(guest)], fpu(guest))
     one.release()
     assert files.memory.read_bytes() == guest.image.read_bytes()
 
@@ -179,7 +179,7 @@ def test_one_that_ends_where_another_goes_round_never_ran(guest: Arriving) -> No
     one = restore_of(guest)
     with pytest.raises(GuestError, match="bhyve -r: Failed to restore VM memory"):
         one.hold(len(kern(guest)))
-        one.load(kern(guest), fpu(guest))
+        one.load([kern(guest)], fpu(guest))
         one.release()
     assert not one.may_have_run
     assert is_clean(guest)
@@ -207,7 +207,7 @@ def test_one_that_was_too_fast_is_tried_again(
     monkeypatch.setattr(Restore, "_launch", launch)
     one = held(guest.there.host, place, place.files, len(kern(guest)))
     assert len(tries) == loaded.ATTEMPTS
-    one.load(kern(guest), fpu(guest))
+    one.load([kern(guest)], fpu(guest))
     one.release()
     guest.await_unbroken()
 
@@ -280,7 +280,7 @@ def test_a_socket_that_others_left_proves_nothing(guest: Arriving) -> None:
     guest.there.settings(fail=["restore"])
     one = hold(guest)
     assert not path.exists()
-    one.load(kern(guest), fpu(guest))
+    one.load([kern(guest)], fpu(guest))
     with pytest.raises(GuestError, match="bhyve -r: Failed to restore"):
         one.release()
     assert not one.may_have_run
@@ -366,7 +366,7 @@ def test_one_that_was_never_let_begin_ends_with_us(guest: Arriving) -> None:
 def test_it_stands_held_whatever_else_happens_to_it(guest: Arriving) -> None:
     """Woken by somebody it goes round before its last page, and can be stopped again."""
     one = hold(guest)
-    one.load(kern(guest), fpu(guest))
+    one.load([kern(guest)], fpu(guest))
     os.kill(process_of(one).pid, signal.SIGCONT)
     process = process_of(one)
     await_true(lambda: not is_stopped(process), "it goes on")
@@ -391,7 +391,7 @@ def test_one_that_has_ended_is_not_loaded(guest: Arriving) -> None:
     one.require_held()
     os.kill(process_of(one).pid, signal.SIGKILL)
     await_true(lambda: not one.is_held(), "its end")
-    for act in (one.require_held, lambda: one.load(kern(guest), ())):
+    for act in (one.require_held, lambda: one.load([kern(guest)], ())):
         with pytest.raises(GuestError, match="bhyve -r: "):
             act()
     assert one._files.kern.stat().st_size == 0
@@ -410,7 +410,7 @@ def test_one_that_ends_while_it_is_loaded_is_not_said_to_be(
 
     monkeypatch.setattr(LastPage, "fill", fill)
     with pytest.raises(GuestError, match="bhyve -r: "):
-        one.load(kern(guest), ())
+        one.load([kern(guest)], ())
     one.undo()
 
 
@@ -428,7 +428,7 @@ def test_an_fpu_is_not_waited_for_when_its_bhyve_has_ended(
     monkeypatch.setattr(Child, "go_on", die)
     monkeypatch.setattr(fpus, "LIMIT_S", math.inf)
     with pytest.raises(GuestError, match="bhyve -r: "):
-        one.load(kern(guest), fpu(guest))
+        one.load([kern(guest)], fpu(guest))
     monkeypatch.setattr(Child, "go_on", real)
     one.undo()
     assert is_clean(guest)
@@ -464,7 +464,7 @@ def test_the_fpu_is_loaded_while_it_goes_round(
 
     monkeypatch.setattr(fpus, "load", load)
     one = hold(guest)
-    one.load(kern(guest), fpu(guest))
+    one.load([kern(guest)], fpu(guest))
     assert seen == [(False, 64 << 20, fpu(guest))]
     assert is_stopped(process_of(one))
     one.release()
@@ -480,7 +480,7 @@ def test_an_fpu_that_cannot_be_loaded_is_an_error_before_it_runs(
     monkeypatch.setattr(fpus, "load", refuse)
     one = hold(guest)
     with pytest.raises(GuestError, match="cannot load the FPU"):
-        one.load(kern(guest), [State("fpu/0", b"0", is_optional=True)])
+        one.load([kern(guest)], [State("fpu/0", b"0", is_optional=True)])
     one.undo()
     assert is_clean(guest) and not one.may_have_run
 
@@ -491,6 +491,6 @@ def test_without_fpu_states_it_is_not_woken(
     one = hold(guest)
     monkeypatch.setattr(fpus, "load", interrupt)
     monkeypatch.setattr("bhystream.backend.launch.Child.go_on", interrupt)
-    one.load(kern(guest), ())
+    one.load([kern(guest)], ())
     assert one.is_held()
     one.undo()

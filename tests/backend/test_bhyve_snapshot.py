@@ -83,8 +83,10 @@ def test_cut_and_join_are_inverse() -> None:
     value, kern = made()
     text = text_of(value)
     states = cut(text, memoryview(kern))
-    assert join(states) == (parse(text), text, kern)
-    assert cut(*join(states)[1:]) == states
+    meta, found, pieces = join(states)
+    assert (meta, found, b"".join(pieces)) == (parse(text), text, kern)
+    assert all(piece is state.data for piece, state in zip(pieces, states[1:], strict=True))
+    assert cut(text, b"".join(pieces)) == states
 
 
 def test_cut_refuses_a_kern_of_another_size() -> None:

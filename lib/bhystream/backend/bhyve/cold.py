@@ -246,10 +246,10 @@ class FilesSink:
         _, text, kern = snapshot.join(states)
         fpu = snapshot.fpu_states(states)
         try:
-            for path, data in ((self._made.kern, kern), (self._made.meta, text)):
-                _write(path, data)
+            for path, pieces in ((self._made.kern, kern), (self._made.meta, [text])):
+                _write(path, pieces)
             if fpu:
-                _write(self._made.fpu, snapshot.pack_fpu(fpu))
+                _write(self._made.fpu, [snapshot.pack_fpu(fpu)])
             os.fsync(self._fd)
         except OSError as error:
             raise from_oserror(error, f"write {self._files.memory}") from None
@@ -341,10 +341,9 @@ def _create(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Make a file of these bytes and see it on the disk.  Raises OSError."""
-    with open(_create(path), "wb", buffering=0) as file:
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) :]
+def _write(path: Path, pieces: Sequence[bytes]) -> None:
+    """Make a file of these pieces and see it on the disk.  Raises OSError."""
+    with open(_create(path), "wb") as file:
+        file.writelines(pieces)
+        file.flush()
         os.fsync(file.fileno())

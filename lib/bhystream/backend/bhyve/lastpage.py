@@ -106,10 +106,16 @@ class LastPage:
             _write(file.fileno(), self._tail[:PAGE_BYTES], self._at)
         return True
 
-    def fill(self, kern: bytes) -> None:
-        """Write FILE.kern where bhyve has it mapped: the same file, of the size that it had."""
+    def fill(self, kern: Sequence[bytes]) -> None:
+        """Write FILE.kern where bhyve has it mapped: the same file, of the size that it had.
+
+        kern: its pieces.
+        """
+        at = 0
         with open(self._files.kern, "r+b", buffering=0) as file:
-            _write(file.fileno(), kern, 0)
+            for piece in kern:
+                _write(file.fileno(), piece, at)
+                at += len(piece)
 
     def give(self, memory: Sequence[memoryview]) -> None:
         """Write the last page as the memory has it."""

@@ -77,11 +77,12 @@ def keep_files(place: Place, states: Sequence[State]) -> None:
     """
     _, text, kern = snapshot.join(states)
     files = place.files
-    texts = {files.kern: kern, files.meta: text}
-    texts[files.fpu] = snapshot.pack_fpu(snapshot.fpu_states(states))
+    texts = {files.kern: kern, files.meta: [text]}
+    texts[files.fpu] = [snapshot.pack_fpu(snapshot.fpu_states(states))]
     try:
-        for path, data in texts.items():
-            path.write_bytes(data)
+        for path, pieces in texts.items():
+            with path.open("wb") as file:
+                file.writelines(pieces)
         kept = Path(place.kept)
         for path in (*kept.iterdir(), kept, kept.parent):
             durable.sync(path)
@@ -213,9 +214,9 @@ class BhyveLoaded:
     def _start(self) -> None:
         """Start it from its files, which stay as they are until it runs."""
         states = self.states()
-        _, _, kern = snapshot.join(states)
+        meta, _, kern = snapshot.join(states)
         files = self._linked()
-        restore = held(self._host, self.place, files, len(kern))
+        restore = held(self._host, self.place, files, meta.kern_bytes)
         try:
             restore.load(kern, snapshot.fpu_states(states))
         except BaseException:

@@ -280,10 +280,10 @@ class Restore:
 
     # Held.
 
-    def load(self, kern: bytes, states: Sequence[State]) -> None:
+    def load(self, kern: Sequence[bytes], states: Sequence[State]) -> None:
         """Give it its state, all but what lets it go.
 
-        kern: FILE.kern, of the size that hold() was told.  states: of the FPU;
+        kern: FILE.kern in pieces, of the size that hold() was told.  states: of the FPU;
         for none it is not woken.  Raises BhyError; then call undo().
         """
         self.require_held()

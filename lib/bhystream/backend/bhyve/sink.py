@@ -290,10 +290,10 @@ class BhyveSink:
         if self._unstarted:
             keep_files(place, states)
             return
-        _, text, kern = snapshot.join(states)
+        meta, text, kern = snapshot.join(states)
         if self._plan is None:
             self._write(place.files.meta, text)
-            self._restore = held(self._host, place, place.files, len(kern), self.on_wait)
+            self._restore = held(self._host, place, place.files, meta.kern_bytes, self.on_wait)
         self._started().load(kern, snapshot.fpu_states(states))
 
     def _started(self) -> Restore:

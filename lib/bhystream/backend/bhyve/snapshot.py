@@ -314,10 +314,10 @@ class Order:
         return self.meta
 
 
-def join(states: Sequence[State]) -> tuple[Meta, bytes, bytes]:
-    """Put the states of a stream together: (what meta says, its text, FILE.kern).
+def join(states: Sequence[State]) -> tuple[Meta, bytes, list[bytes]]:
+    """Put the states of a stream together: (what meta says, its text, FILE.kern in pieces).
 
-    The inverse of cut(); optional states are passed over.  Raises FormatError
+    The inverse of cut(), without a copy; optional states are passed over.  Raises FormatError
     for states that are not those which the text lists, in its order, each of
     its size.
     """
@@ -326,7 +326,7 @@ def join(states: Sequence[State]) -> tuple[Meta, bytes, bytes]:
     for state in needed:
         order.take(state)
     meta = order.end()
-    return meta, needed[0].data, b"".join(state.data for state in needed[1:])
+    return meta, needed[0].data, [state.data for state in needed[1:]]
 
 
 def require_same(planned: Meta, found: Meta) -> None:
