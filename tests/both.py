@@ -134,10 +134,7 @@ def refused(
     assert recorder.input.largest <= LARGEST_CAP
     with pytest.raises(Refused) as found:
         read(io.BytesIO(raw))
-    # Where spec_reader has no name for a section, it leaves it out.
-    start, _, end = place.partition(" (")
-    unnamed = start + end[end.find(")") + 1 :]
-    assert str(found.value) in (f"{place}: {why}", f"{unnamed}: {why}"), str(found.value)
+    assert str(found.value) == f"{place}: {why}"
 
 
 def refused_last(

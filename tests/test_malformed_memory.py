@@ -220,13 +220,16 @@ def blocks(stated: int, *sizes: int, window: int | None = None) -> bytes:
     return frame
 
 
+# A dictionary's number, which is 0.
+NO_DICTIONARY = b"\x28\xb5\x2f\xfd\xa1\0" + blocks(4096, 4096)[5:]
 WINDOW_8_MIB = 13 << 3  # 2^(10 + 13) bytes, RFC 8878, 3.1.1.1.2
 
 
 @pytest.mark.parametrize(
     "frame",
     [blocks(4096, 4096), blocks(4096, 4000, 96), blocks(4096, 4096, window=WINDOW_8_MIB),
-     frame_of([page(1)]), frame_of([page(1)], write_checksum=True), frame_of([page(1)], level=19)],
+     frame_of([page(1)]), frame_of([page(1)], write_checksum=True), frame_of([page(1)], level=19),
+     NO_DICTIONARY],
 )  # fmt: skip
 def test_sound_frames_are_taken(frame: bytes) -> None:
     maker = Maker(mandatory=ZSTD).head().zstd([(0, 1, DATA), (1, 6, ZERO)], [page(1)], frame)

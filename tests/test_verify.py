@@ -400,3 +400,20 @@ def test_a_list_of_the_right_length_is_not_read_beyond_its_counts() -> None:
     with pytest.raises(BhyError, match="ends 4194304 bytes early"):
         Recorder(source).run()
     assert source.largest == 1024 * 4096
+
+
+def test_a_device_may_be_named_more_than_once() -> None:
+    maker = Maker(PLAIN, NO_MEMORY).host().layout().config()
+    maker.add(DEVICES, b'["uart", "uart", "rtc"]').add(HEAD_END)
+    recorder, _ = agree(maker.end().raw)
+    assert recorder.head is not None and recorder.head.devices == ("uart", "uart", "rtc")
+
+
+def test_the_ends_of_the_range_of_a_json_number_belong_to_it() -> None:
+    config = b'{"name": "web1", "no": -0, "least": -9223372036854775808, '
+    config += b'"most": 9223372036854775807}'
+    maker = Maker(PLAIN, NO_MEMORY).host().layout().add(CONFIG, config).devices()
+    recorder, _ = agree(maker.add(HEAD_END).end().raw)
+    assert recorder.head is not None
+    least, most = -(2**63), 2**63 - 1
+    assert recorder.head.config == {"name": "web1", "no": 0, "least": least, "most": most}

@@ -302,8 +302,6 @@ def _refuse_number(text: str) -> NoReturn:
 
 
 def _bounded_int(text: str) -> int:
-    if text == "-0":
-        raise FormatError("JSON number is -0, which is 0")
     if len(text) > 20 or not -(1 << 63) <= int(text) < 1 << 63:
         raise FormatError(f"JSON number does not fit 64 bits: {text[:24]}")
     return int(text)

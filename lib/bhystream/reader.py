@@ -55,7 +55,6 @@ _NEXT: dict[Type | None, frozenset[Type]] = {
     Type.TIME: frozenset({Type.END}),
     Type.END: frozenset(),
     Type.GO: frozenset(),
-    Type.ABORT: frozenset(),
 }
 
 
@@ -180,8 +179,6 @@ class Reader:
         """Say why a section of this type may not stand here; "" if it may."""
         ended = self._last in (Type.END, Type.GO)
         answered = self.header.form == Form.ANSWERED
-        if self._last == Type.ABORT:
-            return "it follows ABORT"
         if type_ == Type.ABORT:
             return "it follows END" if ended else ""
         if type_ == Type.PAD or type_ not in fmt.CAPS:

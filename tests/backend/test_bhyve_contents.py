@@ -171,6 +171,29 @@ def test_a_state_that_is_not_shaped_as_rehearsed_is_refused() -> None:
     assert read(whole(grown()).raw)
 
 
+def kernel(*names: str) -> list[State]:
+    """Return the states of a guest whose kernel saves other structures."""
+    found, blobs, at = copy.deepcopy(META), [], 0
+    found["kern_structs"] = [{"device": name, "size": 1} for name in names]
+    for word, key in (("kern", "kern_structs"), ("dev", "devices")):
+        for entry in found[key]:
+            entry["file_offset"], at = at, at + entry["size"]
+            blobs.append(State(f"{word}/{entry['device']}", bytes(entry["size"])))
+    return [State("meta", text_of(found)), *blobs]
+
+
+def test_only_a_kernel_with_other_structures_may_lack_some() -> None:
+    assert read(whole(kernel("vm", "vlapic", "vmcx", "vnew")).raw)
+    for names, missing in (
+        (("vm", "vlapic", "vmcx"), "vatpic"),
+        (("vm", "vlapic", "vnew"), "vmcx"),
+        (("vm", "vmcx", "vnew"), "vlapic"),
+        (("vlapic", "vmcx", "vnew"), "vm"),
+    ):
+        raw = whole(kernel(*names)).raw
+        refused(raw, FormatError, STATE, f"meta: kern/{missing} is missing")
+
+
 BARE = {"cpus": "2", "memory.size": str(MEMORY)}
 
 

@@ -287,6 +287,65 @@ def test_a_source_writes_a_register_in_the_form_that_travels() -> None:
     assert keys.number(0, 9)("\u0665") is None
 
 
+# The first and the last of each range, which belong to it.
+ENDS: dict[str, tuple[int, int]] = {
+    "pci.0.3.0.sectorsize": (1, 9_999_999), "pci.0.3.0.bootindex": (0, 65535),
+    "pci.0.4.0.port.0.nmrr": (0, 65535), "pci.0.5.0.mtu": (64, 65535),
+    "pci.0.6.0.w": (0, 65535), "pci.0.6.0.h": (0, 65535),
+}  # fmt: skip
+FACTS = {"mediasize": (0, 2**63 - 1), "sectorsize": (1, 1 << 20)}
+
+
+@pytest.mark.parametrize("key", ENDS)
+def test_the_ends_of_a_range_belong_to_it(key: str) -> None:
+    section, (first, last) = numbered(), ENDS[key]
+    for good in (first, last):
+        section["keys"][key] = str(good)
+        assert validate(section) == section
+    for bad in (first - 1, last + 1):
+        section["keys"][key] = str(bad)
+        with pytest.raises(IncompatibleError, match=re.escape(f"{key}: ")):
+            validate(section)
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_the_ends_of_a_range_of_facts_belong_to_it(fact: str) -> None:
+    section = numbered()
+    for number in (FACTS[fact][0] - 1, FACTS[fact][1] + 1):
+        section["disks"]["disk0"][fact] = number
+        with pytest.raises(IncompatibleError, match=f"disk0: {fact} is"):
+            validate(section)
+    for number in FACTS[fact]:
+        section["disks"]["disk0"][fact] = number
+        assert validate(section) == section
+
+
+def test_the_least_and_the_most_memory_can_be_had() -> None:
+    for count, is_good in ((1 << 20, True), (1 << 46, True), ((1 << 20) - 4096, False),
+                           ((1 << 46) + 4096, False), ((1 << 20) + 1, False)):  # fmt: skip
+        section = copy.deepcopy(GOOD)
+        section["keys"]["memory.size"] = str(count)
+        if is_good:
+            assert validate(section) == section
+            continue
+        with pytest.raises(IncompatibleError, match=r"memory\.size: "):
+            validate(section)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["00:00:00:00:00:00", "01:00:00:00:00:00", "ff:ff:ff:ff:ff:ff", "58:9C:fc:00:00:01",
+     "58:9c:fc:0:0:1", "58:9c:fc:00:00", "58-9c-fc-00-00-01"],
+)  # fmt: skip
+def test_a_mac_address_is_that_of_one_station(bad: str) -> None:
+    section = copy.deepcopy(GOOD)
+    section["keys"]["pci.0.5.0.mac"] = bad
+    with pytest.raises(IncompatibleError, match=r"pci\.0\.5\.0\.mac: "):
+        validate(section)
+    section["keys"]["pci.0.5.0.mac"] = "00:00:00:00:00:01"
+    assert validate(section) == section
+
+
 @pytest.mark.parametrize("section", [None, [], "x", 7, [GOOD], {}])
 def test_what_is_no_section_is_refused(section: object) -> None:
     with pytest.raises(IncompatibleError, match="the stream's configuration"):

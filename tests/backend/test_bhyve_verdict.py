@@ -409,6 +409,21 @@ def test_a_guest_of_more_vcpus_than_vmm_has_is_refused() -> None:
     ]
 
 
+@pytest.mark.parametrize("key", ["hw.model", "bhyve.hash", "machdep.tsc_freq", "vmm.hash"])
+def test_what_both_hosts_lack_does_not_differ(key: str) -> None:
+    one, other = dict(HERE), dict(HERE)
+    del one[key], other[key]
+    assert verdict.host_reasons(one, other) == ([], [])
+
+
+@pytest.mark.parametrize(("more", "differs"), [(0, False), (1, True)])
+def test_frequencies_differ_by_millionths_of_the_larger(more: int, differs: bool) -> None:
+    one = {**HERE, "machdep.tsc_freq": 2_000_000_000}
+    other = {**HERE, "machdep.tsc_freq": 1_999_000_000 - more}
+    for pair in ((one, other), (other, one)):
+        assert bool(verdict.host_reasons(*pair)[1]) == differs
+
+
 # ---- warnings
 
 

@@ -14,8 +14,8 @@ class Refused(Exception):
     """The stream breaks a rule of bhystream(5).
 
     `section_number` is the expected sequence number, None in the stream's header; `type_name` is
-    None there, for a section of unknown type, and where the section header is incomplete;
-    `offset` is that of the section's header in bytes.
+    None there, and where the section header is incomplete; `offset` is that of the section's
+    header in bytes.
     """
 
     def __init__(

@@ -43,7 +43,6 @@ def _check_strings(value: Any) -> None:
 
 
 def _int(digits: str) -> int:
-    need(digits != "-0", "JSON number is -0")
     need(len(digits) <= 20 and -(2**63) <= int(digits) < 2**63, "JSON number out of range")
     return int(digits)
 

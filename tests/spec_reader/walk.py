@@ -121,15 +121,18 @@ class Reader:
     def section(self) -> bool:
         """Read one section; return False at a lawful end of file."""
         self.start, self.name = self.source.offset, None
+        if self.phase == "ABORTED":
+            return False
         raw = self.source.upto(SECTION.size)
         if not raw and self.phase in ("GO", "AFTER GO", "NOTHING"):
             return False
+        if len(raw) == SECTION.size:
+            kind, flags, length, sequence, checksum = SECTION.unpack(raw)
+            known = TYPES.get(kind)
+            self.name = known.name if known else f"type 0x{kind:08x}"
         need(self.phase != "NOTHING", "bytes after the last section")
         need(len(raw) == SECTION.size, "the section header is incomplete")
-        kind, flags, length, sequence, checksum = SECTION.unpack(raw)
-        known = TYPES.get(kind)
         need(known is not None or kind & OPTIONAL != 0, "unknown section type")
-        self.name = known.name if known else None
         self.check_place(known)
         need(length <= (known.cap if known else 1048576), "length is over the cap")
         need(sequence == self.number, "wrong sequence number")
@@ -399,7 +402,7 @@ class Reader:
         except UnicodeDecodeError:
             raise Wrong("text is not UTF-8") from None
         need(values.CONTROL.search(text) is None, "control character in the text")
-        self.out.abort, self.phase = Abort(status, text), "NOTHING"
+        self.out.abort, self.phase = Abort(status, text), "ABORTED"
 
 
 ROUNDS: Final = ("REHEARSAL", "ROUNDS")
@@ -428,7 +431,7 @@ TYPES: Final = {
 def read(
     stream: BinaryIO, *, hypervisors: Container[str] | None = None, nonce: bytes | None = None
 ) -> Stream:
-    """Read a whole stream up to the end of file and return what it holds.
+    """Read a whole stream, up to the end of file or to ABORT, and return what it holds.
 
     `hypervisors` are those that are supported, `nonce` the 16 bytes of READY; None takes any.
     Raises Refused for whatever bhystream(5) does not allow.
