@@ -134,7 +134,7 @@ class QemuPaused:
                 f"{self._who}: somebody let it run while it stood paused: it is '{now}'",
                 "what was sent is no longer this guest; keep other monitors away from it",
             )
-        with self._ending():
+        with ending(self._who, self._identity):
             refuse_jobs(self._connect())
 
     def resume(self) -> None:
