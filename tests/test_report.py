@@ -55,6 +55,7 @@ def test_durations(ns: int, text: str) -> None:
 
 def test_what_comes_from_a_stream_is_safe_for_a_terminal() -> None:
     assert printable("web1 \u00e9") == "web1 \u00e9"
+    assert printable(b"d\xe0t\xff".decode(errors="surrogateescape")) == "d\\xe0t\\xff"
     assert printable("\x1b[2J\n\r\t\x00\x7f\u202e") == "\\x1b[2J\\x0a\\x0d\\x09\\x00\\x7f\\x202e"
 
 

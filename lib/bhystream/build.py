@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bhystream import format as fmt
-from bhystream import handshake, hold, hypervisors, leftover, state
+from bhystream import handshake, hold, hypervisors, inherited, leftover, state
 from bhystream.backend.base import PAGE_BYTES, Head, Segment, Sink, State, Target
 from bhystream.errors import (
     BhyError,
@@ -68,6 +68,12 @@ class Options:
                 raise IncompatibleError(
                     f"{option}: a guest of the answered form is started, or not taken"
                 )
+
+    def reasons(self, sink: Sink, head: Head) -> list[str]:
+        """Return what speaks against the guest: the sink's reasons, and what would end it here."""
+        found = list(sink.check(head))
+        limit = inherited.deadly_limit() if self.directory is None else ""
+        return [*found, limit] if limit else found
 
     def receiving(self, base: Path, walk: Walk) -> hypervisors.Receiving:
         """Return what hypervisors.open_sink() wants to know."""
@@ -182,7 +188,7 @@ class Build:
         self.lock = state.Lock(self.base, f"to-{self.operand}", f"guest {self.name}")
         if self.opts.directory is None:
             leftover.sweep(self.base, self.records, f"to-{self.operand}")
-        refuse(self.sink.check(head), self.name)
+        refuse(self.opts.reasons(self.sink, head), self.name)
         self.console.log(f"guest {self.name}: stream {self.id} begins")
         self.layout = head.layout
         page = 0

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from bhystream import inherited
 from bhystream.errors import BhyError, GuestError, from_oserror
 from bhystream.report import duration
 from bhystream.standin.stage import PlayedHost, Stage
@@ -252,7 +253,7 @@ def program(name: str) -> list[str]:
     installed = _BIN / name
     if os.access(installed, os.X_OK):
         return [str(installed)]
-    return [sys.executable, "-P", "-m", f"bhystream.{name.removeprefix('bhy')}"]
+    return inherited.program(name.removeprefix("bhy"))
 
 
 def sweeps(host: PlayedHost) -> list[tuple[int, int, int]]:
@@ -332,6 +333,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def main() -> int:
     """Run the demonstration; return its exit status."""
+    with inherited.taken():
+        return _run()
+
+
+def _run() -> int:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, _interrupt)
     start_ns = time.monotonic_ns()

@@ -156,7 +156,7 @@ def ask(
     offer = Offer(console, signals, source.name, opts.guest, stream_id.hex())
     status = InternalError.status
     try:
-        writer = Writer(offer.open(base, opts.command), header)
+        writer = Writer(offer.open(base, opts.command, opts.umask), header)
         write_head(writer, head)
         writer.end()
         offer.begin(writer)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 
 from bhystream.errors import GuestError
+from bhystream.options import AS_IT_IS
 
 _END_SECONDS = 5
 _STDERR = 2
@@ -21,8 +22,8 @@ _STDERR = 2
 class Hook:
     """One run of the command."""
 
-    def __init__(self, command: str, guest: str, stream_id: str) -> None:
-        """Start it, in a process group of its own.
+    def __init__(self, command: str, guest: str, stream_id: str, umask: int = AS_IT_IS) -> None:
+        """Start it, in a process group of its own.  umask: the operator's.
 
         Its standard input is empty and its standard output is our standard
         error: standard output carries the stream.  Raises GuestError.
@@ -35,6 +36,7 @@ class Hook:
                 stdout=_STDERR,
                 env={**os.environ, "BHYSEND_GUEST": guest, "BHYSEND_ID": stream_id},
                 process_group=0,
+                umask=umask,
             )
         except OSError as error:
             raise GuestError(

@@ -140,7 +140,7 @@ class Judge:
     def _check(self, head: Head) -> None:
         require_startable(self._opts, self._walk, state.Records(self._base, "destination"))
         if self._sink and self._is_understood:
-            self._reasons += self._sink.check(head)
+            self._reasons += self._opts.reasons(self._sink, head)
 
     def _answer_head(self, reply: Reply) -> None:
         if self._reasons or not self._walk.is_dry_run:

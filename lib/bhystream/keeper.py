@@ -40,6 +40,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bhystream import inherited
 from bhystream.answers import MAX_LINE_BYTES, unpack
 from bhystream.backend.base import Paused
 from bhystream.backend.process import Identity, identify, is_stopped, kill_process
@@ -85,7 +86,7 @@ class Keeper:
         try:
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "bhystream.keeper", str(theirs.fileno())],
+                    [*inherited.program("keeper"), str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     pass_fds=(theirs.fileno(), *kept),
@@ -337,5 +338,5 @@ def _tell(console: Console, found: Record, event: Event, way_out: str) -> None:
 
 
 if __name__ == "__main__":
-    os.umask(0o077)
+    inherited.take()
     sys.exit(main(sys.argv))

@@ -121,7 +121,7 @@ class Move:
                 self.opts.guest,
                 stream_id.hex(),
             )
-            fd = self.offer.open(self.base, self.opts.command)
+            fd = self.offer.open(self.base, self.opts.command, self.opts.umask)
         options.widen_pipe(fd)
         features = Feature.ZSTD if self.opts.level is not None else Feature(0)
         self.writer = Writer(fd, Header(form, features, stream_id, secrets.randbits(64)))
@@ -391,7 +391,7 @@ class Move:
         self.state_ns = time.monotonic_ns() - self.pause_start_ns
         if self.opts.hook is not None:
             # Not before: until then the guest writes to its disks.
-            self.hook = Hook(self.opts.hook, name, self.record.id)
+            self.hook = Hook(self.opts.hook, name, self.record.id, self.opts.umask)
             if self.keeper:
                 self.keeper.tell_hook(self.hook.group)
 

@@ -28,6 +28,7 @@ from bhystream.handshake import (
     SLOW_BYTES_PER_SECOND,
     Event,
 )
+from bhystream.options import AS_IT_IS
 from bhystream.push import Push
 from bhystream.rendezvous import Rendezvous
 from bhystream.report import Console
@@ -49,8 +50,11 @@ _IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP)
 class Command:
     """The command of the command form, a child of ours."""
 
-    def __init__(self, argv: Sequence[str]) -> None:
-        """Start it.  Raises GuestError.  No thread may have been started yet."""
+    def __init__(self, argv: Sequence[str], umask: int = AS_IT_IS) -> None:
+        """Start it.  umask: the operator's.  Raises GuestError.
+
+        No thread may have been started yet.
+        """
         self.words = shlex.join(argv)
         try:
             self._process = subprocess.Popen(
@@ -58,6 +62,7 @@ class Command:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 preexec_fn=_ignore,
+                umask=umask,
             )
         except OSError as error:
             raise GuestError(f"cannot run {argv[0]}: {error.strerror}") from error
@@ -108,14 +113,14 @@ class Offer:
         self._explained = False
         self._deadline = 0.0
 
-    def open(self, base: Path, command: Sequence[str]) -> int:
+    def open(self, base: Path, command: Sequence[str], umask: int = AS_IT_IS) -> int:
         """Open the way back; return the descriptor that the stream goes to.
 
-        command: of the command form, empty for -a.
+        command: of the command form, empty for -a.  umask: for it.
         """
         fd = _STDOUT
         if command:
-            self._command = Command(command)
+            self._command = Command(command, umask)
             fd = self._command.stream_fd
             self._rendezvous.read(self._command.answer_fd)
         self._rendezvous.listen(base)

@@ -22,6 +22,8 @@ _TIME_NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h":
 _SIZE = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BITS = {"kbit": 10**3, "Mbit": 10**6, "Gbit": 10**9}
 _PIPE_BYTES = 1 << 20
+# As subprocess has it: a child's umask is ours.
+AS_IT_IS = -1
 # So many digits stay finite as a float in any unit.
 _NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
 
@@ -31,6 +33,7 @@ class SendOptions:
     """The command line of bhysend, parsed.
 
     command: of the command form, empty without one.  hook: -p.  config: -C.
+    umask: of whoever started us, for the command and the hook; or AS_IT_IS.
     """
 
     guest: str
@@ -44,6 +47,7 @@ class SendOptions:
     hook: str | None = None
     level: int | None = None
     config: str | None = None
+    umask: int = AS_IT_IS
 
     @property
     def form(self) -> Form:
@@ -103,12 +107,17 @@ def number(text: str, option: str, low: int, high: int) -> int:
     return int(text)
 
 
-def refuse_closed(fd: int, name: str) -> None:
-    """Refuse a closed standard stream: the next file that is opened would be it."""
+def refuse_closed(fd: int, name: str, wrong: int) -> None:
+    """Refuse a standard stream that was closed, or is open for the other direction.
+
+    wrong: the other direction, os.O_RDONLY or os.O_WRONLY; see inherited.py.
+    """
     try:
-        os.fstat(fd)
+        mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
     except OSError:
-        raise UsageError(f"{name} is closed: a stream goes through it") from None
+        mode = wrong
+    if mode == wrong:
+        raise UsageError(f"{name} is closed, or open for the other direction: a stream goes there")
 
 
 def widen_pipe(fd: int) -> None:

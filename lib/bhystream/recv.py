@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from bhystream import hold, options, query, state
+from bhystream import hold, inherited, options, query, state
 from bhystream.build import Build, Options
 from bhystream.errors import OK, BhyError, UsageError, as_error
 from bhystream.format import Form
@@ -71,7 +71,7 @@ def _refuse_mixtures(names: Sequence[str]) -> None:
 
 def receive(opts: Options, console: Console) -> int:
     """Read a stream from standard input."""
-    options.refuse_closed(_STDIN, "standard input")
+    options.refuse_closed(_STDIN, "standard input", os.O_WRONLY)
     if os.isatty(_STDIN):
         raise UsageError("standard input is a terminal: a stream comes from a pipe or a file")
     signals = Signals()
@@ -106,19 +106,26 @@ def receive(opts: Options, console: Console) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run bhyrecv(8); return its exit status."""
+    """Run bhyrecv(8); return its exit status.  argv: as send.main() has it."""
     console = Console("bhyrecv", show_host=True)
     try:
-        parsed = parse_options(sys.argv[1:] if argv is None else argv)
-        if isinstance(parsed, hold.Verb):
-            if parsed.name == "-q":
-                return query.run(parsed.guest or "", console)
-            return hold.run(parsed, "destination", console)
-        return receive(parsed, console)
+        if argv is None:
+            with inherited.taken():
+                return _run(sys.argv[1:], console)
+        return _run(argv, console)
     except Exception as raised:
         return console.fail(as_error(raised))
     finally:
         console.close()
+
+
+def _run(argv: Sequence[str], console: Console) -> int:
+    parsed = parse_options(argv)
+    if isinstance(parsed, hold.Verb):
+        if parsed.name == "-q":
+            return query.run(parsed.guest or "", console)
+        return hold.run(parsed, "destination", console)
+    return receive(parsed, console)
 
 
 if __name__ == "__main__":

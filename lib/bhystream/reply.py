@@ -100,7 +100,12 @@ class TimedInput:
                 break
             if self.on_quiet:
                 self.on_quiet()
-        return os.readv(self._fd, [buffer])
+        while True:
+            try:
+                return os.readv(self._fd, [buffer])
+            except BlockingIOError:
+                # A process that shares the descriptor has made it so again.
+                self._poller.poll()
 
     def drain(self) -> None:
         """Read to the end, for a while: filters before us complain of a pipe that breaks."""

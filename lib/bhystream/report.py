@@ -48,8 +48,14 @@ def duration(ns: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Make text from a stream safe for a terminal."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    """Make text from a stream safe for a terminal, bytes that are no UTF-8 shown as such."""
+    return "".join(c if c.isprintable() else f"\\x{_byte(c):02x}" for c in text)
+
+
+def _byte(character: str) -> int:
+    """Return the code of a character, or the byte that a lone surrogate stands for."""
+    code = ord(character)
+    return code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
 
 
 class Console:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from bhystream import cold, hold, hypervisors, options, state, third
+from bhystream import cold, hold, hypervisors, inherited, options, state, third
 from bhystream.backend.base import Source
 from bhystream.errors import UsageError, as_error
 from bhystream.move import Move
-from bhystream.options import SendOptions
+from bhystream.options import AS_IT_IS, SendOptions
 from bhystream.precopy import Limits
 from bhystream.recover import recover
 from bhystream.report import Console
@@ -85,7 +86,7 @@ def _refuse_mixtures(given: Mapping[str, str], is_command: bool) -> None:
 def send(opts: SendOptions, console: Console) -> int:
     """Send one guest, or say what sending it would mean."""
     if not opts.command:
-        options.refuse_closed(_STDOUT, "standard output")
+        options.refuse_closed(_STDOUT, "standard output", os.O_RDONLY)
         if os.isatty(_STDOUT) and (opts.answered or not opts.dry_run):
             raise UsageError("standard output is a terminal: a stream goes into a pipe or a file")
     signals = Signals()
@@ -137,19 +138,30 @@ def move(work: Move, source: Source, lock: state.Lock, signals: Signals) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run bhysend(8); return its exit status."""
+    """Run bhysend(8); return its exit status.
+
+    argv: the command line, in a process that is set already; None: this
+    process is the program.
+    """
     console = Console("bhysend")
     try:
-        parsed = parse_options(sys.argv[1:] if argv is None else argv)
-        if isinstance(parsed, hold.Verb):
-            if parsed.name == "-A":
-                return third.run(parsed.guest, console)
-            return hold.run(parsed, "source", console)
-        return send(parsed, console)
+        if argv is None:
+            with inherited.taken() as found:
+                return _run(sys.argv[1:], console, found.umask)
+        return _run(argv, console, AS_IT_IS)
     except Exception as raised:
         return console.fail(as_error(raised))
     finally:
         console.close()
+
+
+def _run(argv: Sequence[str], console: Console, umask: int) -> int:
+    parsed = parse_options(argv)
+    if isinstance(parsed, hold.Verb):
+        if parsed.name == "-A":
+            return third.run(parsed.guest, console)
+        return hold.run(parsed, "source", console)
+    return send(replace(parsed, umask=umask), console)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,8 @@ class Third:
         """Take what has come, and hand it on."""
         try:
             data = os.read(_STDIN, _READ_BYTES)
+        except BlockingIOError:
+            return
         except OSError:
             data = b""
         if not data:
@@ -172,7 +174,7 @@ class Third:
 
 def run(guest: str | None, console: Console) -> int:
     """Be the third stage; return the exit status."""
-    options.refuse_closed(_STDIN, "standard input")
+    options.refuse_closed(_STDIN, "standard input", os.O_WRONLY)
     if os.isatty(_STDIN):
         raise UsageError("standard input is a terminal: the answers come from a pipe")
     third = Third(guest, state.directory(), console, Interrupts())

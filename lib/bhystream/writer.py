@@ -33,20 +33,31 @@ _ZEROS = bytes(4096)
 _ABORT_ROOM_BYTES = select.PIPE_BUF - fmt.SECTION.size - fmt.ABORT_HEAD.size
 
 
-def write_all(fd: int, data: Bytes) -> None:
+def write_all(fd: int, data: Bytes, what: str = "write the stream") -> None:
     """Write every byte of data to fd.
 
-    Raises PipeError.  A signal handler may raise between two partial writes;
-    the stream is then cut inside a section, which no reader accepts.
+    what: is done by that, for the message.  Raises PipeError.  A signal handler
+    may raise between two partial writes; the stream is then cut inside a
+    section, which no reader accepts.
     """
     view = memoryview(data)
     try:
-        written = os.write(fd, view)
-        while written < len(view):
-            view = view[written:]
-            written = os.write(fd, view)
+        while True:
+            try:
+                view = view[os.write(fd, view) :]
+            except BlockingIOError:
+                _wait_for_room(fd)
+            if not view:
+                return
     except OSError as error:
-        raise from_oserror(error, "write the stream") from error
+        raise from_oserror(error, what) from error
+
+
+def _wait_for_room(fd: int) -> None:
+    """Wait as write(2) does: a process that shares the descriptor may have made it so again."""
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    poller.poll()
 
 
 def _parts(state: State) -> Iterator[tuple[int, int, bool]]:

@@ -11,13 +11,13 @@ import os
 import re
 import stat
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bhystream import inherited
 from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.bhyve.host import (
     HIGHMEM_BASE_GPA,
@@ -287,7 +287,7 @@ class StandinHost:
 
     def program(self) -> list[str]:
         """Return the words that run the stand-in."""
-        return [sys.executable, "-P", "-m", "bhystream.standin"]
+        return inherited.program("standin")
 
     def trace(self, pid: int) -> StandinTrace:
         """Return what looks at a stand-in that is started."""

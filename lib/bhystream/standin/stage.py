@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from bhystream import inherited
 from bhystream.backend.bhyve.host import VMM_DIR
 from bhystream.errors import GuestError
 
@@ -140,10 +141,7 @@ class Stage:
         with (self.directory / f"{name}.log").open("wb") as log:
             subprocess.Popen(
                 [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "bhystream.standin",
+                    *inherited.program("standin"),
                     "-k",
                     str(config),
                     *options,
