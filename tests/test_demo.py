@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from bhystream import demo
+from bhystream import demo, inherited
 
 DEADLINE_S = 60
 RUN = [sys.executable, "-m", "bhystream.demo"]
@@ -244,7 +244,7 @@ def test_the_programs_can_be_run_as_modules(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no bhysend lies beside Python, as in a checkout that is on PYTHONPATH."""
-    words = [sys.executable, "-P", "-m", "bhystream.recv"]
+    words = inherited.program("recv")
     monkeypatch.setattr(demo, "_BIN", tmp_path)
     assert demo.program("bhyrecv") == words
     assert run([*words, "-q"]).returncode == 64

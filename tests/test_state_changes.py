@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import pytest
 from bhystream import durable, state
 from bhystream.errors import GuestError, PipeError
 from bhystream.handshake import DEAD, PAUSED, READY, STARTED
+from bhystream.report import host_name
 from bhystream.state import Lock, Record, Records
 
 ID = "0123456789abcdef" * 2
@@ -177,7 +177,7 @@ def test_of_many_processes_one_changes_it_and_all_have_one_name(
 
 def test_a_host_id_is_made_once(base: Path) -> None:
     first = state.host_id(base)
-    assert re.fullmatch(re.escape(socket.gethostname()) + "/[0-9a-f]{16}", first)
+    assert re.fullmatch(re.escape(host_name()) + "/[0-9a-f]{16}", first)
     assert state.host_id(base) == first
     assert (base / "host-id").stat().st_mode & 0o7777 == 0o600
     assert first.endswith("/" + (base / "host-id").read_text())

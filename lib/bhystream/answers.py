@@ -39,7 +39,7 @@ _LINE = re.compile(rb"bhys1 ([0-9a-f]{32}) ([A-Z]+)((?: [\x21-\x7e]+)*)\n")
 _NUMBER = re.compile(r"[0-9]{1,19}")
 _NONCE = re.compile(r"[0-9a-f]{32}")
 # A host's name and its id, and an absolute path: both are printed in commands.
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,253}/[0-9a-f]{1,64}")
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,253}/[0-9a-f]{1,64}")
 _ESCAPE = re.compile(rb"%([0-9a-f]{2})")
 
 

@@ -12,6 +12,8 @@ bhysend(8) and bhyrecv(8) print the same table; a test compares the three.
 
 from __future__ import annotations
 
+import os
+
 OK = 0
 HELD = 80
 IN_DOUBT = 81
@@ -139,11 +141,21 @@ def from_oserror(error: OSError, what: str) -> BhyError:
 
 
 def as_error(raised: Exception) -> BhyError:
-    """Return what was raised as a BhyError: itself, or an InternalError around it."""
+    """Return what was raised as a BhyError: itself, or one around it.
+
+    What the system refused, a file that is not there or a disk that is full,
+    is no fault of ours, wherever it happened.
+    """
     if isinstance(raised, BhyError):
         return raised
+    error: BhyError
     if isinstance(raised, MemoryError):
         return GuestError("there is not enough memory", "allow more (ulimit -v), or free some")
-    error = InternalError(f"unexpected {type(raised).__name__}: {raised}")
+    if isinstance(raised, OSError):
+        name = raised.filename
+        what = f"use {os.fsdecode(name)}" if isinstance(name, str | bytes) else "go on"
+        error = from_oserror(raised, what)
+    else:
+        error = InternalError(f"unexpected {type(raised).__name__}: {raised}")
     error.__cause__ = raised
     return error

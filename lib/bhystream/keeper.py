@@ -156,7 +156,7 @@ def main(argv: list[str]) -> int:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     with contextlib.suppress(OSError):
         # The last to be killed when memory runs out; only root may say so.
-        Path("/proc/self/oom_score_adj").write_text("-900")
+        Path("/proc/self/oom_score_adj").write_bytes(b"-900")
     with socket.socket(fileno=int(argv[1])) as peer, peer.makefile("rb", buffering=0) as lines:
         line = lines.readline()
         if not line:

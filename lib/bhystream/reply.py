@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bhystream.answers import Answer, pack
-from bhystream.errors import BhyError, GuestError
+from bhystream.answers import Answer, pack, unpack
+from bhystream.errors import BhyError, FormatError, GuestError, IncompatibleError
 from bhystream.precopy import NS
 from bhystream.state import host_id
 from bhystream.writer import write_all
@@ -31,9 +31,23 @@ class Reply:
     """The answers to one stream."""
 
     def __init__(self, base: Path, id_: str) -> None:
-        """base: the state directory, absolute.  id_: of the stream."""
+        """base: the state directory, absolute.  id_: of the stream.
+
+        Raises IncompatibleError for a directory that HELLO has no room for, or
+        that is no text: the source could not say what to type.
+        """
         self._id = id_
         self._hello = (host_id(base), str(base))
+        hello = Answer(id_, "HELLO", self._hello)
+        try:
+            is_told = unpack(pack(hello)) == hello
+        except FormatError:
+            is_told = False
+        if not is_told:
+            raise IncompatibleError(
+                f"state directory {base}: the answers cannot name it: too long, or no plain text",
+                "set BHYSEND_STATE_DIR to another one",
+            )
         self._bytes = 0
         self._seen_ns = 0
 

@@ -12,7 +12,7 @@ be the dearest import of the program.
 from __future__ import annotations
 
 import os
-import socket
+import re
 import sys
 import syslog
 import time
@@ -26,6 +26,7 @@ from bhystream.errors import BhyError, InternalError
 NS = 1_000_000_000
 _TERMINAL_NS = 100_000_000
 _LINE_NS = NS
+MAX_HOST_NAME_BYTES = 254
 _COLUMNS = 80  # of a terminal that does not say
 
 
@@ -63,7 +64,7 @@ class Console:
 
     def __init__(self, program: str, *, show_host: bool = False) -> None:
         """show_host: begin lines with the host's name, for the far end of ssh."""
-        self._prefix = f"{program}({socket.gethostname()})" if show_host else program
+        self._prefix = f"{program}({host_name()})" if show_host else program
         # None if descriptor 2 was closed when the program was started.
         self._err: TextIO | None = sys.stderr
         self._drawn = False
@@ -216,5 +217,9 @@ class Progress:
 
 
 def host_name() -> str:
-    """Return this host's name, as messages show it."""
-    return os.uname().nodename
+    """Return this host's name, as messages and HELLO have it: a word, of any name.
+
+    What HELLO does not allow is shown as "_", so it can stand in a command.
+    """
+    word = re.sub(r"[^A-Za-z0-9._-]", "_", os.uname().nodename)[:MAX_HOST_NAME_BYTES]
+    return word if re.match(r"[A-Za-z0-9_]", word) else f"_{word[1:]}"

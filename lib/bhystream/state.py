@@ -22,16 +22,17 @@ import contextlib
 import fcntl
 import json
 import os
+import pwd
 import re
 import secrets
-import socket
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from bhystream import durable
-from bhystream.errors import BhyError, GuestError, IncompatibleError, from_oserror
+from bhystream.errors import BhyError, GuestError, IncompatibleError, UsageError, from_oserror
+from bhystream.report import host_name
 
 _ATTEMPTS = 5
 
@@ -85,8 +86,8 @@ def directory() -> Path:
     """Return the state directory, absolute, made with mode 0700 if it is not there.
 
     BHYSEND_STATE_DIR, else default_directory() for root, else under
-    XDG_STATE_HOME.  Raises AccessError, PipeError; IncompatibleError if it
-    belongs to somebody else or others may enter it.
+    XDG_STATE_HOME.  Raises AccessError, PipeError; UsageError where none can be
+    found; IncompatibleError if it belongs to somebody else or others may enter it.
     """
     named = os.environ.get("BHYSEND_STATE_DIR")
     if named:
@@ -94,20 +95,40 @@ def directory() -> Path:
     elif os.geteuid() == 0:
         path = default_directory()
     else:
-        home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
-        path = Path(home) / "bhysend"
+        path = _home_directory() / "bhysend"
     try:
         # The keeper and the hypervisor are told this path, and have other directories.
         path = path.absolute()
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()
         if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise IncompatibleError(f"state directory {path}: not ours alone (mode 0700)")
+            raise IncompatibleError(
+                f"state directory {path}: not ours alone (mode 0700)",
+                "if nobody else could write in it: chmod 700 it; or set BHYSEND_STATE_DIR",
+            )
         for name in ("lock", "run", "source", "destination", "log"):
             (path / name).mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise from_oserror(error, f"use the state directory {path}") from error
     return path
+
+
+def _home_directory() -> Path:
+    """Return where a user keeps what programs remember.  Raises UsageError.
+
+    A relative XDG_STATE_HOME counts as none.  Source: XDG Base Directory
+    Specification 0.8.
+    """
+    named = os.environ.get("XDG_STATE_HOME", "")
+    if named.startswith("/"):
+        return Path(named)
+    try:
+        home = os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError:
+        home = ""
+    if not home.startswith("/"):
+        raise UsageError("no home directory is known: set BHYSEND_STATE_DIR or HOME")
+    return Path(home, ".local/state")
 
 
 def host_id(base: Path) -> str:
@@ -121,7 +142,7 @@ def host_id(base: Path) -> str:
         with Lock(base, "host-id", "the host id", wait=True):
             if not path.exists():
                 durable.write(path, secrets.token_hex(8))
-            return f"{socket.gethostname()}/{path.read_text()}"
+            return f"{host_name()}/{path.read_text('ascii')}"
     except OSError as error:
         raise from_oserror(error, f"read {path}") from error
 
@@ -244,7 +265,7 @@ class Records:
         """Read a record; one that vanished is None, a broken one an error."""
         with contextlib.suppress(FileNotFoundError):
             try:
-                return Record(**json.loads(path.read_text()))
+                return Record(**json.loads(path.read_bytes()))
             except OSError as error:
                 if isinstance(error, FileNotFoundError):
                     raise

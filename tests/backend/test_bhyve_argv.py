@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -209,7 +210,7 @@ def test_a_configuration_file_that_is_not_there_is_an_error(tmp_path: Path) -> N
         parse_argv(["-k", str(tmp_path / "none")])
 
 
-def test_a_configuration_file_of_bytes_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"cpus=\xff")
-    with pytest.raises(IncompatibleError, match="it is no text"):
-        parse_argv(["-k", str(tmp_path / "x")])
+def test_a_configuration_file_is_of_bytes(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"pci.0.3.0.path=/d\xff\xc3\xa0")
+    keys = parse_argv(["-k", str(tmp_path / "x"), "web1"])
+    assert os.fsencode(keys["pci.0.3.0.path"]) == b"/d\xff\xc3\xa0"

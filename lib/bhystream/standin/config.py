@@ -179,7 +179,7 @@ def _take_pair(keys: dict[str, str], text: str) -> None:
 
 def _take_file(keys: dict[str, str], path: Path) -> None:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8", "surrogateescape").splitlines()
     except OSError as error:
         raise GuestError(f"cannot read {path}: {error}") from error
     for line in lines:

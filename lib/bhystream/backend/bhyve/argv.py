@@ -149,10 +149,7 @@ class _Reader:
                 data = file.read(config.MAX_FILE_BYTES + 1)
         except OSError as error:
             raise from_oserror(error, f"read {text}") from error
-        try:
-            self.keys |= config.parse(data.decode())
-        except UnicodeDecodeError:
-            raise refuse(f"option -k {shown(text)}: it is no text") from None
+        self.keys |= config.parse(data.decode("utf-8", "surrogateescape"))
 
     def _on_slot(self, text: str) -> None:
         slot, pairs = slot_option(text)

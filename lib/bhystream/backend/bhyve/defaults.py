@@ -24,6 +24,7 @@ Read, not run.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 
@@ -40,13 +41,13 @@ _TOPOLOGY = ("sockets", "cores", "threads")
 def default_mac(slot: Slot, name: str) -> str:
     """Return the MAC address of a card without a mac key."""
     seed = f"{slot.slot}-{slot.func}-{name}"[:79]
-    digest = hashlib.md5(seed.encode(), usedforsecurity=False).digest()
+    digest = hashlib.md5(os.fsencode(seed), usedforsecurity=False).digest()
     return ":".join(f"{octet:02x}" for octet in b"\x00\xa0\x98" + digest[:3])
 
 
 def default_serial(path: str) -> str:
     """Return the serial number of a disk without a ser key, 20 characters."""
-    digest = hashlib.md5(path.encode(), usedforsecurity=False).hexdigest().upper()
+    digest = hashlib.md5(os.fsencode(path), usedforsecurity=False).hexdigest().upper()
     return f"BHYVE-{digest[0:4]}-{digest[4:8]}-{digest[8:12]}"
 
 

@@ -86,7 +86,7 @@ def mtu(interface: str) -> int | None:
     """As host.Host.mtu()."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as any_socket:
-            asked = _IFREQ.pack(interface.encode(), 0)
+            asked = _IFREQ.pack(os.fsencode(interface), 0)
             answer = fcntl.ioctl(any_socket, SIOCGIFMTU, asked)
     except OSError:
         return None

@@ -19,6 +19,7 @@ virtio.msix, monitor.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def address(value: str) -> str | None:
     Source: usr.sbin/bhyve/pci_fbuf.c, pci_fbuf_parse_config(), FreeBSD 15.1.
     """
     if _VNC_SOCKET.fullmatch(value):
-        return value if len(value.encode()) < len("unix:") + 104 else None
+        return value if len(os.fsencode(value)) < len("unix:") + 104 else None
     port = value.rpartition(":")[2]
     return value if _VNC.fullmatch(value) and 0 < int(port) < 65536 else None
 

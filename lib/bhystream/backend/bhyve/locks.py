@@ -40,7 +40,7 @@ from bhystream import durable
 from bhystream.backend.bhyve.keys import refuse, shown
 from bhystream.errors import GuestError, InternalError, from_oserror
 
-_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
+_WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 _POLL_S = 0.05
 _MAX_LOCK_BYTES = 1024
 _MAX_CONF_BYTES = 256 << 10
@@ -184,7 +184,7 @@ def _read(path: Path, limit: int) -> str | None:
     """Return a file's first bytes as text, None where there is no such file."""
     try:
         with path.open("rb") as file:
-            return file.read(limit).decode(errors="replace")
+            return file.read(limit).decode("utf-8", "surrogateescape")
     except FileNotFoundError:
         return None
     except OSError as error:

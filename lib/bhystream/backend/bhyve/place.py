@@ -197,7 +197,7 @@ class Place:
 def read_started(path: Path) -> Started | None:
     """Read what write_started() wrote; None where there is none, or none that can be read."""
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_bytes())
         process = fields["process"]
         return Started(None if process is None else Identity(**process), str(fields["node"]))
     except (OSError, ValueError, KeyError, TypeError):
@@ -259,7 +259,7 @@ def stream_of(base: Path, node: str) -> str:
 def _read(path: Path) -> tuple[str, str]:
     """Return a record's phase and its VM; ("", "") where it cannot be read."""
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_bytes())
         return str(fields["phase"]), str(fields["revive"].get("node", ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "", ""
@@ -271,7 +271,7 @@ def last_directory(lock: Path) -> Path | None:
     lock: the lock's file.
     """
     with contextlib.suppress(OSError, ValueError):
-        text = lock.read_text()
+        text = lock.read_text("utf-8", "surrogateescape")
         return Path(text) if text.startswith("/") else None
     return None
 
@@ -279,7 +279,7 @@ def last_directory(lock: Path) -> Path | None:
 def note_directory(lock: Path, directory: str) -> None:
     """Let the lock's file name the directory that is about to be made.  Never raises."""
     with contextlib.suppress(OSError):
-        lock.write_text(directory)
+        lock.write_text(directory, "utf-8", "surrogateescape")
 
 
 def staging_of(root: Path, id_: str, name: str) -> Path:

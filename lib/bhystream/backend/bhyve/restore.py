@@ -169,7 +169,7 @@ class Restore:
         text = config_file(self._place.keys)
         with self._writing():
             fd = os.open(self._config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(fd, "w", encoding="utf-8") as file:
+            with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(text)  # may hold a VNC password
             self._last.arm(kern_bytes)
 

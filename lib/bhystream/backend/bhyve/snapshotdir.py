@@ -91,13 +91,13 @@ class SnapshotDir:
         raises.
         """
         with contextlib.suppress(OSError, ValueError):
-            left = Path(lock.read_text())
+            left = Path(lock.read_text("utf-8", "surrogateescape"))
             is_ours = left.parent == self.path.parent and left.name.isalnum() and left.is_dir()
             is_known = any(records.glob(f"{left.name}*.json"))
             if is_ours and not is_known and not fifo.pending(SnapshotDir(left).files.meta):
                 SnapshotDir(left).remove(host)
         with contextlib.suppress(OSError):
-            lock.write_text(str(self.path))
+            lock.write_text(str(self.path), "utf-8", "surrogateescape")
 
     # The memory file.
 

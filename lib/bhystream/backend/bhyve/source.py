@@ -421,11 +421,9 @@ def read_config(path: str, name: str) -> GuestConfig:
     Raises GuestError, AccessError; IncompatibleError for what cannot travel.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text("utf-8", "surrogateescape")
     except PermissionError as error:
         raise AccessError(f"cannot read {path}: {error.strerror}") from None
     except OSError as error:
         raise GuestError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise GuestError(f"cannot read {path}: it is no text") from None
     return split(parse(text), name)

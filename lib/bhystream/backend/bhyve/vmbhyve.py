@@ -156,4 +156,4 @@ def _read(path: Path, limit: int) -> str:
             data = file.read(limit)
     except OSError as error:
         raise from_oserror(error, f"read {path}") from error
-    return data.decode(errors="replace")
+    return data.decode("utf-8", "surrogateescape")

@@ -87,7 +87,7 @@ class Resources:
         """Return the operator's command line, program first if it names one."""
         path = self.values["template"]
         try:
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
                 words = shlex.split(file.read(), comments=True)
         except OSError as error:
             raise UsageError(f"-o template={path}: {error.strerror}") from None

@@ -65,11 +65,13 @@ def machines(program: str) -> tuple[set[str], dict[str, str], str]:
     try:
         run = subprocess.run(
             [program, "-machine", "help"],
-            capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL,
+            capture_output=True, timeout=30, encoding="utf-8",
+            errors="replace", stdin=subprocess.DEVNULL,
         )  # fmt: skip
         version = subprocess.run(
             [program, "--version"],
-            capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL,
+            capture_output=True, timeout=30, encoding="utf-8",
+            errors="replace", stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise GuestError(f"cannot run {program}: {error}") from None

@@ -1,0 +1,83 @@
+"""Files are bytes: whoever reads or writes text says what becomes of those that are none."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+LIB = Path(__file__).resolve().parent.parent / "lib/bhystream"
+# What plays bhyve, and the demonstration, write these files themselves.
+OURS = ("standin", "demo.py")
+FILES = sorted(path for path in LIB.rglob("*.py") if path.relative_to(LIB).parts[0] not in OURS)
+
+
+def _name(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def _says(call: ast.Call) -> bool:
+    """Say whether a call names the errors handler, or an encoding that needs none."""
+    words = {each.arg: each.value for each in call.keywords}
+    given = [each.value for each in call.args if isinstance(each, ast.Constant)]
+    encoding = words.get("encoding")
+    is_ascii = isinstance(encoding, ast.Constant) and encoding.value == "ascii"
+    return "errors" in words or is_ascii or "ascii" in given or "surrogateescape" in given
+
+
+def _is_text(call: ast.Call) -> bool:
+    name = _name(call)
+    modes = [each.value for each in call.args if isinstance(each, ast.Constant)]
+    if name in ("read_text", "write_text"):
+        return "replace" not in modes
+    if name == "fdopen" or (name == "open" and isinstance(call.func, ast.Name)):
+        return not any(isinstance(mode, str) and "b" in mode for mode in modes)
+    if name == "open":  # a path's; what else is opened takes no mode
+        return modes[:1] in (["r"], ["w"], ["a"])
+    return any(each.arg in ("text", "universal_newlines") for each in call.keywords)
+
+
+def silent(source: str) -> list[int]:
+    """Return the lines of the calls that leave it to the locale, or to an exception."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    opens = [call for call in calls if _is_text(call) and not _says(call)]
+    return sorted(call.lineno for call in opens)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(LIB)))
+def test_text_says_what_becomes_of_other_bytes(path: Path) -> None:
+    source = path.read_text()
+    lines = source.splitlines()
+    assert [lines[at - 1].strip() for at in silent(source)] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open(p)",
+        "p.read_text()",
+        "p.open('w')",
+        "p.read_text('utf-8')",
+        "run(x, text=True)",
+        "os.fdopen(f, 'w')",
+    ],
+)
+def test_what_leaves_it_open_is_seen(code: str) -> None:
+    assert silent(code) == [1]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open(p, 'rb')",
+        "os.open(p, 0)",
+        "open(p, encoding='ascii')",
+        "p.read_text('utf-8', 'surrogateescape')",
+        "p.read_text('utf-8', 'replace')",
+        "open(p, 'w', errors='surrogateescape')",
+        "run(x, encoding='utf-8', errors='replace')",
+    ],
+)
+def test_what_says_it_is_not(code: str) -> None:
+    assert silent(code) == []
