@@ -254,7 +254,7 @@ def test_the_report_for_people(
     lines = [line.removeprefix("bhysend: ") for line in capfd.readouterr().err.splitlines()]
     assert lines == [
         "guest stand-in: 3.9 MiB of memory, 1.0 MiB touched, 512.0 KiB to send",
-        "guest stand-in: changes 4.0 KiB/s, in 1 places; a scan takes 0.0 ms",
+        "guest stand-in: changes 4.0 KiB/s, in 1 place; a scan takes 0.0 ms",
         "guest stand-in: at -B (1.0 MiB/s): 2 rounds, pause 0.0 ms and 0.0 ms for the last scan, "
         "and what the state and the destination take",
         "guest stand-in: the destination needs: -o disk0= -o net0=",

@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 
 from bhystream import offer, push
-from bhystream.answers import Answer, pack
-from bhystream.errors import BhyError, GuestError, IncompatibleError, PipeError
+from bhystream.answers import Answer, LostError, pack
+from bhystream.errors import (
+    BhyError,
+    DowntimeError,
+    GuestError,
+    IncompatibleError,
+    PipeError,
+    ReaderGoneError,
+    UsageError,
+)
 from bhystream.format import Type
 from bhystream.handshake import Event
 from bhystream.offer import Command, Offer, hello_of
@@ -298,24 +306,84 @@ def test_an_interrupt_comes_too_late_and_is_told(
 # Why it broke.
 
 
-def test_what_the_destination_said_explains_a_broken_stream(case: Case) -> None:
+GONE = ReaderGoneError("cannot write the stream: Broken pipe")
+
+
+@pytest.mark.parametrize("error", [GONE, LostError("the way back was closed")])
+def test_what_the_destination_said_explains_a_broken_stream(case: Case, error: BhyError) -> None:
     case.begin()
     case.put("FAILED", "no memory")
-    found = case.offer.explain(PipeError("cannot write the stream: Broken pipe"))
+    found = case.offer.explain(error)
     assert (type(found), str(found)) == (GuestError, "hv2: no memory")
 
 
 def test_nothing_explains_what_nobody_speaks_of(case: Case) -> None:
     case.begin()
-    error = PipeError("cannot write the stream: Broken pipe")
+    assert case.offer.explain(GONE) is GONE
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        GuestError("the guest's hypervisor is gone"),
+        PipeError("cannot open /nonexistent: No such file or directory"),
+        PipeError("nothing was taken from the stream for 30 s"),
+        DowntimeError("not now"),
+        UsageError("the pipeline holds bytes back"),
+    ],
+)
+@pytest.mark.parametrize("says", [True, False])
+def test_what_we_have_found_is_its_own_explanation(case: Case, error: BhyError, says: bool) -> None:
+    """Neither what the destination makes of it nor the status of a command is the cause."""
+    if says:
+        case.begin()
+        case.put("FAILED", "the stream was aborted")
+    else:
+        case.offer.open(case.base, python("sys.stdin.buffer.read(); sys.exit(255)"))
     assert case.offer.explain(error) is error
 
 
-def test_another_error_is_its_own_explanation(case: Case) -> None:
-    case.begin()
-    case.put("FAILED", "the stream was aborted")
-    error = GuestError("the guest's hypervisor is gone")
-    assert case.offer.explain(error) is error
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (b"x" * 5000, "the way back: no answer in 4096 bytes"),
+        (b"\n" * 5000, "the way back: no answer in 4096 bytes"),
+        (pack(Answer(ID, "ACCEPT")), "the way back: ACCEPT comes before HELLO"),
+        (pack(HELLO) + b"rubbish\n", "the way back: not an answer"),
+        (pack(Answer("0" * 32, "HELLO", HELLO.args)), "the way back: an answer of another stream"),
+    ],
+)
+def test_what_is_wrong_with_the_answers_is_not_hidden_by_a_status(
+    case: Case, said: bytes, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the command has ended by itself: that is not why we have given up."""
+    monkeypatch.setattr(push, "_PATIENCE_S", 60)
+    case.offer.open(case.base, python(f"os.write(1, {said!r}); sys.exit(255)"))
+    case.offer._rendezvous.start()
+    case.offer.box.wait(lambda: bool(case.offer.box.lost), 60)
+    with pytest.raises(GuestError) as caught:
+        case.offer.box.check()
+    assert case.offer.explain(caught.value) is caught.value
+    assert str(caught.value).startswith(why)
+
+
+def test_a_way_back_that_was_closed_is_explained_by_the_end_of_the_command(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offer, "_LAST_WORDS_S", 60)
+    case.offer.open(case.base, python("os.kill(os.getpid(), 9)"))
+    case.offer._rendezvous.start()
+    case.offer.box.wait(lambda: bool(case.offer.box.lost), 60)
+    with pytest.raises(LostError) as caught:
+        case.offer.box.check()
+    assert str(case.offer.explain(caught.value)).endswith(": it was killed by SIGKILL (signal 9)")
+
+
+def test_a_command_that_lives_explains_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it makes of the end of its input is our doing."""
+    monkeypatch.setattr(offer, "_LAST_WORDS_S", 0)
+    case.offer.open(case.base, python("sys.stdin.buffer.read(); sys.exit(255)"))
+    assert case.offer.explain(GONE) is GONE
 
 
 # The end, and the third stage.
@@ -402,10 +470,11 @@ def test_the_answers_of_a_command_are_its_standard_output(
 
 
 def test_a_command_that_ended_explains_a_broken_stream_once(
-    case: Case, capfd: pytest.CaptureFixture[str]
+    case: Case, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(offer, "_LAST_WORDS_S", 60)
     case.offer.open(case.base, python("sys.exit(255)"))
-    found = case.offer.explain(PipeError("cannot write the stream: Broken pipe"))
+    found = case.offer.explain(GONE)
     assert type(found) is GuestError
     assert str(found).endswith("it ended with status 255")
     case.offer.close(69)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import pytest
 
-from bhystream.errors import PipeError
+from bhystream.errors import DowntimeError, PipeError
 from bhystream.signals import Interrupted, Signals
 from memory_source import wait_until_full
 
@@ -191,6 +192,49 @@ def test_what_a_tick_raises_ends_the_block_and_the_ticks() -> None:
     signal.raise_signal(signal.SIGALRM)
 
 
+# A limit of time.
+
+
+def out_of_time() -> float:
+    raise DowntimeError("-T is over")
+
+
+def test_the_time_is_over_by_itself_and_ends_with_the_block() -> None:
+    signals = Signals()
+    with signals.until(time.monotonic() + 1000, out_of_time):
+        left, interval = signal.getitimer(signal.ITIMER_REAL)
+        assert 990 < left <= 1000
+        assert interval == 0
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    signal.raise_signal(signal.SIGALRM)  # one that was on its way is nothing
+
+
+def test_a_time_that_is_over_already_is_over_at_once() -> None:
+    with pytest.raises(DowntimeError), Signals().until(time.monotonic() - 1, out_of_time):
+        threading.Event().wait(60)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_who_does_not_give_up_is_asked_again() -> None:
+    asked: list[int] = []
+
+    def give_up() -> float:
+        asked.append(1)
+        return 1000
+
+    with Signals().until(time.monotonic() + 2000, give_up):
+        signal.raise_signal(signal.SIGALRM)
+        assert 990 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1000
+        signal.raise_signal(signal.SIGALRM)
+    assert asked == [1, 1]
+
+
+def test_an_interrupt_is_raised_before_the_time_is_over() -> None:
+    with pytest.raises(Interrupted), Signals().until(time.monotonic() + 1000, out_of_time):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
 def test_a_deferred_interrupt_is_told() -> None:
     signals = Signals()
     told: list[str] = []
@@ -265,6 +309,12 @@ def test_standing_still_ends_a_blocked_write() -> None:
     finish = threading.Event()
     with pytest.raises(PipeError, match="nothing was taken"):
         blocked_write(Signals().watching(lambda: 0, 1000), signal.SIGALRM, finish)
+
+
+def test_the_end_of_the_time_ends_a_blocked_write() -> None:
+    finish = threading.Event()
+    with pytest.raises(DowntimeError):
+        blocked_write(Signals().until(time.monotonic() + 1000, out_of_time), signal.SIGALRM, finish)
 
 
 def test_a_tick_that_raises_ends_a_blocked_write() -> None:

@@ -21,7 +21,7 @@ import pytest
 from bhystream import format as fmt
 from bhystream import writer as writer_module
 from bhystream.backend.base import Segment, State
-from bhystream.errors import BhyError, PipeError
+from bhystream.errors import BhyError, PipeError, ReaderGoneError
 from bhystream.format import Feature, Form, Header, Type
 from bhystream.reader import Reader
 from bhystream.writer import Writer, write_all
@@ -242,7 +242,7 @@ def test_a_slow_reader_and_signals_cut_no_byte(pipe: tuple[int, int]) -> None:
 def test_a_receiver_that_is_gone_is_an_error_of_the_pipe(pipe: tuple[int, int]) -> None:
     writer = Writer(pipe[1], HEADER)
     os.close(pipe[0])
-    with pytest.raises(PipeError, match="cannot write the stream: Broken pipe") as caught:
+    with pytest.raises(ReaderGoneError, match="cannot write the stream: Broken pipe") as caught:
         writer.section(Type.HOST, HOST)
     assert caught.value.status == 74
     assert not writer.at_border

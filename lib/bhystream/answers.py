@@ -181,7 +181,7 @@ class Parser:
 
 
 class LostError(GuestError):
-    """The way back broke, and nobody said why."""
+    """The way back was closed, and nobody has said why yet."""
 
 
 class Box:
@@ -207,6 +207,7 @@ class Box:
         self.nonce: bytes | None = None
         self.final: Answer | None = None
         self.lost = ""
+        self.is_closed = False
 
     def put(self, hello: Answer, answer: Answer) -> None:
         """Take an answer that came on a connection with that HELLO."""
@@ -227,9 +228,14 @@ class Box:
         self.told += answer.word != "HELLO"
         self._ring()
 
-    def lose(self, why: str) -> None:
-        """Note that nothing more will come."""
-        self.lost = self.lost or why
+    def lose(self, why: str, *, closed: bool = True) -> None:
+        """Note that nothing more will come.
+
+        closed: by the other side, which may say why; else by us.
+        """
+        if not self.lost:
+            self.is_closed = closed
+            self.lost = why
         self._ring()
 
     def _ring(self) -> None:
@@ -267,7 +273,9 @@ class Box:
             if self.final.word == "REFUSED":
                 return IncompatibleError(f"{host}: {self.final.text}")
             return GuestError(f"{host}: {self.final.text or self.final.word}")
-        return LostError(self.lost) if self.lost else None
+        if not self.lost:
+            return None
+        return LostError(self.lost) if self.is_closed else GuestError(self.lost)
 
     def check(self) -> None:
         """Raise what ends the conversation before GO."""

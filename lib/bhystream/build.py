@@ -40,7 +40,7 @@ from bhystream.errors import (
 from bhystream.format import Form, RoundEnd, Type
 from bhystream.handshake import GO_SECONDS, Act, Event, Machine, There
 from bhystream.reply import Reply, TimedInput
-from bhystream.report import Console, Progress, duration, size
+from bhystream.report import Console, Progress, counted, duration, size
 from bhystream.signals import Signals
 from bhystream.verify import Ended, Go, Pad, Pages, Rehearsal, Walk
 from bhystream.verify import Event as VerifiedEvent
@@ -298,7 +298,7 @@ class Build:
         if self.opts.directory is not None:
             what = f"its snapshot files are made: {self.operand}"
         text = (
-            f"guest {self.name}: {what}; {event.end.rounds} rounds, "
+            f"guest {self.name}: {what}; {counted(event.end.rounds, 'round')}, "
             f"{size(self.walk.reader.offset_bytes)}"
         )
         here_ns = time.monotonic_ns() - self.ended_ns

@@ -34,7 +34,7 @@ from pathlib import Path
 from types import FrameType
 
 from bhystream import inherited
-from bhystream.errors import BhyError, GuestError, from_oserror
+from bhystream.errors import BhyError, GuestError, ending, from_oserror
 from bhystream.report import duration
 from bhystream.standin.stage import PlayedHost, Stage
 
@@ -152,7 +152,7 @@ class Demo:
         beats = len(here.lines())
         status, said, _ = self._send(["-C", str(config), _NAME], ["sh", str(path)])
         if status != GuestError.status or f"guest {_NAME}: it runs here" not in said:
-            raise GuestError(f"bhysend ended with {status}: the guest was to run on")
+            raise GuestError(f"bhysend {ending(status)}: the guest was to run on")
         count = len(sweeps(here))
         await_true(lambda: len(sweeps(here)) > count + 1, "the guest does not go on", self._log)
         if complaints := wrong(here):
@@ -172,7 +172,7 @@ class Demo:
         took_ns = time.monotonic_ns() - start_ns
         closing = _CLOSING.search(said)
         if status != 0 or not closing:
-            raise GuestError(f"bhysend ended with {status}: the guest has not moved")
+            raise GuestError(f"bhysend {ending(status)}: the guest has not moved")
         written = _WRITTEN.search(said)
         rounds, sent, paused, state, _, _, predicted = closing.groups()
         why = written[1].strip().rpartition(": ")[2] if written else ""

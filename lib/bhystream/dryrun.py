@@ -26,7 +26,7 @@ from bhystream.offer import Offer
 from bhystream.options import SendOptions
 from bhystream.page import PageHasher, mark_changed
 from bhystream.precopy import NS, Limits, forecast
-from bhystream.report import Console, duration, size
+from bhystream.report import Console, counted, duration, size
 from bhystream.signals import Signals
 from bhystream.transfer import spans, write_head
 from bhystream.writer import Writer, write_all
@@ -214,14 +214,14 @@ def _lines(
         f"{size(found.touched_pages * PAGE_BYTES)} touched, "
         f"{size(found.data_pages * PAGE_BYTES)} to send",
         f"guest {name}: changes {size(found.dirty_bytes)}/s, "
-        f"in {found.changed_extents} places; a scan takes {duration(found.scan_ns)}",
+        f"in {counted(found.changed_extents, 'place')}; a scan takes {duration(found.scan_ns)}",
     ]
     for link, rate in links:
         told = forecast(found.data_pages, found.dirty_bytes, found.scan_ns, rate, limits)
         if told:
             rounds, copy_ns = told
             lines.append(
-                f"guest {name}: at {link} ({size(rate)}/s): {rounds} rounds, pause "
+                f"guest {name}: at {link} ({size(rate)}/s): {counted(rounds, 'round')}, pause "
                 f"{duration(copy_ns)} and {duration(found.scan_ns)} for the last scan, "
                 "and what the state and the destination take"
             )

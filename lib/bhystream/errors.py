@@ -13,6 +13,7 @@ bhysend(8) and bhyrecv(8) print the same table; a test compares the three.
 from __future__ import annotations
 
 import os
+import signal
 
 OK = 0
 HELD = 80
@@ -95,6 +96,10 @@ class PipeError(BhyError):
     status = 74
 
 
+class ReaderGoneError(PipeError):
+    """Whoever read the stream is gone: why, others may say."""
+
+
 class DowntimeError(BhyError):
     """Not now: the guest changes faster than it can be moved, and runs on.
 
@@ -138,6 +143,16 @@ def from_oserror(error: OSError, what: str) -> BhyError:
     if isinstance(error, PermissionError):
         return AccessError(text)
     return PipeError(text)
+
+
+def ending(status: int) -> str:
+    """Say how a process ended, as subprocess states it: "was killed by SIGKILL (signal 9)"."""
+    if status >= 0:
+        return f"ended with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name} (signal {-status})"
+    except ValueError:  # some have no name
+        return f"was killed by signal {-status}"
 
 
 def as_error(raised: Exception) -> BhyError:

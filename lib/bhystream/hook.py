@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 
-from bhystream.errors import GuestError
+from bhystream.errors import GuestError, ending
 from bhystream.options import AS_IT_IS
 
 _END_SECONDS = 5
@@ -52,19 +52,10 @@ class Hook:
         """Wait for its end.  Raises GuestError unless its status is 0."""
         status = self._process.wait()
         if status:
-            raise GuestError(f"guest {self._guest}: the -p command ended with {_ending(status)}")
+            raise GuestError(f"guest {self._guest}: the -p command {ending(status)}")
 
     def kill(self) -> None:
         """End it and what it started, as far as we may.  Never raises."""
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(_END_SECONDS)
-
-
-def _ending(status: int) -> str:
-    """Name the end of a process as subprocess states it; some signals have no name."""
-    if status > 0:
-        return f"status {status}"
-    with contextlib.suppress(ValueError):
-        return signal.Signals(-status).name
-    return f"signal {-status}"

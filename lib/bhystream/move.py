@@ -25,6 +25,7 @@ from bhystream.errors import (
     GoneError,
     GuestError,
     InDoubtError,
+    PipeError,
 )
 from bhystream.format import Feature, Form, Header, Type
 from bhystream.handshake import Act, At, Event, Machine
@@ -32,8 +33,8 @@ from bhystream.hook import Hook
 from bhystream.keeper import Keeper
 from bhystream.offer import Offer, hello_of
 from bhystream.options import SendOptions
-from bhystream.precopy import Decision, Outlook, Round, decide, outlook
-from bhystream.report import Console, Progress, duration, size
+from bhystream.precopy import NS, Decision, Outlook, Round, decide, outlook
+from bhystream.report import Console, Progress, counted, duration, size
 from bhystream.signals import Signals
 from bhystream.standing import asking, in_doubt, with_peer
 from bhystream.transfer import Transfer, write_head
@@ -42,6 +43,7 @@ from bhystream.writer import Writer
 _STDOUT = 1
 # Of a transport that takes nothing while the guest is paused.
 _STALL_SECONDS = 30
+_MORE = "it runs on here; allow more with -d, -r or -T, or pause it anyway with -f"
 
 
 class Move:
@@ -69,6 +71,8 @@ class Move:
         self.pause_ns = 0
         self.pause_start_ns = 0
         self.answers_ns = 0
+        self.seen_at_limit = -1
+        self.plan = b""
 
     def run(self, source: Source, lock: state.Lock) -> int:
         """Send the guest; return the exit status.  Raises BhyError.
@@ -91,7 +95,8 @@ class Move:
             self.begin()
             self.prepare()
         self.start_keeper()
-        with self.signals.interruptible():
+        deadline_s = time.monotonic() + self.opts.limits.time_ns / NS
+        with self.signals.until(deadline_s, self._out_of_time):
             self.precopy()
         self.pause()
         with self.signals.watching(self.done, _STALL_SECONDS):
@@ -141,8 +146,8 @@ class Move:
         assert self.writer is not None
         id_ = self.writer.header.stream_id.hex()
         prepared = self.source.prepare(id_)
-        if prepared.plan and self.opts.hook is None and not self.opts.keep:
-            self.writer.section(Type.REHEARSAL, prepared.plan)
+        if self.opts.hook is None and not self.opts.keep:
+            self.plan = prepared.plan
         self.transfer = Transfer(
             self.source,
             self.head.layout,
@@ -164,6 +169,9 @@ class Move:
 
     def precopy(self) -> None:
         """Send rounds while the guest runs, until the last set is small enough."""
+        assert self.writer is not None
+        if self.plan:
+            self.writer.section(Type.REHEARSAL, self.plan)
         limits = self.opts.limits
         start_ns = time.monotonic_ns()
         decision = Decision.GO_ON if limits.rounds else Decision.STOP
@@ -179,15 +187,35 @@ class Move:
             decision = decide(self.rounds, self.transfer.npages, limits, now_ns)
             if decision == Decision.GIVE_UP:
                 raise DowntimeError(
-                    f"guest {self.source.name}: after {len(self.rounds)} rounds and "
+                    f"guest {self.source.name}: after {counted(len(self.rounds), 'round')} and "
                     f"{duration(now_ns)} the last pages would still take "
                     f"{duration(view.copy_ns)}, more than -d {duration(limits.downtime_ns)}",
-                    "it runs on here; allow more with -d, -r or -T, or pause it anyway with -f",
+                    _MORE,
                 )
         if self.offer and self.rounds:
             # Nothing is left in the pipeline when the guest is paused.
             self.offer.settle()
             self._predict(outlook(self.rounds, self.transfer.npages, limits))
+
+    def _out_of_time(self) -> float:
+        """Give up, as -T is over; with -f only when nothing is taken any more.
+
+        Returns in how many seconds to look again.
+        """
+        if not self.opts.limits.finish:
+            share = self.progress.done_pages / max(self.progress.npages, 1)
+            raise DowntimeError(
+                f"guest {self.source.name}: -T {duration(self.opts.limits.time_ns)} is over; "
+                f"{share:.0%} of round {len(self.rounds)} is done",
+                _MORE,
+            )
+        before, self.seen_at_limit = self.seen_at_limit, self.done()
+        if self.seen_at_limit == before:
+            raise PipeError(
+                f"-T {duration(self.opts.limits.time_ns)} is over, and "
+                f"nothing was taken from the stream for {_STALL_SECONDS} s"
+            )
+        return _STALL_SECONDS
 
     def rehearse(self) -> None:
         """Learn, in the answered forms, what the pipeline holds back, and what it carries.
@@ -455,7 +483,7 @@ class Move:
         if self.rounds:
             parts.append(f"{duration(self.predicted_ns)} predicted")
         text = (
-            f"guest {self.source.name}: {what}; {self.writer.rounds} rounds, "
+            f"guest {self.source.name}: {what}; {counted(self.writer.rounds, 'round')}, "
             f"{size(self.writer.offset_bytes)}; paused {duration(self.pause_ns)} "
             f"({', '.join(parts)})"
         )

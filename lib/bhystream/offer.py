@@ -20,7 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bhystream.answers import Answer, Box, LostError
-from bhystream.errors import IN_DOUBT, BhyError, GuestError, PipeError
+from bhystream.errors import (
+    IN_DOUBT,
+    BhyError,
+    GuestError,
+    PipeError,
+    ReaderGoneError,
+    ending,
+)
 from bhystream.handshake import (
     ACCEPT_SECONDS,
     ANSWER_SECONDS,
@@ -75,6 +82,13 @@ class Command:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
+
+    def ends_within(self, seconds: float) -> int | None:
+        """Return its status if it ends by itself; None while it goes on."""
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
 
     def end(self, seconds: float) -> int | None:
         """Wait for its end, then kill it; return its status, None if it was killed."""
@@ -219,17 +233,21 @@ class Offer:
         return Event.DOUBT, self.box.lost or f"no answer came for {ANSWER_SECONDS} s"
 
     def explain(self, error: BhyError) -> BhyError:
-        """Return why the stream or the way back broke, if anybody says it; else the error."""
-        if not isinstance(error, PipeError | LostError):
+        """Return why the stream or the way back broke, if anybody says it; else the error.
+
+        What we have found ourselves is its own explanation, and so is what
+        broke while the command lives: its end is only what we make of it.
+        """
+        if not isinstance(error, ReaderGoneError | LostError):
             return error
         if self.box.hello is not None:
             self.box.wait(lambda: False, _LAST_WORDS_S)
         if self.box.final is not None:
             return self.box.failure() or error
-        status = self._command.end(_END_SECONDS) if self._command else None
+        status = self._command.ends_within(_LAST_WORDS_S) if self._command else None
         if self._command and status is not None:
             self._explained = True
-            return GuestError(f"{self._command.words}: it ended with status {status}")
+            return GuestError(f"{self._command.words}: it {ending(status)}")
         return error
 
     def close(self, status: int) -> None:
@@ -244,7 +262,7 @@ class Offer:
             hurry = self.box.hello is None or status == IN_DOUBT
             ended = self._command.end(_SHORT_SECONDS if hurry else _END_SECONDS)
             if ended and not self._explained and self.box.final is None:
-                self._console.say(f"{self._command.words}: it ended with status {ended}")
+                self._console.say(f"{self._command.words}: it {ending(ended)}")
 
     def _await(self, condition: Callable[[], bool], seconds: int, word: str) -> None:
         if not self.box.wait(condition, seconds):

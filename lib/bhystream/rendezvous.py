@@ -164,7 +164,7 @@ class Rendezvous:
     def _take(self, fd: int) -> None:
         """Read what has come from one of them."""
         parser = self._parsers[fd]
-        why = "the way back was closed"
+        why, closed = "the way back was closed", True
         try:
             data = os.read(fd, _READ_BYTES)
             for answer in parser.feed(data):
@@ -173,9 +173,9 @@ class Rendezvous:
         except OSError:
             data = b""
         except FormatError as error:
-            data, why = b"", f"the way back: {error}"
+            data, why, closed = b"", f"the way back: {error}", False
         if not data:
             self._selector.unregister(fd)
             del self._parsers[fd]
             if not self._parsers:
-                self._box.lose(why)
+                self._box.lose(why, closed=closed)

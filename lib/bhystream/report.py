@@ -48,6 +48,11 @@ def duration(ns: float) -> str:
     return f"{int(ns / NS) // 60} m {int(ns / NS) % 60:02d} s"
 
 
+def counted(count: int, noun: str) -> str:
+    """Show a number of things: "1 round", "2 rounds"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def printable(text: str) -> str:
     """Make text from a stream safe for a terminal, bytes that are no UTF-8 shown as such."""
     return "".join(c if c.isprintable() else f"\\x{_byte(c):02x}" for c in text)

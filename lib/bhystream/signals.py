@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -17,6 +18,7 @@ from bhystream.errors import BhyError, PipeError
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _REPORTS = [getattr(signal, name) for name in ("SIGUSR1", "SIGINFO") if hasattr(signal, name)]
+_SOON_S = 0.01
 
 
 class Interrupted(BhyError):
@@ -110,6 +112,27 @@ class Signals:
             yield
         finally:
             is_open = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @contextlib.contextmanager
+    def until(self, deadline_s: float, give_up: Callable[[], float]) -> Iterator[None]:
+        """Be interruptible, also by the time: for work that may block for ever.
+
+        deadline_s: on the monotonic clock.  give_up: called then, also out of a
+        blocked write(2); it raises, or returns in how many seconds to call it again.
+        """
+
+        def look(number: int, frame: FrameType | None) -> None:
+            # Not open yet, where the time was over before the block began.
+            signal.setitimer(signal.ITIMER_REAL, give_up() if self._open else _SOON_S)
+
+        signal.signal(signal.SIGALRM, look)
+        # 0 would mean never.
+        signal.setitimer(signal.ITIMER_REAL, max(deadline_s - time.monotonic(), 1e-6))
+        try:
+            with self.interruptible():
+                yield
+        finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     @staticmethod

@@ -21,7 +21,7 @@ import xxhash
 
 from bhystream import format as fmt
 from bhystream.backend.base import State
-from bhystream.errors import from_oserror
+from bhystream.errors import ReaderGoneError, from_oserror
 from bhystream.format import End, Header, Type
 
 Bytes = bytes | bytearray | memoryview
@@ -36,7 +36,8 @@ _ABORT_ROOM_BYTES = select.PIPE_BUF - fmt.SECTION.size - fmt.ABORT_HEAD.size
 def write_all(fd: int, data: Bytes, what: str = "write the stream") -> None:
     """Write every byte of data to fd.
 
-    what: is done by that, for the message.  Raises PipeError.  A signal handler
+    what: is done by that, for the message.  Raises PipeError, ReaderGoneError
+    where nobody reads any more.  A signal handler
     may raise between two partial writes; the stream is then cut inside a
     section, which no reader accepts.
     """
@@ -49,6 +50,8 @@ def write_all(fd: int, data: Bytes, what: str = "write the stream") -> None:
                 _wait_for_room(fd)
             if not view:
                 return
+    except (BrokenPipeError, ConnectionResetError) as error:
+        raise ReaderGoneError(f"cannot {what}: {error.strerror}") from error
     except OSError as error:
         raise from_oserror(error, what) from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import sys
 import termios
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from .kinds import ANY, G4, QEMU, matrix
 from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run, until
 from .qemu import Firmware, QemuPlace, QemuTraveller, qemu_place
 from .tap import ANY_ROUND, Tap
-from .travel import Host, Place, Traveller, is_gone, keeper_of, process_state
+from .travel import Host, Place, Traveller, is_gone, keeper_of, limited, process_state
 
 # Two live rounds, and then the pause, whatever the guest does.
 ROUNDS = ("-f", "-r", "2")
@@ -265,6 +266,52 @@ def test_a_hold_that_cannot_be_recorded_is_none(
         assert sent.status == 74, report(sent, received)
         assert received.status in (65, 69), report(sent, received)
     to.assert_nothing_left()
+    ran_on(host, small)
+
+
+@ANY
+@pytest.mark.parametrize("form", [(), ("-k",)], ids=["plain", "kept"])
+def test_the_limit_of_time_reaches_a_write_that_nobody_reads(
+    form: tuple[str, ...], host: Host, small: Traveller
+) -> None:
+    read_end, write_end = os.pipe()
+    try:
+        [sent] = run(small.send("-T", "2s", *form), env=host.env, stdout=write_end)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+    assert sent.status == 75, report(sent)
+    assert "-T 2.00 s is over;" in sent.stderr
+    assert "it runs on here; allow more with -d, -r or -T" in sent.stderr
+    ran_on(host, small)
+
+
+@ANY
+def test_the_limit_of_time_reaches_a_write_that_hardly_anybody_reads(
+    host: Host, small: Traveller
+) -> None:
+    trickle = "import os, time\nwhile os.read(0, 4096): time.sleep(0.1)"
+    command = [sys.executable, "-c", trickle]
+    with Pipeline(small.send("-T", "2s"), command, env=host.env, narrow=True) as pipeline:
+        sent = pipeline[0].await_end()
+    assert sent.status == 75, report(sent)
+    assert "-T 2.00 s is over;" in sent.stderr
+    ran_on(host, small)
+
+
+@ANY
+def test_a_forced_guest_does_not_wait_for_a_reader_that_is_none(
+    host: Host, small: Traveller
+) -> None:
+    read_end, write_end = os.pipe()
+    words = limited(small.send("-f", "-T", "1s"), "move._STALL_SECONDS=1")
+    try:
+        [sent] = run(words, env=host.env, stdout=write_end)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+    assert sent.status == 74, report(sent)
+    assert "-T 1.00 s is over, and nothing was taken from the stream for 1 s" in sent.stderr
     ran_on(host, small)
 
 

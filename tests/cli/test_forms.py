@@ -70,7 +70,7 @@ def ran_on(host: Host, guest: Traveller) -> None:
 
 def test_warm(host: Host, small: Traveller) -> None:
     sent, _ = small.move(host, send=("-r", "0"))
-    assert "held here; 1 rounds" in sent.stderr
+    assert "held here; 1 round;" in sent.stderr
 
 
 def test_kept_runs_on_and_its_stream_runs_later(host: Host, small: Traveller) -> None:
@@ -305,7 +305,7 @@ def test_a_command_that_fails_lets_the_guest_run_on(host: Host, small: Traveller
 def test_a_command_that_fails_spoils_no_kept_guest(host: Host, small: Traveller) -> None:
     [sent] = run(small.send("-k", "-p", "kill -9 $$"), env=host.env)
     assert sent.status == 69, report(sent)
-    assert "the -p command ended with SIGKILL" in sent.stderr
+    assert "the -p command was killed by SIGKILL (signal 9)" in sent.stderr
     ran_on(host, small)
 
 

@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from bhystream.errors import from_oserror
+from bhystream.errors import ending, from_oserror
 
 _LOG_LINES = 4
 _POLL_S = 0.0005
@@ -110,7 +110,7 @@ class Child:
             lines = []
         said = [line for line in lines if line][-_LOG_LINES:]
         if self.status is not None:
-            said.append(f"status {self.status}" if self.status >= 0 else f"signal {-self.status}")
+            said.append(f"it {ending(self.status)}")
         return "; ".join(said)
 
     def kill(self) -> None:

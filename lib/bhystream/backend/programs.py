@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 
-from bhystream.errors import GuestError
+from bhystream.errors import GuestError, ending
 
 LIMIT_S = 30.0
 
@@ -47,5 +47,5 @@ def do(doing: str, *argv: str) -> None:
     done = run(*argv)
     if done.returncode != 0:
         words = done.stderr.strip().splitlines()
-        why = words[-1] if words else f"{argv[0]} ended with status {done.returncode}"
+        why = words[-1] if words else f"{argv[0]} {ending(done.returncode)}"
         raise GuestError(f"cannot {doing}: {why}")
