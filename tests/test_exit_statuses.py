@@ -17,7 +17,7 @@ import pytest
 import bhystream
 from bhystream import errors, recv, send, state
 from bhystream.errors import BhyError
-from bhystream.handshake import HELD
+from bhystream.handshake import HELD, LOADED
 from bhystream.state import Record, Records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -280,6 +280,21 @@ def test_a_list_that_cannot_be_written_is_74(environment: dict[str, str], tmp_pa
     with open("/dev/full", "w") as full:
         done = run(environment, "bhysend", "-l", stdout=full)
     assert done.returncode == 74, done.stderr
+    assert done.stderr == "bhysend: cannot write the list: No space left on device\n"
+
+
+@pytest.mark.parametrize("args", ["-l", "-q " + "c" * 32])
+def test_what_cannot_be_written_is_named(
+    environment: dict[str, str], tmp_path: Path, args: str
+) -> None:
+    run(environment, "bhyrecv", "-l")
+    record = Record("c" * 32, "web1", "qemu:/web1", "lock", LOADED, {"hypervisor": "none"})
+    Records(tmp_path / "state", "destination").write(record)
+    with open("/dev/full", "w") as full:
+        done = run(environment, "bhyrecv", *args.split(), stdout=full)
+    assert done.returncode == 74, done.stderr
+    what = "list" if args == "-l" else "answers"
+    assert f": cannot write the {what}: No space left on device\n" in done.stderr
 
 
 def closed(environment: dict[str, str], line: str) -> subprocess.CompletedProcess[str]:

@@ -165,15 +165,16 @@ def test_the_line_of_progress_has_the_width_of_its_own_terminal(
         monkeypatch.setattr(sys, "stderr", err)
         console = Console("bhysend")
         assert console.is_terminal()
+        assert console.columns == 40 - len("bhysend: ")
         console.draw("a" * 100)
-        expect(terminal, b"\r" + b"a" * 40)
+        expect(terminal, b"\rbhysend: " + b"a" * 31)
         console.draw("b")
-        expect(terminal, b"\rb" + b" " * 39)
+        expect(terminal, b"\rbhysend: b" + b" " * 30)
         console.say("c")
         expect(terminal, b"\r" + b" " * 40 + b"\rbhysend: c\n")
         ioctl(near, termios.TIOCSWINSZ, struct.pack("HHHH", 0, 0, 0, 0))
         console.draw("d" * 100)
-        expect(terminal, b"\r" + b"d" * 79)
+        expect(terminal, b"\rbhysend: " + b"d" * 70)
 
 
 # Progress.
@@ -196,14 +197,62 @@ def test_the_machines_line_has_the_fields_of_the_page() -> None:
 def test_the_line_for_people() -> None:
     made = progress()
     made.predicted_ns = 43_000_000
+    made.work_done, made.work_total = 100, 400
     assert made.line(made._start_ns + NS) == (
-        "guest web1: round 2 [#####...............]  25%, 400.0 KiB in it, 5.0 MiB in all, "
-        "5.0 MiB/s, 1.00 s, pause 43 ms predicted"
+        "guest web1: round 2: 25%, 5.0 MiB/s, 3.00 s left, pause 43 ms; "
+        "400.0 KiB in it, 5.0 MiB in all, 1.00 s"
     )
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (80, "guest web1: round 2: 25%, 5.0 MiB/s, 3.00 s left, pause 43 ms [####............]"),
+        (70, "guest web1: round 2: 25%, 5.0 MiB/s, 3.00 s left, pause 43 ms [#.....]"),
+        (68, "guest web1: round 2: 25%, 5.0 MiB/s, 3.00 s left, pause 43 ms [#...]"),
+        (67, "guest web1: round 2: 25%, 5.0 MiB/s, 3.00 s left, pause 43 ms"),
+        (60, "web1: round 2: 25%, 5.0 MiB/s, 3.00 s left, pause 43 ms"),
+        (61, "guest web1: round 2: 25%, 5.0 MiB/s, 3.00 s left, pause 43 ms"),
+    ],
+)
+def test_the_bar_takes_what_the_measures_leave(columns: int, line: str) -> None:
+    made = progress()
+    made.predicted_ns = 43_000_000
+    made.work_done, made.work_total = 100, 400
+    assert made.short_line(made._start_ns + NS, columns) == line
+    assert len(line) <= columns
+
+
+def test_a_long_name_leaves_room_for_the_measures() -> None:
+    made = progress()
+    made.guest = "a" * 64
+    made.predicted_ns = 12_340_000_000
+    made.work_done, made.work_total, made.phase = 1, 100, "paused, round"
+    line = made.short_line(made._start_ns + NS, 80 - len("bhysend: ") - 1)
+    assert len(line) <= 70
+    assert line.endswith("a..: paused, round 2: 1%, 5.0 MiB/s, 99.00 s left, pause 12.34 s")
+
+
+def test_work_is_counted_and_not_a_place_in_memory() -> None:
+    """Half of the memory may be a hole that takes no time: -P has the place."""
+    made = progress()
+    made.done_pages, made.work_done, made.work_total = 999, 1, 2
+    assert made.share == 0.5
+    assert "999" in made.fields(made._start_ns).split("\t")
+    made.enter("round", 3)
+    assert (made.share, made.done_pages, made.sent_pages) == (0.0, 0, 0)
+
+
+def test_without_work_that_is_known_nothing_is_said_of_it() -> None:
+    made = progress()
+    assert made.short_line(made._start_ns + NS, 200) == "guest web1: round 2: 5.0 MiB/s"
 
 
 def test_a_line_of_nothing_divides_by_nothing() -> None:
     made = Progress(Console("bhysend"), "web1", 0)
+    assert made.share == 0.0
+    assert "round 0: 0.0" not in made.line(made._start_ns)
+    made.work_total = 1
     assert " 0%" in made.line(made._start_ns)
 
 

@@ -48,6 +48,7 @@ def test_it_is_made_for_us_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "log",
         "run",
         "source",
+        "told",
     ]
     assert {mode(path) for path in (made, *made.iterdir())} == {0o700}
     assert state.directory() == made  # again is no error
@@ -401,3 +402,23 @@ def test_a_record_that_vanishes_meanwhile_is_none(
     monkeypatch.setattr(Path, "glob", lambda *_: glob)
     records.remove(ID)
     assert records.all() == []
+
+
+# What was told.
+
+
+def test_a_warning_is_told_once_for_a_guest(base: Path) -> None:
+    told = state.Told(base, "qemu:/web1")
+    assert told.new(["a", "b"]) == ["a", "b"]
+    again = state.Told(base, "qemu:/web1")
+    assert again.new(["a", "b"]) == []
+    assert again.new(["a", "c"]) == ["c"]
+    assert again.new(["b"]) == ["b"]  # which had ceased meanwhile
+    assert again.new(["b"], everything=True) == ["b"]
+    assert state.Told(base, "qemu:/web2").new(["a"]) == ["a"]
+
+
+def test_what_cannot_be_remembered_is_told_again(base: Path) -> None:
+    (base / "told/web1").mkdir()
+    for _ in range(2):
+        assert state.Told(base, "web1").new(["a"]) == ["a"]

@@ -168,6 +168,8 @@ def test_no_answer_changes_nothing(records: Records, answers: bytes) -> None:
     status, acts, err = ended(start(), answers)
     assert (status, acts) == (81, [])
     assert "no answer came; in doubt, and paused here: web1" in err
+    assert f"ssh hv2 env BHYSEND_STATE_DIR=/d bhyrecv -q {ID} | " in err
+    assert f"bhysend --resume --in-doubt {ID}" in err
     assert records.all() == [record]
     status, acts, err = ended(start("another"), answers)
     assert (status, acts) == (69, [])

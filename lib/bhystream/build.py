@@ -231,14 +231,16 @@ class Build:
         self.progress.done_pages = first + count
         self.progress.sent_pages += len(event.pages) // PAGE_BYTES
         self.progress.sent_bytes = self.walk.reader.offset_bytes
+        if not self.progress.round:  # which states every page; later ones what has changed
+            self.progress.work_done, self.progress.work_total = first + count, self.progress.npages
         self.progress.tick()
 
     def say_round(self, event: RoundEnd) -> None:
         """Report a round, with -v; see that the guest that is built is still there."""
         if self.sink:
             self.sink.require_alive()
-        self.progress.round = event.round + 1
-        self.progress.sent_pages = 0
+        self.progress.enter("round", event.round + 1)
+        self.progress.work_total = 0
         if self.opts.verbose:
             self.console.say(
                 f"guest {self.name}: round {event.round}: {event.data_pages} pages, "

@@ -80,6 +80,7 @@ def _write_guest(
     def show(done_pages: int, sent_pages: int) -> None:
         progress.done_pages, progress.sent_pages = done_pages, sent_pages
         progress.sent_bytes = writer.offset_bytes
+        progress.work_done, progress.work_total = transfer.work_pages
         progress.tick()
 
     transfer = Transfer(source, head.layout, writer, level=opts.level, on_batch=show)

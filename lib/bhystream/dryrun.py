@@ -182,7 +182,7 @@ def _report(
             told = forecast(found.data_pages, found.dirty_bytes, found.scan_ns, rate, limits)
             rows.append(("link", name, int(rate), *(told or (-1, -1))))
         lines = ["\t".join(str(value) for value in row) + "\n" for row in rows]
-        write_all(_STDOUT, "".join(lines).encode())
+        write_all(_STDOUT, "".join(lines).encode(), "write the report")
     else:
         for line in _lines(head, found, links, limits, source):
             console.say(line)

@@ -101,7 +101,7 @@ def _list(base: Path, records: Records, guest: str | None, console: Console) -> 
         kept = f"keeper {record.keeper}" if record.keeper and _is_locked(base, record) else "-"
         fields = (record.guest, record.phase, when, record.id, record.operand, kept)
         lines.append("\t".join(printable(field) for field in fields) + "\n")
-    write_all(_STDOUT, "".join(lines).encode())
+    write_all(_STDOUT, "".join(lines).encode(), "write the list")
     return max((console.fail(error) for error in records.broken()), default=OK)
 
 

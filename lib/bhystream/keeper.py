@@ -53,7 +53,7 @@ from bhystream.errors import (
 )
 from bhystream.handshake import ANSWER_SECONDS, GO, MOVED, PAUSED, RECORD, Act, Event
 from bhystream.rendezvous import path_of
-from bhystream.report import Console
+from bhystream.report import Console, duration
 from bhystream.standing import EVENTS, Standing, in_doubt
 from bhystream.state import Lock, Record, Records
 
@@ -323,7 +323,8 @@ def _tell(console: Console, found: Record, event: Event, way_out: str) -> None:
     acts = RECORD.get((found.phase, event), ())
     text = f"guest {found.guest}: bhysend is gone; "
     if Act.RESUME in acts:
-        text += "the guest runs on here"
+        stood = duration(max(time.time_ns() - found.time_ns, 0))
+        text += f"the guest runs on here; it stood for {stood}"
     elif Act.DISCARD in acts:
         text += f"the guest runs on {found.there}, and is gone here"
     elif found.phase == GO:

@@ -71,6 +71,7 @@ class Move:
         self.pause_ns = 0
         self.pause_start_ns = 0
         self.answers_ns = 0
+        self.stood_ns = 0
         self.seen_at_limit = -1
         self.plan = b""
 
@@ -134,6 +135,7 @@ class Move:
         self.console.log(f"guest {self.source.name}: stream {stream_id.hex()} begins")
         if self.offer:
             self.offer.begin(self.writer)
+            self.console.log(f"guest {self.source.name}: {self.offer.host} can take it")
 
     def prepare(self) -> None:
         """Let the backend see that the guest can be paused; know how it is found again.
@@ -164,7 +166,8 @@ class Move:
             revive=dict(prepared.record),
             ask=asking(self.opts.command),
         )
-        for warning in self.source.warnings():
+        told = state.Told(self.base, self.source.lock_name)
+        for warning in told.new(self.source.warnings(), everything=self.opts.verbose):
             self.console.say(f"guest {self.source.name}: {warning}")
 
     def precopy(self) -> None:
@@ -176,7 +179,7 @@ class Move:
         start_ns = time.monotonic_ns()
         decision = Decision.GO_ON if limits.rounds else Decision.STOP
         while decision == Decision.GO_ON:
-            self.progress.round = len(self.rounds)
+            self.progress.enter("round", len(self.rounds))
             self.rounds.append(self.transfer.round(rate_bytes=limits.rate_bytes))
             if len(self.rounds) == 1:
                 self.rehearse()
@@ -203,10 +206,9 @@ class Move:
         Returns in how many seconds to look again.
         """
         if not self.opts.limits.finish:
-            share = self.progress.done_pages / max(self.progress.npages, 1)
             raise DowntimeError(
                 f"guest {self.source.name}: -T {duration(self.opts.limits.time_ns)} is over; "
-                f"{share:.0%} of round {len(self.rounds)} is done",
+                f"{self.progress.share:.0%} of round {len(self.rounds)} is done",
                 _MORE,
             )
         before, self.seen_at_limit = self.seen_at_limit, self.done()
@@ -260,7 +262,7 @@ class Move:
         self.source.require_described()
         self.signals.ignore_stops()
         self.machine.on(Event.PAUSE)
-        self.progress.phase, self.progress.round = "paused, round", len(self.rounds)
+        self.progress.enter("paused, round", len(self.rounds))
 
     def copy_last_pages(self) -> None:
         """Send what changed since the last look; the guest is paused."""
@@ -277,7 +279,8 @@ class Move:
             self.wait_for_hook()
         self._require_paused()
         self.machine.on(Event.COPIED_KEPT)
-        self.pause_ns = time.monotonic_ns() - self.pause_start_ns
+        self.pause_ns = self.stood_ns
+        self.progress.enter("runs again, round", len(self.rounds))
 
     def write_state(self) -> None:
         """Write the state sections and the time."""
@@ -411,7 +414,8 @@ class Move:
 
     def _pause(self) -> None:
         name = self.source.name
-        self.console.log(f"guest {name}: pausing, stream {self.record.id}")
+        to = f", to {self.offer.host}" if self.offer else ""
+        self.console.log(f"guest {name}: pausing, stream {self.record.id}{to}")
         self.paused_at_ns = time.time_ns()
         self.pause_start_ns = time.monotonic_ns()
         self.paused = self.source.pause()
@@ -428,6 +432,10 @@ class Move:
         self.paused.require_paused()
 
     def _resume(self) -> None:
+        self._let_run_on()
+        self.stood_ns = time.monotonic_ns() - self.pause_start_ns
+
+    def _let_run_on(self) -> None:
         if self.paused is not None:
             return self.paused.resume()
         # pause() failed, and may not have undone what it did.  The hypervisor
@@ -452,13 +460,16 @@ class Move:
         assert self.writer is not None
         self.writer.section(Type.GO, self.nonce)
         self.go_is_out = True
-        self.console.log(f"guest {self.source.name}: GO, stream {self.record.id}")
+        self.console.log(
+            f"guest {self.source.name}: GO, stream {self.record.id}, to {self.record.there}"
+        )
 
     def _on_batch(self, done_pages: int, sent_pages: int) -> None:
         assert self.writer is not None
         self.progress.done_pages = done_pages
         self.progress.sent_pages = sent_pages
         self.progress.sent_bytes = self.writer.offset_bytes
+        self.progress.work_done, self.progress.work_total = self.transfer.work_pages
         self.progress.tick()
         if self.offer:
             self.offer.box.check()

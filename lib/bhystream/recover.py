@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from bhystream.errors import BhyError, GoneError, HeldError, InDoubtError
 from bhystream.handshake import Act, At, Event
+from bhystream.report import duration
 from bhystream.standing import in_doubt
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def recover(move: Move, error: BhyError) -> BhyError:
     if machine.at == At.DOUBT:
         return InDoubtError(f"guest {name}: in doubt: {error}", in_doubt(move.record, move.base))
     where = f"guest {name}: it runs here"
+    if move.stood_ns:
+        where += f"; it stood for {duration(move.stood_ns)}"
     if move.gone:
         where = "" if str(error) == str(move.gone) else str(move.gone)
     if move.writer:

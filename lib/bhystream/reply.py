@@ -57,7 +57,7 @@ class Reply:
 
     def say(self, word: str, *args: str) -> None:
         """Answer.  Raises PipeError."""
-        write_all(_STDOUT, pack(Answer(self._id, word, args)))
+        write_all(_STDOUT, pack(Answer(self._id, word, args)), "write the answers")
 
     def try_to_say(self, word: str, *args: str) -> None:
         """Answer if anybody listens."""

@@ -27,6 +27,9 @@ NS = 1_000_000_000
 _TERMINAL_NS = 100_000_000
 _LINE_NS = NS
 MAX_HOST_NAME_BYTES = 254
+# What is left of a guest's name, and of a bar, on a narrow terminal.
+_SHORT_NAME = 6
+_SHORT_BAR = 4
 _COLUMNS = 80  # of a terminal that does not say
 
 
@@ -105,8 +108,14 @@ class Console:
     def draw(self, line: str) -> None:
         """Redraw the line of progress, cut to the terminal's width."""
         width = self._width()
-        self._write("\r" + line[:width].ljust(width if self._drawn else 0))
+        text = printable(f"{self._prefix}: {line}")[:width]
+        self._write("\r" + text.ljust(width if self._drawn else 0))
         self._drawn = True
+
+    @property
+    def columns(self) -> int:
+        """Return how much of a line there is behind the program's name."""
+        return self._width() - len(self._prefix) - len(": ")
 
     def clear(self) -> None:
         """Take the line of progress away."""
@@ -150,7 +159,9 @@ class Progress:
     """Where a move stands, and when to show it.
 
     verbose: for people (-v).  machine: tab-separated (-P).  All counts are of
-    the round under way; the rate is over the whole stream.
+    the round under way; the rate is over the whole stream.  done_pages: a
+    place in the guest's memory, for -P.  work_done of work_total: pages that
+    take time, 0 where they are not known.
     """
 
     console: Console
@@ -163,12 +174,26 @@ class Progress:
     done_pages: int = 0
     sent_pages: int = 0
     sent_bytes: int = 0
+    work_done: int = 0
+    work_total: int = 0
     predicted_ns: int | None = None
     _start_ns: int = 0
+    _round_ns: int = 0
     _shown_ns: int = 0
 
     def __post_init__(self) -> None:
-        self._start_ns = self._shown_ns = time.monotonic_ns()
+        self._start_ns = self._round_ns = self._shown_ns = time.monotonic_ns()
+
+    def enter(self, phase: str, number: int) -> None:
+        """Begin a round, or what is called so."""
+        self.phase, self.round = phase, number
+        self.done_pages = self.sent_pages = self.work_done = 0
+        self._round_ns = time.monotonic_ns()
+
+    @property
+    def share(self) -> float:
+        """Return how much of the round is done, 0.0 to 1.0."""
+        return min(self.work_done / self.work_total, 1.0) if self.work_total else 0.0
 
     def tick(self) -> None:
         """Show the state of things if it is time to."""
@@ -182,7 +207,7 @@ class Progress:
         if self.machine:
             self.console.raw(self.fields(now))
         elif drawing:
-            self.console.draw(self.line(now))
+            self.console.draw(self.short_line(now, self.console.columns))
         else:
             self.console.say(self.line(now))
 
@@ -191,17 +216,39 @@ class Progress:
         self.console.say(self.line(time.monotonic_ns()))
 
     def line(self, now_ns: int) -> str:
-        """Return the state of things for people."""
-        share = self.done_pages / max(self.npages, 1)
-        elapsed = max(now_ns - self._start_ns, 1)
-        bar = ("#" * int(share * 20)).ljust(20, ".")
-        text = (
-            f"guest {self.guest}: {self.phase} {self.round} [{bar}] {share:4.0%}, "
+        """Return the state of things for people, all of it."""
+        return (
+            f"guest {self.guest}: {self._measures(now_ns)}; "
             f"{size(self.sent_pages * PAGE_BYTES)} in it, {size(self.sent_bytes)} in all, "
-            f"{size(self.sent_bytes * NS / elapsed)}/s, {duration(elapsed)}"
+            f"{duration(now_ns - self._start_ns)}"
         )
+
+    def short_line(self, now_ns: int, columns: int) -> str:
+        """Return what fits into so many columns: the measures first, the bar takes what is left."""
+        measures = self._measures(now_ns)
+        text = f"guest {self.guest}: {measures}"
+        if len(text) > columns:
+            room = max(columns - len(f": {measures}"), _SHORT_NAME)
+            name = self.guest if len(self.guest) <= room else f"{self.guest[: room - 2]}.."
+            text = f"{name}: {measures}"
+        width = columns - len(text) - len(" []")
+        if not self.work_total or width < _SHORT_BAR:
+            return text
+        bar = ("#" * int(self.share * width)).ljust(width, ".")
+        return f"{text} [{bar}]"
+
+    def _measures(self, now_ns: int) -> str:
+        """Return the rate, the time that is left, and the predicted pause."""
+        text = f"{self.phase} {self.round}: "
+        if self.work_total:
+            text += f"{self.share:.0%}, "
+        text += f"{size(self.sent_bytes * NS / max(now_ns - self._start_ns, 1))}/s"
+        if self.work_done and self.work_total:
+            spent_ns = now_ns - self._round_ns
+            left_ns = spent_ns * max(self.work_total - self.work_done, 0) / self.work_done
+            text += f", {duration(left_ns)} left"
         if self.predicted_ns is not None:
-            text += f", pause {duration(self.predicted_ns)} predicted"
+            text += f", pause {duration(self.predicted_ns)}"
         return text
 
     def fields(self, now_ns: int) -> str:

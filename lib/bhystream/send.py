@@ -102,7 +102,10 @@ def send(opts: SendOptions, console: Console) -> int:
             if opts.dry_run:
                 from bhystream import dryrun
 
-                return dryrun.run(source, opts, base, console, signals)
+                status = dryrun.run(source, opts, base, console, signals)
+                if not opts.machine:  # its report has them all
+                    state.Told(base, source.lock_name).new(source.warnings(), everything=True)
+                return status
             return move(Move(opts, base, console, signals), source, lock, signals)
     finally:
         source.close()

@@ -7,7 +7,7 @@ says where the guest is, whatever fails on the way.
 
 from __future__ import annotations
 
-import getpass
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +62,10 @@ class Settlement:
         if doubtful:
             names = ", ".join(record.guest for record in doubtful)
             raise InDoubtError(
-                f"no answer came; in doubt, and paused here: {names}", "see bhysend -l"
+                f"no answer came; in doubt, and paused here: {names}",
+                "\n".join(
+                    f"guest {record.guest}: {in_doubt(record, self._base)}" for record in doubtful
+                ),
             )
         raise GuestError("no answer came, and no guest is in doubt here")
 
@@ -182,7 +185,7 @@ class Settlement:
             if "RUNNING" in self._words:
                 return OK
             raise GuestError("bhysend is gone; the guest runs on here")
-        who = f"user {getpass.getuser()}, {self._base}"
+        who = f"user id {os.geteuid()}, {self._base}"
         text = f"neither a bhysend nor a guest of stream {hello.id} is here ({who})"
         if any(word in self._words for word in ("READY", "RUNNING", "RAN")):
             raise InDoubtError(

@@ -5,6 +5,7 @@
     DIR/run/ID             the socket of a stream's third stage
     DIR/source/ID.json     a guest of this host that is paused or held
     DIR/destination/ID.json   a stream that was started here, or stands paused
+    DIR/told/NAME          the warnings that were printed for a guest
     DIR/log/, DIR/NAME.qmp    the destination's hypervisors
 
 ID is the stream id.  A record is written whole under another name, synced,
@@ -26,6 +27,7 @@ import pwd
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -106,7 +108,7 @@ def directory() -> Path:
                 f"state directory {path}: not ours alone (mode 0700)",
                 "if nobody else could write in it: chmod 700 it; or set BHYSEND_STATE_DIR",
             )
-        for name in ("lock", "run", "source", "destination", "log"):
+        for name in ("lock", "run", "source", "destination", "log", "told"):
             (path / name).mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise from_oserror(error, f"use the state directory {path}") from error
@@ -160,7 +162,7 @@ class Lock:
         name: of the lock.  what: names the guest in the message.  wait: wait
         for it instead: for one that is never held for long.
         """
-        path = base / "lock" / re.sub(r"[^A-Za-z0-9._-]", "_", name)
+        path = base / "lock" / _file_name(name)
         try:
             self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -187,6 +189,30 @@ class Lock:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+class Told:
+    """What was told of a guest already, and need not be told before every move."""
+
+    def __init__(self, base: Path, name: str) -> None:
+        """name: of the guest's lock."""
+        self._path = base / "told" / _file_name(name)
+
+    def new(self, lines: Sequence[str], *, everything: bool = False) -> list[str]:
+        """Return the lines that were not told yet, or `everything`; they count as told now."""
+        before: list[str] = []
+        with contextlib.suppress(OSError, ValueError):
+            before = self._path.read_text("utf-8", "surrogateescape").splitlines()
+        found = [line for line in lines if everything or line not in before]
+        if found:
+            # Told once more is no harm.
+            with contextlib.suppress(OSError):
+                durable.write(self._path, "".join(f"{line}\n" for line in lines))
+        return found
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)
 
 
 class Records:

@@ -96,7 +96,9 @@ class Transfer:
     ) -> None:
         """Prepare to send; nothing is read yet.
 
-        walked_pages, an attribute, counts the pages looked at, over all rounds.
+        walked_pages, an attribute, counts the pages looked at, over all rounds;
+        work_pages holds those of this round that may be other than zero, and
+        how many the round has, as far as that is known.
         level: of zstd, or None.  on_batch(done, sent): called after each
         section with the pages walked and sent in this round so far.
         """
@@ -113,6 +115,7 @@ class Transfer:
         self._hasher.fill(self._table, 0, self.npages)
         self._memory = source.memory()
         self.walked_pages = 0
+        self.work_pages = (0, 0)
         self._write_ns = 0
         self._data_pages = 0
         self._zero_pages = 0
@@ -127,6 +130,10 @@ class Transfer:
         start_ns = time.monotonic_ns()
         start_bytes = self._writer.offset_bytes
         self._write_ns = self._data_pages = self._zero_pages = 0
+        # What the guest touched hardly changes from round to round.
+        done, known = self.work_pages
+        total = known or sum(end - first for first, end in self._source.touched())
+        self.work_pages = (0, max(done, total))
         segment = 0
         for span in self._spans(everything):
             if span.segment != segment:
@@ -169,6 +176,9 @@ class Transfer:
             else:
                 at = batch.collect_absent(span.base_page, at, end, self._table, everything)
             self.walked_pages += at - before
+            if span.present:
+                done, total = self.work_pages
+                self.work_pages = (done + at - before, total)
             if batch.full:
                 self._flush(span.base_page + at)
                 if rate:

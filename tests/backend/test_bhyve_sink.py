@@ -388,4 +388,7 @@ def test_a_started_guest_is_locked_for_this_host(guest: Arriving, lock: Path) ->
 def test_a_guest_that_is_another_hosts_is_refused(guest: Arriving, lock: Path) -> None:
     lock.write_text("elsewhere\n")
     [reason] = reasons(guest, options=FORCE)
-    assert reason == f"{lock}: the guest belongs to 'elsewhere'"
+    assert reason == (
+        f"{lock}: the guest belongs to 'elsewhere'; "
+        "if it surely does not run there: remove that file"
+    )

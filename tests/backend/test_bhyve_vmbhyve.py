@@ -156,6 +156,29 @@ def test_a_guest_of_another_host_is_refused(locks: Locks) -> None:
     locks.require_free(["other.example"])
 
 
+@pytest.mark.parametrize(
+    ("content", "says", "cure"),
+    [
+        ("", "is empty, as after a power failure", "remove that file"),
+        ("\n", "is empty, as after a power failure", "remove that file"),
+        ("HV1.Example\n", "names 'HV1.Example', and this host is", "write this host's name"),
+        ("other.example\n", "belongs to 'other.example'", "if it surely does not run there"),
+    ],
+)
+def test_a_lock_that_is_not_ours_says_what_helps(
+    tmp_path: Path, content: str, says: str, cure: str
+) -> None:
+    found = Locks("web1", tmp_path, "hv1.example")
+    (tmp_path / "run.lock").write_text(content)
+    with pytest.raises(IncompatibleError) as caught:
+        found.require_free()
+    assert says in str(caught.value)
+    assert cure in caught.value.hint
+    [reason] = found.reasons()
+    assert says in reason
+    assert cure in reason
+
+
 def test_a_stale_saved_state_is_refused(locks: Locks) -> None:
     (locks.directory / "web1.save").symlink_to("/nowhere")
     with pytest.raises(IncompatibleError, match=r"web1.save exists: .* run vm discard"):

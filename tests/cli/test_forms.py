@@ -70,7 +70,7 @@ def ran_on(host: Host, guest: Traveller) -> None:
 
 def test_warm(host: Host, small: Traveller) -> None:
     sent, _ = small.move(host, send=("-r", "0"))
-    assert "held here; 1 round;" in sent.stderr
+    assert "held here; 1 round," in sent.stderr
 
 
 def test_kept_runs_on_and_its_stream_runs_later(host: Host, small: Traveller) -> None:

@@ -83,16 +83,39 @@ class Locks:
         shared storage, the source.
         """
         out = []
-        holder = self.holder()
-        if holder is not None and holder != self.hostname and holder not in allowed:
-            out.append(f"{self._run}: the guest belongs to {shown(holder)}")
+        if held := self._held_by_another(allowed):
+            out.append("; ".join(held))
         save = self.directory / f"{self.name}.save"
         if os.path.lexists(save):
             out.append(f"{save} exists: vm-bhyve would resume that state again; run vm discard")
         return out
 
+    def _held_by_another(self, allowed: Collection[str]) -> tuple[str, str] | None:
+        """Return whose the guest is, if not ours, and what helps where that is no longer true."""
+        holder = self.holder()
+        if holder is None or holder == self.hostname or holder in allowed:
+            return None
+        if not holder:
+            return (
+                f"{self._run} is empty, as after a power failure",
+                "if the guest surely runs on no other host: remove that file",
+            )
+        if holder.lower() == self.hostname.lower():
+            return (
+                f"{self._run}: it names {shown(holder)}, and this host is {shown(self.hostname)}",
+                "write this host's name into it, as hostname(1) prints it",
+            )
+        return (
+            f"{self._run}: the guest belongs to {shown(holder)}",
+            "if it surely does not run there: remove that file",
+        )
+
     def require_free(self, allowed: Collection[str] = ()) -> None:
-        """Raise IncompatibleError with the first of reasons()."""
+        """Raise IncompatibleError with the first of reasons(); the cure is its hint."""
+        if held := self._held_by_another(allowed):
+            error = refuse(held[0])
+            error.hint = held[1]
+            raise error
         for reason in self.reasons(allowed):
             raise refuse(reason)
 
