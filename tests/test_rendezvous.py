@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -96,6 +97,21 @@ def test_a_third_stage_is_told_the_guest_and_brings_answers(source: Source) -> N
         peer.sendall(pack(HELLO) + seen(3))
         assert source.seen(3)
         assert source.box.hello == HELLO
+
+
+def blocked(thread_id: int | None) -> set[int]:
+    text = Path(f"/proc/self/task/{thread_id}/status").read_text()
+    bits = int(next(line.split()[1] for line in text.splitlines() if line.startswith("SigBlk")), 16)
+    return {number for number in range(1, 65) if bits >> (number - 1) & 1}
+
+
+def test_a_signal_goes_to_the_thread_that_may_be_blocked_and_not_to_this_one(
+    source: Source,
+) -> None:
+    source.listen()
+    taken = {signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+    assert taken <= blocked(source.rendezvous._thread.native_id)
+    assert not taken & blocked(threading.main_thread().native_id)
 
 
 def test_the_greeting_is_one_line_of_json_and_nothing_else(source: Source) -> None:

@@ -414,8 +414,8 @@ class Move:
 
     def _pause(self) -> None:
         name = self.source.name
-        to = f", to {self.offer.host}" if self.offer else ""
-        self.console.log(f"guest {name}: pausing, stream {self.record.id}{to}")
+        to = self.offer.host if self.offer else "a pipe"
+        self.console.log(f"guest {name}: pausing, stream {self.record.id}, to {to}")
         self.paused_at_ns = time.time_ns()
         self.pause_start_ns = time.monotonic_ns()
         self.paused = self.source.pause()
@@ -460,9 +460,8 @@ class Move:
         assert self.writer is not None
         self.writer.section(Type.GO, self.nonce)
         self.go_is_out = True
-        self.console.log(
-            f"guest {self.source.name}: GO, stream {self.record.id}, to {self.record.there}"
-        )
+        to = self.record
+        self.console.log(f"guest {to.guest}: GO, stream {to.id}, to {to.there}")
 
     def _on_batch(self, done_pages: int, sent_pages: int) -> None:
         assert self.writer is not None

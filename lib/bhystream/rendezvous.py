@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -108,8 +109,15 @@ class Rendezvous:
         self._selector.register(fd, selectors.EVENT_READ, fd)
 
     def start(self) -> None:
-        """Begin: the first thread of the program."""
-        self._thread.start()
+        """Begin: the first thread of the program.
+
+        It takes no signal: one is to end what the main thread is blocked in.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self._thread.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self, status: int) -> None:
         """End; the third stages are told the status.  Twice is no error."""
