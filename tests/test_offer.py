@@ -357,6 +357,7 @@ def test_what_is_wrong_with_the_answers_is_not_hidden_by_a_status(
     case: Case, said: bytes, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where the command has ended by itself: that is not why we have given up."""
+    monkeypatch.setattr(offer, "_LAST_WORDS_S", 60)
     monkeypatch.setattr(push, "_PATIENCE_S", 60)
     case.offer.open(case.base, python(f"os.write(1, {said!r}); sys.exit(255)"))
     case.offer._rendezvous.start()
