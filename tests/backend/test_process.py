@@ -133,9 +133,12 @@ def test_a_child_is_stopped_when_none_of_its_threads_runs(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "code, words",
     [
-        ("print('no such disk'); raise SystemExit(3)", "no such disk; status 3"),
-        ("raise SystemExit(4)", "status 4"),
-        ("import os; print('paused', flush=True); os.kill(os.getpid(), 9)", "paused; signal 9"),
+        ("print('no such disk'); raise SystemExit(3)", "no such disk; it ended with status 3"),
+        ("raise SystemExit(4)", "it ended with status 4"),
+        (
+            "import os; print('paused', flush=True); os.kill(os.getpid(), 9)",
+            "paused; it was killed by SIGKILL (signal 9)",
+        ),
     ],
 )
 def test_a_child_s_last_words_end_with_how_it_ended(tmp_path: Path, code: str, words: str) -> None:
