@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import recorded
-from bhystream import hold, state
-from bhystream.errors import OK, GuestError, UsageError
+from bhystream import hold, hypervisors, state
+from bhystream.errors import OK, BrokenError, GuestError, UsageError
 from bhystream.handshake import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
 from bhystream.hold import Verb, refuse_held
 from bhystream.report import Console
@@ -77,6 +77,22 @@ def test_what_was_started_is_listed_by_name_only(
     assert [row[0] for row in listed(host, capfd, None, "destination")] == ["web2"]
     assert [row[1] for row in listed(host, capfd, "web1", "destination")] == ["started"]
     assert listed(host, capfd, None, "source") == []
+
+
+def test_what_was_told_to_run_and_lies_in_files_is_listed_and_may_be_resumed(
+    host: Host, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A --resume that was cut short: whether it ran is the backend's to say."""
+    host.record(STARTED)
+    monkeypatch.setattr(hypervisors, "lies_in_files", lambda revive: True)
+    assert [row[1] for row in listed(host, capfd, None, "destination")] == ["started"]
+    assert host.run("--resume", role="destination") == OK
+    assert host.guest.asked == [("resume", STARTED), ("close", STARTED)]
+    assert host.phases("destination") == [STARTED]
+    host.guest.fails = True
+    with pytest.raises(GuestError, match="it does not answer"):
+        host.run("--resume", role="destination")
+    assert host.phases("destination") == [STARTED]
 
 
 def test_a_field_does_not_break_the_line(host: Host, capfd: pytest.CaptureFixture[str]) -> None:
@@ -427,3 +443,15 @@ def test_the_record_of_a_guest_that_is_gone_is_no_obstacle(host: Host) -> None:
     host.guest.alive = False
     refuse_held(host.base, "qemu:/web1")
     assert host.roles["source"].all() == []
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_record_that_is_broken_may_be_the_guests(host: Host, alive: bool) -> None:
+    """Also beside one that is its, and whose guest is gone."""
+    host.record(HELD)
+    host.guest.alive = alive
+    (host.base / f"source/{B}.json").touch()
+    for lock_name in (None, "lock-1", "lock-2"):
+        with pytest.raises(GuestError) as caught:
+            refuse_held(host.base, "qemu:/web1", lock_name)
+        assert isinstance(caught.value, BrokenError) or alive

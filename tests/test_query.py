@@ -12,7 +12,7 @@ import pytest
 
 from bhystream import hypervisors, query, state
 from bhystream.answers import Answer, unpack
-from bhystream.errors import OK, GuestError, UsageError
+from bhystream.errors import OK, BrokenError, GuestError, InDoubtError, UsageError
 from bhystream.handshake import DEAD, LOADED, READY, STARTED
 from bhystream.reply import Reply
 from bhystream.report import Console
@@ -37,7 +37,11 @@ class Said(list[tuple[str, str | None]]):
         self.texts: list[str] = []
 
         def say(reply: Reply, word: str, *args: str) -> None:
-            record = host.roles["destination"].get(A)
+            try:
+                record = host.roles["destination"].get(A)
+            except BrokenError:
+                self.append((word, "broken"))
+                return
             self.append((word, record.phase if record else None))
             self.texts += args
 
@@ -90,6 +94,14 @@ def test_a_guest_that_waits_for_go_is_dead_before_it_is_said(host: Host, said: S
     assert said.texts[-1] == "it was not started there, and will not be"
     assert host.guest.asked == [("discard", DEAD), ("close", DEAD)]
     assert host.phases("destination") == [DEAD]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"phase": "dead"}'])
+def test_a_guest_whose_record_is_broken_may_have_run(host: Host, said: Said, text: str) -> None:
+    (host.base / f"destination/{A}.json").write_text(text)
+    with pytest.raises(InDoubtError, match="what it speaks of may have run"):
+        ask()
+    assert said == [("HELLO", "broken"), ("RAN", "broken")]
 
 
 def test_a_dead_guest_failed_however_often_it_is_asked(host: Host, said: Said) -> None:

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bhystream import state
-from bhystream.errors import AccessError, GuestError, IncompatibleError, PipeError
+from bhystream import durable, state
+from bhystream.errors import AccessError, BrokenError, GuestError, IncompatibleError, PipeError
 from bhystream.handshake import HELD, PAUSED
 from bhystream.state import Lock, Record, Records
 
@@ -85,7 +85,7 @@ def test_where_the_directory_is(
     for name, value in environment.items():
         monkeypatch.setenv(name, value.format(tmp=tmp_path))
     made: list[Path] = []
-    monkeypatch.setattr(Path, "mkdir", lambda path, *_, **__: made.append(path))
+    monkeypatch.setattr(durable, "make_directory", made.append)
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     with pytest.raises(PipeError, match="cannot use the state directory"):
         state.directory()  # it was not really made
@@ -103,11 +103,11 @@ def test_root_has_its_directory_where_the_system_keeps_such(
     monkeypatch.setenv("XDG_STATE_HOME", "/elsewhere")
     made: list[Path] = []
 
-    def refuse(path: Path, *_: object, **__: object) -> None:
+    def refuse(path: Path) -> None:
         made.append(path)
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(durable, "make_directory", refuse)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(AccessError, match=f"state directory {expected}: Permission denied"):
         state.directory()
@@ -362,6 +362,8 @@ def test_what_a_crash_left_behind_is_no_record(base: Path, records: Records) -> 
         '"text"',
         '{"id": "x"}',
         json.dumps({**asdict(RECORD), "more": 1}),
+        json.dumps({**asdict(RECORD), "phase": "gone"}),
+        json.dumps({**asdict(RECORD), "lock": 1}),
         "\ud800".encode("utf-8", "surrogatepass"),
     ],
 )
@@ -369,9 +371,10 @@ def test_a_broken_record_is_named(base: Path, records: Records, text: str | byte
     path = base / f"source/{ID}.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     for ask in (lambda: records.get(ID), lambda: records.find("web1")):
-        with pytest.raises(GuestError) as caught:
+        with pytest.raises(BrokenError) as caught:
             ask()
         assert str(caught.value).startswith(f"the record {path} is broken: ")
+        assert caught.value.hint.endswith(f"anywhere: rm {path}")
 
 
 def test_a_broken_record_hides_no_other(base: Path, records: Records) -> None:
@@ -381,7 +384,7 @@ def test_a_broken_record_hides_no_other(base: Path, records: Records) -> None:
     assert records.all() == records.find("web1") == [RECORD]
     assert [str(error) for error in records.broken()] == [
         f"the record {path} is broken: Expecting property name enclosed in double quotes: "
-        "line 1 column 2 (char 1)"
+        "line 1 column 2 (char 1); what it speaks of may have run"
     ]
     with pytest.raises(GuestError, match="is broken"):
         records.find("another")

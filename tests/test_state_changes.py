@@ -17,7 +17,7 @@ import pytest
 
 from bhystream import durable, state
 from bhystream.errors import GuestError, PipeError
-from bhystream.handshake import DEAD, PAUSED, READY, STARTED
+from bhystream.handshake import DEAD, HELD, LOADED, PAUSED, READY, STARTED
 from bhystream.report import host_name
 from bhystream.state import Lock, Record, Records
 
@@ -48,7 +48,7 @@ def test_a_phase_is_changed_from_the_one_that_is_named(records: Records) -> None
     assert found.time_ns > 5
 
 
-@pytest.mark.parametrize("phase", [STARTED, DEAD, PAUSED, ""])
+@pytest.mark.parametrize("phase", [STARTED, DEAD, PAUSED, LOADED])
 def test_another_phase_is_left(records: Records, phase: str) -> None:
     record = replace(RECORD, phase=phase)
     records.write(record)
@@ -124,7 +124,7 @@ def race(tries: list[Callable[[], bool]]) -> list[bool]:
 
 
 def test_of_many_threads_one_changes_it(records: Records) -> None:
-    phases = [f"{kind}-{at}" for at in range(8) for kind in (STARTED, DEAD)]
+    phases = [STARTED, DEAD, LOADED, HELD] * 4
     for _ in range(20):
         records.write(RECORD.moved(READY))
         won = race([partial(records.change, ID, READY, phase) for phase in phases])
@@ -152,7 +152,7 @@ def test_of_many_processes_one_changes_it_and_all_have_one_name(
     ids = [f"{at:032x}" for at in range(50)]
     for id_ in ids:
         records.write(replace(RECORD, id=id_, phase=READY))
-    phases = [STARTED, DEAD, "third", "fourth"]
+    phases = [STARTED, DEAD, LOADED, HELD]
     children = [
         subprocess.Popen(
             [sys.executable, "-c", CHANGE, phase, *ids],

@@ -98,6 +98,16 @@ def test_a_record_that_names_no_host_takes_the_answer_of_any(records: Records) -
     assert err.startswith("bhysend: hv3: no disk\n")
 
 
+@pytest.mark.parametrize("answers", [b"", HELLO, HELLO + FAILED, HELLO + RUNNING])
+def test_a_guest_whose_record_is_broken_is_in_doubt(base: Path, answers: bytes) -> None:
+    path = base / f"source/{ID}.json"
+    path.touch()
+    status, acts, err = ended(start(), answers)
+    assert (status, acts) == (81, [])
+    assert f"the record {path} is broken" in err
+    assert path.exists()
+
+
 def test_doubt_comes_with_the_way_out(base: Path, records: Records) -> None:
     records.write(RECORD.moved(GO))
     _, _, err = ended(start(), HELLO)

@@ -365,8 +365,8 @@ class Build:
         acts[act]()
 
     def _record(self, phase: str) -> None:
+        self.recorded = True  # it may be there, also where that fails
         self.records.write(self.record.moved(phase))
-        self.recorded = True
 
     def _record_started(self) -> None:
         if not self.records.change(self.id, handshake.READY, handshake.STARTED):

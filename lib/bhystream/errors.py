@@ -78,6 +78,10 @@ class TakenError(GuestError):
     """
 
 
+class BrokenError(GuestError):
+    """A record that cannot be read: what it speaks of may have run, or may stand paused."""
+
+
 class AbortedError(BhyError):
     """The other side gave up and said so (the ABORT section)."""
 

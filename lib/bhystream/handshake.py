@@ -68,6 +68,7 @@ LOADED = "loaded"  # destination: bhyrecv -u left it paused
 READY = "ready"  # destination: verified and loaded; waits for GO
 STARTED = "started"  # destination: it was, or may have been, started
 DEAD = "dead"  # destination: never ran and never will, from this stream
+PHASES = (PAUSED, HELD, GO, MOVED, LOADED, READY, STARTED, DEAD)
 
 
 # How long each waits, by its monotonic clock.  The source waits longer for the

@@ -75,7 +75,7 @@ def run(verb: Verb, role: Role, console: Console) -> int:
                 _end_dead(base, current, console)
             else:
                 _clear(current, console)
-        elif current is None or current.phase in OVER:
+        elif current is None or not _stands(current):
             raise GuestError(f"guest {record.guest}: it is not held any more")
         elif verb.name == "--discard":
             _discard(records, current, console)
@@ -95,7 +95,7 @@ def _list(base: Path, records: Records, guest: str | None, console: Console) -> 
     found = records.find(guest) if guest else records.all()
     lines = []
     for record in found:
-        if record.phase in OVER and not guest:
+        if not guest and not _stands(record):
             continue
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.time_ns // 10**9))
         kept = f"keeper {record.keeper}" if record.keeper and _is_locked(base, record) else "-"
@@ -117,7 +117,7 @@ def _is_locked(base: Path, record: Record) -> bool:
 def _one(records: Records, guest: str, verb: str) -> Record:
     """Find the one guest that the operator means."""
     all_ = records.find(guest)
-    found = [r for r in all_ if r.phase not in OVER or _is_left(r, guest, verb)]
+    found = [r for r in all_ if _stands(r) or _is_left(r, guest, verb)]
     if not found:
         if any(r.phase == STARTED for r in all_):
             raise GuestError(
@@ -128,6 +128,19 @@ def _one(records: Records, guest: str, verb: str) -> Record:
         ids = "\n".join(f"  {r.id} ({r.phase}, {r.operand})" for r in found)
         raise GuestError(f"guest {guest}: several are held; name one by its stream id", ids)
     return found[0]
+
+
+def _stands(record: Record) -> bool:
+    """Say whether somebody has to decide about a guest.
+
+    Also one that was told to run from its files and has them still: its
+    --resume was cut short.
+    """
+    if record.phase != STARTED:
+        return record.phase not in OVER
+    with contextlib.suppress(BhyError):
+        return hypervisors.lies_in_files(record.revive)
+    return False
 
 
 def _is_left(record: Record, guest: str, verb: str) -> bool:
@@ -240,7 +253,7 @@ def _resume(records: Records, record: Record, console: Console) -> None:
             console.say(f"guest {record.guest}: resuming; the destination must not have started it")
         # Before it is done: a guest that may run again is not to be discarded
         # by the record of the time when it was held.
-        records.write(record.moved(STARTED if record.phase == LOADED else PAUSED))
+        records.write(record.moved(STARTED if record.phase in (LOADED, STARTED) else PAUSED))
         try:
             paused.resume()
         except BaseException:
@@ -248,7 +261,7 @@ def _resume(records: Records, record: Record, console: Console) -> None:
             raise
     finally:
         paused.close()
-    if record.phase != LOADED:
+    if record.phase not in (LOADED, STARTED):
         records.remove(record.id)
     console.say(f"guest {record.guest}: it runs on {host_name()}")
     console.log(f"guest {record.guest}: stream {record.id} resumed")
@@ -280,6 +293,8 @@ def refuse_held(base: Path, operand: str, lock_name: str | None = None) -> None:
             f"guest {record.guest}: {record.phase} here since an earlier stream",
             _what_to_do(record),
         )
+    for error in records.broken():
+        raise error
 
 
 def _forget(records: Records, record: Record) -> None:

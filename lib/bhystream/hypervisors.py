@@ -234,3 +234,16 @@ def was_never_released(revive: Mapping[str, Any]) -> bool:
     from bhystream.backend.bhyve.loaded import open_loaded
 
     return open_loaded(revive).was_never_released()
+
+
+def lies_in_files(revive: Mapping[str, Any]) -> bool:
+    """Say whether a guest of the destination lies in files from which it can be started.
+
+    They go when it runs, so one that was told to run and has them still may
+    never have come to it.  False for QEMU's guests.  Raises GuestError.
+    """
+    if revive.get("hypervisor") not in _BHYVE or revive.get("role") != "destination":
+        return False
+    from bhystream.backend.bhyve.loaded import open_loaded
+
+    return open_loaded(revive).lies_in_files()

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from bhystream import handshake, hypervisors, leftover, state
-from bhystream.errors import OK, BhyError, GuestError, UsageError
+from bhystream.errors import OK, BhyError, BrokenError, GuestError, InDoubtError, UsageError
 from bhystream.handshake import QUERY, Act
 from bhystream.reply import Reply
 from bhystream.report import Console, host_name
@@ -34,8 +34,12 @@ def run(id_: str, console: Console) -> int:
     reply = Reply(base, id_)
     records = Records(base, "destination")
     reply.hello()
-    word = _ask(base, records, id_, console)
-    record = records.get(id_)
+    try:
+        word = _ask(base, records, id_, console)
+        record = records.get(id_)
+    except BrokenError as error:
+        reply.say("RAN")
+        raise InDoubtError(str(error), error.hint) from error
     if record and record.phase == handshake.DEAD:
         with contextlib.suppress(BhyError):
             leftover.end_dead(base, record)

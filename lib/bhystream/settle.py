@@ -17,6 +17,7 @@ from bhystream.answers import Answer
 from bhystream.errors import (
     OK,
     BhyError,
+    BrokenError,
     GoneError,
     GuestError,
     HeldError,
@@ -54,6 +55,8 @@ class Settlement:
 
     def without_hello(self) -> NoReturn:
         """Say what it means that nobody has answered."""
+        for error in self._records.broken():
+            raise InDoubtError(f"no answer came, and {error}", error.hint)
         doubtful = [
             record
             for record in self._records.all()
@@ -71,7 +74,7 @@ class Settlement:
 
     def distrusted(self, hello: Answer) -> NoReturn:
         """Say where the guest is when the answers cannot be believed."""
-        record = self._records.get(hello.id)
+        record = self._get(hello)
         if record is not None and record.phase != PAUSED:
             self._undecided(record, hello, "the answers cannot be believed")
         raise UsageError("the answers were not handed on")
@@ -81,16 +84,23 @@ class Settlement:
 
         met: a bhysend of this stream was there, and was lost.  Raises BhyError.
         """
-        record = self._records.get(hello.id)
+        record = self._get(hello)
         if record is None:
             return self._without_record(hello, met)
         if self._guest not in (None, record.guest, record.operand, record.id):
             raise UsageError(f"stream {hello.id} is of guest {record.guest}, not {self._guest}")
         with self._lock(record, hello):
-            current = self._records.get(hello.id)
+            current = self._get(hello)
             if current is None:
                 return self._without_record(hello, met)
             return self._settle(Standing(self._records, current), hello)
+
+    def _get(self, hello: Answer) -> Record | None:
+        """Return the stream's record.  One that is broken leaves its guest in doubt."""
+        try:
+            return self._records.get(hello.id)
+        except BrokenError as error:
+            raise InDoubtError(str(error), error.hint) from error
 
     def _lock(self, record: Record, hello: Answer) -> Lock:
         """Take the guest's lock, when its keeper has done what it does."""

@@ -8,10 +8,9 @@
     DIR/told/NAME          the warnings that were printed for a guest
     DIR/log/, DIR/NAME.qmp    the destination's hypervisors
 
-ID is the stream id.  A record is written whole under another name, synced,
-renamed, and its directory synced, so after a crash there is the old one or the
-new one.  What is recorded is recorded *before* it is done: a record says what
-may have happened, never less.
+ID is the stream id.  What is recorded is recorded *before* it is done, and
+durably (durable.py): a record says what may have happened, never less, and one
+that cannot be read says the most that it could.
 
 Whose record it is matters more than it looks: source and destination may be
 one host (a move to another process, every test), so the two never share a name.
@@ -27,16 +26,18 @@ import pwd
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from bhystream import durable
 from bhystream.errors import BhyError, GuestError, IncompatibleError, UsageError, from_oserror
+from bhystream.handshake import PHASES
 from bhystream.report import host_name
 
 _ATTEMPTS = 5
+_HOST_ID = re.compile("[0-9a-f]{16}")
 
 Role = Literal["source", "destination"]
 
@@ -70,6 +71,15 @@ class Record:
         """Return the destination's name, as it calls itself; "" if it is not recorded."""
         return self.host.partition("/")[0]
 
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> Record:
+        """Return the record that was written.  Raises ValueError, TypeError."""
+        made = Record(**fields)
+        texts = (made.id, made.guest, made.operand, made.lock, made.phase)
+        if made.phase not in PHASES or not all(isinstance(text, str) for text in texts):
+            raise ValueError("it is none of ours")
+        return made
+
     def moved(self, phase: str) -> Record:
         """Return the record with another phase, stamped now."""
         return replace(self, phase=phase, time_ns=time.time_ns())
@@ -101,7 +111,7 @@ def directory() -> Path:
     try:
         # The keeper and the hypervisor are told this path, and have other directories.
         path = path.absolute()
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable.make_directory(path)
         found = path.stat()
         if found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise IncompatibleError(
@@ -109,7 +119,7 @@ def directory() -> Path:
                 "if nobody else could write in it: chmod 700 it; or set BHYSEND_STATE_DIR",
             )
         for name in ("lock", "run", "source", "destination", "log", "told"):
-            (path / name).mkdir(mode=0o700, exist_ok=True)
+            durable.make_directory(path / name)
     except OSError as error:
         raise from_oserror(error, f"use the state directory {path}") from error
     return path
@@ -142,7 +152,7 @@ def host_id(base: Path) -> str:
     path = base / "host-id"
     try:
         with Lock(base, "host-id", "the host id", wait=True):
-            if not path.exists():
+            if not path.exists() or not _HOST_ID.fullmatch(path.read_text(errors="replace")):
                 durable.write(path, secrets.token_hex(8))
             return f"{host_name()}/{path.read_text('ascii')}"
     except OSError as error:
@@ -245,13 +255,12 @@ class Records:
     def remove(self, id_: str) -> None:
         """Remove a record durably; one that is not there is no error."""
         try:
-            (self._dir / f"{id_}.json").unlink(missing_ok=True)
-            durable.sync(self._dir)
+            durable.remove(self._dir / f"{id_}.json")
         except OSError as error:
             raise from_oserror(error, f"remove the record {id_}") from error
 
     def get(self, id_: str) -> Record | None:
-        """Return one record, None if there is none."""
+        """Return one record, None if there is none.  Raises BrokenError, AccessError, PipeError."""
         return self._read(self._dir / f"{id_}.json")
 
     def all(self) -> list[Record]:
@@ -288,17 +297,4 @@ class Records:
 
     @staticmethod
     def _read(path: Path) -> Record | None:
-        """Read a record; one that vanished is None, a broken one an error."""
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                return Record(**json.loads(path.read_bytes()))
-            except OSError as error:
-                if isinstance(error, FileNotFoundError):
-                    raise
-                raise from_oserror(error, f"read {path}") from error
-            except (ValueError, TypeError) as error:
-                raise GuestError(
-                    f"the record {path} is broken: {error}",
-                    "if no guest stands paused for it: remove it",
-                ) from error
-        return None
+        return durable.read(path, Record.from_json)

@@ -131,9 +131,18 @@ def test_what_was_started_is_found_by_another_process(base: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"process": 1, "node": ""}', '{"node": ""}'])
-def test_what_cannot_be_read_names_nobody(base: Path, text: str) -> None:
+def test_what_cannot_be_read_may_have_run(base: Path, text: str) -> None:
     place(base).started_path.write_text(text)
-    assert place(base).started() is None
+    found = place(base).started()
+    assert found is not None and not found.is_known
+    assert found.may_have_run(base, "web1") and not found.is_alive()
+
+
+def test_one_that_cannot_be_read_is_not_ours_to_end(base: Path) -> None:
+    made = place(base)
+    made.make_staging()
+    made.started_path.touch()
+    assert find_leftover(base, Path(made.staging), "web1") is None
 
 
 def test_what_cannot_be_written_starts_nothing(tmp_path: Path) -> None:

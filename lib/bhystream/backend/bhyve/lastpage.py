@@ -65,7 +65,7 @@ class LastPage:
                 _write(file.fileno(), self._tail, self._at)
             else:
                 self._tail = os.pread(file.fileno(), _TAIL_BYTES, self._at)
-                self._save()
+                durable.write(self._saved, self._tail)
             self._marks = (os.urandom(_MARK_BYTES), os.urandom(_MARK_BYTES))
             _write(file.fileno(), b"".join(self._marks), self._at + PAGE_BYTES - _MARK_BYTES)
         kern = os.open(self._files.kern, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -73,13 +73,6 @@ class LastPage:
             os.truncate(kern, kern_bytes)
         finally:
             os.close(kern)
-
-    def _save(self) -> None:
-        new = self._saved.with_suffix(".new")
-        new.write_bytes(self._tail)
-        durable.sync(new)
-        new.rename(self._saved)
-        durable.sync(self._saved.parent)
 
     def cut(self) -> None:
         """Cut the files.  Where a read is under way, it is waited for."""

@@ -86,8 +86,7 @@ def keep_files(place: Place, states: Sequence[State]) -> None:
         kept = Path(place.kept)
         for path in (*kept.iterdir(), kept, kept.parent):
             durable.sync(path)
-        _synced(place).touch(0o600)
-        durable.sync(kept)
+        durable.write(_synced(place), "")
     except OSError as error:
         raise from_oserror(error, f"write {place.kept}") from None
 
@@ -159,14 +158,14 @@ class BhyveLoaded:
         started = self.place.started()
         return started is not None and started.is_alive() and self._lacks_last_page()
 
-    def _is_complete(self) -> bool:
+    def lies_in_files(self) -> bool:
         """Say whether it lies in files from which it can be started."""
         return _synced(self.place).exists()
 
     def is_alive(self) -> bool:
         """Say whether it runs, is held, or lies in files."""
         started = self.place.started()
-        return (started is not None and started.is_alive()) or self._is_complete()
+        return (started is not None and started.is_alive()) or self.lies_in_files()
 
     def require_paused(self) -> None:
         """Raise TakenError where it runs, GoneError where nothing is left of it."""
@@ -199,9 +198,12 @@ class BhyveLoaded:
         if started is not None:
             may_have_run = started.may_have_run(self._host.run_dir, self.place.name)
             if may_have_run and not started.is_alive():
-                raise self._has_run(f"{self._who}: its bhyve -r has ended")
+                why = "its bhyve -r has ended"
+                if not started.is_known:
+                    why = f"{self.place.started_path} cannot be read"
+                raise self._has_run(f"{self._who}: {why}")
             self._end(started)
-        if not self._is_complete():
+        if not self.lies_in_files():
             raise GoneError(f"{self._who}: its bhyve has ended, and left nothing to go on from")
 
     def _has_run(self, why: str) -> TakenError:
@@ -250,12 +252,22 @@ class BhyveLoaded:
         """End it for good: its bhyve, its VM, its files.  One that runs is refused."""
         if self.runs():
             raise GuestError(f"{self._who}: it runs, so it is not ended here")
+        self._spoil()
         if started := self.place.started():
             self._end(started)
         self.place.remove()
         is_left_loaded = self.place.staging == self.place.kept
         if self._locks and is_left_loaded and self._locks.holder() == HELD:
             self._locks.release()
+
+    def _spoil(self) -> None:
+        """See that its files are not started any more, before that of a start is forgotten.
+
+        Never raises.
+        """
+        with contextlib.suppress(OSError):
+            if self.lies_in_files():
+                durable.remove(_synced(self.place))
 
     def _end(self, started: Started) -> None:
         started.end(self._host, self.place.name)
@@ -266,6 +278,7 @@ class BhyveLoaded:
         with contextlib.suppress(BhyError):
             started = self.place.started()
             if started is not None and not self.runs():
+                self._spoil()
                 self._end(started)
             self.place.remove()
 

@@ -197,8 +197,7 @@ class Locks:
 
     def _remove(self, path: Path) -> None:
         try:
-            path.unlink(missing_ok=True)
-            durable.sync(self.directory)
+            durable.remove(path)
         except OSError as error:
             raise from_oserror(error, f"remove {path}") from error
 

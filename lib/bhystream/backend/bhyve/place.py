@@ -30,7 +30,7 @@ from bhystream.backend.bhyve.hosts import open_host
 from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.snapshot import Files
 from bhystream.backend.process import Identity, boot_id, is_alive, kill_process
-from bhystream.errors import GuestError, from_oserror
+from bhystream.errors import BhyError, GuestError, from_oserror
 from bhystream.handshake import DEAD
 
 FILE = "ckp"
@@ -52,11 +52,13 @@ class Started:
     """A bhyve that we have started.
 
     process: None where its VM was made for it, and nothing more is known.
-    node: Host.node_id() of that VM.
+    node: Host.node_id() of that VM.  is_known: False for one whose record
+    cannot be read: anything may have become of it.
     """
 
     process: Identity | None
     node: str
+    is_known: bool = True
 
     def is_alive(self) -> bool:
         """Say whether this very process lives."""
@@ -66,9 +68,11 @@ class Started:
         """Say whether it may have let its vCPUs run, now that it has ended.
 
         It has made its checkpoint socket by then, of which none was left at
-        its start.  After a reboot, which removes sockets, nobody can say.  None
-        runs before its process is written down.
+        its start.  After a reboot, which removes sockets, nobody can say, and of
+        one that is not known neither.  None runs before its process is written down.
         """
+        if not self.is_known:
+            return True
         if self.process is None:
             return False
         return self.process.boot_id != boot_id() or os.path.lexists(run_dir / name)
@@ -132,15 +136,16 @@ class Place:
 
     def write_started(self, started: Started) -> None:
         """Write durably what was made, or is about to be run.  Raises PipeError, AccessError."""
+        fields = {"process": started.process and asdict(started.process), "node": started.node}
         try:
-            durable.write(self.started_path, json.dumps(asdict(started)))
+            durable.write(self.started_path, json.dumps(fields))
         except OSError as error:
             raise from_oserror(error, f"write {self.started_path}") from None
 
     def forget_started(self) -> None:
         """Forget a start that never ran, or that the record speaks of.  Never raises."""
         with contextlib.suppress(OSError):
-            self.started_path.unlink(missing_ok=True)
+            durable.remove(self.started_path)
 
     def host(self) -> Host:
         """Return the host that the record is of."""
@@ -195,13 +200,19 @@ class Place:
 
 
 def read_started(path: Path) -> Started | None:
-    """Read what write_started() wrote; None where there is none, or none that can be read."""
+    """Read what write_started() wrote; None where there is none.
+
+    One that cannot be read is one that is not known.
+    """
     try:
-        fields = json.loads(path.read_bytes())
-        process = fields["process"]
-        return Started(None if process is None else Identity(**process), str(fields["node"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return durable.read(path, _started)
+    except BhyError:
+        return Started(None, "", is_known=False)
+
+
+def _started(fields: Any) -> Started:
+    process = fields["process"]
+    return Started(None if process is None else Identity(**process), str(fields["node"]))
 
 
 @dataclass(frozen=True)
@@ -234,7 +245,7 @@ def find_leftover(base: Path, directory: Path, name: str) -> Leftover | None:
 
     base: the state directory.  directory: as Place.staging, from whatever
     source.  name: the guest's.  None also where a record other than DEAD speaks of
-    the stream: then that one's verbs end it.
+    the stream: then that one's verbs end it; and where one cannot be read.
     """
     stem, _, rest = directory.name.removeprefix(_PREFIX).partition(".")
     is_ours = directory.name.startswith(_PREFIX) or directory.parent == base / _KEPT
@@ -246,6 +257,8 @@ def find_leftover(base: Path, directory: Path, name: str) -> Leftover | None:
     for path in (base / _KEPT).glob(f"{stem}*.started"):
         one = read_started(path)
         if one is not None and path.name.partition(".")[2] == f"{name}.started":
+            if not one.is_known:
+                return None
             started[path] = one
     return Leftover(name, directory, started) if started or directory.is_dir() else None
 
@@ -258,11 +271,13 @@ def stream_of(base: Path, node: str) -> str:
 
 def _read(path: Path) -> tuple[str, str]:
     """Return a record's phase and its VM; ("", "") where it cannot be read."""
-    try:
-        fields = json.loads(path.read_bytes())
-        return str(fields["phase"]), str(fields["revive"].get("node", ""))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "", ""
+    with contextlib.suppress(BhyError):
+        return durable.read(path, _phase_and_node) or ("", "")
+    return "", ""
+
+
+def _phase_and_node(fields: Any) -> tuple[str, str]:
+    return str(fields["phase"]), str(fields["revive"].get("node", ""))
 
 
 def last_directory(lock: Path) -> Path | None:

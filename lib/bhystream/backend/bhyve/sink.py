@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bhystream import durable
 from bhystream.backend.base import Head, Json, State, Target
 from bhystream.backend.bhyve import backing, identity, snapshot, verdict, vmbhyve
 from bhystream.backend.bhyve.command import config_file
@@ -224,9 +225,10 @@ class BhyveSink:
         for one in self._leftovers():
             one.remove(self._host)
         started = place.started()
-        if started is not None and started.is_alive():
+        if started is not None and (started.is_alive() or not started.is_known):
+            cure = "" if started.is_known else f"if it surely does not run: rm {place.started_path}"
             raise IncompatibleError(
-                f"guest {place.name}: a bhyve starts, or runs, from this stream"
+                f"guest {place.name}: a bhyve starts, or runs, from this stream", cure
             )
         place.remove()
         place.forget_started()
@@ -244,9 +246,9 @@ class BhyveSink:
             self._plan = snapshot.parse(plan)
         elif why := self.late_reasons():
             raise IncompatibleError(f"guest {place.name}: {why[0]}")
-        directory = os.path.dirname(place.kept)
+        directory = Path(place.kept).parent
         try:
-            os.makedirs(directory, 0o700, exist_ok=True)
+            durable.make_directory(directory)
         except OSError as error:
             raise from_oserror(error, f"make {directory}") from None
         self._remove_leftovers(place)
