@@ -44,6 +44,42 @@ def renamed(plan: bytes, old: str, new: str) -> bytes:
     return plan.replace(old.encode(), new.encode())
 
 
+# A verdict.
+
+
+@pytest.mark.parametrize("unstarted", [False, True], ids=["early", "loaded"])
+def test_one_that_is_refused_leaves_what_another_run_has_made(
+    guest: Arriving, unstarted: bool
+) -> None:
+    other = guest.sink(unstarted=unstarted)
+    guest.build(other, late=unstarted)
+    left = guest.left()
+    guest.resources["com1"] = None
+    sink = guest.sink(unstarted=unstarted)
+    assert "com1: no -o com1= is given" in "".join(sink.check(guest.head))
+    with pytest.raises(InternalError, match="refused the guest"):
+        sink.open(b"")
+    sink.abort()
+    assert guest.left() == left
+    if not unstarted:
+        other.start()
+        guest.await_unbroken()
+
+
+def test_one_that_cannot_make_its_directory_removes_none(
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = guest.sink()
+    monkeypatch.setattr(sink, "_remove_leftovers", lambda place: None)
+    assert sink.check(guest.head) == []
+    staging = Path(dict(sink._placed({}, 1).to_json())["staging"])
+    staging.mkdir()
+    with pytest.raises(PipeError, match="File exists"):
+        sink.open(guest.plan)
+    sink.abort()
+    assert staging.is_dir()
+
+
 # The whole way.
 
 

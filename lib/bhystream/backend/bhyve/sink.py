@@ -111,19 +111,22 @@ class BhyveSink:
         if kind != self._host.kind:
             return [f"hypervisor: the guest runs under {ascii(kind)[:40]}, not {self._host.kind}"]
         try:
-            hard, soft = self._judge(head)
+            config = validate(head.config)
+            hard, soft, place = self._judge(head, config)
         except (BhyError, OSError) as error:
             return [str(error)]
-        return hard if self._force else hard + soft
+        reasons = hard if self._force else hard + soft
+        if not reasons:
+            self._section, self._place = config, place
+        return reasons
 
-    def _judge(self, head: Head) -> tuple[list[str], list[str]]:
-        """Return (reasons that stand, reasons that force overrules)."""
+    def _judge(self, head: Head, config: dict[str, Any]) -> tuple[list[str], list[str], Place]:
+        """Return (reasons that stand, reasons that force overrules, where it would be)."""
         host = self._host
         hard, soft = verdict.ability_reasons(host)
         theirs_hard, theirs_soft = verdict.host_reasons(head.host, identity.describe(host))
         hard += theirs_hard
         soft += theirs_soft
-        config = validate(head.config)
         size = int(config["keys"]["memory.size"])
         hard += verdict.guest_reasons(host, config)
         keys, reasons, differences = self._lend(config)
@@ -135,9 +138,9 @@ class BhyveSink:
             hard.append(
                 f"name: a VM {self._name} is here already; name another, or destroy it{whose}"
             )
-        self._place = self._placed(keys, size)
-        hard += self._place.staging_reasons()
-        return hard, soft + self._room(is_late=self._is_kept)
+        place = self._placed(keys, size)
+        hard += place.staging_reasons()
+        return hard, soft + self._room(place, is_late=self._is_kept), place
 
     def _placed(self, keys: dict[str, str], size: int) -> Place:
         host, kept = self._host, kept_of(self._base, self._id, self._name)
@@ -154,12 +157,12 @@ class BhyveSink:
             manager=str(self._manager.directory) if self._manager else "",
         )
 
-    def _room(self, *, is_late: bool) -> list[str]:
+    def _room(self, place: Place, *, is_late: bool) -> list[str]:
         """Return why there is no room for the guest, one line each.
 
         is_late: its memory goes through a file.
         """
-        place, out, in_memory = self._known(), [], False
+        out, in_memory = [], False
         if is_late or self._unstarted:
             root = self._base if self._unstarted else Path(place.staging).parent
             found = os.statvfs(root)
@@ -237,7 +240,8 @@ class BhyveSink:
 
     def late_reasons(self) -> list[str]:
         """Return why there is no room for its memory in a file; check() asked it of a kept one."""
-        return [] if self._is_kept or self._force else self._room(is_late=True)
+        is_asked = not self._is_kept and not self._force
+        return self._room(self._known(), is_late=True) if is_asked else []
 
     def open(self, plan: bytes) -> Sequence[Target]:
         """Make the files, and with a plan the guest's bhyve, held."""
@@ -253,8 +257,8 @@ class BhyveSink:
             raise from_oserror(error, f"make {directory}") from None
         self._remove_leftovers(place)
         note_directory(self._lock, place.staging)
-        self._is_open = True
         place.make_staging()
+        self._is_open = True
         self._make_memory_file(place)
         if self._plan is None:
             spans = snapshot.memory_spans(place.memory_bytes)
