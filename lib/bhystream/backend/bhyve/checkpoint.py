@@ -45,11 +45,12 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 
 from bhystream.backend.bhyve import nvlist
+from bhystream.backend.bhyve.listening import SYNC, ask
 from bhystream.backend.bhyve.nvlist import Descriptor
 from bhystream.backend.process import (
     EndedError,
@@ -69,7 +70,6 @@ _REPLY_S = 10.0
 # From the end of the connection, which a process that ends closes first, to its own end.
 _MOMENT_S = 0.2
 _HOLD_POLL_S = 0.001  # of the guest's pause
-_SYNC: dict[str, nvlist.Value] = {"cmd": "bhysend-sync"}
 
 
 class Outcome(Enum):
@@ -141,13 +141,12 @@ class Checkpoint:
 
     def sync(self) -> None:
         """Ask for a command that does not exist, to be answered when all before it is served."""
-        self._send(_SYNC)
+        self._send(SYNC)
 
-    def _send(self, pairs: dict[str, nvlist.Value]) -> None:
+    def _send(self, pairs: Mapping[str, nvlist.Value]) -> None:
         self._has_asked = True
         try:
-            ours = Descriptor(self._socket.fileno())
-            nvlist.send(self._socket, {**pairs, "bhysend-reply": ours})
+            ask(self._socket, pairs)
         except OSError as error:
             raise GuestError(f"{self._who}: cannot ask its bhyve: {error.strerror}") from None
 

@@ -1,17 +1,23 @@
-"""Who listens at a guest's checkpoint socket.
+"""Who listens at a guest's checkpoint socket, and how it is spoken to.
 
 bhyve prints a line into the guest's log for each connection that is closed
-without a message.  Run on FreeBSD 15.1, emulated AMD.
+without a message (run on FreeBSD 15.1, emulated AMD), so each one that is made
+says a word: a command that bhyve does not know, and passes over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Mapping
 
+from bhystream.backend.bhyve import nvlist
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.process import EndedError, Identity, identify, peer_pid
 from bhystream.errors import GuestError
+
+SYNC: Mapping[str, nvlist.Value] = {"cmd": "bhysend-sync"}
+"""What bhyve does not know, and serves when all before it has been served."""
 
 _PROBE_S = 5.0
 
@@ -26,6 +32,7 @@ def listens(host: Host, name: str) -> bool:
             return True  # its queue is full: somebody is there
         except OSError:
             return False
+        _say_a_word(probe)
     return True
 
 
@@ -42,6 +49,22 @@ def listener(host: Host, name: str) -> Identity | None:
             raise GuestError(f"guest {name}: the bhyve of that name is busy, or hangs") from None
         except OSError:
             return None
+        _say_a_word(probe)
         with contextlib.suppress(EndedError):
             return identify(peer_pid(probe, "bhyve"), "bhyve")
     return None
+
+
+def ask(connection: socket.socket, pairs: Mapping[str, nvlist.Value]) -> None:
+    """Send a request, and with it the connection itself.  Raises OSError.
+
+    bhyve has that end of it then until it has answered, so that it never
+    writes to a connection which nobody has.
+    """
+    nvlist.send(connection, {**pairs, "bhysend-reply": nvlist.Descriptor(connection.fileno())})
+
+
+def _say_a_word(connection: socket.socket) -> None:
+    """See that the connection may be closed.  One that ends just now needs no word."""
+    with contextlib.suppress(OSError):
+        ask(connection, SYNC)
