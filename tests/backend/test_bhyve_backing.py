@@ -66,6 +66,51 @@ def judged(host: Rig, found: dict[str, Any], **lent: str) -> tuple[list[str], li
 # ---- the source
 
 
+LPC = ("pci.0.31.0.device=lpc", "lpc.bootrom={at}/rom", "lpc.com1.path={at}/console")
+NOT_THERE = [
+    ("pci.0.3.0.path", "{at}/c", "there is no such file"),
+    ("pci.0.3.0.path", "a", "it is no absolute path, and bhyve runs in /"),
+    ("pci.0.3.0.path", "./a", "it is no absolute path, and bhyve runs in /"),
+    ("pci.0.3.0.path", "{at}", "bhyve cannot open it as a disk"),
+    ("pci.0.4.0.port.0.path", "{at}/c", "there is no such file"),
+    ("pci.0.4.0.port.1.path", "cd", "it is no absolute path, and bhyve runs in /"),
+    ("lpc.bootrom", "{at}/r", "there is no such file"),
+    ("lpc.bootrom", "rom", "it is no absolute path, and bhyve runs in /"),
+    ("lpc.bootvars", "{at}/vars", "there is no such file"),
+    ("lpc.com1.path", "console", "it is no absolute path, and bhyve runs in /"),
+    ("lpc.com1.path", "{at}/c", "there is no such file"),
+    ("pci.0.5.0.backend", "tap9", "there is no such interface"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "why"), NOT_THERE)
+def test_what_a_running_guest_cannot_run_with_is_said(
+    host: Rig, key: str, value: str, why: str
+) -> None:
+    at = host.directory
+    (at / "console").touch()
+    lines = [line.format(at=at) for line in LPC]
+    assert backing.missing(host.host, config(host, *lines)) == []
+    value = value.format(at=at)
+    found = backing.missing(host.host, config(host, *lines, f"{key}={value}"))
+    assert found == [f"{key}: {value!r}: {why}"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "lpc.com1.path=stdio",
+        "lpc.com1.path=tcp=127.0.0.1:5555",
+        "lpc.com1.path=/dev/nmdm-none.1A",
+        "pci.0.4.0.port.1.path=/ejected.iso",
+        "pci.0.5.0.backend=slirp",
+    ],
+)
+def test_what_is_no_file_or_may_be_gone_is_not_looked_for(host: Rig, line: str) -> None:
+    lines = [each.format(at=host.directory) for each in LPC[:2]]
+    assert backing.missing(host.host, config(host, *lines, line)) == []
+
+
 def test_disks_and_cards_are_told(host: Rig) -> None:
     found = backing.described(host.host, config(host))
     plain = {"sectorsize": 512, "candelete": False, "writable": True}

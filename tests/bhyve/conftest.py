@@ -17,6 +17,7 @@ from bhystream.backend.bhyve.config import GuestConfig
 from bhystream.backend.bhyve.held import HeldRecord
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.hosts import open_host
+from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.snapshot import Meta, parse
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
@@ -55,7 +56,9 @@ def config(host: Host, guest: str, config_path: str | None) -> GuestConfig:
     manager = find(host.datastores(), guest, os.uname().nodename)
     if manager is None:
         pytest.fail("set BHYSEND_TEST_CONFIG to the guest's bhyve_config(5) file")
-    return manager.config()
+    process = listener(host, guest)
+    assert process is not None, "nobody listens at its checkpoint socket"
+    return manager.running(process)
 
 
 @pytest.fixture

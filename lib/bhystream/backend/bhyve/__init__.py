@@ -9,6 +9,7 @@ The pieces, in the order in which a move meets them:
       freebsd_text.py libc.py  what programs print; mincore(2) and sysctl(3)
       freebsd_kld.py freebsd_disk.py  what vmm.ko can; disks and interfaces
     vmbhyve.py    vm-bhyve's description of a guest, and its last start
+      vmconf.py   vm-bhyve's own files by its own rules, and what has changed in them
     locks.py      vm-bhyve's locks: told before the kill, changed after it
     argv.py legacy.py   bhyve's command line -> bhyve_config(5) keys
     config.py     a configuration -> the CONFIG section, or a refusal

@@ -1,6 +1,7 @@
 """What stands behind a guest's disks and network cards, as far as its saved state depends on it.
 
     source        described()   each disk's and card's facts here -> CONFIG, "disks" and "nets"
+                  missing()     what is not there at all
     destination   reasons()     the same of the resources lent there, compared
 
 A disk's facts are those that bhyve finds when it opens it, with the guest's
@@ -25,6 +26,11 @@ from typing import Any
 from bhystream.backend.bhyve.config import GuestConfig
 from bhystream.backend.bhyve.host import Disk, Host
 from bhystream.backend.files import Lent, identity_of
+
+_PATHS = ("bootrom", "bootvars")
+# Of a serial port.  Source: usr.sbin/bhyve/uart_backend.c, uart_tty_open().
+_NO_PATHS = ("stdio",)
+_TCP = "tcp="
 
 Reasons = tuple[list[str], list[str]]
 
@@ -55,6 +61,38 @@ def described(host: Host, config: GuestConfig) -> dict[str, Any]:
             if mtu is not None:
                 nets[word] = {"mtu": mtu}
     return {**section, "disks": disks, "nets": nets}
+
+
+def missing(host: Host, config: GuestConfig) -> list[str]:
+    """Say what a running guest's configuration names that cannot be what it runs with.
+
+    bhyve has them open: a path that is relative, or not there, is a fault of
+    the configuration.  A CD may have been ejected, and its image be gone.
+    """
+    out = []
+    for word, key in config.section["resources"].items():
+        value = config.full.get(key)
+        if value is None:
+            continue
+        if word.startswith("net"):
+            if _is_interface(config.full, key, value) and not host.has_tap(value):
+                out.append(f"{key}: {value!r}: there is no such interface")
+        elif word in _PATHS or word.startswith(("disk", "com")):
+            is_cd = config.full.get(f"{key.removesuffix('.path')}.type") == "cd"
+            if value in _NO_PATHS or value.startswith(_TCP):
+                continue
+            if not value.startswith("/"):
+                out.append(f"{key}: {value!r}: it is no absolute path, and bhyve runs in /")
+            elif not (is_cd or os.path.exists(value) or _is_terminal(word, value)):
+                out.append(f"{key}: {value!r}: there is no such file")
+            elif word.startswith("disk") and not is_cd and host.disk(value) is None:
+                out.append(f"{key}: {value!r}: bhyve cannot open it as a disk")
+    return out
+
+
+def _is_terminal(word: str, path: str) -> bool:
+    """Say whether a path is a terminal's, which the host makes when it is opened: nmdm(4)."""
+    return word.startswith("com") and os.path.dirname(path) == "/dev"
 
 
 def _facts(keys: Mapping[str, str], disk: str, found: Disk) -> dict[str, Any]:
@@ -93,7 +131,7 @@ def reasons(host: Host, section: Mapping[str, Any], values: Mapping[str, str]) -
             more = _disk_reasons(host, section, word, value)
         elif word.startswith("net"):
             more = _net_reasons(host, section, values, word, value)
-        elif word in ("bootrom", "bootvars"):
+        elif word in _PATHS:
             more = _file_reasons(word, value)
         else:
             more = [], []  # bhyve makes com ports, and listens itself

@@ -19,7 +19,7 @@ from pathlib import Path
 import xxhash
 
 from bhystream.backend import process_freebsd, programs
-from bhystream.backend.bhyve import freebsd_disk, freebsd_kld, freebsd_text, libc
+from bhystream.backend.bhyve import freebsd_disk, freebsd_kld, freebsd_text, libc, vmconf
 from bhystream.backend.bhyve.freebsd_trace import Trace
 from bhystream.backend.bhyve.freebsd_vm import FreeBsdVm
 from bhystream.backend.bhyve.host import Disk, NoBhyveError
@@ -253,7 +253,7 @@ class FreeBsdHost:
             raise AccessError(f"cannot read {error.filename}: {error.strerror}") from None
         except OSError as error:
             raise from_oserror(error, f"read {error.filename}") from None
-        config = freebsd_text.assignments(text)
+        config = vmconf.parse(text)
         return [Path(default), *map(Path, freebsd_text.more_stores(config, table))]
 
     # The network.  Source: ifconfig(8), tap(4).

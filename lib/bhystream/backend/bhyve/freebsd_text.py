@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from bhystream.errors import GuestError
 
-_ASSIGNMENT = re.compile(r"""^\s*(\w+)=(?:"([^"]*)"|'([^']*)'|(\S*))\s*(?:#.*)?$""")
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -54,16 +53,6 @@ def mounts(text: str) -> list[Mount]:
         words = [_OCTAL.sub(lambda match: chr(int(match[1], 8)), word) for word in line.split()]
         if len(words) >= 3:
             found.append(Mount(*words[:3]))
-    return found
-
-
-def assignments(text: str) -> dict[str, str]:
-    """Return the variables of a file in sysrc(8)'s form: name="value", one a line."""
-    found = {}
-    for line in text.splitlines():
-        match = _ASSIGNMENT.match(line)
-        if match:
-            found[match[1]] = next((value for value in match.groups()[1:] if value is not None), "")
     return found
 
 

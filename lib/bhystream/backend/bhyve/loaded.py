@@ -190,7 +190,9 @@ class BhyveLoaded:
         if self._locks:
             # It runs, whatever becomes of a note for vm-bhyve.
             with contextlib.suppress(BhyError):
-                self._locks.runs_here(config_file(self.place.keys))
+                started = self.place.started()
+                who = started.process if started else None
+                self._locks.runs_here(config_file(self.place.keys), who)
 
     def _require_startable(self) -> None:
         """End what an earlier start left; refuse a guest that may have run by it."""

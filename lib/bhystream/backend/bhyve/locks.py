@@ -10,7 +10,8 @@ A guest that was started by bhyrecv has no supervisor, and its start is in no
 log of vm-bhyve's.  Its run.lock has a second line, of which vm-bhyve reads
 nothing ("head -n 1"), and beside it is
 
-    bhysend.conf     the bhyve_config(5) text that it was started with
+    bhysend.conf     the bhyve_config(5) text that it was started with; which process that
+                     was stands in its first line, a comment
 
 At the source nothing is written while the guest stands held: its process and
 its lock are what they were.  Where it has moved: before_kill(), the kill,
@@ -38,6 +39,7 @@ from pathlib import Path
 
 from bhystream import durable
 from bhystream.backend.bhyve.keys import refuse, shown
+from bhystream.backend.process import Identity
 from bhystream.errors import GuestError, InternalError, from_oserror
 
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
@@ -45,6 +47,15 @@ _POLL_S = 0.05
 _MAX_LOCK_BYTES = 1024
 _MAX_CONF_BYTES = 256 << 10
 _OURS = "bhysend"
+_PROCESS = re.compile(r"# process (\d{1,10}) (-?\d{1,20}) ([0-9A-Za-z-]{1,64})")
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A start of ours.  config: bhyve_config(5) text.  process: of its bhyve, None if not known."""
+
+    config: str
+    process: Identity | None
 
 
 @dataclass(frozen=True)
@@ -127,9 +138,16 @@ class Locks:
         """Say whether run.lock was written by runs_here()."""
         return (_read(self._run, _MAX_LOCK_BYTES) or "").split("\n") == [self.hostname, _OURS, ""]
 
-    def started_with(self) -> str | None:
-        """Return the configuration of a guest that we started here, None for any other."""
-        return _read(self._conf, _MAX_CONF_BYTES) if self._is_ours() else None
+    def started_with(self) -> Ours | None:
+        """Return what a guest was started with that we started here, None for any other.
+
+        It may have ended since: nobody looks after it.
+        """
+        text = _read(self._conf, _MAX_CONF_BYTES) if self._is_ours() else None
+        if not text:
+            return None
+        found = _PROCESS.fullmatch(text.partition("\n")[0])
+        return Ours(text, Identity(int(found[1]), int(found[2]), found[3]) if found else None)
 
     def before_kill(self) -> None:
         """Tell the supervisor that the coming exit is no fault: it will not start it again."""
@@ -162,16 +180,14 @@ class Locks:
         """Lock the guest with a word that is no host's, durably, so that no `vm start` runs it."""
         self._take(word)
 
-    def runs_here(self, config: str = "") -> None:
+    def runs_here(self, config: str, who: Identity | None) -> None:
         """Lock the guest for this host, durably: we started it, without a supervisor.
 
-        config: the bhyve_config(5) text that it was started with; without it
-        the next move of this guest needs -C, or believes vm-bhyve's last log.
+        config: the bhyve_config(5) text that it was started with.  who: its
+        bhyve; where that is not known, the next move of this guest needs -C.
         """
-        if config:
-            self._write(self._conf, config.removesuffix("\n"), 0o600)  # may hold a VNC password
-        else:
-            self._remove(self._conf)
+        head = f"# process {who.pid} {who.start_ticks} {who.boot_id}\n" if who else ""
+        self._write(self._conf, head + config.removesuffix("\n"), 0o600)  # may hold a VNC password
         self._write(self._run, f"{self.hostname}\n{_OURS}")
 
     def release(self) -> None:

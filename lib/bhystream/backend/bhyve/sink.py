@@ -181,7 +181,7 @@ class BhyveSink:
         """
         wishes, differ = self._wishes, []
         if self._manager and not self._names_all(section):
-            own = self._manager.config()
+            own = self._manager.last_started()
             differ = differences(section, own.section, own.computed)
             named = {section["resources"].get(word, word) for word in wishes.values}
             lent = {key: value for key, value in own.resources().items() if key not in named}
@@ -328,7 +328,8 @@ class BhyveSink:
             # It runs, whatever becomes of a note for vm-bhyve, which does not
             # start it as long as its VM is there.
             with contextlib.suppress(BhyError):
-                self._manager.locks.runs_here(config_file(place.keys))
+                who = restore.started.process if restore.started else None
+                self._manager.locks.runs_here(config_file(place.keys), who)
 
     def leave_paused(self) -> None:
         """Let go of the guest, which lies in files on disk; its record finds it again."""

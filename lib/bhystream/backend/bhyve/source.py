@@ -98,11 +98,14 @@ class BhyveSource:
             raise GuestError(f"guest {name}: no VM of that name is here")
         if self._manager:
             self._manager.locks.require_free()
-        self._config = self._find_config(config_path)
+        given = self._given(config_path)
+        self._process = self._listener()
+        self._config = given or self._recorded(self._process)
+        if reasons := backing.missing(host, self._config):
+            raise IncompatibleError(f"guest {name}: {reasons[0]}", "\n".join(reasons[1:]))
         self._memory = Memory(host, name)
         self._compare()
         self._require_started()
-        self._process = self._listener()
         hard, soft = verdict.source_reasons(host, self._process.pid, manager=self._manager)
         if reasons := hard + ([] if force else soft):
             raise IncompatibleError(f"guest {name}: {reasons[0]}", "\n".join(reasons[1:]))
@@ -117,16 +120,21 @@ class BhyveSource:
             connection.close()
         raise GoneError(f"{self._who}: its bhyve has just ended")
 
-    def _find_config(self, path: str | None) -> GuestConfig:
-        """Return the guest's configuration.  Without one nothing could start it again."""
+    def _given(self, path: str | None) -> GuestConfig | None:
+        """Return the configuration of -C, None where vm-bhyve has to tell it."""
         if path is not None:
             return read_config(path, self._name)
-        if self._manager:
-            return self._manager.config()
-        raise IncompatibleError(
-            f"guest {self._name}: its configuration is not known, and bhyve does not tell it",
-            "give it as a bhyve_config(5) file: -C file",
-        )
+        if self._manager is None:
+            raise IncompatibleError(
+                f"guest {self._name}: its configuration is not known, and bhyve does not tell it",
+                "give it as a bhyve_config(5) file: -C file",
+            )
+        return None
+
+    def _recorded(self, process: Identity) -> GuestConfig:
+        """Return the configuration that vm-bhyve, or bhyrecv, has started this process with."""
+        assert self._manager is not None
+        return self._manager.running(process)
 
     def _compare(self) -> None:
         """Compare the configuration with what the kernel knows of the guest."""

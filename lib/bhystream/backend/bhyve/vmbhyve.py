@@ -2,9 +2,15 @@
 
 NAME.conf is vm-bhyve's own description; bhyve's argv is computed from it at
 each start, with taps and a VNC port that exist only then.  So the argv of the
-last start is taken from vm-bhyve.log, where vm-bhyve writes it, and compared
-with the .conf: a log of another machine, or one that was edited since, must
-not describe a running guest.
+last start is taken from vm-bhyve.log, where vm-bhyve writes it.
+
+    source         it describes the bhyve that runs: vm-bhyve holds run.lock, and the
+                   log says nothing of an end behind it; or the start was ours, of
+                   this very process (locks.py)
+    destination    it is the last one, ended or not, and the .conf has named no other
+                   disks since (vmconf.py)
+
+Both compare uuid and MAC addresses with the .conf: a log may be another machine's.
 
 Confirmed in source, never run: freebsd/vm-bhyve@0c93a8fb lib/vm-run, vm::run(),
 and lib/vm-util@06e1623d, util::log(), "DATE:  [bhyve options: ...]", one entry
@@ -14,26 +20,32 @@ a line, in the order options, devices, console, ISO device.
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bhystream.backend.bhyve import keys as known
+from bhystream.backend.bhyve import vmconf
 from bhystream.backend.bhyve.argv import parse_argv
 from bhystream.backend.bhyve.config import GuestConfig, read, split
 from bhystream.backend.bhyve.keys import refuse, shown
 from bhystream.backend.bhyve.locks import Locks
+from bhystream.backend.process import Identity, is_same
 from bhystream.errors import from_oserror
 
 CURE = "name a bhyve_config(5) file of this guest with -C"
+CURE_THERE = "give each resource with -o, or start the guest here once with vm-bhyve"
 _MAX_CONF_BYTES = 256 << 10
 # vm-bhyve rotates its log at a start, from 1 MiB on.
 _MAX_LOG_BYTES = 8 << 20
 _NETWORK = re.compile(r"network\d{1,3}_type")
-_CONF_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 # Behind the date: ISO 8601 since 1.7, "Feb 03 04:05:06" before.
 _ENTRY = re.compile(r"[^\[]{1,40}: +\[bhyve (options|devices|console|iso device): (.*)\]")
+# What tells of a start that is no more, or has not come so far; and of bhyve being run again.
+_SAID = re.compile(
+    r".{1,40}?: (bhyve exited with status .*|stopped|suspended|fatal;.*|initialising|restarting"
+    r"|starting bhyve \(run \d+\))"
+)
 # Written last of all options, and the only one whose argument may hold spaces.
 _RESUMED = re.compile(r"(?:^| )-r /.*\.save$")
 
@@ -54,32 +66,83 @@ class VmBhyveGuest:
     def conf(self) -> dict[str, str]:
         """Return NAME.conf's keys; nothing of it is run.  Raises IncompatibleError."""
         path = self.directory / f"{self.name}.conf"
-        return parse_conf(_read(path, _MAX_CONF_BYTES), path.name)
+        if path.stat().st_size > _MAX_CONF_BYTES:
+            raise refuse(f"{path} is longer than {_MAX_CONF_BYTES} bytes")
+        return vmconf.parse(_read(path, _MAX_CONF_BYTES))
 
-    def argv(self) -> list[str]:
-        """Return bhyve's argv at the last start, without the program.
+    @property
+    def _log(self) -> Path:
+        return self.directory / "vm-bhyve.log"
 
-        Raises IncompatibleError where the log holds none.
+    def _last_start(self, cure: str) -> Start:
+        """Return the last start of the log.  Raises IncompatibleError where it holds none."""
+        start = last_start(_read(self._log, _MAX_LOG_BYTES))
+        if start is None:
+            raise refuse(f"{self._log} records no start of {self.name}", cure)
+        return start
+
+    def running(self, process: Identity) -> GuestConfig:
+        """Return the configuration that the guest runs with: of its start, by vm-bhyve or by us.
+
+        process: its bhyve.  Raises IncompatibleError where none is known to be
+        of this process, where it and the .conf disagree on the uuid or a MAC
+        address, or where something of it cannot travel.
         """
-        path = self.directory / "vm-bhyve.log"
-        words = last_argv(_read(path, _MAX_LOG_BYTES))
-        if words is None:
-            raise refuse(f"{path} records no start of {self.name}", CURE)
-        return [*words, self.name]
-
-    def config(self) -> GuestConfig:
-        """Return the configuration of the last start, by vm-bhyve or by ours.
-
-        Raises IncompatibleError where it and the .conf disagree on the uuid
-        or a MAC address, or where something of it cannot travel.
-        """
-        ours = self.locks.started_with()
-        found = read(ours, self.name) if ours else split(parse_argv(self.argv()), self.name)
-        self._compare(self.conf(), found)
+        if ours := self.locks.started_with():
+            if ours.process is None or not is_same(ours.process, process):
+                raise refuse(
+                    f"{self.directory}/bhysend.conf is of another start than process"
+                    f" {process.pid}, which runs {self.name}",
+                    CURE,
+                )
+            found = read(ours.config, self.name)
+        else:
+            if not self.locks.is_supervised():
+                raise refuse(
+                    f"{self._log} does not describe the bhyve that runs: vm-bhyve has not started"
+                    f" it, as {self.directory}/run.lock does not name this host",
+                    CURE,
+                )
+            start = self._last_start(CURE)
+            if start.ended:
+                raise refuse(
+                    f"{self._log} does not describe the bhyve that runs: behind its last start it"
+                    f" says {shown(start.ended)}",
+                    CURE,
+                )
+            found = split(parse_argv([*start.argv(), self.name]), self.name)
+        self._compare(self.conf(), found, CURE)
         return found
 
-    def _compare(self, conf: dict[str, str], found: GuestConfig) -> None:
-        """Refuse a .conf whose uuid or MAC addresses the last start did not have."""
+    def last_started(self) -> GuestConfig:
+        """Return the configuration of the last start here, by vm-bhyve or by us.
+
+        Raises IncompatibleError as running(), and where the .conf has named
+        other disks or cards, or another kind of loader, since.
+        """
+        if ours := self.locks.started_with():
+            found = read(ours.config, self.name)
+            generated = found.full
+        else:
+            start = self._last_start(CURE_THERE)
+            found = split(parse_argv([*start.argv(), self.name]), self.name)
+            # Not an ISO to install from, nor what bhyve_options adds.
+            generated = parse_argv([*start.parts["devices"].split(), self.name])
+        conf = self.conf()
+        self._compare(conf, found, CURE_THERE)
+        devices = known.pci_devices(generated)
+        paths = [generated.get(f"{disk}.path", "") for disk in known.disks(generated, devices)]
+        roms = found.full.get("lpc.bootrom"), found.full.get("lpc.bootvars")
+        count = len(known.nets(devices))
+        if changed := vmconf.changes(conf, self.directory, paths, count, roms):
+            raise refuse(
+                f"{self.name}.conf was changed since the guest last ran here: {'; '.join(changed)}",
+                CURE_THERE,
+            )
+        return found
+
+    def _compare(self, conf: dict[str, str], found: GuestConfig, cure: str) -> None:
+        """Refuse a .conf whose uuid or MAC addresses a start did not have."""
         guest = found.section["keys"]
         # bhyve_options may add cards of its own, so each address only has to be there.
         macs = {guest[f"{net}.mac"] for net in known.nets(known.pci_devices(guest))}
@@ -92,7 +155,7 @@ class VmBhyveGuest:
             if ours and (known.mac(ours) or ours.lower()) not in there:
                 had = ", ".join(sorted(there)) or "none"
                 raise refuse(
-                    f"{self.name}.conf has {key} {shown(ours)}, the last start had {had}", CURE
+                    f"{self.name}.conf has {key} {shown(ours)}, the last start had {had}", cure
                 )
 
 
@@ -110,41 +173,43 @@ def find(datastores: Sequence[Path], name: str, hostname: str) -> VmBhyveGuest |
     return None
 
 
-def parse_conf(text: str, what: str) -> dict[str, str]:
-    """Return the keys of a sysrc-style file, the last of each one.
+@dataclass(frozen=True)
+class Start:
+    """The last start that a vm-bhyve.log records.
 
-    Quotes and backslashes as sh(1) reads them; "$" and "`" stay what they are.
-    A line that sets nothing is passed over.
+    parts: what is written of it, by the word behind "bhyve".  ended: what the
+    log says behind it that makes it a start of the past, "" if nothing.
     """
-    found: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError:
-            raise refuse(f"{what}: line {number}: a quote is open") from None
-        key, equals, value = words[0].partition("=") if words else ("", "", "")
-        if equals and _CONF_KEY.fullmatch(key):
-            found[key] = value
-    return found
+
+    parts: Mapping[str, str]
+    ended: str
+
+    def argv(self) -> list[str]:
+        """Return bhyve's words, in vm-bhyve's order: devices, options, ISO, console.
+
+        The name is not in it.  vm-bhyve itself parts the words at spaces, so no
+        quoting is lost.
+        """
+        order = ("devices", "options", "iso device", "console")
+        return [word for part in order for word in self.parts.get(part, "").split()]
 
 
-def last_argv(log: str) -> list[str] | None:
-    """Return the words of the last start that a vm-bhyve.log records, None without one.
-
-    In vm-bhyve's order: devices, options, ISO, console.  The name is not in
-    it.  vm-bhyve itself parts the words at spaces, so no quoting is lost.
-    """
+def last_start(log: str) -> Start | None:
+    """Return the last start that a vm-bhyve.log records, None without one."""
     parts: dict[str, str] = {}
-    for line in log.splitlines():
-        entry = _ENTRY.fullmatch(line)
+    ended = ""
+    for line in log.split("\n"):
+        entry, said = _ENTRY.fullmatch(line), _SAID.fullmatch(line)
         if entry and entry[1] == "options":
-            parts = {"options": _RESUMED.sub("", entry[2])}
+            parts, ended = {"options": _RESUMED.sub("", entry[2])}, ""
         elif entry and parts:
             parts[entry[1]] = entry[2]
-    if "devices" not in parts:
-        return None
-    order = ("devices", "options", "iso device", "console")
-    return [word for part in order for word in parts.get(part, "").split()]
+        elif said and said[1].startswith("starting"):
+            # Again, with the same options: older versions write them once.
+            ended = ""
+        elif said and not (ended and said[1] == "restarting"):
+            ended = said[1]
+    return Start(parts, ended) if "devices" in parts else None
 
 
 def _read(path: Path, limit: int) -> str:

@@ -1,0 +1,91 @@
+"""vm-bhyve's own files, NAME.conf and system.conf, by its own rules, and what they say of disks.
+
+A line counts if it begins with a lower-case letter.  All from the first "#" on
+is a comment, also within quotes; then spaces at the end go, then every double
+quote, and nothing else is special.  The key is what stands before the first
+"=", and its first line counts.  A line without "=" is its own value.
+
+Source: freebsd/vm-bhyve@89c21d0e lib/vm-config, config::load(), config::get(),
+config::core::load(); lib/vm-run, vm::bhyve_device_disks(), vm::get_disk_path(),
+vm::bhyve_device_networking(), vm::uefi(); read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+_LINE = re.compile("[a-z]")
+_NO = frozenset({"", "no", "false", "off", "0"})
+_ZVOL = ("zvol", "sparse-zvol")
+_ANYWHERE = "iscsi"
+
+
+def parse(text: str) -> dict[str, str]:
+    """Return the keys of a file with their values."""
+    found: dict[str, str] = {}
+    for line in text.split("\n"):
+        if _LINE.match(line):
+            kept = line.partition("#")[0].rstrip(" ").replace('"', "")
+            key, equals, value = kept.partition("=")
+            found.setdefault(key, value if equals else kept)
+    return found
+
+
+def disks(conf: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield each disk's name and what kind of a place it is in: ("disk0.img", "file")."""
+    number = 0
+    while conf.get(f"disk{number}_name") and conf.get(f"disk{number}_type"):
+        yield conf[f"disk{number}_name"], conf.get(f"disk{number}_dev", "")
+        number += 1
+
+
+def cards(conf: Mapping[str, str]) -> int:
+    """Return how many network cards there are."""
+    number = 0
+    while conf.get(f"network{number}_type"):
+        number += 1
+    return number
+
+
+def changes(
+    conf: Mapping[str, str],
+    directory: Path,
+    had_disks: Sequence[str],
+    had_cards: int,
+    roms: tuple[str | None, str | None],
+) -> list[str]:
+    """Say what a .conf has otherwise than a start had it, one line each.
+
+    directory: the guest's.  had_disks: the paths of its disks at the start, in
+    the order of their slots; had_cards: of how many network cards.  roms: its
+    boot ROM and variables.  Of what the .conf does not name at all nothing is said.
+    """
+    out = []
+    wanted = list(disks(conf))
+    if wanted and len(wanted) != len(had_disks):
+        out.append(f"it has {len(wanted)} disks, the last start had {len(had_disks)}")
+    for number, ((name, kind), path) in enumerate(zip(wanted, had_disks, strict=False)):
+        if not _is_at(name, kind, directory, path):
+            out.append(f"its disk{number} is {name} ({kind or 'file'}), the last start had {path}")
+    if cards(conf) and cards(conf) != had_cards:
+        out.append(f"it has {cards(conf)} network cards, the last start had {had_cards}")
+    if loader := conf.get("loader"):
+        is_uefi = loader.partition("-")[0] == "uefi"
+        if is_uefi != (roms[0] is not None):
+            out.append(f"its loader is {loader}, the last start had boot ROM {roms[0] or 'none'}")
+        elif is_uefi and (conf.get("uefi_vars", "").lower() not in _NO) != (roms[1] is not None):
+            out.append(f"its uefi_vars has changed, the last start had {roms[1] or 'none'}")
+    return out
+
+
+def _is_at(name: str, kind: str, directory: Path, path: str) -> bool:
+    """Say whether a disk of the .conf is at a path."""
+    if kind == _ANYWHERE:
+        return True
+    if kind in _ZVOL:
+        return path.startswith("/dev/zvol/") and path.endswith(f"/{directory.name}/{name}")
+    wanted = name if kind in ("custom", "9p") else os.path.join(directory, name)
+    return path == wanted or os.path.realpath(path) == os.path.realpath(wanted)

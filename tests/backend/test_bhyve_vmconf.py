@@ -1,0 +1,74 @@
+"""vm-bhyve's own files, by its own rules: what vm-bhyve itself makes of each line.
+
+The expected values are those of config::load() and config::get() of freebsd/vm-bhyve@89c21d0e:
+grep '^[a-z]' | awk -F# '{print $1}' | sed -e 's@ *$@@' | tr -d '"', and the first match.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bhystream.backend.bhyve.vmconf import parse
+
+# config::load() and config::get() as they stand; setvar is FreeBSD's sh(1) alone.
+VM_BHYVE = r"""
+VM_CONFIG=$(grep '^[a-z]' "$1" 2>/dev/null | awk -F# '{print $1}' | sed -e 's@ *$@@' | tr -d '"')
+IFS='
+'
+for _c_line in ${VM_CONFIG}; do
+    if [ "$2" = "${_c_line%%=*}" ]; then
+        printf %s "${_c_line#*=}"
+        exit 0
+    fi
+done
+exit 1
+"""
+
+LINES = [
+    ('a="b"', "b"),
+    ("a=b", "b"),
+    ("a='b'", "'b'"),
+    ("a=John's", "John's"),
+    ("a=b\\", "b\\"),
+    ('a="b # c"', "b"),
+    ("a=b#c", "b"),
+    ("a=b # c", "b"),
+    ('a="b', "b"),
+    ('a=b"c"d', "bcd"),
+    ('a="b "', "b "),
+    ("a=b  ", "b"),
+    ("a=b\t", "b\t"),
+    ("a=", ""),
+    ("a=b=c", "b=c"),
+    ("a", "a"),
+    ("a = b", None),
+    (" a=b", None),
+    ("A=b", None),
+    ("_a=b", None),
+    ("1a=b", None),
+    ("#a=b", None),
+    ("export a=b", None),
+    ("a=$(touch x)", "$(touch x)"),
+    ("a=1\na=2", "1"),
+    ("b=0\na=1\n\nc=2", "1"),
+    ("a=1\r", "1\r"),
+    ("x=1\x0ca=2", None),
+    ("a=1\x0bb", "1\x0bb"),
+    ("a=\u00fc", "\u00fc"),
+    ("a=1\u2028a=2", "1\u2028a=2"),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), LINES)
+def test_a_line_is_what_vm_bhyve_makes_of_it(tmp_path: Path, text: str, value: str | None) -> None:
+    assert parse(text).get("a") == value
+    path = tmp_path / "g.conf"
+    path.write_bytes(f"{text}\n".encode())
+    theirs = subprocess.run(
+        ["sh", "-c", VM_BHYVE, "sh", str(path), "a"], stdout=subprocess.PIPE, cwd=tmp_path
+    )
+    assert (theirs.stdout.decode() if theirs.returncode == 0 else None) == value
+    assert [entry.name for entry in tmp_path.iterdir()] == ["g.conf"]
