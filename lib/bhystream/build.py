@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bhystream import format as fmt
-from bhystream import handshake, hold, hypervisors, inherited, leftover, state
+from bhystream import handshake, hold, hypervisors, inherited, leftover, prune, state
 from bhystream.backend.base import PAGE_BYTES, Head, Segment, Sink, State, Target
 from bhystream.errors import (
     BhyError,
@@ -136,7 +136,7 @@ class Build:
             self.source.on_quiet = self.reply.hello
         # Held to the end: a second bhyrecv of the same stream is refused now,
         # and finds the record later.
-        self.stream_lock = state.Lock(self.base, f"stream-{self.id}", f"stream {self.id}")
+        self.stream_lock = leftover.lock_stream(self.base, self.id)
         if self.walk.is_dry_run:
             raise UsageError("the stream is a dry run (bhysend -n): read it with bhyrecv -n")
         require_startable(self.opts, self.walk, self.records)
@@ -342,10 +342,11 @@ class Build:
         return error
 
     def close(self) -> None:
-        """Give up the locks."""
+        """Give up the locks, and make what is kept of earlier streams smaller."""
         for lock in (self.lock, self.stream_lock):
             if lock:
                 lock.release()
+        prune.prune(self.base, self.records)
 
     # The acts of handshake.DESTINATION.
 
@@ -416,9 +417,11 @@ def require_startable(opts: Options, walk: Walk, records: state.Records) -> None
             f"stream {id_} stands loaded on this host, as {record.operand}",
             f"bhyrecv --resume {id_}, or bhyrecv --discard {id_}",
         )
-    if record and (is_answered or not opts.again):
+    phase = records.phase(id_)
+    if phase and (is_answered or not opts.again):
+        where = f", as {record.operand}" if record else ""
         raise IncompatibleError(
-            f"stream {id_} was {record.phase} on this host before, as {record.operand}",
+            f"stream {id_} was {phase} on this host before{where}",
             "" if is_answered else "if no copy of that guest runs anywhere: --again",
         )
 

@@ -20,7 +20,7 @@ from bhystream.state import Lock, Record, Records
 
 def lock_stream(base: Path, id_: str) -> Lock:
     """Take a stream's lock.  Raises GuestError where its bhyrecv lives."""
-    return Lock(base, f"stream-{id_}", f"stream {id_}")
+    return Lock(base, f"stream-{id_}", f"stream {id_}", once=True)
 
 
 def end_dead(base: Path, record: Record) -> None:

@@ -57,7 +57,7 @@ def _ask(base: Path, records: Records, id_: str, console: Console) -> str:
     """Return the answer by the record, after the acts that make it true."""
     while True:
         record = records.get(id_)
-        acts, word = QUERY[record.phase if record else None]
+        acts, word = QUERY[record.phase if record else records.phase(id_)]
         if record and record.phase == handshake.STARTED:
             if _is_starting(base, record):
                 return word

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bhystream import cold, hold, hypervisors, inherited, options, state, third
+from bhystream import cold, hold, hypervisors, inherited, options, prune, state, third
 from bhystream.backend.base import Source
 from bhystream.errors import UsageError, as_error
 from bhystream.move import Move
@@ -109,6 +109,7 @@ def send(opts: SendOptions, console: Console) -> int:
             return move(Move(opts, base, console, signals), source, lock, signals)
     finally:
         source.close()
+        prune.prune_locks(base)
 
 
 def send_cold(

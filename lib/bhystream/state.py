@@ -1,11 +1,13 @@
 """What survives the programs: the state directory, its locks and records.
 
     DIR/host-id            who we are to the other side; random, made once
-    DIR/lock/NAME          one flock(2) per guest; the file stays
+    DIR/lock/NAME          one flock(2) per guest, and per stream that is read; the file
+                           of a guest stays
     DIR/run/ID             the socket of a stream's third stage
     DIR/source/ID.json     a guest of this host that is paused or held
     DIR/destination/ID.json   a stream that was started here, or stands paused
     DIR/told/NAME          the warnings that were printed for a guest
+    DIR/destination/over      streams that were here long ago: a line each, "ID PHASE"
     DIR/log/, DIR/NAME.qmp    the destination's hypervisors
 
 ID is the stream id.  What is recorded is recorded *before* it is done, and
@@ -32,12 +34,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bhystream import durable
-from bhystream.errors import BhyError, GuestError, IncompatibleError, UsageError, from_oserror
+from bhystream.errors import (
+    BhyError,
+    BrokenError,
+    GuestError,
+    IncompatibleError,
+    UsageError,
+    from_oserror,
+)
 from bhystream.handshake import PHASES
 from bhystream.report import host_name
 
 _ATTEMPTS = 5
 _HOST_ID = re.compile("[0-9a-f]{16}")
+_OVER = "over"
+_OVER_LINE = re.compile("([0-9a-f]{32}) ([a-z-]{1,20})")
 
 Role = Literal["source", "destination"]
 
@@ -166,20 +177,26 @@ class Lock:
     is killed and the keeper is still at work.
     """
 
-    def __init__(self, base: Path, name: str, what: str, *, wait: bool = False) -> None:
+    def __init__(
+        self, base: Path, name: str, what: str, *, wait: bool = False, once: bool = False
+    ) -> None:
         """Take the lock, or raise GuestError at once.
 
         name: of the lock.  what: names the guest in the message.  wait: wait
-        for it instead: for one that is never held for long.
+        for it instead: for one that is never held for long.  once: its file
+        goes when it is released; not for one that another process inherits.
         """
-        path = base / "lock" / _file_name(name)
-        try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise from_oserror(error, f"open {path}") from error
+        self._path = base / "lock" / _file_name(name)
+        self._once = once
+        self._open()
         for attempt in range(_ATTEMPTS):
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                while not self._is_ours():
+                    # Who had it has removed the file: it is another one now.
+                    os.close(self.fd)
+                    self._open()
+                    fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 return
             except OSError as error:
                 if attempt == _ATTEMPTS - 1:
@@ -187,6 +204,19 @@ class Lock:
                     raise GuestError(f"{what}: another bhysend or bhyrecv works on it") from error
             # A listing (-l) holds it for a moment to see whether it is free.
             time.sleep(0.01)
+
+    def _open(self) -> None:
+        try:
+            self.fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise from_oserror(error, f"open {self._path}") from error
+
+    def _is_ours(self) -> bool:
+        """Say whether the file that we have locked is the one of that name."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self.fd))
+        except FileNotFoundError:
+            return False
 
     def __enter__(self) -> Lock:
         return self
@@ -197,6 +227,9 @@ class Lock:
     def release(self) -> None:
         """Close our descriptor; twice is no error."""
         if self.fd >= 0:
+            if self._once:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path)
             os.close(self.fd)
             self.fd = -1
 
@@ -258,6 +291,48 @@ class Records:
             durable.remove(self._dir / f"{id_}.json")
         except OSError as error:
             raise from_oserror(error, f"remove the record {id_}") from error
+
+    def archive(self, over: Sequence[Record]) -> list[Record]:
+        """Note in one file what became of streams; return those whose records may go then.
+
+        Raises BrokenError, AccessError, PipeError.
+        """
+        with Lock(self._dir.parent, f"record-{self._dir.name}", "the records", wait=True):
+            taken = [record for record in over if self.get(record.id) == record]
+            known = {**self._over(), **{record.id: record.phase for record in taken}}
+            text = "".join(f"{id_} {phase}\n" for id_, phase in known.items())
+            try:
+                durable.write(self._dir / _OVER, text)
+            except OSError as error:
+                raise from_oserror(error, f"write {self._dir / _OVER}") from error
+            return taken
+
+    def phase(self, id_: str) -> str | None:
+        """Return what became of a stream, also of one whose record is gone; None if unknown.
+
+        Raises BrokenError, AccessError, PipeError.
+        """
+        record = self.get(id_)
+        return record.phase if record else self._over().get(id_)
+
+    def _over(self) -> dict[str, str]:
+        path = self._dir / _OVER
+        try:
+            lines = path.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise from_oserror(error, f"read {path}") from error
+        found = {}
+        for line in lines:
+            match = _OVER_LINE.fullmatch(line)
+            if match is None or match[2] not in PHASES:
+                raise BrokenError(
+                    f"{path} is broken: no stream is known not to have run before",
+                    f"remove from it what is no line of a stream id and a word: {line[:80]!r}",
+                )
+            found[match[1]] = match[2]
+        return found
 
     def get(self, id_: str) -> Record | None:
         """Return one record, None if there is none.  Raises BrokenError, AccessError, PipeError."""
