@@ -128,6 +128,15 @@ def test_a_record_that_changes_meanwhile_stays(host: Host) -> None:
     assert records(host).phase(A) == DEAD
 
 
+def test_what_a_cut_has_left_of_a_file_goes(host: Host) -> None:
+    directory = host.base / "destination"
+    for name in ("a.1.new", "b.2.new"):
+        (directory / name).touch()
+    os.utime(directory / "a.1.new", (1, 1))
+    pruned(host)
+    assert [path.name for path in directory.iterdir()] == ["b.2.new"]
+
+
 # What is asked of the notes.
 
 

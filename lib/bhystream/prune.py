@@ -4,6 +4,7 @@
                  here: older than 30 days, or beyond the newest 100
     its .started with it
     lock         of one stream, or of a QEMU: 30 days old, and free
+    *.new        that a cut has left of a file before it got its name: 30 days old
 
 What a record is for stays: that its stream was started, or never will be, is a
 line in destination/over, 40 bytes, before the record goes.  A guest that runs,
@@ -38,6 +39,11 @@ def prune(base: Path, records: Records) -> None:
     """
     with contextlib.suppress(BhyError, OSError):
         _prune_records(base, records)
+    for directory in ("destination", "source", "loaded"):
+        with contextlib.suppress(OSError):
+            for path in (base / directory).glob("*.new"):
+                if _is_old(path):
+                    path.unlink()
     prune_locks(base)
 
 
@@ -68,9 +74,12 @@ def _is_gone(record: Record) -> bool:
 
 def prune_locks(base: Path) -> None:
     """Remove the files of locks that nobody asks for any more.  Never raises."""
-    oldest = time.time() - KEPT_SECONDS
     for pattern in _LOCKS:
         for path in (base / "lock").glob(pattern):
             with contextlib.suppress(BhyError, OSError):
-                if os.stat(path).st_mtime < oldest:
+                if _is_old(path):
                     Lock(base, path.name, path.name, once=True).release()
+
+
+def _is_old(path: Path) -> bool:
+    return os.stat(path).st_mtime < time.time() - KEPT_SECONDS

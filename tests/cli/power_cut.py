@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import runpy
 import shutil
 import subprocess
@@ -38,6 +39,8 @@ _CALLS = (
 )
 # What need not outlive anything.
 _OF_THE_MOMENT = ("held", "lock", "log", "run")
+# What is made anew, or never looked at: cuts that differ in nothing else are one.
+_MADE_ANEW = re.compile(r"(^|/)((held|lock|log|run|source)|[^/]*\.new|start\.(conf|kern))$")
 
 Tree = dict[int, dict[str, int]]
 
@@ -98,7 +101,8 @@ def cuts(log: Path) -> Iterator[Cut]:
             tree = moment.synced_tree if kind == NOTHING else moment.tree
             held = moment.bytes_ if kind == EVERYTHING else moment.synced_bytes
             files = dict(_walk(tree, held, root, ""))
-            key = (moment.marks, frozenset(files.items()))
+            told = {item for item in files.items() if not _MADE_ANEW.search(item[0])}
+            key = (moment.marks, frozenset(told))
             if key not in seen:
                 seen.add(key)
                 yield Cut(disk, log, moment.what, kind, moment.marks, files)
@@ -257,6 +261,7 @@ def _mark(disk: Disk) -> None:
     the destination has said that it runs.
     """
     from bhystream.backend.bhyve.lastpage import LastPage
+    from bhystream.backend.qemu.sink import QemuSink
     from bhystream.format import Type
     from bhystream.move import Move
     from bhystream.reply import Reply
@@ -275,6 +280,7 @@ def _mark(disk: Disk) -> None:
         setattr(owner, name, called)
 
     marking(LastPage, "give", lambda *_: "RUN")
+    marking(QemuSink, "start", lambda *_: "RUN")
     marking(Reply, "say", lambda word, *_: word if word == "READY" else "")
     marking(Writer, "end", lambda *_: "END")
     marking(Writer, "section", lambda type_, *_: "GO" if type_ == Type.GO else "")
