@@ -195,6 +195,9 @@ _HOLD = (
 )
 
 
+KEEPER, BHYRECV = "bhystream.keeper", "bhystream.recv"
+
+
 class Harmed:
     """A move in the command form in which somebody is killed at a point."""
 
@@ -217,6 +220,14 @@ class Harmed:
             )
         until((directory / "reached").exists, point)
 
+    def __enter__(self) -> Harmed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        (self.host.directory / "go").touch()
+        self.sender.kill()
+        self.sender.wait()
+
     def pid(self, who: str) -> int:
         if who == "bhysend":
             return self.sender.pid
@@ -224,7 +235,7 @@ class Harmed:
             return int((self.host.directory / who).read_text())
         if who in ("source", "destination"):
             return self.host.pid(self.host.at if who == "source" else self.to)
-        [pid] = _programs("bhystream.keeper" if who == "keeper" else who)
+        [pid] = _programs(KEEPER if who == "keeper" else BHYRECV)
         return pid
 
     def kill(self, *who: str) -> None:
@@ -240,8 +251,8 @@ class Harmed:
         """Let the answer go on, and wait for the end of everybody; return bhysend's status."""
         (self.host.directory / "go").touch()
         status = self.sender.wait(DEADLINE_S)
-        until(lambda: not _programs("bhystream.keeper"), "end of the keeper")
-        until(lambda: not _programs("bhyrecv"), "end of bhyrecv")
+        until(lambda: not _programs(KEEPER), "end of the keeper")
+        until(lambda: not _programs(BHYRECV), "end of bhyrecv")
         print(self.log.read_text())
         return status
 
@@ -264,16 +275,13 @@ class Harmed:
         return self.host.shell(f"{asking} | {shlex.join(program('bhysend'))} -A").status
 
 
-def _programs(name: str) -> list[int]:
-    """Return the processes of ours of one program."""
+def _programs(module: str) -> list[int]:
+    """Return the processes that run a module of ours."""
     words = ["/bin/ps", "-axww", "-o", "pid=", "-o", "args="]
     found = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     lines = [line.split() for line in found.splitlines()]
-    return [
-        int(words[0])
-        for words in lines
-        if "python" in words[1] and any(word.split("/")[-1] == name for word in words[2:4])
-    ]
+    # What bhysend itself was given comes further behind.
+    return [int(words[0]) for words in lines if "python" in words[1] and module in words[2:7]]
 
 
 def _is_there(pid: int) -> bool:
@@ -285,11 +293,10 @@ def _is_there(pid: int) -> bool:
 @pytest.mark.parametrize("who, point", _KILLS)
 def test_whoever_is_killed_one_guest_goes_on(host: Host, who: str, point: str) -> None:
     killed = _WHO[who]
-    move_of = Harmed(host, point)
-    if point in ("READY", "RUNNING"):
-        assert point == "RUNNING" or host.stands_still()
-    move_of.kill(*killed)
-    status = move_of.wait()
+    with Harmed(host, point) as move_of:
+        assert point != "READY" or host.stands_still()
+        move_of.kill(*killed)
+        status = move_of.wait()
     if "bhysend" in killed:
         assert status == -signal.SIGKILL
     elif who == "source" and point != "RUNNING":
