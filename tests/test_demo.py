@@ -178,7 +178,7 @@ def test_without_the_right_to_mount_the_report_says_what_it_costs(own: Path) -> 
 @pytest.mark.parametrize(
     ("planted", "said"),
     [
-        (DISK_MISSING, "bhysend ended with 76: the guest was to run on"),
+        (DISK_MISSING, "bhysend ended with status 76: the guest was to run on"),
         (PAGE_SPOILT, "the guest found a fault: WRONG page 257: expected"),
         (GUEST_DIES, "the guest does not go on in 1 s"),
     ],
@@ -223,7 +223,7 @@ def test_on_a_terminal_nothing_is_wider_and_the_progress_is_redrawn() -> None:
         said = read_until(fd, "nothing is left behind")
         _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
-    drawn = re.findall(r"\r(guest web1: round 0 \[[#.]{20}\][^\r\n]*)", said)
+    drawn = re.findall(r"\r(bhysend: guest web1: round 0: [^\r\n]*\[[#.]+\])", said)
     assert drawn
     assert max(len(line) for line in drawn) < COLUMNS
     assert not re.search(r"\].*bhyrecv\(", said.replace("\r\n", "\n").replace("\r", "\n"))
