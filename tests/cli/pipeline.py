@@ -12,6 +12,7 @@ end a broken test.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -103,6 +104,12 @@ class Stage:
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to the process alone; one that has ended is no error."""
         self.process.send_signal(number)
+
+    def catches(self, number: int) -> bool:
+        """Say whether it has a handler for a signal by now, as a program that is at work has."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        [mask] = re.findall(r"^SigCgt:\s+([0-9a-f]+)$", status, re.MULTILINE)
+        return bool(int(mask, 16) >> (number - 1) & 1)
 
     def close(self) -> None:
         """Kill it and what it started in its process group."""

@@ -71,9 +71,11 @@ def receiver_killed(attempt: Attempt) -> None:
 
 
 def receiver_interrupted(attempt: Attempt) -> None:
-    # It may still be at work on what has come; it ends when it wants to read more.
-    attempt.pipeline[2].kill(signal.SIGTERM)
-    attempt.pipeline[2].await_end()
+    # It may not have begun, or still be at work on what has come; it ends when it wants to read.
+    receiver = attempt.pipeline[2]
+    until(lambda: receiver.catches(signal.SIGTERM), "the start of bhyrecv")
+    receiver.kill(signal.SIGTERM)
+    receiver.await_end()
     attempt.tap.close()
 
 
