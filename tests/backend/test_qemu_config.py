@@ -228,6 +228,24 @@ def test_a_disk_that_is_gone_or_below_a_filter_is_refused() -> None:
         present(drive, medium, changes=[])
 
 
+@pytest.mark.parametrize("device", ["", "vd1"])
+def test_a_disk_whose_device_has_another_drive_now_is_refused(device: str) -> None:
+    """An unplugged device's drive is still there for a moment, and in no device, or in another."""
+    there = (
+        Drive("d0", device, False, Medium("#block1", "raw", 1 << 20, False, "/a")),
+        Drive("", "vd0", False, Medium("n9", "raw", 1 << 20, False, "/b")),
+    )
+    options = [
+        "-drive",
+        "if=none,id=d0,file=/a,format=raw",
+        "-device",
+        "virtio-blk,drive=d0,id=vd0",
+    ]
+    found = Facts("x86_64", "pc-q35-7.2", "tcg", {}, there, "/")
+    with pytest.raises(IncompatibleError, match="disk d0 is not there any more"):
+        reduce_argv([*BASE, *options], found)
+
+
 @pytest.mark.parametrize(
     ("options", "machine", "labels"),
     [

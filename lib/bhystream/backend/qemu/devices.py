@@ -274,12 +274,13 @@ class Parts:
     def _drive_of(self, labels: list[str]) -> Drive | None:
         """Return QEMU's own drive of -drive; None where QEMU was not asked.
 
-        It goes with its device.
+        It goes with its device, a moment after it: then it is in none.
         """
         if self._facts.drives is None:
             return None
         found = next((each for each in self._facts.drives if each.label in labels), None)
-        if found is None:
+        device = self._device_of(labels[0])
+        if found is None or (device and found.device != device):
             raise IncompatibleError(f"disk {labels[0]} is not there any more", hint=_MOVED)
         return found
 
