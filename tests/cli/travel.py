@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import shlex
 import tempfile
 from abc import ABC, abstractmethod
@@ -44,8 +45,20 @@ def process_state(pid: int) -> str:
 
 
 def is_gone(pid: int) -> bool:
-    """Say whether a process has ended; one that only waits for its parent has."""
-    return process_state(pid) in "ZX"
+    """Say whether a process has ended; one that only waits for its parent has.
+
+    With its last thread: the first may look like a zombie before.  pid: 0 of none.
+    """
+    if not pid:
+        return True
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([pidfd], [], [], 0)[0])
+    finally:
+        os.close(pidfd)
 
 
 def processes_with(word: str) -> list[int]:
