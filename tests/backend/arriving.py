@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import select
 import shutil
 import signal
 import struct
@@ -33,7 +32,7 @@ from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import Restore
 from bhystream.backend.bhyve.sink import BhyveSink
 from bhystream.backend.bhyve.source import BhyveSource
-from bhystream.backend.process import Identity
+from bhystream.backend.process import EndedError, Identity, await_end, identify
 from bhystream.standin.node import data_extents
 from standin.rig import DEADLINE_S, Console, Rig, Spec, assert_unbroken
 
@@ -300,7 +299,7 @@ def arriving(spec: Spec | None = None, **settings: Any) -> Iterator[Arriving]:
 def end(made: Arriving) -> None:
     """Kill what a test has left held."""
     for pid in made.processes():
-        with suppress(ProcessLookupError):
+        with suppress(EndedError):
             kill(pid)
 
 
@@ -309,17 +308,6 @@ def kill(pid: int) -> None:
 
     Its command line is gone before: the kernel gives its memory back first.
     """
-    with ended(pid):
-        os.kill(pid, signal.SIGKILL)
-
-
-@contextmanager
-def ended(pid: int) -> Iterator[None]:
-    """Leave when a process has ended that ends for what is done inside."""
-    pidfd = os.pidfd_open(pid)
-    try:
-        yield
-        if not select.select([pidfd], [], [], DEADLINE_S)[0]:
-            raise TimeoutError(f"the end of process {pid}")
-    finally:
-        os.close(pidfd)
+    who = identify(pid, "bhyve")
+    os.kill(pid, signal.SIGKILL)
+    assert await_end(who, DEADLINE_S)

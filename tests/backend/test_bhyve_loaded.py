@@ -21,10 +21,11 @@ from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.loaded import BhyveLoaded, open_loaded
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import Restore
+from bhystream.backend.process import Identity, await_end
 from bhystream.errors import BhyError, GoneError, GuestError, PipeError, TakenError
-from standin.rig import Console, Spec, assert_unbroken, await_true
+from standin.rig import DEADLINE_S, Console, Spec, assert_unbroken, await_true
 
-from .arriving import ID, Arriving, arriving, ended, fpu
+from .arriving import ID, Arriving, arriving, fpu
 
 
 @pytest.fixture
@@ -329,8 +330,8 @@ def test_another_guest_of_that_name_does_not_make_it_one_that_runs(
 ) -> None:
     """RUNNING is what has the source end its own: a guest started anew here is not the guest."""
     record = started(guest)
-    with ended(record["process"]["pid"]):
-        guest.there.host.destroy("g")
+    guest.there.host.destroy("g")
+    assert await_end(Identity(**record["process"]), DEADLINE_S)
     if is_left:
         Path(record["staging"]).mkdir()
     other = guest.there.launch("g", Spec(touched="1M"))
