@@ -54,19 +54,10 @@ class Rig:
             "-qmp", f"unix:{self.path(name)}.qmp,server=on,wait=off", *extra,
         ]  # fmt: skip
 
-    def start(
-        self,
-        name: str,
-        *extra: str,
-        machine: str = "pc-q35-7.2",
-        ram: str = "",
-        accel: str = "tcg",
-    ) -> str:
-        """Start a QEMU; return its QMP path when it answers there."""
+    def start(self, name: str, *extra: str, **settings: str) -> str:
+        """Start a QEMU; return its QMP path when it answers there.  settings: argv()'s."""
         path = self.path(f"{name}.qmp")
-        process = subprocess.Popen(
-            self.argv(name, *extra, machine=machine, ram=ram, accel=accel), stdin=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(self.argv(name, *extra, **settings), stdin=subprocess.DEVNULL)
         self.processes[name] = process
         await_true(lambda: listens(path) or process.poll() is not None)
         assert process.poll() is None, "QEMU did not start"

@@ -54,20 +54,18 @@ def cdrom(path: str = "") -> tuple[str, ...]:
 # ---- jobs
 
 
-def start_mirror(ask: Ask, rig: Rig) -> Any:
+def start_copy(ask: Ask, rig: Rig, command: str) -> Any:
     target = image(rig, "target")
-    return ask(
-        "drive-mirror", device="d0", target=target, format="raw", sync="full", mode="existing",
-        speed=1,
-    )  # fmt: skip
+    return ask(command, device="d0", target=target, format="raw", sync="full", mode="existing",
+               speed=1)  # fmt: skip
+
+
+def start_mirror(ask: Ask, rig: Rig) -> Any:
+    return start_copy(ask, rig, "drive-mirror")
 
 
 def start_backup(ask: Ask, rig: Rig) -> Any:
-    target = image(rig, "target")
-    return ask(
-        "drive-backup", device="d0", target=target, format="raw", sync="full", mode="existing",
-        speed=1,
-    )  # fmt: skip
+    return start_copy(ask, rig, "drive-backup")
 
 
 def start_stream(ask: Ask, rig: Rig) -> Any:
