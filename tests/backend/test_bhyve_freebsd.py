@@ -155,12 +155,70 @@ def test_only_written_pages_of_a_new_mapping_are_resident() -> None:
     with tempfile.TemporaryFile(dir="/dev/shm") as file:
         file.truncate(64 * 4096)
         with mmap.mmap(file.fileno(), 64 * 4096, prot=mmap.PROT_READ) as mapping:
-            assert libc.resident(mapping) == bytes(64)
+            assert libc.resident(mapping) == b"\1" + bytes(63)
             os.pwrite(file.fileno(), b"x", 5 * 4096)
             os.pwrite(file.fileno(), b"x", 64 * 4096 - 1)
             marks = libc.resident(mapping)
-            assert [page for page, mark in enumerate(marks) if mark] == [5, 63]
+            assert [page for page, mark in enumerate(marks) if mark] == [0, 5, 63]
             assert len(marks) == 64
+
+
+class Losing:
+    """FreeBSD's mincore(2), whose address space changes at a page of each call.
+
+    changes: the page in each call, -1 for none; at the number of pages there
+    is either a map entry behind them or not.  resident: pages that are.
+    """
+
+    def __init__(self, changes: list[int], resident: set[int], *, entry_behind: bool) -> None:
+        self.changes = changes
+        self.resident = resident
+        self.entry_behind = entry_behind
+        self.calls = 0
+
+    def __call__(self, address: int, length: int, marks: Any) -> int:
+        npages = length // 4096
+        change = self.changes[min(self.calls, len(self.changes) - 1)]
+        self.calls += 1
+        for page in range(npages):
+            marks[page] = 0x21 if page in self.resident else 0
+            if page == change:
+                # The scan goes on at the page where it was.
+                ctypes.memset(marks, 0, page)
+        if change == npages:
+            if not self.entry_behind:
+                return errno.ENOMEM
+            ctypes.memset(marks, 0, npages)
+        return 0
+
+
+@pytest.mark.parametrize("entry_behind", [True, False])
+@pytest.mark.parametrize("change", [0, 1, 2, 31, 62, 63, 64])
+def test_answers_that_mincore_loses_are_asked_for_again(change: int, entry_behind: bool) -> None:
+    pages = {0, 1, 5, 62, 63}
+    kernel = Losing([change, change, -1], pages, entry_behind=entry_behind)
+    with mmap.mmap(-1, 64 * 4096) as mapping:
+        marks = libc.resident(mapping, kernel)
+    assert {page for page, mark in enumerate(marks) if mark} == pages
+    assert set(marks) == {0, 1}
+    # At page 0 nothing lies before it that could be lost.
+    assert kernel.calls == (1 if change == 0 else 3)
+
+
+@pytest.mark.parametrize("change", [7, 64])
+def test_if_mincore_loses_answers_every_time_all_pages_count_as_resident(change: int) -> None:
+    kernel = Losing([change], {0, 1}, entry_behind=False)
+    with mmap.mmap(-1, 64 * 4096) as mapping:
+        assert libc.resident(mapping, kernel) == b"\1" * 64
+    assert kernel.calls < 100
+
+
+def test_what_mincore_cannot_tell_is_an_error() -> None:
+    with (
+        mmap.mmap(-1, 4096) as mapping,
+        pytest.raises(GuestError, match="cannot ask which pages are resident"),
+    ):
+        libc.resident(mapping, lambda address, length, marks: errno.EFAULT)
 
 
 def test_asking_for_residency_does_not_keep_the_mapping() -> None:

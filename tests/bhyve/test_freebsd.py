@@ -20,9 +20,12 @@ test_itself.py does so, to see that they can pass and fail.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +35,7 @@ import pytest
 
 from bhystream import state
 from bhystream.backend import programs
-from bhystream.backend.bhyve import fpu, identity, verdict
+from bhystream.backend.bhyve import fpu, identity, libc, verdict
 from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve.checkpoint import (
     Checkpoint,
@@ -296,6 +299,35 @@ def test_mincore_of_our_mapping_says_nothing_where_it_looks_at_that(host: Host, 
         vm.close()
     say(f"{marked} of {length // PAGE_BYTES} pages")
     assert marked < length // PAGE_BYTES
+
+
+@only_freebsd
+def test_no_answer_of_mincore_is_lost_while_a_thread_maps_memory() -> None:
+    """A plain call loses some then; what is lost would be sent as zeros."""
+    npages, is_over, nlost = 1 << 15, threading.Event(), 0
+
+    def churn() -> None:
+        while not is_over.wait(0.0005):
+            mmap.mmap(-1, 1 << 20).close()
+
+    def ask(address: int, length: int, marks: ctypes.Array[ctypes.c_char]) -> int:
+        nonlocal nlost
+        number = libc.mincore(address, length, marks)
+        nlost += number != 0 or not all(marks.raw)
+        return number
+
+    with mmap.mmap(-1, npages * PAGE_BYTES, flags=mmap.MAP_SHARED) as mapping:
+        for page in range(npages):
+            mapping[page * PAGE_BYTES] = 1
+        thread = threading.Thread(target=churn)
+        thread.start()
+        try:
+            wrong = sum(libc.resident(mapping, ask) != b"\1" * npages for _ in range(20))
+        finally:
+            is_over.set()
+            thread.join()
+    say(f"{nlost} calls lost answers, {wrong} of 20 results were wrong")
+    assert wrong == 0
 
 
 # ---- the checkpoint socket

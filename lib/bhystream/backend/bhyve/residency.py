@@ -2,7 +2,7 @@
 
 A page that was never touched is zero, and reading it through our mapping would
 allocate it: the source host would pay for the whole guest.  mincore(2) can
-tell, but lies in two ways:
+tell, but lies in three ways:
 
 - with vm.mincore_mapped at 1, its default, it looks at the pages that *we*
   have mapped, so that all are missing at first.  At 0 it looks at the memory
@@ -11,13 +11,15 @@ tell, but lies in two ways:
   would be lost.  A guest that is wired, and whose VM is still there, is not
   swapped, and where no swap is in use nothing of it is there.
 
-So it is believed only where both are excluded; otherwise every page is read,
-which is always right.  We never set the sysctl: it is the whole host's.
+- a call loses answers when the process's address space changes meanwhile,
+  which libc.resident() sees and asks again.
 
-Confirmed in source, never run: sys/vm/vm_mmap.c, kern_mincore(): at 0, a page
-that is not in our page tables is looked up in the mapping's own object, if
-that is of swap (OBJ_SWAP), as vmm's is; superpages make no difference (read in
-CTSRD-CHERI/cheribsd, index id 110372955; vmm_mem.c, vm_alloc_memseg()).
+So it is believed only if the first two are excluded; otherwise every page is
+read, which is always right.  We never set the sysctl: it is the whole host's.
+
+Source: sys/vm/vm_mmap.c, kern_mincore(): at 0, a page that is not in our page
+tables is looked up in the mapping's own object, if that is of swap (OBJ_SWAP),
+as vmm's is (sys/dev/vmm/vmm_mem.c, vm_alloc_memseg()); run on FreeBSD 15.1.
 """
 
 from __future__ import annotations
