@@ -43,6 +43,8 @@ from bhystream.writer import Writer
 _STDOUT = 1
 # Of a transport that takes nothing while the guest is paused.
 _STALL_SECONDS = 30
+# How long a section under way may still take when -T is over.
+_BORDER_SECONDS = 1.0
 _MORE = "it runs on here; allow more with -d, -r or -T, or pause it anyway with -f"
 
 
@@ -73,6 +75,7 @@ class Move:
         self.answers_ns = 0
         self.stood_ns = 0
         self.seen_at_limit = -1
+        self.is_late = False
         self.plan = b""
 
     def run(self, source: Source, lock: state.Lock) -> int:
@@ -205,12 +208,13 @@ class Move:
 
         Returns in how many seconds to look again.
         """
+        assert self.writer is not None
         if not self.opts.limits.finish:
-            raise DowntimeError(
-                f"guest {self.source.name}: -T {duration(self.opts.limits.time_ns)} is over; "
-                f"{self.progress.share:.0%} of round {len(self.rounds)} is done",
-                _MORE,
-            )
+            if self.is_late or self.writer.at_border:
+                raise self._late()
+            # The destination would be told nothing by a stream that ends inside a section.
+            self.is_late = True
+            return _BORDER_SECONDS
         before, self.seen_at_limit = self.seen_at_limit, self.done()
         if self.seen_at_limit == before:
             raise PipeError(
@@ -218,6 +222,13 @@ class Move:
                 f"nothing was taken from the stream for {_STALL_SECONDS} s"
             )
         return _STALL_SECONDS
+
+    def _late(self) -> DowntimeError:
+        return DowntimeError(
+            f"guest {self.source.name}: -T {duration(self.opts.limits.time_ns)} is over; "
+            f"{self.progress.share:.0%} of round {len(self.rounds)} is done",
+            _MORE,
+        )
 
     def rehearse(self) -> None:
         """Learn, in the answered forms, what the pipeline holds back, and what it carries.
@@ -472,6 +483,8 @@ class Move:
         self.progress.tick()
         if self.offer:
             self.offer.box.check()
+        if self.is_late:
+            raise self._late()
 
     def _too_late(self, name: str) -> None:
         self.console.say(f"{name}: too late, END is on its way; waiting until it is written")

@@ -302,6 +302,20 @@ def test_the_limit_of_time_reaches_a_write_that_hardly_anybody_reads(
 
 
 @ANY
+def test_a_section_under_way_is_ended_when_the_time_is_over(host: Host, small: Traveller) -> None:
+    """The destination is told why, though a slow pipeline is nearly always inside a section."""
+    slow = "import os, time\nwhile d := os.read(0, 8192): os.write(1, d); time.sleep(0.004)"
+    to = small.next()
+    commands = (small.send("-T", "2s"), [sys.executable, "-c", slow], small.receive(to))
+    with Pipeline(*commands, env=host.env, narrow=True) as pipeline:
+        sent, _, got = pipeline.wait()
+    assert (sent.status, got.status) == (75, 69), report(sent, got)
+    assert "the source gave up (status 75)" in got.stderr
+    to.assert_nothing_left()
+    ran_on(host, small)
+
+
+@ANY
 def test_a_forced_guest_does_not_wait_for_a_reader_that_is_none(
     host: Host, small: Traveller
 ) -> None:
