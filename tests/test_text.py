@@ -1,8 +1,12 @@
-"""Files are bytes: whoever reads or writes text says what becomes of those that are none."""
+"""Files are bytes: whoever reads or writes text says what becomes of those that are none.
+
+And a number from outside is one of ASCII digits: int() reads those of every script.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -81,3 +85,14 @@ def test_what_leaves_it_open_is_seen(code: str) -> None:
 )
 def test_what_says_it_is_not(code: str) -> None:
     assert silent(code) == []
+
+
+# A regex's d, isdecimal() and isdigit() take every script's digits, and int() not all of them.
+_ANY_DIGIT = re.compile(r"(?<!Python's )\\d|\.is(?:decimal|numeric)\(|\.isdigit\(")
+_SAFE = "isascii() and"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(LIB)))
+def test_a_digit_is_one_of_ten(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [x for x in lines if _ANY_DIGIT.search(x) and _SAFE not in x] == []

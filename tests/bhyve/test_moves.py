@@ -180,12 +180,16 @@ _WHO = {
     "destination": ("destination",),
 }
 _POINTS = ("round-0", "ACCEPT", "SEEN", "READY", "RUNNING")
+_NOT_AT = {
+    "ACCEPT": ("keeper", "bhysend-and-keeper", "destination"),
+    "RUNNING": ("destination",),
+}
 _KILLS = [
     pytest.param(who, point, id=f"{point}-{who}")
     for point in _POINTS
     for who in _WHO
-    # No bhyve waits there yet at ACCEPT; one killed when it runs there is a guest that was killed.
-    if who != "destination" or point not in ("ACCEPT", "RUNNING")
+    # Keeper and destination start behind ACCEPT; a bhyve killed at RUNNING is a guest killed.
+    if who not in _NOT_AT.get(point, ())
 ]
 # The shell keeps no end of a pipe, so that each end is noticed.
 _WAY = (

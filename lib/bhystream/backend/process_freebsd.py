@@ -160,7 +160,7 @@ class Ending:
 def parent_command(pid: int) -> str:
     """Return a parent's command line, "" for init's.  Source: ps(1), ppid and args."""
     parent = _run("/bin/ps", "-o", "ppid=", "-p", str(pid)).strip()
-    if not parent.isdigit() or int(parent) <= 1:
+    if not (parent.isascii() and parent.isdigit()) or int(parent) <= 1:
         return ""
     command = _run("/bin/ps", "-ww", "-o", "args=", "-p", parent.decode())
     return command.decode(errors="replace").strip()

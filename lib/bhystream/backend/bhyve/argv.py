@@ -160,7 +160,7 @@ class _Reader:
 
     def _on_pin(self, text: str) -> None:
         """-p vcpu:hostcpu; several for one vCPU add up."""
-        found = re.fullmatch(r"(\d{1,5}):(\d{1,5})", text)
+        found = re.fullmatch(r"([0-9]{1,5}):([0-9]{1,5})", text)
         if not found:
             raise refuse(f"option -p {shown(text)}: say vcpu:hostcpu")
         key = f"vcpu.{int(found[1])}.cpuset"

@@ -37,7 +37,7 @@ def swap_used_bytes(text: str) -> int:
     for line in lines[1:]:
         words = line.split()
         if words and words[0] != "Total":
-            if len(words) < 3 or not words[2].isdigit():
+            if len(words) < 3 or not (words[2].isascii() and words[2].isdigit()):
                 raise GuestError(f"cannot read what swapinfo says: {line!r}")
             used_kib += int(words[2])
     return used_kib * 1024

@@ -20,7 +20,7 @@ from bhystream.backend.bhyve.keys import Slot, refuse, shown
 
 Pairs = dict[str, str]
 
-_PLACE = re.compile(r"(?:(?:(\d{1,3}):)?(\d{1,2}):([0-7])|(\d{1,2}))")
+_PLACE = re.compile(r"(?:(?:([0-9]{1,3}):)?([0-9]{1,2}):([0-7])|([0-9]{1,2}))")
 _AHCI_NEXT = re.compile(r",(?=(?:hd|cd):)")
 
 
@@ -169,7 +169,7 @@ def _share(device: str, text: str, what: str) -> Pairs:
 
 def _passthru(device: str, text: str, what: str) -> Pairs:
     place, _, rest = text.partition(",")
-    found = re.fullmatch(r"(?:pci0:|pci)?(\d+)[:/](\d+)[:/](\d+)", place)
+    found = re.fullmatch(r"(?:pci0:|pci)?([0-9]+)[:/]([0-9]+)[:/]([0-9]+)", place)
     pairs = {"device": device}
     if place.startswith("ppt"):
         pairs["pptdev"] = place

@@ -47,7 +47,7 @@ _POLL_S = 0.05
 _MAX_LOCK_BYTES = 1024
 _MAX_CONF_BYTES = 256 << 10
 _OURS = "bhysend"
-_PROCESS = re.compile(r"# process (\d{1,10}) (-?\d{1,20}) ([0-9A-Za-z-]{1,64})")
+_PROCESS = re.compile(r"# process ([0-9]{1,10}) (-?[0-9]{1,20}) ([0-9A-Za-z-]{1,64})")
 
 
 @dataclass(frozen=True)

@@ -38,13 +38,13 @@ CURE_THERE = "give each resource with -o, or start the guest here once with vm-b
 _MAX_CONF_BYTES = 256 << 10
 # vm-bhyve rotates its log at a start, from 1 MiB on.
 _MAX_LOG_BYTES = 8 << 20
-_NETWORK = re.compile(r"network\d{1,3}_type")
+_NETWORK = re.compile(r"network[0-9]{1,3}_type")
 # Behind the date: ISO 8601 since 1.7, "Feb 03 04:05:06" before.
 _ENTRY = re.compile(r"[^\[]{1,40}: +\[bhyve (options|devices|console|iso device): (.*)\]")
 # What tells of a start that is no more, or has not come so far; and of bhyve being run again.
 _SAID = re.compile(
     r".{1,40}?: (bhyve exited with status .*|stopped|suspended|fatal;.*|initialising|restarting"
-    r"|starting bhyve \(run \d+\))"
+    r"|starting bhyve \(run [0-9]+\))"
 )
 # Written last of all options, and the only one whose argument may hold spaces.
 _RESUMED = re.compile(r"(?:^| )-r /.*\.save$")

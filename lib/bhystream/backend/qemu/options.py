@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -108,7 +109,7 @@ def parse_size(text: str, unit_bytes: int) -> int:
         raise IncompatibleError(f"cannot read the size '{text[:60]}'")
     number, suffix = found[1], found[2].lower()
     is_hex = number[:2].lower() == "0x"
-    unit = 1 << _SHIFT[suffix] if suffix else unit_bytes if text[-1].isdecimal() else 1
+    unit = 1 << _SHIFT[suffix] if suffix else unit_bytes if text[-1] in string.digits else 1
     size = (Fraction(int(number, 16)) if is_hex else Fraction(number)) * unit
     if size >= 1 << 64 or (unit == 1 and size.denominator != 1):
         raise IncompatibleError(f"cannot read the size '{text[:60]}'")

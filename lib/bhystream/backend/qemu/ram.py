@@ -24,7 +24,7 @@ from bhystream.errors import AccessError, GuestError
 
 _MAPS = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<mode>....) (?P<offset>[0-9a-f]+) "
-    r"[0-9a-f]+:[0-9a-f]+ (?P<inode>\d+)"
+    r"[0-9a-f]+:[0-9a-f]+ (?P<inode>[0-9]+)"
 )
 
 _STATFS_BYTES = 512  # more than struct statfs has
@@ -194,7 +194,7 @@ def other_user(fd: int, own_pid: int) -> int | None:
     inode = os.fstat(fd).st_ino
     size_bytes = os.fstat(fd).st_size
     for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) in (own_pid, os.getpid()):
+        if not (name.isascii() and name.isdigit()) or int(name) in (own_pid, os.getpid()):
             continue
         try:
             if inode in _mapped_inodes(int(name), size_bytes):

@@ -53,7 +53,7 @@ def version_reasons(head: Head, here: str) -> list[str]:
 
 def _version(text: str) -> tuple[int, ...]:
     """Return (7, 2) of "7.2.22": the releases that matter to a state."""
-    found = re.match(r"(\d{1,4})\.(\d{1,4})", text)
+    found = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", text)
     return (int(found[1]), int(found[2])) if found else ()
 
 
