@@ -277,6 +277,7 @@ class Move:
 
     def copy_last_pages(self) -> None:
         """Send what changed since the last look; the guest is paused."""
+        self.is_late = False  # -T was over as the last live round ended, and that was soon enough
         last = self.transfer.round(last=True)
         self.last_ns = last.end_ns - last.start_ns
         self.console.clear()  # the destination's lines often come to the same terminal
