@@ -7,6 +7,7 @@ Run as root.  The guest is the tests' own (rom.py), so nothing of yours is touch
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -196,13 +197,26 @@ _WAY = (
     "exec 3<&0; sh -c 'echo $$ > {directory}/there; exec cat' <&3 3<&-"
     " | {receive} 3<&- | sh -c {back} 3<&- & exec <&- >&- 3<&-; wait $!"
 )
-_HOLD = (
-    "echo $$ > {directory}/back; while read -r l; do case $l in"
-    ' *" ACCEPT"*) test {point} = round-0 && echo "$l" && : > {directory}/reached && continue;;'
-    " esac; case $l in"
-    ' *" {point}"*) : > {directory}/reached; until test -e {directory}/go; do sleep 0.1; done;;'
-    ' esac; echo "$l"; done'
-)
+# The first SEEN behind ACCEPT is the head's; without the next bhysend waits behind round 0.
+_HOLD = """
+echo $$ > {directory}/back
+is_accepted= head=
+while read -r answer; do
+    is_reached=
+    case $answer in *" ACCEPT"*) is_accepted=1;; esac
+    case {point}$is_accepted$answer in
+    round-01*" ACCEPT"*) : > {directory}/reached;;
+    SEEN1*" SEEN "*) head=${{head:-$answer}}; test "$answer" = "$head" || is_reached=1;;
+    SEEN*) ;;
+    {point}*" {point}"*) is_reached=1;;
+    esac
+    if test $is_reached; then
+        : > {directory}/reached
+        until test -e {directory}/go; do sleep 0.1; done
+    fi
+    echo "$answer"
+done
+"""
 
 
 KEEPER, BHYRECV = "bhystream.keeper", "bhystream.recv"
@@ -237,6 +251,9 @@ class Harmed:
         (self.host.directory / "go").touch()
         self.sender.kill()
         self.sender.wait()
+        for end in ("there", "back"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid(end), signal.SIGKILL)
 
     def pid(self, who: str) -> int:
         """Return a process; in round 0 it may still be about to start."""
