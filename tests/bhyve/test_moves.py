@@ -197,16 +197,14 @@ _WAY = (
     "exec 3<&0; sh -c 'echo $$ > {directory}/there; exec cat' <&3 3<&-"
     " | {receive} 3<&- | sh -c {back} 3<&- & exec <&- >&- 3<&-; wait $!"
 )
-# The first SEEN behind ACCEPT is the head's; without the next bhysend waits behind round 0.
+# The first SEEN are for the head and what is pushed behind it; bhysend prepares the pause then.
 _HOLD = """
 echo $$ > {directory}/back
-is_accepted= head=
 while read -r answer; do
     is_reached=
-    case $answer in *" ACCEPT"*) is_accepted=1;; esac
-    case {point}$is_accepted$answer in
-    round-01*" ACCEPT"*) : > {directory}/reached;;
-    SEEN1*" SEEN "*) head=${{head:-$answer}}; test "$answer" = "$head" || is_reached=1;;
+    case {point}$answer in
+    round-0*" ACCEPT"*) : > {directory}/reached;;
+    SEEN*" SEEN "*) ls {directory}/a/held/* > /dev/null 2>&1 && is_reached=1;;
     SEEN*) ;;
     {point}*" {point}"*) is_reached=1;;
     esac
