@@ -31,6 +31,7 @@ setup(
     scripts=["bhysend", "bhyrecv"],
     data_files=[
         ("share/man/man5", ["man/bhystream.5"]),
+        ("share/man/man7", ["man/bhysend-bhyve.7", "man/bhysend-qemu.7"]),
         ("share/man/man8", ["man/bhysend.8", "man/bhyrecv.8"]),
     ],
 )

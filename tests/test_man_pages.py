@@ -13,6 +13,8 @@ import pytest
 import bhystream
 from bhystream import options, recv, send
 from bhystream.backend.bhyve import identity, keys
+from bhystream.backend.bhyve import resources as bhyve_resources
+from bhystream.backend.qemu import resources as qemu_resources
 from bhystream.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +111,37 @@ def test_a_page_is_sound(page: str) -> None:
         text=True,
     )
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_every_page_is_installed() -> None:
+    text = (ROOT / "setup.py").read_text()
+    for page in sorted(path.name for path in (ROOT / "man").iterdir()):
+        directory = f'("share/man/man{page[-1]}", ['
+        assert f'"man/{page}"' in text.split(directory)[1].split("]")[0]
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "man").iterdir()))
+def test_what_a_page_refers_to_is_there(page: str) -> None:
+    """Sections of its own, and the other pages of ours."""
+    text = (ROOT / "man" / page).read_text()
+    titles = {title.replace("\\&", "") for title in re.findall(r"^\.S[hs] (.+)$", text, re.M)}
+    for title in re.findall(r"\bSx (.+?)(?: Ta .+)?(?: [.,;:)]+)*$", text, re.M):
+        assert title.replace("\\&", "") in titles
+    for name, number in re.findall(r"\bXr (bhy(?:send|recv|stream)\S*) (\d)", text):
+        assert (ROOT / "man" / f"{name}.{number}").exists(), name
+
+
+def lent(page: str) -> set[str]:
+    """Return the words of -o that a page lists."""
+    text = section(page, "RESOURCES OF THE DESTINATION")
+    lines = [line for line in text.splitlines() if line.startswith(".It Cm ")]
+    return {word for line in lines for word in re.findall(r"\b([a-z]+)\d?=", line)}
+
+
+def test_the_pages_of_the_hypervisors_list_what_a_host_lends() -> None:
+    devices = {"disk", "net", "serial"}
+    assert lent("bhysend-qemu.7") == devices | set(qemu_resources._PLAIN)
+    assert lent("bhysend-bhyve.7") == set(bhyve_resources._CHECKS)
 
 
 def test_the_variables_that_are_read_are_on_a_page() -> None:
