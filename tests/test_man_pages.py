@@ -85,14 +85,19 @@ def test_the_options_are_sorted(program: str) -> None:
     assert words == sorted(words, key=lambda word: (word.lower(), word))
 
 
+def rendered(program: str, width: int) -> str:
+    """Return the page as a terminal of this many columns shows it."""
+    page = ROOT / "man" / f"{program}.8"
+    done = subprocess.run(
+        ["mandoc", "-T", "utf8", "-O", f"width={width}", page], capture_output=True, check=True
+    )
+    return re.sub(r".\x08", "", done.stdout.decode())
+
+
 @needs_mandoc
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_usage_is_the_synopsis(program: str) -> None:
-    page = ROOT / "man" / f"{program}.8"
-    done = subprocess.run(
-        ["mandoc", "-T", "ascii", "-O", "width=300", page], capture_output=True, check=True
-    )
-    text = re.sub(r".\x08", "", done.stdout.decode())
+    text = rendered(program, 300)
     synopsis = text.split("\nSYNOPSIS\n")[1].split("\nDESCRIPTION\n")[0]
     usage: str = PROGRAMS[program].USAGE
     for said in (synopsis, usage):
@@ -111,6 +116,35 @@ def test_a_page_is_sound(page: str) -> None:
         text=True,
     )
     assert (done.returncode, done.stdout) == (0, "")
+
+
+WAYS_OUT = {
+    "bhysend": ["--discard web1", "--resume web1", "bhyrecv -q ID | bhysend -A"],
+    "bhyrecv": ["bhysend --discard web1", "bhysend --resume web1"],
+}
+
+
+@needs_mandoc
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_first_screen_says_where_the_guest_is(program: str) -> None:
+    """Each status, and what to type, in 80 columns and 40 lines."""
+    lines = rendered(program, 80).splitlines()[:40]
+    table = lines[lines.index("WHERE THE GUEST IS") :]
+    # bhyrecv returns no 80: its table has the 80 of bhysend.
+    tags = [match[1] for line in table if (match := re.match(r" +(\d\S*?):? ", line))]
+    found = [tag for tag in tags if tag.partition("\N{EN DASH}")[0] in {"0", "64", "80", "81"}]
+    assert sorted(set(found)) == ["0", "64\N{EN DASH}77", "80", "81"]
+    for words in WAYS_OUT[program]:
+        assert any(words in line for line in table), words
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_options_follow_where_the_guest_is(program: str) -> None:
+    text = (ROOT / "man" / f"{program}.8").read_text()
+    titles = re.findall(r"^\.Sh (.+)$", text, re.M)
+    first = ["NAME", "SYNOPSIS", "DESCRIPTION", "WHERE THE GUEST IS", "OPTIONS"]
+    assert titles[: len(first)] == first
+    assert titles[-3:] == ["AUTHORS", "CAVEATS", "BUGS"]
 
 
 def test_every_page_is_installed() -> None:
