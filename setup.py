@@ -9,7 +9,9 @@ WERROR = ["-Werror"] if os.environ.get("BHYSTREAM_WERROR") else []
 CFLAGS = ["-O3", "-Wall", "-Wextra", *WERROR]
 
 EXTENSIONS = [
-    Extension(f"bhystream.{name}", [f"lib/bhystream/{name}.pyx"], extra_compile_args=CFLAGS)
+    Extension(
+        f"bhystream.memory.{name}", [f"lib/bhystream/memory/{name}.pyx"], extra_compile_args=CFLAGS
+    )
     for name in ("batch", "bitmap", "page")
 ]
 
@@ -20,9 +22,14 @@ setup(
         "bhystream.backend",
         "bhystream.backend.bhyve",
         "bhystream.backend.qemu",
+        "bhystream.handover",
+        "bhystream.memory",
+        "bhystream.recv",
+        "bhystream.send",
         "bhystream.standin",
+        "bhystream.stream",
     ],
-    package_data={"bhystream": ["py.typed", "*.pyi"]},
+    package_data={"bhystream": ["py.typed"], "bhystream.memory": ["*.pyi"]},
     ext_modules=cythonize(
         EXTENSIONS,
         build_dir="build/cython",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bhystream import state
+from bhystream.handover import state
 
 # Some tests run pieces of others in a process of their own.
 os.environ["PYTHONPATH"] = os.pathsep.join(

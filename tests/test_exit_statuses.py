@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 
 import bhystream
-from bhystream import errors, recv, send, state
+from bhystream import errors
 from bhystream.errors import BhyError
-from bhystream.handshake import HELD, LOADED
-from bhystream.state import Record, Records
+from bhystream.guest import HELD, LOADED
+from bhystream.handover import state
+from bhystream.handover.state import Record, Records
+from bhystream.recv import main as recv
+from bhystream.send import main as send
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("bhysend", "bhyrecv")

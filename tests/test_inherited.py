@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from bhystream.commandline import refuse_closed
 from bhystream.errors import UsageError
-from bhystream.hook import Hook
-from bhystream.offer import Command
-from bhystream.options import refuse_closed
+from bhystream.send.hook import Hook
+from bhystream.send.offer import Command
 
 # What a process finds that begins as every program of ours does.
 _LOOK = """

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 import bhystream
-from bhystream import options, recv, send
+from bhystream import commandline
 from bhystream.backend.bhyve import identity, keys
 from bhystream.backend.bhyve import resources as bhyve_resources
 from bhystream.backend.qemu import resources as qemu_resources
 from bhystream.errors import UsageError
+from bhystream.recv import options as recv
+from bhystream.send import options as send
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {"bhysend": send, "bhyrecv": recv}
@@ -54,7 +56,7 @@ def parsed_by(program: str, monkeypatch: pytest.MonkeyPatch) -> Letters:
         told.update({f"--{word}": word.endswith("=") for word in long})
         raise UsageError("seen")
 
-    monkeypatch.setattr(options, "parse", record)
+    monkeypatch.setattr(commandline, "parse", record)
     with pytest.raises(UsageError, match="seen"):
         parse: Callable[[Sequence[str]], object] = PROGRAMS[program].parse_options
         parse([])

@@ -16,8 +16,9 @@ import pytest
 
 from bhystream import report
 from bhystream.errors import GuestError, InternalError
-from bhystream.report import NS, Console, Progress, duration, printable, size
-from memory_source import wait_until_full
+from bhystream.report import Console, Progress, printable
+from bhystream.units import NS, duration, size
+from support.memory_source import wait_until_full
 
 
 @pytest.mark.parametrize(

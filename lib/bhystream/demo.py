@@ -35,8 +35,8 @@ from types import FrameType
 
 from bhystream import inherited
 from bhystream.errors import BhyError, GuestError, ending, from_oserror
-from bhystream.report import duration
 from bhystream.standin.stage import PlayedHost, Stage
+from bhystream.units import duration
 
 _BIN = Path(sys.executable).parent
 _NAME = "web1"

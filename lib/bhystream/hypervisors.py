@@ -13,17 +13,19 @@ Backends are imported here when one is needed, so a start pays for one only.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bhystream.backend.base import Contents, Paused, Sink, Snapshot, Source
+from bhystream.backend.base import Paused, Sink, Snapshot, Source
 from bhystream.errors import GuestError, IncompatibleError, UsageError
-from bhystream.format import GUEST_NAME
+from bhystream.guest import GUEST_NAME
 
 if TYPE_CHECKING:
     from bhystream.backend.bhyve.host import Host
+    from bhystream.stream.contents import Contents
 
 _QEMU = "qemu:"
 _BHYVE = ("bhyve", "standin")
@@ -87,10 +89,33 @@ def open_source(what: Sending) -> Source:
     return BhyveSource(host, name, what.base, what.config, force=what.force)
 
 
+def open_host(environment: Mapping[str, str] = os.environ) -> Host:
+    """Return the host: the stand-in's where BHYSEND_VMM_DIR names one, else FreeBSD's.
+
+    Raises NoBhyveError on a system that has neither.
+    """
+    from bhystream.backend.bhyve.host import VMM_DIR
+
+    directory = environment.get(VMM_DIR)
+    if directory:
+        from bhystream.standin.kernel import StandinHost
+
+        return StandinHost(Path(directory))
+    from bhystream.backend.bhyve.freebsd import FreeBsdHost
+
+    return FreeBsdHost()
+
+
+def recorded_host(vmm_dir: str) -> Host:
+    """Return the host that a record is of.  vmm_dir: the stand-in's, "" on FreeBSD."""
+    from bhystream.backend.bhyve.host import VMM_DIR
+
+    return open_host({VMM_DIR: vmm_dir} if vmm_dir else {})
+
+
 def _host_of(why: str) -> Host:
     """Return the host of a bhyve operand.  Raises UsageError, which begins with `why`."""
     from bhystream.backend.bhyve.host import NoBhyveError
-    from bhystream.backend.bhyve.hosts import open_host
 
     try:
         return open_host()
@@ -164,7 +189,6 @@ def _open_bhyve(hypervisor: str, stream_name: str, what: Receiving) -> tuple[Sin
         directory = Path(what.directory).absolute()
         return FilesSink(directory, name, force=what.force), name, str(directory / name)
     from bhystream.backend.bhyve.host import NoBhyveError
-    from bhystream.backend.bhyve.hosts import open_host
     from bhystream.backend.bhyve.sink import BhyveSink
 
     try:
@@ -210,11 +234,11 @@ def open_paused(revive: Mapping[str, Any]) -> Paused:
     if kind in _BHYVE and revive.get("role") == "source":
         from bhystream.backend.bhyve.held import open_held
 
-        return open_held(revive)
+        return open_held(revive, recorded_host)
     if kind in _BHYVE:
         from bhystream.backend.bhyve.loaded import open_loaded
 
-        return open_loaded(revive)
+        return open_loaded(revive, recorded_host)
     if kind != "qemu":
         raise GuestError(f"the record's hypervisor {kind!r} is not known here")
     from bhystream.backend.qemu.paused import open_paused as open_qemu
@@ -233,7 +257,7 @@ def was_never_released(revive: Mapping[str, Any]) -> bool:
         return False
     from bhystream.backend.bhyve.loaded import open_loaded
 
-    return open_loaded(revive).was_never_released()
+    return open_loaded(revive, recorded_host).was_never_released()
 
 
 def lies_in_files(revive: Mapping[str, Any]) -> bool:
@@ -246,4 +270,4 @@ def lies_in_files(revive: Mapping[str, Any]) -> bool:
         return False
     from bhystream.backend.bhyve.loaded import open_loaded
 
-    return open_loaded(revive).lies_in_files()
+    return open_loaded(revive, recorded_host).lies_in_files()

@@ -20,10 +20,10 @@ import traceback
 from dataclasses import dataclass
 from typing import TextIO
 
-from bhystream.backend.base import PAGE_BYTES
 from bhystream.errors import BhyError, InternalError
+from bhystream.guest import PAGE_BYTES
+from bhystream.units import NS, duration, size
 
-NS = 1_000_000_000
 _TERMINAL_NS = 100_000_000
 _LINE_NS = NS
 MAX_HOST_NAME_BYTES = 254
@@ -31,29 +31,6 @@ MAX_HOST_NAME_BYTES = 254
 _SHORT_NAME = 6
 _SHORT_BAR = 4
 _COLUMNS = 80  # of a terminal that does not say
-
-
-def size(count: float) -> str:
-    """Show bytes with a unit of 1024: "1.5 GiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def duration(ns: float) -> str:
-    """Show a time: "43 ms", "1.52 s", "2 m 05 s"."""
-    if ns < NS:
-        return f"{ns / 1e6:.0f} ms" if ns >= 10e6 else f"{ns / 1e6:.1f} ms"
-    if ns < 120 * NS:
-        return f"{ns / NS:.2f} s"
-    return f"{int(ns / NS) // 60} m {int(ns / NS) % 60:02d} s"
-
-
-def counted(count: int, noun: str) -> str:
-    """Show a number of things: "1 round", "2 rounds"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def printable(text: str) -> str:

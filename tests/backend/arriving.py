@@ -25,14 +25,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from bhystream import state
-from bhystream.backend.base import PAGE_BYTES, State, Target
+from bhystream.backend.base import Target
 from bhystream.backend.bhyve.loaded import held
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import Restore
 from bhystream.backend.bhyve.sink import BhyveSink
 from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.backend.process import EndedError, Identity, await_end, identify
+from bhystream.guest import PAGE_BYTES, State
+from bhystream.handover import state
 from bhystream.standin.node import data_extents
 from standin.rig import DEADLINE_S, Console, Rig, Spec, assert_unbroken
 

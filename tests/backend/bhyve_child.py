@@ -25,9 +25,9 @@ from typing import Any
 
 from bhystream.backend.bhyve import fifo
 from bhystream.backend.bhyve.checkpoint import Checkpoint
-from bhystream.backend.bhyve.hosts import open_host
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource
+from bhystream.hypervisors import open_host
 
 from .bhyve_rig import ID
 from .dying import Dying

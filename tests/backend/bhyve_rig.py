@@ -24,13 +24,15 @@ from typing import IO
 
 import pytest
 
-from bhystream import state
-from bhystream.backend.base import Json
-from bhystream.backend.bhyve.held import BhyveHeld, open_held
+from bhystream.backend.bhyve.held import BhyveHeld
 from bhystream.backend.bhyve.source import BhyveSource
+from bhystream.guest import Json
+from bhystream.handover import state
 from bhystream.standin.kernel import StandinHost
 from cli.pipeline import BHYRECV, BHYSEND, ROOT, Ended, Words, run
 from standin.rig import Console, Guest, Rig, Spec, assert_unbroken, await_true, supervised
+
+from .revived import open_held
 
 ID = "0123456789abcdef" * 2
 UUID = "11111111-2222-3333-4444-555555555555"

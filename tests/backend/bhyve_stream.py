@@ -9,19 +9,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from bhystream.backend.base import State
 from bhystream.backend.bhyve import snapshot
-from streams import (
-    CONFIG,
-    DEVICES,
-    HEAD_END,
-    HOST,
-    KEPT,
-    LAYOUT,
-    REHEARSAL,
-    Maker,
-    layout,
-)
+from bhystream.guest import State
+from support.streams import CONFIG, DEVICES, HEAD_END, HOST, KEPT, LAYOUT, REHEARSAL, Maker, layout
 
 from .snapshot_files import CONFIG as SECTION
 from .snapshot_files import DEVICES as NAMES

@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bhystream import format as fmt
-from bhystream.backend.base import PAGE_BYTES, Target
+from bhystream.backend.base import Target
 from bhystream.backend.qemu import QemuSink, QemuSource
+from bhystream.guest import PAGE_BYTES
+from bhystream.stream import format as fmt
 
 SIZE = 64 << 20
 

@@ -14,26 +14,20 @@ from typing import Any
 
 import pytest
 
-from bhystream import cold as cold_send
-from bhystream.backend.base import PAGE_BYTES, Head, Segment, Sink, Snapshot, State
+from bhystream.backend.base import Sink, Snapshot
 from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.cold import FilesSink, SnapshotSource
 from bhystream.backend.bhyve.snapshot import Files
-from bhystream.errors import (
-    OK,
-    AbortedError,
-    BhyError,
-    GuestError,
-    IncompatibleError,
-    UsageError,
-)
-from bhystream.format import Form
-from bhystream.options import SendOptions
-from bhystream.precopy import Limits
+from bhystream.errors import OK, AbortedError, BhyError, GuestError, IncompatibleError, UsageError
+from bhystream.guest import PAGE_BYTES, Head, Segment, State
 from bhystream.report import Console
+from bhystream.send import cold as cold_send
+from bhystream.send.options import SendOptions
+from bhystream.send.precopy import Limits
 from bhystream.signals import Interrupted, Signals
-from bhystream.verify import Ended, Pages, Walk
-from memory_source import rebuild
+from bhystream.stream.format import Form
+from bhystream.stream.verify import Ended, Pages, Walk
+from support.memory_source import rebuild
 
 from .snapshot_files import CONFIG, DEVICES, HOST, KERNEL, MEMORY, made, names, text_of
 

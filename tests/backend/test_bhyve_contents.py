@@ -10,19 +10,11 @@ from typing import Any
 import pytest
 
 from bhystream import hypervisors
-from bhystream.backend.base import Head, State
 from bhystream.errors import BhyError, FormatError, IncompatibleError
-from bhystream.verify import Walk
-from both import Input
-from streams import (
-    CONFIG,
-    DEVICES,
-    END,
-    LAYOUT,
-    REHEARSAL,
-    STATE,
-    STATE_OPTIONAL,
-)
+from bhystream.guest import Head, State
+from bhystream.stream.verify import Walk
+from support.both import Input
+from support.streams import CONFIG, DEVICES, END, LAYOUT, REHEARSAL, STATE, STATE_OPTIONAL
 
 from .bhyve_stream import FPU, KERN, META, states_of, whole
 from .snapshot_files import CONFIG as SECTION

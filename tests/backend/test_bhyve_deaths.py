@@ -10,16 +10,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from bhystream.backend.base import Json
 from bhystream.backend.bhyve import fifo, held
 from bhystream.backend.bhyve.checkpoint import settle
-from bhystream.backend.bhyve.held import open_held
 from bhystream.errors import GoneError, GuestError
+from bhystream.guest import Json
 from cli.pipeline import ROOT
 from standin.rig import await_true
 
 from .bhyve_child import POINTS
 from .bhyve_rig import ID, Two, two_hosts
+from .revived import open_held
 
 # Where a record is known, and the guest can be let go.
 ALL = tuple(point for point in POINTS if point != "rehearsing")

@@ -12,8 +12,8 @@ from subprocess import PIPE, CompletedProcess
 
 import pytest
 
-import streams
-from bhystream import answers
+from bhystream.handover import answers
+from support import streams
 
 from .snapshot_files import MEMORY, made, names, text_of
 

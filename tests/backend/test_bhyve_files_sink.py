@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from bhystream import durable
-from bhystream.backend.base import PAGE_BYTES, Head, Segment, State
 from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.cold import FilesSink
 from bhystream.errors import BhyError, FormatError, IncompatibleError, InternalError
+from bhystream.guest import PAGE_BYTES, Head, Segment, State
 
 from .snapshot_files import CONFIG, DEVICES, HOST, MEMORY, made, names, text_of
 

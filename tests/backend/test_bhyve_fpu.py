@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from bhystream.backend.base import State
 from bhystream.backend.bhyve import fpu, stub
 from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve.host import SegmentDescriptor
 from bhystream.backend.bhyve.lent import NotPutBackError
 from bhystream.errors import GuestError
+from bhystream.guest import State
 from bhystream.standin.cpu import FPU_BYTES, Cpu
 from bhystream.standin.gate import Gate
 from bhystream.standin.guest import Guest

@@ -13,17 +13,18 @@ from typing import Any
 
 import pytest
 
-from bhystream.backend.base import Json
 from bhystream.backend.bhyve import fifo, held
 from bhystream.backend.bhyve.checkpoint import UnansweredError, settle
-from bhystream.backend.bhyve.held import BhyveHeld, HeldRecord, open_held
+from bhystream.backend.bhyve.held import BhyveHeld, HeldRecord
 from bhystream.backend.bhyve.kept import Kept
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.process import Identity
 from bhystream.errors import BhyError, GoneError, GuestError, TakenError
+from bhystream.guest import Json
 from standin.rig import await_true
 
 from .bhyve_rig import ID, Two, require_sink, two_hosts
+from .revived import open_held
 
 
 @pytest.fixture(params=[4, 5], ids=["G4", "G5"])
@@ -287,7 +288,7 @@ def test_after_a_reboot_nothing_here_is_its(two: Two, monkeypatch: pytest.Monkey
     found = two.hold()
     found.resume()
     old = replace(found.record.process, boot_id="another")
-    late = BhyveHeld(replace(found.record, process=old))
+    late = BhyveHeld(two.here.host, replace(found.record, process=old))
     assert not late.is_alive() and not late.runs()
     with pytest.raises(TakenError):
         late.discard("elsewhere")
@@ -348,7 +349,7 @@ def test_another_vm_of_its_name_gets_none_of_its_registers(two: Two) -> None:
     two.start()
     found = two.hold()
     Path(found.record.directory, "journal").touch()
-    other = BhyveHeld(replace(found.record, node="0:0"))
+    other = BhyveHeld(two.here.host, replace(found.record, node="0:0"))
     with pytest.raises(GuestError, match="its VM was destroyed"):
         other.resume()
     Path(found.record.directory, "journal").unlink()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.bhyve.lastpage import LastPage
 from bhystream.backend.bhyve.snapshot import Files, memory_spans
+from bhystream.guest import PAGE_BYTES
 
 SIZE = 16 * PAGE_BYTES
 GIB = 1 << 30

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from bhystream import handshake, hold
 from bhystream.backend import process
 from bhystream.backend.bhyve import held as held_module
 from bhystream.backend.bhyve.held import BhyveHeld
 from bhystream.errors import GoneError
-from bhystream.state import Record, Records
+from bhystream.guest import PAUSED
+from bhystream.handover import hold
+from bhystream.handover.state import Record, Records
 from cli.pipeline import Ended, Pipeline, report, until
 from cli.travel import fifo, is_gone, processes_with
 from standin.rig import Spec, assert_unbroken, await_true
@@ -165,14 +166,14 @@ def test_a_guest_that_is_gone_says_nothing_of_the_next(
     two.here.host.destroy("g")
     again = two.start()
     with pytest.raises(GoneError):
-        BhyveHeld(found.record).resume()
+        BhyveHeld(two.here.host, found.record).resume()
     hold.refuse_held(two.base, "g")  # it may be sent
     assert Records(two.base, "source").all() == []
     assert again.process.poll() is None
     two.assert_runs_on()
 
 
-def recorded(two: Two, found: BhyveHeld, phase: str = handshake.PAUSED) -> Records:
+def recorded(two: Two, found: BhyveHeld, phase: str = PAUSED) -> Records:
     kept = Records(two.base, "source")
     name = found.record.name
     kept.write(Record(ID, name, name, "standin-g", phase, dict(found.record.to_json())))
@@ -190,7 +191,7 @@ def test_after_a_crash_of_the_host_nothing_of_it_is_left_to_do(
     for module in (process, held_module):
         monkeypatch.setattr(module, "boot_id", lambda: "another")
     again = two.start()
-    late = BhyveHeld(found.record)
+    late = BhyveHeld(two.here.host, found.record)
     assert not late.is_alive() and not late.runs()
     hold.refuse_held(two.base, "g")
     assert kept.all() == [] and two.held() == []
@@ -221,7 +222,7 @@ def paused_move(two: Two, gate: Path) -> Pipeline:
 
 def keeper_of(two: Two) -> int:
     """Return the keeper of this state directory."""
-    [pid] = [pid for pid in processes_with("bhystream.keeper") if mentions(pid, two.base)]
+    [pid] = [pid for pid in processes_with("bhystream.send.keeper") if mentions(pid, two.base)]
     return pid
 
 

@@ -13,19 +13,20 @@ from typing import Any
 import pytest
 
 from bhystream import durable, hypervisors
-from bhystream.backend.base import State
 from bhystream.backend.bhyve import fpu as fpus
 from bhystream.backend.bhyve import loaded as loadeds
 from bhystream.backend.bhyve import place as places
 from bhystream.backend.bhyve.listening import listener
-from bhystream.backend.bhyve.loaded import BhyveLoaded, open_loaded
+from bhystream.backend.bhyve.loaded import BhyveLoaded
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import Restore
 from bhystream.backend.process import Identity, await_end
 from bhystream.errors import BhyError, GoneError, GuestError, PipeError, TakenError
+from bhystream.guest import State
 from standin.rig import DEADLINE_S, Console, Spec, assert_unbroken, await_true
 
 from .arriving import ID, Arriving, arriving, fpu
+from .revived import open_loaded
 
 
 @pytest.fixture
@@ -379,7 +380,9 @@ def test_a_guest_left_loaded_is_locked_until_it_is_discarded(guest: Arriving, lo
     record = left_loaded(guest)
     assert lock.read_text() == "held-by-bhysend\n"
     other = Place.from_json(record)
-    BhyveLoaded(replace(other, kept=f"{other.kept}2", staging="/nonexistent")).discard("")
+    BhyveLoaded(
+        guest.there.host, replace(other, kept=f"{other.kept}2", staging="/nonexistent")
+    ).discard("")
     assert lock.exists()  # of a stream that never ran; this one is another's
     open_loaded(record).discard("")
     assert not lock.exists()

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from bhystream import format as fmt
-from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.bhyve.memory import Memory
-from bhystream.format import Form, Header
+from bhystream.guest import PAGE_BYTES
+from bhystream.send.transfer import Transfer
 from bhystream.standin.kernel import StandinHost, StandinVm
-from bhystream.transfer import Transfer
-from bhystream.writer import Writer
+from bhystream.stream import format as fmt
+from bhystream.stream.format import Form, Header
+from bhystream.stream.writer import Writer
 from standin.rig import Guest, Rig, Spec
 
 from .bhyve_rig import ID, Two, require_sink, two_hosts

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from bhystream import handshake
 from bhystream.backend.bhyve import place as places
 from bhystream.backend.bhyve.place import (
     Place,
@@ -26,6 +25,7 @@ from bhystream.backend.bhyve.place import (
 )
 from bhystream.backend.process import Identity, boot_id, identify
 from bhystream.errors import GuestError, PipeError
+from bhystream.guest import DEAD
 from bhystream.standin.kernel import StandinHost
 from standin.rig import Rig
 
@@ -224,7 +224,7 @@ def test_one_of_which_a_record_speaks_is_not_ours_to_end(
 def test_one_whose_record_says_that_it_never_ran_is_ours_to_end(base: Path) -> None:
     made = place(base)
     made.make_staging()
-    text = json.dumps({"phase": handshake.DEAD, "revive": {}})
+    text = json.dumps({"phase": DEAD, "revive": {}})
     (base / "destination" / f"{ID}.json").write_text(text)
     assert find_leftover(base, Path(made.staging), "web1") is not None
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from bhystream.backend.base import State
 from bhystream.backend.bhyve import fpu as fpus
 from bhystream.backend.bhyve import loaded, restore
 from bhystream.backend.bhyve.config import parse
@@ -25,14 +24,11 @@ from bhystream.backend.bhyve.lastpage import LastPage
 from bhystream.backend.bhyve.listening import listener, listens
 from bhystream.backend.bhyve.loaded import held
 from bhystream.backend.bhyve.place import Place
-from bhystream.backend.bhyve.restore import (
-    Phase,
-    Restore,
-    TooLateError,
-)
+from bhystream.backend.bhyve.restore import Phase, Restore, TooLateError
 from bhystream.backend.launch import Child
 from bhystream.backend.process import is_same, is_stopped
 from bhystream.errors import GuestError, PipeError
+from bhystream.guest import State
 from bhystream.standin.kernel import StandinHost
 from standin.rig import Spec, await_true
 
@@ -337,12 +333,13 @@ KILLED = """
 import json, os, signal, sys
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import Restore
+from bhystream.hypervisors import recorded_host
 step, record, kern_bytes = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 place = Place.from_json(record)
 def die(self, *args):
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(Restore, step, die)
-Restore(place.host(), place, place.files).hold(kern_bytes)
+Restore(recorded_host(place.vmm_dir), place, place.files).hold(kern_bytes)
 """
 
 

@@ -12,15 +12,10 @@ from typing import Any
 
 import pytest
 
-from bhystream.backend.base import PAGE_BYTES, State
 from bhystream.backend.bhyve import fpu as fpus
-from bhystream.errors import (
-    GuestError,
-    IncompatibleError,
-    InternalError,
-    PipeError,
-)
-from bhystream.target import FileTarget, MappedTarget
+from bhystream.errors import GuestError, IncompatibleError, InternalError, PipeError
+from bhystream.guest import PAGE_BYTES, State
+from bhystream.memory.target import FileTarget, MappedTarget
 from standin.rig import Spec
 
 from .arriving import ID, Arriving, arriving, kill, read_page

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from bhystream import format as fmt
-from bhystream.backend.base import Segment, State
 from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.snapshot import Files, cut, join, memory_spans, parse, read_states
 from bhystream.errors import FormatError, GuestError, UsageError
+from bhystream.guest import Segment, State
+from bhystream.stream import format as fmt
 
 from .snapshot_files import DEVICES, KERNEL, MEMORY, Json, made, text_of
 

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.base import State
 from bhystream.backend.bhyve import fpu, held, rehearsal, snapshot, source
 from bhystream.backend.bhyve.checkpoint import Checkpoint, UnansweredError, settle
-from bhystream.backend.bhyve.held import open_held
 from bhystream.backend.bhyve.journal import Journal
 from bhystream.backend.bhyve.lent import NotPutBackError
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.errors import GoneError, GuestError, IncompatibleError
+from bhystream.guest import State
 from bhystream.standin.kernel import StandinHost, StandinVm
 from standin.rig import Spec
 
 from .bhyve_rig import ID, Two, require_sink, sink_prefix, small_tmpfs, two_hosts, without_sink
+from .revived import open_held
 
 NVME = Spec(devices=(*Spec().devices, ("0.9.0", "nvme")))
 SINKS = ["sink", "file"]

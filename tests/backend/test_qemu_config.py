@@ -18,7 +18,7 @@ from bhystream.backend.qemu.options import parse_size, split_keyval
 from bhystream.backend.qemu.resources import Resources
 from bhystream.backend.qemu.validate import validate
 from bhystream.errors import IncompatibleError, UsageError
-from bhystream.format import GUEST_NAME
+from bhystream.guest import GUEST_NAME
 
 from .qemu_rig import strings
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.qemu import QemuSink, QemuSource, ram
 from bhystream.errors import GuestError, as_error
+from bhystream.guest import PAGE_BYTES
 
 from .qemu_rig import SIZE, Rig, await_true, copy_memory, monitor, state_of
 

@@ -14,17 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.base import PAGE_BYTES, Head, State
 from bhystream.backend.qemu import QemuSink, QemuSource, open_paused
 from bhystream.backend.qemu.paused import QemuPaused
-from bhystream.errors import (
-    GoneError,
-    GuestError,
-    IncompatibleError,
-    InternalError,
-    TakenError,
-)
-from bhystream.target import FileTarget
+from bhystream.errors import GoneError, GuestError, IncompatibleError, InternalError, TakenError
+from bhystream.guest import PAGE_BYTES, Head, State
+from bhystream.memory.target import FileTarget
 
 from .qemu_rig import SIZE, Rig, copy_memory, monitor, peer, state_of, stop, strings
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.base import PAGE_BYTES, Segment
 from bhystream.backend.process import end_process, identify, is_alive
 from bhystream.backend.qemu import QemuSource, qmp
 from bhystream.backend.qemu.ram import extents
 from bhystream.errors import GuestError, IncompatibleError
+from bhystream.guest import PAGE_BYTES, Segment
 
 from .qemu_rig import SIZE, Rig, await_true, monitor
 

@@ -15,7 +15,7 @@ from bhystream.backend.qemu.config import reduce_argv
 from bhystream.backend.qemu.facts import Facts
 from bhystream.backend.qemu.resources import Resources
 from bhystream.errors import BhyError, GuestError
-from bhystream.recv import parse_options
+from bhystream.recv.options import parse_options
 
 from .qemu_rig import Rig
 from .test_qemu_config import BASE

@@ -20,10 +20,10 @@ import time
 from array import array
 from collections.abc import Callable
 
-from bhystream.batch import Batch
-from bhystream.bitmap import walk
-from bhystream.page import PageHasher, check_pages, scatter
-from bhystream.xxh3 import find
+from bhystream.memory.batch import Batch
+from bhystream.memory.bitmap import walk
+from bhystream.memory.page import PageHasher, check_pages, scatter
+from bhystream.memory.xxh3 import find
 
 PAGE = 4096
 SEED = 0x0123456789ABCDEF

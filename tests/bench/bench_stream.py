@@ -19,13 +19,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from bhystream import options
-from bhystream.backend.base import PAGE_BYTES, Head, Segment
-from bhystream.format import Feature, Form, Header, Type
-from bhystream.page import scatter
-from bhystream.transfer import Transfer, write_head
-from bhystream.verify import Ended, Pages, Walk
-from bhystream.writer import Writer
+from bhystream import commandline
+from bhystream.guest import PAGE_BYTES, Head, Segment
+from bhystream.memory.page import scatter
+from bhystream.send.transfer import Transfer, write_head
+from bhystream.stream.format import Feature, Form, Header, Type
+from bhystream.stream.verify import Ended, Pages, Walk
+from bhystream.stream.writer import Writer
 
 CHUNK = 256 << 10
 
@@ -112,7 +112,7 @@ Receive = Callable[[int, int], None]
 def turn(source: Paused, target: int, send: Send, receive: Receive) -> float:
     """Move everything once; return seconds from the start to the last page placed."""
     read_fd, write_fd = os.pipe()
-    options.widen_pipe(write_fd)
+    commandline.widen_pipe(write_fd)
     start = time.monotonic()
     child = os.fork()
     if child == 0:

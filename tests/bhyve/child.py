@@ -12,10 +12,9 @@ import secrets
 import signal
 import sys
 
-from bhystream import state
-from bhystream.backend.bhyve.hosts import open_host
 from bhystream.backend.bhyve.source import BhyveSource
-from bhystream.hypervisors import open_paused
+from bhystream.handover import state
+from bhystream.hypervisors import open_host, open_paused
 
 
 def hold(guest: str, config_path: str | None = None) -> None:

@@ -11,19 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from bhystream import state
 from bhystream.backend.base import Paused
 from bhystream.backend.bhyve.config import GuestConfig
 from bhystream.backend.bhyve.held import HeldRecord
 from bhystream.backend.bhyve.host import Host
-from bhystream.backend.bhyve.hosts import open_host
 from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.snapshot import Meta, parse
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource, read_config
 from bhystream.backend.bhyve.vmbhyve import find
-from bhystream.hypervisors import open_paused
+from bhystream.handover import state
+from bhystream.hypervisors import open_host, open_paused
 
 
 def setting(name: str, what: str) -> str:

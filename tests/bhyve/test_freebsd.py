@@ -33,7 +33,6 @@ from pathlib import Path
 
 import pytest
 
-from bhystream import state
 from bhystream.backend import programs
 from bhystream.backend.bhyve import fpu, identity, libc, verdict
 from bhystream.backend.bhyve import registers as reg
@@ -51,6 +50,7 @@ from bhystream.backend.bhyve.place import staging_root
 from bhystream.backend.bhyve.snapshot import Files, memory_spans, read_states
 from bhystream.backend.process import is_alive
 from bhystream.errors import GuestError
+from bhystream.handover import state
 
 IS_FREEBSD = sys.platform.startswith("freebsd")
 PAGE_BYTES = 4096

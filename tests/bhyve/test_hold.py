@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from bhystream.backend.base import Paused, State
+from bhystream.backend.base import Paused
 from bhystream.backend.bhyve import fifo, fpustate
 from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve.checkpoint import Checkpoint, settle
@@ -36,6 +36,7 @@ from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.snapshot import parse
 from bhystream.backend.process import is_alive, is_same
 from bhystream.errors import TakenError
+from bhystream.guest import State
 
 from .conftest import Trial, rehearsed
 
@@ -263,7 +264,7 @@ def test_it_stands_when_all_of_ours_are_killed_and_any_process_lets_it_run(
     """bhyve keeps the FIFO that it was sent: without a reader its write would be its end."""
     done = child("hold", guest, *([config_path] if config_path else []))
     record = HeldRecord.from_json(json.loads(done.stdout))
-    paused = open_held(record.to_json())
+    paused = open_held(record.to_json(), lambda _: host)
     try:
         assert done.returncode == -signal.SIGKILL
         stands(memory, paused)

@@ -217,7 +217,7 @@ done
 """
 
 
-KEEPER, BHYRECV = "bhystream.keeper", "bhystream.recv"
+KEEPER, BHYRECV = "bhystream.send.keeper", "bhystream.recv"
 
 
 class Harmed:

@@ -1,6 +1,6 @@
 """Runs a program with shorter limits, so that a test need not wait for the real ones.
 
-    python limited.py handshake.ANSWER_SECONDS=2 push._STALL_S=1 -- bhysend -a guest
+    python limited.py handover.handshake.ANSWER_SECONDS=2 send.push._STALL_S=1 -- bhysend -a guest
 
 The modules are bhystream's.  handshake's are patched before any other is imported, because the
 others take them over by name; the programs themselves have no such door.
@@ -14,11 +14,15 @@ import sys
 from pathlib import Path
 
 
+def _is_late(setting: tuple[str, str, str]) -> bool:
+    return not setting[0].startswith("handover.handshake.")
+
+
 def main(argv: list[str]) -> None:
     """Patch what stands before --, and be the program that stands behind it."""
     at = argv.index("--")
     settings = [word.partition("=") for word in argv[1:at]]
-    for name, _, value in sorted(settings, key=lambda each: not each[0].startswith("handshake.")):
+    for name, _, value in sorted(settings, key=_is_late):
         module, _, attribute = name.rpartition(".")
         found = importlib.import_module(f"bhystream.{module}")
         setattr(found, attribute, type(getattr(found, attribute))(value))

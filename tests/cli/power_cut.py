@@ -262,10 +262,10 @@ def _mark(disk: Disk) -> None:
     """
     from bhystream.backend.bhyve.lastpage import LastPage
     from bhystream.backend.qemu.sink import QemuSink
-    from bhystream.format import Type
-    from bhystream.move import Move
-    from bhystream.reply import Reply
-    from bhystream.writer import Writer
+    from bhystream.recv.reply import Reply
+    from bhystream.send.move import Move
+    from bhystream.stream.format import Type
+    from bhystream.stream.writer import Writer
 
     def marking(owner: type, name: str, mark: Callable[..., str]) -> None:
         call = getattr(owner, name)

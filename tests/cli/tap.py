@@ -28,8 +28,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from bhystream import format as fmt
-from bhystream.format import Type
+from bhystream.stream import format as fmt
+from bhystream.stream.format import Type
 
 ANY_ROUND = -1
 _DEADLINE_S = 120.0

@@ -418,7 +418,9 @@ LIMITS = [
 def test_nobody_waits_for_ever(limit: Limit, host: Host, small: Traveller, gate: Gate) -> None:
     attempt = Attempt("three-stages", limit.point, host, small, gate)
     command = limited(
-        getattr(attempt, limit.program), f"handshake.{limit.name}_SECONDS=2", "push._STALL_S=1"
+        getattr(attempt, limit.program),
+        f"handover.handshake.{limit.name}_SECONDS=2",
+        "send.push._STALL_S=1",
     )
     setattr(attempt, limit.program, command)
     with attempt.begin():

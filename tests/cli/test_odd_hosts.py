@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.answers import unpack
+from bhystream.handover.answers import unpack
 
 from .kinds import ANY
 from .pipeline import BHYRECV, BHYSEND, Ended, report, run

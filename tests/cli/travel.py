@@ -74,7 +74,7 @@ def processes_with(word: str) -> list[int]:
 
 def keeper_of(pid: int) -> int:
     """Return the keeper of a bhysend, 0 where there is none yet."""
-    for keeper in processes_with("bhystream.keeper"):
+    for keeper in processes_with("bhystream.send.keeper"):
         with suppress(OSError):
             text = Path(f"/proc/{keeper}/stat").read_text()
             if int(text[text.rindex(")") + 2 :].split()[1]) == pid:

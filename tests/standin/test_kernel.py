@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from bhystream.backend.bhyve.host import Host, MemoryMap
-from bhystream.backend.bhyve.hosts import open_host
 from bhystream.errors import GuestError
+from bhystream.hypervisors import open_host
 from bhystream.standin.kernel import StandinHost
 
 from .rig import Rig, Spec

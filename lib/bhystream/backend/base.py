@@ -3,59 +3,17 @@
 The engine moves pages and sections and knows no hypervisor; a backend knows
 one hypervisor and no stream.  Everything that crosses this line is here.
 
-Page numbers count through the segments of the layout in order, as in the
-LAYOUT section of bhystream(5): page 0 is the first page of segment 0, and the
-first page of segment 1 follows the last of segment 0.
+The words in which they speak of a guest are guest.py's.  What a hypervisor has
+to say of the sections of a stream is asked by their walk: stream/contents.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-PAGE_BYTES = 4096
-
-Json = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One contiguous piece of the guest's memory.
-
-    name: at most 31 ASCII bytes.  gpa: guest physical address in bytes, or
-    None where the hypervisor does not state one.  npages: pages of 4 KiB.
-    """
-
-    name: str
-    gpa: int | None
-    npages: int
-
-
-@dataclass(frozen=True)
-class Head:
-    """What cannot change while the guest runs: the head sections of a stream.
-
-    host: the sending host and its hypervisor.  config: the guest.  devices:
-    names of the emulated devices, in the hypervisor's order.
-    """
-
-    host: Json
-    layout: tuple[Segment, ...]
-    config: Json
-    devices: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class State:
-    """One named blob of device or vCPU state, opaque to the engine.
-
-    is_optional: a reader that does not know it may leave it out.
-    """
-
-    name: str
-    data: bytes
-    is_optional: bool = False
+from bhystream.guest import Head, Json, State
 
 
 @dataclass(frozen=True)
@@ -222,33 +180,6 @@ class Paused(Protocol):
 
     def close(self) -> None:
         """Give up every descriptor; the guest stays as it is.  Twice is no error."""
-
-
-class Contents(Protocol):
-    """What a hypervisor's own sections of a stream say, checked on any host.
-
-    One for each stream, asked in its order, by verify.Walk: so what a Sink is
-    given has passed here, and a stream is verified where no Sink can be had.
-    What is raised names no place: the walk adds it.
-    """
-
-    def config(self, config: Json) -> None:
-        """Check CONFIG.  Raises IncompatibleError: what is not known may be of a later version."""
-
-    def layout(self, layout: tuple[Segment, ...]) -> None:
-        """Check LAYOUT.  Raises IncompatibleError where it is not CONFIG's."""
-
-    def devices(self, devices: tuple[str, ...]) -> None:
-        """Check DEVICES.  Raises IncompatibleError where they are not CONFIG's."""
-
-    def plan(self, plan: bytes) -> None:
-        """Check REHEARSAL.  Raises FormatError."""
-
-    def state(self, state: State) -> None:
-        """Check one state, whole.  Raises FormatError."""
-
-    def end(self) -> None:
-        """Check that no state is missing.  Raises FormatError."""
 
 
 class Sink(Protocol):

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, VMM_DIR, MemoryMap
 from bhystream.errors import BhyError, GuestError, UsageError
+from bhystream.guest import PAGE_BYTES
 
 from . import node
 from .checkpoint import CheckpointServer

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from bhystream import inherited
-from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.bhyve.host import (
     HIGHMEM_BASE_GPA,
     VMM_DIR,
@@ -27,6 +26,7 @@ from bhystream.backend.bhyve.host import (
     SegmentDescriptor,
 )
 from bhystream.errors import GuestError, from_oserror
+from bhystream.guest import PAGE_BYTES
 
 from . import node
 from .cpu import Cpus
@@ -262,7 +262,7 @@ class StandinHost:
         self.run_dir = self._directory / "run"
 
     def environment(self) -> Mapping[str, str]:
-        """Return what open_host() needs to find this host again."""
+        """Return what hypervisors.open_host() needs to find this host again."""
         return {VMM_DIR: str(self._directory)}
 
     def sysctl(self, name: str) -> str | None:

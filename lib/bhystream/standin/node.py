@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, LOWMEM_LIMIT_BYTES, MemoryMap
 from bhystream.errors import GuestError, from_oserror
+from bhystream.guest import PAGE_BYTES
 
 _SUFFIXES = ("", ".map", ".dirty", ".swapped", ".cpu")
 _PROT_ALL = 7

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from bhystream.backend.base import PAGE_BYTES
+from bhystream.guest import PAGE_BYTES
 
 ZERO = bytes(PAGE_BYTES)
 

@@ -23,8 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bhystream.backend.base import PAGE_BYTES
 from bhystream.errors import BhyError
+from bhystream.guest import PAGE_BYTES
 
 from .guest import KERNEL_STRUCTS, Guest
 from .node import Memory, data_extents

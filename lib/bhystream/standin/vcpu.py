@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bhystream.backend.base import PAGE_BYTES
+from bhystream.guest import PAGE_BYTES
 
 from .blob import number
 from .cpu import Cpu

@@ -3,7 +3,6 @@
 The pieces, in the order in which a move meets them:
 
     host.py       what is asked of the host: the protocols of the device half
-    hosts.py      which host this is
     freebsd.py    the FreeBSD host: sysctls, base programs, mounts, taps
       freebsd_vm.py ioctl.py   one VM: memory map, mapping, topology, dirty log
       freebsd_text.py libc.py  what programs print; mincore(2) and sysctl(3)
@@ -19,7 +18,7 @@ The pieces, in the order in which a move meets them:
     resources.py  the operator's -o key=value and -x key
     compare.py    two configurations, and how they differ
     identity.py   the host's half of the HOST section
-    contents.py   BhyveContents: base.Contents
+    contents.py   BhyveContents: stream's Contents
     verdict.py    the reasons against a guest on this host
       backing.py  what stands behind disks and cards, here and there
       supervisors.py  what would start a guest again that has moved

@@ -23,18 +23,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bhystream import durable, hole
-from bhystream.backend.base import PAGE_BYTES, Head, Json, State
+from bhystream import durable
 from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.snapshot import Files, Meta, layout_of, memory_spans
-from bhystream.errors import (
-    GuestError,
-    IncompatibleError,
-    InternalError,
-    from_oserror,
-)
-from bhystream.format import GUEST_NAME
-from bhystream.target import FileTarget
+from bhystream.errors import GuestError, IncompatibleError, InternalError, from_oserror
+from bhystream.guest import GUEST_NAME, PAGE_BYTES, Head, Json, State
+from bhystream.memory import hole
+from bhystream.memory.target import FileTarget
 
 _HYPERVISORS = ("bhyve", "standin")
 # A file system that does not know its holes.  Source: lseek(2).

@@ -1,4 +1,4 @@
-"""What a stream says of a guest of bhyve, checked on any host: base.Contents.
+"""What a stream says of a guest of bhyve, checked on any host: contents.Contents.
 
 bhystream(5), GUESTS OF BHYVE.  Each section is checked by itself, and against
 those before it: CONFIG is what LAYOUT, DEVICES, REHEARSAL and the states have to
@@ -11,17 +11,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bhystream.backend.base import Json, Segment, State
 from bhystream.backend.bhyve import fpu, snapshot
 from bhystream.backend.bhyve.config import devices as devices_of
 from bhystream.backend.bhyve.keys import shown
 from bhystream.backend.bhyve.snapshot import Meta
 from bhystream.backend.bhyve.validate import is_bare, validate
 from bhystream.errors import FormatError, GuestError, IncompatibleError
+from bhystream.guest import Json, Segment, State
 
 
 class BhyveContents:
-    """base.Contents for guests of bhyve and of its stand-in."""
+    """contents.Contents for guests of bhyve and of its stand-in."""
 
     def __init__(self) -> None:
         self._section: Mapping[str, Any] = {}

@@ -28,9 +28,9 @@ import os
 import re
 from collections.abc import Mapping
 
-from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.bhyve import keys as known
 from bhystream.backend.bhyve.keys import Slot, refuse, shown
+from bhystream.guest import PAGE_BYTES
 
 _SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([kmgtpe]?)(b?)", re.ASCII | re.IGNORECASE)
 _SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}

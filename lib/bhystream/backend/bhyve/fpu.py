@@ -45,7 +45,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bhystream.backend.base import State
 from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve import stub
 from bhystream.backend.bhyve.host import Vm
@@ -54,6 +53,7 @@ from bhystream.backend.bhyve.kept import kept_registers, vmcs_fields
 from bhystream.backend.bhyve.lent import LIMIT_S, NotPutBackError, flag, lent, run_to_end
 from bhystream.backend.bhyve.physical import ADDRESS, Lowmem, Physical
 from bhystream.errors import AccessError, GuestError
+from bhystream.guest import State
 
 STATE_PREFIX = "fpu/"
 STATE_LIMIT_BYTES = 16 << 10

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from bhystream.backend.base import State
 from bhystream.backend.bhyve import fpu, lent
 from bhystream.backend.bhyve.host import Host, Vm
 from bhystream.backend.bhyve.lent import NotPutBackError
@@ -20,6 +19,7 @@ from bhystream.backend.bhyve.memory import system_memory
 from bhystream.backend.bhyve.physical import Lowmem
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.errors import AccessError, GuestError
+from bhystream.guest import State
 
 
 def reasons(host: Host, name: str, ncpus: int) -> list[str]:

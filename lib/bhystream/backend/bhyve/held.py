@@ -30,22 +30,21 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bhystream.backend.base import Json, State
 from bhystream.backend.bhyve import checkpoint, fifo, fpustate
 from bhystream.backend.bhyve.checkpoint import UnansweredError
-from bhystream.backend.bhyve.host import VMM_DIR, Host
-from bhystream.backend.bhyve.hosts import open_host
+from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 from bhystream.backend.process import Identity, boot_id, is_alive, kill_process
 from bhystream.errors import AccessError, BhyError, GoneError, GuestError, TakenError, from_oserror
+from bhystream.guest import Json, State
 
 _SERVED_S = 60.0
 _SETTLE_S = 10.0
@@ -78,10 +77,6 @@ class HeldRecord:
     node: str
     full_bytes: int
     manager: str
-
-    def host(self) -> Host:
-        """Return the host that the record is of."""
-        return open_host({VMM_DIR: self.vmm_dir} if self.vmm_dir else {})
 
     def to_json(self) -> Json:
         """Return the record, JSON."""
@@ -122,23 +117,31 @@ def _of(kind: type[_T], value: Any) -> _T:
     return value
 
 
-def open_held(record: Json) -> BhyveHeld:
-    """Return the guest of a record, wherever it stands.  Raises GuestError."""
-    return BhyveHeld(HeldRecord.from_json(record))
+def open_held(record: Json, host_of: Callable[[str], Host]) -> BhyveHeld:
+    """Return the guest of a record, wherever it stands.  Raises GuestError.
+
+    host_of: returns the host of a record by its vmm_dir.
+    """
+    found = HeldRecord.from_json(record)
+    return BhyveHeld(host_of(found.vmm_dir), found)
 
 
 class BhyveHeld:
     """base.Paused for a source's guest.  It has nothing open between two calls."""
 
     def __init__(
-        self, record: HeldRecord, states: Sequence[State] = (), reasons: Sequence[str] = ()
+        self,
+        host: Host,
+        record: HeldRecord,
+        states: Sequence[State] = (),
+        reasons: Sequence[str] = (),
     ) -> None:
-        """states: what the hold has saved.  reasons: what of the guest they do not have."""
+        """host: the record's.  states: what the hold has saved.  reasons: what they do not have."""
         self.record = record
         self.reasons = list(reasons)
         self._states = states
         self._who = f"guest {record.name}"
-        self._host: Host = record.host()
+        self._host = host
         self._directory = SnapshotDir(Path(record.directory))
         self._locks: Locks | None = None
         if record.manager:

@@ -164,7 +164,7 @@ class Host(Protocol):
     """Where checkpoint sockets are."""
 
     def environment(self) -> Mapping[str, str]:
-        """Return what open_host() needs to find this host again, for records."""
+        """Return what hypervisors.open_host() needs to find this host again, for records."""
 
     def sysctl(self, name: str) -> str | None:
         """Return a value as sysctl -n prints it, None where there is none of that name."""

@@ -31,8 +31,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bhystream import durable
-from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.bhyve.snapshot import Files, memory_spans
+from bhystream.guest import PAGE_BYTES
 
 _MARK_BYTES = 16
 _TAIL_BYTES = 2 * PAGE_BYTES

@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bhystream import durable
-from bhystream.backend.base import Json, State
 from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.host import Host
@@ -33,6 +32,7 @@ from bhystream.backend.bhyve.restore import Restore, TooLateError
 from bhystream.backend.bhyve.snapshot import SLOW_BYTES_PER_SECOND, Files
 from bhystream.backend.process import is_same, is_stopped
 from bhystream.errors import BhyError, GoneError, GuestError, TakenError, from_oserror
+from bhystream.guest import Json, State
 
 # Words in run.lock that are no host's, so that vm-bhyve starts nothing.
 HELD = "held-by-bhysend"
@@ -41,9 +41,13 @@ _SETTLE_S = 60.0
 _POLL_S = 0.01
 
 
-def open_loaded(record: Json) -> BhyveLoaded:
-    """Return the guest of a record made by Place.to_json().  Raises GuestError."""
-    return BhyveLoaded(Place.from_json(record))
+def open_loaded(record: Json, host_of: Callable[[str], Host]) -> BhyveLoaded:
+    """Return the guest of a record made by Place.to_json().  Raises GuestError.
+
+    host_of: returns the host of a record by its vmm_dir.
+    """
+    place = Place.from_json(record)
+    return BhyveLoaded(host_of(place.vmm_dir), place)
 
 
 def held(
@@ -101,11 +105,11 @@ class BhyveLoaded:
 
     reasons: Sequence[str] = ()
 
-    def __init__(self, place: Place) -> None:
-        """place: as it was recorded."""
+    def __init__(self, host: Host, place: Place) -> None:
+        """place: as it was recorded, of this host."""
         self.place = place
         self._who = f"guest {place.name}"
-        self._host: Host = place.host()
+        self._host = host
         self._locks: Locks | None = None
         if place.manager:
             self._locks = Locks(place.name, Path(place.manager), socket.gethostname())

@@ -16,17 +16,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from bhystream.backend.base import PAGE_BYTES, Segment
-from bhystream.backend.bhyve.host import (
-    HIGHMEM_BASE_GPA,
-    LOWMEM_LIMIT_BYTES,
-    Host,
-    MemoryMap,
-    Vm,
-)
+from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, LOWMEM_LIMIT_BYTES, Host, MemoryMap, Vm
 from bhystream.backend.bhyve.residency import believes_mincore, dirty_extents, extents
 from bhystream.backend.bhyve.snapshot import layout_of, memory_spans
 from bhystream.errors import IncompatibleError
+from bhystream.guest import PAGE_BYTES, Segment
 
 
 def system_memory(maps: Sequence[MemoryMap], who: str) -> list[MemoryMap]:

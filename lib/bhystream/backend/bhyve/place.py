@@ -24,14 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from bhystream import durable
-from bhystream.backend.base import Json
-from bhystream.backend.bhyve.host import VMM_DIR, Host
-from bhystream.backend.bhyve.hosts import open_host
+from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.snapshot import Files
 from bhystream.backend.process import Identity, boot_id, is_alive, kill_process
 from bhystream.errors import BhyError, GuestError, from_oserror
-from bhystream.handshake import DEAD
+from bhystream.guest import DEAD, Json
 
 FILE = "ckp"
 ROLE = "destination"
@@ -146,10 +144,6 @@ class Place:
         """Forget a start that never ran, or that the record speaks of.  Never raises."""
         with contextlib.suppress(OSError):
             durable.remove(self.started_path)
-
-    def host(self) -> Host:
-        """Return the host that the record is of."""
-        return open_host({VMM_DIR: self.vmm_dir} if self.vmm_dir else {})
 
     def to_json(self, started: Started | None = None) -> Json:
         """Return the record, JSON."""

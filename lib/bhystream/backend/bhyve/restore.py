@@ -36,7 +36,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 
-from bhystream.backend.base import State
 from bhystream.backend.bhyve import fpu
 from bhystream.backend.bhyve.command import argv, config_file
 from bhystream.backend.bhyve.host import (
@@ -56,6 +55,7 @@ from bhystream.backend.bhyve.snapshot import SLOW_BYTES_PER_SECOND, Files
 from bhystream.backend.launch import Child
 from bhystream.backend.process import identify
 from bhystream.errors import BhyError, GuestError, from_oserror
+from bhystream.guest import State
 
 _LIMIT_S = 60.0
 _STOP_S = 10.0

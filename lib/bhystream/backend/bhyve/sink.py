@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bhystream import durable
-from bhystream.backend.base import Head, Json, State, Target
+from bhystream.backend.base import Target
 from bhystream.backend.bhyve import backing, identity, snapshot, verdict, vmbhyve
 from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.compare import differences
@@ -49,13 +49,9 @@ from bhystream.backend.bhyve.resources import Wishes
 from bhystream.backend.bhyve.restore import Restore
 from bhystream.backend.bhyve.snapshot import Meta
 from bhystream.backend.bhyve.validate import validate
-from bhystream.errors import (
-    BhyError,
-    IncompatibleError,
-    InternalError,
-    from_oserror,
-)
-from bhystream.target import FileTarget, MappedTarget
+from bhystream.errors import BhyError, IncompatibleError, InternalError, from_oserror
+from bhystream.guest import Head, Json, State
+from bhystream.memory.target import FileTarget, MappedTarget
 
 
 class BhyveSink:

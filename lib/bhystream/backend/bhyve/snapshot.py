@@ -34,21 +34,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bhystream import format as fmt
-from bhystream.backend.base import PAGE_BYTES, Segment, State
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, LOWMEM_LIMIT_BYTES
 from bhystream.errors import AccessError, FormatError, GuestError, UsageError
+from bhystream.guest import (
+    MAX_GUEST_PAGES,
+    MAX_OPTIONAL_STATE_BYTES,
+    MAX_STATE_BYTES,
+    PAGE_BYTES,
+    Segment,
+    State,
+)
+from bhystream.strict_json import unpack_json
 
 META = "meta"
 MAX_META_BYTES = 1 << 20
 # Source: snapshot.c, the buffer of one blob in FreeBSD 14.
 MAX_BLOB_BYTES = 40 << 20
 # The text and the blobs become states of one stream.
-MAX_ALL_BYTES = fmt.MAX_STATE_BYTES
-MAX_MEMORY_BYTES = fmt.MAX_GUEST_PAGES * PAGE_BYTES
+MAX_ALL_BYTES = MAX_STATE_BYTES
+MAX_MEMORY_BYTES = MAX_GUEST_PAGES * PAGE_BYTES
 MAX_ITEMS = 1024
 MAX_VCPUS = 1 << 16
-_MAX_FPU_TEXT_BYTES = 2 * fmt.MAX_OPTIONAL_STATE_BYTES  # base64 makes 4 of 3
+_MAX_FPU_TEXT_BYTES = 2 * MAX_OPTIONAL_STATE_BYTES  # base64 makes 4 of 3
 _MAX_COMPONENT_BYTES = 255  # NAME_MAX
 SLOW_BYTES_PER_SECOND = 100 << 20  # of a slow disk: how long a memory file may take
 # What FreeBSD 14 saves of the kernel, and what no kernel can do without.
@@ -167,7 +174,7 @@ def parse(text: bytes) -> Meta:
     if len(text) > MAX_META_BYTES:
         raise FormatError(f"meta: {len(text)} bytes are more than {MAX_META_BYTES}")
     try:
-        value = fmt.unpack_json(text)
+        value = unpack_json(text)
     except FormatError as error:
         raise FormatError(f"meta: {error}") from None
     top = _object(value, "the text")
@@ -376,7 +383,7 @@ def read_fpu(files: Files) -> list[State]:
         return []
     text = _read_text(files.fpu, _MAX_FPU_TEXT_BYTES)
     try:
-        found = fmt.unpack_json(text)
+        found = unpack_json(text)
         states = [
             State(name, base64.b64decode(data, validate=True), is_optional=True)
             for name, data in found.items()

@@ -27,20 +27,14 @@ import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bhystream.backend.base import Head, Prepared
+from bhystream.backend.base import Prepared
 from bhystream.backend.bhyve import backing, fifo, fpustate, identity, snapshot, verdict, vmbhyve
 from bhystream.backend.bhyve.checkpoint import Checkpoint, Outcome
 from bhystream.backend.bhyve.config import GuestConfig, devices, parse, split
 from bhystream.backend.bhyve.held import BhyveHeld, HeldRecord
 from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.memory import Memory
-from bhystream.backend.bhyve.rehearsal import (
-    UNSAVED,
-    MemoryFileError,
-    Rehearsal,
-    changes,
-    rehearse,
-)
+from bhystream.backend.bhyve.rehearsal import UNSAVED, MemoryFileError, Rehearsal, changes, rehearse
 from bhystream.backend.bhyve.snapshotdir import FILE, SnapshotDir, clamped
 from bhystream.backend.process import Identity, is_alive, is_same
 from bhystream.errors import (
@@ -52,6 +46,7 @@ from bhystream.errors import (
     IncompatibleError,
     from_oserror,
 )
+from bhystream.guest import Head
 
 _HOLD_S = 30.0
 _SYNC_S = 10.0
@@ -341,7 +336,7 @@ class BhyveSource:
         self._require_started()
         self._require_room(self._rehearsal.meta.kern_bytes)
         checkpoint = self._connect_again()
-        held = BhyveHeld(self._record)
+        held = BhyveHeld(self._host, self._record)
         try:
             self._hold(checkpoint, held)
             return self._with_state(held)
@@ -413,7 +408,7 @@ class BhyveSource:
         except FormatError as error:
             raise GuestError(f"guest {self._name}: {path}: {error}") from None
         saved, reasons = fpustate.save(self._host, self._name, self._ncpus, self._directory)
-        return BhyveHeld(held.record, [*states, *saved], reasons)
+        return BhyveHeld(self._host, held.record, [*states, *saved], reasons)
 
     def close(self) -> None:
         """Give up the mappings; what prepare() made too, if the guest was never asked."""

@@ -17,13 +17,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bhystream.backend.base import Json
 from bhystream.backend.bhyve import keys as known
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.identity import integer
 from bhystream.backend.bhyve.residency import believes_mincore
 from bhystream.backend.bhyve.supervisors import reasons as supervisor_reasons
 from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
+from bhystream.guest import Json
 
 MIN_OSRELDATE = 1400000  # FreeBSD 14.0, the first with the checkpoint messages that we speak
 

@@ -13,7 +13,7 @@ The pieces, in the order in which a move meets them:
     config.py     argv of a running QEMU -> the CONFIG section, or a refusal
     devices.py    the parts of it that name a resource of the host
     validate.py   a CONFIG section from a stream is hostile until it passes
-    contents.py   QemuContents: base.Contents
+    contents.py   QemuContents: stream's Contents
     compare.py    two configurations, and how they differ
     resources.py  the operator's -o key=value
     command.py    configuration + resources -> argv of the destination

@@ -1,4 +1,4 @@
-"""What a stream says of a guest of QEMU, checked on any host: base.Contents.
+"""What a stream says of a guest of QEMU, checked on any host: contents.Contents.
 
 CONFIG is validate.py's.  The guest has one segment, its memory backend, and one
 state, QEMU's own migration stream, of which only the beginning is looked at.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bhystream.backend.base import PAGE_BYTES, Json, Segment, State
 from bhystream.backend.qemu.state import MAX_STATE_BYTES
 from bhystream.backend.qemu.validate import validate
 from bhystream.errors import FormatError, IncompatibleError
+from bhystream.guest import PAGE_BYTES, Json, Segment, State
 
 STATE = "qemu"
 # Source: qemu/qemu migration/savevm.h, QEMU_VM_FILE_MAGIC and QEMU_VM_FILE_VERSION.
@@ -19,7 +19,7 @@ _MAGIC = b"QEVM\0\0\0\3"
 
 
 class QemuContents:
-    """base.Contents for guests of QEMU."""
+    """contents.Contents for guests of QEMU."""
 
     def __init__(self) -> None:
         self._memory: dict[str, Any] = {}

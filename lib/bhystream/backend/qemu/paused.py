@@ -18,13 +18,13 @@ from typing import Any
 # Loaded now, also by a keeper: later the file system may be what fails.
 import qemu.qmp  # noqa: F401
 
-from bhystream.backend.base import Json, State
 from bhystream.backend.process import Identity, await_end, end_process, identify, is_alive
 from bhystream.backend.qemu import migration
 from bhystream.backend.qemu.facts import status
 from bhystream.backend.qemu.graph import refuse_jobs
 from bhystream.backend.qemu.qmp import ConnectionLostError, NobodyListensError, Qmp
 from bhystream.errors import GoneError, GuestError, TakenError
+from bhystream.guest import Json, State
 
 _END_S = 2.0
 

@@ -18,9 +18,9 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from bhystream import hole
-from bhystream.backend.base import PAGE_BYTES
 from bhystream.errors import AccessError, GuestError
+from bhystream.guest import PAGE_BYTES
+from bhystream.memory import hole
 
 _MAPS = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<mode>....) (?P<offset>[0-9a-f]+) "

@@ -24,8 +24,7 @@ import stat
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bhystream import hole
-from bhystream.backend.base import Head, Json, State, Target
+from bhystream.backend.base import Target
 from bhystream.backend.qemu import facts, host, migration, ram, scope, verdict
 from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.empty import Empty
@@ -35,7 +34,9 @@ from bhystream.backend.qemu.resources import Resources
 from bhystream.backend.qemu.source import record_of
 from bhystream.backend.qemu.validate import validate
 from bhystream.errors import BhyError, GuestError, IncompatibleError, InternalError, UsageError
-from bhystream.target import FileTarget, MappedTarget
+from bhystream.guest import Head, Json, State
+from bhystream.memory import hole
+from bhystream.memory.target import FileTarget, MappedTarget
 
 
 class QemuSink:

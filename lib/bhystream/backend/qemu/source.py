@@ -22,7 +22,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bhystream.backend.base import PAGE_BYTES, Head, Json, Prepared, Segment, State
+from bhystream.backend.base import Prepared
 from bhystream.backend.process import identify
 from bhystream.backend.qemu import facts, graph, host, migration, ram, supervisors
 from bhystream.backend.qemu.compare import compare
@@ -33,6 +33,7 @@ from bhystream.backend.qemu.process import read_argv, working_directory
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.state import take_state
 from bhystream.errors import GuestError, IncompatibleError
+from bhystream.guest import PAGE_BYTES, Head, Json, Segment, State
 
 # Measured with QEMU 7.2 under TCG on two busy cores: stop 2 to 6 ms, state 2 to
 # 5, load 2 to 12, cont under 1, and the programs around them.

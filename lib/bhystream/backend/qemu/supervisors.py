@@ -20,13 +20,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 
 from bhystream.backend.lineage import Above, Unit, above, show, unit_of
-from bhystream.backend.supervisors import (
-    is_shell,
-    may_start_again,
-    program_of,
-    reason,
-    words,
-)
+from bhystream.backend.supervisors import is_shell, may_start_again, program_of, reason, words
 
 # They run a program, wait for it, and end with it.
 _THROUGH = words(

@@ -13,10 +13,10 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from bhystream.backend.base import PAGE_BYTES
 from bhystream.backend.qemu import allow
 from bhystream.backend.qemu.devices import check_references
 from bhystream.errors import IncompatibleError
+from bhystream.guest import PAGE_BYTES
 
 Check = Callable[[Any, str], Any]
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from bhystream.backend.base import Head
 from bhystream.backend.qemu import facts, graph, host, migration
 from bhystream.backend.qemu.compare import compare
 from bhystream.backend.qemu.config import reduce_argv
@@ -23,6 +22,7 @@ from bhystream.backend.qemu.process import read_argv
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.resources import Resources
 from bhystream.errors import BhyError, GuestError, IncompatibleError
+from bhystream.guest import Head
 
 _MACHINE_LINE = re.compile(r"(\S+)\s+.*")
 _ALIAS = re.compile(r"\(alias of (\S+)\)")

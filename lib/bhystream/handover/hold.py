@@ -1,0 +1,320 @@
+"""What becomes of a guest that stands paused: -l, --discard, --resume.
+
+Both programs have these verbs.  bhysend's guests are the held ones of the
+plain form, and one whose bhysend and keeper both died before END; bhyrecv's
+are those that `bhyrecv -u` left loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bhystream import hypervisors
+from bhystream.errors import OK, BhyError, GuestError, TakenError, UsageError
+from bhystream.guest import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
+from bhystream.handover import leftover, standing, state
+from bhystream.handover.standing import end_guest, open_alive
+from bhystream.handover.state import Lock, Record, Records, Role
+from bhystream.report import Console, host_name, printable
+from bhystream.signals import Interrupts
+from bhystream.stream.writer import write_all
+
+_STDOUT = 1
+# Of what it was, a listing need not speak: nobody has to decide.
+OVER = (STARTED, DEAD)
+_VERBS = ("-A", "-l", "-q", "--discard", "--resume")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One of the verbs, parsed.  guest: name, operand or stream id, or None.
+
+    in_doubt: --resume also where GO may be out.
+    """
+
+    name: str
+    guest: str | None
+    in_doubt: bool = False
+
+
+def parse_verb(given: Sequence[str], operands: Sequence[str], usage: str) -> Verb | None:
+    """Return the verb among the options, None if there is none.
+
+    Raises UsageError for a verb with other options, or without its guest.
+    """
+    verbs = [name for name in given if name in _VERBS]
+    if not verbs:
+        return None
+    in_doubt = sorted(given) == ["--in-doubt", "--resume"]
+    if len(given) > 1 and not in_doubt:
+        raise UsageError(f"{verbs[0]} goes with no other option", usage)
+    if len(operands) > 1 or (verbs[0] not in ("-A", "-l") and not operands):
+        raise UsageError(f"{verbs[0]}: name one guest", usage)
+    return Verb(verbs[0], operands[0] if operands else None, in_doubt)
+
+
+def run(verb: Verb, role: Role, console: Console) -> int:
+    """Do what the verb says for this role's guests; return the exit status."""
+    interrupts = Interrupts()
+    base = state.directory()
+    records = Records(base, role)
+    if verb.name == "-l":
+        return _list(base, records, verb.guest, console)
+    guest = verb.guest or ""
+    record = _one(records, guest, verb.name)
+    lock = Lock(base, record.lock, f"guest {record.guest}")
+    interrupts.ignore()
+    try:
+        # Read again under the lock: a keeper may have acted meanwhile.
+        current = records.get(record.id)
+        if current is not None and _is_left(current, guest, verb.name):
+            if current.phase == DEAD:
+                _end_dead(base, current, console)
+            else:
+                _clear(current, console)
+        elif current is None or not _stands(current):
+            raise GuestError(f"guest {record.guest}: it is not held any more")
+        elif verb.name == "--discard":
+            _discard(records, current, console)
+        else:
+            _refuse_to_resume(current, verb.in_doubt)
+            _resume(records, current, console)
+    finally:
+        lock.release()
+    return OK
+
+
+def _list(base: Path, records: Records, guest: str | None, console: Console) -> int:
+    """List the guests that stand here; asked by name, also what was started.
+
+    Returns 69 if a record is broken: the list is then not all.
+    """
+    found = records.find(guest) if guest else records.all()
+    lines = []
+    for record in found:
+        if not guest and not _stands(record):
+            continue
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.time_ns // 10**9))
+        kept = f"keeper {record.keeper}" if record.keeper and _is_locked(base, record) else "-"
+        fields = (record.guest, record.phase, when, record.id, record.operand, kept)
+        lines.append("\t".join(printable(field) for field in fields) + "\n")
+    write_all(_STDOUT, "".join(lines).encode(), "write the list")
+    return max((console.fail(error) for error in records.broken()), default=OK)
+
+
+def _is_locked(base: Path, record: Record) -> bool:
+    """Say whether a bhysend or a keeper works on a guest now."""
+    try:
+        Lock(base, record.lock, f"guest {record.guest}").release()
+    except GuestError:
+        return True
+    return False
+
+
+def _one(records: Records, guest: str, verb: str) -> Record:
+    """Find the one guest that the operator means."""
+    all_ = records.find(guest)
+    found = [r for r in all_ if _stands(r) or _is_left(r, guest, verb)]
+    if not found:
+        if any(r.phase == STARTED for r in all_):
+            raise GuestError(
+                f"guest {guest}: it was started here; it is the hypervisor's to resume or end"
+            )
+        raise GuestError(f"guest {guest}: none of that name is held on {host_name()}")
+    if len(found) > 1:
+        ids = "\n".join(f"  {r.id} ({r.phase}, {r.operand})" for r in found)
+        raise GuestError(f"guest {guest}: several are held; name one by its stream id", ids)
+    return found[0]
+
+
+def _stands(record: Record) -> bool:
+    """Say whether somebody has to decide about a guest.
+
+    Also one that was told to run from its files and has them still: its
+    --resume was cut short.
+    """
+    if record.phase != STARTED:
+        return record.phase not in OVER
+    with contextlib.suppress(BhyError):
+        return hypervisors.lies_in_files(record.revive)
+    return False
+
+
+def _is_left(record: Record, guest: str, verb: str) -> bool:
+    """Say whether what is left of one that is over is meant: by its id only, never by a name."""
+    return verb == "--discard" and record.phase in OVER and record.id == guest
+
+
+def _end_dead(base: Path, record: Record, console: Console) -> None:
+    """End what a killed bhyrecv has left.  The record stays: its GO may still be on the way."""
+    leftover.end_dead(base, record)
+    console.say(f"guest {record.guest}: it never ran here, and nothing is left of it")
+    console.log(f"guest {record.guest}: what stream {record.id} left is removed")
+
+
+def _clear(record: Record, console: Console) -> None:
+    """Remove what a start has left whose guest has ended.  Its record stays, for bhyrecv -q."""
+    paused = hypervisors.open_paused(record.revive)
+    try:
+        with contextlib.suppress(TakenError):  # then it does not run, whoever does
+            if paused.is_alive() and paused.runs():
+                raise GuestError(
+                    f"guest {record.guest}: it was started here, and runs;"
+                    " it is the hypervisor's to end"
+                )
+        paused.clear()
+    finally:
+        paused.close()
+    console.say(f"guest {record.guest}: it does not run here; the files of its start are removed")
+    console.log(f"guest {record.guest}: what stream {record.id} left is removed")
+
+
+def is_alive(record: Record) -> bool:
+    """Say whether the hypervisor's process of a recorded guest exists."""
+    paused = open_alive(record)
+    if paused is None:
+        return False
+    paused.close()
+    return True
+
+
+def _is_taken(record: Record) -> bool:
+    """Say whether another guest has its name and has had its disks: it is no copy then."""
+    paused = hypervisors.open_paused(record.revive)
+    try:
+        paused.runs()
+    except TakenError:
+        return True
+    except BhyError:
+        return False
+    finally:
+        paused.close()
+    return False
+
+
+def _discard(records: Records, record: Record, console: Console) -> None:
+    was_alive = is_alive(record)
+    if record.phase == READY:
+        _bury(records, record)
+    if was_alive and record.phase == PAUSED and not _is_taken(record):
+        raise GuestError(
+            f"guest {record.guest}: its stream is not complete, so this may be the only copy",
+            f"let it run on: bhysend --resume {record.id}",
+        )
+    end_guest(record)
+    if was_alive:
+        console.say(f"guest {record.guest}: discarded here")
+    else:
+        console.say(f"guest {record.guest}: it was gone already; its record is removed")
+    if record.phase != READY:
+        records.remove(record.id)
+    console.log(f"guest {record.guest}: stream {record.id} discarded")
+
+
+def _bury(records: Records, record: Record) -> None:
+    """Take the chance to run from a guest that waits for GO, for good."""
+    if not records.change(record.id, READY, DEAD):
+        raise GuestError(f"guest {record.guest}: it was started just now")
+
+
+def _refuse_to_resume(record: Record, in_doubt: bool) -> None:
+    """Refuse to resume what may run elsewhere, or has no right to run here."""
+    name = record.guest
+    if record.phase == MOVED:
+        raise GuestError(
+            f"guest {name}: it runs on {record.there}",
+            f"end what is left here: --discard {record.id}",
+        )
+    if record.phase == READY:
+        raise GuestError(f"guest {name}: only its source can let it run (GO)")
+    if record.phase == GO and not in_doubt:
+        raise GuestError(f"guest {name}: it may run on {record.there}", in_doubt_hint(record))
+    if record.phase != GO and in_doubt:
+        raise UsageError(f"--in-doubt: guest {name} is {record.phase}, not in doubt")
+
+
+def in_doubt_hint(record: Record) -> str:
+    """Return the way out of doubt."""
+    return standing.in_doubt(record, state.directory())
+
+
+def _resume(records: Records, record: Record, console: Console) -> None:
+    paused = open_alive(record)
+    if paused is None:
+        raise GuestError(
+            f"guest {record.guest}: it is gone, so it cannot be resumed",
+            f"forget it: --discard {record.id}",
+        )
+    try:
+        if record.phase in (GO, HELD):
+            console.say(f"guest {record.guest}: resuming; the destination must not have started it")
+        # Before it is done: a guest that may run again is not to be discarded
+        # by the record of the time when it was held.
+        records.write(record.moved(STARTED if record.phase in (LOADED, STARTED) else PAUSED))
+        try:
+            paused.resume()
+        except BaseException:
+            records.write(record)
+            raise
+    finally:
+        paused.close()
+    if record.phase not in (LOADED, STARTED):
+        records.remove(record.id)
+    console.say(f"guest {record.guest}: it runs on {host_name()}")
+    console.log(f"guest {record.guest}: stream {record.id} resumed")
+
+
+def refuse_held(base: Path, operand: str, lock_name: str | None = None) -> None:
+    """Refuse to send a guest that stands held.  Raises GuestError.
+
+    lock_name: of the guest, once it is known and locked: the operand may be
+    one of several that lead to it.  A record whose guest is gone says nothing
+    any more, and is removed.
+    """
+    records = Records(base, "source")
+    if lock_name is None:
+        found = records.find(operand)
+    else:
+        found = [record for record in records.all() if record.lock == lock_name]
+    for record in found:
+        if lock_name is None:
+            # Whoever is about to bring it back, or to end it, goes first.
+            Lock(base, record.lock, f"guest {record.guest}").release()
+        try:
+            if not is_alive(record):
+                _forget(records, record)
+                continue
+        except BhyError:
+            continue  # another guest lives there now; opening it will tell
+        raise GuestError(
+            f"guest {record.guest}: {record.phase} here since an earlier stream",
+            _what_to_do(record),
+        )
+    for error in records.broken():
+        raise error
+
+
+def _forget(records: Records, record: Record) -> None:
+    """Remove the record of a guest that is gone, and what is left of it."""
+    paused = hypervisors.open_paused(record.revive)
+    paused.clear()
+    paused.close()
+    records.remove(record.id)
+
+
+def _what_to_do(record: Record) -> str:
+    """Return the verbs that a guest's record allows."""
+    if record.phase == GO:
+        return in_doubt_hint(record)
+    if record.phase == MOVED:
+        return f"it runs on {record.there}; end what is left here: bhysend --discard {record.id}"
+    if record.phase == PAUSED:
+        return f"let it run on: bhysend --resume {record.id}"
+    return (
+        f"if it runs at the destination: bhysend --discard {record.id}\n"
+        f"if it surely does not: bhysend --resume {record.id}"
+    )

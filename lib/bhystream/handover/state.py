@@ -1,0 +1,375 @@
+"""What survives the programs: the state directory, its locks and records.
+
+    DIR/host-id            who we are to the other side; random, made once
+    DIR/lock/NAME          one flock(2) per guest, and per stream that is read; the file
+                           of a guest stays
+    DIR/run/ID             the socket of a stream's third stage
+    DIR/source/ID.json     a guest of this host that is paused or held
+    DIR/destination/ID.json   a stream that was started here, or stands paused
+    DIR/told/NAME          the warnings that were printed for a guest
+    DIR/destination/over      streams that were here long ago: a line each, "ID PHASE"
+    DIR/log/, DIR/NAME.qmp    the destination's hypervisors
+
+ID is the stream id.  What is recorded is recorded *before* it is done, and
+durably (durable.py): a record says what may have happened, never less, and one
+that cannot be read says the most that it could.
+
+Whose record it is matters more than it looks: source and destination may be
+one host (a move to another process, every test), so the two never share a name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pwd
+import re
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from bhystream import durable
+from bhystream.errors import (
+    BhyError,
+    BrokenError,
+    GuestError,
+    IncompatibleError,
+    UsageError,
+    from_oserror,
+)
+from bhystream.guest import PHASES
+from bhystream.report import host_name
+
+_ATTEMPTS = 5
+_HOST_ID = re.compile("[0-9a-f]{16}")
+_OVER = "over"
+_OVER_LINE = re.compile("([0-9a-f]{32}) ([a-z-]{1,20})")
+
+Role = Literal["source", "destination"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One guest that stands at the end of a stream, or a stream's tombstone.
+
+    id: stream id, 32 hex digits.  guest: its name.  operand: as the operator
+    types it.  lock: name of the guest's lock.  phase: one of guest.py's.
+    revive: for the backend's open_paused().  time_ns: of the last change,
+    since the Epoch.  host, directory: at the source, the destination's host id
+    and state directory, as HELLO named them; from GO on.  keeper: its process.
+    ask: the words that run bhyrecv there, where the command form has them.
+    """
+
+    id: str
+    guest: str
+    operand: str
+    lock: str
+    phase: str
+    revive: dict[str, Any]
+    time_ns: int = 0
+    host: str = ""
+    directory: str = ""
+    keeper: int = 0
+    ask: list[str] = field(default_factory=list)
+
+    @property
+    def there(self) -> str:
+        """Return the destination's name, as it calls itself; "" if it is not recorded."""
+        return self.host.partition("/")[0]
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> Record:
+        """Return the record that was written.  Raises ValueError, TypeError."""
+        made = Record(**fields)
+        texts = (made.id, made.guest, made.operand, made.lock, made.phase)
+        if made.phase not in PHASES or not all(isinstance(text, str) for text in texts):
+            raise ValueError("it is none of ours")
+        return made
+
+    def moved(self, phase: str) -> Record:
+        """Return the record with another phase, stamped now."""
+        return replace(self, phase=phase, time_ns=time.time_ns())
+
+
+def default_directory() -> Path:
+    """Return root's state directory on a system like this one.
+
+    Source: hier(7) of FreeBSD, which has no /var/lib and empties /var/run at
+    boot; the Filesystem Hierarchy Standard.
+    """
+    return Path("/var/db" if os.uname().sysname == "FreeBSD" else "/var/lib", "bhysend")
+
+
+def directory() -> Path:
+    """Return the state directory, absolute, made with mode 0700 if it is not there.
+
+    BHYSEND_STATE_DIR, else default_directory() for root, else under
+    XDG_STATE_HOME.  Raises AccessError, PipeError; UsageError where none can be
+    found; IncompatibleError if it belongs to somebody else or others may enter it.
+    """
+    named = os.environ.get("BHYSEND_STATE_DIR")
+    if named:
+        path = Path(named)
+    elif os.geteuid() == 0:
+        path = default_directory()
+    else:
+        path = _home_directory() / "bhysend"
+    try:
+        # The keeper and the hypervisor are told this path, and have other directories.
+        path = path.absolute()
+        durable.make_directory(path)
+        found = path.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise IncompatibleError(
+                f"state directory {path}: not ours alone (mode 0700)",
+                "if nobody else could write in it: chmod 700 it; or set BHYSEND_STATE_DIR",
+            )
+        for name in ("lock", "run", "source", "destination", "log", "told"):
+            durable.make_directory(path / name)
+    except OSError as error:
+        raise from_oserror(error, f"use the state directory {path}") from error
+    return path
+
+
+def _home_directory() -> Path:
+    """Return where a user keeps what programs remember.  Raises UsageError.
+
+    A relative XDG_STATE_HOME counts as none.  Source: XDG Base Directory
+    Specification 0.8.
+    """
+    named = os.environ.get("XDG_STATE_HOME", "")
+    if named.startswith("/"):
+        return Path(named)
+    try:
+        home = os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError:
+        home = ""
+    if not home.startswith("/"):
+        raise UsageError("no home directory is known: set BHYSEND_STATE_DIR or HOME")
+    return Path(home, ".local/state")
+
+
+def host_id(base: Path) -> str:
+    """Return the name of this host and state directory, unlike any other's.
+
+    The host's name, for people, and 64 random bits, which a host of the same
+    name does not have.  Raises AccessError, PipeError.
+    """
+    path = base / "host-id"
+    try:
+        with Lock(base, "host-id", "the host id", wait=True):
+            if not path.exists() or not _HOST_ID.fullmatch(path.read_text(errors="replace")):
+                durable.write(path, secrets.token_hex(8))
+            return f"{host_name()}/{path.read_text('ascii')}"
+    except OSError as error:
+        raise from_oserror(error, f"read {path}") from error
+
+
+class Lock:
+    """One lock per guest: held while a descriptor of it is open anywhere.
+
+    The keeper inherits the descriptor, so the guest stays locked when bhysend
+    is killed and the keeper is still at work.
+    """
+
+    def __init__(
+        self, base: Path, name: str, what: str, *, wait: bool = False, once: bool = False
+    ) -> None:
+        """Take the lock, or raise GuestError at once.
+
+        name: of the lock.  what: names the guest in the message.  wait: wait
+        for it instead: for one that is never held for long.  once: its file
+        goes when it is released; not for one that another process inherits.
+        """
+        self._path = base / "lock" / _file_name(name)
+        self._once = once
+        self._open()
+        for attempt in range(_ATTEMPTS):
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                while not self._is_ours():
+                    # Who had it has removed the file: it is another one now.
+                    os.close(self.fd)
+                    self._open()
+                    fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                return
+            except OSError as error:
+                if attempt == _ATTEMPTS - 1:
+                    os.close(self.fd)
+                    raise GuestError(f"{what}: another bhysend or bhyrecv works on it") from error
+            # A listing (-l) holds it for a moment to see whether it is free.
+            time.sleep(0.01)
+
+    def _open(self) -> None:
+        try:
+            self.fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise from_oserror(error, f"open {self._path}") from error
+
+    def _is_ours(self) -> bool:
+        """Say whether the file that we have locked is the one of that name."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self.fd))
+        except FileNotFoundError:
+            return False
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Close our descriptor; twice is no error."""
+        if self.fd >= 0:
+            if self._once:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path)
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Told:
+    """What was told of a guest already, and need not be told before every move."""
+
+    def __init__(self, base: Path, name: str) -> None:
+        """name: of the guest's lock."""
+        self._path = base / "told" / _file_name(name)
+
+    def new(self, lines: Sequence[str], *, everything: bool = False) -> list[str]:
+        """Return the lines that were not told yet, or `everything`; they count as told now."""
+        before: list[str] = []
+        with contextlib.suppress(OSError, ValueError):
+            before = self._path.read_text("utf-8", "surrogateescape").splitlines()
+        found = [line for line in lines if everything or line not in before]
+        if found:
+            # Told once more is no harm.
+            with contextlib.suppress(OSError):
+                durable.write(self._path, "".join(f"{line}\n" for line in lines))
+        return found
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)
+
+
+class Records:
+    """The records of one role."""
+
+    def __init__(self, base: Path, role: Role) -> None:
+        """base: the state directory, from directory()."""
+        self._dir = base / role
+
+    def write(self, record: Record) -> None:
+        """Write a record durably.  Raises AccessError, PipeError."""
+        path = self._dir / f"{record.id}.json"
+        try:
+            durable.write(path, json.dumps(asdict(record)))
+        except OSError as error:
+            raise from_oserror(error, f"record the guest in {path}") from error
+
+    def change(self, id_: str, before: str, after: str) -> bool:
+        """Change a record's phase, if it is `before`: one of all who try.  False if not.
+
+        Raises AccessError, PipeError.
+        """
+        with Lock(self._dir.parent, f"record-{self._dir.name}", "the records", wait=True):
+            found = self.get(id_)
+            if found is None or found.phase != before:
+                return False
+            self.write(found.moved(after))
+            return True
+
+    def remove(self, id_: str) -> None:
+        """Remove a record durably; one that is not there is no error."""
+        try:
+            durable.remove(self._dir / f"{id_}.json")
+        except OSError as error:
+            raise from_oserror(error, f"remove the record {id_}") from error
+
+    def archive(self, over: Sequence[Record]) -> list[Record]:
+        """Note in one file what became of streams; return those whose records may go then.
+
+        Raises BrokenError, AccessError, PipeError.
+        """
+        with Lock(self._dir.parent, f"record-{self._dir.name}", "the records", wait=True):
+            taken = [record for record in over if self.get(record.id) == record]
+            known = {**self._over(), **{record.id: record.phase for record in taken}}
+            text = "".join(f"{id_} {phase}\n" for id_, phase in known.items())
+            try:
+                durable.write(self._dir / _OVER, text)
+            except OSError as error:
+                raise from_oserror(error, f"write {self._dir / _OVER}") from error
+            return taken
+
+    def phase(self, id_: str) -> str | None:
+        """Return what became of a stream, also of one whose record is gone; None if unknown.
+
+        Raises BrokenError, AccessError, PipeError.
+        """
+        record = self.get(id_)
+        return record.phase if record else self._over().get(id_)
+
+    def _over(self) -> dict[str, str]:
+        path = self._dir / _OVER
+        try:
+            lines = path.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise from_oserror(error, f"read {path}") from error
+        found = {}
+        for line in lines:
+            match = _OVER_LINE.fullmatch(line)
+            if match is None or match[2] not in PHASES:
+                raise BrokenError(
+                    f"{path} is broken: no stream is known not to have run before",
+                    f"remove from it what is no line of a stream id and a word: {line[:80]!r}",
+                )
+            found[match[1]] = match[2]
+        return found
+
+    def get(self, id_: str) -> Record | None:
+        """Return one record, None if there is none.  Raises BrokenError, AccessError, PipeError."""
+        return self._read(self._dir / f"{id_}.json")
+
+    def all(self) -> list[Record]:
+        """Return the records that can be read, oldest first."""
+        return sorted(self._survey()[0], key=lambda r: r.time_ns)
+
+    def broken(self) -> list[BhyError]:
+        """Return what is wrong with the records that cannot be read."""
+        return self._survey()[1]
+
+    def find(self, operand: str) -> list[Record]:
+        """Return the records that an operand names: id, name or operand.
+
+        Raises GuestError if none does, but a broken one may.
+        """
+        found = [r for r in self.all() if operand in (r.id, r.guest, r.operand)]
+        if not found:
+            for error in self.broken():
+                raise error
+        return found
+
+    def _survey(self) -> tuple[list[Record], list[BhyError]]:
+        found: list[Record] = []
+        broken: list[BhyError] = []
+        for path in self._dir.glob("*.json"):
+            try:
+                record = self._read(path)
+            except BhyError as error:
+                broken.append(error)
+                continue
+            if record:
+                found.append(record)
+        return found, broken
+
+    @staticmethod
+    def _read(path: Path) -> Record | None:
+        return durable.read(path, Record.from_json)

@@ -1,0 +1,244 @@
+"""Collect changed pages into what one MEMORY section carries.
+
+The user's documentation is in batch.pyi.
+
+The guest runs and writes while its memory is read.  So a page that is sent is
+first copied, and the copy is hashed: the hash in the section is then that of
+the bytes in the section, whatever the guest does.  Page by page, so that the
+copy is still in the first-level cache when it is hashed.
+
+Memory is taken once and used for every section.  It is two anonymous
+mappings, which Python's mmap owns: page-aligned, and a view that outlives the
+batch keeps its mapping alive.
+"""
+
+import mmap
+
+cimport cython
+from libc.stdint cimport UINT32_MAX, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from bhystream.memory.page cimport (
+    DATA, PAGE_BYTES, ZERO, Extent, PageHasher, copy_page, hash_ahead, hash_page, word_t
+)
+
+__all__ = ["Batch"]
+
+
+cdef object anonymous(Py_ssize_t nbytes):
+    # mmap's default is MAP_SHARED: a file of the kernel's, slower to fault in.
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
+
+
+@cython.final
+cdef class Batch:
+    cdef PageHasher hasher
+    cdef readonly uint64_t max_pages, max_extents
+    cdef readonly uint64_t npages, nextents, nzero
+    cdef uint64_t max_count
+    # An extent found no room.
+    cdef bint overflow
+    # A collect() runs, without the GIL; a second one must not.
+    cdef bint busy
+    # Each mapping, and a view that holds it open: nobody can close it.
+    cdef object page_map, list_map
+    cdef uint8_t[::1] page_hold, list_hold
+    cdef uint8_t *pages
+    # The list mapping is [extents][gap for their copy][hashes]: list_view()
+    # puts the copy right before the hashes, however many extents there are.
+    cdef Extent *extents
+    cdef uint64_t *hashes
+
+    def __cinit__(self, PageHasher hasher not None, max_pages, max_extents,
+                  max_count=UINT32_MAX):
+        for limit in (max_pages, max_extents, max_count):
+            if not 1 <= limit <= UINT32_MAX:
+                raise ValueError(f"limit {limit} is not within [1, {UINT32_MAX}]")
+        self.hasher = hasher
+        self.max_pages = max_pages
+        self.max_extents = max_extents
+        self.max_count = max_count
+        self.page_map = anonymous(max_pages * PAGE_BYTES)
+        self.list_map = anonymous(max_extents * sizeof(Extent) * 2 + max_pages * 8)
+        self.page_hold = self.page_map
+        self.list_hold = self.list_map
+        self.pages = &self.page_hold[0]
+        self.extents = <Extent *>&self.list_hold[0]
+        self.hashes = <uint64_t *>(self.extents + 2 * self.max_extents)
+
+    @property
+    def full(self):
+        return self.overflow or self.npages == self.max_pages
+
+    def clear(self):
+        self.check_idle()
+        self.npages = self.nextents = self.nzero = 0
+        self.overflow = False
+
+    def list_view(self):
+        self.check_idle()
+        cdef uint64_t nbytes = self.nextents * sizeof(Extent)
+        cdef uint64_t middle = self.max_extents * sizeof(Extent) * 2
+        cdef uint8_t *copy = <uint8_t *>self.hashes - nbytes
+        memcpy(copy, self.extents, nbytes)
+        with memoryview(self.list_map) as whole:
+            return whole[middle - nbytes:middle + self.npages * 8].toreadonly()
+
+    def page_view(self):
+        self.check_idle()
+        with memoryview(self.page_map) as whole:
+            return whole[:self.npages * PAGE_BYTES].toreadonly()
+
+    def collect(
+        self,
+        const uint8_t[::1] segment not None,
+        base_page,
+        first,
+        end,
+        uint64_t[::1] table not None,
+        bint everything,
+    ):
+        npages = segment.shape[0] // PAGE_BYTES
+        self.check(base_page, first, end, npages, table.shape[0])
+        cdef uint64_t base = base_page, page = first, stop = end
+        cdef const uint8_t *memory = &segment[0]
+        cdef word_t *entries = <word_t *>&table[0]
+        self.busy = True
+        with nogil:
+            page = self.take_pages(memory, base, page, stop, entries + base, everything)
+        self.busy = False
+        return page
+
+    def collect_absent(
+        self, base_page, first, end, uint64_t[::1] table not None, bint everything
+    ):
+        self.check(base_page, first, end, end, table.shape[0])
+        cdef uint64_t start = base_page + first, stop = base_page + end
+        cdef word_t *entries = <word_t *>&table[0]
+        self.busy = True
+        with nogil:
+            start = self.take_absent(start, stop, entries, everything)
+        self.busy = False
+        return start - <uint64_t>base_page
+
+    cdef int check_idle(self) except -1:
+        if self.busy:
+            raise ValueError("the batch is in use by another thread")
+        return 0
+
+    cdef int check(self, base_page, first, end, npages, nentries) except -1:
+        self.check_idle()
+        if not 0 <= first <= end <= npages:
+            raise ValueError(f"pages [{first}, {end}) are not within [0, {npages})")
+        if not 0 <= base_page <= nentries - end:
+            raise ValueError(f"pages up to {base_page} + {end} are not in the table")
+        if self.nextents > 0:
+            last = self.extents[self.nextents - 1]
+            if base_page + first < last.first + last.count:
+                raise ValueError("pages of one batch must ascend")
+        return 0
+
+    cdef uint64_t take_pages(
+        self,
+        const uint8_t *segment,
+        uint64_t base,
+        uint64_t page,
+        uint64_t end,
+        word_t *entries,
+        bint everything,
+    ) noexcept nogil:
+        """Handle pages of a segment; return the first one without room.
+
+        base: the segment's first global page; entries: its part of the table.
+        """
+        cdef const uint8_t *live
+        cdef const uint8_t *ahead
+        while page < end and self.npages < self.max_pages:
+            live = segment + page * PAGE_BYTES
+            # Distances measured: one page before a hash, two before a copy.
+            if everything:
+                ahead = segment + min(page + 2, end - 1) * PAGE_BYTES
+            else:
+                ahead = segment + min(page + 1, end - 1) * PAGE_BYTES
+                if hash_ahead(self.hasher, live, ahead) == entries[page]:
+                    page += 1
+                    continue
+            if not self.take(live, ahead, base + page, entries + page, everything):
+                break
+            page += 1
+        return page
+
+    cdef bint take(
+        self,
+        const uint8_t *live,
+        const uint8_t *ahead,
+        uint64_t page,
+        word_t *entry,
+        bint everything,
+    ) noexcept nogil:
+        """Copy one page and state it; False if there is no room for it.
+
+        The entry changes last: a page without room is met again as it was.
+        """
+        cdef uint8_t *copy = self.pages + self.npages * PAGE_BYTES
+        cdef bint zero = copy_page(copy, live, ahead)
+        cdef uint64_t h = self.hasher.zero_hash
+        if not zero:
+            h = hash_page(self.hasher, copy)
+        if not everything and h == entry[0]:
+            return True  # it changed back before it was copied
+        if self.append(page, 1, ZERO if zero else DATA) == 0:
+            return False
+        if not zero:
+            self.hashes[self.npages] = h
+            self.npages += 1
+        entry[0] = h
+        return True
+
+    cdef uint64_t take_absent(
+        self, uint64_t page, uint64_t end, word_t *entries, bint everything
+    ) noexcept nogil:
+        """Handle pages that are holes; return the first one without room."""
+        cdef uint64_t zero = self.hasher.zero_hash
+        cdef uint64_t stop
+        while page < end:
+            # A run of entries that all need stating, possibly empty.
+            stop = page
+            while stop < end and (everything or entries[stop] != zero):
+                stop += 1
+            stop = page + self.append(page, stop - page, ZERO)
+            while page < stop:
+                entries[page] = zero
+                page += 1
+            if self.overflow:
+                break
+            while page < end and not everything and entries[page] == zero:
+                page += 1
+        return page
+
+    cdef uint64_t append(
+        self, uint64_t first, uint64_t count, uint32_t kind
+    ) noexcept nogil:
+        """State pages [first, first + count); return how many found room."""
+        cdef uint64_t left = count, n
+        cdef Extent *last = self.extents + self.nextents - 1
+        while left > 0:
+            if (
+                self.nextents == 0
+                or last.kind != kind
+                or last.first + last.count != first
+                or last.count == self.max_count
+            ):
+                if self.nextents == self.max_extents:
+                    self.overflow = True
+                    break
+                last = self.extents + self.nextents
+                last.first, last.count, last.kind = first, 0, kind
+                self.nextents += 1
+            n = min(left, self.max_count - last.count)
+            last.count += <uint32_t>n
+            first += n
+            left -= n
+        if kind == ZERO:
+            self.nzero += count - left
+        return count - left

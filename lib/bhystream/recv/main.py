@@ -1,0 +1,84 @@
+"""bhyrecv(8): options, wiring, and its one error handler.
+
+The guest is built by build.py; what -n says of a stream is judge.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from bhystream import commandline, inherited
+from bhystream.errors import OK, BhyError, UsageError, as_error
+from bhystream.handover import hold, state
+from bhystream.recv import query
+from bhystream.recv.build import Build
+from bhystream.recv.judge import Judge
+from bhystream.recv.options import Options, parse_options
+from bhystream.recv.reply import TimedInput
+from bhystream.report import Console
+from bhystream.signals import Signals
+from bhystream.stream.format import Form
+from bhystream.stream.verify import Walk
+
+_STDIN = 0
+
+
+def receive(opts: Options, console: Console) -> int:
+    """Read a stream from standard input."""
+    commandline.refuse_closed(_STDIN, "standard input", os.O_WRONLY)
+    if os.isatty(_STDIN):
+        raise UsageError("standard input is a terminal: a stream comes from a pipe or a file")
+    signals = Signals()
+    commandline.widen_pipe(_STDIN)
+    base = state.directory()
+    try:
+        with signals.interruptible():
+            source = TimedInput(_STDIN)
+            walk = Walk(source)
+    except BhyError as early:
+        early.hint = "nothing was started here"
+        raise
+    if opts.dry_run:
+        Judge(opts, walk, source, base, console, signals).run()
+        return OK
+    build = Build(opts, walk, source, base, console, signals)
+    try:
+        build.run()
+    except Exception as raised:
+        signals.forget()
+        error = as_error(raised)
+        if build.let_go:
+            # The guest is where it was wanted; what failed came after that.
+            console.fail(error)
+            return OK
+        raise build.undo(error) from raised
+    finally:
+        build.close()
+    if walk.header.form == Form.ANSWERED:
+        source.drain()
+    return OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run bhyrecv(8); return its exit status.  argv: as bhysend's main() has it."""
+    console = Console("bhyrecv", show_host=True)
+    try:
+        if argv is None:
+            with inherited.taken():
+                return _run(sys.argv[1:], console)
+        return _run(argv, console)
+    except Exception as raised:
+        return console.fail(as_error(raised))
+    finally:
+        console.close()
+
+
+def _run(argv: Sequence[str], console: Console) -> int:
+    parsed = parse_options(argv)
+    if isinstance(parsed, hold.Verb):
+        if parsed.name == "-q":
+            return query.run(parsed.guest or "", console)
+        return hold.run(parsed, "destination", console)
+    return receive(parsed, console)

@@ -1,0 +1,108 @@
+"""The command line of bhyrecv(8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bhystream import commandline, hypervisors, inherited
+from bhystream.backend.base import Sink
+from bhystream.errors import IncompatibleError, UsageError
+from bhystream.guest import Head
+from bhystream.handover import hold
+from bhystream.stream.format import Form
+from bhystream.stream.verify import Walk
+
+USAGE = """\
+usage: bhyrecv [-fnPuv] [--again] [-o key=value]... [-S directory] [-x key]... [guest]
+       bhyrecv -l [guest]
+       bhyrecv -q id
+       bhyrecv --discard guest
+       bhyrecv --resume guest"""
+
+
+@dataclass
+class Options:
+    """The command line, parsed."""
+
+    guest: str | None = None
+    force: bool = False
+    dry_run: bool = False
+    machine: bool = False
+    unstarted: bool = False
+    verbose: bool = False
+    again: bool = False
+    resources: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    directory: str | None = None
+
+    def refuse_answered(self) -> None:
+        """Refuse what leaves a guest of the answered form without an answer to GO."""
+        for option, given in (("-u", self.unstarted), ("-S", self.directory)):
+            if given:
+                raise IncompatibleError(
+                    f"{option}: a guest of the answered form is started, or not taken"
+                )
+
+    def reasons(self, sink: Sink, head: Head) -> list[str]:
+        """Return what speaks against the guest: the sink's reasons, and what would end it here."""
+        found = list(sink.check(head))
+        limit = inherited.deadly_limit() if self.directory is None else ""
+        return [*found, limit] if limit else found
+
+    def receiving(self, base: Path, walk: Walk) -> hypervisors.Receiving:
+        """Return what hypervisors.open_sink() wants to know."""
+        return hypervisors.Receiving(
+            self.guest,
+            base,
+            walk.header.stream_id.hex(),
+            self.resources,
+            self.dropped,
+            self.directory,
+            self.force,
+            walk.header.form == Form.KEPT,
+            self.unstarted,
+        )
+
+
+def parse_options(argv: Sequence[str]) -> Options | hold.Verb:
+    """Parse the command line.  Raises UsageError."""
+    found, operands = commandline.parse(
+        argv, "flno:PqS:uvx:", ["again", "discard", "resume"], USAGE
+    )
+    names = [name for name, _ in found]
+    verb = hold.parse_verb(names, operands, USAGE)
+    if verb:
+        return verb
+    if len(operands) > 1:
+        raise UsageError("name at most one guest", USAGE)
+    _refuse_mixtures(names)
+    opts = Options(
+        guest=operands[0] if operands else None,
+        force="-f" in names,
+        dry_run="-n" in names,
+        machine="-P" in names,
+        unstarted="-u" in names,
+        verbose="-v" in names,
+        again="--again" in names,
+    )
+    for name, value in found:
+        if name == "-o":
+            key, equals, text = value.partition("=")
+            if not equals or key in opts.resources:
+                # Not its value, which may be a password.
+                raise UsageError(f"-o {key}: not a key=value, or given twice", USAGE)
+            opts.resources[key] = text
+        elif name == "-x":
+            opts.dropped.append(value)
+        elif name == "-S":
+            opts.directory = value
+    return opts
+
+
+def _refuse_mixtures(names: Sequence[str]) -> None:
+    """Refuse options that mean something to a guest only, where files are made."""
+    for name in ("-o", "-u", "-x", "--again"):
+        if "-S" in names and name in names:
+            raise UsageError(f"-S makes files and starts nothing: not with {name}", USAGE)

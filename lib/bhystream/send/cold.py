@@ -1,0 +1,93 @@
+"""bhysend of a guest that does not run: a kept stream of its snapshot files.
+
+What Move does, without what only a running guest needs: nothing is paused, so
+there is nothing to record, to keep or to bring back, and one walk sends all of
+the memory.  The stream has the kept form: whoever has it may start the guest
+from it, as from the files themselves.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+from bhystream import commandline
+from bhystream.backend.base import Snapshot
+from bhystream.errors import OK, UsageError, as_error
+from bhystream.guest import Head
+from bhystream.report import Console, Progress
+from bhystream.send.options import SendOptions
+from bhystream.send.transfer import Transfer, write_head
+from bhystream.signals import Signals
+from bhystream.stream import format as fmt
+from bhystream.stream.format import Feature, Form, Header, Type
+from bhystream.stream.writer import Writer
+from bhystream.units import duration, size
+
+_STDOUT = 1
+
+
+def send(source: Snapshot, opts: SendOptions, console: Console, signals: Signals) -> int:
+    """Write a snapshot to standard output; return the exit status.
+
+    The source stays the caller's.  On any error the stream ends with ABORT,
+    or inside a section, and the error is raised; the files are as they were.
+    """
+    if opts.answered or opts.command:
+        raise UsageError("a snapshot goes as a kept stream: -a and a command are for a live guest")
+    if opts.hook is not None:
+        raise UsageError("-p runs while a guest is paused: a snapshot has no pause")
+    head = source.head()
+    for warning in source.warnings():
+        console.say(f"guest {source.name}: {warning}")
+    commandline.widen_pipe(_STDOUT)
+    features = Feature.ZSTD if opts.level is not None else Feature(0)
+    stream_id = secrets.token_bytes(fmt.STREAM_ID_BYTES)
+    console.log(f"guest {source.name}: stream {stream_id.hex()} begins, of a snapshot")
+    start_ns = time.monotonic_ns()
+    with signals.interruptible():
+        writer = Writer(_STDOUT, Header(Form.KEPT, features, stream_id, secrets.randbits(64)))
+    try:
+        with signals.interruptible():
+            write_head(writer, head)
+            npages = sum(segment.npages for segment in head.layout)
+            progress = Progress(
+                console, source.name, npages, verbose=opts.verbose, machine=opts.machine
+            )
+            signals.on_report = progress.report
+            _write_guest(source, head, opts, writer, progress)
+            writer.sync()
+            writer.end()
+            writer.sync()
+    except Exception as raised:
+        signals.forget()
+        error = as_error(raised)
+        writer.abort(error.status, str(error))
+        raise
+    signals.forget()
+    text = (
+        f"guest {source.name}: the snapshot is sent; "
+        f"{size(writer.offset_bytes)} in {duration(time.monotonic_ns() - start_ns)}"
+    )
+    console.say(text)
+    console.log(text)
+    return OK
+
+
+def _write_guest(
+    source: Snapshot, head: Head, opts: SendOptions, writer: Writer, progress: Progress
+) -> None:
+    """Write the memory and the states, and that no guest was paused for them."""
+
+    def show(done_pages: int, sent_pages: int) -> None:
+        progress.done_pages, progress.sent_pages = done_pages, sent_pages
+        progress.sent_bytes = writer.offset_bytes
+        progress.work_done, progress.work_total = transfer.work_pages
+        progress.tick()
+
+    transfer = Transfer(source, head.layout, writer, level=opts.level, on_batch=show)
+    transfer.round(last=True, rate_bytes=opts.limits.rate_bytes)
+    # Behind the memory: the source sees then whether the files are still the same.
+    for state in source.states():
+        writer.state(state)
+    writer.section(Type.TIME, fmt.TIME.pack(0, 0))

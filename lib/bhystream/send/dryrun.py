@@ -1,0 +1,240 @@
+"""bhysend -n: what a move would be like, without touching the guest.
+
+Two scans over the pages that the guest has touched, a second apart, give its
+size and how fast it changes; the policy then says how many rounds that takes
+on a link of a given rate.  The guest runs on, nothing is paused, and memory
+that it never touched is not read, so it stays unallocated.
+
+Into a pipe goes a stream with a head and no memory, for `bhyrecv -n` at the
+other end, which gives the destination's verdict.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bhystream.backend.base import Described, Readable
+from bhystream.errors import OK, BhyError, InternalError
+from bhystream.guest import PAGE_BYTES, Head
+from bhystream.memory import bitmap
+from bhystream.memory.page import PageHasher, mark_changed
+from bhystream.report import Console
+from bhystream.send.offer import Offer
+from bhystream.send.options import SendOptions
+from bhystream.send.precopy import Limits, forecast
+from bhystream.send.transfer import spans, write_head
+from bhystream.signals import Signals
+from bhystream.stream import format as fmt
+from bhystream.stream.format import Feature, Form, Header
+from bhystream.stream.writer import Writer, write_all
+from bhystream.units import NS, counted, duration, size
+
+_STDOUT = 1
+_EXPOSURE_SECONDS = 1.0
+_LINKS = (("1 Gbit/s", 10**9 / 8), ("10 Gbit/s", 10**10 / 8), ("25 Gbit/s", 25 * 10**9 / 8))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What two scans found.
+
+    touched_pages: allocated at the source.  data_pages: other than zero.
+    changed_pages in changed_extents: between the scans, exposure_ns apart.
+    scan_ns: of the second scan.
+    """
+
+    npages: int
+    touched_pages: int
+    data_pages: int
+    changed_pages: int
+    changed_extents: int
+    exposure_ns: int
+    scan_ns: int
+
+    @property
+    def dirty_bytes(self) -> float:
+        """Bytes changed a second."""
+        return self.changed_pages * PAGE_BYTES * NS / max(self.exposure_ns, 1)
+
+
+class _Scanner:
+    """Repeated scans of one guest, through one hash table."""
+
+    def __init__(self, source: Readable, head: Head) -> None:
+        self._source = source
+        self._layout = head.layout
+        self.npages = sum(segment.npages for segment in head.layout)
+        self._memory = source.memory()
+        self._hasher = PageHasher(secrets.randbits(64))
+        self._table = memoryview(bytearray(8 * self.npages)).cast("Q")
+        self._hasher.fill(self._table, 0, self.npages)
+        self.bits = memoryview(bytearray(8 * (self.npages // 64 + 1))).cast("Q")
+
+    def scan(self) -> tuple[int, int]:
+        """Return (touched pages, pages that differ from the last scan)."""
+        touched = changed = 0
+        for span in spans(self._layout, self._source.touched()):
+            if span.present:
+                touched += span.end - span.first
+                changed += mark_changed(
+                    self._hasher,
+                    self._memory[span.segment],
+                    span.base_page,
+                    span.first,
+                    span.end,
+                    self._table,
+                    self.bits,
+                )
+        return touched, changed
+
+    def clear(self) -> None:
+        """Forget which pages changed."""
+        self.bits[:] = memoryview(bytes(8 * len(self.bits))).cast("Q")
+
+    def extents(self) -> int:
+        """Count the extents of changed pages."""
+        pairs = memoryview(bytearray(16 * 1024)).cast("Q")
+        found = at = 0
+        while at < self.npages:
+            count, at = bitmap.walk(self.bits, at, self.npages, pairs)
+            found += count
+        return found
+
+
+def survey(source: Readable, head: Head) -> Survey:
+    """Scan twice.  Takes a second and the time of the scans."""
+    scanner = _Scanner(source, head)
+    first_ns = time.monotonic_ns()
+    _, data = scanner.scan()
+    scanner.clear()
+    time.sleep(_EXPOSURE_SECONDS)
+    second_ns = time.monotonic_ns()
+    touched, changed = scanner.scan()
+    return Survey(
+        npages=scanner.npages,
+        touched_pages=touched,
+        data_pages=data,
+        changed_pages=changed,
+        changed_extents=scanner.extents(),
+        exposure_ns=second_ns - first_ns,
+        scan_ns=time.monotonic_ns() - second_ns,
+    )
+
+
+def run(
+    source: Described, opts: SendOptions, base: Path, console: Console, signals: Signals
+) -> int:
+    """Survey a guest, report, and write the stream of a dry run into a pipe.
+
+    With -P standard output is the report's.  The verdict says whether the rate
+    (-B), or else the slowest link that is shown, suffices; in the answered
+    forms also whether the destination takes the guest.
+    """
+    head = source.head()
+    is_read = opts.form == Form.ANSWERED or not (opts.machine or os.isatty(_STDOUT))
+    with signals.interruptible():
+        if is_read:
+            ask(source, head, opts, base, console, signals)
+        found = survey(source, head)
+    _report(source, head, found, opts, console)
+    return OK
+
+
+def ask(
+    source: Described, head: Head, opts: SendOptions, base: Path, console: Console, signals: Signals
+) -> None:
+    """Write the stream of a dry run; in the answered forms, wait for the verdict."""
+    stream_id = secrets.token_bytes(fmt.STREAM_ID_BYTES)
+    header = Header(opts.form, Feature.NO_MEMORY, stream_id, secrets.randbits(64))
+    if opts.form != Form.ANSWERED:
+        writer = Writer(_STDOUT, header)
+        write_head(writer, head)
+        writer.end()
+        return
+    offer = Offer(console, signals, source.name, opts.guest, stream_id.hex())
+    status = InternalError.status
+    try:
+        writer = Writer(offer.open(base, opts.command, opts.umask), header)
+        write_head(writer, head)
+        writer.end()
+        offer.begin(writer)
+        console.say(f"guest {source.name}: {offer.host} can take it")
+        status = OK
+    except BhyError as raised:
+        error = offer.explain(raised)
+        status = error.status
+        raise error from raised
+    finally:
+        offer.close(status)
+
+
+def _report(
+    source: Described, head: Head, found: Survey, opts: SendOptions, console: Console
+) -> None:
+    """Report for people, or with -P for machines."""
+    limits = opts.limits
+    links = [("-B", float(limits.rate_bytes))] if limits.rate_bytes else list(_LINKS)
+    if opts.machine:
+        rows: list[tuple[object, ...]] = [*_fields(head, found)]
+        for name, rate in links:
+            told = forecast(found.data_pages, found.dirty_bytes, found.scan_ns, rate, limits)
+            rows.append(("link", name, int(rate), *(told or (-1, -1))))
+        lines = ["\t".join(str(value) for value in row) + "\n" for row in rows]
+        write_all(_STDOUT, "".join(lines).encode(), "write the report")
+    else:
+        for line in _lines(head, found, links, limits, source):
+            console.say(line)
+
+
+def _fields(head: Head, found: Survey) -> list[tuple[str, object]]:
+    return [
+        ("name", head.config["name"]),
+        ("hypervisor", head.host["hypervisor"]),
+        ("pages", found.npages),
+        ("touched_pages", found.touched_pages),
+        ("data_pages", found.data_pages),
+        ("dirty_bytes_per_second", int(found.dirty_bytes)),
+        ("scan_ns", found.scan_ns),
+    ]
+
+
+def _lines(
+    head: Head,
+    found: Survey,
+    links: list[tuple[str, float]],
+    limits: Limits,
+    source: Described,
+) -> list[str]:
+    """Return the report for people."""
+    name = source.name
+    lines = [
+        f"guest {name}: {size(found.npages * PAGE_BYTES)} of memory, "
+        f"{size(found.touched_pages * PAGE_BYTES)} touched, "
+        f"{size(found.data_pages * PAGE_BYTES)} to send",
+        f"guest {name}: changes {size(found.dirty_bytes)}/s, "
+        f"in {counted(found.changed_extents, 'place')}; a scan takes {duration(found.scan_ns)}",
+    ]
+    for link, rate in links:
+        told = forecast(found.data_pages, found.dirty_bytes, found.scan_ns, rate, limits)
+        if told:
+            rounds, copy_ns = told
+            lines.append(
+                f"guest {name}: at {link} ({size(rate)}/s): {counted(rounds, 'round')}, pause "
+                f"{duration(copy_ns)} and {duration(found.scan_ns)} for the last scan, "
+                "and what the state and the destination take"
+            )
+        else:
+            lines.append(
+                f"guest {name}: at {link} ({size(rate)}/s): it changes too fast for "
+                f"-d {duration(limits.downtime_ns)}; it would run on here, or -f pauses it"
+            )
+    lines += [f"guest {name}: {warning}" for warning in source.warnings()]
+    if resources := source.resources():
+        wanted = " ".join(f"-o {word}" for word in resources)
+        lines.append(f"guest {name}: the destination needs: {wanted}")
+    lines.append(f"guest {name}: it can be moved from here; nothing was changed")
+    return lines

@@ -1,0 +1,111 @@
+"""bhysend(8): options, wiring, and its one error handler.
+
+The move itself is in move.py.  What a failure means for the guest depends on
+how far the move has come, not on what failed: handshake.SOURCE.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bhystream import commandline, hypervisors, inherited
+from bhystream.backend.base import Source
+from bhystream.errors import UsageError, as_error
+from bhystream.handover import hold, prune, state
+from bhystream.report import Console
+from bhystream.send import cold, third
+from bhystream.send.move import Move
+from bhystream.send.options import AS_IT_IS, SendOptions, parse_options
+from bhystream.send.recover import recover
+from bhystream.signals import Signals
+
+_STDOUT = 1
+
+
+def send(opts: SendOptions, console: Console) -> int:
+    """Send one guest, or say what sending it would mean."""
+    if not opts.command:
+        commandline.refuse_closed(_STDOUT, "standard output", os.O_RDONLY)
+        if os.isatty(_STDOUT) and (opts.answered or not opts.dry_run):
+            raise UsageError("standard output is a terminal: a stream goes into a pipe or a file")
+    signals = Signals()
+    base = state.directory()
+    hold.refuse_held(base, opts.guest)
+    what = hypervisors.Sending(opts.guest, base, config=opts.config, force=opts.limits.finish)
+    if what.is_cold:
+        return send_cold(what, opts, base, console, signals)
+    source = hypervisors.open_source(what)
+    try:
+        with state.Lock(base, source.lock_name, f"guest {source.name}") as lock:
+            hold.refuse_held(base, opts.guest, source.lock_name)
+            if opts.dry_run:
+                from bhystream.send import dryrun
+
+                status = dryrun.run(source, opts, base, console, signals)
+                if not opts.machine:  # its report has them all
+                    state.Told(base, source.lock_name).new(source.warnings(), everything=True)
+                return status
+            return move(Move(opts, base, console, signals), source, lock, signals)
+    finally:
+        source.close()
+        prune.prune_locks(base)
+
+
+def send_cold(
+    what: hypervisors.Sending, opts: SendOptions, base: Path, console: Console, signals: Signals
+) -> int:
+    """Send snapshot files, or say what sending them would mean."""
+    snapshot = hypervisors.open_snapshot(what)
+    try:
+        if opts.dry_run:
+            from bhystream.send import dryrun
+
+            return dryrun.run(snapshot, opts, base, console, signals)
+        return cold.send(snapshot, opts, console, signals)
+    finally:
+        snapshot.close()
+
+
+def move(work: Move, source: Source, lock: state.Lock, signals: Signals) -> int:
+    """Run a move; on a failure bring the guest back, and say where it is."""
+    try:
+        status = work.run(source, lock)
+    except Exception as raised:
+        # A signal that comes from here on finds the guest being brought back.
+        signals.forget()
+        error = recover(work, as_error(raised))
+        work.close(error.status)
+        raise error from raised
+    work.close(status)
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run bhysend(8); return its exit status.
+
+    argv: the command line, in a process that is set already; None: this
+    process is the program.
+    """
+    console = Console("bhysend")
+    try:
+        if argv is None:
+            with inherited.taken() as found:
+                return _run(sys.argv[1:], console, found.umask)
+        return _run(argv, console, AS_IT_IS)
+    except Exception as raised:
+        return console.fail(as_error(raised))
+    finally:
+        console.close()
+
+
+def _run(argv: Sequence[str], console: Console, umask: int) -> int:
+    parsed = parse_options(argv)
+    if isinstance(parsed, hold.Verb):
+        if parsed.name == "-A":
+            return third.run(parsed.guest, console)
+        return hold.run(parsed, "source", console)
+    return send(replace(parsed, umask=umask), console)

@@ -1,0 +1,103 @@
+"""The command line of bhysend(8)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bhystream import commandline
+from bhystream.errors import UsageError
+from bhystream.handover import hold
+from bhystream.send.precopy import Limits
+from bhystream.stream.format import Form
+from bhystream.units import rate_bytes, time_ns
+
+USAGE = """\
+usage: bhysend [-afknPv] [-B rate] [-C config] [-d time] [-p hook] [-r rounds]
+               [-T time] [-z level] guest [command [argument ...]]
+       bhysend -A [guest]
+       bhysend -l [guest]
+       bhysend --discard guest
+       bhysend --resume [--in-doubt] guest"""
+
+# As subprocess has it: a child's umask is ours.
+AS_IT_IS = -1
+
+
+@dataclass
+class SendOptions:
+    """The command line of bhysend, parsed.
+
+    command: of the command form, empty without one.  hook: -p.  config: -C.
+    umask: of whoever started us, for the command and the hook; or AS_IT_IS.
+    """
+
+    guest: str
+    limits: Limits
+    answered: bool = False
+    command: tuple[str, ...] = ()
+    keep: bool = False
+    dry_run: bool = False
+    machine: bool = False
+    verbose: bool = False
+    hook: str | None = None
+    level: int | None = None
+    config: str | None = None
+    umask: int = AS_IT_IS
+
+    @property
+    def form(self) -> Form:
+        """Return the form of the stream."""
+        if self.keep:
+            return Form.KEPT
+        return Form.ANSWERED if self.answered or self.command else Form.PLAIN
+
+
+def parse_options(argv: Sequence[str]) -> SendOptions | hold.Verb:
+    """Parse the command line.  Raises UsageError."""
+    found, operands = commandline.parse(
+        argv, "AaB:C:d:fklnPp:r:T:vz:", ["discard", "in-doubt", "resume"], USAGE
+    )
+    given = dict(found)
+    verb = hold.parse_verb([name for name, _ in found], operands, USAGE)
+    if verb:
+        return verb
+    if not operands:
+        raise UsageError("name a guest", USAGE)
+    guest, *command = operands
+    _refuse_mixtures(given, bool(command))
+    default = Limits()
+    limits = Limits(
+        downtime_ns=time_ns(given["-d"], "-d") if "-d" in given else default.downtime_ns,
+        rounds=commandline.number(given["-r"], "-r", 0, 1000) if "-r" in given else default.rounds,
+        time_ns=time_ns(given["-T"], "-T") if "-T" in given else default.time_ns,
+        finish="-f" in given,
+        rate_bytes=rate_bytes(given["-B"], "-B") if "-B" in given else None,
+    )
+    return SendOptions(
+        guest=guest,
+        limits=limits,
+        answered="-a" in given,
+        command=tuple(command),
+        keep="-k" in given,
+        dry_run="-n" in given,
+        machine="-P" in given,
+        verbose="-v" in given,
+        hook=given.get("-p"),
+        level=commandline.number(given["-z"], "-z", 1, 19) if "-z" in given else None,
+        config=given.get("-C"),
+    )
+
+
+def _refuse_mixtures(given: Mapping[str, str], is_command: bool) -> None:
+    """Refuse options that exclude each other."""
+    answered = ["-a"] if "-a" in given else []
+    answered += ["a command"] if is_command else []
+    if len(answered) > 1:
+        raise UsageError("-a and a command exclude each other", USAGE)
+    if "-k" in given and answered:
+        raise UsageError(f"-k and {answered[0]} exclude each other", USAGE)
+    if "-k" in given and "-n" in given:
+        raise UsageError("-k and -n exclude each other", USAGE)
+    if "--in-doubt" in given:
+        raise UsageError("--in-doubt goes with --resume only", USAGE)

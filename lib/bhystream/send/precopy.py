@@ -1,0 +1,170 @@
+"""The pre-copy policy: go on, stop and copy, or give up.
+
+Pure functions of statistics.  The engine measures, this decides, and a test
+can ask what would be decided without a guest.
+
+Pre-copy pays when the pages that change during a round are fewer than the
+round sent.  What is left for the pause after round n is estimated from what
+round n found: D pages had changed since round n-1 began, an exposure of
+E seconds; the last walk begins now, an exposure of e seconds after round n
+began, so about D * e / E pages will be found.  The working set saturates, so
+the estimate errs to the large side, and the guest is stopped later rather than
+too early.
+
+Only the transfer of that set is held against the limit (-d).  The rest of the
+pause (the last scan, the device state, the destination's load) does not get
+shorter by another round, so it is predicted and shown, and decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from bhystream.guest import PAGE_BYTES
+from bhystream.units import NS
+
+
+class Decision(Enum):
+    """What comes after a round."""
+
+    GO_ON = "go on"
+    STOP = "stop and copy"
+    GIVE_UP = "give up"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the operator allows.
+
+    downtime_ns: for the last dirty set.  rounds: live rounds after which it
+    is decided without another.  time_ns: the same for the time since the
+    start.  finish: stop the guest at those limits rather than give up.
+    rate_bytes: bytes a second that the live rounds may use, or None.
+    """
+
+    downtime_ns: int = 300_000_000
+    rounds: int = 30
+    time_ns: int = 600 * NS
+    finish: bool = False
+    rate_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one live round measured.
+
+    start_ns, end_ns: monotonic clock.  data_pages: sent with bytes;
+    zero_pages: stated as zero.  sent_bytes: stream bytes.  write_ns: part of
+    the round spent in write(2), in compressing, and in waiting for -B: what
+    grows with the pages sent, not with the guest.
+    """
+
+    start_ns: int
+    end_ns: int
+    data_pages: int
+    zero_pages: int
+    sent_bytes: int
+    write_ns: int
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a stop now would mean.
+
+    last_pages: expected in the last dirty set.  copy_ns: to send them.
+    scan_ns: to find them.
+    """
+
+    last_pages: int
+    copy_ns: int
+    scan_ns: int
+
+
+def bandwidth_bytes(rounds: Sequence[Round], limits: Limits) -> float:
+    """Return the bytes a second that the transport takes, 0.0 if unknown.
+
+    Over all rounds, not the last: a short round fits into pipes and socket
+    buffers and is "sent" at the speed of memory.  With -B, no more than that.
+    """
+    sent = sum(r.sent_bytes for r in rounds)
+    spent_ns = sum(r.write_ns for r in rounds)
+    if not sent:
+        return 0.0
+    measured = sent * NS / max(spent_ns, 1)
+    return min(measured, float(limits.rate_bytes)) if limits.rate_bytes else measured
+
+
+def page_cost_bytes(rounds: Sequence[Round]) -> float:
+    """Return what a page with bytes takes of the stream: less than a page with -z."""
+    pages = sum(r.data_pages for r in rounds)
+    sent = sum(r.sent_bytes for r in rounds)
+    return min(sent / pages, float(PAGE_BYTES)) if pages else float(PAGE_BYTES)
+
+
+def outlook(rounds: Sequence[Round], npages: int, limits: Limits) -> Outlook:
+    """Estimate the last dirty set and the pause that it costs.
+
+    rounds: what has been done, not empty.  npages: the guest's size.  After
+    round 0 alone nothing is known of the rate of change, so all pages that
+    round 0 sent are expected.
+    """
+    last = rounds[-1]
+    scan_ns = max(last.end_ns - last.start_ns - last.write_ns, 0)
+    if len(rounds) == 1:
+        expected = last.data_pages
+    else:
+        exposure = max(last.start_ns - rounds[-2].start_ns, 1)
+        coming = last.end_ns - last.start_ns
+        changed = last.data_pages + last.zero_pages
+        expected = min(npages, -(-changed * coming // exposure))
+    rate = bandwidth_bytes(rounds, limits)
+    copy_ns = int(expected * page_cost_bytes(rounds) * NS / rate) if rate else 0
+    return Outlook(expected, copy_ns, scan_ns)
+
+
+def decide(rounds: Sequence[Round], npages: int, limits: Limits, now_ns: int) -> Decision:
+    """Decide after a live round.
+
+    rounds: what has been done, not empty (with -r 0 there is no live round, and
+    this is not asked).  now_ns: since the start of round 0.
+    """
+    at_limit = len(rounds) >= limits.rounds or now_ns >= limits.time_ns
+    fits = outlook(rounds, npages, limits).copy_ns <= limits.downtime_ns
+    # After round 0 alone the outlook is a guess on the large side: a second
+    # round makes the pause shorter even where the guess would fit.
+    if fits and (len(rounds) > 1 or at_limit or not rounds[0].data_pages):
+        return Decision.STOP
+    if at_limit:
+        return Decision.STOP if limits.finish else Decision.GIVE_UP
+    return Decision.GO_ON
+
+
+def forecast(
+    touched_pages: int, dirty_bytes: float, scan_ns: int, rate: float, limits: Limits
+) -> tuple[int, int] | None:
+    """Forecast a move before it begins: (live rounds, copy_ns of the last set).
+
+    touched_pages: to be sent in round 0.  dirty_bytes: changed a second.
+    scan_ns: one scan.  rate: bytes a second of the transport.  None if it
+    would be given up at the limits.
+    """
+    size = touched_pages * PAGE_BYTES
+    pending = float(size)
+    if limits.rounds == 0:
+        return 0, int(size * NS / rate)
+    spent_ns = 0.0
+    for count in range(1, limits.rounds + 1):
+        round_ns = scan_ns + pending * NS / rate
+        spent_ns += round_ns
+        pending = min(dirty_bytes * round_ns / NS, size)
+        # The same as decide(), which knows no rate of change after round 0.
+        at_limit = count == limits.rounds or spent_ns >= limits.time_ns
+        expected = pending if count > 1 else size
+        fits = expected * NS / rate <= limits.downtime_ns
+        if fits and (count > 1 or at_limit or not size):
+            return count, int(pending * NS / rate)
+        if at_limit:
+            return (count, int(pending * NS / rate)) if limits.finish else None
+    return None

@@ -1,0 +1,189 @@
+"""Where the answers come in at the source: the third stage's socket, or the command's pipe.
+
+    bhysend -a g | ssh dst bhyrecv | bhysend -A
+        |                               |
+        '---- DIR/run/ID (a socket) ----'
+
+The third stage hands on the lines that it reads, and is told the status to end
+with; so the pipeline's exit status is the move's.  In the command form the
+command's standard output is read directly.  One thread serves all of them and
+fills a Box.  It never blocks on what it reads, and reads on when the main
+thread is blocked in write(2): so both directions may be full, and neither
+waits for the other.
+
+The state directory is ours alone (0700): whoever can connect may speak for
+the destination.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from bhystream.errors import FormatError, UsageError, from_oserror
+from bhystream.handover.answers import Box, Parser
+
+# sizeof(sockaddr_un.sun_path) less its NUL, where it is smallest (FreeBSD).
+_MAX_PATH_BYTES = 103
+_READ_BYTES = 65536
+_GREETING_SECONDS = 30.0
+_JOIN_SECONDS = 5.0
+
+
+def path_of(base: Path, id_: str) -> str:
+    """Return the socket of a stream.  Raises UsageError if it is too long for one."""
+    path = str(base / "run" / id_)
+    if len(os.fsencode(path)) > _MAX_PATH_BYTES:
+        raise UsageError(f"BHYSEND_STATE_DIR {base}: too long for a socket in it")
+    return path
+
+
+def connect(base: Path, id_: str) -> tuple[socket.socket, list[str]] | None:
+    """Connect to the bhysend of a stream; None if there is none here.
+
+    Returns the connection and the names of its guest.
+    """
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        peer.settimeout(_GREETING_SECONDS)
+        peer.connect(path_of(base, id_))
+        with peer.makefile("rb", buffering=0) as file:
+            names = json.loads(file.readline())
+        peer.settimeout(None)
+    except ConnectionRefusedError:
+        # Of a bhysend that was killed.
+        peer.close()
+        with contextlib.suppress(OSError):
+            os.unlink(path_of(base, id_))
+        return None
+    except (OSError, ValueError):
+        peer.close()
+        return None
+    return peer, names
+
+
+class Rendezvous:
+    """The answers of one stream, from wherever they come.
+
+    It must be closed, with the status that the third stage is to end with.
+    """
+
+    def __init__(
+        self, box: Box, id_: str, names: tuple[str, str], on_noise: Callable[[bytes], None]
+    ) -> None:
+        """Nothing is opened yet.  names: the guest's, and its operand: a third stage asks."""
+        self._greeting = json.dumps(names).encode() + b"\n"
+        self._box = box
+        self._id = id_
+        self._on_noise = on_noise
+        self._selector = selectors.DefaultSelector()
+        self._waker, self._woken = socket.socketpair()
+        self._selector.register(self._woken, selectors.EVENT_READ, None)
+        self._parsers: dict[int, Parser] = {}
+        self._peers: list[socket.socket] = []
+        self._listener: socket.socket | None = None
+        self._path = ""
+        self._thread = threading.Thread(target=self._serve, name="answers", daemon=True)
+
+    def listen(self, base: Path) -> None:
+        """Wait for third stages at the socket of the stream.  Raises UsageError, PipeError."""
+        self._path = path_of(base, self._id)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._listener.bind(self._path)
+            self._listener.listen(4)
+        except OSError as error:
+            raise from_oserror(error, f"listen on {self._path}") from error
+        self._selector.register(self._listener, selectors.EVENT_READ, None)
+
+    def read(self, fd: int) -> None:
+        """Take answers from a command's standard output, which stays the caller's."""
+        self._parsers[fd] = Parser(self._id, self._on_noise)
+        self._selector.register(fd, selectors.EVENT_READ, fd)
+
+    def start(self) -> None:
+        """Begin: the first thread of the program.
+
+        It takes no signal: one is to end what the main thread is blocked in.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self._thread.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def close(self, status: int) -> None:
+        """End; the third stages are told the status.  Twice is no error."""
+        if self._waker.fileno() < 0:
+            return
+        with contextlib.suppress(OSError):
+            self._waker.send(b"\0")
+        if self._thread.ident is not None:
+            self._thread.join(_JOIN_SECONDS)
+        for peer in self._peers:
+            with contextlib.suppress(OSError):
+                peer.settimeout(5.0)
+                peer.sendall(b"status %d\n" % status)
+            peer.close()
+        if self._listener:
+            self._listener.close()
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+        self._selector.close()
+        self._woken.close()
+        self._waker.close()
+
+    def _serve(self) -> None:
+        try:
+            self._read_on()
+        finally:
+            self._box.lose("the answers are not read any more")
+
+    def _read_on(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._woken:
+                    return
+                if key.fileobj is self._listener:
+                    self._accept()
+                else:
+                    self._take(key.fd)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            peer, _ = self._listener.accept()
+        except OSError:
+            # Out of descriptors, say: it would be ready again at once, for ever.
+            self._selector.unregister(self._listener)
+            return
+        self._peers.append(peer)
+        with contextlib.suppress(OSError):
+            peer.sendall(self._greeting)
+            self.read(peer.fileno())
+
+    def _take(self, fd: int) -> None:
+        """Read what has come from one of them."""
+        parser = self._parsers[fd]
+        why, closed = "the way back was closed", True
+        try:
+            data = os.read(fd, _READ_BYTES)
+            for answer in parser.feed(data):
+                assert parser.hello is not None
+                self._box.put(parser.hello, answer)
+        except OSError:
+            data = b""
+        except FormatError as error:
+            data, why, closed = b"", f"the way back: {error}", False
+        if not data:
+            self._selector.unregister(fd)
+            del self._parsers[fd]
+            if not self._parsers:
+                self._box.lose(why, closed=closed)

@@ -1,0 +1,181 @@
+"""bhysend -A, the third stage: hands the destination's answers to the first.
+
+    bhysend -a g | ssh dst bhyrecv | bhysend -A      the move's own
+    ssh dst bhyrecv -q ID | bhysend -A               the way out of doubt
+
+It finds its bhysend by the stream id in HELLO, gives it every line, and ends
+with the status that it is told.  It always reads its input to the end, so that
+nothing before it is ever stopped by a full pipe.
+
+Where no bhysend lives any more it acts itself, on the record, when the keeper
+has given up the guest's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import time
+from pathlib import Path
+
+from bhystream import commandline
+from bhystream.errors import BhyError, UsageError
+from bhystream.handover import state
+from bhystream.handover.answers import Answer, Parser, pack
+from bhystream.report import Console
+from bhystream.send.rendezvous import connect
+from bhystream.send.settle import Settlement
+from bhystream.signals import Interrupts
+
+_STDIN = 0
+_READ_BYTES = 65536
+# What still comes when bhysend has ended: nobody needs it.
+_DRAIN_SECONDS = 5.0
+_DECISIVE = ("READY", "RUNNING", "FAILED", "RAN", "UNKNOWN", "REFUSED")
+
+
+class Third:
+    """One run of it."""
+
+    def __init__(
+        self, guest: str | None, base: Path, console: Console, interrupts: Interrupts
+    ) -> None:
+        """guest: the name that the stream's must have, or None."""
+        self._interrupts = interrupts
+        self._guest = guest
+        self._base = base
+        self._console = console
+        self._parser = Parser(None, self._noise)
+        self._words: dict[str, Answer] = {}
+        self._peer: socket.socket | None = None
+        self._asked = False
+        self._met = False
+        self._believed = True
+        self._verdict = b""
+        self._open = True
+
+    def relay(self) -> None:
+        """Read to the end of the input, or until bhysend has told its status."""
+        until = None
+        while self._open or self._peer:
+            watched: list[int | socket.socket] = [_STDIN] if self._open else []
+            watched += [self._peer] if self._peer else []
+            left = None if until is None else max(until - time.monotonic(), 0.0)
+            ready, _, _ = select.select(watched, [], [], left)
+            if not ready:
+                return
+            if self._peer in ready:
+                self._hear()
+            if _STDIN in ready:
+                self._read()
+            if self.status() is not None and until is None:
+                until = time.monotonic() + _DRAIN_SECONDS
+
+    def status(self) -> int | None:
+        """Return the status that bhysend told, None if it has not."""
+        word, _, number = self._verdict.partition(b" ")
+        if word == b"status" and number.endswith(b"\n"):
+            return int(number)
+        return None
+
+    def _read(self) -> None:
+        """Take what has come, and hand it on."""
+        try:
+            data = os.read(_STDIN, _READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._open = False
+            self._shut()
+            return
+        try:
+            for answer in self._parser.feed(data) if self._believed else ():
+                if answer.word in _DECISIVE:
+                    self._words[answer.word] = answer
+                self._meet(answer)
+                if self._peer and self._believed:
+                    self._tell(answer)
+        except BhyError as error:
+            # What comes from here on is not believed, and read all the same.
+            self._console.fail(error)
+            self._believed = False
+            self._shut()
+
+    def _meet(self, hello: Answer) -> None:
+        """Look for the bhysend of the stream, once.  Raises UsageError for another guest's."""
+        if self._asked:
+            return
+        self._asked = True
+        # The pipeline may be interrupted at the terminal, and bhysend decides.
+        self._interrupts.ignore()
+        found = connect(self._base, hello.id)
+        if found is None:
+            return
+        self._met = True
+        self._peer, names = found
+        if self._guest not in (None, *names):
+            raise UsageError(f"stream {hello.id} is of guest {names[0]}, not {self._guest}")
+
+    def _tell(self, answer: Answer) -> None:
+        if self._peer is None:
+            return
+        try:
+            self._peer.sendall(pack(answer))
+        except OSError:
+            # It has ended, and told its status before that.
+            while self._peer:
+                self._hear()
+
+    def _hear(self) -> None:
+        assert self._peer is not None
+        try:
+            data = self._peer.recv(64)
+        except OSError:
+            data = b""
+        self._verdict += data
+        if not data:
+            self._hang_up()
+
+    def _shut(self) -> None:
+        """Let bhysend see that nothing more comes; its status may still come."""
+        if self._peer:
+            with contextlib.suppress(OSError):
+                self._peer.shutdown(socket.SHUT_WR)
+
+    def _hang_up(self) -> None:
+        if self._peer:
+            self._peer.close()
+            self._peer = None
+
+    def _noise(self, line: bytes) -> None:
+        self._console.say(line.decode("utf-8", "replace").rstrip("\n"))
+
+    def settle(self) -> int:
+        """Do what the answers say where no bhysend has told a status; return the exit status.
+
+        Raises BhyError.
+        """
+        settlement = Settlement(
+            self._base, self._console, self._guest, self._words, self._interrupts
+        )
+        hello = self._parser.hello
+        if hello is None:
+            settlement.without_hello()
+        if not self._believed:
+            settlement.distrusted(hello)
+        return settlement.act(hello, met=self._met)
+
+
+def run(guest: str | None, console: Console) -> int:
+    """Be the third stage; return the exit status."""
+    commandline.refuse_closed(_STDIN, "standard input", os.O_WRONLY)
+    if os.isatty(_STDIN):
+        raise UsageError("standard input is a terminal: the answers come from a pipe")
+    third = Third(guest, state.directory(), console, Interrupts())
+    third.relay()
+    status = third.status()
+    return third.settle() if status is None else status

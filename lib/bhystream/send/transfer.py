@@ -1,0 +1,231 @@
+"""Rounds: the walk over a guest's memory that fills MEMORY sections.
+
+The data flow of the sending side, all in one thread:
+
+    mapping -> (compare with the hash table) -> copy -> hash the copy
+            -> list + pages -> write(2) -> the pipe
+
+One thread, because a second one loses on small machines: measured with a C
+prototype, a scanner or hasher thread beside the writer was slower in every
+combination on two cores, as the two programs of a pipeline fill those.  The
+work on a page costs about a tenth of its way through a pipe, and the kernels
+release the GIL, so a thread can still be put here when a machine shows a gain.
+
+The batch is small (256 KiB of pages) so that a page is copied, hashed and
+written while it is in the second-level cache.
+
+The hash table has 8 bytes a page: what the destination has of that page, as
+the hash of what was last sent, or the hash of the zero page.  It is the only
+memory here that grows with the guest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import zstandard
+
+from bhystream import __version__
+from bhystream.backend.base import Readable
+from bhystream.guest import Head, Segment
+from bhystream.memory.batch import Batch
+from bhystream.memory.page import PageHasher
+from bhystream.send.precopy import Round
+from bhystream.stream import format as fmt
+from bhystream.stream.format import Type
+from bhystream.stream.writer import Writer
+from bhystream.strict_json import pack_json
+from bhystream.units import NS
+
+BATCH_PAGES = 64
+# zstd finds more in a larger window, and its speed, not the cache, is the limit.
+ZSTD_BATCH_PAGES = 256
+# Of one kernel call: bounds how long a signal waits, costs nothing.
+_STRIDE_PAGES = 1 << 15
+# A frame is kept if it saves a sixteenth; else the pages go as they are.
+_WORTH = 15 / 16
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of one segment, in pages of that segment: [first, end).
+
+    present: its pages may be other than zero and may be read.
+    """
+
+    segment: int
+    base_page: int
+    first: int
+    end: int
+    present: bool
+
+
+def spans(layout: Sequence[Segment], touched: Iterator[tuple[int, int]]) -> Iterator[Span]:
+    """Cover the whole guest, in order, with touched and untouched spans.
+
+    touched: extents [first, end) in global pages, ascending, none across a
+    segment border.  Empty spans are left out.
+    """
+    pending = next(touched, None)
+    base = 0
+    for index, segment in enumerate(layout):
+        border = base + segment.npages
+        at = base
+        while pending and pending[0] < border:
+            first, end = pending
+            if at < first:
+                yield Span(index, base, at - base, first - base, False)
+            yield Span(index, base, first - base, end - base, True)
+            at = end
+            pending = next(touched, None)
+        if at < border:
+            yield Span(index, base, at - base, border - base, False)
+        base = border
+
+
+class Transfer:
+    """The memory of one source, sent round by round."""
+
+    def __init__(
+        self,
+        source: Readable,
+        layout: Sequence[Segment],
+        writer: Writer,
+        *,
+        level: int | None = None,
+        on_batch: Callable[[int, int], None] = lambda done, pages: None,
+    ) -> None:
+        """Prepare to send; nothing is read yet.
+
+        walked_pages, an attribute, counts the pages looked at, over all rounds;
+        work_pages holds those of this round that may be other than zero, and
+        how many the round has, as far as that is known.
+        level: of zstd, or None.  on_batch(done, sent): called after each
+        section with the pages walked and sent in this round so far.
+        """
+        self._source = source
+        self._layout = layout
+        self._writer = writer
+        self._on_batch = on_batch
+        self._zstd = zstandard.ZstdCompressor(level=level) if level is not None else None
+        self.npages = sum(segment.npages for segment in layout)
+        self._hasher = PageHasher(writer.header.seed)
+        pages = BATCH_PAGES if level is None else ZSTD_BATCH_PAGES
+        self._batch = Batch(self._hasher, pages, fmt.MAX_EXTENTS)
+        self._table = memoryview(bytearray(8 * self.npages)).cast("Q")
+        self._hasher.fill(self._table, 0, self.npages)
+        self._memory = source.memory()
+        self.walked_pages = 0
+        self.work_pages = (0, 0)
+        self._write_ns = 0
+        self._data_pages = 0
+        self._zero_pages = 0
+
+    def round(self, *, last: bool = False, rate_bytes: int | None = None) -> Round:
+        """Send one round: in the first every page, later what changed.
+
+        last: the guest is paused.  rate_bytes: bytes a second, not exceeded
+        over the round.  Raises PipeError, and whatever a signal raises.
+        """
+        everything = self._writer.rounds == 0
+        start_ns = time.monotonic_ns()
+        start_bytes = self._writer.offset_bytes
+        self._write_ns = self._data_pages = self._zero_pages = 0
+        # What the guest touched hardly changes from round to round.
+        done, known = self.work_pages
+        total = known or sum(end - first for first, end in self._source.touched())
+        self.work_pages = (0, max(done, total))
+        segment = 0
+        for span in self._spans(everything):
+            if span.segment != segment:
+                # All extents of a section lie in one segment.
+                self._flush(span.base_page)
+                segment = span.segment
+            self._walk(span, everything, start_ns, start_bytes, rate_bytes)
+        self._flush(self.npages)
+        if rate_bytes:
+            self._brake(start_ns, self._writer.offset_bytes - start_bytes, rate_bytes)
+        self._writer.round_end(self._data_pages, self._zero_pages, last=last)
+        return Round(
+            start_ns=start_ns,
+            end_ns=time.monotonic_ns(),
+            data_pages=self._data_pages,
+            zero_pages=self._zero_pages,
+            sent_bytes=self._writer.offset_bytes - start_bytes,
+            write_ns=self._write_ns,
+        )
+
+    def _spans(self, everything: bool) -> Iterator[Span]:
+        """Return what to look at in this round: all of it, or what the host saw written."""
+        # Asked also in round 0: the log begins anew before the first page is read.
+        changed = self._source.changed()
+        if everything or changed is None:
+            return spans(self._layout, self._source.touched())
+        return (span for span in spans(self._layout, changed) if span.present)
+
+    def _walk(
+        self, span: Span, everything: bool, start_ns: int, start_bytes: int, rate: int | None
+    ) -> None:
+        """Collect one span, and write a section whenever a batch is full."""
+        batch = self._batch
+        at = span.first
+        while at < span.end:
+            before, end = at, min(at + _STRIDE_PAGES, span.end)
+            if span.present:
+                memory = self._memory[span.segment]
+                at = batch.collect(memory, span.base_page, at, end, self._table, everything)
+            else:
+                at = batch.collect_absent(span.base_page, at, end, self._table, everything)
+            self.walked_pages += at - before
+            if span.present:
+                done, total = self.work_pages
+                self.work_pages = (done + at - before, total)
+            if batch.full:
+                self._flush(span.base_page + at)
+                if rate:
+                    self._brake(start_ns, self._writer.offset_bytes - start_bytes, rate)
+
+    def _flush(self, done: int) -> None:
+        """Write the batch as one MEMORY section, if there is anything in it."""
+        batch = self._batch
+        if not batch.nextents:
+            return
+        round_ = self._writer.rounds
+        head = fmt.MEMORY_HEAD.pack(round_, batch.nextents, batch.npages, 0)
+        payload = head + batch.list_view()
+        pages = batch.page_view()
+        flags = 0
+        start_ns = time.monotonic_ns()
+        if self._zstd and len(pages):
+            frame = self._zstd.compress(pages)
+            if len(frame) < len(pages) * _WORTH:
+                pages, flags = memoryview(frame), fmt.FLAG_ZSTD
+        self._writer.section(Type.MEMORY, payload, flags=flags, body=pages)
+        self._write_ns += time.monotonic_ns() - start_ns
+        self._data_pages += batch.npages
+        self._zero_pages += batch.nzero
+        batch.clear()
+        self._on_batch(done, self._data_pages)
+
+    def _brake(self, start_ns: int, sent_bytes: int, rate_bytes: int) -> None:
+        """Sleep until so many bytes are due at that rate."""
+        now_ns = time.monotonic_ns()
+        ahead_ns = sent_bytes * NS // rate_bytes - (now_ns - start_ns)
+        if ahead_ns > 0:
+            time.sleep(ahead_ns / NS)
+            self._write_ns += time.monotonic_ns() - now_ns
+
+
+PROGRAM = f"bhysend {__version__}"
+
+
+def write_head(writer: Writer, head: Head, program: str = PROGRAM) -> None:
+    """Write HOST to HEAD_END: all that cannot change while the guest runs."""
+    host = {**head.host, "program": program}
+    writer.section(Type.HOST, pack_json(host))
+    writer.section(Type.LAYOUT, fmt.pack_layout(head.layout))
+    writer.section(Type.CONFIG, pack_json(head.config))
+    writer.section(Type.DEVICES, pack_json(list(head.devices)))
+    writer.section(Type.HEAD_END)

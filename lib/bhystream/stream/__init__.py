@@ -1,0 +1,8 @@
+"""bhystream(5): its structures, read and written.
+
+format.py      every constant and structure
+writer.py      sections onto a descriptor
+reader.py      sections off one: frames, caps, checksums, order
+verify.py      a strict walk of what they say
+contents.py    what a hypervisor has to say of its own sections
+"""

@@ -1,0 +1,301 @@
+"""Sections read from a descriptor: exact reads, caps, checksums, order.
+
+The lower half of a strict reader.  It turns bytes into sections whose frame is
+beyond doubt: complete, of a type that may stand here, within its cap, in
+sequence, padded with zeros, and with the right checksum.  What the contents
+say is the upper half's affair, verify.py.
+
+Memory is bounded by the caps of bhystream(5): two buffers, for the list of a
+MEMORY section (or any other payload) and for its page bytes, are reused from
+section to section.  A length is compared with its cap before a byte is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NoReturn, Protocol
+
+import xxhash
+
+from bhystream.errors import ChecksumError, FormatError, StreamError, TruncatedError, from_oserror
+from bhystream.guest import PAGE_BYTES
+from bhystream.stream import format as fmt
+from bhystream.stream.format import Feature, Form, Header, Type
+
+
+class RawInput(Protocol):
+    """What is read from: io.FileIO over a descriptor, or io.BytesIO."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """Fill up to len(buffer) bytes; return how many, 0 at the end."""
+
+
+# What may follow what.  PAD, ABORT and unknown optional sections are not in
+# the table: see _misplaced().
+_HEAD = (Type.HOST, Type.LAYOUT, Type.CONFIG, Type.DEVICES, Type.HEAD_END)
+_ROUNDS = frozenset({Type.MEMORY, Type.ROUND_END})
+_STATES = frozenset({Type.STATE, Type.STATE_ZEROS, Type.STATE_OPTIONAL, Type.TIME})
+_NEXT: dict[Type | None, frozenset[Type]] = {
+    None: frozenset({Type.HOST}),
+    **{a: frozenset({b}) for a, b in pairwise(_HEAD)},
+    Type.HEAD_END: _ROUNDS | {Type.REHEARSAL},
+    Type.REHEARSAL: _ROUNDS,
+    Type.MEMORY: _ROUNDS,
+    Type.ROUND_END: _ROUNDS,
+    Type.STATE: _STATES,
+    Type.STATE_ZEROS: _STATES,
+    Type.STATE_OPTIONAL: frozenset({Type.STATE_OPTIONAL, Type.TIME}),
+    Type.TIME: frozenset({Type.END}),
+    Type.END: frozenset(),
+    Type.GO: frozenset(),
+}
+
+
+@dataclass
+class Section:
+    """One section.
+
+    payload: the payload; in a MEMORY section only its head, extents and
+    hashes.  body: there, the page bytes or the zstd frame; else empty.
+    Both are views of the reader's buffers, good until its next read.
+    """
+
+    type: int
+    flags: int
+    sequence: int
+    offset_bytes: int
+    payload: memoryview
+    body: memoryview
+    checksum: int
+
+
+def place(sequence: int, type_: int | None, offset_bytes: int) -> str:
+    """Name a section as every message about a stream does."""
+    name = "" if type_ is None else f" ({fmt.type_name(type_)})"
+    return f"section {sequence}{name} at offset 0x{offset_bytes:x}"
+
+
+class Reader:
+    """The sections of one stream, in order.
+
+    The input is read and never closed: it stays the caller's.  After an error
+    the reader is of no further use.
+    """
+
+    def __init__(self, raw: RawInput) -> None:
+        """Read the header.  Raises StreamError; PipeError if a read fails."""
+        self._raw = raw
+        self.offset_bytes = 0
+        self.sequence = 0
+        self._last: Type | None = None
+        self._last_round_seen = False
+        self._list = memoryview(bytearray(1 << 17))
+        self._body = memoryview(b"")
+        self._head = memoryview(bytearray(fmt.SECTION.size))
+        self.header = self._read_header()
+        self.digest = xxhash.xxh3_128(seed=self.header.seed)
+        self.digest.update(self._header_checksum)
+
+    def _read_header(self) -> Header:
+        data = memoryview(bytearray(fmt.HEADER.size))
+        got = self._fill(data)
+        magic = bytes(data[: min(got, len(fmt.MAGIC))])
+        try:
+            if got and magic != fmt.MAGIC[:got]:
+                fmt.unpack_header(bytes(data))
+            if got < len(data):
+                raise TruncatedError(f"the stream ends after {got} bytes of {len(data)}")
+            self._header_checksum = bytes(data[64:])
+            expected = xxhash.xxh3_64_intdigest(data[:64], 0)
+            if expected != int.from_bytes(self._header_checksum, "little"):
+                raise ChecksumError("checksum differs")
+            header, _ = fmt.unpack_header(bytes(data))
+        except StreamError as error:
+            raise type(error)(f"header at offset 0x0: {error}") from None
+        return header
+
+    def next(self) -> Section | None:
+        """Read and check one section; None at the end of the input.
+
+        Raises StreamError with the section and its offset; PipeError if a
+        read fails.  None says nothing of completeness: END does.
+        """
+        start = self.offset_bytes
+        got = self._fill(self._head)
+        if got == 0:
+            return None
+        if got < len(self._head):
+            self._refuse(TruncatedError, None, start, "its header is cut short")
+        type_, flags, length, sequence, checksum = fmt.SECTION.unpack(self._head)
+        self._check_frame(type_, length, sequence, start)
+        section = Section(type_, flags, sequence, start, self._list[:0], self._body[:0], checksum)
+        if type_ == Type.MEMORY:
+            self._read_memory(section, length)
+        else:
+            section.payload = self._buffer(length)
+            self._read_exactly(section.payload, section)
+        self._read_padding(section, length)
+        self._check_checksum(section)
+        self._check_flags(section)
+        self._advance(section)
+        return section
+
+    def refuse(self, section: Section, why: str) -> NoReturn:
+        """Raise FormatError about a section."""
+        self._refuse(FormatError, section.type, section.offset_bytes, why, section.sequence)
+
+    def _refuse(
+        self,
+        error: type[StreamError],
+        type_: int | None,
+        offset_bytes: int,
+        why: str,
+        sequence: int | None = None,
+    ) -> NoReturn:
+        number = self.sequence if sequence is None else sequence
+        raise error(f"{place(number, type_, offset_bytes)}: {why}")
+
+    def _check_frame(self, type_: int, length: int, sequence: int, start: int) -> None:
+        """Check what the section header says, before anything else is read."""
+        limit = fmt.cap(type_)
+        if limit is None:
+            self._refuse(FormatError, type_, start, "a mandatory section that is not known here")
+        why = self._misplaced(type_)
+        if why:
+            self._refuse(FormatError, type_, start, why)
+        if length > limit:
+            self._refuse(FormatError, type_, start, f"length {length} is over the cap of {limit}")
+        if sequence != self.sequence:
+            self._refuse(FormatError, type_, start, f"sequence number is {sequence}")
+
+    def _misplaced(self, type_: int) -> str:
+        """Say why a section of this type may not stand here; "" if it may."""
+        ended = self._last in (Type.END, Type.GO)
+        answered = self.header.form == Form.ANSWERED
+        if type_ == Type.ABORT:
+            return "it follows END" if ended else ""
+        if type_ == Type.PAD or type_ not in fmt.CAPS:
+            if self._last is None:
+                return "it stands before HOST"
+            if ended and not (answered and type_ == Type.PAD):
+                return "it follows END"
+            return ""
+        if type_ in self._allowed():
+            return ""
+        before = "the header" if self._last is None else self._last.name
+        return f"it may not follow {before}"
+
+    def _allowed(self) -> frozenset[Type]:
+        """Return the types that may come now, by the last one that counted."""
+        if self._last == Type.HEAD_END and self.header.features & Feature.NO_MEMORY:
+            return frozenset({Type.END})
+        if self._last == Type.ROUND_END and self._last_round_seen:
+            return _STATES
+        if self._last == Type.END and self._awaits_go():
+            return frozenset({Type.GO})
+        return _NEXT[self._last]
+
+    def _awaits_go(self) -> bool:
+        dry_run = self.header.features & Feature.NO_MEMORY
+        return self.header.form == Form.ANSWERED and not dry_run
+
+    def _advance(self, section: Section) -> None:
+        """Count a section that has passed every check of the frame."""
+        self.sequence += 1
+        if section.type in fmt.CAPS and section.type != Type.PAD:
+            self._last = Type(section.type)
+        if section.type == Type.ROUND_END:
+            self._last_round_seen = bool(section.flags & fmt.FLAG_LAST)
+        if section.type != Type.END:
+            self.digest.update(section.checksum.to_bytes(8, "little"))
+
+    def _read_memory(self, section: Section, length: int) -> None:
+        """Read a MEMORY section: its head and list first, then the body.
+
+        The counts are capped and compared with the length before the list is
+        read; the list's contents are verify.py's, and it sees them before it
+        looks at a page.
+        """
+        head = self._list[: fmt.MEMORY_HEAD.size]
+        if length < len(head):
+            self.refuse(section, "length is too small")
+        self._read_exactly(head, section)
+        _, nextents, npages, reserved = fmt.MEMORY_HEAD.unpack(head)
+        if reserved:
+            self.refuse(section, "reserved field is not zero")
+        if not 1 <= nextents <= fmt.MAX_EXTENTS:
+            self.refuse(section, f"{nextents} extents are not 1 to {fmt.MAX_EXTENTS}")
+        if npages > fmt.MAX_MEMORY_PAGES:
+            self.refuse(section, f"{npages} pages are more than {fmt.MAX_MEMORY_PAGES}")
+        list_bytes = len(head) + nextents * fmt.EXTENT.size + npages * fmt.HASH_BYTES
+        body_bytes = length - list_bytes
+        whole = npages * PAGE_BYTES
+        compressed = bool(section.flags & fmt.FLAG_ZSTD)
+        if not (0 < body_bytes < whole if compressed else body_bytes == whole):
+            self.refuse(section, f"length {length} does not fit {npages} pages")
+        section.payload = self._list[:list_bytes]
+        self._read_exactly(section.payload[len(head) :], section)
+        if not compressed:
+            self._check_checksum(section)
+        if len(self._body) < body_bytes:
+            self._body = memoryview(bytearray(max(body_bytes, 1 << 19)))
+        section.body = self._body[:body_bytes]
+        self._read_exactly(section.body, section)
+
+    def _check_flags(self, section: Section) -> None:
+        flags = section.flags
+        if flags & ~fmt.FLAGS.get(section.type, 0) and section.type in fmt.CAPS:
+            self.refuse(section, f"flags 0x{flags:x} are not known")
+        compressed = section.type == Type.MEMORY and flags & fmt.FLAG_ZSTD
+        if compressed and not self.header.features & Feature.ZSTD:
+            self.refuse(section, "compressed, but the header does not have ZSTD")
+
+    def _check_checksum(self, section: Section) -> None:
+        state = xxhash.xxh3_64(self.header.stream_id, seed=self.header.seed)
+        state.update(self._head[: fmt.CHECKED_HEADER_BYTES])
+        state.update(section.payload)
+        if section.type == Type.MEMORY and section.flags & fmt.FLAG_ZSTD:
+            state.update(section.body)
+        if state.intdigest() != section.checksum:
+            self._refuse(ChecksumError, section.type, section.offset_bytes, "checksum differs")
+
+    def _read_padding(self, section: Section, length: int) -> None:
+        padding = memoryview(bytearray(fmt.padding_bytes(length)))
+        self._read_exactly(padding, section)
+        if any(padding):
+            self.refuse(section, "padding is not zero")
+
+    def _buffer(self, length: int) -> memoryview:
+        """Return a view of `length` bytes, which the cap has bounded."""
+        if len(self._list) < length:
+            self._list = memoryview(bytearray(length))
+        return self._list[:length]
+
+    def _read_exactly(self, view: memoryview, section: Section) -> None:
+        got = self._fill(view)
+        if got < len(view):
+            self._refuse(
+                TruncatedError,
+                section.type,
+                section.offset_bytes,
+                f"the stream ends {len(view) - got} bytes early",
+            )
+
+    def _fill(self, view: memoryview) -> int:
+        """Read until the view is full or the input ends; return the bytes."""
+        got = 0
+        while got < len(view):
+            try:
+                count = self._raw.readinto(view[got:])
+            except OSError as error:
+                raise from_oserror(error, "read the stream") from error
+            if count is None:
+                raise from_oserror(
+                    BlockingIOError(11, "the descriptor does not block"), "read the stream"
+                )
+            if count == 0:
+                break
+            got += count
+            self.offset_bytes += count
+        return got

@@ -1,0 +1,460 @@
+"""A strict walk of a stream: what the sections say, and whether it adds up.
+
+The upper half of the reader, and the only one: `bhyrecv` builds a guest from
+what this walk yields, and `bhyrecv -n` lets it run to the end and builds
+nothing.  So there is no lenient path.  It shares format.py with the writer and
+no other line.  What a hypervisor demands of its own sections is its Contents's to
+say, and is asked here too (understand()), so that a fault in them has a place.
+
+Each event is yielded after every check that bhystream(5) demands of its
+section.  Page bytes are checked against their hashes before they are yielded,
+in a buffer that nothing else writes, so what reaches the guest's memory is
+what was hashed.  A state is an event of its own, when it is whole: who builds a
+guest keeps it, who only verifies has one at a time in memory.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import zstandard
+
+from bhystream.errors import (
+    AbortedError,
+    ChecksumError,
+    FormatError,
+    IncompatibleError,
+    TruncatedError,
+)
+from bhystream.guest import PAGE_BYTES, Head, Segment, State
+from bhystream.memory.page import PageHasher, check_pages
+from bhystream.stream import format as fmt
+from bhystream.stream.contents import Contents
+from bhystream.stream.format import End, Feature, Form, Header, RoundEnd, Time, Type
+from bhystream.stream.reader import RawInput, Reader, Section, place
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The checked contents of one MEMORY section.
+
+    segment: index of the segment that all extents lie in.  extents: the packed
+    extents, 16 bytes each, as in the section.  pages: the bytes of the DATA
+    extents.  Both are views, good until the next event.
+    """
+
+    segment: int
+    extents: memoryview
+    pages: memoryview
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the state will look like, told before any memory."""
+
+    plan: bytes
+
+
+@dataclass(frozen=True)
+class Ended:
+    """END, verified: nothing before it is missing or changed."""
+
+    end: End
+    time: Time | None
+
+
+@dataclass(frozen=True)
+class Pad:
+    """A PAD section, which has no contents: the source waits for a word."""
+
+
+@dataclass(frozen=True)
+class Go:
+    """GO, with the nonce that the destination answered."""
+
+    nonce: bytes
+
+
+_HEAD = (Type.HOST, Type.LAYOUT, Type.CONFIG, Type.DEVICES, Type.HEAD_END)
+
+Event = Header | Head | Rehearsal | Pages | RoundEnd | Pad | State | Ended | Go
+
+
+@dataclass
+class _States:
+    """The names of the states of one kind that are whole, and the bytes of all their parts."""
+
+    what: str
+    max_bytes: int
+    whole: set[str] = field(default_factory=set)
+    nbytes: int = 0
+
+
+@dataclass
+class _Tally:
+    """What has been counted so far, to compare with what the stream says."""
+
+    round: int = 0
+    cursor: int = 0
+    data_pages: int = 0
+    zero_pages: int = 0
+    all_data_pages: int = 0
+    all_zero_pages: int = 0
+    rounds: int = 0
+    needed: _States = field(default_factory=lambda: _States("states", fmt.MAX_STATE_BYTES))
+    optional: _States = field(
+        default_factory=lambda: _States("optional states", fmt.MAX_OPTIONAL_STATE_BYTES)
+    )
+    parts: int = 0
+    # Not a list of parts: a part may be a byte, and an object is not.  Not a
+    # bytearray: this gives its bytes away without a copy.
+    open_bytes: io.BytesIO = field(default_factory=io.BytesIO)
+    open_state: str = ""
+    open_kind: _States | None = None
+    time: Time | None = None
+
+
+class Walk:
+    """One stream, walked from front to end.
+
+    Iterate over events() once.  `reader` shows how far the walk has come.
+    """
+
+    def __init__(self, raw: RawInput) -> None:
+        """Read the header.  Raises StreamError, PipeError."""
+        self.reader = Reader(raw)
+        self.header = self.reader.header
+        self._hasher = PageHasher(self.header.seed)
+        self._zstd = zstandard.ZstdDecompressor()
+        self._head: dict[str, Any] = {}
+        self._layout: tuple[Segment, ...] = ()
+        self._starts: list[int] = []
+        self._npages = 0
+        self._tally = _Tally()
+        self._ended = False
+        self._contents: Contents | None = None
+        self._places: dict[int, str] = {}
+        self._takers: dict[int, Callable[[Section], Event | None]] = {
+            Type.PAD: lambda section: Pad(),
+            Type.MEMORY: self._take_memory,
+            Type.ROUND_END: self._take_round_end,
+            Type.REHEARSAL: self._take_rehearsal,
+            Type.STATE: self._take_state,
+            Type.STATE_ZEROS: self._take_state_zeros,
+            Type.STATE_OPTIONAL: self._take_state,
+            Type.TIME: self._take_time,
+            Type.END: self._take_end,
+            Type.GO: self._take_go,
+            Type.ABORT: self._take_abort,
+        }
+
+    def events(self) -> Iterator[Event]:
+        """Yield the header, the head, a rehearsal, pages, round ends, PAD, states, END, perhaps GO.
+
+        Ends after END in the plain and kept forms, without looking at what
+        follows, and at the end of the input in the answered form.  Raises
+        StreamError (section, offset), AbortedError with the sender's words.
+        """
+        yield self.header
+        while True:
+            section = self.reader.next()
+            if section is None:
+                break
+            where = place(section.sequence, section.type, section.offset_bytes)
+            self._places[section.type] = where
+            try:
+                event = self._take(section)
+            except FormatError as error:
+                self.reader.refuse(section, str(error))
+            if event is not None:
+                yield event
+            if isinstance(event, Ended) and self.header.form != Form.ANSWERED:
+                return
+        if not self._ended:
+            where = place(self.reader.sequence, None, self.reader.offset_bytes)
+            raise TruncatedError(f"{where}: the stream ends here, without an END section")
+
+    def understand(self, contents: Contents, head: Head) -> None:
+        """Check the head by a hypervisor's rules, and what follows it when it comes.
+
+        Raises IncompatibleError with the section and its offset; then what
+        follows is not checked so.
+        """
+        checks: dict[Type, Callable[[], None]] = {
+            Type.CONFIG: lambda: contents.config(head.config),
+            Type.LAYOUT: lambda: contents.layout(head.layout),
+            Type.DEVICES: lambda: contents.devices(head.devices),
+        }
+        for type_, check in checks.items():
+            try:
+                check()
+            except IncompatibleError as error:
+                raise IncompatibleError(f"{self.place(type_)}: {error}", error.hint) from None
+        self._contents = contents
+
+    def place(self, type_: Type) -> str:
+        """Name the last section of a type that was read, as messages do."""
+        return self._places[type_]
+
+    def expect_end_of_input(self) -> None:
+        """Read on after END, up to the end of the input.
+
+        Raises StreamError if anything follows that may not.
+        """
+        while self.reader.next() is not None:
+            pass
+
+    def _take(self, section: Section) -> Event | None:
+        """Check the contents of one section; return its event, if it has one.
+
+        Raises FormatError without a place.  Unknown optional sections have no
+        event.
+        """
+        if section.type in _HEAD:
+            return self._take_head(section)
+        take = self._takers.get(section.type)
+        return take(section) if take else None
+
+    def _take_head(self, section: Section) -> Head | None:
+        data = bytes(section.payload)
+        match section.type:
+            case Type.HOST:
+                self._head["host"] = fmt.unpack_host(data)
+            case Type.LAYOUT:
+                self._take_layout(data)
+            case Type.CONFIG:
+                self._head["config"] = fmt.unpack_config(data)
+            case Type.DEVICES:
+                self._head["devices"] = fmt.unpack_devices(data)
+            case Type.HEAD_END:
+                return Head(layout=self._layout, **self._head)
+        return None
+
+    def _take_layout(self, data: bytes) -> None:
+        self._layout = fmt.unpack_layout(data)
+        for segment in self._layout:
+            self._starts.append(self._npages)
+            self._npages += segment.npages
+
+    def _take_rehearsal(self, section: Section) -> Rehearsal:
+        if not section.payload:
+            raise FormatError("it is empty")
+        plan = bytes(section.payload)
+        if self._contents:
+            self._contents.plan(plan)
+        return Rehearsal(plan)
+
+    def _take_memory(self, section: Section) -> Pages:
+        round_, nextents, npages, _ = fmt.MEMORY_HEAD.unpack_from(section.payload)
+        if round_ != self._tally.round:
+            raise FormatError(f"round {round_} where round {self._tally.round} is under way")
+        start = fmt.MEMORY_HEAD.size
+        hashes_at = start + nextents * fmt.EXTENT.size
+        extents = section.payload[start:hashes_at]
+        segment = self._check_extents(extents, npages)
+        pages = section.body
+        if section.flags & fmt.FLAG_ZSTD:
+            pages = memoryview(self._decompress(section.body, npages))
+        bad = check_pages(self._hasher, pages, section.payload[hashes_at:])
+        if bad >= 0:
+            page = _nth_page(extents, bad)
+            where = place(section.sequence, section.type, section.offset_bytes)
+            raise ChecksumError(f"{where}: the bytes of page {page} are not what was sent")
+        return Pages(segment, extents, pages)
+
+    def _check_extents(self, extents: memoryview, npages: int) -> int:
+        """Check the list of a MEMORY section; return the index of its segment."""
+        tally = self._tally
+        first = int.from_bytes(extents[:8], "little")
+        if first >= self._npages:
+            raise FormatError(f"page {first} is outside the guest's {self._npages} pages")
+        segment = _segment_of(self._starts, first)
+        segment_end = self._starts[segment] + self._layout[segment].npages
+        data = zero = 0
+        for first, count, kind in fmt.EXTENT.iter_unpack(extents):
+            if first < tally.cursor:
+                raise FormatError(f"page {first} is stated again, or out of order")
+            if first != tally.cursor and tally.round == 0:
+                raise FormatError(f"round 0 leaves out page {tally.cursor}")
+            if count == 0:
+                raise FormatError(f"the extent at page {first} is empty")
+            tally.cursor = first + count
+            if tally.cursor > segment_end:
+                raise FormatError(f"the extent at page {first} leaves its segment")
+            if kind == fmt.KIND_DATA:
+                data += count
+            elif kind == fmt.KIND_ZERO:
+                zero += count
+            else:
+                raise FormatError(f"the extent at page {first} is of kind {kind}")
+        if data != npages:
+            raise FormatError(f"{npages} pages, but the extents hold {data}")
+        tally.data_pages += data
+        tally.zero_pages += zero
+        return segment
+
+    def _decompress(self, frame: memoryview, npages: int) -> bytes:
+        """Return the pages of one zstd frame.
+
+        The frame's own header is looked at first: one call decompresses a
+        frame whose content fits the room without regard to its window, and
+        makes the room that the content size claims.
+        """
+        size = npages * PAGE_BYTES
+        try:
+            claims = zstandard.get_frame_parameters(frame)
+            if claims.content_size != size:
+                raise FormatError(f"the zstd frame does not state {size} bytes")
+            if claims.window_size > fmt.MAX_WINDOW_BYTES:
+                raise FormatError(f"the zstd frame needs a window of {claims.window_size} bytes")
+            return self._zstd.decompress(frame, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise FormatError(f"the zstd frame is broken: {error}") from None
+
+    def _take_round_end(self, section: Section) -> RoundEnd:
+        _exact(section.payload, fmt.ROUND_END.size)
+        round_, reserved, data, zero = fmt.ROUND_END.unpack(section.payload)
+        tally = self._tally
+        if reserved:
+            raise FormatError("reserved field is not zero")
+        if round_ != tally.round:
+            raise FormatError(f"round {round_} where round {tally.round} is under way")
+        if (data, zero) != (tally.data_pages, tally.zero_pages):
+            raise FormatError(
+                f"counts {data} data and {zero} zero pages, but the round had "
+                f"{tally.data_pages} and {tally.zero_pages}"
+            )
+        if round_ == 0 and tally.cursor != self._npages:
+            raise FormatError(f"round 0 leaves out page {tally.cursor}")
+        tally.all_data_pages += data
+        tally.all_zero_pages += zero
+        tally.rounds += 1
+        tally.round += 1
+        tally.cursor = tally.data_pages = tally.zero_pages = 0
+        return RoundEnd(round_, data, zero)
+
+    def _take_state(self, section: Section) -> State | None:
+        name, part, data = fmt.unpack_state(bytes(section.payload))
+        if not data and (part or not section.flags & fmt.FLAG_LAST):
+            raise FormatError(f"state {name}: part {part} is empty")
+        self._begin_part(section, name, part, len(data))
+        self._tally.open_bytes.write(data)
+        return self._end_part(section, name)
+
+    def _take_state_zeros(self, section: Section) -> State | None:
+        name, part, count = fmt.unpack_state_zeros(bytes(section.payload))
+        if not count:
+            raise FormatError(f"state {name}: part {part} is empty")
+        self._begin_part(section, name, part, count)
+        # A write behind the end fills up with zeros, which are nowhere before.
+        self._tally.open_bytes.seek(count - 1, io.SEEK_CUR)
+        self._tally.open_bytes.write(b"\0")
+        return self._end_part(section, name)
+
+    def _kind(self, section: Section) -> _States:
+        is_optional = section.type == Type.STATE_OPTIONAL
+        return self._tally.optional if is_optional else self._tally.needed
+
+    def _begin_part(self, section: Section, name: str, part: int, nbytes: int) -> None:
+        """Check that this part may come now, and count its bytes, before they are kept."""
+        tally, kind = self._tally, self._kind(section)
+        if part != tally.parts:
+            raise FormatError(f"state {name}: part {part} where part {tally.parts} is next")
+        if part and name != tally.open_state:
+            raise FormatError(f"state {name} begins before {tally.open_state} is complete")
+        if part and kind is not tally.open_kind:
+            raise FormatError(f"state {name}: part {part} is optional, and part 0 is not")
+        known = name in tally.needed.whole or name in tally.optional.whole
+        if known or len(kind.whole) == fmt.MAX_STATES:
+            raise FormatError(f"state {name} comes again, or is one too many")
+        kind.nbytes += nbytes
+        if kind.nbytes > kind.max_bytes:
+            raise FormatError(f"all {kind.what} together have more than {kind.max_bytes} bytes")
+        tally.open_state, tally.open_kind = name, kind
+        tally.parts += 1
+
+    def _end_part(self, section: Section, name: str) -> State | None:
+        """Return the state if this was its last part."""
+        tally = self._tally
+        if not section.flags & fmt.FLAG_LAST:
+            return None
+        self._kind(section).whole.add(name)
+        state = State(name, tally.open_bytes.getvalue(), section.type == Type.STATE_OPTIONAL)
+        tally.open_bytes = io.BytesIO()
+        tally.parts = 0
+        if self._contents:
+            self._contents.state(state)
+        return state
+
+    def _take_time(self, section: Section) -> None:
+        _exact(section.payload, fmt.TIME.size)
+        if self._tally.parts:
+            raise FormatError(f"state {self._tally.open_state} is not complete")
+        time = Time(*fmt.TIME.unpack(section.payload))
+        if time.paused_for_ns and not time.paused_at_ns:
+            raise FormatError("paused for a time, but at none")
+        self._tally.time = time
+
+    def _take_end(self, section: Section) -> Ended:
+        _exact(section.payload, fmt.END.size)
+        end = End(*fmt.END.unpack(section.payload))
+        tally = self._tally
+        expected = End(
+            what=fmt.end_flags(self.header.form, self.header.features),
+            rounds=tally.rounds,
+            sections=section.sequence,
+            offset_bytes=section.offset_bytes,
+            data_pages=tally.all_data_pages,
+            zero_pages=tally.all_zero_pages,
+            state_bytes=tally.needed.nbytes,
+            digest=self.reader.digest.digest(),
+        )
+        for name in End.__dataclass_fields__:
+            said, counted = getattr(end, name), getattr(expected, name)
+            if said != counted:
+                shown = (said.hex(), counted.hex()) if name == "digest" else (said, counted)
+                where = place(section.sequence, section.type, section.offset_bytes)
+                raise ChecksumError(f"{where}: {name} is {shown[0]}, but counted {shown[1]}")
+        if self._contents and not self.is_dry_run:
+            self._contents.end()
+        self._ended = True
+        return Ended(end, tally.time)
+
+    def _take_go(self, section: Section) -> Go:
+        _exact(section.payload, fmt.NONCE_BYTES)
+        return Go(bytes(section.payload))
+
+    def _take_abort(self, section: Section) -> NoReturn:
+        status, text = fmt.unpack_abort(bytes(section.payload))
+        raise AbortedError(f"the source gave up (status {status}): {text}")
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Say whether the stream has a head only."""
+        return bool(self.header.features & Feature.NO_MEMORY)
+
+
+def _exact(data: memoryview, size: int) -> None:
+    if len(data) != size:
+        raise FormatError(f"length is {len(data)}, not {size}")
+
+
+def _segment_of(starts: list[int], page: int) -> int:
+    """Return the index of the segment that a page lies in."""
+    index = 0
+    while index + 1 < len(starts) and starts[index + 1] <= page:
+        index += 1
+    return index
+
+
+def _nth_page(extents: memoryview, n: int) -> int:
+    """Return the page number of the n-th DATA page of a list."""
+    for first, count, kind in fmt.EXTENT.iter_unpack(extents):
+        if kind == fmt.KIND_DATA:
+            if n < count:
+                return int(first) + n
+            n -= count
+    return -1

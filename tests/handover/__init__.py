@@ -1,0 +1,1 @@
+"""The protocol: tables, answers, records, recorded guests."""

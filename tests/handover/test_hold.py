@@ -1,0 +1,458 @@
+"""-l, --discard and --resume, over records whose guests are stand-ins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bhystream import hypervisors
+from bhystream.errors import OK, BrokenError, GuestError, UsageError
+from bhystream.guest import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
+from bhystream.handover import hold, state
+from bhystream.handover.hold import Verb, refuse_held
+from bhystream.handover.standing import in_doubt
+from bhystream.handover.state import Lock, Records, Role
+from bhystream.report import Console
+from support import recorded
+from support.recorded import A, B
+
+
+class Host(recorded.Host):
+    """A host on which the verbs are typed."""
+
+    def run(
+        self,
+        name: str,
+        guest: str | None = "web1",
+        role: Role = "source",
+        *,
+        in_doubt: bool = False,
+    ) -> int:
+        return hold.run(Verb(name, guest, in_doubt), role, Console("bhysend"))
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
+    return Host(state.directory(), monkeypatch)
+
+
+# -l
+
+
+def listed(host: Host, capfd: pytest.CaptureFixture[str], *args: Any) -> list[list[str]]:
+    assert host.run("-l", *args) == OK
+    return [line.split("\t") for line in capfd.readouterr().out.splitlines()]
+
+
+def test_nothing_is_listed_where_nothing_stands(
+    host: Host, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert listed(host, capfd, None) == []
+    assert listed(host, capfd, "web1") == []
+
+
+def test_held_guests_are_listed_oldest_first(host: Host, capfd: pytest.CaptureFixture[str]) -> None:
+    host.record(HELD, A, time_ns=2 * 10**18)
+    host.record(PAUSED, B, guest="web2", operand="qemu:/web2", time_ns=10**18)
+    rows = listed(host, capfd, None)
+    assert [(row[0], row[1], *row[3:]) for row in rows] == [
+        ("web2", "paused", B, "qemu:/web2", "-"),
+        ("web1", "held", A, "qemu:/web1", "-"),
+    ]
+    assert [row[2][:10] for row in rows] == ["2001-09-09", "2033-05-18"]
+    assert listed(host, capfd, "web2") == rows[:1]
+    assert listed(host, capfd, A) == rows[1:]
+    assert host.opened == []
+
+
+def test_what_was_started_is_listed_by_name_only(
+    host: Host, capfd: pytest.CaptureFixture[str]
+) -> None:
+    host.record(STARTED, A)
+    host.record(LOADED, B, guest="web2")
+    assert [row[0] for row in listed(host, capfd, None, "destination")] == ["web2"]
+    assert [row[1] for row in listed(host, capfd, "web1", "destination")] == ["started"]
+    assert listed(host, capfd, None, "source") == []
+
+
+def test_what_was_told_to_run_and_lies_in_files_is_listed_and_may_be_resumed(
+    host: Host, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A --resume that was cut short: whether it ran is the backend's to say."""
+    host.record(STARTED)
+    monkeypatch.setattr(hypervisors, "lies_in_files", lambda revive: True)
+    assert [row[1] for row in listed(host, capfd, None, "destination")] == ["started"]
+    assert host.run("--resume", role="destination") == OK
+    assert host.guest.asked == [("resume", STARTED), ("close", STARTED)]
+    assert host.phases("destination") == [STARTED]
+    host.guest.fails = True
+    with pytest.raises(GuestError, match="it does not answer"):
+        host.run("--resume", role="destination")
+    assert host.phases("destination") == [STARTED]
+
+
+def test_a_field_does_not_break_the_line(host: Host, capfd: pytest.CaptureFixture[str]) -> None:
+    host.record(HELD, operand="qemu:/a\tb\nc")
+    assert listed(host, capfd, None)[0][4] == "qemu:/a\\x09b\\x0ac"
+
+
+# --discard
+
+
+@pytest.mark.parametrize(("phase", "role"), [(HELD, "source"), (LOADED, "destination")])
+def test_discard_ends_the_guest_and_then_its_record(host: Host, phase: str, role: Role) -> None:
+    record = host.record(phase)
+    assert host.run("--discard", role=role) == OK
+    assert host.opened == [record.revive] * 2
+    assert host.guest.asked == [("close", phase), ("discard", phase), ("close", phase)]
+    assert host.roles[role].all() == []
+
+
+def test_discard_of_a_guest_that_is_gone_removes_its_record(host: Host) -> None:
+    host.record(HELD)
+    host.guest.alive = False
+    assert host.run("--discard") == OK
+    # What is left of it goes too.
+    assert host.guest.asked == [("close", HELD), ("discard", HELD), ("close", HELD)]
+    assert host.roles["source"].all() == []
+
+
+def test_a_guest_whose_stream_is_not_complete_is_not_discarded(host: Host) -> None:
+    record = host.record(PAUSED)
+    with pytest.raises(GuestError, match="its stream is not complete") as caught:
+        host.run("--discard")
+    assert caught.value.hint == f"let it run on: bhysend --resume {A}"
+    assert ("discard", PAUSED) not in host.guest.asked
+    assert host.roles["source"].all() == [record]
+
+
+def test_a_paused_guest_that_is_gone_can_be_forgotten(host: Host) -> None:
+    # --resume says so, and says how.
+    host.record(PAUSED)
+    host.guest.alive = False
+    with pytest.raises(GuestError, match="it is gone") as caught:
+        host.run("--resume")
+    assert caught.value.hint == f"forget it: --discard {A}"
+    assert host.run("--discard", A) == OK
+    assert host.roles["source"].all() == []
+
+
+# --resume
+
+
+@pytest.mark.parametrize("phase", [PAUSED, HELD])
+def test_resume_at_the_source_removes_the_record_when_the_guest_runs(
+    host: Host, phase: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    host.record(phase)
+    assert host.run("--resume") == OK
+    # From before it is done: a record that says held could have it discarded.
+    assert host.guest.asked == [("resume", PAUSED), ("close", PAUSED)]
+    assert host.roles["source"].all() == []
+    warned = "the destination must not have started it" in capfd.readouterr().err
+    assert warned == (phase == HELD)
+
+
+def test_resume_at_the_destination_records_the_start_before_it(host: Host) -> None:
+    host.record(LOADED)
+    assert host.run("--resume", role="destination") == OK
+    assert host.guest.asked == [("resume", STARTED), ("close", STARTED)]
+    # The stream was started here: it is not started again.
+    assert [record.phase for record in host.roles["destination"].all()] == [STARTED]
+
+
+@pytest.mark.parametrize("verb", ["--resume", "--discard"])
+@pytest.mark.parametrize(("phase", "role"), [(HELD, "source"), (LOADED, "destination")])
+def test_a_verb_that_fails_may_be_typed_again(
+    host: Host, verb: str, phase: str, role: Role
+) -> None:
+    # EXIT STATUS: "If --discard or --resume fails, the guest is held as before."
+    host.record(phase)
+    host.guest.fails = True
+    with pytest.raises(GuestError, match="it does not answer"):
+        host.run(verb, role=role)
+    host.guest.fails = False
+    assert host.run(verb, role=role) == OK
+
+
+def test_resume_of_a_guest_that_is_gone_keeps_the_record(host: Host) -> None:
+    record = host.record(HELD)
+    host.guest.alive = False
+    with pytest.raises(GuestError, match="it is gone, so it cannot be resumed"):
+        host.run("--resume")
+    assert host.roles["source"].all() == [record]
+
+
+# What may run elsewhere, or has no right to run here.
+
+
+ROLES: dict[str, Role] = {READY: "destination", LOADED: "destination"}
+PEER = ("hv2/a1", "/d")
+
+
+def test_a_guest_in_doubt_is_resumed_only_in_so_many_words(
+    host: Host, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = host.record(GO, peer=PEER)
+    with pytest.raises(GuestError, match="guest web1: it may run on hv2") as caught:
+        host.run("--resume")
+    assert caught.value.hint == in_doubt(record, host.base)
+    assert host.opened == []
+    assert host.roles["source"].all() == [record]
+    assert host.run("--resume", in_doubt=True) == OK
+    assert host.guest.asked == [("resume", PAUSED), ("close", PAUSED)]
+    assert host.phases("source") == []
+    assert "the destination must not have started it" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("phase", [PAUSED, HELD, LOADED])
+def test_a_guest_that_is_not_in_doubt_is_not_resumed_in_these_words(host: Host, phase: str) -> None:
+    host.record(phase)
+    with pytest.raises(UsageError, match=f"guest web1 is {phase}, not in doubt"):
+        host.run("--resume", role=ROLES.get(phase, "source"), in_doubt=True)
+    assert host.opened == []
+    assert host.phases(ROLES.get(phase, "source")) == [phase]
+
+
+@pytest.mark.parametrize("doubt", [False, True])
+def test_a_guest_that_has_moved_is_never_resumed(host: Host, doubt: bool) -> None:
+    host.record(MOVED, peer=PEER)
+    with pytest.raises(GuestError, match=r"guest web1: it runs on hv2$") as caught:
+        host.run("--resume", in_doubt=doubt)
+    assert caught.value.hint == f"end what is left here: --discard {A}"
+    assert host.opened == []
+    assert host.phases("source") == [MOVED]
+
+
+@pytest.mark.parametrize("doubt", [False, True])
+def test_a_guest_that_waits_for_go_is_never_resumed(host: Host, doubt: bool) -> None:
+    host.record(READY)
+    with pytest.raises(GuestError, match=r"only its source can let it run \(GO\)"):
+        host.run("--resume", role="destination", in_doubt=doubt)
+    assert host.opened == []
+    assert host.phases("destination") == [READY]
+
+
+def test_a_guest_in_doubt_that_cannot_be_resumed_is_in_doubt_as_before(host: Host) -> None:
+    record = host.record(GO, peer=PEER)
+    host.guest.fails = True
+    with pytest.raises(GuestError, match="it does not answer"):
+        host.run("--resume", in_doubt=True)
+    assert host.roles["source"].all() == [record]
+
+
+@pytest.mark.parametrize("phase", [GO, MOVED])
+def test_what_runs_elsewhere_may_be_discarded(host: Host, phase: str) -> None:
+    host.record(phase, peer=PEER)
+    assert host.run("--discard") == OK
+    where = {GO: "discard", MOVED: "discard hv2"}[phase]
+    assert host.guest.asked == [("close", phase), (where, phase), ("close", phase)]
+    assert host.phases("source") == []
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_guest_that_waits_for_go_is_buried_before_it_is_discarded(
+    host: Host, alive: bool
+) -> None:
+    """Its GO may still be on the way: the tombstone stays."""
+    host.record(READY)
+    host.guest.alive = alive
+    assert host.run("--discard", role="destination") == OK
+    assert host.guest.asked == [("close", READY), ("discard", DEAD), ("close", DEAD)]
+    assert host.phases("destination") == [DEAD]
+    with pytest.raises(GuestError, match="none of that name is held"):
+        host.run("--discard", role="destination")
+
+
+def test_what_is_left_of_one_that_never_ran_is_discarded_by_its_id(host: Host) -> None:
+    """Its bhyrecv died between the tombstone and the end of the guest."""
+    record = host.record(DEAD)
+    for _ in range(2):
+        assert host.run("--discard", A, role="destination") == OK
+    assert host.guest.asked == [("discard", DEAD), ("close", DEAD)] * 2
+    assert host.roles["destination"].all() == [record]
+    with pytest.raises(GuestError, match="none of that name is held"):
+        host.run("--resume", A, role="destination")
+
+
+def test_one_that_its_bhyrecv_ends_just_now_is_left_to_it(host: Host) -> None:
+    host.record(DEAD)
+    with Lock(host.base, f"stream-{A}", "x"), pytest.raises(GuestError, match="works on it"):
+        host.run("--discard", A, role="destination")
+    assert host.guest.asked == []
+
+
+def test_a_guest_that_was_started_just_now_is_not_discarded(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.record(READY)
+    monkeypatch.setattr(Records, "change", lambda *_: False)
+    with pytest.raises(GuestError, match="it was started just now"):
+        host.run("--discard", role="destination")
+    assert "discard" not in [what for what, _ in host.guest.asked]
+
+
+def test_what_stands_in_the_way_of_go_is_listed(
+    host: Host, capfd: pytest.CaptureFixture[str]
+) -> None:
+    host.record(READY, A)
+    host.record(DEAD, B)
+    assert [row[1] for row in listed(host, capfd, None, "destination")] == ["ready"]
+    assert [row[1] for row in listed(host, capfd, B, "destination")] == ["dead"]
+    host.record(GO, A)
+    host.record(MOVED, B, time_ns=2)
+    assert [row[1] for row in listed(host, capfd, None)] == ["in-doubt", "moved"]
+
+
+# Which guest.
+
+
+@pytest.mark.parametrize("verb", ["--resume", "--discard"])
+def test_a_guest_that_is_not_held_is_refused(host: Host, verb: str) -> None:
+    with pytest.raises(GuestError, match=f"none of that name is held on {os.uname().nodename}"):
+        host.run(verb)
+
+
+@pytest.mark.parametrize("verb", ["--resume", "--discard"])
+def test_a_started_guest_is_the_hypervisors(host: Host, verb: str) -> None:
+    host.record(STARTED)
+    with pytest.raises(GuestError, match="it was started here"):
+        host.run(verb, role="destination")
+    assert host.guest.asked == []
+
+
+def test_what_a_start_has_left_is_discarded_by_its_id_and_not_its_record(host: Host) -> None:
+    record = host.record(STARTED)
+    host.guest.alive = False
+    assert host.run("--discard", A, role="destination") == OK
+    assert host.guest.asked == [("clear", STARTED), ("close", STARTED)]
+    assert host.roles["destination"].all() == [record]
+
+
+def test_a_started_guest_that_runs_is_not_cleared(host: Host) -> None:
+    host.record(STARTED)
+    host.guest.running = True
+    with pytest.raises(GuestError, match="it was started here, and runs"):
+        host.run("--discard", A, role="destination")
+    assert host.guest.asked == [("close", STARTED)]
+
+
+@pytest.mark.parametrize("verb", ["--resume", "--discard"])
+def test_several_guests_of_a_name_are_told_apart_by_id(host: Host, verb: str) -> None:
+    host.record(HELD, A)
+    second = host.record(HELD, B, lock="lock-2", time_ns=2)
+    with pytest.raises(GuestError, match="several are held; name one by its stream id") as caught:
+        host.run(verb)
+    assert caught.value.hint.split() == [A, "(held,", "qemu:/web1)", B, "(held,", "qemu:/web1)"]
+    assert host.guest.asked == []
+    assert host.run(verb, A) == OK
+    assert host.roles["source"].all() == [second]
+
+
+@pytest.mark.parametrize("verb", ["--resume", "--discard"])
+def test_a_guest_that_something_works_on_is_left_alone(host: Host, verb: str) -> None:
+    host.record(HELD)
+    lock = Lock(host.base, "lock-1", "guest web1")
+    with pytest.raises(GuestError, match="another bhysend or bhyrecv works on it"):
+        host.run(verb)
+    lock.release()
+    assert host.guest.asked == []
+    assert host.run(verb) == OK
+    Lock(host.base, "lock-1", "guest web1").release()  # and it was released
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Let another process act just before the lock is had."""
+
+    def take(*args: Any) -> Lock:
+        act()
+        return Lock(*args)
+
+    monkeypatch.setattr(hold, "Lock", take)
+
+
+@pytest.mark.parametrize("verb", ["--resume", "--discard"])
+def test_a_guest_that_the_keeper_resumed_meanwhile_is_left_alone(
+    host: Host, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.record(HELD)
+    meanwhile(monkeypatch, lambda: host.roles["source"].remove(A))
+    with pytest.raises(GuestError, match="it is not held any more"):
+        host.run(verb)
+    assert host.guest.asked == []
+
+
+def test_a_guest_that_was_started_meanwhile_is_not_discarded(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.record(LOADED)
+    meanwhile(monkeypatch, lambda: host.record(STARTED))
+    with pytest.raises(GuestError):
+        host.run("--discard", role="destination")
+    assert host.guest.asked == []
+
+
+# What a new move asks.
+
+
+def test_a_held_guest_is_not_sent_again(host: Host) -> None:
+    for phase in (PAUSED, HELD):
+        record = host.record(phase)
+        with pytest.raises(GuestError, match=f"{phase} here since an earlier stream") as caught:
+            refuse_held(host.base, "qemu:/web1")
+        # What is paused before END cannot be anywhere else.
+        assert (f"bhysend --discard {A}" in caught.value.hint) == (phase == HELD)
+        assert f"bhysend --resume {A}" in caught.value.hint
+        assert host.roles["source"].all() == [record]
+    assert {what for what, _ in host.guest.asked} == {"close"}
+
+
+def test_a_guest_in_doubt_is_not_sent_again_and_the_way_out_is_named(host: Host) -> None:
+    record = host.record(GO, peer=PEER)
+    with pytest.raises(GuestError, match="in-doubt here since an earlier stream") as caught:
+        refuse_held(host.base, "qemu:/web1")
+    assert caught.value.hint == in_doubt(record, host.base)
+    assert host.roles["source"].all() == [record]
+
+
+def test_another_guest_is_sent(host: Host) -> None:
+    record = host.record(HELD)
+    refuse_held(host.base, "qemu:/web2")
+    assert host.roles["source"].all() == [record]
+    assert host.opened == []
+
+
+def test_a_guest_that_is_being_brought_back_is_not_taken_for_gone(host: Host) -> None:
+    """Between its suspend and its return a guest is nowhere, but for who has its lock."""
+    record = host.record(PAUSED)
+    host.guest.alive = False
+    lock = Lock(host.base, "lock-1", "guest web1")
+    with pytest.raises(GuestError, match="another bhysend or bhyrecv works on it"):
+        refuse_held(host.base, "qemu:/web1")
+    lock.release()
+    assert host.opened == []
+    assert host.roles["source"].all() == [record]
+
+
+def test_the_record_of_a_guest_that_is_gone_is_no_obstacle(host: Host) -> None:
+    host.record(HELD)
+    host.guest.alive = False
+    refuse_held(host.base, "qemu:/web1")
+    assert host.roles["source"].all() == []
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_record_that_is_broken_may_be_the_guests(host: Host, alive: bool) -> None:
+    """Also beside one that is its, and whose guest is gone."""
+    host.record(HELD)
+    host.guest.alive = alive
+    (host.base / f"source/{B}.json").touch()
+    for lock_name in (None, "lock-1", "lock-2"):
+        with pytest.raises(GuestError) as caught:
+            refuse_held(host.base, "qemu:/web1", lock_name)
+        assert isinstance(caught.value, BrokenError) or alive

@@ -1,0 +1,1 @@
+"""What the composition of the handshake's tables can do, searched."""

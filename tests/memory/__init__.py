@@ -1,0 +1,1 @@
+"""The loops, holes, and XXH3."""

@@ -1,0 +1,612 @@
+"""The loops over pages against plain Python and the xxhash module."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import random
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from bhystream.backend.base import Target
+from bhystream.memory.page import PageHasher, check_pages, mark_changed, scatter, scatter_into
+from bhystream.memory.target import FileTarget, MappedTarget
+from support.nogil import released
+
+PAGE = 4096
+SEED = 0xA5A5_0123_4567_89AB
+DATA, ZERO = 0, 1
+
+# write(2) as a slow file or a signal makes it: 1000 bytes a time, and every
+# third call EINTR.  Calls are counted so that the test knows it was used.
+SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <unistd.h>
+static ssize_t slow(int fd, const void *p, size_t n, off_t at) {
+    static int calls;
+    static ssize_t (*next)(int, const void *, size_t, off_t);
+    if (!next) next = (ssize_t (*)(int, const void *, size_t, off_t))dlsym(RTLD_NEXT, "pwrite");
+    if (++calls % 3 == 0) { errno = EINTR; return -1; }
+    if (getenv("SHIM_ZERO")) return 0;
+    return next(fd, p, n > 1000 ? 1000 : n, at);
+}
+ssize_t pwrite(int fd, const void *p, size_t n, off_t at);
+ssize_t pwrite(int fd, const void *p, size_t n, off_t at) { return slow(fd, p, n, at); }
+ssize_t pwrite64(int fd, const void *p, size_t n, off_t at);
+ssize_t pwrite64(int fd, const void *p, size_t n, off_t at) { return slow(fd, p, n, at); }
+"""
+# Which of the two depends on what the buffer is wrong in, and whose it is.
+WRONG_BUFFER = (ValueError, BufferError)
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    seed = int(os.environ.get("BHYSTREAM_SEED") or random.randrange(2**32))
+    print(f"BHYSTREAM_SEED={seed}")
+    return random.Random(seed)
+
+
+@pytest.fixture(scope="module")
+def hasher() -> PageHasher:
+    return PageHasher(SEED)
+
+
+def digest(page: bytes | memoryview, seed: int = SEED) -> int:
+    return xxhash.xxh3_64_intdigest(page, seed=seed)
+
+
+def digests(pages: bytes | memoryview) -> list[int]:
+    return [digest(pages[i : i + PAGE]) for i in range(0, len(pages), PAGE)]
+
+
+def words(n: int, value: int = 0) -> array[int]:
+    return array("Q", [value]) * n
+
+
+def extents(*items: tuple[int, int, int]) -> bytes:
+    """Pack (first, count, kind)."""
+    return b"".join(struct.pack("<QII", *item) for item in items)
+
+
+# The hash.
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63, 2**64 - 1])
+def test_zero_hash_is_seeded(seed: int) -> None:
+    assert PageHasher(seed).zero_hash == digest(bytes(PAGE), seed)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, -(2**80)])
+def test_a_seed_is_a_u64(seed: int) -> None:
+    with pytest.raises(ValueError, match="is not a u64"):
+        PageHasher(seed)
+
+
+@pytest.mark.parametrize("npages", [0, 1, 2, 3, 17])
+@pytest.mark.parametrize("shift", [0, 1, 7, 8, 33])
+def test_hash_pages_at_any_address(
+    rng: random.Random, hasher: PageHasher, npages: int, shift: int
+) -> None:
+    room = bytearray(rng.randbytes(npages * PAGE + 64))
+    pages = memoryview(room)[shift : shift + npages * PAGE]
+    out = memoryview(bytearray((npages + 2) * 8 + 64))[shift : shift + (npages + 2) * 8].cast("Q")
+    out[npages] = 77
+    hasher.hash_pages(pages, out[:npages])
+    assert out.tolist() == [*digests(pages), 77, 0]
+
+
+def test_hash_pages_wants_one_word_a_page(hasher: PageHasher) -> None:
+    for nbytes, nwords in ((PAGE, 0), (0, 1), (PAGE - 1, 1), (PAGE + 1, 1), (2 * PAGE, 1)):
+        with pytest.raises(ValueError, match=f"{nbytes} bytes are not {nwords} pages"):
+            hasher.hash_pages(bytes(nbytes), words(nwords))
+
+
+@pytest.mark.parametrize("first, end", [(0, 0), (0, 9), (3, 3), (2, 5), (8, 9), (9, 9)])
+def test_fill_sets_only_its_range(hasher: PageHasher, first: int, end: int) -> None:
+    table = words(9, 5)
+    hasher.fill(table, first, end)
+    assert list(table) == [hasher.zero_hash if first <= i < end else 5 for i in range(9)]
+
+
+@pytest.mark.parametrize("first, end", [(-1, 3), (0, 10), (5, 4), (10, 10), (2**64, 2**64)])
+def test_fill_refuses_other_ranges(hasher: PageHasher, first: int, end: int) -> None:
+    with pytest.raises(ValueError, match="are not within"):
+        hasher.fill(words(9), first, end)
+
+
+def test_wrong_buffers_are_refused(hasher: PageHasher) -> None:
+    strided = memoryview(bytearray(2 * PAGE))[::2]
+    for bad in (strided, words(512)):
+        with pytest.raises(WRONG_BUFFER):
+            hasher.hash_pages(bad, words(1))
+        with pytest.raises(WRONG_BUFFER):
+            check_pages(hasher, bad, bytes(8))
+        with pytest.raises(WRONG_BUFFER):
+            scatter(0, 0, 0, 1, extents((0, 1, DATA)), bad)
+    for out in (memoryview(words(1)).toreadonly(), bytearray(8), array("I", [0, 0])):
+        with pytest.raises(WRONG_BUFFER):
+            hasher.hash_pages(bytes(PAGE), out)
+        with pytest.raises(WRONG_BUFFER):
+            hasher.fill(out, 0, 1)
+    with pytest.raises(TypeError):
+        hasher.hash_pages(None, words(0))  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        check_pages(None, b"", b"")  # type: ignore[arg-type]
+
+
+def test_a_big_endian_host_is_refused() -> None:
+    code = "import sys; sys.byteorder = 'big'; import bhystream.memory.page"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "ImportError: bhystream needs a little-endian host" in run.stderr
+
+
+# check_pages.
+
+
+def test_check_pages_finds_the_first_difference(rng: random.Random, hasher: PageHasher) -> None:
+    npages = 9
+    for shift in range(9):
+        pages = memoryview(bytearray(rng.randbytes(npages * PAGE + 16)))[shift:][: npages * PAGE]
+        listed = bytearray(16 + 8 * npages)
+        hashes = memoryview(listed)[shift : shift + 8 * npages]
+        hashes[:] = struct.pack(f"<{npages}Q", *digests(pages))
+        assert check_pages(hasher, pages, hashes) == -1
+        for bad in sorted(rng.sample(range(npages), 4), reverse=True):
+            pages[bad * PAGE + rng.randrange(PAGE)] ^= 1 << rng.randrange(8)
+            assert check_pages(hasher, pages, hashes) == bad
+        hashes[8 * bad + 7] ^= 0x80
+        assert check_pages(hasher, pages, hashes) == bad
+
+
+def test_check_pages_of_no_pages(hasher: PageHasher) -> None:
+    assert check_pages(hasher, b"", b"") == -1
+
+
+@pytest.mark.parametrize("pages, hashes", [(PAGE, 0), (0, 8), (PAGE, 7), (PAGE, 16), (100, 0)])
+def test_check_pages_wants_a_hash_a_page(hasher: PageHasher, pages: int, hashes: int) -> None:
+    with pytest.raises(ValueError, match="bytes of hashes for"):
+        check_pages(hasher, bytes(pages), bytes(hashes))
+
+
+# mark_changed.
+
+
+@pytest.mark.parametrize("turn", range(10))
+def test_mark_changed(rng: random.Random, hasher: PageHasher, turn: int) -> None:
+    npages, base, shift = rng.randint(1, 150), rng.randint(0, 130), rng.randint(0, 9)
+    room = memoryview(bytearray(npages * PAGE + 16))
+    segment = room[shift : shift + npages * PAGE]
+    total = base + npages
+    table = words(total, 1)
+    hasher.fill(table, base, total)
+    bitmap = words((total + 63) // 64)
+    for page in rng.sample(range(npages), rng.randint(0, npages)):
+        segment[page * PAGE + rng.randrange(PAGE)] = 1
+    before = table.tolist()
+    first = rng.randint(0, npages)
+    end = rng.choice((first, npages, rng.randint(first, npages)))
+    now = before.copy()
+    now[base + first : base + end] = digests(segment)[first:end]
+    changed = [page for page in range(total) if now[page] != before[page]]
+    kept = rng.randrange(total)
+    bitmap[kept // 64] |= 1 << kept % 64
+    assert mark_changed(hasher, segment, base, first, end, table, bitmap) == len(changed)
+    assert table.tolist() == now
+    bits = int.from_bytes(bitmap.tobytes(), "little")
+    assert [page for page in range(64 * len(bitmap)) if bits >> page & 1] == sorted(
+        {*changed, kept}
+    )
+    assert mark_changed(hasher, segment, base, first, end, table, bitmap) == 0
+
+
+@pytest.mark.parametrize(
+    "base, first, end, nentries, nwords",
+    [
+        (0, -1, 1, 2, 1),
+        (0, 0, 3, 9, 1),
+        (0, 2, 1, 9, 1),
+        (-1, 0, 2, 9, 1),
+        (1, 0, 2, 2, 1),
+        (2**64 - 1, 0, 2, 9, 1),
+        (63, 0, 2, 99, 1),
+        (0, 0, 1, 9, 0),
+    ],
+)
+def test_mark_changed_refuses(
+    hasher: PageHasher, base: int, first: int, end: int, nentries: int, nwords: int
+) -> None:
+    with pytest.raises(ValueError, match="are not within"):
+        mark_changed(hasher, bytes(2 * PAGE), base, first, end, words(nentries), words(nwords))
+
+
+# scatter.
+
+
+def place(
+    image: bytearray, offset: int, base: int, npages: int, listed: bytes, pages: bytes
+) -> int:
+    """Do what scatter() does, page by page."""
+    source = written = 0
+    for first, n, kind in struct.iter_unpack("<QII", listed):
+        for page in range(first, first + n) if kind == DATA else ():
+            if base <= page < base + npages:
+                at = offset + (page - base) * PAGE
+                image[at : at + PAGE] = pages[source : source + PAGE]
+                written += 1
+            source += PAGE
+    return written
+
+
+def random_extents(rng: random.Random, npages: int) -> list[tuple[int, int, int]]:
+    items = []
+    page = rng.randint(0, 3)
+    while page < npages:
+        n = min(rng.randint(1, 5), npages - page)
+        items.append((page, n, rng.choice((DATA, ZERO))))
+        page += n + rng.choice((0, 0, 1, 4))
+    return items
+
+
+@pytest.mark.parametrize("turn", range(10))
+def test_scatter_over_segments(
+    rng: random.Random, tmp_path: Path, hasher: PageHasher, turn: int
+) -> None:
+    sizes = [rng.randint(1, 12) for _ in range(3)]
+    items = random_extents(rng, sum(sizes))
+    ndata = sum(n for _, n, kind in items if kind == DATA)
+    pages = memoryview(rng.randbytes(ndata * PAGE + 8))[turn % 8 :][: ndata * PAGE]
+    listed = memoryview(bytes(turn % 8) + extents(*items))[turn % 8 :]
+    base = written = 0
+    for number, npages in enumerate(sizes):
+        offset = rng.choice((0, PAGE, 1000))
+        image = bytearray(rng.randbytes(offset + (npages + 1) * PAGE))
+        path = tmp_path / str(number)
+        path.write_bytes(image)
+        expected = place(image, offset, base, npages, bytes(listed), bytes(pages))
+        with path.open("r+b") as file:
+            assert scatter(file.fileno(), offset, base, npages, listed, pages) == expected
+        assert path.read_bytes() == image
+        base += npages
+        written += expected
+    assert written == ndata
+
+
+def test_scatter_of_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("w+b") as file:
+        assert scatter(file.fileno(), 0, 0, 0, b"", b"") == 0
+        assert scatter(file.fileno(), 0, 0, 9, extents((1, 2**32 - 1, ZERO)), b"") == 0
+        assert scatter(file.fileno(), 0, 5, 9, extents((2, 3, DATA)), bytes(3 * PAGE)) == 0
+    assert path.stat().st_size == 0
+
+
+@pytest.mark.parametrize(
+    "listed, npages",
+    [
+        (extents((0, 1, DATA)), 0),
+        (extents((0, 1, DATA)), 2),
+        (extents((0, 2, DATA), (2, 2, DATA)), 3),
+        (extents((0, 2**32 - 1, DATA)), 1),
+        (extents((0, 2**32 - 1, DATA), (0, 2**32 - 1, DATA)), 1),
+        (extents((0, 1, 2)), 1),
+        (extents((0, 1, 2**31)), 1),
+        (extents((2**64 - 1, 1, DATA)), 1),
+        (extents((2**64 - 1, 5, ZERO)), 0),
+        (b"", 1),
+    ],
+)
+def test_scatter_refuses_a_list_that_does_not_fit(
+    tmp_path: Path, listed: bytes, npages: int
+) -> None:
+    with (tmp_path / "file").open("w+b") as file, pytest.raises(ValueError, match="do not desc"):
+        scatter(file.fileno(), 0, 0, 100, listed, b"x" * (npages * PAGE))
+
+
+@pytest.mark.parametrize(
+    "fd, offset, base, npages, nlist, nbytes",
+    [
+        (-1, 0, 0, 1, 0, 0),
+        (2**31, 0, 0, 1, 0, 0),
+        (0, -1, 0, 1, 0, 0),
+        (0, 0, -1, 1, 0, 0),
+        (0, 0, 0, -1, 0, 0),
+        (0, 0, 2**64 - 1, 1, 0, 0),
+        (0, 2**63 - 4096, 0, 1, 0, 0),
+        (0, 0, 0, 2**51, 0, 0),
+        (0, 0, 0, 1, 15, 0),
+        (0, 0, 0, 1, 17, 0),
+        (0, 0, 0, 1, 0, PAGE - 1),
+    ],
+)
+def test_scatter_refuses(
+    fd: int, offset: int, base: int, npages: int, nlist: int, nbytes: int
+) -> None:
+    with pytest.raises(ValueError):
+        scatter(fd, offset, base, npages, bytes(nlist), bytes(nbytes))
+
+
+def test_scatter_reports_errno(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(OSError) as caught:
+            scatter(writing, 0, 0, 1, extents((0, 1, DATA)), bytes(PAGE))
+        assert caught.value.errno == errno.ESPIPE
+        assert caught.value.strerror == os.strerror(errno.ESPIPE)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_scatter_reports_a_file_that_is_full(tmp_path: Path) -> None:
+    # The kernel writes up to the limit, which is a short write, then refuses.
+    path = tmp_path / "file"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with path.open("w+b") as file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+        try:
+            with pytest.raises(OSError) as caught:
+                scatter(file.fileno(), 0, 0, 2, extents((0, 2, DATA)), b"x" * (2 * PAGE))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert path.read_bytes() == b"x" * 6000
+
+
+@pytest.fixture(scope="module")
+def slow_writes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Build the shim and return the environment that puts it before the C library."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    where = tmp_path_factory.mktemp("shim")
+    (where / "shim.c").write_text(SHIM)
+    library = str(where / "shim.so")
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", library, str(where / "shim.c"), "-ldl"], check=True
+    )
+    return {**os.environ, "LD_PRELOAD": library}
+
+
+SLOW = """
+import sys
+from bhystream.memory.page import scatter
+listed, pages = bytes.fromhex(sys.argv[2]), open(sys.argv[3], "rb").read()
+with open(sys.argv[1], "r+b", buffering=0) as file:
+    try:
+        print(scatter(file.fileno(), 100, 5, 9, listed, pages))
+    except OSError as error:
+        print(error.errno)
+"""
+
+
+@pytest.mark.parametrize("nothing", [False, True])
+def test_scatter_continues_short_writes_and_retries_eintr(
+    rng: random.Random, tmp_path: Path, slow_writes: dict[str, str], nothing: bool
+) -> None:
+    listed = extents((3, 4, DATA), (8, 1, ZERO), (9, 2, DATA))
+    pages = rng.randbytes(6 * PAGE)
+    image = bytearray(10 * PAGE)
+    target, source = tmp_path / "target", tmp_path / "source"
+    target.write_bytes(image)
+    source.write_bytes(pages)
+    environment = {**slow_writes, **({"SHIM_ZERO": "1"} if nothing else {})}
+    run = subprocess.run(
+        [sys.executable, "-c", SLOW, str(target), listed.hex(), str(source)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    expected = errno.EIO if nothing else place(image, 100, 5, 9, listed, pages)
+    assert run.stdout == f"{expected}\n", run.stderr
+    assert target.read_bytes() == image
+
+
+# scatter_into.
+
+
+def place_into(memory: bytearray, placed: set[int], base: int, listed: bytes, pages: bytes) -> int:
+    """Do what scatter_into() does, page by page.  placed: pages of the segment."""
+    npages, source, written = len(memory) // PAGE, 0, 0
+    for first, n, kind in struct.iter_unpack("<QII", listed):
+        for page in range(first, first + n):
+            at = (page - base) * PAGE
+            is_here = base <= page < base + npages
+            if kind == DATA:
+                if is_here:
+                    memory[at : at + PAGE] = pages[source : source + PAGE]
+                    placed.add(page - base)
+                    written += 1
+                source += PAGE
+            elif is_here and page - base in placed:
+                memory[at : at + PAGE] = bytes(PAGE)
+                placed.remove(page - base)
+    return written
+
+
+def bits_of(bitmap: array[int]) -> set[int]:
+    bits = int.from_bytes(bitmap.tobytes(), "little")
+    return {page for page in range(64 * len(bitmap)) if bits >> page & 1}
+
+
+@pytest.mark.parametrize("turn", range(10))
+def test_scatter_into_over_segments_and_rounds(rng: random.Random, turn: int) -> None:
+    sizes = [rng.choice((1, 5, 63, 64, 65, 130)) for _ in range(3)]
+    shift = turn % 8
+    # What nobody placed is not zero here, to see that nobody touches it.
+    segments = [bytearray(rng.randbytes(npages * PAGE)) for npages in sizes]
+    rooms = [bytearray(bytes(shift) + segment + b"end") for segment in segments]
+    maps = [words((npages + 63) // 64) for npages in sizes]
+    placed: list[set[int]] = [set() for _ in sizes]
+    for _ in range(4):
+        items = random_extents(rng, sum(sizes))
+        ndata = sum(n for _, n, kind in items if kind == DATA)
+        pages = memoryview(rng.randbytes(ndata * PAGE + 8))[shift:][: ndata * PAGE]
+        listed = memoryview(bytes(shift) + extents(*items))[shift:]
+        base = written = 0
+        for number, npages in enumerate(sizes):
+            memory = memoryview(rooms[number])[shift : shift + npages * PAGE]
+            expected = place_into(
+                segments[number], placed[number], base, bytes(listed), bytes(pages)
+            )
+            assert scatter_into(memory, maps[number], base, listed, pages) == expected
+            assert rooms[number] == bytes(shift) + segments[number] + b"end"
+            assert bits_of(maps[number]) == placed[number]
+            base += npages
+            written += expected
+        assert written == ndata
+
+
+def test_pages_that_nobody_placed_are_not_touched(tmp_path: Path) -> None:
+    npages = 3 << 18
+    with (tmp_path / "memory").open("w+b") as file:
+        file.truncate(npages * PAGE)
+        memory = mmap.mmap(file.fileno(), npages * PAGE)
+        placed = words((npages + 63) // 64)
+        zeros = extents((0, npages, ZERO))
+        assert scatter_into(memory, placed, 0, zeros, b"") == 0
+        assert os.fstat(file.fileno()).st_blocks == 0
+        assert scatter_into(memory, placed, 0, extents((77, 1, DATA)), b"x" * PAGE) == 1
+        assert scatter_into(memory, placed, 0, zeros, b"") == 0
+        assert memory[77 * PAGE : 78 * PAGE] == bytes(PAGE)
+        assert 0 < os.fstat(file.fileno()).st_blocks * 512 <= 64 << 10
+        assert not any(placed)
+        memory.close()
+
+
+@pytest.mark.parametrize(
+    "nbytes, nwords, base, nlist, npages",
+    [
+        (PAGE - 1, 1, 0, 0, 0),
+        (PAGE, 0, 0, 0, 0),
+        (PAGE, 2, 0, 0, 0),
+        (65 * PAGE, 1, 0, 0, 0),
+        (PAGE, 1, -1, 0, 0),
+        (PAGE, 1, 2**64 - 1, 0, 0),
+        (PAGE, 1, 0, 15, 0),
+        (PAGE, 1, 0, 0, 1),
+        (PAGE, 1, 0, 16, 0),
+    ],
+)
+def test_scatter_into_refuses(nbytes: int, nwords: int, base: int, nlist: int, npages: int) -> None:
+    listed = extents((0, 1, DATA))[:nlist]
+    with pytest.raises(ValueError):
+        scatter_into(bytearray(nbytes), words(nwords), base, listed, bytes(npages * PAGE))
+
+
+def test_scatter_into_wants_to_write() -> None:
+    listed = extents((0, 1, DATA))
+    for memory, placed in ((bytes(PAGE), words(1)), (bytearray(PAGE), bytearray(8))):
+        with pytest.raises(WRONG_BUFFER):
+            scatter_into(memory, placed, 0, listed, bytes(PAGE))
+
+
+def test_a_file_and_a_mapping_take_the_same_pages(rng: random.Random, tmp_path: Path) -> None:
+    npages, base = 90, 7
+    with (tmp_path / "file").open("w+b") as file:
+        file.truncate((npages + 1) * PAGE)
+        memory = bytearray(npages * PAGE)
+        mapped = MappedTarget(memoryview(memory))
+        targets: list[Target] = [FileTarget(file.fileno(), PAGE), mapped]
+        for _ in range(4):
+            items = [(first + base, n, kind) for first, n, kind in random_extents(rng, npages)]
+            ndata = sum(n for _, n, kind in items if kind == DATA)
+            pages = memoryview(rng.randbytes(ndata * PAGE))
+            for target in targets:
+                target.place(base, npages, memoryview(extents(*items)), pages)
+            assert os.pread(file.fileno(), npages * PAGE, PAGE) == memory
+            assert any(memory)
+        with pytest.raises(ValueError, match="are not the segment"):
+            mapped.place(base, npages - 1, memoryview(b""), memoryview(b""))
+        mapped.release()
+
+
+# The end of a buffer.
+
+GUARD = """
+import mmap, os, tempfile
+from bhystream.memory.batch import Batch
+from bhystream.memory.bitmap import count, walk
+from bhystream.memory.page import PageHasher, check_pages, mark_changed, scatter, scatter_into
+
+def guarded(nbytes):
+    # What lies beyond the end of the file is SIGBUS to touch.
+    with tempfile.TemporaryFile() as file:
+        file.truncate(2 * mmap.PAGESIZE)
+        m = mmap.mmap(file.fileno(), 2 * mmap.PAGESIZE)
+        os.ftruncate(file.fileno(), mmap.PAGESIZE)
+    return memoryview(m)[mmap.PAGESIZE - nbytes : mmap.PAGESIZE]
+
+hasher = PageHasher(1)
+for shift in (0, 1):
+    for nwords in (1, 2, 7, 8, 9, 10, 16, 17, 18, 500, 511 - shift):
+        words = guarded(8 * nwords)
+        for value in (0, 255):
+            words[:] = bytes([value]) * len(words)
+            walk(words.cast("Q"), 0, 64 * nwords, memoryview(bytearray(16)).cast("Q"))
+            count(words.cast("Q"), 0, 64 * nwords)
+page, hashes = guarded(4096), guarded(8).cast("Q")
+table = memoryview(bytearray(8)).cast("Q")
+hasher.hash_pages(page, hashes)
+check_pages(hasher, page, hashes.cast("B"))
+mark_changed(hasher, page, 0, 0, 1, hashes, guarded(8).cast("Q"))
+for everything in (False, True):
+    Batch(hasher, 1, 1).collect(page, 0, 0, 1, table, everything)
+    Batch(hasher, 1, 1).collect_absent(0, 0, 1, hashes, everything)
+with tempfile.TemporaryFile() as target:
+    extents = guarded(16)
+    extents[:] = bytes(8) + b"\\1" + bytes(7)
+    scatter(target.fileno(), 0, 0, 1, extents, guarded(4096))
+    scatter_into(guarded(4096), guarded(8).cast("Q"), 0, extents, guarded(4096))
+    extents[12] = 1
+    scatter_into(guarded(4096), guarded(8).cast("Q"), 0, extents, b"")
+print("unharmed")
+"""
+
+
+def test_nothing_reads_beyond_its_buffers() -> None:
+    run = subprocess.run([sys.executable, "-c", GUARD], capture_output=True, text=True)
+    assert run.stdout == "unharmed\n", f"{run.returncode} {run.stderr}"
+
+
+# The GIL.
+
+
+@pytest.mark.parametrize(
+    "name", ["hash_pages", "fill", "check_pages", "mark_changed", "scatter", "scatter_into"]
+)
+def test_the_gil_is_released(hasher: PageHasher, tmp_path: Path, name: str) -> None:
+    npages = 1 << 14
+    pages = memoryview(mmap.mmap(-1, npages * PAGE))
+    table = words(npages)
+    hasher.fill(table, 0, npages)
+    large = words(1 << 21)
+    memory = memoryview(mmap.mmap(-1, npages * PAGE))
+    with (tmp_path / "file").open("w+b") as file:
+        calls: dict[str, Callable[[], object]] = {
+            "hash_pages": lambda: hasher.hash_pages(pages, table),
+            "fill": lambda: hasher.fill(large, 0, len(large)),
+            "check_pages": lambda: check_pages(hasher, pages, memoryview(table).cast("B")),
+            "mark_changed": lambda: mark_changed(hasher, pages, 0, 0, npages, table, large),
+            "scatter": lambda: scatter(
+                file.fileno(), 0, 0, npages, extents((0, npages, DATA)), pages
+            ),
+            "scatter_into": lambda: scatter_into(
+                memory, words(npages // 64), 0, extents((0, npages, DATA)), pages
+            ),
+        }
+        assert released(calls[name])

@@ -1,0 +1,1 @@
+"""bhyrecv(8), piece by piece."""

@@ -1,0 +1,128 @@
+"""What bhyrecv does with its sink while a stream arrives, and what it says of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from bhystream import hypervisors
+from bhystream.backend.base import Target
+from bhystream.errors import GuestError
+from bhystream.guest import Head, Json, State
+from bhystream.handover.answers import unpack
+from bhystream.recv import reply
+from bhystream.recv.build import Build
+from bhystream.recv.options import Options
+from bhystream.recv.reply import TimedInput
+from bhystream.report import Console
+from bhystream.signals import Signals
+from bhystream.stream.verify import Rehearsal, Walk
+
+DATA = Path(__file__).parents[1] / "data"
+WAITS = 5
+
+
+class Nowhere:
+    """A target that keeps nothing."""
+
+    def place(self, base_page: int, npages: int, extents: memoryview, pages: memoryview) -> None:
+        """As base.Target's."""
+
+
+class Sink:
+    """base.Sink without a hypervisor.  dies: its hypervisor has ended when it is asked."""
+
+    def __init__(self, *, dies: bool = False) -> None:
+        self.may_have_run = False
+        self.notices: Sequence[str] = ["its clock chip is not set"]
+        self.on_wait: Callable[[], None] = lambda: None
+        self.dies = dies
+        self.done: list[str] = []
+
+    def check(self, head: Head) -> list[str]:
+        self.segments = len(head.layout)
+        return []
+
+    def late_reasons(self) -> list[str]:
+        return []
+
+    def open(self, plan: bytes) -> Sequence[Target]:
+        for _ in range(WAITS):
+            self.on_wait()
+        return [Nowhere()] * self.segments
+
+    def require_alive(self) -> None:
+        if self.dies:
+            raise GuestError("bhyve -r: it has ended")
+
+    def load(self, states: Sequence[State]) -> None:
+        self.done.append("load")
+
+    def start(self) -> None:
+        self.done.append("start")
+
+    def leave_paused(self) -> None:
+        raise AssertionError
+
+    def record(self) -> Json:
+        return {}
+
+    def abort(self) -> None:
+        self.done.append("abort")
+
+
+@pytest.fixture
+def back(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The way back: a pipe, its end that is read."""
+    theirs, ours = os.pipe()
+    monkeypatch.setattr(reply, "_STDOUT", ours)
+    monkeypatch.setattr(reply, "_SEEN_NS", 0)
+    yield theirs
+    os.close(theirs)
+    os.close(ours)
+
+
+def build_of(stream: str, sink: Sink, base: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
+    monkeypatch.setattr(hypervisors, "open_sink", lambda *_: (sink, "web1", "web1"))
+    monkeypatch.setattr(hypervisors, "open_contents", lambda *_: None)
+    source = TimedInput(os.open(DATA / stream, os.O_RDONLY))
+    return Build(Options(), Walk(source), source, base, Console("bhyrecv"), Signals())
+
+
+def test_a_source_hears_that_its_destination_waits_for_a_hypervisor(
+    base: Path, back: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads nothing meanwhile; silence would be taken for a pipeline that holds bytes back."""
+    build = build_of("answered.bhys", Sink(), base, monkeypatch)
+    events = build.walk.events()
+    build.take(next(event for event in events if isinstance(event, Head)))
+    build.take(Rehearsal(b"plan"))
+    said = [unpack(line) for line in os.read(back, 1 << 16).splitlines(keepends=True)]
+    assert [answer.word for answer in said] == ["ACCEPT", *["SEEN"] * WAITS]
+    assert {answer.args for answer in said[1:]} == {(str(build.walk.reader.sequence - 1),)}
+    build.close()
+
+
+def test_a_hypervisor_that_has_ended_is_seen_at_the_end_of_a_round(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = Sink(dies=True)
+    build = build_of("plain.bhys", sink, base, monkeypatch)
+    with pytest.raises(GuestError, match="it has ended"):
+        build.run()
+    assert sink.done == []
+    build.close()
+
+
+def test_what_the_operator_has_to_know_of_a_start_is_said(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sink = Sink()
+    build = build_of("plain.bhys", sink, base, monkeypatch)
+    build.run()
+    assert sink.done == ["load", "start"]
+    assert "guest web1: its clock chip is not set\n" in capfd.readouterr().err
+    build.close()

@@ -1,0 +1,1 @@
+"""bhysend(8), piece by piece."""

@@ -1,0 +1,154 @@
+"""The command of bhysend -p: what it is given, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from bhystream.errors import GuestError
+from bhystream.send.hook import Hook
+
+ID = "00" * 16
+
+
+def run(command: str) -> Hook:
+    return Hook(command, "web1", ID)
+
+
+def wait_for(path: Path) -> str:
+    """Return what a file says once it is complete: a line."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if path.exists() and (text := path.read_text()).endswith("\n"):
+            return text.strip()
+        time.sleep(0.005)
+    raise TimeoutError(path)
+
+
+def is_gone(pid: int) -> bool:
+    """Return True once a process has ended, False if it does not for long."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if stat.rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def test_status_0_is_success() -> None:
+    run("exit 0").wait()
+    run("").wait()
+
+
+@pytest.mark.parametrize("status", [1, 3, 127, 255])
+def test_any_other_status_is_an_error(status: int) -> None:
+    hook = run(f"exit {status}")
+    with pytest.raises(GuestError) as caught:
+        hook.wait()
+    assert str(caught.value) == f"guest web1: the -p command ended with status {status}"
+
+
+@pytest.mark.parametrize(("name", "number"), [("SIGKILL", 9), ("SIGTERM", 15), ("SIGSEGV", 11)])
+def test_a_signal_is_named(name: str, number: int) -> None:
+    hook = run(f"kill -{name[3:]} $$")
+    says = rf"the -p command was killed by {name} \(signal {number}\)$"
+    with pytest.raises(GuestError, match=says):
+        hook.wait()
+
+
+def test_a_signal_without_a_name_is_an_error_too() -> None:
+    hook = run(f"kill -{signal.SIGRTMIN + 1} $$")
+    with pytest.raises(GuestError, match=r"the -p command was killed by signal \d+$"):
+        hook.wait()
+
+
+def test_its_output_is_our_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    run("echo out; echo err >&2").wait()
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.split() == ["out", "err"]
+
+
+def test_its_input_is_empty(capfd: pytest.CaptureFixture[str]) -> None:
+    # Not what bhysend was given.
+    theirs, ours = os.pipe()
+    before = os.dup(0)
+    os.dup2(theirs, 0)
+    os.close(theirs)
+    os.write(ours, b"ours\n")
+    os.close(ours)
+    try:
+        run("cat; readlink /proc/self/fd/0").wait()
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+    assert capfd.readouterr().err == "/dev/null\n"
+
+
+def test_its_environment_names_guest_and_stream(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTHER", "kept")
+    run('echo "$BHYSEND_GUEST $BHYSEND_ID $OTHER"').wait()
+    assert capfd.readouterr().err == f"web1 {ID} kept\n"
+
+
+def test_it_inherits_no_descriptor_of_ours(capfd: pytest.CaptureFixture[str]) -> None:
+    theirs, ours = os.pipe()
+    os.set_inheritable(ours, True)
+    try:
+        run(f"test -e /dev/fd/{ours} && echo inherited; true").wait()
+    finally:
+        os.close(theirs)
+        os.close(ours)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_keyboard_interrupt_does_not_reach_it() -> None:
+    # Its own process group: a Ctrl-C is ours to handle, and to answer with kill().
+    hook = run("kill -STOP $$")
+    try:
+        assert os.getpgid(hook._process.pid) == hook._process.pid
+    finally:
+        hook.kill()
+
+
+def test_kill_ends_the_whole_group(tmp_path: Path) -> None:
+    # The shell's child waits for what never comes: it ends by the signal only.
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    hook = run(f"cat {fifo} & echo $! > {tmp_path}/child; wait")
+    child = int(wait_for(tmp_path / "child"))
+    hook.kill()
+    assert is_gone(child)
+    assert is_gone(hook._process.pid)
+
+
+def test_kill_after_the_end_is_no_error() -> None:
+    hook = run("exit 0")
+    hook.wait()
+    hook.kill()
+    hook.kill()
+
+
+def test_kill_ends_what_a_failed_command_left_behind(tmp_path: Path) -> None:
+    # bhysend(8), -p: "If the move fails, it is killed."
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    hook = run(f"cat {fifo} & echo $! > {tmp_path}/child; exit 1")
+    child = int(wait_for(tmp_path / "child"))
+    with pytest.raises(GuestError, match="status 1"):
+        hook.wait()
+    hook.kill()
+    try:
+        assert is_gone(child)
+    finally:
+        os.close(os.open(fifo, os.O_RDWR))  # else it stays

@@ -1,0 +1,550 @@
+"""The keeper: real processes, real kills, and records that tell it what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+import bhystream
+from bhystream.backend.process import identify
+from bhystream.errors import GuestError
+from bhystream.guest import GO, HELD, MOVED, PAUSED
+from bhystream.handover import state
+from bhystream.handover.state import Lock, Record, Records
+from bhystream.send import keeper
+from bhystream.send.keeper import Keeper
+
+ME = identify(os.getpid(), "QEMU")
+# A guest whose process lives, and whose QMP socket nobody answers at.
+REVIVE = {
+    "hypervisor": "qemu",
+    "name": "web1",
+    "qmp": "/nonexistent/web1.qmp",
+    "pid": ME.pid,
+    "start_ticks": ME.start_ticks,
+    "boot_id": ME.boot_id,
+    "restore": {},
+    "announce": False,
+}
+RUNS_ON = "guest web1: bhysend is gone; the guest runs on here; it stood for"
+RECORD = Record("a" * 32, "web1", "qemu:/web1", "lock-1", PAUSED, REVIVE)
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
+    return state.directory()
+
+
+@pytest.fixture
+def records(base: Path) -> Records:
+    return Records(base, "source")
+
+
+@pytest.fixture
+def lock(base: Path) -> Iterator[Lock]:
+    made = Lock(base, RECORD.lock, "guest web1")
+    yield made
+    made.release()
+
+
+def is_gone(pid: int, seconds: float = 60) -> bool:
+    """Return True once a process has ended, False if it does not within that time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if stat.rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.005)
+    return False
+
+
+# As bhysend's child.
+
+
+def test_a_dismissed_keeper_ends_and_does_nothing(
+    base: Path, records: Records, lock: Lock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = Keeper(base, RECORD, lock)
+    records.write(RECORD)
+    made.dismiss()
+    assert made._process.returncode == 0
+    assert records.all() == [RECORD]
+    made.dismiss()  # twice is no error
+    assert capfd.readouterr().err == ""
+
+
+def test_starting_one_records_nothing(base: Path, records: Records, lock: Lock) -> None:
+    made = Keeper(base, RECORD, lock)
+    assert records.all() == []
+    made.dismiss()
+
+
+def test_a_keeper_that_is_dead_already_is_dismissed(base: Path, lock: Lock) -> None:
+    made = Keeper(base, RECORD, lock)
+    made._process.kill()
+    made._process.wait()
+    made.dismiss()
+
+
+def test_a_keeper_that_does_not_end_is_ended(
+    base: Path, lock: Lock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Keeper(base, RECORD, lock)
+    assert made.is_alive()
+    made._process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(keeper, "_END_SECONDS", 0.2)
+    try:
+        made.dismiss()
+        assert made._process.returncode == -signal.SIGKILL
+        assert not made.is_alive()
+    finally:
+        made._process.kill()
+
+
+def test_a_keeper_survives_what_ends_a_pipeline(
+    base: Path, lock: Lock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = ("INT", "HUP", "TERM", "QUIT", "TSTP", "USR1", "USR2")
+    numbers = [getattr(signal, f"SIG{name}") for name in names]
+    # Where the tests run with some of them ignored, it would inherit that.
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    try:
+        made = Keeper(base, RECORD, lock)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    for number in numbers:
+        made._process.send_signal(number)
+    made.dismiss()
+    assert made._process.returncode == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_keeper_has_its_own_session_and_pins_no_directory(base: Path, lock: Lock) -> None:
+    made = Keeper(base, RECORD, lock)
+    try:
+        assert os.getsid(made._process.pid) == made._process.pid
+        assert os.readlink(f"/proc/{made._process.pid}/cwd") == "/"
+    finally:
+        made.dismiss()
+
+
+def test_a_keeper_inherits_the_lock_and_nothing_else(base: Path, lock: Lock) -> None:
+    theirs, ours = os.pipe()
+    memory = os.memfd_create("guest", 0)
+    for fd in (theirs, ours, memory):
+        os.set_inheritable(fd, True)
+    made = Keeper(base, RECORD, lock)
+    try:
+        directory = f"/proc/{made._process.pid}/fd"
+        found = {int(name): os.readlink(f"{directory}/{name}") for name in os.listdir(directory)}
+    finally:
+        made.dismiss()
+        for fd in (theirs, ours, memory):
+            os.close(fd)
+    assert found.pop(0) == found.pop(1) == "/dev/null"
+    assert found.pop(2) == os.readlink("/proc/self/fd/2")
+    assert found.pop(lock.fd) == str(base / "lock/lock-1")
+    assert [name.partition("[")[0] for name in found.values()] == ["socket:"]
+
+
+def test_a_keeper_that_does_not_start_is_an_error_before_anything_is_done(
+    base: Path, records: Records, lock: Lock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(GuestError, match="guest web1: its keeper does not start"):
+        Keeper(base, RECORD, lock)
+    assert os.listdir("/proc/self/fd") == before
+    assert records.all() == []
+
+
+def test_a_keeper_that_says_nothing_is_given_up(
+    base: Path, lock: Lock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    silent = tmp_path / "silent"
+    # It ends when its order has come and its socket is closed.
+    silent.write_text('#!/bin/sh\nexec cat <&"$3" >/dev/null\n')
+    silent.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(silent))
+    monkeypatch.setattr(keeper, "_START_SECONDS", 0.2)
+    with pytest.raises(GuestError, match="its keeper does not start"):
+        Keeper(base, RECORD, lock)
+
+
+# When bhysend has been killed.
+
+PARENT = """
+import json
+import sys
+from bhystream.handover import state
+from bhystream.send.keeper import Keeper
+from bhystream.handover.state import Lock, Record, Records
+
+base = state.directory()
+record = Record("a" * 32, "web1", "qemu:/web1", "lock-1", "paused", json.loads(sys.argv[1]))
+keeper = Keeper(base, record, Lock(base, record.lock, "guest web1"))
+for phase in sys.argv[2:]:
+    Records(base, "source").write(record.moved(phase))
+print(keeper._process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def orphan(*phases: str) -> int:
+    """Start a keeper under a parent that records these phases, and SIGKILL the parent.
+
+    Returns the keeper's pid.
+    """
+    argv = [sys.executable, "-c", PARENT, json.dumps(REVIVE), *phases]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    return pid
+
+
+def test_a_keeper_is_of_the_same_program(base: Path, tmp_path: Path) -> None:
+    # Run from a source tree, by a relative path: not the one that is installed.
+    tree = tmp_path / "tree"
+    shutil.copytree(Path(bhystream.__file__).parent, tree / "lib/bhystream")
+    module = tree / "lib/bhystream/send/keeper.py"
+    module.write_text(module.read_text().replace('b"ready\\n"', 'b"other\\n"'))
+    assert "other" in module.read_text()
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT, json.dumps(REVIVE)],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": "lib"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_a_record_it_ends(
+    base: Path, records: Records, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert is_gone(orphan())
+    assert records.all() == []
+    assert capfd.readouterr().err == ""
+
+
+def test_a_held_guest_is_the_operators(
+    base: Path, records: Records, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert is_gone(orphan(PAUSED, HELD))
+    assert [record.phase for record in records.all()] == [HELD]
+    assert capfd.readouterr().err == "bhysend: guest web1: bhysend is gone; the guest is held\n"
+
+
+def test_it_keeps_record_and_lock_while_it_tries(base: Path, records: Records) -> None:
+    pid = orphan(PAUSED)
+    try:
+        with pytest.raises(GuestError, match="another bhysend or bhyrecv works on it"):
+            Lock(base, RECORD.lock, "guest web1")
+        assert not is_gone(pid, 0.5)
+        assert [record.phase for record in records.all()] == [PAUSED]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    assert is_gone(pid)
+    Lock(base, RECORD.lock, "guest web1").release()
+
+
+# What it does then, by a keeper whose hypervisor is ours.
+
+DRIVER = """
+import sys
+import syslog
+from bhystream import hypervisors
+from bhystream.send import keeper
+from bhystream.errors import GuestError
+
+syslog.syslog = lambda level, text: print("log", text, flush=True)
+keeper._RETRY_SECONDS = 0.001
+keeper._RESUME_SECONDS = float(sys.argv[2])
+faults = eval(sys.argv[3])
+
+def say(word):
+    print(word, flush=True)
+
+class Paused:
+    def is_alive(self):
+        return sys.argv[4] == "alive"
+    def clear(self):
+        say("clear")
+    def resume(self):
+        say("resume")
+        if faults:
+            raise faults.pop(0)
+    def discard(self, there):
+        say(f"discard {there}")
+    def close(self):
+        say("close")
+
+def open_paused(revive):
+    say("open")
+    return Paused()
+
+if sys.argv[4] != "none":
+    hypervisors.open_paused = open_paused
+sys.exit(keeper.main(sys.argv))
+"""
+
+
+class Driven:
+    """A keeper in a process of its own, as Keeper starts it."""
+
+    def __init__(
+        self,
+        base: Path,
+        seconds: float,
+        faults: str = "[]",
+        *,
+        guest: str = "alive",
+        answers: int = -1,
+    ) -> None:
+        self.socket, theirs = socket.socketpair()
+        argv = [sys.executable, "-c", DRIVER, str(theirs.fileno()), str(seconds), faults, guest]
+        with theirs:
+            self.process = subprocess.Popen(
+                argv,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                pass_fds=(theirs.fileno(),) if answers < 0 else (theirs.fileno(), answers),
+            )
+        order = {"base": str(base), "record": asdict(RECORD), "answers": answers}
+        self.socket.sendall(json.dumps(order).encode() + b"\n")
+        self.socket.settimeout(60)
+        assert self.socket.recv(100) == b"ready\n"
+
+    def orphaned(self) -> tuple[int, str, str]:
+        """Close its socket, as the kernel does; return status, stdout, stderr."""
+        self.socket.close()
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+def test_a_paused_guest_is_resumed_and_its_record_removed(base: Path, records: Records) -> None:
+    driven = Driven(base, 60)
+    records.write(replace(RECORD, time_ns=time.time_ns() - 3600 * 10**9))
+    status, out, err = driven.orphaned()
+    *acts, said = out.splitlines()
+    assert acts == ["open", "resume"]
+    # How long it stood, from what its record says.
+    assert re.fullmatch(f"log {RUNS_ON} 6[0-9] m [0-9]{{2}} s", said)
+    assert status == 0
+    assert re.fullmatch(f"bhysend: {RUNS_ON} 6[0-9] m [0-9]{{2}} s\n", err)
+    assert records.all() == []
+
+
+def test_it_tries_again_until_the_hypervisor_answers(base: Path, records: Records) -> None:
+    driven = Driven(base, 60, "[GuestError('busy'), GuestError('busy')]")
+    records.write(RECORD)
+    status, out, err = driven.orphaned()
+    assert out.splitlines()[:-1] == ["open"] + ["resume"] * 3
+    assert status == 0
+    assert err.startswith(f"bhysend: {RUNS_ON} ")
+    assert records.all() == []
+
+
+def test_it_tries_again_whatever_failed(base: Path, records: Records) -> None:
+    # The last one who can resume the guest does not give up over a fault of ours.
+    driven = Driven(base, 60, "[OSError(11, 'odd'), ValueError('odd')]")
+    records.write(RECORD)
+    status, out, err = driven.orphaned()
+    assert "resume" in out.split(), err
+    assert status == 0
+
+
+def test_what_cannot_be_resumed_is_said_and_its_record_kept(base: Path, records: Records) -> None:
+    driven = Driven(base, 0, guest="none")
+    records.write(RECORD)
+    status, out, err = driven.orphaned()
+    why = "guest web1: cannot connect to /nonexistent/web1.qmp: No such file or directory"
+    assert err == (
+        f"bhysend: {why}\n"
+        f"bhysend: guest web1: it stands paused here: bhysend --resume {RECORD.id}\n"
+    )
+    assert (status, out) == (69, f"log {why}\n")
+    assert records.all() == [RECORD]
+
+
+def test_a_guest_that_stays_paused_is_its_hypervisors_and_the_operators(
+    base: Path, records: Records
+) -> None:
+    """Given up, it is lost with nobody: it stands in its hypervisor, and the record says so."""
+    driven = Driven(base, 0, "[GuestError('busy')] * 3")
+    records.write(RECORD)
+    found, out, err = driven.orphaned()
+    assert (found, out.split().count("resume")) == (69, 1)
+    assert err.startswith("bhysend: busy\n")
+    assert f"it stands paused here: bhysend --resume {RECORD.id}" in err
+    assert [record.phase for record in records.all()] == [PAUSED]
+
+
+def test_a_record_that_can_be_read_in_time_is_acted_on(base: Path, records: Records) -> None:
+    driven = Driven(base, 60)
+    path = base / "source" / f"{RECORD.id}.json"
+    path.write_text("{")
+    driven.socket.close()
+    records.write(RECORD)
+    out, _ = driven.process.communicate(timeout=60)
+    assert driven.process.returncode == 0
+    assert "resume" in out.split()
+
+
+def test_a_record_that_stays_broken_resumes_nothing(base: Path, records: Records) -> None:
+    driven = Driven(base, 0)
+    (base / "source" / f"{RECORD.id}.json").write_text("{")
+    status, out, err = driven.orphaned()
+    assert status != 0
+    assert out.split()[0] == "open"
+    assert "resume" not in out.split()
+    assert "it may stand paused here; see bhysend -l" in err
+
+
+def test_the_record_of_a_guest_that_is_gone_is_removed(base: Path, records: Records) -> None:
+    driven = Driven(base, 60, guest="gone")
+    records.write(RECORD)
+    status, out, err = driven.orphaned()
+    said = "log guest web1: its hypervisor is gone"
+    assert (status, out.splitlines()) == (0, ["open", "clear", said])
+    assert err == "bhysend: guest web1: its hypervisor is gone\n"
+    assert records.all() == []
+
+
+@pytest.mark.parametrize("phase", [None, HELD, GO])
+def test_nothing_else_is_ever_resumed(base: Path, records: Records, phase: str | None) -> None:
+    driven = Driven(base, 60)
+    if phase:
+        records.write(RECORD)
+        records.write(RECORD.moved(phase))
+    status, out, err = driven.orphaned()
+    told = {None: "", HELD: "the guest is held", GO: "the guest is in doubt, paused here"}[phase]
+    said = f"guest web1: bhysend is gone; {told}"
+    act = [f"log {said}"] if phase else ["clear"]
+    assert (status, out.splitlines()) == (0, ["open", *act])
+    assert err == (f"bhysend: {said}\n" if phase else "")
+    assert [record.phase for record in records.all()] == ([phase] if phase else [])
+
+
+def test_a_guest_that_has_moved_is_ended_here(base: Path, records: Records) -> None:
+    driven = Driven(base, 60)
+    records.write(replace(RECORD.moved(MOVED), host="hv2/ff", directory="/d"))
+    status, out, err = driven.orphaned()
+    assert out.splitlines()[:-1] == ["open", "open", "discard hv2", "close"]
+    assert status == 0
+    assert err == (
+        "bhysend: guest web1: bhysend is gone; the guest runs on hv2, and is gone here\n"
+    )
+    assert records.all() == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "acts", "left"),
+    [
+        (b"RUNNING", ["open", "open", "discard hv2", "close"], []),
+        (b"FAILED no", ["open", "resume"], []),
+        (b"RAN", ["open"], [GO]),
+        (b"", ["open"], [GO]),
+    ],
+)
+def test_a_commands_answers_are_read_on(
+    base: Path, records: Records, answer: bytes, acts: list[str], left: list[str]
+) -> None:
+    """What bhysend has read of a line is missing; another stream's answers say nothing."""
+    theirs, ours = os.pipe()
+    driven = Driven(base, 60, answers=theirs)
+    os.close(theirs)
+    records.write(replace(RECORD.moved(GO), host="hv2/ff", directory="/d"))
+    other = b"0" * 32
+    os.write(ours, b"93c SEEN 7\nbhys1 " + other + b" RUNNING\nbhys1 " + other + b" FAILED x\n")
+    if answer:
+        os.write(ours, b"bhys1 " + RECORD.id.encode() + b" " + answer + b"\n")
+    os.close(ours)
+    status, out, err = driven.orphaned()
+    assert (status, out.splitlines()[:-1]) == (0, acts)
+    assert [record.phase for record in records.all()] == left
+    assert ("  ssh hv2 env BHYSEND_STATE_DIR=/d bhyrecv -q " in err) == bool(left)
+
+
+def test_a_word_cut_short_is_no_dismissal(base: Path, records: Records) -> None:
+    driven = Driven(base, 60)
+    records.write(RECORD)
+    driven.socket.sendall(b"don")
+    status, out, _ = driven.orphaned()
+    assert (status, "resume" in out.splitlines()) == (0, True)
+
+
+# A bhysend that stands still.
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+
+
+@pytest.mark.parametrize("phase", [PAUSED, HELD, GO, MOVED, None])
+def test_one_that_is_stopped_while_its_guest_is_paused_is_killed(
+    sleeper: subprocess.Popen[bytes],
+    records: Records,
+    phase: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(keeper, "_STOPPED_SECONDS", 0.0)
+    if phase:
+        records.write(RECORD.moved(phase))
+    guard = keeper.Guard(sleeper.pid, records, RECORD.id)
+    guard.look()
+    assert sleeper.poll() is None  # it does not stand still
+    stop(sleeper)
+    guard.look()
+    if phase == PAUSED:
+        assert sleeper.wait(60) == -signal.SIGKILL
+        guard.look()  # gone: nothing to see
+    else:
+        assert sleeper.poll() is None
+
+
+def test_one_that_goes_on_in_time_is_left_alone(
+    sleeper: subprocess.Popen[bytes], records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records.write(RECORD)
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    guard = keeper.Guard(sleeper.pid, records, RECORD.id)
+    for _ in range(3):
+        stop(sleeper)
+        guard.look()
+        now[0] += keeper._STOPPED_SECONDS - 1
+        guard.look()
+        sleeper.send_signal(signal.SIGCONT)
+        os.waitpid(sleeper.pid, os.WCONTINUED)
+        guard.look()
+    assert sleeper.poll() is None

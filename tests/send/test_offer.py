@@ -1,0 +1,482 @@
+"""The conversation at the source: what is waited for, how long, and what is made of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+from bhystream.errors import (
+    BhyError,
+    DowntimeError,
+    GuestError,
+    IncompatibleError,
+    PipeError,
+    ReaderGoneError,
+    UsageError,
+)
+from bhystream.handover.answers import Answer, LostError, pack
+from bhystream.handover.handshake import Event
+from bhystream.report import Console
+from bhystream.send import offer, push
+from bhystream.send.offer import Command, Offer, hello_of
+from bhystream.send.rendezvous import connect
+from bhystream.signals import Signals
+from bhystream.stream.format import Type
+from bhystream.stream.writer import Bytes, Writer
+from support.hoarding import HEADER, HELLO, ID, Hoarding
+
+MIB = 1 << 20
+NONCE = "00ff" * 8
+TAKEN = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE, signal.SIGUSR1)
+
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to come is in the box before it is waited for; nothing else will come."""
+    monkeypatch.setattr(push, "_PATIENCE_S", 0.0)
+    for name in ("ACCEPT_SECONDS", "READY_SECONDS", "ANSWER_SECONDS", "_LAST_WORDS_S"):
+        monkeypatch.setattr(offer, name, 0)
+
+
+class Case:
+    """One offer whose box the test fills."""
+
+    def __init__(self, base: Path) -> None:
+        self.signals = Signals()
+        self.base = base
+        self.fd = os.open(os.devnull, os.O_WRONLY)
+
+    @cached_property
+    def offer(self) -> Offer:
+        """Make it in the test, with the standard error that the test looks at."""
+        return Offer(Console("bhysend"), self.signals, "web1", "qemu:/web1", ID)
+
+    def put(self, word: str, *args: str) -> None:
+        self.offer.box.put(HELLO, Answer(ID, word, args))
+
+    def begin(self, held: int = 0) -> Hoarding:
+        """Begin, with a destination that accepts all at once."""
+        self.offer.open(self.base, ())
+        writer = Hoarding(self.fd, held, self.offer.box)
+        writer.section(Type.HEAD_END)
+        self.put("ACCEPT")
+        self.offer.begin(writer)
+        return writer
+
+
+@pytest.fixture
+def case(base: Path) -> Iterator[Case]:
+    made = Case(base)
+    yield made
+    made.offer.close(70)
+    os.close(made.fd)
+
+
+# The beginning.
+
+
+def test_it_begins_when_the_head_is_accepted(case: Case) -> None:
+    assert case.offer.host == "the destination"
+    writer = case.begin()
+    assert case.offer.host == "hv2"
+    assert hello_of(case.offer) == HELLO
+    assert writer.pads == []
+
+
+@pytest.mark.parametrize(
+    ("word", "args", "cls", "text"),
+    [
+        ("REFUSED", ("no disk",), IncompatibleError, "hv2: no disk"),
+        ("FAILED", ("no memory",), GuestError, "hv2: no memory"),
+        ("SEEN", ("0",), GuestError, "hv2: no ACCEPT came for 0 s"),
+    ],
+)
+def test_a_head_that_is_not_accepted(
+    case: Case, word: str, args: tuple[str, ...], cls: type[BhyError], text: str
+) -> None:
+    writer = Hoarding(case.fd, 0, case.offer.box)
+    case.put(word, *args)
+    with pytest.raises(cls) as caught:
+        case.offer.begin(writer)
+    assert (type(caught.value), str(caught.value)) == (cls, text)
+
+
+def test_a_way_back_that_is_gone_at_the_beginning(case: Case) -> None:
+    case.offer.box.lose("the way back was closed")
+    with pytest.raises(GuestError, match="the way back was closed"):
+        case.offer.begin(Hoarding(case.fd, 0, case.offer.box, says_hello=False))
+
+
+def test_what_was_pushed_while_it_started_is_not_what_the_pipeline_holds(case: Case) -> None:
+    """A password was typed, or bhyrecv was slow to start: the pipeline holds nothing."""
+
+    class Late(Hoarding):
+        def section(
+            self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Bytes = b""
+        ) -> None:
+            super().section(type_, payload, flags=flags, body=body)
+            if sum(self.pads) > 4 * MIB and self.held:
+                self.held = 0
+                self.box.put(HELLO, HELLO)
+                self.box.put(HELLO, Answer(ID, "SEEN", (str(self.sequence - 1),)))
+                self.box.put(HELLO, Answer(ID, "ACCEPT"))
+
+    writer = Late(case.fd, 1 << 40, case.offer.box, says_hello=False)
+    case.offer.begin(writer)
+    assert sum(writer.pads) > 4 * MIB
+    writer.pads.clear()
+    writer.section(Type.ROUND_END, bytes(24))
+    case.offer.settle()
+    assert writer.pads == []
+
+
+def test_settling_measures_the_way_with_what_is_known(case: Case) -> None:
+    """Where that was only found out now, it is tried again, at once."""
+    writer = case.begin()
+    writer.held = 3 * MIB
+    writer.section(Type.ROUND_END, bytes(24))
+    case.offer.settle()
+    # Twice from nothing: the link may just have hesitated.  Then with what is known.
+    ladder = [64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20]
+    starts = [at for at, length in enumerate(writer.pads) if length == ladder[0]]
+    assert len(starts) == 2
+    assert all(writer.pads[at : at + 5] == ladder for at in starts)
+    writer.pads.clear()
+    writer.section(Type.ROUND_END, bytes(24))
+    case.offer.settle()
+    assert 3 * MIB - 10240 <= sum(writer.pads) <= sum(ladder) + 2 * MIB
+    assert set(writer.pads[:-1]) == {MIB}
+    assert case.offer.trip_ns > 0
+
+
+def test_a_link_that_hesitated_once_holds_nothing_back(case: Case) -> None:
+    writer = case.begin()
+    writer.held = 3 * MIB
+    writer.section(Type.ROUND_END, bytes(24))
+    push = case.offer._push
+    assert push is not None
+    real, calls = push.through, []
+
+    def through() -> None:
+        real()
+        calls.append(1)
+        writer.held = 0
+
+    push.through = through  # type: ignore[method-assign]
+    case.offer.settle()
+    assert calls == [1, 1, 1]
+    assert push.held_bytes <= 64 << 10
+
+
+def test_what_is_held_is_learned_before_the_head_is_accepted(case: Case) -> None:
+    writer = case.begin(MIB)
+    assert sum(writer.pads) >= MIB
+
+
+# READY.
+
+
+def test_ready_brings_its_nonce(case: Case) -> None:
+    case.begin()
+    case.put("READY", NONCE)
+    assert case.offer.await_ready(0) == bytes.fromhex(NONCE)
+
+
+@pytest.mark.parametrize(
+    ("put", "text"),
+    [
+        (lambda case: case.put("FAILED", "no memory"), "hv2: no memory"),
+        (lambda case: case.put("RAN"), "hv2: RAN"),
+        (lambda case: case.offer.box.lose("the way back was closed"), "the way back was closed"),
+        (lambda case: None, "hv2: no READY came for 0 s"),
+    ],
+)
+def test_what_is_not_ready_is_an_error(case: Case, put: Callable[[Case], None], text: str) -> None:
+    case.begin()
+    put(case)
+    with pytest.raises(GuestError) as caught:
+        case.offer.await_ready(0)
+    assert str(caught.value) == text
+
+
+# The answer to GO.
+
+
+@pytest.mark.parametrize(
+    ("put", "event", "why"),
+    [
+        (lambda case: case.put("RUNNING"), Event.RUNNING, ""),
+        (lambda case: case.put("FAILED", "no memory"), Event.FAILED, "no memory"),
+        (
+            lambda case: case.put("RAN"),
+            Event.DOUBT,
+            "hv2 cannot say whether the guest ran there",
+        ),
+        (
+            lambda case: case.put("REFUSED", "no"),
+            Event.DOUBT,
+            "hv2 cannot say whether the guest ran there",
+        ),
+        (
+            lambda case: case.offer.box.lose("the way back was closed"),
+            Event.DOUBT,
+            "the way back was closed",
+        ),
+    ],
+)
+def test_the_answer_to_go(case: Case, put: Callable[[Case], None], event: Event, why: str) -> None:
+    case.begin()
+    put(case)
+    case.offer.commit()
+    assert case.offer.await_outcome() == (event, why)
+
+
+def test_a_way_there_that_is_gone_leaves_the_way_back(case: Case) -> None:
+    """bhyrecv has answered and ended: nobody takes what is pushed."""
+
+    class Gone(Hoarding):
+        def section(
+            self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Bytes = b""
+        ) -> None:
+            if type_ == Type.PAD:
+                self.box.put(HELLO, Answer(ID, "RUNNING"))
+                raise PipeError("cannot write the stream: Broken pipe")
+            super().section(type_, payload, flags=flags, body=body)
+
+    case.put("ACCEPT")
+    case.offer.begin(Gone(case.fd, 0, case.offer.box))
+    case.offer.commit()
+    assert case.offer.await_outcome() == (Event.RUNNING, "")
+
+
+def give_up(*_: object) -> bool:
+    raise PipeError("cannot write the stream: Broken pipe")
+
+
+def test_an_answer_that_does_not_come_is_doubt(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case.begin()
+    monkeypatch.setattr(push.Push, "until", give_up)
+    case.offer.commit()
+    assert case.offer.await_outcome() == (Event.DOUBT, "no answer came for 0 s")
+
+
+def test_an_answer_is_waited_for_when_nothing_can_be_pushed(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.begin()
+
+    def wait(*_: object) -> bool:
+        case.put("RUNNING")
+        return True
+
+    monkeypatch.setattr(push.Push, "until", give_up)
+    monkeypatch.setattr(case.offer.box, "wait", wait)
+    case.offer.commit()
+    assert case.offer.await_outcome() == (Event.RUNNING, "")
+
+
+def test_what_a_tick_raises_while_it_waits_is_doubt(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.begin()
+    monkeypatch.setattr(case.offer.box, "wait", give_up)
+    case.offer.commit()
+    assert case.offer.await_outcome() == (Event.DOUBT, "no answer came for 0 s")
+
+
+def test_an_interrupt_comes_too_late_and_is_told(
+    case: Case, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also while GO is being recorded and written: from commit() on."""
+    case.begin()
+    case.put("RUNNING")
+    case.offer.commit()
+    signal.raise_signal(signal.SIGINT)
+    assert "SIGINT: too late, GO is out; waiting for the answer of hv2" in capfd.readouterr().err
+
+
+# Why it broke.
+
+
+GONE = ReaderGoneError("cannot write the stream: Broken pipe")
+
+
+@pytest.mark.parametrize("error", [GONE, LostError("the way back was closed")])
+def test_what_the_destination_said_explains_a_broken_stream(case: Case, error: BhyError) -> None:
+    case.begin()
+    case.put("FAILED", "no memory")
+    found = case.offer.explain(error)
+    assert (type(found), str(found)) == (GuestError, "hv2: no memory")
+
+
+def test_nothing_explains_what_nobody_speaks_of(case: Case) -> None:
+    case.begin()
+    assert case.offer.explain(GONE) is GONE
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        GuestError("the guest's hypervisor is gone"),
+        PipeError("cannot open /nonexistent: No such file or directory"),
+        PipeError("nothing was taken from the stream for 30 s"),
+        DowntimeError("not now"),
+        UsageError("the pipeline holds bytes back"),
+    ],
+)
+@pytest.mark.parametrize("says", [True, False])
+def test_what_we_have_found_is_its_own_explanation(case: Case, error: BhyError, says: bool) -> None:
+    """Neither what the destination makes of it nor the status of a command is the cause."""
+    if says:
+        case.begin()
+        case.put("FAILED", "the stream was aborted")
+    else:
+        case.offer.open(case.base, python("sys.stdin.buffer.read(); sys.exit(255)"))
+    assert case.offer.explain(error) is error
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (b"x" * 5000, "the way back: no answer in 4096 bytes"),
+        (b"\n" * 5000, "the way back: no answer in 4096 bytes"),
+        (pack(Answer(ID, "ACCEPT")), "the way back: ACCEPT comes before HELLO"),
+        (pack(HELLO) + b"rubbish\n", "the way back: not an answer"),
+        (pack(Answer("0" * 32, "HELLO", HELLO.args)), "the way back: an answer of another stream"),
+    ],
+)
+def test_what_is_wrong_with_the_answers_is_not_hidden_by_a_status(
+    case: Case, said: bytes, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the command has ended by itself: that is not why we have given up."""
+    monkeypatch.setattr(offer, "_LAST_WORDS_S", 60)
+    monkeypatch.setattr(push, "_PATIENCE_S", 60)
+    case.offer.open(case.base, python(f"os.write(1, {said!r}); sys.exit(255)"))
+    case.offer._rendezvous.start()
+    case.offer.box.wait(lambda: bool(case.offer.box.lost), 60)
+    with pytest.raises(GuestError) as caught:
+        case.offer.box.check()
+    assert case.offer.explain(caught.value) is caught.value
+    assert str(caught.value).startswith(why)
+
+
+def test_a_way_back_that_was_closed_is_explained_by_the_end_of_the_command(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offer, "_LAST_WORDS_S", 60)
+    case.offer.open(case.base, python("os.kill(os.getpid(), 9)"))
+    case.offer._rendezvous.start()
+    case.offer.box.wait(lambda: bool(case.offer.box.lost), 60)
+    with pytest.raises(LostError) as caught:
+        case.offer.box.check()
+    assert str(case.offer.explain(caught.value)).endswith(": it was killed by SIGKILL (signal 9)")
+
+
+def test_a_command_that_lives_explains_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it makes of the end of its input is our doing."""
+    monkeypatch.setattr(offer, "_LAST_WORDS_S", 0)
+    case.offer.open(case.base, python("sys.stdin.buffer.read(); sys.exit(255)"))
+    assert case.offer.explain(GONE) is GONE
+
+
+# The end, and the third stage.
+
+
+def test_a_third_stage_is_greeted_and_told_the_status(case: Case) -> None:
+    assert case.offer.open(case.base, ()) == 1
+    assert case.offer.answer_fd == -1
+    writer = Hoarding(case.fd, 0, case.offer.box)
+    case.put("ACCEPT")
+    case.offer.begin(writer)
+    found = connect(case.base, ID)
+    assert found is not None
+    peer, names = found
+    assert names == ["web1", "qemu:/web1"]
+    with peer:
+        case.offer.close(81)
+        case.offer.close(0)
+        assert peer.recv(100) == b"status 81\n"
+
+
+# The command form.
+
+
+def python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", f"import os, signal, sys\n{code}")
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_command_ends_when_its_input_does(status: int) -> None:
+    command = Command(python(f"sys.stdin.buffer.read(); sys.exit({status})"))
+    os.write(command.stream_fd, b"stream")
+    assert command.end(60) == status
+    command.hang_up()  # twice is no error
+
+
+def test_a_command_that_does_not_end_is_killed() -> None:
+    command = Command(python("signal.pause()"))
+    assert command.end(0) is None
+
+
+def test_a_command_is_not_ended_by_the_terminal() -> None:
+    """A Ctrl-C there must not cut the way back at the worst moment."""
+    numbers = "signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP"
+    command = Command(
+        python(f"sys.exit(any(signal.getsignal(n) != signal.SIG_IGN for n in ({numbers})))")
+    )
+    assert command.end(60) == 0
+
+
+def test_a_command_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(GuestError, match="cannot run /none/ssh: No such file or directory"):
+        Command(["/none/ssh", "hv2"])
+
+
+def test_the_words_of_a_command_can_be_typed() -> None:
+    command = Command(["true", "a b", "$c"])
+    assert command.words == "true 'a b' '$c'"
+    assert command.end(60) == 0
+
+
+def test_the_answers_of_a_command_are_its_standard_output(
+    case: Case, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(offer, "ACCEPT_SECONDS", 60)
+    monkeypatch.setattr(push, "_PATIENCE_S", 60)
+    said = b"Last login: Mon\n" + b"".join(
+        pack(answer) for answer in (HELLO, Answer(ID, "SEEN", ("0",)), Answer(ID, "ACCEPT"))
+    )
+    fd = case.offer.open(
+        case.base, python(f"os.write(1, {said!r}); sys.stdin.buffer.read(); sys.exit(5)")
+    )
+    writer = Writer(fd, HEADER)
+    writer.section(Type.HEAD_END)
+    case.offer.begin(writer)
+    assert case.offer.answer_fd >= 0
+    assert (case.offer.host, case.offer.box.seen) == ("hv2", 0)
+    case.offer.close(0)
+    case.offer.close(0)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "bhysend: Last login: Mon"
+    assert [line for line in lines[1:] if line.endswith("it ended with status 5")] == lines[1:]
+    assert len(lines) == 2
+
+
+def test_a_command_that_ended_explains_a_broken_stream_once(
+    case: Case, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offer, "_LAST_WORDS_S", 60)
+    case.offer.open(case.base, python("sys.exit(255)"))
+    found = case.offer.explain(GONE)
+    assert type(found) is GuestError
+    assert str(found).endswith("it ended with status 255")
+    case.offer.close(69)
+    assert capfd.readouterr().err == ""

@@ -1,0 +1,238 @@
+"""bhysend -A with a bhysend: answers from a pipe are handed on, and its status is ours."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bhystream.guest import GO
+from bhystream.handover.answers import Answer, Box
+from bhystream.handover.state import Records
+from bhystream.report import Console
+from bhystream.send.rendezvous import Rendezvous, path_of
+from bhystream.send.third import Third
+from bhystream.signals import Interrupts
+from support.third_stage import (
+    FAILED,
+    HELLO,
+    ID,
+    LIMIT_S,
+    NAMES,
+    OTHER,
+    READY,
+    RECORD,
+    RUNNING,
+    ended,
+    feed,
+    hang_up,
+    line,
+    start,
+)
+
+
+@pytest.fixture
+def records(base: Path) -> Records:
+    return Records(base, "source")
+
+
+# With a bhysend.
+
+
+class Source:
+    """The bhysend of the stream."""
+
+    def __init__(self, base: Path) -> None:
+        self.box = Box()
+        self.noise: list[bytes] = []
+        self.rendezvous = Rendezvous(self.box, ID, NAMES, self.noise.append)
+        self.rendezvous.listen(base)
+        self.rendezvous.start()
+
+    def said_hello(self) -> bool:
+        return self.box.wait(lambda: self.box.hello is not None, LIMIT_S)
+
+    def final(self) -> str:
+        self.box.wait(lambda: False, LIMIT_S)
+        return self.box.final.word if self.box.final else ""
+
+
+@pytest.fixture
+def source(base: Path) -> Iterator[Source]:
+    made = Source(base)
+    yield made
+    made.rendezvous.close(70)
+
+
+@pytest.mark.parametrize("names", [(), ("web1",), ("qemu:/web1",)])
+@pytest.mark.parametrize("status", [0, 76, 81])
+def test_it_ends_with_the_status_that_it_is_told(
+    source: Source, names: tuple[str, ...], status: int
+) -> None:
+    third = start(*names)
+    feed(third, HELLO + RUNNING)
+    assert source.final() == "RUNNING"
+    source.rendezvous.close(status)
+    assert ended(third) == (status, [], "")
+
+
+def test_every_answer_is_handed_on_and_noise_is_shown(source: Source) -> None:
+    third = start()
+    feed(third, b"Last login: Mon\n" + HELLO + line("SEEN", "4") + line("ACCEPT") + READY)
+    assert source.box.wait(lambda: source.box.nonce is not None, LIMIT_S)
+    assert (source.box.seen, source.box.accepted, source.box.nonce) == (4, True, bytes(16))
+    assert source.box.hello == Answer(ID, "HELLO", ("hv2/a1", "/d"))
+    source.rendezvous.close(0)
+    assert ended(third) == (0, [], "bhysend: Last login: Mon\n")
+    assert source.noise == []
+
+
+def test_the_end_of_its_input_is_handed_on_and_the_status_waited_for(source: Source) -> None:
+    third = start()
+    feed(third, HELLO)
+    hang_up(third)
+    assert source.final() == ""
+    assert source.box.lost == "the way back was closed"
+    source.rendezvous.close(69)
+    assert ended(third) == (69, [], "")
+
+
+def test_an_interrupt_is_bhysends_to_decide(source: Source) -> None:
+    third = start()
+    feed(third, HELLO)
+    assert source.said_hello()
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP):
+        third.send_signal(number)
+    feed(third, RUNNING)
+    assert source.final() == "RUNNING"
+    source.rendezvous.close(0)
+    assert ended(third) == (0, [], "")
+
+
+def test_what_still_comes_when_it_was_told_is_read(source: Source) -> None:
+    """Else what stands before it in the pipeline would end with a broken pipe."""
+    third = start()
+    feed(third, HELLO + FAILED)
+    assert source.final() == "FAILED"
+    source.rendezvous.close(69)
+    for _ in range(100):
+        feed(third, line("SEEN", "1") * 1000)
+    assert ended(third) == (69, [], "")
+
+
+def test_an_input_that_does_not_end_is_left_when_it_was_told(source: Source) -> None:
+    third = start(guest="impatient")
+    feed(third, HELLO + RUNNING)
+    assert source.final() == "RUNNING"
+    source.rendezvous.close(0)
+    assert third.wait(LIMIT_S) == 0
+    assert ended(third) == (0, [], "")
+
+
+def test_another_guests_stream_is_not_handed_on(source: Source) -> None:
+    third = start("web2")
+    feed(third, HELLO + RUNNING)
+    assert source.final() == ""
+    assert source.box.hello is None
+    source.rendezvous.close(69)
+    status, acts, err = ended(third)
+    assert (status, acts) == (69, [])
+    assert err == f"bhysend: stream {ID} is of guest web1, not web2\n"
+
+
+def test_garbage_is_not_handed_on_and_the_rest_is_read(source: Source) -> None:
+    """Where the guest is then bhysend says, and its status counts."""
+    third = start()
+    feed(third, HELLO + b"garbage\n" + RUNNING + b"x" * (1 << 20))
+    assert source.final() == ""
+    assert source.box.lost
+    source.rendezvous.close(81)
+    assert ended(third) == (81, [], "bhysend: not an answer\n")
+
+
+def test_the_answers_of_another_stream_find_no_bhysend(source: Source) -> None:
+    status, _, err = ended(start(), line("HELLO", "hv2/a1", "/d", id_=OTHER))
+    assert status == 69
+    assert f"neither a bhysend nor a guest of stream {OTHER} is here" in err
+    assert source.box.hello is None
+
+
+def test_a_status_that_was_told_is_heard_when_it_hangs_up(base: Path) -> None:
+    """bhysend has told it and ended, before the next answer is handed on."""
+    third = Third(None, base, Console("bhysend"), Interrupts())
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b"status 76\n")
+    theirs.close()
+    third._peer = ours
+    third._tell(Answer(ID, "SEEN", ("1",)))
+    assert third.status() == 76
+    assert third._peer is None
+
+
+@pytest.mark.parametrize("verdict", [b"", b"status", b"status 8", b"other 8\n"])
+def test_what_is_no_status_is_none(base: Path, verdict: bytes) -> None:
+    third = Third(None, base, Console("bhysend"), Interrupts())
+    third._verdict = verdict
+    assert third.status() is None
+
+
+# With a bhysend that is killed.
+
+
+class Killed:
+    """A bhysend that greets one third stage, reads up to a word, and is gone."""
+
+    def __init__(self, base: Path, word: bytes) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path_of(base, ID))
+        self._listener.listen(1)
+        self._word = word
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        peer, _ = self._listener.accept()
+        with peer, self._listener:
+            peer.sendall(b'["web1", "qemu:/web1"]\n')
+            data = b""
+            while self._word not in data:
+                data += peer.recv(1 << 16)
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "says"),
+    [
+        (HELLO + READY, 69, "bhysend is gone; the guest runs on here"),
+        (HELLO + READY + FAILED, 69, "bhysend is gone; the guest runs on here"),
+        (HELLO + READY + RUNNING, 0, ""),
+    ],
+)
+def test_without_a_record_a_killed_bhysend_had_settled_it(
+    base: Path, answers: bytes, status: int, says: str
+) -> None:
+    Killed(base, b"READY")
+    found, acts, err = ended(start(), answers)
+    assert (found, acts) == (status, [])
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    ("final", "status", "acts", "left"),
+    [
+        (RUNNING, 0, ["discard", "close"], []),
+        (FAILED, 69, ["resume", "close"], []),
+        (b"", 81, [], [GO]),
+    ],
+)
+def test_the_record_of_a_killed_bhysend_is_acted_on(
+    base: Path, records: Records, final: bytes, status: int, acts: list[str], left: list[str]
+) -> None:
+    records.write(RECORD.moved(GO))
+    Killed(base, b"READY")
+    found, done, _ = ended(start(), HELLO + READY + final)
+    assert (found, done) == (status, acts)
+    assert [record.phase for record in records.all()] == left

@@ -1,0 +1,277 @@
+"""bhysend -A where no bhysend lives: answers from a pipe are acted on, by the record."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bhystream.guest import GO, HELD, MOVED, PAUSED
+from bhystream.handover.standing import in_doubt
+from bhystream.handover.state import Lock, Records
+from support.third_stage import (
+    FAILED,
+    HELLO,
+    ID,
+    LIMIT_S,
+    OTHER,
+    RAN,
+    READY,
+    RECORD,
+    REFUSED,
+    ROOT,
+    RUNNING,
+    UNKNOWN,
+    ended,
+    feed,
+    hang_up,
+    line,
+    start,
+)
+
+
+@pytest.fixture
+def records(base: Path) -> Records:
+    return Records(base, "source")
+
+
+# Without a bhysend, with a record.
+
+ELSEWHERE = line("HELLO", "hv3/b2", "/d")
+ELSEWHERE_TOO = line("HELLO", "hv2/a1", "/e")
+IN_DOUBT = "in doubt: "
+RESUME, DISCARD = f"bhysend --resume {ID}", f"bhysend --discard {ID}"
+WENT = IN_DOUBT + "the stream went to hv2/a1 (/d)"
+
+
+@pytest.mark.parametrize(
+    ("phase", "answers", "status", "acts", "left", "says"),
+    [
+        (PAUSED, HELLO, 69, "resume close", None, "hv2: it was not started there"),
+        (PAUSED, HELLO + FAILED, 69, "resume close", None, "hv2: no disk"),
+        (PAUSED, HELLO + UNKNOWN, 69, "resume close", None, "guest web1: it runs here"),
+        (GO, HELLO + RUNNING, 0, "discard close", None, "web1: it runs on hv2, and is gone here"),
+        (GO, HELLO + FAILED, 69, "resume close", None, "hv2: no disk"),
+        (GO, HELLO + RAN, 81, "", GO, IN_DOUBT + "hv2 cannot say whether it ran there"),
+        (GO, HELLO + UNKNOWN, 81, "", GO, IN_DOUBT + "hv2 does not know the stream"),
+        (GO, HELLO, 81, "", GO, IN_DOUBT + "no answer came from hv2"),
+        (GO, HELLO + READY, 81, "", GO, IN_DOUBT + "no answer came from hv2"),
+        (GO, HELLO + REFUSED, 81, "", GO, IN_DOUBT + "no answer came from hv2"),
+        (GO, ELSEWHERE + RUNNING, 81, "", GO, WENT + ", not to hv3"),
+        (GO, ELSEWHERE + FAILED, 81, "", GO, WENT + ", not to hv3"),
+        (GO, ELSEWHERE_TOO + FAILED, 81, "", GO, WENT + ", not to hv2"),
+        (MOVED, HELLO + RUNNING, 0, "discard close", None, "it runs on hv2, and is gone here"),
+        (MOVED, HELLO, 0, "discard close", None, "it runs on hv2, and is gone here"),
+        (MOVED, ELSEWHERE + UNKNOWN, 0, "discard close", None, "it runs on hv2, and is gone here"),
+        (HELD, HELLO + FAILED, 80, "", HELD, f"hv2 says that it never ran there: {RESUME}"),
+        (HELD, HELLO + RUNNING, 80, "", HELD, f"hv2 says that it runs there: {DISCARD}"),
+        (HELD, HELLO + RAN, 80, "", HELD, "guest web1: held here"),
+        (PAUSED, HELLO + RUNNING, 80, "", PAUSED, "paused here, and hv2 says that it started it"),
+        (PAUSED, HELLO + RAN, 80, "", PAUSED, "paused here, and hv2 says that it started it"),
+    ],
+)  # fmt: skip
+def test_what_a_record_and_the_answers_come_to(
+    records: Records,
+    phase: str,
+    answers: bytes,
+    status: int,
+    acts: str,
+    left: str | None,
+    says: str,
+) -> None:
+    records.write(RECORD.moved(phase))
+    found, done, err = ended(start(), answers)
+    assert (found, done) == (status, acts.split())
+    assert [record.phase for record in records.all()] == ([left] if left else [])
+    assert says in err
+
+
+def test_a_record_that_names_no_host_takes_the_answer_of_any(records: Records) -> None:
+    # It was paused, and GO never recorded: whoever answers, nothing ran.
+    records.write(replace(RECORD, host="", directory=""))
+    status, acts, err = ended(start(), ELSEWHERE + FAILED)
+    assert (status, acts) == (69, ["resume", "close"])
+    assert err.startswith("bhysend: hv3: no disk\n")
+
+
+@pytest.mark.parametrize("answers", [b"", HELLO, HELLO + FAILED, HELLO + RUNNING])
+def test_a_guest_whose_record_is_broken_is_in_doubt(base: Path, answers: bytes) -> None:
+    path = base / f"source/{ID}.json"
+    path.touch()
+    status, acts, err = ended(start(), answers)
+    assert (status, acts) == (81, [])
+    assert f"the record {path} is broken" in err
+    assert path.exists()
+
+
+def test_doubt_comes_with_the_way_out(base: Path, records: Records) -> None:
+    records.write(RECORD.moved(GO))
+    _, _, err = ended(start(), HELLO)
+    assert in_doubt(RECORD, base).splitlines() == [
+        line.removeprefix("bhysend: ") for line in err.splitlines()[1:]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("phase", "final", "status", "done", "says"),
+    [
+        (PAUSED, FAILED, 81, "clear", "its hypervisor here is gone: it runs nowhere"),
+        (GO, FAILED, 81, "clear", "its hypervisor here is gone: it runs nowhere"),
+        (GO, RUNNING, 0, "discard", "guest web1: it runs on hv2, and is gone here"),
+        (MOVED, b"", 0, "discard", "guest web1: it runs on hv2, and is gone here"),
+    ],
+)
+def test_a_guest_that_is_gone_is_forgotten(
+    records: Records, phase: str, final: bytes, status: int, done: str, says: str
+) -> None:
+    records.write(RECORD.moved(phase))
+    found, acts, err = ended(start(guest="gone"), HELLO + final)
+    assert (found, acts) == (status, [done, "close"])
+    assert says in err
+    assert records.all() == []
+
+
+@pytest.mark.parametrize("name", ["web1", "qemu:/web1"])
+def test_the_guest_may_be_named(records: Records, name: str) -> None:
+    records.write(RECORD.moved(GO))
+    assert ended(start(name), HELLO + RUNNING)[:2] == (0, ["discard", "close"])
+
+
+def test_another_guests_record_is_left_alone(records: Records) -> None:
+    records.write(RECORD.moved(GO))
+    status, acts, err = ended(start("web2"), HELLO + RUNNING)
+    assert (status, acts) == (64, [])
+    assert f"stream {ID} is of guest web1, not web2" in err
+    assert [record.phase for record in records.all()] == [GO]
+
+
+@pytest.mark.parametrize(
+    "after",
+    [b"garbage\n", ELSEWHERE, line("RUNNING", id_=OTHER), b"x" * 600, FAILED[:-1] + b" x\n"],
+)
+def test_answers_with_garbage_change_nothing(records: Records, after: bytes) -> None:
+    """Also what came before it: who sends garbage is not believed."""
+    record = RECORD.moved(GO)
+    records.write(record)
+    for answers in (HELLO + RUNNING + after, HELLO + after + FAILED):
+        status, acts, err = ended(start(), answers)
+        assert (status, acts) == (81, [])
+        assert "in doubt: the answers cannot be believed" in err
+        assert f"bhyrecv -q {ID} | " in err
+    assert records.all() == [record]
+
+
+def test_garbage_of_a_stream_that_is_not_here_is_a_usage_error(base: Path) -> None:
+    status, acts, err = ended(start(), HELLO + b"garbage\n")
+    assert (status, acts) == (64, [])
+    assert "the answers were not handed on" in err
+
+
+@pytest.mark.parametrize("answers", [b"", b"ssh: no route to host\n", HELLO[:-1]])
+def test_no_answer_changes_nothing(records: Records, answers: bytes) -> None:
+    record = RECORD.moved(GO)
+    records.write(record)
+    status, acts, err = ended(start(), answers)
+    assert (status, acts) == (81, [])
+    assert "no answer came; in doubt, and paused here: web1" in err
+    assert f"ssh hv2 env BHYSEND_STATE_DIR=/d bhyrecv -q {ID} | " in err
+    assert f"bhysend --resume --in-doubt {ID}" in err
+    assert records.all() == [record]
+    status, acts, err = ended(start("another"), answers)
+    assert (status, acts) == (69, [])
+    assert "no answer came, and no guest is in doubt here" in err
+
+
+@pytest.mark.parametrize("phase", [PAUSED, HELD])
+def test_no_answer_puts_no_other_guest_in_doubt(records: Records, phase: str) -> None:
+    records.write(RECORD.moved(phase))
+    assert ended(start(), b"")[:2] == (69, [])
+
+
+# Without either.
+
+
+@pytest.mark.parametrize(
+    ("answers", "status"),
+    [
+        (HELLO, 69),
+        (HELLO + REFUSED, 69),
+        (HELLO + FAILED, 69),
+        (HELLO + UNKNOWN, 69),
+        (HELLO + READY + FAILED, 81),
+        (HELLO + READY, 81),
+        (HELLO + RUNNING, 81),
+        (HELLO + RAN, 81),
+    ],
+)
+def test_answers_to_nobody(base: Path, answers: bytes, status: int) -> None:
+    found, acts, err = ended(start(), answers)
+    assert (found, acts) == (status, [])
+    assert f"neither a bhysend nor a guest of stream {ID} is here" in err
+    assert f", {base})" in err
+    hint = "it is another user's" if status == 81 else "nothing was started at the destination"
+    assert hint in err
+
+
+# The keeper's lock.
+
+
+def waiting(data: bytes) -> subprocess.Popen[bytes]:
+    """Start a third stage with these answers, and return when it waits for the lock."""
+    third = start()
+    feed(third, data)
+    hang_up(third)
+    assert third.stdout and third.stdout.readline() == b"waits\n"
+    return third
+
+
+def test_it_waits_for_the_keeper_and_finds_what_that_did(base: Path, records: Records) -> None:
+    records.write(RECORD)
+    with Lock(base, RECORD.lock, "guest web1"):
+        third = waiting(HELLO + READY)
+        records.remove(ID)
+    status, acts, _ = ended(third)
+    assert (status, set(acts) - {"waits"}) == (81, set())
+
+
+def test_it_acts_on_the_record_as_it_is_under_the_lock(base: Path, records: Records) -> None:
+    records.write(RECORD)
+    with Lock(base, RECORD.lock, "guest web1"):
+        third = waiting(HELLO + RUNNING)
+        records.write(RECORD.moved(GO))
+    status, acts, _ = ended(third)
+    assert (status, [act for act in acts if act != "waits"]) == (0, ["discard", "close"])
+
+
+def test_a_lock_that_is_never_given_up_is_an_error(base: Path, records: Records) -> None:
+    records.write(RECORD)
+    lock = Lock(base, RECORD.lock, "guest web1")
+    status, _, err = ended(start(guest="impatient"), HELLO)
+    assert status == 80
+    assert "another bhysend or bhyrecv works on it" in err
+    assert records.all() == [RECORD]
+    doubtful = RECORD.moved(GO)
+    records.write(doubtful)
+    status, _, err = ended(start(guest="impatient"), HELLO + RUNNING)
+    assert status == 81
+    assert f"bhyrecv -q {ID} | " in err
+    assert records.all() == [doubtful]
+    lock.release()
+
+
+def test_the_lock_is_given_up(base: Path, records: Records) -> None:
+    records.write(RECORD)
+    assert ended(start(), HELLO)[0] == 69
+    Lock(base, RECORD.lock, "guest web1").release()
+
+
+def test_standard_output_is_not_written(base: Path) -> None:
+    argv = [sys.executable, str(ROOT / "bhysend"), "-A"]
+    done = subprocess.run(
+        argv, input=HELLO + RUNNING, capture_output=True, env=os.environ, timeout=LIMIT_S
+    )
+    assert (done.returncode, done.stdout) == (81, b"")

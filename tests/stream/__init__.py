@@ -1,0 +1,1 @@
+"""bhystream(5), read and written."""

@@ -1,0 +1,1 @@
+"""What helps the tests, and is none."""

@@ -1,0 +1,101 @@
+"""bhysend -A as a process, with a guest that any record finds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from bhystream.guest import PAUSED
+from bhystream.handover.answers import Answer, pack
+from bhystream.handover.state import Record
+
+ROOT = Path(__file__).resolve().parents[2]
+ID, OTHER = "0123456789abcdef" * 2, "f" * 32
+NAMES = ("web1", "qemu:/web1")
+RECORD = Record(
+    ID, *NAMES, "lock-1", PAUSED, {"hypervisor": "none"}, 1, host="hv2/a1", directory="/d"
+)
+LIMIT_S = 60
+
+
+def line(word: str, *args: str, id_: str = ID) -> bytes:
+    return pack(Answer(id_, word, args))
+
+
+HELLO = line("HELLO", "hv2/a1", "/d")
+READY, RUNNING, RAN, UNKNOWN = (
+    line("READY", "00" * 16),
+    line("RUNNING"),
+    line("RAN"),
+    line("UNKNOWN"),
+)
+FAILED, REFUSED = line("FAILED", "no disk"), line("REFUSED", "too old")
+
+# bhysend with a guest that is found by any record, and says on standard output
+# what it is told.
+DRIVER = """
+import sys
+import time
+from bhystream import hypervisors
+from bhystream.send import main as send
+from bhystream.send import settle, third
+
+real = time.sleep
+
+def sleep(seconds):
+    print("waits", flush=True)
+    real(0.01)
+
+class Paused:
+    def is_alive(self):
+        return sys.argv[1] != "gone"
+    def resume(self):
+        print("resume", flush=True)
+    def clear(self):
+        print("clear", flush=True)
+    def keep(self):
+        print("keep", flush=True)
+    def discard(self, there):
+        print("discard", flush=True)
+    def close(self):
+        print("close", flush=True)
+
+hypervisors.open_paused = lambda revive: Paused()
+time.sleep = sleep
+if sys.argv[1] == "impatient":
+    settle._LOCK_SECONDS = third._DRAIN_SECONDS = 0.0
+sys.exit(send.main(["-A", *sys.argv[2:]]))
+"""
+
+
+def feed(process: subprocess.Popen[bytes], data: bytes) -> None:
+    assert process.stdin
+    process.stdin.write(data)
+    process.stdin.flush()
+
+
+def start(*names: str, guest: str = "alive") -> subprocess.Popen[bytes]:
+    """Start a third stage; guest: what open_paused() finds, alive or gone; impatient: no waits."""
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, guest, *names],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "lib")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def hang_up(process: subprocess.Popen[bytes]) -> None:
+    """End its input."""
+    assert process.stdin
+    process.stdin.close()
+    process.stdin = None
+
+
+def ended(process: subprocess.Popen[bytes], data: bytes = b"") -> tuple[int, list[str], str]:
+    """Feed the rest of its input; return its status, the acts, standard error."""
+    out, err = process.communicate(data, timeout=LIMIT_S)
+    assert b"Traceback" not in err, err
+    return process.returncode, out.decode().split(), err.decode()
