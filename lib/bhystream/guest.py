@@ -8,8 +8,10 @@ first page of segment 1 follows the last of segment 0.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 PAGE_BYTES = 4096
@@ -48,6 +50,40 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """The guest's memory: its segments in order, and where each begins.
+
+    npages: of all of them.  starts: the first page of each.
+    """
+
+    segments: tuple[Segment, ...]
+    npages: int = field(init=False, repr=False, compare=False)
+    starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        *starts, end = accumulate((one.npages for one in self.segments), initial=0)
+        object.__setattr__(self, "starts", tuple(starts))
+        object.__setattr__(self, "npages", end)
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the guest's memory size."""
+        return self.npages * PAGE_BYTES
+
+    def segment_of(self, page: int) -> int:
+        """Return the index of the segment that a page lies in.  page: in [0, npages)."""
+        return bisect_right(self.starts, page) - 1
+
+    def end_of(self, segment: int) -> int:
+        """Return the page after the last one of a segment."""
+        return self.starts[segment] + self.segments[segment].npages
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Yield the pages [first, end) of each segment."""
+        return ((first, self.end_of(index)) for index, first in enumerate(self.starts))
+
+
+@dataclass(frozen=True)
 class Head:
     """What cannot change while the guest runs: the head sections of a stream.
 
@@ -56,7 +92,7 @@ class Head:
     """
 
     host: Json
-    layout: tuple[Segment, ...]
+    layout: Layout
     config: Json
     devices: tuple[str, ...]
 

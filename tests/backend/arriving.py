@@ -149,7 +149,7 @@ class Arriving:
     def place(self, targets: Sequence[Target], image: Path, before: Path | None = None) -> None:
         """Place the pages of an image, or those that differ from an earlier one."""
         base = 0
-        for segment, target in zip(self.head.layout, targets, strict=True):
+        for segment, target in zip(self.head.layout.segments, targets, strict=True):
             for first, end in self._touched(image, before, base, segment.npages):
                 listed, pages = bytearray(), bytearray()
                 for page in range(first, end):

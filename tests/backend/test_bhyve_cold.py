@@ -19,7 +19,7 @@ from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.cold import FilesSink, SnapshotSource
 from bhystream.backend.bhyve.snapshot import Files
 from bhystream.errors import OK, AbortedError, BhyError, GuestError, IncompatibleError, UsageError
-from bhystream.guest import PAGE_BYTES, Head, Segment, State
+from bhystream.guest import PAGE_BYTES, Head, Layout, Segment, State
 from bhystream.report import Console
 from bhystream.send import cold as cold_send
 from bhystream.send.options import SendOptions
@@ -107,9 +107,9 @@ def receive(path: Path, sink: Sink, *, start: bool = True) -> Ended:
     raise AssertionError("no END")
 
 
-def place(event: Pages, layout: tuple[Segment, ...], places: Any) -> None:
-    base = sum(segment.npages for segment in layout[: event.segment])
-    npages = layout[event.segment].npages
+def place(event: Pages, layout: Layout, places: Any) -> None:
+    base = layout.starts[event.segment]
+    npages = layout.segments[event.segment].npages
     places[event.segment].place(base, npages, event.extents, event.pages)
 
 
@@ -158,7 +158,7 @@ def test_a_guest_of_more_than_3_gib_arrives_and_stays_sparse(
     stream = tmp_path / "s"
     source = SnapshotSource(here.memory, None, HOST)
     highmem = Segment("highmem", 4 * GIB, MEMORY // PAGE_BYTES)
-    assert source.head().layout == (Segment("lowmem", 0, 3 * GIB // PAGE_BYTES), highmem)
+    assert source.head().layout.segments == (Segment("lowmem", 0, 3 * GIB // PAGE_BYTES), highmem)
     send(source, stream, monkeypatch)
     receive(stream, FilesSink(there, "big"))
     assert (there / "big").stat().st_size == BIG

@@ -16,7 +16,7 @@ from bhystream import durable
 from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.cold import FilesSink
 from bhystream.errors import BhyError, FormatError, IncompatibleError, InternalError
-from bhystream.guest import PAGE_BYTES, Head, Segment, State
+from bhystream.guest import PAGE_BYTES, Head, Layout, Segment, State
 
 from .snapshot_files import CONFIG, DEVICES, HOST, MEMORY, made, names, text_of
 
@@ -31,7 +31,7 @@ def there(tmp_path: Path) -> Path:
 def head(**changes: Any) -> Head:
     found = {
         "host": HOST,
-        "layout": (Segment("lowmem", 0, MEMORY // PAGE_BYTES),),
+        "layout": Layout((Segment("lowmem", 0, MEMORY // PAGE_BYTES),)),
         "config": CONFIG,
         "devices": DEVICES,
     }

@@ -128,7 +128,7 @@ def test_pages_that_were_data_and_are_zero_are_zero(guest: Arriving) -> None:
     """Between the rounds a guest may have cleared what the first one brought."""
     sink = guest.sink()
     targets = guest.open(sink)
-    npages = guest.head.layout[0].npages
+    npages = guest.head.layout.npages
     touched = next(first for first, _ in guest._touched(guest.image, None, 0, npages))
     last = npages - 1
     for page in (touched + 7, npages - 2, last, 12345):
@@ -148,7 +148,7 @@ def test_pages_that_were_data_and_are_zero_are_zero(guest: Arriving) -> None:
 def test_the_pages_that_hold_it_arrive_as_others_do(guest: Arriving, page: int) -> None:
     sink = guest.sink()
     targets = guest.open(sink)
-    npages = guest.head.layout[0].npages
+    npages = guest.head.layout.npages
     at = npages + page
     listed = memoryview(at.to_bytes(8, "little") + b"\1\0\0\0\0\0\0\0")
     targets[0].place(0, npages, listed, memoryview(b"last" * (PAGE_BYTES // 4)))

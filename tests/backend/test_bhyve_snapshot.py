@@ -436,7 +436,7 @@ def test_memory_lies_below_3_gib_and_above_4(
 
 
 def test_the_layout_names_both_segments() -> None:
-    assert snapshot.layout_of(4 * GIB) == (
+    assert snapshot.layout_of(4 * GIB).segments == (
         Segment("lowmem", 0, 3 * GIB // 4096),
         Segment("highmem", 4 * GIB, GIB // 4096),
     )

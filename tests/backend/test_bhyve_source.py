@@ -69,7 +69,7 @@ def test_opening_and_closing_changes_nothing(two: Two) -> None:
     made = two.source()
     assert made.name == "g"
     assert made.lock_name == "standin-g"
-    assert [one.name for one in made.head().layout] == ["lowmem"]
+    assert [one.name for one in made.head().layout.segments] == ["lowmem"]
     assert made.resources()
     made.close()
     made.close()

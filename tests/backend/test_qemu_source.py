@@ -25,7 +25,7 @@ pytestmark = pytest.mark.guest
 def test_the_head_describes_guest_and_host(rig: Rig) -> None:
     source = QemuSource(rig.start("web1", "-device", "virtio-rng-pci,id=r1"))
     head = source.head()
-    assert head.layout == (Segment("ram0", None, SIZE // PAGE_BYTES),)
+    assert head.layout.segments == (Segment("ram0", None, SIZE // PAGE_BYTES),)
     assert head.devices == ("virtio-rng-pci r1",)
     assert (head.host["hypervisor"], head.host["hw.pagesize"]) == ("qemu", 4096)
     assert head.host["hypervisor_version"].count(".") == 2

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from bhystream import commandline
-from bhystream.guest import PAGE_BYTES, Head, Segment
+from bhystream.guest import PAGE_BYTES, Head, Layout, Segment
 from bhystream.memory.page import scatter
 from bhystream.send.transfer import Transfer, write_head
 from bhystream.stream.format import Feature, Form, Header, Type
@@ -43,7 +43,7 @@ class Paused:
     name = "bench"
 
     def __init__(self, fd: int, npages: int) -> None:
-        self.layout = (Segment("ram", None, npages),)
+        self.layout = Layout((Segment("ram", None, npages),))
         self.map = mmap.mmap(fd, npages * PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
 
     def head(self) -> Head:
@@ -56,7 +56,7 @@ class Paused:
 
     def touched(self) -> Iterator[tuple[int, int]]:
         """Yield all of it."""
-        yield 0, self.layout[0].npages
+        yield 0, self.layout.npages
 
     def changed(self) -> None:
         """Return that nobody knows."""
@@ -98,7 +98,7 @@ def receive_stream(fd: int, target: int) -> None:
     for event in Walk(io.FileIO(fd, closefd=False)).events():
         match event:
             case Head():
-                npages = event.layout[0].npages
+                npages = event.layout.npages
             case Pages():
                 scatter(target, 0, 0, npages, event.extents, event.pages)
             case Ended():

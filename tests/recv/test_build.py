@@ -43,7 +43,7 @@ class Sink:
         self.done: list[str] = []
 
     def check(self, head: Head) -> list[str]:
-        self.segments = len(head.layout)
+        self.segments = len(head.layout.segments)
         return []
 
     def late_reasons(self) -> list[str]:

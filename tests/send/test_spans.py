@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from bhystream.guest import Segment
+from bhystream.guest import Layout, Segment
 from bhystream.send.transfer import Span, spans
 from support.memory_source import seeded
 
@@ -16,8 +16,11 @@ def rng() -> random.Random:
     return seeded()
 
 
+TWO = Layout((Segment("a", None, 3), Segment("b", None, 2)))
+
+
 def check_cover(sizes: list[int], touched: list[tuple[int, int]]) -> None:
-    layout = [Segment(f"s{i}", None, n) for i, n in enumerate(sizes)]
+    layout = Layout(tuple(Segment(f"s{i}", None, n) for i, n in enumerate(sizes)))
     at = 0
     present = []
     for span in spans(layout, iter(touched)):
@@ -33,14 +36,14 @@ def check_cover(sizes: list[int], touched: list[tuple[int, int]]) -> None:
 
 
 def test_spans_of_nothing_touched() -> None:
-    assert list(spans([Segment("a", None, 3), Segment("b", None, 2)], iter([]))) == [
+    assert list(spans(TWO, iter([]))) == [
         Span(0, 0, 0, 3, False),
         Span(1, 3, 0, 2, False),
     ]
 
 
 def test_spans_of_everything_touched() -> None:
-    assert list(spans([Segment("a", None, 3), Segment("b", None, 2)], iter([(0, 3), (3, 5)]))) == [
+    assert list(spans(TWO, iter([(0, 3), (3, 5)]))) == [
         Span(0, 0, 0, 3, True),
         Span(1, 3, 0, 2, True),
     ]

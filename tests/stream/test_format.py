@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bhystream.errors import FormatError
-from bhystream.guest import Segment
+from bhystream.guest import Layout, Segment
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Feature, Form, Header, Type
 from bhystream.strict_json import pack_json, unpack_json
@@ -80,7 +80,7 @@ def test_section_header_as_drawn() -> None:
 
 
 def test_layout_as_drawn() -> None:
-    packed = fmt.pack_layout((Segment("ram", 0x1000, 2), Segment("r", None, 3)))
+    packed = fmt.pack_layout(Layout((Segment("ram", 0x1000, 2), Segment("r", None, 3))))
     assert packed == bytes.fromhex(
         "00100000 02000000"
         + b"ram".hex() + "00" * 29 + "0010000000000000 0200000000000000"
@@ -206,7 +206,8 @@ def test_layouts_round_trip(rng: random.Random) -> None:
         rng.shuffle(segments)
         names = {segment.name for segment in segments}
         if len(names) == len(segments):
-            assert fmt.unpack_layout(fmt.pack_layout(tuple(segments))) == tuple(segments)
+            made = Layout(tuple(segments))
+            assert fmt.unpack_layout(fmt.pack_layout(made)) == made
 
 
 def scalar(rng: random.Random) -> object:

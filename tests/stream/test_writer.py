@@ -19,7 +19,7 @@ from typing import NoReturn
 import pytest
 
 from bhystream.errors import BhyError, PipeError, ReaderGoneError
-from bhystream.guest import Segment, State
+from bhystream.guest import Layout, Segment, State
 from bhystream.stream import format as fmt
 from bhystream.stream import writer as writer_module
 from bhystream.stream.format import Feature, Form, Header, Type
@@ -65,7 +65,7 @@ class Drain(threading.Thread):
 
 def write_head(writer: Writer, npages: int = 4) -> None:
     writer.section(Type.HOST, HOST)
-    writer.section(Type.LAYOUT, fmt.pack_layout((Segment("ram", 0, npages),)))
+    writer.section(Type.LAYOUT, fmt.pack_layout(Layout((Segment("ram", 0, npages),))))
     writer.section(Type.CONFIG, pack_json({"name": "web1"}))
     writer.section(Type.DEVICES, pack_json([]))
     writer.section(Type.HEAD_END)

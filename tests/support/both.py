@@ -157,7 +157,7 @@ def agree(raw: bytes) -> tuple[Recorder, Stream]:
         (head.host, found.host),
         (head.config, found.config),
         (list(head.devices), found.devices),
-        ([(s.name, s.gpa, s.npages) for s in head.layout],
+        ([(s.name, s.gpa, s.npages) for s in head.layout.segments],
          [(s.name, s.gpa, s.npages) for s in found.layout]),
         (walked.memory, found.memory),
         ([(one.data_pages, one.zero_pages) for one in walked.rounds],

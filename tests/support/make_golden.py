@@ -18,7 +18,7 @@ from pathlib import Path
 
 import xxhash
 
-from bhystream.guest import PAGE_BYTES, Segment, State
+from bhystream.guest import PAGE_BYTES, Layout, Segment, State
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Feature, Form, Header, Type
 from bhystream.stream.writer import Writer
@@ -77,7 +77,7 @@ def head(writer: Writer, *segments: Segment) -> None:
     }
     config = {"name": "web1", "smp": 2, "machine": "pc-q35-8.2", "note": "Grüße"}
     writer.section(Type.HOST, pack_json(host))
-    writer.section(Type.LAYOUT, fmt.pack_layout(segments or (Segment("ram", 0, 8),)))
+    writer.section(Type.LAYOUT, fmt.pack_layout(Layout(segments or (Segment("ram", 0, 8),))))
     writer.section(Type.CONFIG, pack_json(config))
     writer.section(Type.DEVICES, pack_json(["serial", "virtio-net", "rtc"]))
     writer.section(Type.HEAD_END)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from bhystream.backend.base import Paused, Prepared
 from bhystream.errors import GuestError
-from bhystream.guest import PAGE_BYTES, Head, Segment, State
+from bhystream.guest import PAGE_BYTES, Head, Layout, Segment, State
 from bhystream.memory.hole import punch
 from bhystream.stream import format as fmt
 from bhystream.stream.format import RoundEnd
@@ -45,12 +45,13 @@ class MemorySource:
 
     def __init__(self, *npages: int) -> None:
         """npages: of each segment; all of it is one hole."""
-        self.layout = tuple(Segment(f"ram{i}", None, n) for i, n in enumerate(npages))
-        self.npages = sum(npages)
+        segments = (Segment(f"ram{i}", None, n) for i, n in enumerate(npages))
+        self.layout = Layout(tuple(segments))
+        self.npages = self.layout.npages
         self.fds: list[int] = []
         self._maps: list[mmap.mmap] = []
         self._views: list[memoryview] = []
-        for segment in self.layout:
+        for segment in self.layout.segments:
             fd = os.memfd_create(segment.name)
             size = segment.npages * PAGE_BYTES
             os.truncate(fd, size)
@@ -89,7 +90,7 @@ class MemorySource:
 
     def touched(self) -> Iterator[tuple[int, int]]:
         base = 0
-        for segment, fd in zip(self.layout, self.fds, strict=True):
+        for segment, fd in zip(self.layout.segments, self.fds, strict=True):
             at, size = 0, segment.npages * PAGE_BYTES
             while at < size:
                 try:
@@ -110,7 +111,7 @@ class MemorySource:
             os.close(fd)
 
     def _place(self, page: int) -> tuple[int, int]:
-        for segment, fd in zip(self.layout, self.fds, strict=True):
+        for segment, fd in zip(self.layout.segments, self.fds, strict=True):
             if page < segment.npages:
                 return fd, page * PAGE_BYTES
             page -= segment.npages
@@ -131,7 +132,7 @@ class MemorySource:
 
     def contents(self) -> bytes:
         """Return the whole memory, by pread(2), which allocates nothing."""
-        parts = zip(self.layout, self.fds, strict=True)
+        parts = zip(self.layout.segments, self.fds, strict=True)
         return b"".join(os.pread(fd, s.npages * PAGE_BYTES, 0) for s, fd in parts)
 
 
@@ -156,7 +157,7 @@ def rebuild(stream: bytes) -> Rebuilt:
         match event:
             case Head():
                 built.head = event
-                built.memory = bytearray(sum(s.npages for s in event.layout) * PAGE_BYTES)
+                built.memory = bytearray(event.layout.size_bytes)
             case Pages():
                 _place_pages(built, event)
             case RoundEnd():

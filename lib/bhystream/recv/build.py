@@ -35,7 +35,7 @@ from bhystream.errors import (
     UsageError,
     from_oserror,
 )
-from bhystream.guest import DEAD, LOADED, PAGE_BYTES, READY, STARTED, Head, Segment, State
+from bhystream.guest import DEAD, LOADED, PAGE_BYTES, READY, STARTED, Head, Layout, State
 from bhystream.handover import handshake, hold, leftover, prune, state
 from bhystream.handover.handshake import GO_SECONDS, Act, Event, Machine, There
 from bhystream.recv.options import Options
@@ -68,7 +68,7 @@ class Build:
         self.base = base
         self.console = console
         self.signals = signals
-        self.layout: Sequence[Segment] = ()
+        self.layout = Layout(())
         self.records = state.Records(base, "destination")
         self.id = walk.header.stream_id.hex()
         self.answered = walk.header.form == Form.ANSWERED
@@ -78,7 +78,6 @@ class Build:
         self.lock: state.Lock | None = None
         self.stream_lock: state.Lock | None = None
         self.targets: Sequence[Target] = ()
-        self.starts: list[int] = []
         self.states: list[State] = []
         self.name = ""
         self.operand = ""
@@ -150,12 +149,12 @@ class Build:
         refuse(self.opts.reasons(self.sink, head), self.name)
         self.console.log(f"guest {self.name}: stream {self.id} begins")
         self.layout = head.layout
-        page = 0
-        for segment in head.layout:
-            self.starts.append(page)
-            page += segment.npages
         self.progress = Progress(
-            self.console, self.name, page, verbose=self.opts.verbose, machine=self.opts.machine
+            self.console,
+            self.name,
+            self.layout.npages,
+            verbose=self.opts.verbose,
+            machine=self.opts.machine,
         )
         self.signals.on_report = self.progress.report
         if self.reply:
@@ -174,8 +173,8 @@ class Build:
         """Put pages where they belong."""
         if not self.targets:
             self.open(b"")
-        base = self.starts[event.segment]
-        npages = self.layout[event.segment].npages
+        base = self.layout.starts[event.segment]
+        npages = self.layout.segments[event.segment].npages
         try:
             self.targets[event.segment].place(base, npages, event.extents, event.pages)
         except OSError as error:

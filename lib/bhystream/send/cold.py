@@ -50,9 +50,12 @@ def send(source: Snapshot, opts: SendOptions, console: Console, signals: Signals
     try:
         with signals.interruptible():
             write_head(writer, head)
-            npages = sum(segment.npages for segment in head.layout)
             progress = Progress(
-                console, source.name, npages, verbose=opts.verbose, machine=opts.machine
+                console,
+                source.name,
+                head.layout.npages,
+                verbose=opts.verbose,
+                machine=opts.machine,
             )
             signals.on_report = progress.report
             _write_guest(source, head, opts, writer, progress)

@@ -67,7 +67,7 @@ class _Scanner:
     def __init__(self, source: Readable, head: Head) -> None:
         self._source = source
         self._layout = head.layout
-        self.npages = sum(segment.npages for segment in head.layout)
+        self.npages = head.layout.npages
         self._memory = source.memory()
         self._hasher = PageHasher(secrets.randbits(64))
         self._table = memoryview(bytearray(8 * self.npages)).cast("Q")

@@ -26,7 +26,7 @@ from bhystream.errors import (
     InDoubtError,
     PipeError,
 )
-from bhystream.guest import PAGE_BYTES, State
+from bhystream.guest import State
 from bhystream.handover import handshake, state
 from bhystream.handover.handshake import Act, At, Event, Machine
 from bhystream.handover.standing import asking, in_doubt, with_peer
@@ -93,7 +93,7 @@ class Move:
         self.progress = Progress(
             self.console,
             source.name,
-            sum(segment.npages for segment in self.head.layout),
+            self.head.layout.npages,
             verbose=self.opts.verbose,
             machine=self.opts.machine,
         )
@@ -343,10 +343,9 @@ class Move:
         if self.offer.box.nonce is not None:
             raise GuestError(f"{self.offer.host}: READY came before END")
         self._require_paused()
-        memory_bytes = self.transfer.npages * PAGE_BYTES
         with self.signals.interruptible():
             self.machine.on(Event.COPIED)
-            self.nonce = self.offer.await_ready(memory_bytes)
+            self.nonce = self.offer.await_ready(self.head.layout.size_bytes)
         try:
             self._require_paused()
         except GoneError as gone:

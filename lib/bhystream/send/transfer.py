@@ -22,14 +22,14 @@ memory here that grows with the guest.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import zstandard
 
 from bhystream import __version__
 from bhystream.backend.base import Readable
-from bhystream.guest import Head, Segment
+from bhystream.guest import Head, Layout
 from bhystream.memory.batch import Batch
 from bhystream.memory.page import PageHasher
 from bhystream.send.precopy import Round
@@ -62,16 +62,14 @@ class Span:
     present: bool
 
 
-def spans(layout: Sequence[Segment], touched: Iterator[tuple[int, int]]) -> Iterator[Span]:
+def spans(layout: Layout, touched: Iterator[tuple[int, int]]) -> Iterator[Span]:
     """Cover the whole guest, in order, with touched and untouched spans.
 
     touched: extents [first, end) in global pages, ascending, none across a
     segment border.  Empty spans are left out.
     """
     pending = next(touched, None)
-    base = 0
-    for index, segment in enumerate(layout):
-        border = base + segment.npages
+    for index, (base, border) in enumerate(layout.extents()):
         at = base
         while pending and pending[0] < border:
             first, end = pending
@@ -82,7 +80,6 @@ def spans(layout: Sequence[Segment], touched: Iterator[tuple[int, int]]) -> Iter
             pending = next(touched, None)
         if at < border:
             yield Span(index, base, at - base, border - base, False)
-        base = border
 
 
 class Transfer:
@@ -91,7 +88,7 @@ class Transfer:
     def __init__(
         self,
         source: Readable,
-        layout: Sequence[Segment],
+        layout: Layout,
         writer: Writer,
         *,
         level: int | None = None,
@@ -110,7 +107,7 @@ class Transfer:
         self._writer = writer
         self._on_batch = on_batch
         self._zstd = zstandard.ZstdCompressor(level=level) if level is not None else None
-        self.npages = sum(segment.npages for segment in layout)
+        self.npages = layout.npages
         self._hasher = PageHasher(writer.header.seed)
         pages = BATCH_PAGES if level is None else ZSTD_BATCH_PAGES
         self._batch = Batch(self._hasher, pages, fmt.MAX_EXTENTS)

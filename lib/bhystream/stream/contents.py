@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from bhystream.guest import Json, Segment, State
+from bhystream.guest import Json, Layout, State
 
 
 class Contents(Protocol):
@@ -18,7 +18,7 @@ class Contents(Protocol):
     def config(self, config: Json) -> None:
         """Check CONFIG.  Raises IncompatibleError: what is not known may be of a later version."""
 
-    def layout(self, layout: tuple[Segment, ...]) -> None:
+    def layout(self, layout: Layout) -> None:
         """Check LAYOUT.  Raises IncompatibleError where it is not CONFIG's."""
 
     def devices(self, devices: tuple[str, ...]) -> None:

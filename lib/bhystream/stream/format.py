@@ -19,7 +19,7 @@ from enum import IntEnum, IntFlag
 from typing import Any, NoReturn
 
 from bhystream.errors import FormatError
-from bhystream.guest import GUEST_NAME, MAX_GUEST_PAGES, PAGE_BYTES, Segment
+from bhystream.guest import GUEST_NAME, MAX_GUEST_PAGES, PAGE_BYTES, Layout, Segment
 from bhystream.guest import MAX_OPTIONAL_STATE_BYTES as MAX_OPTIONAL_STATE_BYTES
 from bhystream.guest import MAX_STATE_BYTES as MAX_STATE_BYTES
 from bhystream.memory.extent import EXTENT as EXTENT
@@ -308,16 +308,16 @@ def unpack_devices(data: bytes) -> tuple[str, ...]:
     return tuple(value)
 
 
-def pack_layout(layout: tuple[Segment, ...]) -> bytes:
+def pack_layout(layout: Layout) -> bytes:
     """Pack LAYOUT from 1 to 64 segments."""
-    parts = [LAYOUT_HEAD.pack(PAGE_BYTES, len(layout))]
-    for segment in layout:
+    parts = [LAYOUT_HEAD.pack(PAGE_BYTES, len(layout.segments))]
+    for segment in layout.segments:
         gpa = GPA_UNSTATED if segment.gpa is None else segment.gpa
         parts.append(LAYOUT_SEGMENT.pack(segment.name.encode(), gpa, segment.npages))
     return b"".join(parts)
 
 
-def unpack_layout(data: bytes) -> tuple[Segment, ...]:
+def unpack_layout(data: bytes) -> Layout:
     """Unpack LAYOUT into 1 to 64 segments."""
     if len(data) < LAYOUT_HEAD.size:
         raise FormatError("length is too small")
@@ -333,10 +333,11 @@ def unpack_layout(data: bytes) -> tuple[Segment, ...]:
     )
     if len({segment.name for segment in segments}) != count:
         raise FormatError("two segments have the same name")
-    if sum(segment.npages for segment in segments) > MAX_GUEST_PAGES:
+    layout = Layout(segments)
+    if layout.npages > MAX_GUEST_PAGES:
         raise FormatError("the guest has more than 2^36 pages")
     _check_addresses(segments)
-    return segments
+    return layout
 
 
 def _check_addresses(segments: tuple[Segment, ...]) -> None:

@@ -29,7 +29,7 @@ from bhystream.errors import (
     IncompatibleError,
     TruncatedError,
 )
-from bhystream.guest import PAGE_BYTES, Head, Segment, State
+from bhystream.guest import PAGE_BYTES, Head, Layout, State
 from bhystream.memory.page import PageHasher, check_pages
 from bhystream.stream import format as fmt
 from bhystream.stream.contents import Contents
@@ -130,9 +130,7 @@ class Walk:
         self._hasher = PageHasher(self.header.seed)
         self._zstd = zstandard.ZstdDecompressor()
         self._head: dict[str, Any] = {}
-        self._layout: tuple[Segment, ...] = ()
-        self._starts: list[int] = []
-        self._npages = 0
+        self._layout = Layout(())
         self._tally = _Tally()
         self._ended = False
         self._contents: Contents | None = None
@@ -224,7 +222,7 @@ class Walk:
             case Type.HOST:
                 self._head["host"] = fmt.unpack_host(data)
             case Type.LAYOUT:
-                self._take_layout(data)
+                self._layout = fmt.unpack_layout(data)
             case Type.CONFIG:
                 self._head["config"] = fmt.unpack_config(data)
             case Type.DEVICES:
@@ -232,12 +230,6 @@ class Walk:
             case Type.HEAD_END:
                 return Head(layout=self._layout, **self._head)
         return None
-
-    def _take_layout(self, data: bytes) -> None:
-        self._layout = fmt.unpack_layout(data)
-        for segment in self._layout:
-            self._starts.append(self._npages)
-            self._npages += segment.npages
 
     def _take_rehearsal(self, section: Section) -> Rehearsal:
         if not section.payload:
@@ -269,10 +261,10 @@ class Walk:
         """Check the list of a MEMORY section; return the index of its segment."""
         tally = self._tally
         first = int.from_bytes(extents[:8], "little")
-        if first >= self._npages:
-            raise FormatError(f"page {first} is outside the guest's {self._npages} pages")
-        segment = _segment_of(self._starts, first)
-        segment_end = self._starts[segment] + self._layout[segment].npages
+        if first >= self._layout.npages:
+            raise FormatError(f"page {first} is outside the guest's {self._layout.npages} pages")
+        segment = self._layout.segment_of(first)
+        segment_end = self._layout.end_of(segment)
         data = zero = 0
         for first, count, kind in fmt.EXTENT.iter_unpack(extents):
             if first < tally.cursor:
@@ -327,7 +319,7 @@ class Walk:
                 f"counts {data} data and {zero} zero pages, but the round had "
                 f"{tally.data_pages} and {tally.zero_pages}"
             )
-        if round_ == 0 and tally.cursor != self._npages:
+        if round_ == 0 and tally.cursor != self._layout.npages:
             raise FormatError(f"round 0 leaves out page {tally.cursor}")
         tally.all_data_pages += data
         tally.all_zero_pages += zero
@@ -440,14 +432,6 @@ class Walk:
 def _exact(data: memoryview, size: int) -> None:
     if len(data) != size:
         raise FormatError(f"length is {len(data)}, not {size}")
-
-
-def _segment_of(starts: list[int], page: int) -> int:
-    """Return the index of the segment that a page lies in."""
-    index = 0
-    while index + 1 < len(starts) and starts[index + 1] <= page:
-        index += 1
-    return index
 
 
 def _nth_page(extents: memoryview, n: int) -> int:

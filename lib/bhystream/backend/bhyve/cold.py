@@ -27,7 +27,7 @@ from bhystream import durable
 from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.snapshot import Files, Meta, layout_of, memory_spans
 from bhystream.errors import GuestError, IncompatibleError, InternalError, from_oserror
-from bhystream.guest import GUEST_NAME, PAGE_BYTES, Head, Json, State
+from bhystream.guest import GUEST_NAME, Head, Json, State
 from bhystream.memory import hole
 from bhystream.memory.target import FileTarget
 
@@ -125,8 +125,10 @@ class SnapshotSource:
 
     def touched(self) -> Iterator[tuple[int, int]]:
         """Yield the page extents of FILE that are no holes."""
-        for _, offset, length in memory_spans(self._meta.memory_bytes):
-            base = offset // PAGE_BYTES
+        size = self._meta.memory_bytes
+        for base, (_, offset, length) in zip(
+            layout_of(size).starts, memory_spans(size), strict=True
+        ):
             for first, end in data_extents(self._fd, offset, length):
                 yield base + first, base + end
 
@@ -190,7 +192,7 @@ class FilesSink:
         kind = head.host.get("hypervisor")
         if kind not in _HYPERVISORS:
             return [f"hypervisor: the guest runs under {ascii(kind)[:40]}, not bhyve"]
-        size = sum(segment.npages for segment in head.layout) * PAGE_BYTES
+        size = head.layout.size_bytes
         reasons = self._reasons_of_place(size)
         if not reasons:
             self._memory_bytes = size

@@ -17,7 +17,7 @@ from bhystream.backend.bhyve.keys import shown
 from bhystream.backend.bhyve.snapshot import Meta
 from bhystream.backend.bhyve.validate import is_bare, validate
 from bhystream.errors import FormatError, GuestError, IncompatibleError
-from bhystream.guest import Json, Segment, State
+from bhystream.guest import Json, Layout, State
 
 
 class BhyveContents:
@@ -33,7 +33,7 @@ class BhyveContents:
         """Check CONFIG."""
         self._section = validate(config, may_be_bare=True)
 
-    def layout(self, layout: tuple[Segment, ...]) -> None:
+    def layout(self, layout: Layout) -> None:
         """Compare LAYOUT with CONFIG."""
         size = int(self._section["keys"]["memory.size"])
         if layout != snapshot.layout_of(size):

@@ -20,7 +20,6 @@ from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, LOWMEM_LIMIT_BYTES, H
 from bhystream.backend.bhyve.residency import believes_mincore, dirty_extents, extents
 from bhystream.backend.bhyve.snapshot import layout_of, memory_spans
 from bhystream.errors import IncompatibleError
-from bhystream.guest import PAGE_BYTES, Segment
 
 
 def system_memory(maps: Sequence[MemoryMap], who: str) -> list[MemoryMap]:
@@ -56,7 +55,7 @@ def system_memory(maps: Sequence[MemoryMap], who: str) -> list[MemoryMap]:
 class Memory:
     """The memory of one guest: lowmem, then highmem, in pages and in the snapshot's order.
 
-    Owns the open VM and the mappings until close().
+    layout: the segments of the LAYOUT section.  Owns the open VM and the mappings until close().
     """
 
     def __init__(self, host: Host, name: str) -> None:
@@ -68,6 +67,7 @@ class Memory:
         self.views: list[memoryview] = []
         try:
             self._maps = system_memory(self._vm.maps(), f"guest {name}")
+            self.layout = layout_of(sum(one.length_bytes for one in self._maps))
             for one in self._maps:
                 mapping = self._vm.map(one.gpa, one.length_bytes)
                 self._mappings.append(mapping)
@@ -78,14 +78,9 @@ class Memory:
             raise
 
     @property
-    def layout(self) -> tuple[Segment, ...]:
-        """Return the segments of the LAYOUT section."""
-        return layout_of(self.size_bytes)
-
-    @property
     def size_bytes(self) -> int:
         """Return the guest's memory size."""
-        return sum(one.length_bytes for one in self._maps)
+        return self.layout.size_bytes
 
     @property
     def is_wired(self) -> bool:
@@ -97,11 +92,6 @@ class Memory:
         """
         return all(one.is_wired for one in self._maps) and self._host.exists(self._name)
 
-    @property
-    def base_pages(self) -> list[int]:
-        """Return the first page of each segment."""
-        return [0, self._maps[0].length_bytes // PAGE_BYTES][: len(self._maps)]
-
     def touched(self) -> Iterator[tuple[int, int]]:
         """Return the extents of pages that may be other than zero; all, where that is not known."""
         if believes_mincore(self._host, self.is_wired)[0]:
@@ -111,14 +101,9 @@ class Memory:
             ]
             # Something may have been swapped out while we asked.
             if believes_mincore(self._host, self.is_wired)[0]:
-                pairs = zip(found, self.base_pages, strict=True)
+                pairs = zip(found, self.layout.starts, strict=True)
                 return chain.from_iterable(extents(marks, base) for marks, base in pairs)
-        return iter(
-            [
-                (base, base + one.length_bytes // PAGE_BYTES)
-                for base, one in zip(self.base_pages, self._maps, strict=True)
-            ]
-        )
+        return self.layout.extents()
 
     def waiting_vcpus(self) -> frozenset[int]:
         """Return the vCPUs that wait in bhyve."""
@@ -127,7 +112,7 @@ class Memory:
     def changed(self) -> Iterator[tuple[int, int]] | None:
         """Return the extents written since the last call, None where the kernel has no log."""
         log = self._vm.dirty([one.length_bytes for one in self._maps])
-        return None if log is None else dirty_extents(log, self.base_pages)
+        return None if log is None else dirty_extents(log, self.layout.starts)
 
     def close(self) -> None:
         """Give up the VM and the mappings.  Twice is no error.

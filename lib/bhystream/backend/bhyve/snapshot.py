@@ -41,6 +41,7 @@ from bhystream.guest import (
     MAX_OPTIONAL_STATE_BYTES,
     MAX_STATE_BYTES,
     PAGE_BYTES,
+    Layout,
     Segment,
     State,
 )
@@ -155,13 +156,15 @@ def memory_spans(memory_bytes: int) -> list[tuple[int, int, int]]:
     return spans
 
 
-def layout_of(memory_bytes: int) -> tuple[Segment, ...]:
+def layout_of(memory_bytes: int) -> Layout:
     """Return the segments of a guest with so much memory."""
     names = ("lowmem", "highmem")
     spans = memory_spans(memory_bytes)
-    return tuple(
-        Segment(name, gpa, length // PAGE_BYTES)
-        for name, (gpa, _, length) in zip(names, spans, strict=False)
+    return Layout(
+        tuple(
+            Segment(name, gpa, length // PAGE_BYTES)
+            for name, (gpa, _, length) in zip(names, spans, strict=False)
+        )
     )
 
 

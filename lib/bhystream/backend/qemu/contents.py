@@ -11,7 +11,7 @@ from typing import Any
 from bhystream.backend.qemu.state import MAX_STATE_BYTES
 from bhystream.backend.qemu.validate import validate
 from bhystream.errors import FormatError, IncompatibleError
-from bhystream.guest import PAGE_BYTES, Json, Segment, State
+from bhystream.guest import PAGE_BYTES, Json, Layout, State
 
 STATE = "qemu"
 # Source: qemu/qemu migration/savevm.h, QEMU_VM_FILE_MAGIC and QEMU_VM_FILE_VERSION.
@@ -29,11 +29,11 @@ class QemuContents:
         """Check CONFIG."""
         self._memory = validate(config)["memory"]
 
-    def layout(self, layout: tuple[Segment, ...]) -> None:
+    def layout(self, layout: Layout) -> None:
         """Check that LAYOUT is the one memory backend of CONFIG."""
-        if len(layout) != 1:
-            raise IncompatibleError(f"{len(layout)} segments; QEMU guests have one")
-        [segment], memory = layout, self._memory
+        if len(layout.segments) != 1:
+            raise IncompatibleError(f"{len(layout.segments)} segments; QEMU guests have one")
+        [segment], memory = layout.segments, self._memory
         if (segment.name, segment.npages * PAGE_BYTES) != (memory["id"], memory["size_bytes"]):
             raise IncompatibleError(
                 f"segment {ascii(segment.name)[:40]} of {segment.npages} pages is not the"

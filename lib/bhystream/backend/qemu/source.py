@@ -33,7 +33,7 @@ from bhystream.backend.qemu.process import read_argv, working_directory
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.state import take_state
 from bhystream.errors import GuestError, IncompatibleError
-from bhystream.guest import PAGE_BYTES, Head, Json, Segment, State
+from bhystream.guest import PAGE_BYTES, Head, Json, Layout, Segment, State
 
 # Measured with QEMU 7.2 under TCG on two busy cores: stop 2 to 6 ms, state 2 to
 # 5, load 2 to 12, cont under 1, and the programs around them.
@@ -84,7 +84,8 @@ class QemuSource:
         self._changes: list[str] = []
         self._config, self._drives = self._describe(self._changes)
         qmp.who = f"guest {self._config['name']}"
-        self._layout = (Segment(backend.ident, None, backend.size_bytes // PAGE_BYTES),)
+        segment = Segment(backend.ident, None, backend.size_bytes // PAGE_BYTES)
+        self._layout = Layout((segment,))
         self._size_bytes = backend.size_bytes
         self._ram_fd = ram.open_ram(qmp.pid, backend.size_bytes, os.O_RDONLY)
         self._mapping = ram.map_ram(self._ram_fd, backend.size_bytes, qmp.who, mmap.PROT_READ)
