@@ -21,7 +21,6 @@ from array import array
 from collections.abc import Callable
 
 from bhystream.memory.batch import Batch
-from bhystream.memory.bitmap import walk
 from bhystream.memory.page import PageHasher, check_pages, scatter
 from bhystream.memory.xxh3 import find
 
@@ -132,41 +131,10 @@ def bench_pages(npages: int, turns: int) -> None:
         print(f"{name:36} {rate:7.2f} GB/s {base / seconds:6.2f} x memcpy")
 
 
-def bench_bitmap(nwords: int, turns: int) -> None:
-    words = array("Q", bytes(8 * nwords))
-    target = array("Q", bytes(8 * nwords))
-    out = array("Q", bytes(8 * 8192))
-    half = array("Q", [0x5555555555555555]) * nwords
-
-    def copy() -> None:
-        memoryview(target)[:] = memoryview(words)
-
-    def run(bits: array[int]) -> None:
-        page = 0
-        while page < nwords * 64:
-            _, page = walk(bits, page, nwords * 64, out)
-
-    one = array("Q", words)
-    one[::1024] = array("Q", [1 << 33]) * len(one[::1024])
-    rows: dict[str, Callable[[], None]] = {
-        "memcpy of the bitmap": copy,
-        "walk, empty": lambda: run(words),
-        "walk, one page in 65536": lambda: run(one),
-        "walk, every other page": lambda: run(half),
-    }
-    medians = measure(rows, turns)
-    base = medians["memcpy of the bitmap"]
-    print(f"bitmap of {nwords * 8 >> 20} MiB ({nwords >> 12} GiB of guest)")
-    for name, seconds in medians.items():
-        rate = nwords * 8 / seconds / 1e9
-        print(f"{name:36} {rate:7.2f} GB/s {base / seconds:6.2f} x memcpy")
-
-
 def main() -> None:
     mib = int(sys.argv[1]) if len(sys.argv) > 1 else 1024
     turns = int(sys.argv[2]) if len(sys.argv) > 2 else 7
     bench_pages(mib << 8, turns)
-    bench_bitmap(1 << 23, turns)
 
 
 if __name__ == "__main__":

@@ -540,7 +540,6 @@ def test_a_file_and_a_mapping_take_the_same_pages(rng: random.Random, tmp_path: 
 GUARD = """
 import mmap, os, tempfile
 from bhystream.memory.batch import Batch
-from bhystream.memory.bitmap import count, walk
 from bhystream.memory.page import PageHasher, check_pages, mark_changed, scatter, scatter_into
 
 def guarded(nbytes):
@@ -552,13 +551,6 @@ def guarded(nbytes):
     return memoryview(m)[mmap.PAGESIZE - nbytes : mmap.PAGESIZE]
 
 hasher = PageHasher(1)
-for shift in (0, 1):
-    for nwords in (1, 2, 7, 8, 9, 10, 16, 17, 18, 500, 511 - shift):
-        words = guarded(8 * nwords)
-        for value in (0, 255):
-            words[:] = bytes([value]) * len(words)
-            walk(words.cast("Q"), 0, 64 * nwords, memoryview(bytearray(16)).cast("Q"))
-            count(words.cast("Q"), 0, 64 * nwords)
 page, hashes = guarded(4096), guarded(8).cast("Q")
 table = memoryview(bytearray(8)).cast("Q")
 hasher.hash_pages(page, hashes)

@@ -13,7 +13,7 @@ from bhystream.errors import OK, PipeError
 from bhystream.guest import PAGE_BYTES
 from bhystream.report import Console
 from bhystream.send import dryrun
-from bhystream.send.dryrun import Survey, survey
+from bhystream.send.dryrun import Survey, places, survey
 from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits
 from bhystream.signals import Signals
@@ -94,7 +94,16 @@ def test_the_whole_guest_changing_is_one_place(source: MemorySource, world: Worl
     assert (found.data_pages, found.changed_pages, found.changed_extents) == (0, NPAGES, 1)
 
 
-def test_changes_in_more_places_than_one_look_counts(world: World) -> None:
+def test_places_are_runs_of_ones(rng: random.Random) -> None:
+    for nwords in (0, 1, 2, 7, 64):
+        for share in (0.0, 0.01, 0.5, 0.99, 1.0):
+            bits = [rng.random() < share for _ in range(64 * nwords)]
+            whole = sum(bit << at for at, bit in enumerate(bits)).to_bytes(8 * nwords, "little")
+            runs = sum(bit and not (at and bits[at - 1]) for at, bit in enumerate(bits))
+            assert places(memoryview(whole)) == runs
+
+
+def test_every_other_page_is_a_place(world: World) -> None:
     source = MemorySource(6000)
 
     def run() -> None:
