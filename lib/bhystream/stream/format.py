@@ -16,7 +16,7 @@ import re
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from bhystream.errors import FormatError
 from bhystream.guest import GUEST_NAME, MAX_GUEST_PAGES, PAGE_BYTES, Layout, Segment
@@ -175,9 +175,8 @@ class Time:
     paused_for_ns: int
 
 
-@dataclass(frozen=True)
-class End:
-    """The trailer: totals over everything before it, and the digest."""
+class End(NamedTuple):
+    """The trailer: totals over everything before it, and the digest; in the order of END."""
 
     what: int
     rounds: int

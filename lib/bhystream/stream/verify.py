@@ -392,7 +392,7 @@ class Walk:
 
     def _take_end(self, section: Section) -> Ended:
         _exact(section.payload, fmt.END.size)
-        end = End(*fmt.END.unpack(section.payload))
+        end = End._make(fmt.END.unpack(section.payload))
         tally = self._tally
         expected = End(
             what=fmt.end_flags(self.header.form, self.header.features),
@@ -404,7 +404,7 @@ class Walk:
             state_bytes=tally.needed.nbytes,
             digest=self.reader.digest.digest(),
         )
-        for name in End.__dataclass_fields__:
+        for name in End._fields:
             said, counted = getattr(end, name), getattr(expected, name)
             if said != counted:
                 shown = (said.hex(), counted.hex()) if name == "digest" else (said, counted)

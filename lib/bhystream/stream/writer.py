@@ -185,19 +185,7 @@ class Writer:
             state_bytes=self.state_bytes,
             digest=self._digest.digest(),
         )
-        self.section(
-            Type.END,
-            fmt.END.pack(
-                end.what,
-                end.rounds,
-                end.sections,
-                end.offset_bytes,
-                end.data_pages,
-                end.zero_pages,
-                end.state_bytes,
-                end.digest,
-            ),
-        )
+        self.section(Type.END, fmt.END.pack(*end))
         self.ended = True
         return end
 
