@@ -29,6 +29,7 @@ from bhystream.backend.bhyve.snapshot import Files, Meta, layout_of, memory_span
 from bhystream.errors import GuestError, IncompatibleError, InternalError, from_oserror
 from bhystream.guest import GUEST_NAME, Head, Json, State
 from bhystream.memory import hole
+from bhystream.memory.mapping import unmap
 from bhystream.memory.target import FileTarget
 
 _HYPERVISORS = ("bhyve", "standin")
@@ -50,7 +51,7 @@ class SnapshotSource:
         self.files = Files(path.parent, path.name)
         self._host = host_section
         self._fd = -1
-        self._mapping: mmap.mmap | None = None
+        self._mappings: list[mmap.mmap] = []
         self._views: list[memoryview] = []
         self._stamps = self._look()
         self._fd, size = snapshot.open_file(self.files.memory)
@@ -115,10 +116,11 @@ class SnapshotSource:
 
     def memory(self) -> Sequence[memoryview]:
         """Return the mapped memory, read-only, by segment."""
-        if self._mapping is None:
+        if not self._mappings:
             size = self._meta.memory_bytes
-            self._mapping = mmap.mmap(self._fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
-            with memoryview(self._mapping) as whole:
+            mapping = mmap.mmap(self._fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+            self._mappings = [mapping]
+            with memoryview(mapping) as whole:
                 for _, offset, length in memory_spans(size):
                     self._views.append(whole[offset : offset + length])
         return self._views
@@ -148,17 +150,9 @@ class SnapshotSource:
         return states
 
     def close(self) -> None:
-        """Give up the mapping and the descriptor.
-
-        A view that the engine still holds keeps the mapping until it is dropped.
-        """
-        with contextlib.suppress(BufferError):
-            for view in self._views:
-                view.release()
-            if self._mapping is not None:
-                self._mapping.close()
-        self._views = []
-        self._mapping = None
+        """Give up the mapping and the descriptor."""
+        unmap(self._views, self._mappings)
+        self._views, self._mappings = [], []
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

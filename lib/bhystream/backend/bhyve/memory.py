@@ -20,6 +20,7 @@ from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, LOWMEM_LIMIT_BYTES, H
 from bhystream.backend.bhyve.residency import believes_mincore, dirty_extents, extents
 from bhystream.backend.bhyve.snapshot import layout_of, memory_spans
 from bhystream.errors import IncompatibleError
+from bhystream.memory.mapping import unmap
 
 
 def system_memory(maps: Sequence[MemoryMap], who: str) -> list[MemoryMap]:
@@ -115,15 +116,7 @@ class Memory:
         return None if log is None else dirty_extents(log, self.layout.starts)
 
     def close(self) -> None:
-        """Give up the VM and the mappings.  Twice is no error.
-
-        A view that the engine still holds keeps its mapping until it is dropped.
-        """
-        for view, mapping in zip(self.views, self._mappings, strict=True):
-            try:
-                view.release()
-                mapping.close()
-            except BufferError:
-                continue
+        """Give up the VM and the mappings.  Twice is no error."""
+        unmap(self.views, self._mappings)
         self.views, self._mappings = [], []
         self._vm.close()

@@ -56,6 +56,7 @@ from bhystream.backend.launch import Child
 from bhystream.backend.process import identify
 from bhystream.errors import BhyError, GuestError, from_oserror
 from bhystream.guest import State
+from bhystream.memory.mapping import unmap
 
 _LIMIT_S = 60.0
 _STOP_S = 10.0
@@ -381,15 +382,8 @@ class Restore:
         self._node = ""
 
     def close(self) -> None:
-        """Give up the VM and its memory.  Twice is no error.
-
-        A view that a target still holds keeps its mapping until it is dropped.
-        """
-        for view in self.memory:
-            view.release()
-        for mapping in self._mappings:
-            with contextlib.suppress(BufferError):
-                mapping.close()
+        """Give up the VM and its memory.  Twice is no error."""
+        unmap(self.memory, self._mappings)
         self.memory, self._mappings = [], []
         if self._vm is not None:
             self._vm.close()

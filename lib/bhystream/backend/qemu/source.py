@@ -34,6 +34,7 @@ from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.state import take_state
 from bhystream.errors import GuestError, IncompatibleError
 from bhystream.guest import PAGE_BYTES, Head, Json, Layout, Segment, State
+from bhystream.memory.mapping import unmap
 
 # Measured with QEMU 7.2 under TCG on two busy cores: stop 2 to 6 ms, state 2 to
 # 5, load 2 to 12, cont under 1, and the programs around them.
@@ -50,7 +51,7 @@ class QemuSource:
         and one that something seems to supervise.
         """
         self._force = force
-        self._mapping: mmap.mmap | None = None
+        self._mappings: list[mmap.mmap] = []
         self._views: list[memoryview] = []
         self._ram_fd = -1
         fallback = _name_of_path(qmp_path)
@@ -88,8 +89,9 @@ class QemuSource:
         self._layout = Layout((segment,))
         self._size_bytes = backend.size_bytes
         self._ram_fd = ram.open_ram(qmp.pid, backend.size_bytes, os.O_RDONLY)
-        self._mapping = ram.map_ram(self._ram_fd, backend.size_bytes, qmp.who, mmap.PROT_READ)
-        self._views = [memoryview(self._mapping)]
+        mapping = ram.map_ram(self._ram_fd, backend.size_bytes, qmp.who, mmap.PROT_READ)
+        self._mappings = [mapping]
+        self._views = [memoryview(mapping)]
 
     def _describe(
         self, changes: list[str] | None
@@ -215,19 +217,10 @@ class QemuSource:
         return take_state(qmp, self._identity)
 
     def close(self) -> None:
-        """Give up connection, descriptor and mapping; the guest stays as it is.
-
-        A view that the engine still holds keeps the mapping alive until it is
-        dropped; that is no error here.
-        """
+        """Give up connection, descriptor and mapping; the guest stays as it is."""
         self._qmp.close()
-        with contextlib.suppress(BufferError):
-            for view in self._views:
-                view.release()
-            if self._mapping is not None:
-                self._mapping.close()
-        self._views = []
-        self._mapping = None
+        unmap(self._views, self._mappings)
+        self._views, self._mappings = [], []
         if self._ram_fd >= 0:
             os.close(self._ram_fd)
             self._ram_fd = -1
