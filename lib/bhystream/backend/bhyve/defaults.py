@@ -61,14 +61,9 @@ def memory_bytes(size: str) -> int:
     found = _SIZE.fullmatch(size)
     if not found:
         raise refuse(f"memory.size: {shown(size)} is no size")
-    digits = found[1]
-    if digits[:2].lower() == "0x":
-        count = int(digits, 16)
-    else:
-        octal = len(digits) > 1 and digits.startswith("0")
-        if octal and set(digits) - set("01234567"):
-            raise refuse(f"memory.size: {shown(size)} is no size")
-        count = int(digits, 8 if octal else 10)
+    count = known.strtol(found[1])
+    if count is None:
+        raise refuse(f"memory.size: {shown(size)} is no size")
     if not found[2] and not found[3]:
         size_bytes = count * _MIB if count < _MIB else count
     else:

@@ -96,21 +96,24 @@ def boolean(value: str) -> str | None:
     return "true" if word in _TRUE else "false" if word in _FALSE else None
 
 
+def strtol(digits: str) -> int | None:
+    """Return a number as strtol(3) with base 0 reads it, None where it stops before the end.
+
+    digits: hexadecimal ones behind 0x, or decimal ones.
+    """
+    if digits[:2].lower() == "0x":
+        return int(digits, 16)
+    if digits.startswith("0") and digits != "0":
+        return None if set(digits) - set("01234567") else int(digits, 8)
+    return int(digits)
+
+
 def number(low: int, high: int) -> Clean:
-    """Return a Clean for numbers as strtol(3) with base 0 reads them, made decimal."""
+    """Return a Clean for numbers as strtol(3) reads them, made decimal."""
 
     def clean(value: str) -> str | None:
-        if not _NUMBER.fullmatch(value):
-            return None
-        if value[:2].lower() == "0x":
-            found = int(value, 16)
-        elif value.startswith("0") and value != "0":
-            if set(value) - set("01234567"):
-                return None
-            found = int(value, 8)
-        else:
-            found = int(value)
-        return str(found) if low <= found <= high else None
+        found = strtol(value) if _NUMBER.fullmatch(value) else None
+        return None if found is None or not low <= found <= high else str(found)
 
     return clean
 
