@@ -22,6 +22,10 @@ MAX_GUEST_PAGES = 1 << 36
 MAX_STATE_BYTES = 128 << 20
 MAX_OPTIONAL_STATE_BYTES = 4 << 20
 
+# A slow disk: how long a memory file may take.  A destination that could not start early reads
+# the guest's memory before READY.
+SLOW_BYTES_PER_SECOND = 100 << 20
+
 # What a record says of the guest; these words are in the records, and in -l.
 PAUSED = "paused"  # source: stopped, and nothing out that could start it elsewhere
 HELD = "held"  # source, plain form: END may be out; only the operator resumes it

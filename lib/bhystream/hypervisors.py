@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bhystream.backend.base import Paused, Sink, Snapshot, Source
+from bhystream.backend.base import BHYVE, Paused, Sink, Snapshot, Source
 from bhystream.errors import GuestError, IncompatibleError, UsageError
 from bhystream.guest import GUEST_NAME
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from bhystream.stream.contents import Contents
 
 _QEMU = "qemu:"
-_BHYVE = ("bhyve", "standin")
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def open_snapshot(what: Sending) -> Snapshot:
 
 def open_contents(hypervisor: str) -> Contents | None:
     """Return what checks a hypervisor's sections of one stream; None for one not known."""
-    if hypervisor in _BHYVE:
+    if hypervisor in BHYVE:
         from bhystream.backend.bhyve.contents import BhyveContents
 
         return BhyveContents()
@@ -163,7 +162,7 @@ def open_sink(hypervisor: str, stream_name: str, what: Receiving) -> tuple[Sink,
 
     Raises IncompatibleError for a hypervisor that is not known, UsageError.
     """
-    if hypervisor in _BHYVE:
+    if hypervisor in BHYVE:
         return _open_bhyve(hypervisor, stream_name, what)
     if hypervisor != "qemu":
         raise IncompatibleError(f"the guest's hypervisor {hypervisor!r} is not known here")
@@ -231,11 +230,11 @@ def _qmp_path(operand: str) -> str:
 def open_paused(revive: Mapping[str, Any]) -> Paused:
     """Find a recorded guest again.  Raises GuestError if it is not the same."""
     kind = revive.get("hypervisor")
-    if kind in _BHYVE and revive.get("role") == "source":
+    if kind in BHYVE and revive.get("role") == "source":
         from bhystream.backend.bhyve.held import open_held
 
         return open_held(revive, recorded_host)
-    if kind in _BHYVE:
+    if kind in BHYVE:
         from bhystream.backend.bhyve.loaded import open_loaded
 
         return open_loaded(revive, recorded_host)
@@ -253,7 +252,7 @@ def was_never_released(revive: Mapping[str, Any]) -> bool:
     not known, as of QEMU's guests: one that stands paused may have run before.
     Raises GuestError.
     """
-    if revive.get("hypervisor") not in _BHYVE:
+    if revive.get("hypervisor") not in BHYVE:
         return False
     from bhystream.backend.bhyve.loaded import open_loaded
 
@@ -266,7 +265,7 @@ def lies_in_files(revive: Mapping[str, Any]) -> bool:
     They go when it runs, so one that was told to run and has them still may
     never have come to it.  False for QEMU's guests.  Raises GuestError.
     """
-    if revive.get("hypervisor") not in _BHYVE or revive.get("role") != "destination":
+    if revive.get("hypervisor") not in BHYVE or revive.get("role") != "destination":
         return False
     from bhystream.backend.bhyve.loaded import open_loaded
 

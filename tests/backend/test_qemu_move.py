@@ -209,7 +209,7 @@ def test_state_with_ram_in_it_is_refused_and_the_guest_resumes(
     path = rig.start("here")
     source = QemuSource(path)
     monkeypatch.setattr("bhystream.backend.qemu.state.MAX_STATE_BYTES", 100_000)
-    monkeypatch.setattr("bhystream.backend.qemu.state._PIPE_BYTES", 4096)
+    monkeypatch.setattr("bhystream.backend.qemu.state.PIPE_BYTES", 4096)
     with pytest.raises(GuestError, match="put RAM into the state"):
         source.pause()
     assert state_of_open(source) == "running"

@@ -15,6 +15,9 @@ from typing import Protocol
 
 from bhystream.guest import Head, Json, State
 
+# What streams and records call bhyve.
+BHYVE = ("bhyve", "standin")
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -65,8 +65,6 @@ from bhystream.guest import DEAD, GO, LOADED, MOVED, PAUSED, READY, STARTED
 # answer to GO than the destination takes one, so that FAILED can still come.
 ACCEPT_SECONDS = 60
 READY_SECONDS = 60
-# A destination that could not start early reads the guest's memory before READY.
-SLOW_BYTES_PER_SECOND = 100 << 20
 GO_SECONDS = 60
 ANSWER_SECONDS = 90
 

@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bhystream.errors import IN_DOUBT, BhyError, GuestError, PipeError, ReaderGoneError, ending
+from bhystream.guest import SLOW_BYTES_PER_SECOND
 from bhystream.handover.answers import Answer, Box, LostError
 from bhystream.handover.handshake import (
     ACCEPT_SECONDS,
     ANSWER_SECONDS,
     READY_SECONDS,
-    SLOW_BYTES_PER_SECOND,
     Event,
 )
 from bhystream.handover.standing import EVENTS

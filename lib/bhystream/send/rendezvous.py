@@ -32,7 +32,7 @@ from bhystream.handover.answers import Box, Parser
 
 # sizeof(sockaddr_un.sun_path) less its NUL, where it is smallest (FreeBSD).
 _MAX_PATH_BYTES = 103
-_READ_BYTES = 65536
+READ_BYTES = 65536
 _GREETING_SECONDS = 30.0
 _JOIN_SECONDS = 5.0
 
@@ -174,7 +174,7 @@ class Rendezvous:
         parser = self._parsers[fd]
         why, closed = "the way back was closed", True
         try:
-            data = os.read(fd, _READ_BYTES)
+            data = os.read(fd, READ_BYTES)
             for answer in parser.feed(data):
                 assert parser.hello is not None
                 self._box.put(parser.hello, answer)

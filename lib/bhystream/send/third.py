@@ -25,12 +25,11 @@ from bhystream.errors import BhyError, UsageError
 from bhystream.handover import state
 from bhystream.handover.answers import Answer, Parser, pack
 from bhystream.report import Console
-from bhystream.send.rendezvous import connect
+from bhystream.send.rendezvous import READ_BYTES, connect
 from bhystream.send.settle import Settlement
 from bhystream.signals import Interrupts
 
 _STDIN = 0
-_READ_BYTES = 65536
 # What still comes when bhysend has ended: nobody needs it.
 _DRAIN_SECONDS = 5.0
 _DECISIVE = ("READY", "RUNNING", "FAILED", "RAN", "UNKNOWN", "REFUSED")
@@ -83,7 +82,7 @@ class Third:
     def _read(self) -> None:
         """Take what has come, and hand it on."""
         try:
-            data = os.read(_STDIN, _READ_BYTES)
+            data = os.read(_STDIN, READ_BYTES)
         except BlockingIOError:
             return
         except OSError:

@@ -38,8 +38,8 @@ _FLAGS = {
 _DEFAULT_MEMORY = "256M"
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _VARIABLE = re.compile(r"%\(([^)]*)\)")
-_BLOCK = ("virtio-blk", "ahci-hd", "ahci-cd", "nvme")
-_NET = ("virtio-net", "e1000")
+BLOCK = frozenset({"virtio-blk", "ahci-hd", "ahci-cd", "nvme"})
+NET = frozenset({"virtio-net", "e1000"})
 
 
 def parse_bytes(text: str) -> int:
@@ -227,8 +227,8 @@ def _slot_key(kind: str, word: str, index: int) -> tuple[str, str]:
     key, equals, value = word.partition("=")
     if equals:
         return key, value
-    if index == 0 and kind in _BLOCK:
+    if index == 0 and kind in BLOCK:
         return "path", word
-    if index == 0 and kind in _NET:
+    if index == 0 and kind in NET:
         return "backend", word
     return word, "true"

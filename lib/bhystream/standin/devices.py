@@ -27,7 +27,7 @@ from typing import Any
 from bhystream.errors import GuestError
 
 from .blob import number, pack_blob, unpack_blob
-from .config import Config
+from .config import BLOCK, NET, Config
 from .gate import Gate
 from .kernel import StandinHost
 from .node import Memory
@@ -49,8 +49,6 @@ UNSAVED = frozenset(
 )
 PLAIN = frozenset({"hostbridge", "amd_hostbridge", "virtio-rnd", "lpc", "fbuf", "xhci"})
 KNOWN = PAUSABLE | UNSAVED | PLAIN | {"e1000"}
-BLOCK = frozenset({"virtio-blk", "ahci-hd", "ahci-cd", "nvme"})
-NET = frozenset({"virtio-net", "e1000"})
 
 _TICK_S = 0.01
 _COUNTER = struct.Struct("<Q")

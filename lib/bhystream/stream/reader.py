@@ -33,12 +33,12 @@ class RawInput(Protocol):
 
 # What may follow what.  PAD, ABORT and unknown optional sections are not in
 # the table: see _misplaced().
-_HEAD = (Type.HOST, Type.LAYOUT, Type.CONFIG, Type.DEVICES, Type.HEAD_END)
+HEAD = (Type.HOST, Type.LAYOUT, Type.CONFIG, Type.DEVICES, Type.HEAD_END)
 _ROUNDS = frozenset({Type.MEMORY, Type.ROUND_END})
 _STATES = frozenset({Type.STATE, Type.STATE_ZEROS, Type.STATE_OPTIONAL, Type.TIME})
 _NEXT: dict[Type | None, frozenset[Type]] = {
     None: frozenset({Type.HOST}),
-    **{a: frozenset({b}) for a, b in pairwise(_HEAD)},
+    **{a: frozenset({b}) for a, b in pairwise(HEAD)},
     Type.HEAD_END: _ROUNDS | {Type.REHEARSAL},
     Type.REHEARSAL: _ROUNDS,
     Type.MEMORY: _ROUNDS,

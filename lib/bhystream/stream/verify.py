@@ -34,7 +34,7 @@ from bhystream.memory.page import PageHasher, check_pages
 from bhystream.stream import format as fmt
 from bhystream.stream.contents import Contents
 from bhystream.stream.format import End, Feature, Form, Header, RoundEnd, Time, Type
-from bhystream.stream.reader import RawInput, Reader, Section, place
+from bhystream.stream.reader import HEAD, RawInput, Reader, Section, place
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,6 @@ class Go:
 
     nonce: bytes
 
-
-_HEAD = (Type.HOST, Type.LAYOUT, Type.CONFIG, Type.DEVICES, Type.HEAD_END)
 
 Event = Header | Head | Rehearsal | Pages | RoundEnd | Pad | State | Ended | Go
 
@@ -211,7 +209,7 @@ class Walk:
         Raises FormatError without a place.  Unknown optional sections have no
         event.
         """
-        if section.type in _HEAD:
+        if section.type in HEAD:
             return self._take_head(section)
         take = self._takers.get(section.type)
         return take(section) if take else None

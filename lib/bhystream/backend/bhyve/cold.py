@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bhystream import durable
+from bhystream.backend.base import BHYVE
 from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.snapshot import Files, Meta, layout_of, memory_spans
 from bhystream.errors import GuestError, IncompatibleError, InternalError, from_oserror
@@ -32,7 +33,6 @@ from bhystream.memory import hole
 from bhystream.memory.mapping import unmap
 from bhystream.memory.target import FileTarget
 
-_HYPERVISORS = ("bhyve", "standin")
 # A file system that does not know its holes.  Source: lseek(2).
 _NO_HOLES = (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP)
 
@@ -184,7 +184,7 @@ class FilesSink:
     def check(self, head: Head) -> list[str]:
         """Return the reasons why the files cannot be made here; remember the head."""
         kind = head.host.get("hypervisor")
-        if kind not in _HYPERVISORS:
+        if kind not in BHYVE:
             return [f"hypervisor: the guest runs under {ascii(kind)[:40]}, not bhyve"]
         size = head.layout.size_bytes
         reasons = self._reasons_of_place(size)

@@ -23,7 +23,6 @@ from bhystream.backend.bhyve.defaults import explicit, memory_bytes
 from bhystream.backend.bhyve.keys import refuse, shown, told
 
 MAX_FILE_BYTES = 256 << 10
-_MAX_KEYS = 1024
 _MAX_DEPTH = 16
 _MAX_VALUE = 1023
 # Later versions know both names and prefer the new one; all know the old one, which
@@ -76,8 +75,8 @@ def parse(text: str) -> dict[str, str]:
         if not known.KEY.fullmatch(key):
             raise refuse(f"line {number}: {shown(key)} is no key")
         found[key] = value
-        if len(found) > _MAX_KEYS:
-            raise refuse(f"line {number}: more than {_MAX_KEYS} keys")
+        if len(found) > known.MAX_KEYS:
+            raise refuse(f"line {number}: more than {known.MAX_KEYS} keys")
     return found
 
 

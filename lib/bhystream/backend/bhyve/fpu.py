@@ -39,7 +39,6 @@ Unverified: Intel, and any machine that is not emulated.
 
 from __future__ import annotations
 
-import re
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -52,8 +51,9 @@ from bhystream.backend.bhyve.journal import Journal
 from bhystream.backend.bhyve.kept import kept_registers, vmcs_fields
 from bhystream.backend.bhyve.lent import LIMIT_S, NotPutBackError, flag, lent, run_to_end
 from bhystream.backend.bhyve.physical import ADDRESS, Lowmem, Physical
+from bhystream.backend.bhyve.snapshot import FPU_NAME
 from bhystream.errors import AccessError, GuestError
-from bhystream.guest import State
+from bhystream.guest import PAGE_BYTES, State
 
 STATE_PREFIX = "fpu/"
 STATE_LIMIT_BYTES = 16 << 10
@@ -66,7 +66,6 @@ _POLL_S = 0.0002
 _HEAD = struct.Struct("<Q")
 _LEAST_BYTES = _HEAD.size + stub.FXSAVE_BYTES
 _LEAST_XSAVE_BYTES = 512 + 64  # legacy region and header
-_NAME = re.compile(r"fpu/(0|[1-9][0-9]{0,4})", re.ASCII)
 _VALID = 1 << 31  # of an event in the VMCS
 _HLT = b"\xf4"
 
@@ -135,7 +134,7 @@ def load(
         if vcpu not in waiting or sum(one[0] == vcpu for one in parsed) > 1:
             raise GuestError(f"state {STATE_PREFIX}{vcpu}: no vCPU waits for it")
         before = kept_registers(vm, vcpu)
-        slot = stub.free_slot(bytes(stub.PAGE_BYTES)) or 0
+        slot = stub.free_slot(bytes(PAGE_BYTES)) or 0
         made = stub.make(_cpl(before), slot, is_save=False, has_xsave=bool(xcr0))
         pages = bytearray(made.pages)
         _HEAD.pack_into(pages, stub.XCR0, xcr0)
@@ -188,7 +187,7 @@ def _require_carriable(vm: Vm, physical: Physical, vcpu: int, before: Mapping[in
         behind = physical.translate(cr3, (before[reg.RIP] - 1) & ((1 << 64) - 1))
         if behind is None or physical.read(behind, 1) != _HLT:
             raise GuestError("it stands in an interrupt shadow")
-    slot = stub.free_slot(physical.read(cr3 & ADDRESS, stub.PAGE_BYTES))
+    slot = stub.free_slot(physical.read(cr3 & ADDRESS, PAGE_BYTES))
     if slot is None:
         raise GuestError("it uses all of its address space")
     return slot
@@ -207,7 +206,7 @@ def _reason(vcpu: int, why: str) -> str:
 
 def parse(state: State) -> tuple[int, int, bytes]:
     """Return vCPU, XCR0 and both images.  Raises GuestError for what save() never made."""
-    named = _NAME.fullmatch(state.name)
+    named = FPU_NAME.fullmatch(state.name)
     size = len(state.data)
     if not named or not _LEAST_BYTES <= size <= STATE_LIMIT_BYTES:
         raise GuestError(f"state {state.name} with {size} bytes is not of an FPU")

@@ -32,8 +32,8 @@ from collections.abc import Callable, Sequence
 from bhystream.backend.bhyve import ioctl, libc
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, MemoryMap, SegmentDescriptor
 from bhystream.errors import AccessError, BhyError, GuestError
+from bhystream.guest import PAGE_BYTES
 
-PAGE_BYTES = 4096
 # Given to an ioctl that a signal interrupted, or that found a vCPU's state in between.
 _TRIES = 100
 _PASSING = (errno.EINTR, errno.EBUSY)

@@ -45,6 +45,7 @@ _COM = re.compile(r"lpc\.com[1-4]\.path")
 _CPUSET = re.compile(r"vcpu\.[0-9]{1,5}\.cpuset")
 # Source: sys/dev/vmm/vmm_mem.h, VM_MAXMEMDOM; bhyverun.c, bhyve_numa_parse().
 DOMAIN = re.compile(r"domains\.([0-7])\.(size|cpus|domain_policy)")
+MAX_KEYS = 1024  # of a configuration
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}")
 _REGISTER = re.compile(r"(?:0[xX])?[0-9a-fA-F]{1,4}")
 _TRUE = {"true", "on", "yes", "1"}

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bhystream.errors import GuestError
+from bhystream.guest import PAGE_BYTES
 
-PAGE_BYTES = 4096
 _MAP_FIXED = 0x10  # Source: sys/sys/mman.h; the same on Linux
 INCORE = 0x1  # MINCORE_INCORE.  Source: sys/sys/mman.h; Linux has only this bit.
 

@@ -29,10 +29,10 @@ from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.place import Place, Started
 from bhystream.backend.bhyve.restore import Restore, TooLateError
-from bhystream.backend.bhyve.snapshot import SLOW_BYTES_PER_SECOND, Files
+from bhystream.backend.bhyve.snapshot import Files
 from bhystream.backend.process import is_same, is_stopped
 from bhystream.errors import BhyError, GoneError, GuestError, TakenError, from_oserror
-from bhystream.guest import Json, State
+from bhystream.guest import SLOW_BYTES_PER_SECOND, Json, State
 
 # Words in run.lock that are no host's, so that vm-bhyve starts nothing.
 HELD = "held-by-bhysend"

@@ -39,13 +39,13 @@ from pathlib import Path
 
 from bhystream import durable
 from bhystream.backend.bhyve.keys import refuse, shown
+from bhystream.backend.bhyve.vmconf import MAX_CONF_BYTES
 from bhystream.backend.process import Identity
 from bhystream.errors import GuestError, InternalError, from_oserror
 
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 _POLL_S = 0.05
 _MAX_LOCK_BYTES = 1024
-_MAX_CONF_BYTES = 256 << 10
 _OURS = "bhysend"
 _PROCESS = re.compile(r"# process ([0-9]{1,10}) (-?[0-9]{1,20}) ([0-9A-Za-z-]{1,64})")
 
@@ -143,7 +143,7 @@ class Locks:
 
         It may have ended since: nobody looks after it.
         """
-        text = _read(self._conf, _MAX_CONF_BYTES) if self._is_ours() else None
+        text = _read(self._conf, MAX_CONF_BYTES) if self._is_ours() else None
         if not text:
             return None
         found = _PROCESS.fullmatch(text.partition("\n")[0])

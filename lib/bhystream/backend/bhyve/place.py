@@ -26,12 +26,11 @@ from typing import Any
 from bhystream import durable
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listens
-from bhystream.backend.bhyve.snapshot import Files
+from bhystream.backend.bhyve.snapshot import FILE, Files
 from bhystream.backend.process import Identity, boot_id, is_alive, kill_process
 from bhystream.errors import BhyError, GuestError, from_oserror
 from bhystream.guest import DEAD, Json
 
-FILE = "ckp"
 ROLE = "destination"
 STAGING = "BHYRECV_STAGING"
 _PREFIX = "bhyrecv-"

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from bhystream.backend.bhyve import fifo, snapshot
 from bhystream.backend.bhyve.checkpoint import Checkpoint, Outcome, RefusedError
-from bhystream.backend.bhyve.snapshot import Meta
-from bhystream.backend.bhyve.snapshotdir import FILE, SnapshotDir
+from bhystream.backend.bhyve.snapshot import FILE, Meta
+from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.errors import BhyError, FormatError, GoneError, GuestError, IncompatibleError
 
 UNSAVED = "a device that cannot be saved is the usual reason"

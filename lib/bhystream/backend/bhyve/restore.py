@@ -51,11 +51,11 @@ from bhystream.backend.bhyve.lastpage import LastPage
 from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.memory import system_memory
 from bhystream.backend.bhyve.place import Place, Started
-from bhystream.backend.bhyve.snapshot import SLOW_BYTES_PER_SECOND, Files
+from bhystream.backend.bhyve.snapshot import Files
 from bhystream.backend.launch import Child
 from bhystream.backend.process import identify
 from bhystream.errors import BhyError, GuestError, from_oserror
-from bhystream.guest import State
+from bhystream.guest import SLOW_BYTES_PER_SECOND, State
 from bhystream.memory.mapping import unmap
 
 _LIMIT_S = 60.0

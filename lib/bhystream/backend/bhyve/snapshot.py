@@ -47,6 +47,8 @@ from bhystream.guest import (
 )
 from bhystream.strict_json import unpack_json
 
+# What FILE is called where we name it.
+FILE = "ckp"
 META = "meta"
 MAX_META_BYTES = 1 << 20
 # Source: snapshot.c, the buffer of one blob in FreeBSD 14.
@@ -58,7 +60,6 @@ MAX_ITEMS = 1024
 MAX_VCPUS = 1 << 16
 _MAX_FPU_TEXT_BYTES = 2 * MAX_OPTIONAL_STATE_BYTES  # base64 makes 4 of 3
 _MAX_COMPONENT_BYTES = 255  # NAME_MAX
-SLOW_BYTES_PER_SECOND = 100 << 20  # of a slow disk: how long a memory file may take
 # What FreeBSD 14 saves of the kernel, and what no kernel can do without.
 _KERNEL_14 = frozenset(
     ("vhpet", "vm", "vioapic", "vlapic", "vmcx", "vatpit", "vatpic", "vpmtmr", "vrtc")
@@ -69,7 +70,7 @@ _KERNEL_LISTS = ("kern_structs", "structs")
 _NAME_KEYS = ("device", "debug_name", "snapshot_req")
 # Printable, no space (a state's name has none), no slash.
 _NAME = re.compile(r"[\x21-\x2e\x30-\x7e]{1,100}")
-_FPU_NAME = re.compile(r"fpu/(0|[1-9][0-9]{0,4})", re.ASCII)
+FPU_NAME = re.compile(r"fpu/(0|[1-9][0-9]{0,4})", re.ASCII)
 _VMNAME = re.compile(r"[\x21-\x2e\x30-\x7e]{1,229}")
 
 
@@ -371,7 +372,7 @@ def require_same(planned: Meta, found: Meta) -> None:
 
 def fpu_states(states: Sequence[State]) -> list[State]:
     """Return the optional states that we know: the FPU of each vCPU."""
-    return [state for state in states if state.is_optional and _FPU_NAME.fullmatch(state.name)]
+    return [state for state in states if state.is_optional and FPU_NAME.fullmatch(state.name)]
 
 
 def pack_fpu(states: Sequence[State]) -> bytes:

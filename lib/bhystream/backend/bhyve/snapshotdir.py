@@ -26,10 +26,9 @@ from pathlib import Path
 from bhystream.backend.bhyve import fifo
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.journal import Journal
-from bhystream.backend.bhyve.snapshot import Files, memory_spans
+from bhystream.backend.bhyve.snapshot import FILE, Files, memory_spans
 from bhystream.errors import AccessError, GuestError, PipeError, from_oserror
 
-FILE = "ckp"
 _NULL_DIR = "dev"
 _SINK = f"{_NULL_DIR}/null"
 # Source: sys/kern/sys_generic.c, devfs_iosize_max().

@@ -35,7 +35,8 @@ from bhystream.backend.bhyve.held import BhyveHeld, HeldRecord
 from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.rehearsal import UNSAVED, MemoryFileError, Rehearsal, changes, rehearse
-from bhystream.backend.bhyve.snapshotdir import FILE, SnapshotDir, clamped
+from bhystream.backend.bhyve.snapshot import FILE
+from bhystream.backend.bhyve.snapshotdir import SnapshotDir, clamped
 from bhystream.backend.process import Identity, is_alive, is_same
 from bhystream.errors import (
     AccessError,
@@ -46,7 +47,7 @@ from bhystream.errors import (
     IncompatibleError,
     from_oserror,
 )
-from bhystream.guest import Head
+from bhystream.guest import SLOW_BYTES_PER_SECOND, Head
 
 _HOLD_S = 30.0
 _SYNC_S = 10.0
@@ -300,7 +301,7 @@ class BhyveSource:
     def _limit_s(self) -> float:
         assert self._directory is not None
         written = 0 if self._directory.has_sink() else self._mapped.size_bytes
-        return _HOLD_S + written / snapshot.SLOW_BYTES_PER_SECOND
+        return _HOLD_S + written / SLOW_BYTES_PER_SECOND
 
     def _connect(self) -> Checkpoint:
         return Checkpoint(self._host.run_dir, self._name, self._who)

@@ -53,8 +53,8 @@ from dataclasses import dataclass
 
 from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve.host import SegmentDescriptor
+from bhystream.guest import PAGE_BYTES
 
-PAGE_BYTES = 4096
 BASE_GPA = 0xD0000
 NPAGES = 12
 LENGTH_BYTES = NPAGES * PAGE_BYTES
@@ -80,14 +80,9 @@ _STACK, _STACK_0 = 0x7800, 0x8000
 XSAVE = 0x8000
 
 FXSAVE_BYTES = 512
-XSAVE_LIMIT_BYTES = LENGTH_BYTES - XSAVE
-"""Behind it nothing is mapped: a larger XSAVE faults, and is said to."""
 
 DONE, FAILED = 1, 2
 """Values of the flag; it is 0 until the vCPU is back at its own CPL."""
-
-PORT = 0xF4
-"""No kernel and no bhyve emulates it.  Source: sys/amd64/vmm/vmm_ioport.c."""
 
 _VECTOR = 0x80
 _NMI_VECTOR = 2
@@ -109,6 +104,7 @@ _ENTRY_ROWS: tuple[_Row, ...] = (
     ("movb   $1, flag(%rip)", "c6 05", FLAG, "01"),
 )
 _FAILED_ROWS: tuple[_Row, ...] = (("movb   $2, flag(%rip)", "c6 05", FLAG, "02"),)
+# No kernel and no bhyve emulates that port.  Source: sys/amd64/vmm/vmm_ioport.c.
 _OUT_ROWS: tuple[_Row, ...] = (("outb   %al, $0xf4", "e6 f4"),)
 _SPIN_ROWS: tuple[_Row, ...] = (
     ("pause", "f3 90"),

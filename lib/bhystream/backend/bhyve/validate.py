@@ -19,7 +19,6 @@ from bhystream.backend.bhyve.defaults import domains, memory_bytes, topology
 from bhystream.backend.bhyve.keys import Slot, shown, told
 from bhystream.errors import IncompatibleError
 
-_MAX_KEYS = 1024
 _MAX_RESOURCES = 512
 _FIELDS = ("name", "keys", "resources")
 _FACTS = ("disks", "nets")  # of backing.py; a section of an earlier version has none
@@ -50,7 +49,7 @@ def validate(section: object, *, may_be_bare: bool = False) -> dict[str, Any]:
     name = table["name"]
     if not isinstance(name, str) or not known.NAME.fullmatch(name):
         raise _bad(f"name: {shown(name)} is not allowed")
-    keys = _strings(table["keys"], "keys", _MAX_KEYS)
+    keys = _strings(table["keys"], "keys", known.MAX_KEYS)
     clean = check_keys(keys, is_complete=not (may_be_bare and is_bare(table)))
     devices = known.pci_devices(clean)
     resources = _resources(_strings(table["resources"], "resources", _MAX_RESOURCES), devices)

@@ -35,7 +35,6 @@ from bhystream.errors import from_oserror
 
 CURE = "name a bhyve_config(5) file of this guest with -C"
 CURE_THERE = "give each resource with -o, or start the guest here once with vm-bhyve"
-_MAX_CONF_BYTES = 256 << 10
 # vm-bhyve rotates its log at a start, from 1 MiB on.
 _MAX_LOG_BYTES = 8 << 20
 _NETWORK = re.compile(r"network[0-9]{1,3}_type")
@@ -66,9 +65,9 @@ class VmBhyveGuest:
     def conf(self) -> dict[str, str]:
         """Return NAME.conf's keys; nothing of it is run.  Raises IncompatibleError."""
         path = self.directory / f"{self.name}.conf"
-        if path.stat().st_size > _MAX_CONF_BYTES:
-            raise refuse(f"{path} is longer than {_MAX_CONF_BYTES} bytes")
-        return vmconf.parse(_read(path, _MAX_CONF_BYTES))
+        if path.stat().st_size > vmconf.MAX_CONF_BYTES:
+            raise refuse(f"{path} is longer than {vmconf.MAX_CONF_BYTES} bytes")
+        return vmconf.parse(_read(path, vmconf.MAX_CONF_BYTES))
 
     @property
     def _log(self) -> Path:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+MAX_CONF_BYTES = 256 << 10
 _LINE = re.compile("[a-z]")
 _NO = frozenset({"", "no", "false", "off", "0"})
 _ZVOL = ("zvol", "sparse-zvol")

@@ -24,7 +24,7 @@ from bhystream.errors import AccessError, GuestError
 
 # Over which an image format lies; as the top node they are raw.
 PROTOCOLS = frozenset({"file", "host_device", "host_cdrom", "nbd", "rbd", "iscsi", "ssh"})
-_LOCAL = ("file", "host_device", "host_cdrom")
+LOCAL = ("file", "host_device", "host_cdrom")
 # Names of descriptors that QEMU was handed, and no paths.
 _DESCRIPTORS = ("/dev/fdset/", "/dev/fd/", "/proc/self/fd/")
 _ENDED = frozenset({"concluded", "null"})
@@ -127,7 +127,7 @@ def local_path(name: str, directory: str) -> str | None:
     """
     name = file_of(name)
     protocol = protocol_of(name)
-    if protocol in _LOCAL:
+    if protocol in LOCAL:
         name = name[len(protocol) + 1 :]
     elif protocol:
         return None

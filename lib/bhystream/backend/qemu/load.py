@@ -10,11 +10,11 @@ import time
 
 from bhystream.backend.process import identify, is_alive
 from bhystream.backend.qemu import facts, migration
+from bhystream.backend.qemu.migration import PIPE_BYTES
 from bhystream.backend.qemu.qmp import ConnectionLostError, Qmp
 from bhystream.errors import GuestError
 
 LOAD_LIMIT_S = 60.0
-_PIPE_BYTES = 1 << 20
 
 
 def feed_state(qmp: Qmp, data: bytes) -> None:
@@ -27,7 +27,7 @@ def feed_state(qmp: Qmp, data: bytes) -> None:
     try:
         try:
             with contextlib.suppress(OSError):
-                fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+                fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             qmp.send_fd("bhyrecv", read_end, doing="load state")
         finally:
             # QEMU's copy is the only one, so that its death is our EPIPE.

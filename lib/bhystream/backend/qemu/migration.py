@@ -24,6 +24,7 @@ _BUSY = {
 }  # fmt: skip
 # Fetching sleeps no longer than this: the guest is paused.
 POLL_S = 0.001
+PIPE_BYTES = 1 << 20  # of a pipe to QEMU, where the host allows it
 # Bytes a second, an upper bound that is none.  QEMU's default is 128 MiB/s.
 UNLIMITED = 1_000_000_000_000
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bhystream.backend.files import Lent, identity_of
-from bhystream.backend.qemu.graph import local_path
+from bhystream.backend.qemu.graph import LOCAL, local_path
 from bhystream.backend.qemu.options import escape, protocol_of, told
 from bhystream.errors import UsageError
 
@@ -39,7 +39,6 @@ _QCOW2_SIZE = slice(24, 32)
 _MAX_BACKING_BYTES = 1023
 _SECTOR_BYTES = 512
 # Protocols of QEMU's for a file, and for what is no disk: a directory, or nothing.
-_FILES = ("file", "host_device", "host_cdrom")
 _NO_DISKS = ("fat", "vvfat", "null-co", "null-aio")
 _NBD_SOCKET = re.compile(r"(nbd:unix:)([^:]+)(.*)", re.DOTALL)
 _URL_SOCKET = re.compile(r"[^?]*\?(?:.*&)?socket=([^&]*)")
@@ -267,7 +266,7 @@ def _absolute(key: str, kind: str, value: str) -> str:
 def _absolute_disk(key: str, value: str) -> str:
     """Return a path absolute, a name with a protocol as it is, but for a socket in it."""
     protocol = protocol_of(value)
-    if protocol in _FILES:
+    if protocol in LOCAL:
         return os.path.abspath(value[len(protocol) + 1 :])
     if not protocol or os.path.lexists(value):
         return os.path.abspath(value)

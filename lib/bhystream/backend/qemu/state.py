@@ -10,6 +10,7 @@ import time
 
 from bhystream.backend.process import Identity, is_alive
 from bhystream.backend.qemu import migration
+from bhystream.backend.qemu.migration import PIPE_BYTES
 from bhystream.backend.qemu.qmp import ConnectionLostError, Qmp
 from bhystream.errors import GuestError
 
@@ -18,7 +19,6 @@ from bhystream.errors import GuestError
 # migrate_ram_is_ignored(), qemu_ram_is_named_file().
 MAX_STATE_BYTES = 64 << 20
 STATE_LIMIT_S = 60.0
-_PIPE_BYTES = 1 << 20
 
 
 def take_state(qmp: Qmp, who: Identity) -> bytes:
@@ -32,7 +32,7 @@ def take_state(qmp: Qmp, who: Identity) -> bytes:
     try:
         with contextlib.suppress(OSError):
             # All of a usual state fits, so QEMU never waits for us.
-            fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         try:
             qmp.send_fd("bhysend", write_end, doing="save state")
         finally:
@@ -64,7 +64,7 @@ def _drain(qmp: Qmp, who: Identity, fd: int) -> bytes:
         if left_ms <= 0 or not poll.poll(min(left_ms, 1000)):
             _check_draining(qmp, who, left_ms)
             continue
-        chunk = os.read(fd, _PIPE_BYTES)
+        chunk = os.read(fd, PIPE_BYTES)
         if not chunk:
             return b"".join(chunks)
         chunks.append(chunk)
