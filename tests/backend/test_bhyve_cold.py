@@ -27,6 +27,7 @@ from bhystream.send.precopy import Limits
 from bhystream.signals import Interrupted, Signals
 from bhystream.stream.format import Form
 from bhystream.stream.verify import Ended, Pages, Walk
+from support.descriptors import descriptors
 from support.memory_source import rebuild
 
 from .snapshot_files import CONFIG, DEVICES, HOST, KERNEL, MEMORY, made, names, text_of
@@ -330,10 +331,10 @@ def test_what_is_no_snapshot_is_refused_before_a_byte_is_sent(
     here: Files, spoil: Callable[[Files], object], message: str
 ) -> None:
     spoil(here)
-    before = len(os.listdir("/dev/fd"))
+    before = descriptors()
     with pytest.raises(GuestError, match=message):
         SnapshotSource(here.memory, None, HOST)
-    assert len(os.listdir("/dev/fd")) == before
+    assert descriptors() == before
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from bhystream.backend.bhyve.snapshot import Files, cut, join, memory_spans, par
 from bhystream.errors import FormatError, GuestError, UsageError
 from bhystream.guest import Segment, State
 from bhystream.stream import format as fmt
+from support.descriptors import descriptors
 
 from .snapshot_files import DEVICES, KERNEL, MEMORY, Json, made, text_of
 
@@ -409,7 +410,7 @@ def test_files_that_are_no_snapshot_are_refused_by_name(
 
 
 def test_no_descriptor_is_lost(files: Files) -> None:
-    before = len(os.listdir("/dev/fd"))
+    before = descriptors()
     read_states(files, MEMORY)
     os.truncate(files.kern, 300)
     with pytest.raises(GuestError):
@@ -417,7 +418,7 @@ def test_no_descriptor_is_lost(files: Files) -> None:
     os.truncate(files.kern, 0)
     with pytest.raises(GuestError):
         read_states(files, MEMORY)
-    assert len(os.listdir("/dev/fd")) == before
+    assert descriptors() == before
 
 
 @pytest.mark.parametrize(

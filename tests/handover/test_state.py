@@ -17,6 +17,7 @@ from bhystream.errors import AccessError, BrokenError, GuestError, IncompatibleE
 from bhystream.guest import HELD, PAUSED
 from bhystream.handover import state
 from bhystream.handover.state import Lock, Record, Records
+from support.descriptors import descriptors
 
 ID = "0123456789abcdef0123456789abcdef"
 RECORD = Record(ID, "web1", "qemu:/run/web1.qmp", "qemu-1-2", PAUSED, {"pid": 1, "x": [None]}, 5)
@@ -186,10 +187,10 @@ def test_a_lock_is_exclusive_within_a_process(base: Path) -> None:
 
 def test_a_refused_lock_leaves_no_descriptor(base: Path) -> None:
     lock = Lock(base, "a", "guest web1")
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
     with pytest.raises(GuestError):
         Lock(base, "a", "guest web1")
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before
     lock.release()
 
 

@@ -25,6 +25,7 @@ from bhystream.handover import state
 from bhystream.handover.state import Lock, Record, Records
 from bhystream.send import keeper
 from bhystream.send.keeper import Keeper
+from support.descriptors import descriptors
 
 ME = identify(os.getpid(), "QEMU")
 # A guest whose process lives, and whose QMP socket nobody answers at.
@@ -167,11 +168,11 @@ def test_a_keeper_inherits_the_lock_and_nothing_else(base: Path, lock: Lock) -> 
 def test_a_keeper_that_does_not_start_is_an_error_before_anything_is_done(
     base: Path, records: Records, lock: Lock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(GuestError, match="guest web1: its keeper does not start"):
         Keeper(base, RECORD, lock)
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before
     assert records.all() == []
 
 

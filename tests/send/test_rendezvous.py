@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ import pytest
 from bhystream.errors import PipeError, UsageError
 from bhystream.handover.answers import Answer, Box, pack
 from bhystream.send.rendezvous import Rendezvous, connect, path_of
+from support.descriptors import descriptors
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -25,12 +25,6 @@ HELLO = Answer(ID, "HELLO", ("hv2/a1", "/var/lib/bhysend"))
 ELSEWHERE = Answer(ID, "HELLO", ("hv3/b2", "/var/lib/bhysend"))
 NAMES = ("web1", "qemu:/run/web1.qmp")
 LIMIT_S = 60
-
-
-def descriptors() -> int:
-    """Return how many are open; what earlier tests left to the collector is not."""
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
 
 
 class Source:

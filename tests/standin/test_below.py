@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bhystream.standin.below import open_below
+from support.descriptors import descriptors
 
 
 @pytest.fixture
@@ -82,8 +83,8 @@ def test_a_circle_of_symlinks_is_refused(directory: int) -> None:
 
 
 def test_no_descriptor_is_left_behind(directory: int) -> None:
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
     with pytest.raises(PermissionError):
         read(directory, "sub/../../outside")
     assert read(directory, "sub/file") == "inside"
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before
