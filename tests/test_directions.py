@@ -225,10 +225,14 @@ PLANTED = [
     ("memory.hole", "from bhystream.stream import format", "memory may not import stream"),
     ("stream.verify", "from bhystream.backend.base import Sink", "stream may not import backend"),
     ("stream.reader", "from bhystream import hypervisors", "stream may not import hypervisors"),
-    ("handover.state", "def f():\n    import bhystream.send.move", "handover may not import send"),
+    (
+        "handover.state",
+        "def f():\n    import bhystream.send.outgoing",
+        "handover may not import send",
+    ),
     ("handover.hold", "from bhystream.recv.query import run", "handover may not import recv"),
-    ("send.move", "from bhystream.recv import build", "send may not import recv"),
-    ("recv.build", "from bhystream.send.precopy import Round", "recv may not import send"),
+    ("send.outgoing", "from bhystream.recv import incoming", "send may not import recv"),
+    ("recv.incoming", "from bhystream.send.precopy import Round", "recv may not import send"),
     ("send.keeper", "from bhystream.backend.bhyve import fifo", "send may not import backend"),
     ("recv.judge", "from bhystream.backend.qemu.sink import QemuSink", "recv may not import"),
     ("send.main", "from bhystream.standin import kernel", "send may not import standin"),
@@ -261,4 +265,4 @@ def test_a_ring_is_seen() -> None:
 def test_an_import_that_cannot_be_followed_is_refused() -> None:
     for line in ("from . import gone", "import bhystream.send.gone", "from .gone import x"):
         with pytest.raises(ValueError, match="gone"):
-            faults({**SOURCES, "send.move": f"{SOURCES['send.move']}\n{line}\n"})
+            faults({**SOURCES, "send.outgoing": f"{SOURCES['send.outgoing']}\n{line}\n"})

@@ -15,8 +15,8 @@ import pytest
 
 from bhystream.commandline import refuse_closed
 from bhystream.errors import UsageError
+from bhystream.send.conversation import Command
 from bhystream.send.hook import Hook
-from bhystream.send.offer import Command
 
 # What a process finds that begins as every program of ours does.
 _LOOK = """

@@ -260,10 +260,12 @@ def _mark(disk: Disk) -> None:
     RUN: the guest may run from here on.  READY, END, GO: on their way.  OVER:
     the destination has said that it runs.
     """
+
     from bhystream.backend.bhyve.lastpage import LastPage
     from bhystream.backend.qemu.sink import QemuSink
+    from bhystream.handover.handshake import Event
     from bhystream.recv.reply import Reply
-    from bhystream.send.move import Move
+    from bhystream.send.custody import Custody
     from bhystream.stream.format import Type
     from bhystream.stream.writer import Writer
 
@@ -284,7 +286,7 @@ def _mark(disk: Disk) -> None:
     marking(Reply, "say", lambda word, *_: word if word == "READY" else "")
     marking(Writer, "end", lambda *_: "END")
     marking(Writer, "section", lambda type_, *_: "GO" if type_ == Type.GO else "")
-    marking(Move, "_discard", lambda *_: "OVER")
+    marking(Custody, "settle", lambda event: "OVER" if event == Event.RUNNING else "")
 
 
 def _main(argv: list[str]) -> None:

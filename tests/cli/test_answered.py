@@ -161,7 +161,7 @@ def test_what_waits_for_the_end_is_found_out(
 ) -> None:
     to = small.next()
     patience = [] if kind == "qemu" else ["send.push._PATIENCE_S=0.15"]
-    send = limited(small.send("-v"), "send.offer._HELLO_STALL_S=2", *patience)
+    send = limited(small.send("-v"), "send.conversation._HELLO_STALL_S=2", *patience)
     ended = run(*in_form(form, send, HOARDERS[hoarder], small.receive(to)), env=host.env)
     said = ended[0].stderr
     assert ended[0].status == 64, report(*ended)
@@ -238,7 +238,7 @@ def test_the_third_stage_may_come_last(host: Host, small: Traveller) -> None:
     to, back = small.next(), host.directory / "back"
     os.mkfifo(back)
     receive = ["sh", "-c", f"exec {shlex.join(small.receive(to))} > {back}"]
-    send = limited(small.send("-a"), "send.offer._SAY_SECONDS=1")
+    send = limited(small.send("-a"), "send.conversation._SAY_SECONDS=1")
     with Pipeline(send, receive, env=host.env) as pipeline:
         until(lambda: "waiting for the destination" in pipeline[0].stderr, "the line that says so")
         assert "is there a `| bhysend -A` at the end?" in pipeline[0].stderr
@@ -251,7 +251,7 @@ def test_the_third_stage_may_come_last(host: Host, small: Traveller) -> None:
 @ANY
 def test_without_a_third_stage_the_guest_runs_on(host: Host, small: Traveller) -> None:
     to = small.next()
-    send = limited(small.send("-a"), "send.offer._SAY_SECONDS=1")
+    send = limited(small.send("-a"), "send.conversation._SAY_SECONDS=1")
     with Pipeline(send, small.receive(to), env=host.env) as pipeline:
         until(lambda: "is there a `| bhysend -A`" in pipeline[0].stderr, "the line that says so")
         pipeline[0].kill(signal.SIGINT)

@@ -320,7 +320,7 @@ def test_a_forced_guest_does_not_wait_for_a_reader_that_is_none(
     host: Host, small: Traveller
 ) -> None:
     read_end, write_end = os.pipe()
-    words = limited(small.send("-f", "-T", "1s"), "send.move._STALL_SECONDS=1")
+    words = limited(small.send("-f", "-T", "1s"), "send.rounds.STALL_SECONDS=1")
     try:
         [sent] = run(words, env=host.env, stdout=write_end)
     finally:

@@ -14,8 +14,8 @@ from bhystream.errors import OK, BrokenError, GuestError, UsageError
 from bhystream.guest import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
 from bhystream.handover import hold, state
 from bhystream.handover.hold import Verb, refuse_held
-from bhystream.handover.standing import in_doubt
 from bhystream.handover.state import Lock, Records, Role
+from bhystream.handover.where import in_doubt
 from bhystream.report import Console
 from support import recorded
 from support.recorded import A, B
@@ -224,7 +224,7 @@ def test_a_guest_that_has_moved_is_never_resumed(host: Host, doubt: bool) -> Non
     host.record(MOVED, peer=PEER)
     with pytest.raises(GuestError, match=r"guest web1: it runs on hv2$") as caught:
         host.run("--resume", in_doubt=doubt)
-    assert caught.value.hint == f"end what is left here: --discard {A}"
+    assert caught.value.hint == f"end what is left here: bhysend --discard {A}"
     assert host.opened == []
     assert host.phases("source") == [MOVED]
 

@@ -17,8 +17,8 @@ from bhystream.handover import prune, state
 from bhystream.handover.prune import KEPT_RECORDS, KEPT_SECONDS
 from bhystream.handover.state import Lock, Records
 from bhystream.recv import query
-from bhystream.recv.build import require_startable
 from bhystream.recv.options import Options
+from bhystream.recv.receiving import require_startable
 from bhystream.report import Console
 from bhystream.stream.format import Form
 from bhystream.stream.verify import Walk

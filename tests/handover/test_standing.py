@@ -16,8 +16,9 @@ from bhystream.guest import GO, HELD, MOVED, PAUSED
 from bhystream.handover import state
 from bhystream.handover.answers import Answer
 from bhystream.handover.handshake import RECORD, Act, Event
-from bhystream.handover.standing import Standing, asking, event_of, in_doubt, with_peer
+from bhystream.handover.standing import Standing, asking, event_of, with_peer
 from bhystream.handover.state import Record, Records
+from bhystream.handover.where import in_doubt
 from support.recorded import A, B, Host
 
 HELLO = Answer(A, "HELLO", ("hv2/a1", "/d"))

@@ -383,7 +383,7 @@ def test_what_cannot_be_resumed_is_said_and_its_record_kept(base: Path, records:
     why = "guest web1: cannot connect to /nonexistent/web1.qmp: No such file or directory"
     assert err == (
         f"bhysend: {why}\n"
-        f"bhysend: guest web1: it stands paused here: bhysend --resume {RECORD.id}\n"
+        f"bhysend: guest web1: it stands paused here; let it run on: bhysend --resume {RECORD.id}\n"
     )
     assert (status, out) == (69, f"log {why}\n")
     assert records.all() == [RECORD]
@@ -398,7 +398,7 @@ def test_a_guest_that_stays_paused_is_its_hypervisors_and_the_operators(
     found, out, err = driven.orphaned()
     assert (found, out.split().count("resume")) == (69, 1)
     assert err.startswith("bhysend: busy\n")
-    assert f"it stands paused here: bhysend --resume {RECORD.id}" in err
+    assert f"it stands paused here; let it run on: bhysend --resume {RECORD.id}" in err
     assert [record.phase for record in records.all()] == [PAUSED]
 
 

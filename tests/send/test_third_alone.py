@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bhystream.guest import GO, HELD, MOVED, PAUSED
-from bhystream.handover.standing import in_doubt
 from bhystream.handover.state import Lock, Records
+from bhystream.handover.where import in_doubt
 from support.third_stage import (
     FAILED,
     HELLO,

@@ -16,9 +16,10 @@ from pathlib import Path
 from bhystream import hypervisors
 from bhystream.errors import OK, BhyError, GuestError, TakenError, UsageError
 from bhystream.guest import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
-from bhystream.handover import leftover, standing, state
+from bhystream.handover import leftover, state
 from bhystream.handover.standing import end_guest, open_alive
 from bhystream.handover.state import Lock, Record, Records, Role
+from bhystream.handover.where import Where, outcome, what_to_type
 from bhystream.report import Console, host_name, printable
 from bhystream.signals import Interrupts
 from bhystream.stream.writer import write_all
@@ -81,7 +82,7 @@ def run(verb: Verb, role: Role, console: Console) -> int:
         elif verb.name == "--discard":
             _discard(records, current, console)
         else:
-            _refuse_to_resume(current, verb.in_doubt)
+            _refuse_to_resume(base, current, verb.in_doubt)
             _resume(records, current, console)
     finally:
         lock.release()
@@ -221,25 +222,22 @@ def _bury(records: Records, record: Record) -> None:
         raise GuestError(f"guest {record.guest}: it was started just now")
 
 
-def _refuse_to_resume(record: Record, in_doubt: bool) -> None:
+def _refuse_to_resume(base: Path, record: Record, in_doubt: bool) -> None:
     """Refuse to resume what may run elsewhere, or has no right to run here."""
     name = record.guest
     if record.phase == MOVED:
         raise GuestError(
             f"guest {name}: it runs on {record.there}",
-            f"end what is left here: --discard {record.id}",
+            what_to_type(Where.LEFT, record, base),
         )
     if record.phase == READY:
         raise GuestError(f"guest {name}: only its source can let it run (GO)")
     if record.phase == GO and not in_doubt:
-        raise GuestError(f"guest {name}: it may run on {record.there}", in_doubt_hint(record))
+        raise GuestError(
+            f"guest {name}: it may run on {record.there}", what_to_type(Where.DOUBT, record, base)
+        )
     if record.phase != GO and in_doubt:
         raise UsageError(f"--in-doubt: guest {name} is {record.phase}, not in doubt")
-
-
-def in_doubt_hint(record: Record) -> str:
-    """Return the way out of doubt."""
-    return standing.in_doubt(record, state.directory())
 
 
 def _resume(records: Records, record: Record, console: Console) -> None:
@@ -292,7 +290,7 @@ def refuse_held(base: Path, operand: str, lock_name: str | None = None) -> None:
             continue  # another guest lives there now; opening it will tell
         raise GuestError(
             f"guest {record.guest}: {record.phase} here since an earlier stream",
-            _what_to_do(record),
+            _what_to_do(record, base),
         )
     for error in records.broken():
         raise error
@@ -306,15 +304,8 @@ def _forget(records: Records, record: Record) -> None:
     records.remove(record.id)
 
 
-def _what_to_do(record: Record) -> str:
-    """Return the verbs that a guest's record allows."""
-    if record.phase == GO:
-        return in_doubt_hint(record)
-    if record.phase == MOVED:
-        return f"it runs on {record.there}; end what is left here: bhysend --discard {record.id}"
-    if record.phase == PAUSED:
-        return f"let it run on: bhysend --resume {record.id}"
-    return (
-        f"if it runs at the destination: bhysend --discard {record.id}\n"
-        f"if it surely does not: bhysend --resume {record.id}"
-    )
+def _what_to_do(record: Record, base: Path) -> str:
+    """Return where a guest that stands is, as far as it can run elsewhere, and what to type."""
+    where = outcome(record.phase)
+    there = f"it runs on {record.there}; " if where == Where.LEFT else ""
+    return there + what_to_type(where, record, base)

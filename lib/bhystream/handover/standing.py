@@ -9,10 +9,8 @@ twice, by one who finds the record of another who was killed.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from bhystream import hypervisors
 from bhystream.backend.base import Paused
@@ -21,7 +19,7 @@ from bhystream.guest import MOVED, PAUSED
 from bhystream.handover import handshake
 from bhystream.handover.answers import Answer
 from bhystream.handover.handshake import Act, Event
-from bhystream.handover.state import Record, Records, default_directory
+from bhystream.handover.state import Record, Records
 
 _PHASES = {
     Act.RECORD_PAUSED: PAUSED,
@@ -110,29 +108,6 @@ class Standing:
         finally:
             if paused is not self._paused:
                 paused.close()
-
-
-def in_doubt(record: Record, base: Path) -> str:
-    """Return the lines that lead out of doubt, commands as they can be typed."""
-    host = record.there
-    words = record.ask or ["ssh", host, "bhyrecv"]
-    is_ssh = os.path.basename(words[0]) == "ssh"
-    remote: list[str] = []
-    if record.directory != str(default_directory()):
-        name = f"BHYSEND_STATE_DIR={record.directory}"
-        # ssh(1) hands its words to a shell once more.
-        remote = ["env", shlex.quote(name) if is_ssh else name]
-    at = len(words) - 1 if is_ssh else 0
-    there = shlex.join([*words[:at], *remote, *words[at:]])
-    here = ""
-    if "BHYSEND_STATE_DIR" in os.environ:
-        here = f"env {shlex.quote(f'BHYSEND_STATE_DIR={base}')} "
-    return (
-        f"it stands paused here until {host} has answered; ask it:\n"
-        f"  {there} -q {record.id} | {here}bhysend -A\n"
-        f"if {host} is lost, and the guest surely does not run there:\n"
-        f"  {here}bhysend --resume --in-doubt {record.id}"
-    )
 
 
 def asking(command: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """bhyrecv(8): options, wiring, and its one error handler.
 
-The guest is built by build.py; what -n says of a stream is judge.py's.
+The guest is built by incoming.py; what -n says of a stream is judge.py's.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from bhystream import commandline, inherited
 from bhystream.errors import OK, BhyError, UsageError, as_error
 from bhystream.handover import hold, state
 from bhystream.recv import query
-from bhystream.recv.build import Build
+from bhystream.recv.incoming import Incoming
 from bhystream.recv.judge import Judge
 from bhystream.recv.options import Options, parse_options
-from bhystream.recv.reply import TimedInput
+from bhystream.recv.receiving import Job
+from bhystream.recv.reply import Reply, Silence, TimedInput
 from bhystream.report import Console
 from bhystream.signals import Signals
 from bhystream.stream.format import Form
@@ -40,23 +41,27 @@ def receive(opts: Options, console: Console) -> int:
     except BhyError as early:
         early.hint = "nothing was started here"
         raise
+    is_answered = walk.header.form == Form.ANSWERED
+    reply = Reply(base, walk.header.stream_id.hex()) if is_answered else Silence()
+    records = state.Records(base, "destination")
+    job = Job(opts, walk, source, base, console, signals, records, reply)
     if opts.dry_run:
-        Judge(opts, walk, source, base, console, signals).run()
+        Judge(job).run()
         return OK
-    build = Build(opts, walk, source, base, console, signals)
+    incoming = Incoming(job)
     try:
-        build.run()
+        incoming.run()
     except Exception as raised:
         signals.forget()
         error = as_error(raised)
-        if build.let_go:
+        if incoming.is_let_go:
             # The guest is where it was wanted; what failed came after that.
             console.fail(error)
             return OK
-        raise build.undo(error) from raised
+        raise incoming.undo(error) from raised
     finally:
-        build.close()
-    if walk.header.form == Form.ANSWERED:
+        incoming.close()
+    if is_answered:
         source.drain()
     return OK
 

@@ -83,6 +83,22 @@ class Reply:
             self._bytes, self._seen_ns = offset_bytes, time_ns
 
 
+class Silence:
+    """The answers to a stream that is not answered: none."""
+
+    def hello(self) -> None:
+        """As Reply's."""
+
+    def say(self, word: str, *args: str) -> None:
+        """As Reply's."""
+
+    def try_to_say(self, word: str, *args: str) -> None:
+        """As Reply's."""
+
+    def seen(self, sequence: int, offset_bytes: int, *, now: bool) -> None:
+        """As Reply's."""
+
+
 class TimedInput:
     """A descriptor as verify.Walk reads it, with something to do while nothing comes.
 

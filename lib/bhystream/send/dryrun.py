@@ -22,7 +22,7 @@ from bhystream.errors import OK, BhyError, InternalError
 from bhystream.guest import PAGE_BYTES, Head
 from bhystream.memory.page import PageHasher, mark_changed
 from bhystream.report import Console
-from bhystream.send.offer import Offer
+from bhystream.send.conversation import Conversation, Route
 from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits, forecast
 from bhystream.send.transfer import spans, write_head
@@ -154,21 +154,22 @@ def ask(
         write_head(writer, head)
         writer.end()
         return
-    offer = Offer(console, signals, source.name, opts.guest, stream_id.hex())
+    names = (source.name, opts.guest)
+    route = Route(console, base, names, stream_id.hex(), opts.command, opts.umask)
     status = InternalError.status
     try:
-        writer = Writer(offer.open(base, opts.command, opts.umask), header)
+        writer = Writer(route.stream_fd, header)
         write_head(writer, head)
         writer.end()
-        offer.begin(writer)
-        console.say(f"guest {source.name}: {offer.host} can take it")
+        Conversation(route, writer, console, signals).await_accept()
+        console.say(f"guest {source.name}: {route.host} can take it")
         status = OK
     except BhyError as raised:
-        error = offer.explain(raised)
+        error = route.explain(raised)
         status = error.status
         raise error from raised
     finally:
-        offer.close(status)
+        route.close(status)
 
 
 def _report(

@@ -44,11 +44,12 @@ from bhystream import inherited
 from bhystream.backend.base import Paused
 from bhystream.backend.process import Identity, identify, is_stopped, kill_process
 from bhystream.errors import BhyError, FormatError, GoneError, GuestError, as_error
-from bhystream.guest import GO, MOVED, PAUSED
+from bhystream.guest import GO, PAUSED
 from bhystream.handover.answers import MAX_LINE_BYTES, unpack
-from bhystream.handover.handshake import ANSWER_SECONDS, RECORD, Act, Event
-from bhystream.handover.standing import EVENTS, Standing, in_doubt
+from bhystream.handover.handshake import ANSWER_SECONDS, RECORD, Event
+from bhystream.handover.standing import EVENTS, Standing
 from bhystream.handover.state import Lock, Record, Records
+from bhystream.handover.where import Where, outcome, what_to_type
 from bhystream.report import Console
 from bhystream.send.rendezvous import path_of
 from bhystream.units import duration
@@ -235,13 +236,14 @@ def take_over(order: dict[str, Any], record: Record, paused: Paused) -> int:
         event = _await_answer(command, found.id)
     standing = Standing(records, found, paused)
     try:
-        status = _settle(standing, event, console)
+        status = _settle(standing, event, base, console)
     except GoneError as gone:
         console.fail(gone)
         standing.forget()
         return 0
     if status == 0:
-        _tell(console, found, event, in_doubt(found, base) if command >= 0 else "")
+        # With `bhysend -A` a third stage finds the way out of doubt.
+        _tell(console, found, event, base if command >= 0 else None)
     return status
 
 
@@ -285,7 +287,7 @@ def _await_answer(fd: int, id_: str) -> Event:
     return Event.ALONE
 
 
-def _settle(standing: Standing, event: Event, console: Console) -> int:
+def _settle(standing: Standing, event: Event, base: Path, console: Console) -> int:
     """Act on the record, trying again while the hypervisor does not answer.
 
     Returns the exit status.  Given up, the guest stands paused in its
@@ -303,34 +305,34 @@ def _settle(standing: Standing, event: Event, console: Console) -> int:
                 error = as_error(raised)
                 record = standing.record
                 console.fail(error)
-                verb = "--discard" if record.phase == MOVED else "--resume"
-                console.say(
-                    f"guest {record.guest}: it stands paused here: bhysend {verb} {record.id}"
-                )
+                acts = RECORD.get((record.phase, event), ())
+                hint = what_to_type(outcome(record.phase, acts, acts), record, base)
+                console.say(f"guest {record.guest}: it stands paused here; {hint}")
                 return error.status
         time.sleep(_RETRY_SECONDS)
 
 
-def _tell(console: Console, found: Record, event: Event, way_out: str) -> None:
+def _tell(console: Console, found: Record, event: Event, base: Path | None) -> None:
     """Say what was done, on bhysend's standard error and to syslog.
 
-    way_out: of doubt; "" where a third stage will find it.
+    base: the state directory, where it is ours to say what leads out of doubt.
     """
-    acts = RECORD.get((found.phase, event), ())
+    where = outcome(found.phase, RECORD.get((found.phase, event), ()))
     text = f"guest {found.guest}: bhysend is gone; "
-    if Act.RESUME in acts:
-        stood = duration(max(time.time_ns() - found.time_ns, 0))
-        text += f"the guest runs on here; it stood for {stood}"
-    elif Act.DISCARD in acts:
-        text += f"the guest runs on {found.there}, and is gone here"
-    elif found.phase == GO:
-        text += "the guest is in doubt, paused here"
-    else:
-        text += f"the guest is {found.phase}"
+    match where:
+        case Where.HERE:
+            stood = duration(max(time.time_ns() - found.time_ns, 0))
+            text += f"the guest runs on here; it stood for {stood}"
+        case Where.THERE:
+            text += f"the guest runs on {found.there}, and is gone here"
+        case Where.DOUBT:
+            text += "the guest is in doubt, paused here"
+        case _:
+            text += f"the guest is {found.phase}"
     console.say(text)
     console.log(text)
-    if found.phase == GO and Act.FORGET not in acts:
-        for line in way_out.splitlines():
+    if where == Where.DOUBT and base is not None:
+        for line in what_to_type(where, found, base).splitlines():
             console.say(line)
 
 

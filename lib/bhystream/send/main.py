@@ -1,7 +1,6 @@
 """bhysend(8): options, wiring, and its one error handler.
 
-The move itself is in move.py.  What a failure means for the guest depends on
-how far the move has come, not on what failed: handshake.SOURCE.
+The move itself is in outgoing.py.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from bhystream import commandline, hypervisors, inherited
-from bhystream.backend.base import Source
 from bhystream.errors import UsageError, as_error
 from bhystream.handover import hold, prune, state
 from bhystream.report import Console
 from bhystream.send import cold, third
-from bhystream.send.move import Move
+from bhystream.send.job import Job
 from bhystream.send.options import AS_IT_IS, SendOptions, parse_options
-from bhystream.send.recover import recover
+from bhystream.send.outgoing import Outgoing
 from bhystream.signals import Signals
 
 _STDOUT = 1
@@ -49,7 +47,7 @@ def send(opts: SendOptions, console: Console) -> int:
                 if not opts.machine:  # its report has them all
                     state.Told(base, source.lock_name).new(source.warnings(), everything=True)
                 return status
-            return move(Move(opts, base, console, signals), source, lock, signals)
+            return move(Job(opts, base, console, signals, source, lock))
     finally:
         source.close()
         prune.prune_locks(base)
@@ -70,17 +68,18 @@ def send_cold(
         snapshot.close()
 
 
-def move(work: Move, source: Source, lock: state.Lock, signals: Signals) -> int:
-    """Run a move; on a failure bring the guest back, and say where it is."""
+def move(job: Job) -> int:
+    """Move a guest; on a failure bring it back, and say where it is."""
+    outgoing = Outgoing(job)
     try:
-        status = work.run(source, lock)
+        status = outgoing.run()
     except Exception as raised:
         # A signal that comes from here on finds the guest being brought back.
-        signals.forget()
-        error = recover(work, as_error(raised))
-        work.close(error.status)
+        job.signals.forget()
+        error = outgoing.recover(as_error(raised))
+        outgoing.close(error.status)
         raise error from raised
-    work.close(status)
+    outgoing.close(status)
     return status
 
 

@@ -25,9 +25,10 @@ from bhystream.errors import (
 )
 from bhystream.guest import GO, HELD, PAUSED
 from bhystream.handover.answers import Answer
-from bhystream.handover.handshake import RECORD, Act, Event
-from bhystream.handover.standing import Standing, event_of, in_doubt
+from bhystream.handover.handshake import RECORD, Event
+from bhystream.handover.standing import Standing, event_of
 from bhystream.handover.state import Lock, Record, Records
+from bhystream.handover.where import Where, outcome, what_to_type
 from bhystream.report import Console
 from bhystream.signals import Interrupts
 
@@ -68,7 +69,8 @@ class Settlement:
             raise InDoubtError(
                 f"no answer came; in doubt, and paused here: {names}",
                 "\n".join(
-                    f"guest {record.guest}: {in_doubt(record, self._base)}" for record in doubtful
+                    f"guest {record.guest}: {what_to_type(Where.DOUBT, record, self._base)}"
+                    for record in doubtful
                 ),
             )
         raise GuestError("no answer came, and no guest is in doubt here")
@@ -135,14 +137,13 @@ class Settlement:
                 "it runs nowhere"
             ) from None
         except BhyError as error:
-            if Act.DISCARD in acts:
-                text, verb = f"it runs on {host}, and cannot be ended here", "--discard"
-            else:
-                text, verb = "it stands paused here, and cannot be resumed", "--resume"
-            raise HeldError(
-                f"{name}: {text}: {error}", f"again: bhysend {verb} {record.id}"
-            ) from error
-        if Act.DISCARD in acts:
+            where = outcome(record.phase, acts, acts)
+            text = "it stands paused here, and cannot be resumed"
+            if where == Where.LEFT:
+                text = f"it runs on {host}, and cannot be ended here"
+            hint = what_to_type(where, record, self._base)
+            raise HeldError(f"{name}: {text}: {error}", hint) from error
+        if outcome(record.phase, acts) == Where.THERE:
             self._console.say(f"{name}: it runs on {host}, and is gone here")
             self._console.log(f"{name}: it runs on {host}, and is gone here")
             return OK
@@ -162,7 +163,7 @@ class Settlement:
             # Somebody was about to resume it, and did not come to it.
             raise HeldError(
                 f"guest {record.guest}: paused here, and {hello.host} says that it started it",
-                f"if it surely does not run there: bhysend --resume {record.id}",
+                what_to_type(Where.HELD, record, self._base),
             )
         return Event.ALONE
 
@@ -170,7 +171,9 @@ class Settlement:
         """Say what is to be done by hand for a guest that stands here."""
         name = f"guest {record.guest}"
         if record.phase == GO:
-            raise InDoubtError(f"{name}: in doubt: {why}", in_doubt(record, self._base))
+            raise InDoubtError(
+                f"{name}: in doubt: {why}", what_to_type(Where.DOUBT, record, self._base)
+            )
         if record.phase != HELD:
             raise HeldError(f"{name}: {record.phase} here: {why}", f"see bhysend -l {record.id}")
         hints = {

@@ -116,9 +116,6 @@ class Transfer:
         self._memory = source.memory()
         self.walked_pages = 0
         self.work_pages = (0, 0)
-        self._write_ns = 0
-        self._data_pages = 0
-        self._zero_pages = 0
 
     def round(self, *, last: bool = False, rate_bytes: int | None = None) -> Round:
         """Send one round: in the first every page, later what changed.
@@ -127,9 +124,7 @@ class Transfer:
         over the round.  Raises PipeError, and whatever a signal raises.
         """
         everything = self._writer.rounds == 0
-        start_ns = time.monotonic_ns()
-        start_bytes = self._writer.offset_bytes
-        self._write_ns = self._data_pages = self._zero_pages = 0
+        way = _UnderWay(everything, rate_bytes, self._writer.offset_bytes)
         # What the guest touched hardly changes from round to round.
         done, known = self.work_pages
         total = known or sum(end - first for first, end in self._source.touched())
@@ -138,21 +133,13 @@ class Transfer:
         for span in self._spans(everything):
             if span.segment != segment:
                 # All extents of a section lie in one segment.
-                self._flush(span.base_page)
+                self._flush(way, span.base_page)
                 segment = span.segment
-            self._walk(span, everything, start_ns, start_bytes, rate_bytes)
-        self._flush(self.npages)
-        if rate_bytes:
-            self._brake(start_ns, self._writer.offset_bytes - start_bytes, rate_bytes)
-        self._writer.round_end(self._data_pages, self._zero_pages, last=last)
-        return Round(
-            start_ns=start_ns,
-            end_ns=time.monotonic_ns(),
-            data_pages=self._data_pages,
-            zero_pages=self._zero_pages,
-            sent_bytes=self._writer.offset_bytes - start_bytes,
-            write_ns=self._write_ns,
-        )
+            self._walk(way, span)
+        self._flush(way, self.npages)
+        way.brake(self._writer.offset_bytes)
+        self._writer.round_end(way.data_pages, way.zero_pages, last=last)
+        return way.over(self._writer.offset_bytes)
 
     def _spans(self, everything: bool) -> Iterator[Span]:
         """Return what to look at in this round: all of it, or what the host saw written."""
@@ -162,9 +149,7 @@ class Transfer:
             return spans(self._layout, self._source.touched())
         return (span for span in spans(self._layout, changed) if span.present)
 
-    def _walk(
-        self, span: Span, everything: bool, start_ns: int, start_bytes: int, rate: int | None
-    ) -> None:
+    def _walk(self, way: _UnderWay, span: Span) -> None:
         """Collect one span, and write a section whenever a batch is full."""
         batch = self._batch
         at = span.first
@@ -172,25 +157,23 @@ class Transfer:
             before, end = at, min(at + _STRIDE_PAGES, span.end)
             if span.present:
                 memory = self._memory[span.segment]
-                at = batch.collect(memory, span.base_page, at, end, self._table, everything)
+                at = batch.collect(memory, span.base_page, at, end, self._table, way.everything)
             else:
-                at = batch.collect_absent(span.base_page, at, end, self._table, everything)
+                at = batch.collect_absent(span.base_page, at, end, self._table, way.everything)
             self.walked_pages += at - before
             if span.present:
                 done, total = self.work_pages
                 self.work_pages = (done + at - before, total)
             if batch.full:
-                self._flush(span.base_page + at)
-                if rate:
-                    self._brake(start_ns, self._writer.offset_bytes - start_bytes, rate)
+                self._flush(way, span.base_page + at)
+                way.brake(self._writer.offset_bytes)
 
-    def _flush(self, done: int) -> None:
+    def _flush(self, way: _UnderWay, done: int) -> None:
         """Write the batch as one MEMORY section, if there is anything in it."""
         batch = self._batch
         if not batch.nextents:
             return
-        round_ = self._writer.rounds
-        head = fmt.MEMORY_HEAD.pack(round_, batch.nextents, batch.npages, 0)
+        head = fmt.MEMORY_HEAD.pack(self._writer.rounds, batch.nextents, batch.npages, 0)
         payload = head + batch.list_view()
         pages = batch.page_view()
         flags = 0
@@ -200,19 +183,45 @@ class Transfer:
             if len(frame) < len(pages) * _WORTH:
                 pages, flags = memoryview(frame), fmt.FLAG_ZSTD
         self._writer.section(Type.MEMORY, payload, flags=flags, body=pages)
-        self._write_ns += time.monotonic_ns() - start_ns
-        self._data_pages += batch.npages
-        self._zero_pages += batch.nzero
+        way.write_ns += time.monotonic_ns() - start_ns
+        way.data_pages += batch.npages
+        way.zero_pages += batch.nzero
         batch.clear()
-        self._on_batch(done, self._data_pages)
+        self._on_batch(done, way.data_pages)
 
-    def _brake(self, start_ns: int, sent_bytes: int, rate_bytes: int) -> None:
-        """Sleep until so many bytes are due at that rate."""
+
+class _UnderWay:
+    """One round that is being sent, counted and held back to its rate."""
+
+    def __init__(self, everything: bool, rate_bytes: int | None, start_bytes: int) -> None:
+        """start_bytes: the offset in the stream where it begins."""
+        self.everything = everything
+        self.write_ns = self.data_pages = self.zero_pages = 0
+        self._rate_bytes = rate_bytes
+        self._start_bytes = start_bytes
+        self._start_ns = time.monotonic_ns()
+
+    def brake(self, offset_bytes: int) -> None:
+        """Sleep until the bytes up to this offset are due."""
+        if not self._rate_bytes:
+            return
         now_ns = time.monotonic_ns()
-        ahead_ns = sent_bytes * NS // rate_bytes - (now_ns - start_ns)
+        sent_bytes = offset_bytes - self._start_bytes
+        ahead_ns = sent_bytes * NS // self._rate_bytes - (now_ns - self._start_ns)
         if ahead_ns > 0:
             time.sleep(ahead_ns / NS)
-            self._write_ns += time.monotonic_ns() - now_ns
+            self.write_ns += time.monotonic_ns() - now_ns
+
+    def over(self, offset_bytes: int) -> Round:
+        """Return what it has measured."""
+        return Round(
+            start_ns=self._start_ns,
+            end_ns=time.monotonic_ns(),
+            data_pages=self.data_pages,
+            zero_pages=self.zero_pages,
+            sent_bytes=offset_bytes - self._start_bytes,
+            write_ns=self.write_ns,
+        )
 
 
 PROGRAM = f"bhysend {__version__}"

@@ -12,14 +12,17 @@ from bhystream import hypervisors
 from bhystream.backend.base import Target
 from bhystream.errors import GuestError
 from bhystream.guest import Head, Json, State
+from bhystream.handover import state
 from bhystream.handover.answers import unpack
 from bhystream.recv import reply
-from bhystream.recv.build import Build
+from bhystream.recv.incoming import Incoming
 from bhystream.recv.options import Options
-from bhystream.recv.reply import TimedInput
+from bhystream.recv.receiving import Job
+from bhystream.recv.reply import Reply, Silence, TimedInput
 from bhystream.report import Console
 from bhystream.signals import Signals
-from bhystream.stream.verify import Rehearsal, Walk
+from bhystream.stream.format import Form
+from bhystream.stream.verify import Walk
 
 DATA = Path(__file__).parents[1] / "data"
 WAITS = 5
@@ -40,6 +43,7 @@ class Sink:
         self.notices: Sequence[str] = ["its clock chip is not set"]
         self.on_wait: Callable[[], None] = lambda: None
         self.dies = dies
+        self.stops = False
         self.done: list[str] = []
 
     def check(self, head: Head) -> list[str]:
@@ -52,6 +56,8 @@ class Sink:
     def open(self, plan: bytes) -> Sequence[Target]:
         for _ in range(WAITS):
             self.on_wait()
+        if self.stops:
+            raise GuestError("stop here")
         return [Nowhere()] * self.segments
 
     def require_alive(self) -> None:
@@ -85,44 +91,54 @@ def back(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     os.close(ours)
 
 
-def build_of(stream: str, sink: Sink, base: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
+def incoming_of(stream: str, sink: Sink, base: Path, monkeypatch: pytest.MonkeyPatch) -> Incoming:
     monkeypatch.setattr(hypervisors, "open_sink", lambda *_: (sink, "web1", "web1"))
     monkeypatch.setattr(hypervisors, "open_contents", lambda *_: None)
     source = TimedInput(os.open(DATA / stream, os.O_RDONLY))
-    return Build(Options(), Walk(source), source, base, Console("bhyrecv"), Signals())
+    walk = Walk(source)
+    is_answered = walk.header.form == Form.ANSWERED
+    answers = Reply(base, walk.header.stream_id.hex()) if is_answered else Silence()
+    records = state.Records(base, "destination")
+    console = Console("bhyrecv")
+    return Incoming(Job(Options(), walk, source, base, console, Signals(), records, answers))
 
 
 def test_a_source_hears_that_its_destination_waits_for_a_hypervisor(
     base: Path, back: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It reads nothing meanwhile; silence would be taken for a pipeline that holds bytes back."""
-    build = build_of("answered.bhys", Sink(), base, monkeypatch)
-    events = build.walk.events()
-    build.take(next(event for event in events if isinstance(event, Head)))
-    build.take(Rehearsal(b"plan"))
+    sink = Sink()
+    incoming = incoming_of("answered.bhys", sink, base, monkeypatch)
+    with pytest.raises(GuestError, match="stop here"):
+        sink.stops = True
+        incoming.run()
     said = [unpack(line) for line in os.read(back, 1 << 16).splitlines(keepends=True)]
-    assert [answer.word for answer in said] == ["ACCEPT", *["SEEN"] * WAITS]
-    assert {answer.args for answer in said[1:]} == {(str(build.walk.reader.sequence - 1),)}
-    build.close()
+    words = [answer.word for answer in said]
+    at = words.index("ACCEPT")
+    assert words[: at + 1] == ["HELLO", "ACCEPT"]
+    # The head's own is the first; then one for each wait, of the section that is being acted on.
+    assert words[at + 1 :] == ["SEEN"] * (1 + WAITS)
+    assert len({answer.args for answer in said[at + 2 :]}) == 1
+    incoming.close()
 
 
 def test_a_hypervisor_that_has_ended_is_seen_at_the_end_of_a_round(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sink = Sink(dies=True)
-    build = build_of("plain.bhys", sink, base, monkeypatch)
+    incoming = incoming_of("plain.bhys", sink, base, monkeypatch)
     with pytest.raises(GuestError, match="it has ended"):
-        build.run()
+        incoming.run()
     assert sink.done == []
-    build.close()
+    incoming.close()
 
 
 def test_what_the_operator_has_to_know_of_a_start_is_said(
     base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sink = Sink()
-    build = build_of("plain.bhys", sink, base, monkeypatch)
-    build.run()
+    incoming = incoming_of("plain.bhys", sink, base, monkeypatch)
+    incoming.run()
     assert sink.done == ["load", "start"]
     assert "guest web1: its clock chip is not set\n" in capfd.readouterr().err
-    build.close()
+    incoming.close()

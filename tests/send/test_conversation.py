@@ -23,8 +23,8 @@ from bhystream.errors import (
 from bhystream.handover.answers import Answer, LostError, pack
 from bhystream.handover.handshake import Event
 from bhystream.report import Console
-from bhystream.send import offer, push
-from bhystream.send.offer import Command, Offer, hello_of
+from bhystream.send import conversation, push
+from bhystream.send.conversation import Command, Conversation, Ready, Route
 from bhystream.send.rendezvous import connect
 from bhystream.signals import Signals
 from bhystream.stream.format import Type
@@ -43,40 +43,48 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is to come is in the box before it is waited for; nothing else will come."""
     monkeypatch.setattr(push, "_PATIENCE_S", 0.0)
     for name in ("ACCEPT_SECONDS", "READY_SECONDS", "ANSWER_SECONDS", "_LAST_WORDS_S"):
-        monkeypatch.setattr(offer, name, 0)
+        monkeypatch.setattr(conversation, name, 0)
 
 
 class Case:
-    """One offer whose box the test fills."""
+    """One conversation whose box the test fills."""
 
     def __init__(self, base: Path) -> None:
         self.signals = Signals()
         self.base = base
         self.fd = os.open(os.devnull, os.O_WRONLY)
+        self.command: tuple[str, ...] = ()
 
     @cached_property
-    def offer(self) -> Offer:
-        """Make it in the test, with the standard error that the test looks at."""
-        return Offer(Console("bhysend"), self.signals, "web1", "qemu:/web1", ID)
+    def route(self) -> Route:
+        """Open it in the test, with the standard error that the test looks at."""
+        names = ("web1", "qemu:/web1")
+        return Route(Console("bhysend"), self.base, names, ID, self.command)
 
     def put(self, word: str, *args: str) -> None:
-        self.offer.box.put(HELLO, Answer(ID, word, args))
+        self.route.box.put(HELLO, Answer(ID, word, args))
 
-    def begin(self, held: int = 0) -> Hoarding:
+    def lose(self) -> None:
+        self.route.box.lose("the way back was closed")
+
+    def talk(self, writer: Writer) -> Conversation:
+        return Conversation(self.route, writer, Console("bhysend"), self.signals)
+
+    def begin(self, held: int = 0) -> tuple[Conversation, Hoarding]:
         """Begin, with a destination that accepts all at once."""
-        self.offer.open(self.base, ())
-        writer = Hoarding(self.fd, held, self.offer.box)
+        writer = Hoarding(self.fd, held, self.route.box)
         writer.section(Type.HEAD_END)
         self.put("ACCEPT")
-        self.offer.begin(writer)
-        return writer
+        talk = self.talk(writer)
+        talk.await_accept()
+        return talk, writer
 
 
 @pytest.fixture
 def case(base: Path) -> Iterator[Case]:
     made = Case(base)
     yield made
-    made.offer.close(70)
+    made.route.close(70)
     os.close(made.fd)
 
 
@@ -84,10 +92,9 @@ def case(base: Path) -> Iterator[Case]:
 
 
 def test_it_begins_when_the_head_is_accepted(case: Case) -> None:
-    assert case.offer.host == "the destination"
-    writer = case.begin()
-    assert case.offer.host == "hv2"
-    assert hello_of(case.offer) == HELLO
+    assert case.route.host == "the destination"
+    talk, writer = case.begin()
+    assert talk.host == "hv2"
     assert writer.pads == []
 
 
@@ -102,17 +109,17 @@ def test_it_begins_when_the_head_is_accepted(case: Case) -> None:
 def test_a_head_that_is_not_accepted(
     case: Case, word: str, args: tuple[str, ...], cls: type[BhyError], text: str
 ) -> None:
-    writer = Hoarding(case.fd, 0, case.offer.box)
+    talk = case.talk(Hoarding(case.fd, 0, case.route.box))
     case.put(word, *args)
     with pytest.raises(cls) as caught:
-        case.offer.begin(writer)
+        talk.await_accept()
     assert (type(caught.value), str(caught.value)) == (cls, text)
 
 
 def test_a_way_back_that_is_gone_at_the_beginning(case: Case) -> None:
-    case.offer.box.lose("the way back was closed")
+    case.lose()
     with pytest.raises(GuestError, match="the way back was closed"):
-        case.offer.begin(Hoarding(case.fd, 0, case.offer.box, says_hello=False))
+        case.talk(Hoarding(case.fd, 0, case.route.box, says_hello=False)).await_accept()
 
 
 def test_what_was_pushed_while_it_started_is_not_what_the_pipeline_holds(case: Case) -> None:
@@ -129,21 +136,22 @@ def test_what_was_pushed_while_it_started_is_not_what_the_pipeline_holds(case: C
                 self.box.put(HELLO, Answer(ID, "SEEN", (str(self.sequence - 1),)))
                 self.box.put(HELLO, Answer(ID, "ACCEPT"))
 
-    writer = Late(case.fd, 1 << 40, case.offer.box, says_hello=False)
-    case.offer.begin(writer)
+    writer = Late(case.fd, 1 << 40, case.route.box, says_hello=False)
+    talk = case.talk(writer)
+    talk.await_accept()
     assert sum(writer.pads) > 4 * MIB
     writer.pads.clear()
     writer.section(Type.ROUND_END, bytes(24))
-    case.offer.settle()
+    talk.settle()
     assert writer.pads == []
 
 
 def test_settling_measures_the_way_with_what_is_known(case: Case) -> None:
     """Where that was only found out now, it is tried again, at once."""
-    writer = case.begin()
+    talk, writer = case.begin()
     writer.held = 3 * MIB
     writer.section(Type.ROUND_END, bytes(24))
-    case.offer.settle()
+    talk.settle()
     # Twice from nothing: the link may just have hesitated.  Then with what is known.
     ladder = [64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20]
     starts = [at for at, length in enumerate(writer.pads) if length == ladder[0]]
@@ -151,18 +159,17 @@ def test_settling_measures_the_way_with_what_is_known(case: Case) -> None:
     assert all(writer.pads[at : at + 5] == ladder for at in starts)
     writer.pads.clear()
     writer.section(Type.ROUND_END, bytes(24))
-    case.offer.settle()
+    talk.settle()
     assert 3 * MIB - 10240 <= sum(writer.pads) <= sum(ladder) + 2 * MIB
     assert set(writer.pads[:-1]) == {MIB}
-    assert case.offer.trip_ns > 0
+    assert talk.trip_ns > 0
 
 
 def test_a_link_that_hesitated_once_holds_nothing_back(case: Case) -> None:
-    writer = case.begin()
+    talk, writer = case.begin()
     writer.held = 3 * MIB
     writer.section(Type.ROUND_END, bytes(24))
-    push = case.offer._push
-    assert push is not None
+    push = talk._push
     real, calls = push.through, []
 
     def through() -> None:
@@ -171,13 +178,13 @@ def test_a_link_that_hesitated_once_holds_nothing_back(case: Case) -> None:
         writer.held = 0
 
     push.through = through  # type: ignore[method-assign]
-    case.offer.settle()
+    talk.settle()
     assert calls == [1, 1, 1]
     assert push.held_bytes <= 64 << 10
 
 
 def test_what_is_held_is_learned_before_the_head_is_accepted(case: Case) -> None:
-    writer = case.begin(MIB)
+    _, writer = case.begin(MIB)
     assert sum(writer.pads) >= MIB
 
 
@@ -185,9 +192,17 @@ def test_what_is_held_is_learned_before_the_head_is_accepted(case: Case) -> None
 
 
 def test_ready_brings_its_nonce(case: Case) -> None:
-    case.begin()
+    talk, _ = case.begin()
+    talk.refuse_early_ready()
     case.put("READY", NONCE)
-    assert case.offer.await_ready(0) == bytes.fromhex(NONCE)
+    assert talk.await_ready(0) == Ready(HELLO, bytes.fromhex(NONCE))
+
+
+def test_ready_before_its_time_is_refused(case: Case) -> None:
+    talk, _ = case.begin()
+    case.put("READY", NONCE)
+    with pytest.raises(GuestError, match="hv2: READY came before END"):
+        talk.refuse_early_ready()
 
 
 @pytest.mark.parametrize(
@@ -195,15 +210,15 @@ def test_ready_brings_its_nonce(case: Case) -> None:
     [
         (lambda case: case.put("FAILED", "no memory"), "hv2: no memory"),
         (lambda case: case.put("RAN"), "hv2: RAN"),
-        (lambda case: case.offer.box.lose("the way back was closed"), "the way back was closed"),
+        (lambda case: case.lose(), "the way back was closed"),
         (lambda case: None, "hv2: no READY came for 0 s"),
     ],
 )
 def test_what_is_not_ready_is_an_error(case: Case, put: Callable[[Case], None], text: str) -> None:
-    case.begin()
+    talk, _ = case.begin()
     put(case)
     with pytest.raises(GuestError) as caught:
-        case.offer.await_ready(0)
+        talk.await_ready(0)
     assert str(caught.value) == text
 
 
@@ -226,17 +241,17 @@ def test_what_is_not_ready_is_an_error(case: Case, put: Callable[[Case], None], 
             "hv2 cannot say whether the guest ran there",
         ),
         (
-            lambda case: case.offer.box.lose("the way back was closed"),
+            lambda case: case.lose(),
             Event.DOUBT,
             "the way back was closed",
         ),
     ],
 )
 def test_the_answer_to_go(case: Case, put: Callable[[Case], None], event: Event, why: str) -> None:
-    case.begin()
+    talk, _ = case.begin()
     put(case)
-    case.offer.commit()
-    assert case.offer.await_outcome() == (event, why)
+    talk.commit()
+    assert talk.await_outcome() == (event, why)
 
 
 def test_a_way_there_that_is_gone_leaves_the_way_back(case: Case) -> None:
@@ -252,9 +267,10 @@ def test_a_way_there_that_is_gone_leaves_the_way_back(case: Case) -> None:
             super().section(type_, payload, flags=flags, body=body)
 
     case.put("ACCEPT")
-    case.offer.begin(Gone(case.fd, 0, case.offer.box))
-    case.offer.commit()
-    assert case.offer.await_outcome() == (Event.RUNNING, "")
+    talk = case.talk(Gone(case.fd, 0, case.route.box))
+    talk.await_accept()
+    talk.commit()
+    assert talk.await_outcome() == (Event.RUNNING, "")
 
 
 def give_up(*_: object) -> bool:
@@ -262,43 +278,43 @@ def give_up(*_: object) -> bool:
 
 
 def test_an_answer_that_does_not_come_is_doubt(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    case.begin()
+    talk, _ = case.begin()
     monkeypatch.setattr(push.Push, "until", give_up)
-    case.offer.commit()
-    assert case.offer.await_outcome() == (Event.DOUBT, "no answer came for 0 s")
+    talk.commit()
+    assert talk.await_outcome() == (Event.DOUBT, "no answer came for 0 s")
 
 
 def test_an_answer_is_waited_for_when_nothing_can_be_pushed(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case.begin()
+    talk, _ = case.begin()
 
     def wait(*_: object) -> bool:
         case.put("RUNNING")
         return True
 
     monkeypatch.setattr(push.Push, "until", give_up)
-    monkeypatch.setattr(case.offer.box, "wait", wait)
-    case.offer.commit()
-    assert case.offer.await_outcome() == (Event.RUNNING, "")
+    monkeypatch.setattr(case.route.box, "wait", wait)
+    talk.commit()
+    assert talk.await_outcome() == (Event.RUNNING, "")
 
 
 def test_what_a_tick_raises_while_it_waits_is_doubt(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case.begin()
-    monkeypatch.setattr(case.offer.box, "wait", give_up)
-    case.offer.commit()
-    assert case.offer.await_outcome() == (Event.DOUBT, "no answer came for 0 s")
+    talk, _ = case.begin()
+    monkeypatch.setattr(case.route.box, "wait", give_up)
+    talk.commit()
+    assert talk.await_outcome() == (Event.DOUBT, "no answer came for 0 s")
 
 
 def test_an_interrupt_comes_too_late_and_is_told(
     case: Case, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Also while GO is being recorded and written: from commit() on."""
-    case.begin()
+    talk, _ = case.begin()
     case.put("RUNNING")
-    case.offer.commit()
+    talk.commit()
     signal.raise_signal(signal.SIGINT)
     assert "SIGINT: too late, GO is out; waiting for the answer of hv2" in capfd.readouterr().err
 
@@ -313,13 +329,13 @@ GONE = ReaderGoneError("cannot write the stream: Broken pipe")
 def test_what_the_destination_said_explains_a_broken_stream(case: Case, error: BhyError) -> None:
     case.begin()
     case.put("FAILED", "no memory")
-    found = case.offer.explain(error)
+    found = case.route.explain(error)
     assert (type(found), str(found)) == (GuestError, "hv2: no memory")
 
 
 def test_nothing_explains_what_nobody_speaks_of(case: Case) -> None:
     case.begin()
-    assert case.offer.explain(GONE) is GONE
+    assert case.route.explain(GONE) is GONE
 
 
 @pytest.mark.parametrize(
@@ -339,8 +355,8 @@ def test_what_we_have_found_is_its_own_explanation(case: Case, error: BhyError, 
         case.begin()
         case.put("FAILED", "the stream was aborted")
     else:
-        case.offer.open(case.base, python("sys.stdin.buffer.read(); sys.exit(255)"))
-    assert case.offer.explain(error) is error
+        case.command = python("sys.stdin.buffer.read(); sys.exit(255)")
+    assert case.route.explain(error) is error
 
 
 @pytest.mark.parametrize(
@@ -357,52 +373,50 @@ def test_what_is_wrong_with_the_answers_is_not_hidden_by_a_status(
     case: Case, said: bytes, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where the command has ended by itself: that is not why we have given up."""
-    monkeypatch.setattr(offer, "_LAST_WORDS_S", 60)
+    monkeypatch.setattr(conversation, "_LAST_WORDS_S", 60)
     monkeypatch.setattr(push, "_PATIENCE_S", 60)
-    case.offer.open(case.base, python(f"os.write(1, {said!r}); sys.exit(255)"))
-    case.offer._rendezvous.start()
-    case.offer.box.wait(lambda: bool(case.offer.box.lost), 60)
+    case.command = python(f"os.write(1, {said!r}); sys.exit(255)")
+    case.route.start()
+    case.route.box.wait(lambda: bool(case.route.box.lost), 60)
     with pytest.raises(GuestError) as caught:
-        case.offer.box.check()
-    assert case.offer.explain(caught.value) is caught.value
+        case.route.box.check()
+    assert case.route.explain(caught.value) is caught.value
     assert str(caught.value).startswith(why)
 
 
 def test_a_way_back_that_was_closed_is_explained_by_the_end_of_the_command(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offer, "_LAST_WORDS_S", 60)
-    case.offer.open(case.base, python("os.kill(os.getpid(), 9)"))
-    case.offer._rendezvous.start()
-    case.offer.box.wait(lambda: bool(case.offer.box.lost), 60)
+    monkeypatch.setattr(conversation, "_LAST_WORDS_S", 60)
+    case.command = python("os.kill(os.getpid(), 9)")
+    case.route.start()
+    case.route.box.wait(lambda: bool(case.route.box.lost), 60)
     with pytest.raises(LostError) as caught:
-        case.offer.box.check()
-    assert str(case.offer.explain(caught.value)).endswith(": it was killed by SIGKILL (signal 9)")
+        case.route.box.check()
+    assert str(case.route.explain(caught.value)).endswith(": it was killed by SIGKILL (signal 9)")
 
 
 def test_a_command_that_lives_explains_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it makes of the end of its input is our doing."""
-    monkeypatch.setattr(offer, "_LAST_WORDS_S", 0)
-    case.offer.open(case.base, python("sys.stdin.buffer.read(); sys.exit(255)"))
-    assert case.offer.explain(GONE) is GONE
+    monkeypatch.setattr(conversation, "_LAST_WORDS_S", 0)
+    case.command = python("sys.stdin.buffer.read(); sys.exit(255)")
+    assert case.route.explain(GONE) is GONE
 
 
 # The end, and the third stage.
 
 
 def test_a_third_stage_is_greeted_and_told_the_status(case: Case) -> None:
-    assert case.offer.open(case.base, ()) == 1
-    assert case.offer.answer_fd == -1
-    writer = Hoarding(case.fd, 0, case.offer.box)
-    case.put("ACCEPT")
-    case.offer.begin(writer)
+    assert case.route.stream_fd == 1
+    assert case.route.answer_fd == -1
+    case.begin()
     found = connect(case.base, ID)
     assert found is not None
     peer, names = found
     assert names == ["web1", "qemu:/web1"]
     with peer:
-        case.offer.close(81)
-        case.offer.close(0)
+        case.route.close(81)
+        case.route.close(0)
         assert peer.recv(100) == b"status 81\n"
 
 
@@ -449,21 +463,20 @@ def test_the_words_of_a_command_can_be_typed() -> None:
 def test_the_answers_of_a_command_are_its_standard_output(
     case: Case, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(offer, "ACCEPT_SECONDS", 60)
+    monkeypatch.setattr(conversation, "ACCEPT_SECONDS", 60)
     monkeypatch.setattr(push, "_PATIENCE_S", 60)
     said = b"Last login: Mon\n" + b"".join(
         pack(answer) for answer in (HELLO, Answer(ID, "SEEN", ("0",)), Answer(ID, "ACCEPT"))
     )
-    fd = case.offer.open(
-        case.base, python(f"os.write(1, {said!r}); sys.stdin.buffer.read(); sys.exit(5)")
-    )
-    writer = Writer(fd, HEADER)
+    case.command = python(f"os.write(1, {said!r}); sys.stdin.buffer.read(); sys.exit(5)")
+    writer = Writer(case.route.stream_fd, HEADER)
     writer.section(Type.HEAD_END)
-    case.offer.begin(writer)
-    assert case.offer.answer_fd >= 0
-    assert (case.offer.host, case.offer.box.seen) == ("hv2", 0)
-    case.offer.close(0)
-    case.offer.close(0)
+    talk = case.talk(writer)
+    talk.await_accept()
+    assert case.route.answer_fd >= 0
+    assert (talk.host, case.route.box.seen) == ("hv2", 0)
+    case.route.close(0)
+    case.route.close(0)
     lines = capfd.readouterr().err.splitlines()
     assert lines[0] == "bhysend: Last login: Mon"
     assert [line for line in lines[1:] if line.endswith("it ended with status 5")] == lines[1:]
@@ -473,10 +486,10 @@ def test_the_answers_of_a_command_are_its_standard_output(
 def test_a_command_that_ended_explains_a_broken_stream_once(
     case: Case, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offer, "_LAST_WORDS_S", 60)
-    case.offer.open(case.base, python("sys.exit(255)"))
-    found = case.offer.explain(GONE)
+    monkeypatch.setattr(conversation, "_LAST_WORDS_S", 60)
+    case.command = python("sys.exit(255)")
+    found = case.route.explain(GONE)
     assert type(found) is GuestError
     assert str(found).endswith("it ended with status 255")
-    case.offer.close(69)
+    case.route.close(69)
     assert capfd.readouterr().err == ""

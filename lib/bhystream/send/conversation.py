@@ -1,11 +1,12 @@
-"""The answered forms at the source: what is sent is offered, and waited for.
+"""The answered forms at the source: a stream goes out, and its answers are waited for.
 
     -a        stream on standard output; answers through `bhysend -A`
     command   bhysend runs it: stream on its standard input, answers from its
               standard output
 
-handshake.py says what the answers mean; here is how they are waited for, and
-how long.
+A Route is both ways, from before the first byte to the status of the third
+stage.  A Conversation is what is said on it, from the head on.  handshake.py
+says what the answers mean; here is how they are waited for, and how long.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bhystream.errors import IN_DOUBT, BhyError, GuestError, PipeError, ReaderGoneError, ending
@@ -99,39 +101,57 @@ def _ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class Offer:
-    """One stream's conversation with its destination.
+@dataclass(frozen=True)
+class Ready:
+    """A destination that waits for GO: its HELLO, and the nonce of its READY."""
 
-    Owned by the move; close() ends it, with the status for the third stage.
+    hello: Answer
+    nonce: bytes
+
+
+class Route:
+    """The way of one stream to its destination, and the way back.
+
+    stream_fd: where the stream goes.  box: what has come back.  Owned by who
+    opens it; close() ends it, with the status for the third stage.
     """
 
     def __init__(
-        self, console: Console, signals: Signals, name: str, operand: str, id_: str
+        self,
+        console: Console,
+        base: Path,
+        names: tuple[str, str],
+        id_: str,
+        command: Sequence[str] = (),
+        umask: int = AS_IT_IS,
     ) -> None:
-        """Nothing is opened yet.  name, operand: of the guest.  id_: of the stream."""
-        self._console = console
-        self._signals = signals
-        self._who = f"guest {name}"
-        self.box = Box()
-        self._rendezvous = Rendezvous(self.box, id_, (name, operand), self._noise)
-        self._command: Command | None = None
-        self._push: Push | None = None
-        self._closed = False
-        self._explained = False
-        self._deadline = 0.0
+        """Open both ways; on any failure nothing is left.
 
-    def open(self, base: Path, command: Sequence[str], umask: int = AS_IT_IS) -> int:
-        """Open the way back; return the descriptor that the stream goes to.
-
-        command: of the command form, empty for -a.  umask: for it.
+        base: the state directory.  names: the guest's, and its operand.  id_:
+        of the stream.  command: of the command form, empty for -a; umask: for
+        it.  Raises GuestError, UsageError, PipeError, AccessError.
         """
-        fd = _STDOUT
-        if command:
-            self._command = Command(command, umask)
-            fd = self._command.stream_fd
-            self._rendezvous.read(self._command.answer_fd)
-        self._rendezvous.listen(base)
-        return fd
+        self._console = console
+        self.who = f"guest {names[0]}"
+        self.box = Box()
+        self._rendezvous = Rendezvous(self.box, id_, names, self._noise)
+        self._command: Command | None = None
+        self.stream_fd = _STDOUT
+        self._is_closed = False
+        self._is_explained = False
+        try:
+            if command:
+                self._command = Command(command, umask)
+                self.stream_fd = self._command.stream_fd
+                self._rendezvous.read(self._command.answer_fd)
+            self._rendezvous.listen(base)
+        except BhyError as error:
+            self.close(error.status)
+            raise
+
+    def start(self) -> None:
+        """Begin to take answers, in a thread: no process is started after that."""
+        self._rendezvous.start()
 
     @property
     def answer_fd(self) -> int:
@@ -143,87 +163,11 @@ class Offer:
         """Return the destination as it calls itself."""
         return self.box.hello.host if self.box.hello else "the destination"
 
-    @property
-    def trip_ns(self) -> int:
-        """Return how long one way there and back took last, with its push."""
-        return self._push.trip_ns if self._push else 0
-
-    def begin(self, writer: Writer) -> None:
-        """Wait until the destination has read the head and accepted it.
-
-        Without a limit for HELLO: somebody may be typing a password.
-        """
-        self._rendezvous.start()
-        self._push = Push(writer, self.box)
-        with self._saying("waiting for the destination", self._hint):
-            self._push.until(lambda: self.box.hello is not None, _HELLO_STALL_S)
-            # That shows how long it took to start, not what the pipeline holds.
-            self._push.held_bytes = 0
-            self._push.through()
-            self._await(lambda: self.box.accepted, ACCEPT_SECONDS, "ACCEPT")
-
-    def settle(self) -> None:
-        """Wait until the destination has read all that was written.
-
-        What the pipeline holds back is then known, and trip_ns is the time
-        that the way takes with it.  What was only found out now is tried
-        again from nothing: the link may just have hesitated.
-        """
-        assert self._push is not None
-        before = self._push.held_bytes
-        self._push.through()
-        found = self._push.held_bytes
-        if found > before:
-            self._push.held_bytes = 0
-            self._push.through()
-            self._push.held_bytes = min(found, self._push.held_bytes)
-            self._push.through()
-
-    def await_ready(self, memory_bytes: int) -> bytes:
-        """Wait for READY, after END; return its nonce.
-
-        memory_bytes: of the guest, which a destination that could not start
-        early loads now.
-        """
-        assert self._push is not None
-        limit_s = READY_SECONDS + memory_bytes // SLOW_BYTES_PER_SECOND
-        with self._saying(f"waiting until {self.host} is ready", limit_s=limit_s):
-            self._push.through()
-            self._await(lambda: self.box.nonce is not None, limit_s, "READY")
-        # It may have been given up since.
-        self.box.check()
-        assert self.box.nonce is not None
-        return self.box.nonce
-
-    def commit(self) -> None:
-        """Say from here on what a signal hears: GO is on its way, and only the answer counts."""
-        self._deadline = time.monotonic() + ANSWER_SECONDS
-        self._signals.on_deferred = lambda name: self._console.say(
-            f"{name}: too late, GO is out; waiting for the answer of {self.host}, "
-            f"{max(self._deadline - time.monotonic(), 0):.0f} s at the most"
-        )
-
-    def await_outcome(self) -> tuple[Event, str]:
-        """Wait for the answer to GO; return what it means, and why if it is doubt.
-
-        commit() came before.  Nothing is raised: GO is out, and only the answer counts.
-        """
-        assert self._push is not None
-        with (
-            contextlib.suppress(BhyError),
-            self._saying(f"waiting for the answer of {self.host}", limit_s=ANSWER_SECONDS),
-        ):
-            # Given up pushing, we still wait: the way there may be gone, as it
-            # is when bhyrecv has ended, and the way back still work.
-            with contextlib.suppress(BhyError):
-                self._push.until(lambda: self.box.final is not None)
-            self.box.wait(lambda: self.box.final is not None, self._deadline - time.monotonic())
-        final = self.box.final
-        if final is not None and final.word in EVENTS:
-            return EVENTS[final.word], final.text
-        if final is not None:
-            return Event.DOUBT, f"{self.host} cannot say whether the guest ran there"
-        return Event.DOUBT, self.box.lost or f"no answer came for {ANSWER_SECONDS} s"
+    def hint(self) -> str:
+        """Return what may be missing where nobody answers, "" where that is not known."""
+        if self.box.hello is not None or self._command:
+            return ""
+        return "; is there a `| bhysend -A` at the end?"
 
     def explain(self, error: BhyError) -> BhyError:
         """Return why the stream or the way back broke, if anybody says it; else the error.
@@ -239,27 +183,139 @@ class Offer:
             return self.box.failure() or error
         status = self._command.ends_within(_LAST_WORDS_S) if self._command else None
         if self._command and status is not None:
-            self._explained = True
+            self._is_explained = True
             return GuestError(f"{self._command.words}: it {ending(status)}")
         return error
 
     def close(self, status: int) -> None:
         """End the conversation.  Twice is no error."""
-        if self._closed:
+        if self._is_closed:
             return
-        self._closed = True
+        self._is_closed = True
         self._rendezvous.close(status)
         self.box.close()
         if self._command:
             # One that waits for a password does not hear that its input ends.
             hurry = self.box.hello is None or status == IN_DOUBT
             ended = self._command.end(_SHORT_SECONDS if hurry else _END_SECONDS)
-            if ended and not self._explained and self.box.final is None:
+            if ended and not self._is_explained and self.box.final is None:
                 self._console.say(f"{self._command.words}: it {ending(ended)}")
 
+    def _noise(self, line: bytes) -> None:
+        """Show what a login shell said before the first answer."""
+        self._console.say(line.decode("utf-8", "replace").rstrip("\n"))
+
+
+class Conversation:
+    """What bhysend says to one destination, and waits to hear."""
+
+    def __init__(self, route: Route, writer: Writer, console: Console, signals: Signals) -> None:
+        """route, writer: stay the caller's; the head is written."""
+        self.route = route
+        self._box = route.box
+        self._console = console
+        self._signals = signals
+        self._push = Push(writer, route.box)
+        self._deadline = 0.0
+
+    @property
+    def host(self) -> str:
+        """Return the destination as it calls itself."""
+        return self.route.host
+
+    @property
+    def trip_ns(self) -> int:
+        """Return how long one way there and back took last, with its push."""
+        return self._push.trip_ns
+
+    def check(self) -> None:
+        """Raise what ends the conversation before GO."""
+        self._box.check()
+
+    def await_accept(self) -> None:
+        """Wait until the destination has read the head and accepted it.
+
+        Without a limit for HELLO: somebody may be typing a password.  Raises
+        IncompatibleError, GuestError, UsageError, PipeError.
+        """
+        self.route.start()
+        with self._saying("waiting for the destination", self.route.hint):
+            self._push.until(lambda: self._box.hello is not None, _HELLO_STALL_S)
+            # That shows how long it took to start, not what the pipeline holds.
+            self._push.held_bytes = 0
+            self._push.through()
+            self._await(lambda: self._box.accepted, ACCEPT_SECONDS, "ACCEPT")
+
+    def settle(self) -> None:
+        """Wait until the destination has read all that was written.
+
+        What the pipeline holds back is then known, and trip_ns is the time
+        that the way takes with it.  What was only found out now is tried
+        again from nothing: the link may just have hesitated.  Raises as
+        await_accept().
+        """
+        before = self._push.held_bytes
+        self._push.through()
+        found = self._push.held_bytes
+        if found > before:
+            self._push.held_bytes = 0
+            self._push.through()
+            self._push.held_bytes = min(found, self._push.held_bytes)
+            self._push.through()
+
+    def refuse_early_ready(self) -> None:
+        """Raise GuestError where READY came before END."""
+        if self._box.nonce is not None:
+            raise GuestError(f"{self.host}: READY came before END")
+
+    def await_ready(self, memory_bytes: int) -> Ready:
+        """Wait for READY, after END.
+
+        memory_bytes: of the guest, which a destination that could not start
+        early loads now.  Raises as await_accept().
+        """
+        limit_s = READY_SECONDS + memory_bytes // SLOW_BYTES_PER_SECOND
+        with self._saying(f"waiting until {self.host} is ready", limit_s=limit_s):
+            self._push.through()
+            self._await(lambda: self._box.nonce is not None, limit_s, "READY")
+        # It may have been given up since.
+        self._box.check()
+        if self._box.nonce is None or self._box.hello is None:
+            raise GuestError(f"{self.host}: READY came without HELLO")
+        return Ready(self._box.hello, self._box.nonce)
+
+    def commit(self) -> None:
+        """Say from here on what a signal hears: GO is on its way, and only the answer counts."""
+        self._deadline = time.monotonic() + ANSWER_SECONDS
+        self._signals.on_deferred = lambda name: self._console.say(
+            f"{name}: too late, GO is out; waiting for the answer of {self.host}, "
+            f"{max(self._deadline - time.monotonic(), 0):.0f} s at the most"
+        )
+
+    def await_outcome(self) -> tuple[Event, str]:
+        """Wait for the answer to GO; return what it means, and why if it is doubt.
+
+        commit() came before.  Nothing is raised: GO is out, and only the answer counts.
+        """
+        with (
+            contextlib.suppress(BhyError),
+            self._saying(f"waiting for the answer of {self.host}", limit_s=ANSWER_SECONDS),
+        ):
+            # Given up pushing, we still wait: the way there may be gone, as it
+            # is when bhyrecv has ended, and the way back still work.
+            with contextlib.suppress(BhyError):
+                self._push.until(lambda: self._box.final is not None)
+            self._box.wait(lambda: self._box.final is not None, self._deadline - time.monotonic())
+        final = self._box.final
+        if final is not None and final.word in EVENTS:
+            return EVENTS[final.word], final.text
+        if final is not None:
+            return Event.DOUBT, f"{self.host} cannot say whether the guest ran there"
+        return Event.DOUBT, self._box.lost or f"no answer came for {ANSWER_SECONDS} s"
+
     def _await(self, condition: Callable[[], bool], seconds: int, word: str) -> None:
-        if not self.box.wait(condition, seconds):
-            self.box.check()
+        if not self._box.wait(condition, seconds):
+            self._box.check()
             raise GuestError(f"{self.host}: no {word} came for {seconds} s")
 
     @contextlib.contextmanager
@@ -276,22 +332,7 @@ class Offer:
             seconds = time.monotonic() - start
             if seconds > limit_s:
                 raise PipeError(f"{what}: given up after {seconds:.0f} s")
-            self._console.say(f"{self._who}: {what}, for {seconds:.0f} s now{hint()}")
+            self._console.say(f"{self.route.who}: {what}, for {seconds:.0f} s now{hint()}")
 
         with self._signals.ticking(say, _SAY_SECONDS):
             yield
-
-    def _hint(self) -> str:
-        if self.box.hello is not None or self._command:
-            return ""
-        return "; is there a `| bhysend -A` at the end?"
-
-    def _noise(self, line: bytes) -> None:
-        """Show what a login shell said before the first answer."""
-        self._console.say(line.decode("utf-8", "replace").rstrip("\n"))
-
-
-def hello_of(offer: Offer) -> Answer:
-    """Return the destination's HELLO, which has come."""
-    assert offer.box.hello is not None
-    return offer.box.hello

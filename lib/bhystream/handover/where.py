@@ -1,0 +1,96 @@
+"""Where a guest of the source is, and what to type: decided in one place, worded in one place.
+
+    record      acts done        resume failed   discard failed   nothing to do
+    ------      ---------        -------------   --------------   -------------
+    PAUSED      HERE                STANDS                           STANDS
+    HELD        HERE                STANDS                           HELD
+    GO          HERE or THERE       STANDS           LEFT            DOUBT
+    MOVED       THERE                                LEFT            LEFT
+
+The acts are those of handshake.SOURCE and handshake.RECORD.  bhysend, its
+keeper, `bhysend -A` and the verbs ask here, so that a guest that stands is
+spoken of in the same words whoever speaks.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+
+from bhystream.guest import GO, HELD, MOVED, PAUSED
+from bhystream.handover.handshake import Act
+from bhystream.handover.state import Record, default_directory
+
+
+class Where(Enum):
+    """Where the one copy is that may go on."""
+
+    HERE = "it runs here"
+    THERE = "it runs at the destination, and is gone here"
+    STANDS = "it stands paused here, and runs nowhere else"
+    HELD = "it stands paused here, and may run at the destination: plain form"
+    DOUBT = "it stands paused here, and may run at the destination: GO may be out"
+    LEFT = "it runs at the destination, and what is left here is to be ended"
+
+
+_UNTOUCHED = {PAUSED: Where.STANDS, HELD: Where.HELD, GO: Where.DOUBT, MOVED: Where.LEFT}
+
+
+def outcome(phase: str, acts: Sequence[Act] = (), undone: Sequence[Act] = ()) -> Where:
+    """Return where a recorded guest is.
+
+    phase: of the record, before the acts.  acts: what was to be done to the
+    guest.  undone: those of them that were not done, the failed one first.
+    """
+    if Act.DISCARD in acts:
+        return Where.LEFT if Act.DISCARD in undone else Where.THERE
+    if Act.RESUME in acts:
+        return Where.STANDS if Act.RESUME in undone else Where.HERE
+    return _UNTOUCHED[phase]
+
+
+def what_to_type(where: Where, record: Record, base: Path, name: str = "") -> str:
+    """Return the lines that tell the operator what to type, "" where there is nothing to do.
+
+    base: the state directory.  name: to call the guest by; "" for the stream's id.
+    """
+    name = name or record.id
+    match where:
+        case Where.STANDS:
+            return f"let it run on: bhysend --resume {name}"
+        case Where.HELD:
+            return (
+                f"if it runs at the destination: bhysend --discard {name}\n"
+                f"if it surely does not: bhysend --resume {name}"
+            )
+        case Where.LEFT:
+            return f"end what is left here: bhysend --discard {name}"
+        case Where.DOUBT:
+            return in_doubt(record, base)
+    return ""
+
+
+def in_doubt(record: Record, base: Path) -> str:
+    """Return the lines that lead out of doubt, commands as they can be typed."""
+    host = record.there
+    words = record.ask or ["ssh", host, "bhyrecv"]
+    is_ssh = os.path.basename(words[0]) == "ssh"
+    remote: list[str] = []
+    if record.directory != str(default_directory()):
+        name = f"BHYSEND_STATE_DIR={record.directory}"
+        # ssh(1) hands its words to a shell once more.
+        remote = ["env", shlex.quote(name) if is_ssh else name]
+    at = len(words) - 1 if is_ssh else 0
+    there = shlex.join([*words[:at], *remote, *words[at:]])
+    here = ""
+    if "BHYSEND_STATE_DIR" in os.environ:
+        here = f"env {shlex.quote(f'BHYSEND_STATE_DIR={base}')} "
+    return (
+        f"it stands paused here until {host} has answered; ask it:\n"
+        f"  {there} -q {record.id} | {here}bhysend -A\n"
+        f"if {host} is lost, and the guest surely does not run there:\n"
+        f"  {here}bhysend --resume --in-doubt {record.id}"
+    )

@@ -1,0 +1,123 @@
+"""A guest that is being made at the destination, by the verified events of its stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bhystream import hypervisors
+from bhystream.backend.base import Target
+from bhystream.errors import from_oserror
+from bhystream.guest import PAGE_BYTES, READY, Head, State
+from bhystream.handover import leftover
+from bhystream.handover.state import Lock, Record
+from bhystream.recv.receiving import Job, refuse
+from bhystream.report import Progress
+from bhystream.stream import format as fmt
+from bhystream.stream.format import Form, RoundEnd
+from bhystream.stream.verify import Pages
+
+
+class Building:
+    """One guest, from the verdict to its loaded state.
+
+    name, operand: of the guest here.  sink: makes it; nothing of it runs before
+    Sink.start().  Owned by Incoming, which ends it through the sink.
+    """
+
+    def __init__(self, job: Job, head: Head) -> None:
+        """Open the sink; nothing is made, nor judged yet.  Raises IncompatibleError, GuestError."""
+        kind = head.host["hypervisor"]
+        self._job = job
+        self._head = head
+        self.sink, self.name, self.operand = hypervisors.open_sink(
+            kind, head.config["name"], job.opts.receiving(job.base, job.walk)
+        )
+        if contents := hypervisors.open_contents(kind):
+            job.walk.understand(contents, head)
+        self.lock = Lock(job.base, self.lock_name, f"guest {self.name}")
+        self._targets: Sequence[Target] = ()
+        self._states: list[State] = []
+        self._progress = Progress(
+            job.console,
+            self.name,
+            head.layout.npages,
+            verbose=job.opts.verbose,
+            machine=job.opts.machine,
+        )
+
+    @property
+    def lock_name(self) -> str:
+        """Return what one lock for each guest at this destination is taken on."""
+        return f"to-{self.operand}"
+
+    def judge(self) -> None:
+        """Give the verdict.  Raises IncompatibleError with every reason against the guest."""
+        job = self._job
+        if job.opts.directory is None:
+            leftover.sweep(job.base, job.records, self.lock_name)
+        refuse(job.opts.reasons(self.sink, self._head), self.name)
+        job.console.log(f"guest {self.name}: stream {job.id} begins")
+        job.signals.on_report = self._progress.report
+
+    def open(self, plan: bytes) -> None:
+        """Make the empty guest: early, where a rehearsal tells how."""
+        late = self._job.opts.unstarted or self._job.walk.header.form == Form.KEPT
+        self._targets = self.sink.open(b"" if late else plan)
+
+    def write_pages(self, event: Pages) -> None:
+        """Put pages where they belong.  Raises PipeError, AccessError."""
+        if not self._targets:
+            self.open(b"")
+        layout, at = self._head.layout, event.segment
+        try:
+            self._targets[at].place(
+                layout.starts[at], layout.segments[at].npages, event.extents, event.pages
+            )
+        except OSError as error:
+            raise from_oserror(error, f"write the memory of guest {self.name}") from error
+        self._report_pages(event)
+
+    def end_round(self, event: RoundEnd) -> None:
+        """Report a round, with -v; see that the guest that is built is still there."""
+        self.sink.require_alive()
+        self._progress.enter("round", event.round + 1)
+        self._progress.work_total = 0
+        if self._job.opts.verbose:
+            self._job.console.say(
+                f"guest {self.name}: round {event.round}: {event.data_pages} pages, "
+                f"{event.zero_pages} zero"
+            )
+
+    def take_state(self, state: State) -> None:
+        """Keep a state until all of the stream has verified."""
+        self._states.append(state)
+
+    def load(self) -> None:
+        """Give the guest its state: when this returns, Sink.start() has only to let it go."""
+        if not self._targets:  # a guest that never wrote a page
+            self.open(b"")
+        self.sink.load(self._states)
+        self._states.clear()
+
+    def record(self) -> Record:
+        """Return the record of the loaded guest, which nobody has written yet."""
+        return Record(
+            id=self._job.id,
+            guest=self.name,
+            operand=self.operand,
+            lock=self.lock_name,
+            phase=READY,
+            revive=dict(self.sink.record()),
+        )
+
+    def _report_pages(self, event: Pages) -> None:
+        """Show progress: how far this round has come, and what it brought."""
+        last = len(event.extents) - fmt.EXTENT.size
+        first, count, _ = fmt.EXTENT.unpack_from(event.extents, last)
+        progress = self._progress
+        progress.done_pages = first + count
+        progress.sent_pages += len(event.pages) // PAGE_BYTES
+        progress.sent_bytes = self._job.walk.reader.offset_bytes
+        if not progress.round:  # which states every page; later ones what has changed
+            progress.work_done, progress.work_total = first + count, progress.npages
+        progress.tick()

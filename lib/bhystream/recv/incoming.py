@@ -1,0 +1,181 @@
+"""One guest, rebuilt from a stream at the destination.
+
+A guest is built from the events of verify.Walk, in the stream's order, and
+nothing of it runs before END has been verified:
+
+    header   may this stream be started here at all?           answers: HELLO
+    head     the verdict, before any memory moves; then an
+             empty guest is made                               ACCEPT, REFUSED
+    pages    written into its memory, zeros punched out        SEEN
+    END      the device state is loaded; in the plain form
+             STARTED is recorded, and it runs                  READY
+    GO       answered form: STARTED is recorded, and it runs   RUNNING, FAILED
+
+Until the hypervisor is told to run it, every failure undoes what was made, and
+the status (64 to 77) says that nothing was started here.  If it was told, and
+what came of it is not known, the guest is left alone and the status is 81.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+
+from bhystream.errors import BhyError, GuestError, IncompatibleError, InDoubtError, UsageError
+from bhystream.guest import LOADED, STARTED, Head, State
+from bhystream.handover import leftover, prune
+from bhystream.handover.handshake import GO_SECONDS
+from bhystream.handover.state import Lock, Record
+from bhystream.recv.arrival import Arrival
+from bhystream.recv.building import Building
+from bhystream.recv.receiving import Job, require_startable
+from bhystream.stream.format import Form, RoundEnd, Type
+from bhystream.stream.verify import Ended, Event, Go, Pad, Pages, Rehearsal
+from bhystream.units import counted, duration, size
+
+
+class Incoming:
+    """One guest, rebuilt from standard input.
+
+    is_let_go: it is where it was wanted; what fails after that changes nothing.
+    """
+
+    def __init__(self, job: Job) -> None:
+        """Nothing is read yet but the header."""
+        self._job = job
+        self._arrival = Arrival(job)
+        self._building: Building | None = None
+        self._stream_lock: Lock | None = None
+        self.is_let_go = False
+
+    def run(self) -> None:
+        """Build and start the guest.  Raises BhyError; then call undo(), and close() in the end."""
+        job = self._job
+        job.reply.hello()
+        job.source.on_quiet = job.reply.hello if job.is_answered else None
+        # Held to the end: a second bhyrecv of the same stream is refused now,
+        # and finds the record later.
+        self._stream_lock = leftover.lock_stream(job.base, job.id)
+        if job.walk.is_dry_run:
+            raise UsageError("the stream is a dry run (bhysend -n): read it with bhyrecv -n")
+        require_startable(job.opts, job.walk, job.records)
+        events = self._events()
+        building = self._accept(events)
+        ended, ended_ns = self._build(building, events)
+        job.seen(now=True)
+        building.load()
+        if job.opts.directory is not None:
+            building.sink.start()
+            what = f"its snapshot files are made: {building.operand}"
+        elif job.is_answered:
+            self._await_go(building.record(), events)
+            what = "it runs here"
+        elif job.opts.unstarted:
+            self._arrival.record(building.record(), LOADED)
+            building.sink.leave_paused()
+            what = "loaded, paused"
+        else:
+            self._arrival.record(building.record(), STARTED)
+            building.sink.start()
+            what = "it runs here"
+        self.is_let_go = True
+        self._arrival.say_running()
+        self._say_end(building, what, ended, ended_ns)
+
+    def undo(self, error: BhyError) -> BhyError:
+        """Leave the host as it was found, and say so with the error.
+
+        A guest that may have run is left alone, and its record with it: only
+        the operator can see whether it runs, and ending it could end the only
+        copy that has gone on.  Returns the error to raise.
+        """
+        building = self._building
+        if building and building.sink.may_have_run:
+            self._arrival.may_have_run()
+            return InDoubtError(
+                f"guest {building.name}: it may run here: {error}",
+                f"look at {building.operand}; until you know, keep the source held",
+            )
+        self._arrival.fail(str(error))
+        error.hint = f"nothing was started here\n{error.hint}"
+        return error
+
+    def close(self) -> None:
+        """Give up the locks, and make what is kept of earlier streams smaller."""
+        for lock in (self._building.lock if self._building else None, self._stream_lock):
+            if lock:
+                lock.release()
+        prune.prune(self._job.base, self._job.records)
+
+    def _events(self) -> Iterator[Event]:
+        """Yield what has been read and verified, and answer how far that is."""
+        events = self._job.walk.events()
+        while True:
+            # Reading may be interrupted; acting on what was read may not.
+            with self._job.signals.interruptible():
+                event = next(events, None)
+            if event is None:
+                raise GuestError("the source gave up: the stream ends without GO")
+            yield event
+            self._job.seen(now=isinstance(event, Head | RoundEnd | Pad))
+
+    def _accept(self, events: Iterator[Event]) -> Building:
+        """Read the head, and give the verdict."""
+        job = self._job
+        head = next(event for event in events if isinstance(event, Head))
+        building = self._building = Building(job, head)
+        self._arrival.take(building.sink)
+        building.judge()
+        if job.is_answered:
+            job.source.on_quiet = None
+            building.sink.on_wait = lambda: job.seen(now=False)
+            self._arrival.accept()
+        return building
+
+    def _build(self, building: Building, events: Iterator[Event]) -> tuple[Ended, int]:
+        """Build the guest up to END; return that, and when it had been read."""
+        while True:
+            match next(events):
+                case Rehearsal() as rehearsal:
+                    building.open(rehearsal.plan)
+                case Pages() as pages:
+                    building.write_pages(pages)
+                case RoundEnd() as end:
+                    building.end_round(end)
+                case State() as state:
+                    building.take_state(state)
+                case Ended() as ended:
+                    return ended, time.monotonic_ns()
+
+    def _await_go(self, record: Record, events: Iterator[Event]) -> None:
+        """Say that it is ready; start it, if it is our READY that GO answers."""
+        job = self._job
+        nonce = self._arrival.ready(record)
+        job.source.deadline = time.monotonic() + GO_SECONDS
+        job.source.why = f"no GO came for {GO_SECONDS} s"
+        go = next(event for event in events if isinstance(event, Go))
+        if not secrets.compare_digest(go.nonce, nonce):
+            where = job.walk.place(Type.GO)
+            raise IncompatibleError(f"{where}: GO has another nonce: it is not the answer to READY")
+        self._arrival.go()
+
+    def _say_end(self, building: Building, what: str, ended: Ended, ended_ns: int) -> None:
+        """Say where the guest is now, and how long it stood still."""
+        job, name = self._job, building.name
+        text = (
+            f"guest {name}: {what}; {counted(ended.end.rounds, 'round')}, "
+            f"{size(job.walk.reader.offset_bytes)}"
+        )
+        here_ns = time.monotonic_ns() - ended_ns
+        is_moved = job.walk.header.form != Form.KEPT and job.opts.directory is None
+        if is_moved and ended.time and ended.time.paused_for_ns:
+            total = ended.time.paused_for_ns + here_ns
+            text += f"; paused {duration(total)} and the way of END, {duration(here_ns)} of it here"
+        job.console.say(text)
+        job.console.log(text)
+        for notice in building.sink.notices:
+            job.console.say(f"guest {name}: {notice}")
+        if job.opts.unstarted:
+            job.console.say(f"let it run: bhyrecv --resume {name}")
+            job.console.say(f"or end it: bhyrecv --discard {name}")
