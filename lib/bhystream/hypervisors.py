@@ -129,8 +129,8 @@ def open_snapshot(what: Sending) -> Snapshot:
     """
     from bhystream.backend.bhyve import identity
     from bhystream.backend.bhyve.cold import SnapshotSource
-    from bhystream.backend.bhyve.snapshot import Files, read_meta
-    from bhystream.backend.bhyve.source import read_config
+    from bhystream.backend.bhyve.opened import read_config
+    from bhystream.backend.bhyve.snapshotfiles import Files, read_meta
 
     # The stream says which host the files are of.
     host = _host_of(

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bhystream.backend.base import Target
+from bhystream.backend.bhyve.heldrestore import HeldRestore
 from bhystream.backend.bhyve.loaded import held
 from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import Restore
@@ -247,16 +248,14 @@ def fpu(guest: Arriving) -> list[State]:
     return [state for state in guest.states if state.is_optional]
 
 
-def hold(guest: Arriving) -> Restore:
+def hold(guest: Arriving) -> HeldRestore:
     """Return it held."""
-    one = restore_of(guest)
-    one.hold(len(kern(guest)))
-    return one
+    return restore_of(guest).hold(len(kern(guest)))
 
 
-def process_of(one: Restore) -> Identity:
+def process_of(one: HeldRestore) -> Identity:
     """Return the process of one that was started."""
-    assert one.started is not None and one.started.process is not None
+    assert one.started.process is not None
     return one.started.process
 
 

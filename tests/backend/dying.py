@@ -20,7 +20,7 @@ from typing import Any
 from bhystream.backend.bhyve.journal import Journal
 from bhystream.backend.bhyve.kept import PACKED_BYTES
 from bhystream.standin.interpreter import Interpreter
-from bhystream.standin.kernel import StandinVm
+from bhystream.standin.vm import StandinVm
 
 JOURNAL_BYTES = 16 + PACKED_BYTES
 

@@ -17,7 +17,7 @@ from bhystream.backend.bhyve.journal import Journal
 from bhystream.standin import cpu as cpu_file
 from bhystream.standin import node
 from bhystream.standin.cpu import FPU_BYTES
-from bhystream.standin.kernel import StandinVm
+from bhystream.standin.vm import StandinVm
 
 LOW_BYTES = 2 << 20
 SEED = 8

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bhystream.backend.base import Target
-from bhystream.backend.qemu import QemuSink, QemuSource
+from bhystream.backend.qemu.sink import QemuSink
+from bhystream.backend.qemu.source import QemuSource
 from bhystream.guest import PAGE_BYTES
 from bhystream.stream import format as fmt
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from bhystream.backend.base import Sink, Snapshot
-from bhystream.backend.bhyve import snapshot
+from bhystream.backend.bhyve import snapshotfiles
 from bhystream.backend.bhyve.cold import FilesSink, SnapshotSource
-from bhystream.backend.bhyve.snapshot import Files
+from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.errors import OK, AbortedError, BhyError, GuestError, IncompatibleError, UsageError
 from bhystream.guest import PAGE_BYTES, Head, Layout, Segment, State
 from bhystream.report import Console
@@ -173,7 +173,7 @@ def test_the_stream_of_the_files_that_arrived_is_the_same_stream(
     here: Files, there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fpu: list[State]
 ) -> None:
     if fpu:
-        here.fpu.write_bytes(snapshot.pack_fpu(fpu))
+        here.fpu.write_bytes(snapshotfiles.pack_fpu(fpu))
     monkeypatch.setattr(secrets, "token_bytes", lambda n: bytes(n))
     monkeypatch.setattr(secrets, "randbits", lambda n: 7)
     first, second = tmp_path / "1", tmp_path / "2"
@@ -367,7 +367,7 @@ def touch(path: Path) -> None:
 def test_a_snapshot_that_changes_while_it_is_sent_has_no_end(
     here: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
-    here.fpu.write_bytes(snapshot.pack_fpu(FPU))
+    here.fpu.write_bytes(snapshotfiles.pack_fpu(FPU))
     source = SnapshotSource(here.memory, None, HOST)
     touch(getattr(here, which))
     with pytest.raises(GuestError, match="was written to while it was sent"):

@@ -25,7 +25,7 @@ from bhystream.guest import State
 from bhystream.standin.cpu import FPU_BYTES, Cpu
 from bhystream.standin.gate import Gate
 from bhystream.standin.guest import Guest
-from bhystream.standin.kernel import StandinVm
+from bhystream.standin.vm import StandinVm
 
 from .fpu_rig import LOW_BYTES, Machine, closed  # noqa: F401
 

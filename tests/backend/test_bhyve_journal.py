@@ -16,7 +16,7 @@ from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve.journal import Journal, Phase
 from bhystream.backend.bhyve.kept import Kept
 from bhystream.errors import GuestError
-from bhystream.standin.kernel import StandinVm
+from bhystream.standin.vm import StandinVm
 
 from .dying import JOURNAL_BYTES, Dying, Memory
 from .fpu_rig import LOW_BYTES, Machine, closed  # noqa: F401

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.bhyve.lastpage import LastPage
-from bhystream.backend.bhyve.snapshot import Files, memory_spans
+from bhystream.backend.bhyve.lastpage import arm
+from bhystream.backend.bhyve.snapshot import memory_spans
+from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.guest import PAGE_BYTES
 
 SIZE = 16 * PAGE_BYTES
@@ -38,8 +39,7 @@ def views(size: int = SIZE) -> list[memoryview]:
 def test_a_file_is_whole_again_and_the_memory_has_its_bytes(tmp_path: Path, data: bytes) -> None:
     files, memory = files_of(tmp_path, data), views()
     whole = files.memory.read_bytes()
-    last = LastPage(files, SIZE)
-    last.arm(1000)
+    last = arm(files, SIZE, 1000)
     assert files.kern.read_bytes() == bytes(1000)
     assert files.memory.stat().st_size == SIZE
     last.cut()
@@ -59,8 +59,7 @@ def test_a_file_is_whole_again_and_the_memory_has_its_bytes(tmp_path: Path, data
 
 def test_the_last_page_is_what_the_memory_has(tmp_path: Path) -> None:
     files, memory = files_of(tmp_path), views()
-    last = LastPage(files, SIZE)
-    last.arm(1)
+    last = arm(files, SIZE, 1)
     last.cut()
     read_all(files, memory, SIZE - PAGE_BYTES)
     assert last.settle(memory)
@@ -72,8 +71,7 @@ def test_the_last_page_is_what_the_memory_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"", os.urandom(SIZE)], ids=["hole", "data"])
 def test_a_read_that_was_faster_is_seen(tmp_path: Path, data: bytes) -> None:
     files, memory = files_of(tmp_path, data), views()
-    last = LastPage(files, SIZE)
-    last.arm(1)
+    last = arm(files, SIZE, 1)
     read_all(files, memory, SIZE)
     last.cut()
     assert last.is_read(memory) and last.is_read_whole(memory)
@@ -87,8 +85,7 @@ def test_whatever_became_of_an_attempt_the_next_begins_with_the_true_bytes(
     """FILE may be the only copy of a guest that was left loaded."""
     data = os.urandom(SIZE)
     files, memory = files_of(tmp_path, data), views()
-    last = LastPage(files, SIZE)
-    last.arm(1)
+    last = arm(files, SIZE, 1)
     if step != "arm":
         last.cut()
         read_all(files, memory, SIZE - PAGE_BYTES)
@@ -97,8 +94,7 @@ def test_whatever_became_of_an_attempt_the_next_begins_with_the_true_bytes(
     if step == "give":
         memory[0][-PAGE_BYTES:] = bytes(PAGE_BYTES)
         last.give(memory)
-    again, memory = LastPage(files, SIZE), views()
-    again.arm(1)
+    again, memory = arm(files, SIZE, 1), views()
     again.cut()
     read_all(files, memory, SIZE - PAGE_BYTES)
     assert again.settle(memory)
@@ -113,8 +109,7 @@ def test_the_pages_may_lie_in_two_segments(tmp_path: Path, extra: int) -> None:
         os.pwrite(file.fileno(), b"a" * PAGE_BYTES + b"b" * PAGE_BYTES, size - 2 * PAGE_BYTES)
     memory = [memoryview(bytearray(0)), memoryview(bytearray(extra * PAGE_BYTES))]
     low = Low()
-    last = LastPage(files, size)
-    last.arm(1)
+    last = arm(files, size, 1)
     last.cut()
     with files.memory.open("rb") as file:
         low.page[:] = os.pread(file.fileno(), PAGE_BYTES, 3 * GIB - PAGE_BYTES)

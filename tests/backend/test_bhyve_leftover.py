@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from bhystream.backend.bhyve.sink import Checked
 from bhystream.errors import IncompatibleError
 
 from .arriving import ID, Arriving, arriving
@@ -46,7 +47,8 @@ die()
 _RESTORE = "bhystream.backend.bhyve.restore:Restore"
 STEPS = [
     "bhystream.backend.bhyve.restore:Child",  # between its VM and its process
-    *(f"{_RESTORE}.{name}" for name in ("_await_maps", "_map", "_await_read", "_stop", "load")),
+    *(f"{_RESTORE}.{name}" for name in ("_await_maps", "_map", "_await_read", "_stop")),
+    "bhystream.backend.bhyve.heldrestore:HeldRestore.load",
 ]
 
 
@@ -101,10 +103,10 @@ def test_one_of_which_a_record_speaks_is_not_ended_by_the_next(guest: Arriving) 
     other = guest.sink()
     [reason] = other.check(guest.head)
     assert reason.startswith("name: a VM g is here already")
-    other._place = sink._place
+    other._stage = Checked(sink._checked.place)
     with pytest.raises(IncompatibleError, match="a bhyve starts, or runs, from this stream"):
         other.open(guest.plan)
     other.abort()
     assert pid in guest.processes()
-    assert sink._restore is not None and sink._restore.is_held()
+    assert sink._checked.held().is_held()
     sink.abort()

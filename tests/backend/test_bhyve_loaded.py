@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from bhystream import durable, hypervisors
 from bhystream.backend.bhyve import fpu as fpus
 from bhystream.backend.bhyve import loaded as loadeds
 from bhystream.backend.bhyve import place as places
+from bhystream.backend.bhyve import restore
+from bhystream.backend.bhyve.heldrestore import HeldRestore
 from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.loaded import BhyveLoaded
 from bhystream.backend.bhyve.place import Place
@@ -185,21 +188,37 @@ class Die(Exception):
     """What stands for the death of a --resume: nothing is undone."""
 
 
-STEPS = ["_await_maps", "_map", "_await_read", "_stop", "load", "release", "_await_socket"]
+class Killed(ExitStack):
+    """What is there to undo, of one who was killed."""
+
+    def __exit__(self, *_: object) -> None:
+        return None
 
 
-@pytest.mark.parametrize("step", STEPS)
+def killed(patch: pytest.MonkeyPatch) -> None:
+    """Let nothing be undone."""
+    patch.setattr(restore, "ExitStack", Killed)
+    patch.setattr(HeldRestore, "undo", lambda self: None)
+
+
+STEPS = [
+    *((Restore, name) for name in ("_await_maps", "_map", "_await_read", "_stop")),
+    *((HeldRestore, name) for name in ("load", "release", "_await_socket")),
+]
+
+
+@pytest.mark.parametrize(("owner", "step"), STEPS)
 def test_a_resume_that_was_killed_is_done_by_the_next(
-    guest: Arriving, monkeypatch: pytest.MonkeyPatch, step: str
+    guest: Arriving, monkeypatch: pytest.MonkeyPatch, owner: type, step: str
 ) -> None:
     record = left_loaded(guest)
 
-    def die(self: Restore, *args: object) -> None:
+    def die(self: object, *args: object) -> None:
         raise Die
 
     with monkeypatch.context() as patch:
-        patch.setattr(Restore, step, die)
-        patch.setattr(Restore, "undo", lambda self: None)
+        patch.setattr(owner, step, die)
+        killed(patch)
         with pytest.raises(Die):
             open_loaded(record).resume()
     assert open_loaded(record).is_alive()
@@ -251,12 +270,12 @@ def test_one_that_was_let_go_by_a_killed_bhyrecv_is_waited_for(
     guest.build(sink)
     record = dict(sink.record())
 
-    def die(self: Restore) -> None:
+    def die(self: object) -> None:
         raise Die
 
     with monkeypatch.context() as patch, pytest.raises(Die):
-        patch.setattr(Restore, "_await_socket", die)
-        patch.setattr(Restore, "undo", lambda self: None)
+        patch.setattr(HeldRestore, "_await_socket", die)
+        killed(patch)
         sink.start()
     found = open_loaded(record)
     monkeypatch.setattr(loadeds, "_SETTLE_S", 0.0)
@@ -297,7 +316,7 @@ def test_one_whose_bhyrecv_was_killed_before_it_woke_it_does_not_run(
 
     with monkeypatch.context() as patch, pytest.raises(Die):
         patch.setattr("bhystream.backend.launch.Child.go_on", die)
-        patch.setattr(Restore, "undo", lambda self: None)
+        killed(patch)
         sink.start()
     found = open_loaded(sink.record())
     assert found.is_alive() and not found.runs()

@@ -10,7 +10,8 @@ import pytest
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.guest import PAGE_BYTES
 from bhystream.send.transfer import Transfer
-from bhystream.standin.kernel import StandinHost, StandinVm
+from bhystream.standin.kernel import StandinHost
+from bhystream.standin.vm import StandinVm
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Form, Header
 from bhystream.stream.writer import Writer

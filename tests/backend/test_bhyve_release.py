@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from bhystream.backend.bhyve import listening, restore
+from bhystream.backend.bhyve import heldrestore, listening
+from bhystream.backend.bhyve.heldrestore import rtc_seconds
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listener, listens
-from bhystream.backend.bhyve.restore import Phase, rtc_seconds
 from bhystream.errors import GuestError
 from standin.rig import await_true
 
@@ -70,7 +70,7 @@ def test_a_slow_restore_is_waited_for(guest: Arriving) -> None:
     one.load([kern(guest)], fpu(guest))
     thread = threading.Thread(target=one.release)
     thread.start()
-    await_true(lambda: one.phase is Phase.RELEASED, "the release")
+    await_true(lambda: one.is_released, "the release")
     assert not listens(guest.there.host, "g")
     (guest.there.directory / "release").touch()
     thread.join(30)
@@ -85,7 +85,7 @@ def test_an_interrupt_while_it_restores_ends_it(
     one = hold(guest)
     one.load([kern(guest)], fpu(guest))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(restore, "listens", interrupt)
+        patch.setattr(heldrestore, "listens", interrupt)
         one.release()
     assert not one.may_have_run
     assert is_clean(guest)
@@ -102,16 +102,16 @@ def test_an_interrupt_when_its_socket_is_there_leaves_it_alone(
     one = hold(guest)
     one.load([kern(guest)], fpu(guest))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(restore, "listens", late)
+        patch.setattr(heldrestore, "listens", late)
         one.release()
     assert one.may_have_run
     guest.await_unbroken()
 
 
-def test_undo_may_be_done_at_any_time_and_twice(guest: Arriving) -> None:
-    one = restore_of(guest)
-    one.undo()
-    one.hold(len(kern(guest)))
+def test_undo_may_be_done_twice_and_what_was_undone_is_held_again(guest: Arriving) -> None:
+    made = restore_of(guest)
+    made.hold(len(kern(guest))).undo()
+    one = made.hold(len(kern(guest)))
     one.undo()
     one.undo()
     one.close()
@@ -146,7 +146,7 @@ def test_the_clock_chip_gets_what_bhyve_gives_a_new_guest(
 def test_the_clock_chip_is_set(guest: Arriving, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
     monkeypatch.setattr(
-        "bhystream.standin.kernel.StandinVm.set_rtc", lambda self, seconds: given.append(seconds)
+        "bhystream.standin.vm.StandinVm.set_rtc", lambda self, seconds: given.append(seconds)
     )
     one = hold(guest)
     one.load([kern(guest)], fpu(guest))

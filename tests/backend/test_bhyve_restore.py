@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ import pytest
 from bhystream.backend.bhyve import fpu as fpus
 from bhystream.backend.bhyve import loaded, restore
 from bhystream.backend.bhyve.config import parse
+from bhystream.backend.bhyve.heldrestore import HeldRestore
 from bhystream.backend.bhyve.lastpage import LastPage
 from bhystream.backend.bhyve.listening import listener, listens
 from bhystream.backend.bhyve.loaded import held
 from bhystream.backend.bhyve.place import Place
-from bhystream.backend.bhyve.restore import Phase, Restore, TooLateError
+from bhystream.backend.bhyve.restore import Restore
+from bhystream.backend.bhyve.restoring import TooLateError
 from bhystream.backend.launch import Child
 from bhystream.backend.process import is_same, is_stopped
 from bhystream.errors import GuestError, PipeError
@@ -41,14 +44,11 @@ def guest() -> Iterator[Arriving]:
         yield made
 
 
-def fails(guest: Arriving, message: str, kind: type[GuestError] = GuestError) -> Restore:
+def fails(guest: Arriving, message: str, kind: type[GuestError] = GuestError) -> None:
     """Assert that it is not held, and that nothing of it is left but its files."""
-    one = restore_of(guest)
     with pytest.raises(kind, match=message):
-        one.hold(len(kern(guest)))
-    assert not one.may_have_run
+        hold(guest)
     assert is_clean(guest)
-    return one
 
 
 # Held.
@@ -56,11 +56,11 @@ def fails(guest: Arriving, message: str, kind: type[GuestError] = GuestError) ->
 
 def test_a_guest_is_held_and_nothing_of_it_runs(guest: Arriving) -> None:
     one = hold(guest)
-    assert one.phase is Phase.HELD and one.is_held()
+    assert one.is_held() and not one.is_released
     assert is_stopped(process_of(one))
     assert not listens(guest.there.host, "g")
     assert os.getsid(process_of(one).pid) == process_of(one).pid
-    assert one.started is not None and one.started.node == guest.there.host.node_id("g")
+    assert one.started.node == guest.there.host.node_id("g")
     assert guest.console.lines() == []
     for view in one.memory:
         assert bytes(view) == guest.image.read_bytes()
@@ -97,15 +97,16 @@ def test_a_guest_of_more_than_3_gib_is_held_and_stays_sparse() -> None:
 
 def test_no_byte_of_the_marks_is_left(guest: Arriving) -> None:
     """In the file, too: another attempt reads it."""
-    one = hold(guest)
-    files = one._files
+    made = restore_of(guest)
+    one = made.hold(len(kern(guest)))
     one.load([kern(guest)], fpu(guest))
     one.release()
-    assert files.memory.read_bytes() == guest.image.read_bytes()
+    assert made._files.memory.read_bytes() == guest.image.read_bytes()
 
 
 def test_its_configuration_is_for_us_alone(guest: Arriving) -> None:
-    one = hold(guest)
+    one = restore_of(guest)
+    one.hold(len(kern(guest)))
     assert stat.S_IMODE(one._config.stat().st_mode) == 0o600
     assert parse(one._config.read_text())["cpus"] == "2"
 
@@ -172,12 +173,12 @@ def test_one_that_ends_before_it_is_held_is_told_in_its_words(guest: Arriving) -
 def test_one_that_ends_where_another_goes_round_never_ran(guest: Arriving) -> None:
     """Whether it was stopped first, or had ended, is chance."""
     guest.there.settings(fail=["short-read"])
-    one = restore_of(guest)
+    made = []
     with pytest.raises(GuestError, match="bhyve -r: Failed to restore VM memory"):
-        one.hold(len(kern(guest)))
-        one.load([kern(guest)], fpu(guest))
-        one.release()
-    assert not one.may_have_run
+        made.append(hold(guest))
+        made[0].load([kern(guest)], fpu(guest))
+        made[0].release()
+    assert not any(one.may_have_run for one in made)
     assert is_clean(guest)
     again(guest)
 
@@ -195,10 +196,10 @@ def test_one_that_was_too_fast_is_tried_again(
     tries: list[int] = []
     real = Restore._launch
 
-    def launch(self: Restore) -> None:
+    def launch(self: Restore, undo: ExitStack) -> Any:
         tries.append(1)
         guest.there.settings(fail=["late-cut"] if len(tries) < loaded.ATTEMPTS else [])
-        real(self)
+        return real(self, undo)
 
     monkeypatch.setattr(Restore, "_launch", launch)
     one = held(guest.there.host, place, place.files, len(kern(guest)))
@@ -227,13 +228,14 @@ def test_one_that_takes_too_long_to_read_is_ended(guest: Arriving) -> None:
 
 def test_a_slow_read_is_waited_for(guest: Arriving) -> None:
     guest.there.settings(fail=["slow-read"])
-    one = restore_of(guest)
-    thread = threading.Thread(target=one.hold, args=(len(kern(guest)),))
+    made: list[HeldRestore] = []
+    thread = threading.Thread(target=lambda: made.append(hold(guest)))
     thread.start()
     await_true(lambda: guest.started() != [], "bhyve -r")
-    assert one.phase is not Phase.HELD
+    assert made == []
     (guest.there.directory / "release").touch()
     thread.join(30)
+    [one] = made
     assert one.is_held()
     one.undo()
 
@@ -391,7 +393,7 @@ def test_one_that_has_ended_is_not_loaded(guest: Arriving) -> None:
     for act in (one.require_held, lambda: one.load([kern(guest)], ())):
         with pytest.raises(GuestError, match="bhyve -r: "):
             act()
-    assert one._files.kern.stat().st_size == 0
+    assert one._last.files.kern.stat().st_size == 0
     one.undo()
     assert is_clean(guest)
 
@@ -436,16 +438,19 @@ def test_who_waits_for_it_is_heard_meanwhile(
 ) -> None:
     """The source must not take a bhyve that reads for a pipeline that holds bytes back."""
     place, has_memory = restore_of(guest)._place, []
+    mapped: list[memoryview] = []
     real = LastPage.is_read
 
     def is_read(self: LastPage, memory: Sequence[memoryview]) -> bool:
+        mapped.extend(memory)
         return True in has_memory and real(self, memory)
 
     monkeypatch.setattr(LastPage, "is_read", is_read)
-    one = Restore(guest.there.host, place, place.files, lambda: has_memory.append(one.memory != []))
-    one._limit_s = 20.0
-    one.hold(len(kern(guest)))
+    made = Restore(guest.there.host, place, place.files, lambda: has_memory.append(mapped != []))
+    made._limit_s = 20.0
+    one = made.hold(len(kern(guest)))
     assert set(has_memory) == {False, True}
+    mapped.clear()
     one.undo()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from bhystream.backend.bhyve import fpu as fpus
+from bhystream.backend.bhyve.wanted import Wanted
 from bhystream.errors import GuestError, IncompatibleError, InternalError, PipeError
 from bhystream.guest import PAGE_BYTES, State
 from bhystream.memory.target import FileTarget, MappedTarget
@@ -65,9 +66,9 @@ def test_one_that_cannot_make_its_directory_removes_none(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sink = guest.sink()
-    monkeypatch.setattr(sink, "_remove_leftovers", lambda place: None)
+    monkeypatch.setattr(Wanted, "remove_leftovers", lambda self, place: None)
     assert sink.check(guest.head) == []
-    staging = Path(dict(sink._placed({}, 1).to_json())["staging"])
+    staging = Path(dict(sink._wanted.place({}, 1).to_json())["staging"])
     staging.mkdir()
     with pytest.raises(PipeError, match="File exists"):
         sink.open(guest.plan)
@@ -364,7 +365,7 @@ def test_a_clock_chip_that_cannot_be_set_is_told_and_no_error(
     def refuse(self: object, seconds: int) -> None:
         raise GuestError("VM_RTC_SETTIME: Operation not permitted")
 
-    monkeypatch.setattr("bhystream.standin.kernel.StandinVm.set_rtc", refuse)
+    monkeypatch.setattr("bhystream.standin.vm.StandinVm.set_rtc", refuse)
     sink = guest.sink()
     guest.build(sink)
     sink.start()

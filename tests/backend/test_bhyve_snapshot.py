@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from bhystream.backend.bhyve import snapshot
-from bhystream.backend.bhyve.snapshot import Files, cut, join, memory_spans, parse, read_states
+from bhystream.backend.bhyve.snapshot import cut, join, memory_spans, parse
+from bhystream.backend.bhyve.snapshotfiles import Files, read_states
 from bhystream.errors import FormatError, GuestError, UsageError
 from bhystream.guest import Segment, State
 from bhystream.stream import format as fmt

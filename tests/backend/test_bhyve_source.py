@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.bhyve import fpu, held, rehearsal, snapshot, source
+from bhystream.backend.bhyve import fpu, held, opened, ready, rehearsal, snapshot, snapshotfiles
 from bhystream.backend.bhyve.checkpoint import Checkpoint, UnansweredError, settle
 from bhystream.backend.bhyve.journal import Journal
 from bhystream.backend.bhyve.lent import NotPutBackError
@@ -19,7 +19,8 @@ from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.errors import GoneError, GuestError, IncompatibleError
 from bhystream.guest import State
-from bhystream.standin.kernel import StandinHost, StandinVm
+from bhystream.standin.kernel import StandinHost
+from bhystream.standin.vm import StandinVm
 from standin.rig import Spec
 
 from .bhyve_rig import ID, Two, require_sink, sink_prefix, small_tmpfs, two_hosts, without_sink
@@ -47,7 +48,7 @@ def sink(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_HOLD_S", 0.3)
+    monkeypatch.setattr(ready, "_HOLD_S", 0.3)
     monkeypatch.setattr(held, "_SERVED_S", 0.3)
     monkeypatch.setattr(held, "_SETTLE_S", 0.3)
 
@@ -99,7 +100,7 @@ def test_a_guest_without_a_configuration_is_refused(two: Two) -> None:
 
 
 def test_a_bhyve_that_does_not_answer_is_told(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_SYNC_S", 0.2)
+    monkeypatch.setattr(opened, "_SYNC_S", 0.2)
     two.start()
     with two.here.connect("g"), pytest.raises(UnansweredError, match="has not answered for"):
         two.source()
@@ -124,7 +125,7 @@ def test_a_vcpu_that_stopped_since_is_seen(
     two.start()
     made = two.source()
     prepared = made.prepare(ID) if when == "pause" else None
-    monkeypatch.setattr(type(made._mapped), "waiting_vcpus", lambda self: frozenset({1}))
+    monkeypatch.setattr(type(made._opened.memory), "waiting_vcpus", lambda self: frozenset({1}))
     asks = []
     monkeypatch.setattr(Checkpoint, "request", lambda *words: asks.append(words))
     with pytest.raises(IncompatibleError, match="vcpus: 1 of 2"):
@@ -145,7 +146,7 @@ def test_a_guest_that_somebody_else_stops_just_then_is_let_alone(
     made, record = two.prepared()
     everyone = frozenset({0, 1})
     with monkeypatch.context() as patch:
-        patch.setattr(type(made._mapped), "waiting_vcpus", lambda self: everyone)
+        patch.setattr(type(made._opened.memory), "waiting_vcpus", lambda self: everyone)
         patch.setattr(StandinVm, "waiting_vcpus", lambda self: everyone)
         with pytest.raises(IncompatibleError, match="vcpus: 0, 1 of 2"):
             made.pause()
@@ -171,7 +172,7 @@ def test_a_rehearsal_tells_what_the_pause_will_find(two: Two, sink: str) -> None
         ["ckp", "ckp.meta", "dev"] if sink == "sink" else ["ckp.meta"]
     )
     assert (directory / "ckp.meta").is_fifo()
-    assert made._rehearsal is not None and made._rehearsal.took_ns > 0
+    assert made._ready is not None and made._ready.rehearsal.took_ns > 0
     assert made.fixed_ns() != before
     assert any("memory file: " in line for line in made.warnings()) == (sink == "file")
     assert guest.process.poll() is None
@@ -291,8 +292,8 @@ def test_a_state_whose_text_does_not_hold_is_refused(
 ) -> None:
     two.start()
     made = two.source()
-    real = snapshot.read_meta
-    monkeypatch.setattr(snapshot, "read_meta", lambda files: (real(files)[0], bytes(size)))
+    real = snapshotfiles.read_meta
+    monkeypatch.setattr(snapshotfiles, "read_meta", lambda files: (real(files)[0], bytes(size)))
     with pytest.raises(IncompatibleError, match=f"has {size} bytes, and holds a guest only"):
         made.prepare(ID)
     made.close()
@@ -305,7 +306,7 @@ def test_a_state_whose_text_does_not_hold_is_refused(
 def test_what_a_killed_bhysend_left_is_swept_by_the_next(two: Two) -> None:
     two.start()
     left, record = two.prepared()
-    left._directory = None  # as one who was killed
+    left._made.pop_all()  # as one who was killed
     left.close()
     assert two.held() == [ID]
     made = two.source()
@@ -319,7 +320,7 @@ def test_what_a_killed_bhysend_left_is_swept_by_the_next(two: Two) -> None:
 def test_what_a_record_speaks_of_is_not_swept(two: Two) -> None:
     two.start()
     left, _ = two.prepared()
-    left._directory = None
+    left._made.pop_all()
     left.close()
     (two.base / "source" / f"{ID}.json").write_text("{}")
     made = two.source()

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.qemu import QemuSink, QemuSource, ram
+from bhystream.backend.qemu import ram
+from bhystream.backend.qemu.sink import Opened, QemuSink
+from bhystream.backend.qemu.source import QemuSource
 from bhystream.errors import GuestError, as_error
 from bhystream.guest import PAGE_BYTES
 
@@ -108,7 +110,9 @@ def test_looking_at_huge_pages_takes_none(rig: Rig, pool: None) -> None:
     assert 0 < sum(end - first for first, end in found) < SIZE // PAGE_BYTES
     inside = {page for first, end in found for page in range(first, end)}
     for page in range(SIZE // PAGE_BYTES):
-        assert page in inside or not any(os.pread(source._ram_fd, PAGE_BYTES, page * PAGE_BYTES))
+        assert page in inside or not any(
+            os.pread(source._opened.ram.fd, PAGE_BYTES, page * PAGE_BYTES)
+        )
     del view
     source.close()
 
@@ -127,10 +131,10 @@ def test_a_guest_moves_into_huge_pages_that_wait(rig: Rig, pool: None) -> None:
             sink.abort()
     paused = source.pause()
     copy_memory(source, destination)
-    there = os.dup(sink._ram_fd)
+    there = ram.open_ram(sink._at(Opened).qmp.pid, SIZE, os.O_RDONLY)
     [view] = source.memory()
     for at in range(0, SIZE, HUGE):
-        assert os.pread(there, HUGE, at) == os.pread(source._ram_fd, HUGE, at)
+        assert os.pread(there, HUGE, at) == os.pread(source._opened.ram.fd, HUGE, at)
     assert os.fstat(there).st_blocks * 512 < SIZE
     sink.load(paused.states())
     sink.start()

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.qemu import QemuSink, QemuSource, open_paused
+from bhystream.backend.qemu import open_paused
 from bhystream.backend.qemu.paused import QemuPaused
+from bhystream.backend.qemu.sink import QemuSink
+from bhystream.backend.qemu.source import QemuSource
 from bhystream.errors import GoneError, GuestError, IncompatibleError, InternalError, TakenError
 from bhystream.guest import PAGE_BYTES, Head, State
 from bhystream.memory.target import FileTarget
@@ -126,7 +128,7 @@ def test_a_guest_moves_with_a_shared_disk(rig: Rig, interface: str, device: str)
 
 def state_of_open(source: QemuSource) -> str:
     """The source holds the one QMP connection, so ask through it."""
-    return str(source._qmp.execute("query-status", doing="ask")["status"])
+    return str(source._opened.qmp.execute("query-status", doing="ask")["status"])
 
 
 def test_a_destination_whose_disk_is_locked_never_ran(rig: Rig) -> None:

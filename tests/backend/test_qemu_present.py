@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from bhystream.backend.qemu import QemuSink, QemuSource, open_paused
+from bhystream.backend.qemu import open_paused
+from bhystream.backend.qemu.sink import QemuSink
+from bhystream.backend.qemu.source import QemuSource
 from bhystream.errors import GuestError, IncompatibleError
 
 from .qemu_rig import Rig, await_true, copy_memory, monitor, state_of

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from bhystream.backend.files import identity, identity_of
-from bhystream.backend.qemu import QemuSource
 from bhystream.backend.qemu.command import build
 from bhystream.backend.qemu.resources import Resources
+from bhystream.backend.qemu.source import QemuSource
 from bhystream.backend.qemu.validate import validate
 from bhystream.errors import IncompatibleError, UsageError
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from bhystream.backend.process import end_process, identify, is_alive
-from bhystream.backend.qemu import QemuSource, qmp
+from bhystream.backend.qemu import qmp
 from bhystream.backend.qemu.ram import extents
+from bhystream.backend.qemu.source import QemuSource
 from bhystream.errors import GuestError, IncompatibleError
 from bhystream.guest import PAGE_BYTES, Segment
 
@@ -192,10 +193,10 @@ def test_a_command_has_a_time_limit(rig: Rig) -> None:
     source = QemuSource(rig.start("here"))
     rig.processes["here"].send_signal(signal.SIGSTOP)
     with pytest.raises(GuestError, match=r"did not answer query-status in 0\.2 s"):
-        source._qmp.execute("query-status", doing="ask", limit_s=0.2)
+        source._opened.qmp.execute("query-status", doing="ask", limit_s=0.2)
     rig.processes["here"].send_signal(signal.SIGCONT)
     # The late answer is dropped, and the connection still good.
-    assert source._qmp.execute("query-status", doing="ask")["running"]
+    assert source._opened.qmp.execute("query-status", doing="ask")["running"]
     source.close()
 
 
@@ -206,7 +207,7 @@ def test_signals_set_flags_and_interrupt_nothing(rig: Rig) -> None:
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
         for _ in range(50):
-            assert source._qmp.execute("query-status", doing="ask")["running"]
+            assert source._opened.qmp.execute("query-status", doing="ask")["running"]
         paused = source.pause()
         assert paused.states()[0].data
         paused.resume()
@@ -221,7 +222,7 @@ def test_signals_set_flags_and_interrupt_nothing(rig: Rig) -> None:
 def test_an_error_of_qemu_says_what_could_not_be_done(rig: Rig) -> None:
     source = QemuSource(rig.start("here"))
     with pytest.raises(GuestError, match=r"^guest here: cannot frob: The command nix"):
-        source._qmp.execute("nix", doing="frob")
+        source._opened.qmp.execute("nix", doing="frob")
     source.close()
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from bhystream import hypervisors
 from bhystream.backend.lineage import Above, Unit, has_systemd
-from bhystream.backend.qemu import QemuSource, supervisors
+from bhystream.backend.qemu import supervisors
+from bhystream.backend.qemu.source import QemuSource
 from bhystream.errors import IncompatibleError
 from bhystream.hypervisors import Sending
 

@@ -10,10 +10,10 @@ from bhystream.backend.bhyve import command, config
 from bhystream.backend.bhyve.argv import parse_argv
 from bhystream.backend.bhyve.resources import Wishes
 from bhystream.backend.bhyve.validate import validate
-from bhystream.backend.qemu import QemuSource
 from bhystream.backend.qemu.config import reduce_argv
 from bhystream.backend.qemu.facts import Facts
 from bhystream.backend.qemu.resources import Resources
+from bhystream.backend.qemu.source import QemuSource
 from bhystream.errors import BhyError, GuestError
 from bhystream.recv.options import parse_options
 

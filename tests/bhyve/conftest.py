@@ -17,9 +17,10 @@ from bhystream.backend.bhyve.held import HeldRecord
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.memory import Memory
+from bhystream.backend.bhyve.opened import read_config
 from bhystream.backend.bhyve.snapshot import Meta, parse
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
-from bhystream.backend.bhyve.source import BhyveSource, read_config
+from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.backend.bhyve.vmbhyve import find
 from bhystream.handover import state
 from bhystream.hypervisors import open_host, open_paused

@@ -47,7 +47,8 @@ from bhystream.backend.bhyve.config import GuestConfig
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, VMM_DIR, Host
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.place import staging_root
-from bhystream.backend.bhyve.snapshot import Files, memory_spans, read_states
+from bhystream.backend.bhyve.snapshot import memory_spans
+from bhystream.backend.bhyve.snapshotfiles import Files, read_states
 from bhystream.backend.process import is_alive
 from bhystream.errors import GuestError
 from bhystream.handover import state

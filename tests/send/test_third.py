@@ -13,10 +13,8 @@ import pytest
 from bhystream.guest import GO
 from bhystream.handover.answers import Answer, Box
 from bhystream.handover.state import Records
-from bhystream.report import Console
 from bhystream.send.rendezvous import Rendezvous, path_of
-from bhystream.send.third import Third
-from bhystream.signals import Interrupts
+from bhystream.send.third import Bhysend
 from support.third_stage import (
     FAILED,
     HELLO,
@@ -161,23 +159,26 @@ def test_the_answers_of_another_stream_find_no_bhysend(source: Source) -> None:
     assert source.box.hello is None
 
 
-def test_a_status_that_was_told_is_heard_when_it_hangs_up(base: Path) -> None:
+def test_a_status_that_was_told_is_heard_when_it_hangs_up() -> None:
     """bhysend has told it and ended, before the next answer is handed on."""
-    third = Third(None, base, Console("bhysend"), Interrupts())
     ours, theirs = socket.socketpair()
     theirs.sendall(b"status 76\n")
     theirs.close()
-    third._peer = ours
-    third._tell(Answer(ID, "SEEN", ("1",)))
-    assert third.status() == 76
-    assert third._peer is None
+    bhysend = Bhysend(ours)
+    bhysend.tell(Answer(ID, "SEEN", ("1",)))
+    assert bhysend.status == 76
+    assert not bhysend.is_there
 
 
 @pytest.mark.parametrize("verdict", [b"", b"status", b"status 8", b"other 8\n"])
-def test_what_is_no_status_is_none(base: Path, verdict: bytes) -> None:
-    third = Third(None, base, Console("bhysend"), Interrupts())
-    third._verdict = verdict
-    assert third.status() is None
+def test_what_is_no_status_is_none(verdict: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(verdict)
+    theirs.close()
+    bhysend = Bhysend(ours)
+    while bhysend.is_there:
+        bhysend.hear()
+    assert bhysend.status is None
 
 
 # With a bhysend that is killed.

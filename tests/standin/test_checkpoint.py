@@ -13,8 +13,8 @@ import pytest
 from bhystream.backend.bhyve import nvlist
 from bhystream.errors import GuestError
 from bhystream.standin.guest import KERNEL_STRUCTS
-from bhystream.standin.kernel import StandinVm
 from bhystream.standin.proof import DEVICE_PAGE, TIMER_PAGE
+from bhystream.standin.vm import StandinVm
 
 from .held import Hold
 from .rig import Rig, Spec, assert_unbroken, await_true

@@ -20,9 +20,9 @@ from bhystream.standin.cpu import Cpu
 from bhystream.standin.gate import Gate
 from bhystream.standin.guest import Guest
 from bhystream.standin.interpreter import EXIT_PAUSE, Fault, Interpreter
-from bhystream.standin.kernel import StandinVm
 from bhystream.standin.node import Memory
 from bhystream.standin.proof import Boot
+from bhystream.standin.vm import StandinVm
 
 from .rig import await_true
 

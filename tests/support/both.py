@@ -14,7 +14,8 @@ import pytest
 
 from bhystream.errors import BhyError
 from bhystream.guest import Head, State
-from bhystream.stream.format import EXTENT, Form, Header, RoundEnd
+from bhystream.memory.extent import EXTENT
+from bhystream.stream.format import Form, Header, RoundEnd
 from bhystream.stream.verify import Ended, Event, Go, Pages, Rehearsal, Walk
 from spec_reader import Refused, Stream, read
 from support.streams import NAMES, Maker

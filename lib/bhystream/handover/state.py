@@ -188,14 +188,14 @@ class Lock:
         """
         self._path = base / "lock" / _file_name(name)
         self._once = once
-        self._open()
+        self.fd = self._open()
         for attempt in range(_ATTEMPTS):
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 while not self._is_ours():
                     # Who had it has removed the file: it is another one now.
                     os.close(self.fd)
-                    self._open()
+                    self.fd = self._open()
                     fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 return
             except OSError as error:
@@ -205,9 +205,9 @@ class Lock:
             # A listing (-l) holds it for a moment to see whether it is free.
             time.sleep(0.01)
 
-    def _open(self) -> None:
+    def _open(self) -> int:
         try:
-            self.fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise from_oserror(error, f"open {self._path}") from error
 

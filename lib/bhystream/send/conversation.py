@@ -13,23 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from bhystream.errors import IN_DOUBT, BhyError, GuestError, PipeError, ReaderGoneError, ending
 from bhystream.guest import SLOW_BYTES_PER_SECOND
 from bhystream.handover.answers import Answer, Box, LostError
-from bhystream.handover.handshake import (
-    ACCEPT_SECONDS,
-    ANSWER_SECONDS,
-    READY_SECONDS,
-    Event,
-)
+from bhystream.handover.handshake import ACCEPT_SECONDS, ANSWER_SECONDS, READY_SECONDS, Event
 from bhystream.handover.standing import EVENTS
 from bhystream.report import Console
 from bhystream.send.options import AS_IT_IS
@@ -59,24 +56,22 @@ class Command:
         """
         self.words = shlex.join(argv)
         try:
-            self._process = subprocess.Popen(
-                argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                preexec_fn=_ignore,
-                umask=umask,
-            )
+            with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+                stdin, self._stream = _pipe(theirs, ours)
+                self._answers, stdout = _pipe(ours, theirs)
+                self._process = subprocess.Popen(
+                    argv, stdin=stdin, stdout=stdout, preexec_fn=_ignore, umask=umask
+                )
+                ours.pop_all()
         except OSError as error:
             raise GuestError(f"cannot run {argv[0]}: {error.strerror}") from error
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self.stream_fd = self._process.stdin.fileno()
-        self.answer_fd = self._process.stdout.fileno()
+        self.stream_fd = self._stream.fileno()
+        self.answer_fd = self._answers.fileno()
 
     def hang_up(self) -> None:
         """Close its standard input: it gets EOF.  Twice is no error."""
-        assert self._process.stdin is not None
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
+            self._stream.close()
 
     def ends_within(self, seconds: float) -> int | None:
         """Return its status if it ends by itself; None while it goes on."""
@@ -94,6 +89,15 @@ class Command:
             self._process.kill()
             self._process.wait()
             return None
+
+
+def _pipe(reading: contextlib.ExitStack, writing: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
+    """Return both ends of a pipe, each closed with its stack.  Raises OSError."""
+    read_fd, write_fd = os.pipe()
+    return (
+        reading.enter_context(FileIO(read_fd, "r")),
+        writing.enter_context(FileIO(write_fd, "w")),
+    )
 
 
 def _ignore() -> None:

@@ -25,10 +25,11 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bhystream.errors import FormatError, UsageError, from_oserror
-from bhystream.handover.answers import Box, Parser
+from bhystream.handover.answers import Answer, Box, Parser
 
 # sizeof(sockaddr_un.sun_path) less its NUL, where it is smallest (FreeBSD).
 _MAX_PATH_BYTES = 103
@@ -85,28 +86,30 @@ class Rendezvous:
         self._on_noise = on_noise
         self._selector = selectors.DefaultSelector()
         self._waker, self._woken = socket.socketpair()
-        self._selector.register(self._woken, selectors.EVENT_READ, None)
+        self._selector.register(self._woken, selectors.EVENT_READ)
         self._parsers: dict[int, Parser] = {}
+        self._hellos: dict[int, Answer] = {}
         self._peers: list[socket.socket] = []
-        self._listener: socket.socket | None = None
-        self._path = ""
+        self._listening = contextlib.ExitStack()
         self._thread = threading.Thread(target=self._serve, name="answers", daemon=True)
 
     def listen(self, base: Path) -> None:
         """Wait for third stages at the socket of the stream.  Raises UsageError, PipeError."""
-        self._path = path_of(base, self._id)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        path = path_of(base, self._id)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listening.callback(_stop_listening, listener, path)
         try:
-            self._listener.bind(self._path)
-            self._listener.listen(4)
+            listener.bind(path)
+            listener.listen(4)
         except OSError as error:
-            raise from_oserror(error, f"listen on {self._path}") from error
-        self._selector.register(self._listener, selectors.EVENT_READ, None)
+            raise from_oserror(error, f"listen on {path}") from error
+        accept = partial(self._accept, listener)
+        self._selector.register(listener, selectors.EVENT_READ, accept)
 
     def read(self, fd: int) -> None:
         """Take answers from a command's standard output, which stays the caller's."""
         self._parsers[fd] = Parser(self._id, self._on_noise)
-        self._selector.register(fd, selectors.EVENT_READ, fd)
+        self._selector.register(fd, selectors.EVENT_READ, partial(self._take, fd))
 
     def start(self) -> None:
         """Begin: the first thread of the program.
@@ -132,10 +135,7 @@ class Rendezvous:
                 peer.settimeout(5.0)
                 peer.sendall(b"status %d\n" % status)
             peer.close()
-        if self._listener:
-            self._listener.close()
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+        self._listening.close()
         self._selector.close()
         self._woken.close()
         self._waker.close()
@@ -151,18 +151,14 @@ class Rendezvous:
             for key, _ in self._selector.select():
                 if key.fileobj is self._woken:
                     return
-                if key.fileobj is self._listener:
-                    self._accept()
-                else:
-                    self._take(key.fd)
+                key.data()
 
-    def _accept(self) -> None:
-        assert self._listener is not None
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            peer, _ = self._listener.accept()
+            peer, _ = listener.accept()
         except OSError:
             # Out of descriptors, say: it would be ready again at once, for ever.
-            self._selector.unregister(self._listener)
+            self._selector.unregister(listener)
             return
         self._peers.append(peer)
         with contextlib.suppress(OSError):
@@ -176,8 +172,8 @@ class Rendezvous:
         try:
             data = os.read(fd, READ_BYTES)
             for answer in parser.feed(data):
-                assert parser.hello is not None
-                self._box.put(parser.hello, answer)
+                # The first one is its HELLO.
+                self._box.put(self._hellos.setdefault(fd, answer), answer)
         except OSError:
             data = b""
         except FormatError as error:
@@ -187,3 +183,9 @@ class Rendezvous:
             del self._parsers[fd]
             if not self._parsers:
                 self._box.lose(why, closed=closed)
+
+
+def _stop_listening(listener: socket.socket, path: str) -> None:
+    listener.close()
+    with contextlib.suppress(OSError):
+        os.unlink(path)

@@ -35,6 +35,59 @@ _DRAIN_SECONDS = 5.0
 _DECISIVE = ("READY", "RUNNING", "FAILED", "RAN", "UNKNOWN", "REFUSED")
 
 
+class Bhysend:
+    """The bhysend of the stream, at the other end of a socket.  Select on it while it is there."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """connection: ours from here on; closed when it ends."""
+        self._connection = connection
+        self._said = b""
+
+    @property
+    def is_there(self) -> bool:
+        """Say whether it has not hung up yet."""
+        return self._connection.fileno() >= 0
+
+    def fileno(self) -> int:
+        """Return the descriptor, for select(2)."""
+        return self._connection.fileno()
+
+    @property
+    def status(self) -> int | None:
+        """Return the status that it told, None if it has not."""
+        word, _, number = self._said.partition(b" ")
+        if word == b"status" and number.endswith(b"\n"):
+            return int(number)
+        return None
+
+    def tell(self, answer: Answer) -> None:
+        """Hand on an answer, while it is there."""
+        if not self.is_there:
+            return
+        try:
+            self._connection.sendall(pack(answer))
+        except OSError:
+            # It has ended, and told its status before that.
+            while self.is_there:
+                self.hear()
+
+    def hear(self) -> None:
+        """Take what it says; hang up at its end."""
+        try:
+            data = self._connection.recv(64)
+        except OSError:
+            data = b""
+        self._said += data
+        if not data:
+            self._connection.close()
+
+    def shut(self) -> None:
+        """Let it see that nothing more comes; its status may still come."""
+        if self.is_there:
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_WR)
+
+
 class Third:
     """One run of it."""
 
@@ -48,25 +101,21 @@ class Third:
         self._console = console
         self._parser = Parser(None, self._noise)
         self._words: dict[str, Answer] = {}
-        self._peer: socket.socket | None = None
+        self._bhysend: Bhysend | None = None
         self._asked = False
-        self._met = False
         self._believed = True
-        self._verdict = b""
         self._open = True
 
     def relay(self) -> None:
         """Read to the end of the input, or until bhysend has told its status."""
         until = None
-        while self._open or self._peer:
-            watched: list[int | socket.socket] = [_STDIN] if self._open else []
-            watched += [self._peer] if self._peer else []
+        while watched := self._watched():
             left = None if until is None else max(until - time.monotonic(), 0.0)
             ready, _, _ = select.select(watched, [], [], left)
             if not ready:
                 return
-            if self._peer in ready:
-                self._hear()
+            if self._bhysend and self._bhysend in ready:
+                self._bhysend.hear()
             if _STDIN in ready:
                 self._read()
             if self.status() is not None and until is None:
@@ -74,10 +123,12 @@ class Third:
 
     def status(self) -> int | None:
         """Return the status that bhysend told, None if it has not."""
-        word, _, number = self._verdict.partition(b" ")
-        if word == b"status" and number.endswith(b"\n"):
-            return int(number)
-        return None
+        return self._bhysend.status if self._bhysend else None
+
+    def _watched(self) -> list[int | Bhysend]:
+        """Return what something may still come from."""
+        watched: list[int | Bhysend] = [_STDIN] if self._open else []
+        return watched + ([self._bhysend] if self._bhysend and self._bhysend.is_there else [])
 
     def _read(self) -> None:
         """Take what has come, and hand it on."""
@@ -96,8 +147,8 @@ class Third:
                 if answer.word in _DECISIVE:
                     self._words[answer.word] = answer
                 self._meet(answer)
-                if self._peer and self._believed:
-                    self._tell(answer)
+                if self._bhysend and self._believed:
+                    self._bhysend.tell(answer)
         except BhyError as error:
             # What comes from here on is not believed, and read all the same.
             self._console.fail(error)
@@ -114,41 +165,15 @@ class Third:
         found = connect(self._base, hello.id)
         if found is None:
             return
-        self._met = True
-        self._peer, names = found
+        connection, names = found
+        self._bhysend = Bhysend(connection)
         if self._guest not in (None, *names):
             raise UsageError(f"stream {hello.id} is of guest {names[0]}, not {self._guest}")
 
-    def _tell(self, answer: Answer) -> None:
-        if self._peer is None:
-            return
-        try:
-            self._peer.sendall(pack(answer))
-        except OSError:
-            # It has ended, and told its status before that.
-            while self._peer:
-                self._hear()
-
-    def _hear(self) -> None:
-        assert self._peer is not None
-        try:
-            data = self._peer.recv(64)
-        except OSError:
-            data = b""
-        self._verdict += data
-        if not data:
-            self._hang_up()
-
     def _shut(self) -> None:
-        """Let bhysend see that nothing more comes; its status may still come."""
-        if self._peer:
-            with contextlib.suppress(OSError):
-                self._peer.shutdown(socket.SHUT_WR)
-
-    def _hang_up(self) -> None:
-        if self._peer:
-            self._peer.close()
-            self._peer = None
+        """Let bhysend see that nothing more comes."""
+        if self._bhysend:
+            self._bhysend.shut()
 
     def _noise(self, line: bytes) -> None:
         self._console.say(line.decode("utf-8", "replace").rstrip("\n"))
@@ -166,7 +191,7 @@ class Third:
             settlement.without_hello()
         if not self._believed:
             settlement.distrusted(hello)
-        return settlement.act(hello, met=self._met)
+        return settlement.act(hello, met=self._bhysend is not None)
 
 
 def run(guest: str | None, console: Console) -> int:

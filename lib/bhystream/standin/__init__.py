@@ -4,10 +4,11 @@
 like bhyve and keeps bhyve's contract: the memory node (node.py), the
 checkpoint socket (checkpoint.py), what a checkpoint saves and when (saving.py,
 xo.py, below.py), the restore (restore.py), the configuration (config.py), exit
-statuses (__main__.py).  kernel.py is what the bhyve backend sees of its host;
-supervisor.py plays vm-bhyve; stage.py makes two hosts for the demonstration
-(bhystream.demo).  The guest inside (guest.py, vcpu.py, devices.py) proves its
-own memory and registers (proof.py).
+statuses (__main__.py).  kernel.py is what the bhyve backend sees of its host,
+vm.py of one VM, sysctl.py what sysctl(8) says; supervisor.py plays vm-bhyve;
+stage.py makes two hosts for the demonstration (bhystream.demo).  The guest
+inside (guest.py, vcpu.py, devices.py) proves its own memory and registers
+(proof.py).
 
     DIR/host.json        what this host is like, and how it misbehaves: settings.py
     DIR/vmm/NAME         the memory node: sparse, file offset = guest physical address

@@ -93,11 +93,12 @@ class Reader:
         self._list = memoryview(bytearray(1 << 17))
         self._body = memoryview(b"")
         self._head = memoryview(bytearray(fmt.SECTION.size))
-        self.header = self._read_header()
+        self.header, checksum = self._read_header()
         self.digest = xxhash.xxh3_128(seed=self.header.seed)
-        self.digest.update(self._header_checksum)
+        self.digest.update(checksum)
 
-    def _read_header(self) -> Header:
+    def _read_header(self) -> tuple[Header, bytes]:
+        """Return the header, and its checksum as it was sent."""
         data = memoryview(bytearray(fmt.HEADER.size))
         got = self._fill(data)
         magic = bytes(data[: min(got, len(fmt.MAGIC))])
@@ -106,14 +107,14 @@ class Reader:
                 fmt.unpack_header(bytes(data))
             if got < len(data):
                 raise TruncatedError(f"the stream ends after {got} bytes of {len(data)}")
-            self._header_checksum = bytes(data[64:])
+            checksum = bytes(data[64:])
             expected = xxhash.xxh3_64_intdigest(data[:64], 0)
-            if expected != int.from_bytes(self._header_checksum, "little"):
+            if expected != int.from_bytes(checksum, "little"):
                 raise ChecksumError("checksum differs")
             header, _ = fmt.unpack_header(bytes(data))
         except StreamError as error:
             raise type(error)(f"header at offset 0x0: {error}") from None
-        return header
+        return header, checksum
 
     def next(self) -> Section | None:
         """Read and check one section; None at the end of the input.

@@ -27,9 +27,12 @@ The pieces, in the order in which a move meets them:
     nvlist.py     libnv, the language of the checkpoint socket
     checkpoint.py the client of that socket: one request, and what came of it
       listening.py  who serves it
-    snapshot.py   FILE, FILE.kern and FILE.meta <-> the STATE sections
+    snapshot.py   FILE.kern and FILE.meta <-> the STATE sections
+      snapshotfiles.py  where they are, with FILE, and what is read of them
     command.py    configuration + resources -> what bhyve is started with
     source.py     BhyveSource: base.Source
+      opened.py     which guest it is, what it runs with, its memory
+      ready.py      all that its pause needs, and the pause
       snapshotdir.py  the directory of a guest that is to be held
       rehearsal.py  a checkpoint that bhyve ends by itself
       fifo.py       the FIFO that bhyve stands in
@@ -40,7 +43,10 @@ The pieces, in the order in which a move meets them:
       lent.py       vCPU and pages lent to them, and given back
       physical.py registers.py  memory by physical address; vmm's register numbers
     sink.py       BhyveSink: base.Sink
-      restore.py    `bhyve -r`, held in its read until it is let go
+      wanted.py     what is wanted of the guest here, and whether it can be had
+      restore.py    `bhyve -r`, started, and held in its read
+      heldrestore.py  it is loaded, and let go
+      restoring.py  its process, and its VM's memory
       lastpage.py   what it is held by
     loaded.py     base.Paused of a destination's guest
     cold.py       snapshot files as base.Source and base.Sink

@@ -21,16 +21,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, TypeVar
 
 from bhystream import durable
 from bhystream.backend.base import BHYVE
-from bhystream.backend.bhyve import snapshot
-from bhystream.backend.bhyve.snapshot import Files, Meta, layout_of, memory_spans
+from bhystream.backend.bhyve import snapshot, snapshotfiles
+from bhystream.backend.bhyve.snapshot import Meta, layout_of, memory_spans
+from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.errors import GuestError, IncompatibleError, InternalError, from_oserror
 from bhystream.guest import GUEST_NAME, Head, Json, State
 from bhystream.memory import hole
-from bhystream.memory.mapping import unmap
 from bhystream.memory.target import FileTarget
 
 # A file system that does not know its holes.  Source: lseek(2).
@@ -50,13 +52,13 @@ class SnapshotSource:
         """
         self.files = Files(path.parent, path.name)
         self._host = host_section
-        self._fd = -1
-        self._mappings: list[mmap.mmap] = []
+        self._opened = contextlib.ExitStack()
         self._views: list[memoryview] = []
         self._stamps = self._look()
-        self._fd, size = snapshot.open_file(self.files.memory)
+        self._fd, size = snapshotfiles.open_file(self.files.memory)
+        self._opened.callback(os.close, self._fd)
         try:
-            self._meta, _ = snapshot.read_meta(self.files)
+            self._meta, _ = snapshotfiles.read_meta(self.files)
             self._check_sizes(size)
             self._config = config if config is not None else _minimal(self._meta)
             self._check_config()
@@ -66,10 +68,10 @@ class SnapshotSource:
 
     def _check_sizes(self, memory_size: int) -> None:
         files, meta = self.files, self._meta
-        snapshot.check_size(files.memory, memory_size, meta.memory_bytes, files.meta)
-        fd, size = snapshot.open_file(files.kern)
+        snapshotfiles.check_size(files.memory, memory_size, meta.memory_bytes, files.meta)
+        fd, size = snapshotfiles.open_file(files.kern)
         os.close(fd)
-        snapshot.check_size(files.kern, size, meta.kern_bytes, files.meta)
+        snapshotfiles.check_size(files.kern, size, meta.kern_bytes, files.meta)
 
     def _check_config(self) -> None:
         name = self._config.get("name")
@@ -116,10 +118,10 @@ class SnapshotSource:
 
     def memory(self) -> Sequence[memoryview]:
         """Return the mapped memory, read-only, by segment."""
-        if not self._mappings:
+        if not self._views:
             size = self._meta.memory_bytes
             mapping = mmap.mmap(self._fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
-            self._mappings = [mapping]
+            self._opened.callback(_unmap, mapping, self._views)
             with memoryview(mapping) as whole:
                 for _, offset, length in memory_spans(size):
                     self._views.append(whole[offset : offset + length])
@@ -143,19 +145,54 @@ class SnapshotSource:
         Called after the memory was sent: raises GuestError if one of the files
         is no longer what it was when they were opened.
         """
-        _, states = snapshot.read_states(self.files, self._meta.memory_bytes)
-        states += snapshot.read_fpu(self.files)
+        _, states = snapshotfiles.read_states(self.files, self._meta.memory_bytes)
+        states += snapshotfiles.read_fpu(self.files)
         if self._look() != self._stamps:
             raise GuestError(f"{self.files.memory}: the snapshot was written to while it was sent")
         return states
 
     def close(self) -> None:
-        """Give up the mapping and the descriptor."""
-        unmap(self._views, self._mappings)
-        self._views, self._mappings = [], []
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Give up the mapping and the descriptor.
+
+        A view that the engine still holds keeps the mapping until it is dropped.
+        """
+        self._opened.close()
+
+
+def _unmap(mapping: mmap.mmap, views: list[memoryview]) -> None:
+    with contextlib.suppress(BufferError):
+        for view in views:
+            view.release()
+        mapping.close()
+    views.clear()
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Files that can be made here."""
+
+    MISSING: ClassVar[str] = "check() was not called, or refused the guest"
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class _Made(_Checked):
+    """Files in a hidden directory.  fd: of FILE."""
+
+    MISSING = "open() was not called"
+    files: Files
+    fd: int
+
+
+@dataclass(frozen=True)
+class _Complete(_Made):
+    """All of them, on the disk."""
+
+    MISSING = "load() was not called"
+    has_fpu: bool
+
+
+_Stage = TypeVar("_Stage", bound=_Checked)
 
 
 class FilesSink:
@@ -173,13 +210,16 @@ class FilesSink:
         self.on_wait: Callable[[], None] = lambda: None
         self._files = Files(directory, name)
         self._force = force
-        self._memory_bytes = 0
-        self._made: Files | None = None
-        self._fd = -1
-        self._placed: list[Path] = []
-        self._has_fpu = False
-        self._is_loaded = False
-        self._is_done = False
+        self._stage: _Checked | None = None
+        # The hidden directory; and the names that were given, until the last one is.
+        self._hidden = contextlib.ExitStack()
+        self._placed = contextlib.ExitStack()
+
+    def _at(self, stage: type[_Stage]) -> _Stage:
+        """Return how far it has come.  Raises InternalError where that is not far enough."""
+        if not isinstance(self._stage, stage):
+            raise InternalError(f"FilesSink: {stage.MISSING}")
+        return self._stage
 
     def check(self, head: Head) -> list[str]:
         """Return the reasons why the files cannot be made here; remember the head."""
@@ -189,7 +229,7 @@ class FilesSink:
         size = head.layout.size_bytes
         reasons = self._reasons_of_place(size)
         if not reasons:
-            self._memory_bytes = size
+            self._stage = _Checked(size)
         return reasons
 
     def late_reasons(self) -> list[str]:
@@ -211,18 +251,19 @@ class FilesSink:
 
     def open(self, plan: bytes) -> Sequence[FileTarget]:
         """Make the memory file, one hole, in a hidden directory.  plan: not needed."""
-        if not self._memory_bytes:
-            raise InternalError("FilesSink: check() was not called, or refused the guest")
-        files = self._files
+        files, size = self._files, self._at(_Checked).memory_bytes
         try:
             prefix = f".{files.name}.partial-"
             work = tempfile.mkdtemp(prefix=prefix, dir=files.directory)
-            self._made = Files(Path(work), files.name)
-            self._fd = _create(self._made.memory)
-            os.ftruncate(self._fd, self._memory_bytes)
+            self._hidden.callback(shutil.rmtree, work, ignore_errors=True)
+            made = Files(Path(work), files.name)
+            fd = _create(made.memory)
+            self._hidden.callback(os.close, fd)
+            os.ftruncate(fd, size)
         except OSError as error:
             raise from_oserror(error, f"make {files.memory}") from None
-        return [FileTarget(self._fd, offset) for _, offset, _ in memory_spans(self._memory_bytes)]
+        self._stage = _Made(size, made, fd)
+        return [FileTarget(fd, offset) for _, offset, _ in memory_spans(size)]
 
     def require_alive(self) -> None:
         """Do nothing: nothing was started."""
@@ -232,28 +273,25 @@ class FilesSink:
 
         Here and not in start(), which has to be quick.
         """
-        if self._made is None:
-            raise InternalError("FilesSink: open() was not called")
+        made = self._at(_Made)
         _, text, kern = snapshot.join(states)
         fpu = snapshot.fpu_states(states)
         try:
-            for path, pieces in ((self._made.kern, kern), (self._made.meta, [text])):
+            for path, pieces in ((made.files.kern, kern), (made.files.meta, [text])):
                 _write(path, pieces)
             if fpu:
-                _write(self._made.fpu, [snapshot.pack_fpu(fpu)])
-            os.fsync(self._fd)
+                _write(made.files.fpu, [snapshotfiles.pack_fpu(fpu)])
+            os.fsync(made.fd)
         except OSError as error:
             raise from_oserror(error, f"write {self._files.memory}") from None
-        self._has_fpu = bool(fpu)
-        self._is_loaded = True
+        self._stage = _Complete(made.memory_bytes, made.files, made.fd, bool(fpu))
 
     def start(self) -> None:
         """Give the files their names, FILE.meta last, when the others are there for good."""
-        made, files = self._made, self._files
-        if made is None or not self._is_loaded:
-            raise InternalError("FilesSink: load() was not called")
+        complete, files = self._at(_Complete), self._files
+        made = complete.files
         try:
-            if self._has_fpu:
+            if complete.has_fpu:
                 self._place(made.fpu, files.fpu)
             self._place(made.kern, files.kern)
             self._place(made.memory, files.memory)
@@ -262,8 +300,8 @@ class FilesSink:
             durable.sync(files.directory)
         except OSError as error:
             raise from_oserror(error, f"make {files.memory}") from None
-        self._is_done = True
-        self._clean()
+        self._placed.pop_all()
+        self._hidden.close()
 
     def leave_paused(self) -> None:
         """Do as start(): what lies in files does not run."""
@@ -274,7 +312,7 @@ class FilesSink:
             os.link(made, path)
         except FileExistsError:
             raise IncompatibleError(f"{path} exists now: it is not overwritten") from None
-        self._placed.append(path)
+        self._placed.callback(_unlink, path)
 
     def record(self) -> Json:
         """Return nothing: there is no guest to find again."""
@@ -282,22 +320,13 @@ class FilesSink:
 
     def abort(self) -> None:
         """Remove what was made."""
-        if self._is_done:
-            return
-        for path in reversed(self._placed):
-            with contextlib.suppress(OSError):
-                path.unlink()
-        self._placed = []
-        self._clean()
+        self._placed.close()
+        self._hidden.close()
 
-    def _clean(self) -> None:
-        """Remove the hidden directory; never raises."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        if self._made is not None:
-            shutil.rmtree(self._made.directory, ignore_errors=True)
-            self._made = None
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _minimal(meta: Meta) -> Json:

@@ -28,75 +28,55 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bhystream import durable
-from bhystream.backend.bhyve.snapshot import Files, memory_spans
+from bhystream.backend.bhyve.snapshot import memory_spans
+from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.guest import PAGE_BYTES
 
 _MARK_BYTES = 16
 _TAIL_BYTES = 2 * PAGE_BYTES
 
 
+@dataclass(frozen=True)
 class LastPage:
-    """The files of one guest that is to be held.  All methods raise OSError.
+    """The files of one guest that is to be held, marked.  All methods raise OSError.
 
-    The memory: one writable view for each of memory_spans().
+    memory_bytes: of the guest, and of FILE; more than one page.  tail: the true
+    bytes of its last two pages.  marks: what stands in each of the two instead.
+    The memory of a method: one writable view for each of memory_spans().
     """
 
-    def __init__(self, files: Files, memory_bytes: int) -> None:
-        """Touches nothing.  memory_bytes: of the guest, and of FILE; more than one page."""
-        self._files = files
-        self._memory_bytes = memory_bytes
-        self._at = memory_bytes - _TAIL_BYTES
-        self._tail = b""
-        self._marks = (b"", b"")
-
-    @property
-    def _saved(self) -> Path:
-        return Path(f"{self._files.memory}.tail")
-
-    def arm(self, kern_bytes: int) -> None:
-        """Mark FILE, and make FILE.kern of so many zeros."""
-        with open(self._files.memory, "r+b", buffering=0) as file:
-            if self._saved.exists():
-                self._tail = self._saved.read_bytes()
-                file.truncate(self._memory_bytes)
-                _write(file.fileno(), self._tail, self._at)
-            else:
-                self._tail = os.pread(file.fileno(), _TAIL_BYTES, self._at)
-                durable.write(self._saved, self._tail)
-            self._marks = (os.urandom(_MARK_BYTES), os.urandom(_MARK_BYTES))
-            _write(file.fileno(), b"".join(self._marks), self._at + PAGE_BYTES - _MARK_BYTES)
-        kern = os.open(self._files.kern, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            os.truncate(kern, kern_bytes)
-        finally:
-            os.close(kern)
+    files: Files
+    memory_bytes: int
+    tail: bytes
+    marks: tuple[bytes, bytes]
 
     def cut(self) -> None:
         """Cut the files.  Where a read is under way, it is waited for."""
-        os.truncate(self._files.memory, self._memory_bytes - PAGE_BYTES)
-        os.truncate(self._files.kern, 0)
+        os.truncate(self.files.memory, self.memory_bytes - PAGE_BYTES)
+        os.truncate(self.files.kern, 0)
 
     def is_read(self, memory: Sequence[memoryview]) -> bool:
         """Say whether all but the last page has been read into the memory."""
         page = self._page(memory, 0)
-        return bytes(page[PAGE_BYTES - _MARK_BYTES :]) == self._marks[0]
+        return bytes(page[PAGE_BYTES - _MARK_BYTES :]) == self.marks[0]
 
     def is_read_whole(self, memory: Sequence[memoryview]) -> bool:
         """Say whether the last page has been read, too: bhyve was faster than cut()."""
-        return bytes(self._page(memory, 1)[:_MARK_BYTES]) == self._marks[1]
+        return bytes(self._page(memory, 1)[:_MARK_BYTES]) == self.marks[1]
 
     def settle(self, memory: Sequence[memoryview]) -> bool:
         """Put the true bytes in; bhyve stands.  False where it has read the last page too."""
         last_but_one, last = self._page(memory, 0), self._page(memory, 1)
         if self.is_read_whole(memory):
             return False
-        last_but_one[:] = self._tail[:PAGE_BYTES]
-        last[:] = self._tail[PAGE_BYTES:]
-        with open(self._files.memory, "r+b", buffering=0) as file:
-            _write(file.fileno(), self._tail[:PAGE_BYTES], self._at)
+        last_but_one[:] = self.tail[:PAGE_BYTES]
+        last[:] = self.tail[PAGE_BYTES:]
+        with open(self.files.memory, "r+b", buffering=0) as file:
+            _write(file.fileno(), self.tail[:PAGE_BYTES], self._at)
         return True
 
     def fill(self, kern: Sequence[bytes]) -> None:
@@ -105,7 +85,7 @@ class LastPage:
         kern: its pieces.
         """
         at = 0
-        with open(self._files.kern, "r+b", buffering=0) as file:
+        with open(self.files.kern, "r+b", buffering=0) as file:
             for piece in kern:
                 _write(file.fileno(), piece, at)
                 at += len(piece)
@@ -113,16 +93,45 @@ class LastPage:
     def give(self, memory: Sequence[memoryview]) -> None:
         """Write the last page as the memory has it."""
         page = bytes(self._page(memory, 1))
-        with open(self._files.memory, "r+b", buffering=0) as file:
+        with open(self.files.memory, "r+b", buffering=0) as file:
             _write(file.fileno(), page, self._at + PAGE_BYTES)
+
+    @property
+    def _at(self) -> int:
+        """Return where the last page but one begins."""
+        return self.memory_bytes - _TAIL_BYTES
 
     def _page(self, memory: Sequence[memoryview], which: int) -> memoryview:
         """Return the last page (1) or the last but one (0) of the memory."""
         at = self._at + which * PAGE_BYTES
-        spans = memory_spans(self._memory_bytes)
+        spans = memory_spans(self.memory_bytes)
         index = max(i for i, (_, offset, _) in enumerate(spans) if offset <= at)
         start = at - spans[index][1]
         return memory[index][start : start + PAGE_BYTES]
+
+
+def arm(files: Files, memory_bytes: int, kern_bytes: int) -> LastPage:
+    """Mark FILE, and make FILE.kern of so many zeros.  Raises OSError.
+
+    memory_bytes: of the guest, and of FILE; more than one page.
+    """
+    at, saved = memory_bytes - _TAIL_BYTES, Path(f"{files.memory}.tail")
+    with open(files.memory, "r+b", buffering=0) as file:
+        if saved.exists():
+            tail = saved.read_bytes()
+            file.truncate(memory_bytes)
+            _write(file.fileno(), tail, at)
+        else:
+            tail = os.pread(file.fileno(), _TAIL_BYTES, at)
+            durable.write(saved, tail)
+        marks = (os.urandom(_MARK_BYTES), os.urandom(_MARK_BYTES))
+        _write(file.fileno(), b"".join(marks), at + PAGE_BYTES - _MARK_BYTES)
+    kern = os.open(files.kern, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.truncate(kern, kern_bytes)
+    finally:
+        os.close(kern)
+    return LastPage(files, memory_bytes, tail, marks)
 
 
 def _write(fd: int, data: bytes, offset_bytes: int) -> None:

@@ -22,14 +22,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bhystream import durable
-from bhystream.backend.bhyve import snapshot
+from bhystream.backend.bhyve import snapshot, snapshotfiles
 from bhystream.backend.bhyve.command import config_file
+from bhystream.backend.bhyve.heldrestore import HeldRestore
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.place import Place, Started
-from bhystream.backend.bhyve.restore import Restore, TooLateError
-from bhystream.backend.bhyve.snapshot import Files
+from bhystream.backend.bhyve.restore import Restore
+from bhystream.backend.bhyve.restoring import TooLateError
+from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.backend.process import is_same, is_stopped
 from bhystream.errors import BhyError, GoneError, GuestError, TakenError, from_oserror
 from bhystream.guest import SLOW_BYTES_PER_SECOND, Json, State
@@ -56,22 +58,17 @@ def held(
     files: Files,
     kern_bytes: int,
     on_wait: Callable[[], None] = lambda: None,
-) -> Restore:
+) -> HeldRestore:
     """Start a bhyve for a guest's files, and return it held.
 
     on_wait: as Restore's.  One that was faster than we is ended, and started
     again.  Raises BhyError.
     """
-    for attempt in range(ATTEMPTS):
-        restore = Restore(host, place, files, on_wait)
-        try:
-            restore.hold(kern_bytes)
-        except TooLateError:
-            if attempt == ATTEMPTS - 1:
-                raise
-            continue
-        break
-    return restore
+    restore = Restore(host, place, files, on_wait)
+    for _ in range(ATTEMPTS - 1):
+        with contextlib.suppress(TooLateError):
+            return restore.hold(kern_bytes)
+    return restore.hold(kern_bytes)
 
 
 def keep_files(place: Place, states: Sequence[State]) -> None:
@@ -82,7 +79,7 @@ def keep_files(place: Place, states: Sequence[State]) -> None:
     _, text, kern = snapshot.join(states)
     files = place.files
     texts = {files.kern: kern, files.meta: [text]}
-    texts[files.fpu] = [snapshot.pack_fpu(snapshot.fpu_states(states))]
+    texts[files.fpu] = [snapshotfiles.pack_fpu(snapshot.fpu_states(states))]
     try:
         for path, pieces in texts.items():
             with path.open("wb") as file:
@@ -180,8 +177,8 @@ class BhyveLoaded:
 
     def states(self) -> Sequence[State]:
         """Return the state of a guest in files.  Raises GuestError, AccessError."""
-        _, found = snapshot.read_states(self.place.files, self.place.memory_bytes)
-        return [*found, *snapshot.read_fpu(self.place.files)]
+        _, found = snapshotfiles.read_states(self.place.files, self.place.memory_bytes)
+        return [*found, *snapshotfiles.read_fpu(self.place.files)]
 
     # What is done to it.
 

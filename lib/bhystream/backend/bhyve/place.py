@@ -26,7 +26,8 @@ from typing import Any
 from bhystream import durable
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listens
-from bhystream.backend.bhyve.snapshot import FILE, Files
+from bhystream.backend.bhyve.snapshot import FILE
+from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.backend.process import Identity, boot_id, is_alive, kill_process
 from bhystream.errors import BhyError, GuestError, from_oserror
 from bhystream.guest import DEAD, Json

@@ -12,7 +12,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from bhystream.backend.bhyve import fifo, snapshot
+from bhystream.backend.bhyve import fifo, snapshot, snapshotfiles
 from bhystream.backend.bhyve.checkpoint import Checkpoint, Outcome, RefusedError
 from bhystream.backend.bhyve.snapshot import FILE, Meta
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
@@ -57,8 +57,8 @@ def rehearse(
     if outcome == Outcome.EXITED:
         raise GoneError(f"{who}: its bhyve has ended in a checkpoint")
     try:
-        meta, text = snapshot.read_meta(files)
-        snapshot.check_size(files.kern, _size(directory), meta.kern_bytes, files.meta)
+        meta, text = snapshotfiles.read_meta(files)
+        snapshotfiles.check_size(files.kern, _size(directory), meta.kern_bytes, files.meta)
     except BhyError:
         said = f"{who}: its bhyve did not save it, and logs the reason itself"
         raise _unsaved(directory, said) from None

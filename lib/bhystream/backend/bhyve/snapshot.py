@@ -23,28 +23,15 @@ emulated AMD.
 
 from __future__ import annotations
 
-import base64
-import json
-import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, LOWMEM_LIMIT_BYTES
-from bhystream.errors import AccessError, FormatError, GuestError, UsageError
-from bhystream.guest import (
-    MAX_GUEST_PAGES,
-    MAX_OPTIONAL_STATE_BYTES,
-    MAX_STATE_BYTES,
-    PAGE_BYTES,
-    Layout,
-    Segment,
-    State,
-)
+from bhystream.errors import FormatError
+from bhystream.guest import MAX_GUEST_PAGES, MAX_STATE_BYTES, PAGE_BYTES, Layout, Segment, State
 from bhystream.strict_json import unpack_json
 
 # What FILE is called where we name it.
@@ -58,8 +45,7 @@ MAX_ALL_BYTES = MAX_STATE_BYTES
 MAX_MEMORY_BYTES = MAX_GUEST_PAGES * PAGE_BYTES
 MAX_ITEMS = 1024
 MAX_VCPUS = 1 << 16
-_MAX_FPU_TEXT_BYTES = 2 * MAX_OPTIONAL_STATE_BYTES  # base64 makes 4 of 3
-_MAX_COMPONENT_BYTES = 255  # NAME_MAX
+SLOW_BYTES_PER_SECOND = 100 << 20  # of a slow disk: how long a memory file may take
 # What FreeBSD 14 saves of the kernel, and what no kernel can do without.
 _KERNEL_14 = frozenset(
     ("vhpet", "vm", "vioapic", "vlapic", "vmcx", "vatpit", "vatpic", "vpmtmr", "vrtc")
@@ -108,41 +94,6 @@ class Meta:
     def devices(self) -> tuple[str, ...]:
         """Return the names of the devices, in their order."""
         return tuple(item.name for item in self.items if item.kind == "dev")
-
-
-@dataclass(frozen=True)
-class Files:
-    """Where a snapshot is.  name: FILE's, without its directory."""
-
-    directory: Path
-    name: str
-
-    def __post_init__(self) -> None:
-        """Raise UsageError for a name that is none, or too long with its extension."""
-        if self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name:
-            raise UsageError(f"{self.name!r}: not the name of a snapshot file")
-        if len(os.fsencode(self.kern.name)) > _MAX_COMPONENT_BYTES:
-            raise UsageError(f"{self.name}: too long for the name of a snapshot file")
-
-    @property
-    def memory(self) -> Path:
-        """Return FILE."""
-        return self.directory / self.name
-
-    @property
-    def kern(self) -> Path:
-        """Return FILE.kern."""
-        return self.directory / f"{self.name}.kern"
-
-    @property
-    def meta(self) -> Path:
-        """Return FILE.meta."""
-        return self.directory / f"{self.name}.meta"
-
-    @property
-    def fpu(self) -> Path:
-        """Return FILE.fpu, which need not be there."""
-        return self.directory / f"{self.name}.fpu"
 
 
 def memory_spans(memory_bytes: int) -> list[tuple[int, int, int]]:
@@ -373,112 +324,3 @@ def require_same(planned: Meta, found: Meta) -> None:
 def fpu_states(states: Sequence[State]) -> list[State]:
     """Return the optional states that we know: the FPU of each vCPU."""
     return [state for state in states if state.is_optional and FPU_NAME.fullmatch(state.name)]
-
-
-def pack_fpu(states: Sequence[State]) -> bytes:
-    """Return the text of FILE.fpu."""
-    texts = {state.name: base64.b64encode(state.data).decode() for state in states}
-    return json.dumps(texts).encode() + b"\n"
-
-
-def read_fpu(files: Files) -> list[State]:
-    """Read FILE.fpu; [] where there is none.  Raises GuestError, AccessError."""
-    if not os.path.lexists(files.fpu):
-        return []
-    text = _read_text(files.fpu, _MAX_FPU_TEXT_BYTES)
-    try:
-        found = unpack_json(text)
-        states = [
-            State(name, base64.b64decode(data, validate=True), is_optional=True)
-            for name, data in found.items()
-        ]
-    except (FormatError, ValueError, TypeError, AttributeError) as error:
-        raise GuestError(f"{files.fpu} is not complete, or not ours: {error}") from None
-    if len(fpu_states(states)) != len(states):
-        raise GuestError(f"{files.fpu}: a name in it is no vCPU's")
-    return states
-
-
-def open_file(path: Path) -> tuple[int, int]:
-    """Open one file of a snapshot to read it: (descriptor, the caller's; its size in bytes).
-
-    Raises AccessError; GuestError if it is not there, no regular file, or empty.
-    """
-    try:
-        # A FIFO would block until somebody writes to it.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except PermissionError as error:
-        raise AccessError(f"cannot open {path}: {error.strerror}") from None
-    except OSError as error:
-        raise GuestError(f"cannot open {path}: {error.strerror}") from None
-    found = os.fstat(fd)
-    if not stat.S_ISREG(found.st_mode) or found.st_size == 0:
-        os.close(fd)
-        why = "is empty" if stat.S_ISREG(found.st_mode) else "is not a regular file"
-        raise GuestError(f"{path} {why}")
-    return fd, found.st_size
-
-
-def read_meta(files: Files) -> tuple[Meta, bytes]:
-    """Read FILE.meta: what it says, and its text.  Raises GuestError, AccessError."""
-    text = _read_text(files.meta, MAX_META_BYTES)
-    try:
-        return parse(text), text
-    except FormatError as error:
-        raise GuestError(f"{files.meta} is not complete, or not bhyve's: {error}") from None
-
-
-def read_states(files: Files, memory_bytes: int) -> tuple[Meta, list[State]]:
-    """Read FILE.kern and FILE.meta of a guest with so much memory, as states.
-
-    FILE itself is not looked at: it need not hold the memory.  Complete and
-    consistent, or GuestError, which names the file; AccessError.
-    """
-    meta, text = read_meta(files)
-    if meta.memory_bytes != memory_bytes:
-        raise GuestError(
-            f"{files.meta} is of another guest: {meta.memory_bytes} bytes of memory, "
-            f"not {memory_bytes}"
-        )
-    fd, size = open_file(files.kern)
-    try:
-        check_size(files.kern, size, meta.kern_bytes, files.meta)
-        states = [State(META, text)]
-        for item in meta.items:
-            data = _read(fd, item.size_bytes, item.offset_bytes, files.kern)
-            states.append(State(item.state_name, data))
-    finally:
-        os.close(fd)
-    return meta, states
-
-
-def check_size(path: Path, size_bytes: int, wanted_bytes: int, meta: Path) -> None:
-    """Raise GuestError if a file has another size than FILE.meta says."""
-    if size_bytes != wanted_bytes:
-        why = "it is truncated" if size_bytes < wanted_bytes else "it is too long"
-        raise GuestError(
-            f"{path} has {size_bytes} bytes where {meta.name} says {wanted_bytes}: "
-            f"{why}, or of another snapshot"
-        )
-
-
-def _read_text(path: Path, limit_bytes: int) -> bytes:
-    """Return what is in a file of a snapshot.  Raises GuestError, AccessError."""
-    fd, size = open_file(path)
-    try:
-        if size > limit_bytes:
-            raise GuestError(f"{path}: {size} bytes are more than {limit_bytes}")
-        return _read(fd, size, 0, path)
-    finally:
-        os.close(fd)
-
-
-def _read(fd: int, size: int, offset: int, path: Path) -> bytes:
-    """Read so many bytes at an offset, in one copy: a pread(2) of a regular file is whole."""
-    try:
-        data = os.pread(fd, size, offset)
-    except OSError as error:
-        raise GuestError(f"cannot read {path}: {error.strerror}") from None
-    if len(data) != size:
-        raise GuestError(f"{path} became shorter while it was read")
-    return data

@@ -26,7 +26,8 @@ from pathlib import Path
 from bhystream.backend.bhyve import fifo
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.journal import Journal
-from bhystream.backend.bhyve.snapshot import FILE, Files, memory_spans
+from bhystream.backend.bhyve.snapshot import FILE, memory_spans
+from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.errors import AccessError, GuestError, PipeError, from_oserror
 
 _NULL_DIR = "dev"

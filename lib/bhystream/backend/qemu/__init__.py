@@ -25,7 +25,9 @@ The pieces, in the order in which a move meets them:
     supervisors.py  what would start a guest again that has moved
     verdict.py    the reasons against a guest on this host
     source.py     QemuSource: base.Source
+    opened.py     which guest it is, what it is made of, its memory
     sink.py       QemuSink: base.Sink
+    wanted.py     what is wanted of the guest here, and whether it can be had
     paused.py     open_paused(): base.Paused
     host.py       the host's half of the HOST section
 

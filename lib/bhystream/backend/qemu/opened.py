@@ -1,0 +1,184 @@
+"""A running QEMU guest that was opened: which one it is, what it is made of, its memory.
+
+All of it is known when open_guest() returns, or the guest was refused and
+nothing is left open.  Nothing of the guest is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bhystream.backend.process import Identity, identify
+from bhystream.backend.qemu import facts, graph, migration, ram, supervisors
+from bhystream.backend.qemu.config import label, reduce_argv
+from bhystream.backend.qemu.plugged import check_plugged
+from bhystream.backend.qemu.process import read_argv
+from bhystream.backend.qemu.qmp import Qmp
+from bhystream.errors import GuestError, IncompatibleError
+from bhystream.guest import PAGE_BYTES, Layout, Segment
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a guest is made of at one moment, and what is in its drives."""
+
+    config: dict[str, Any]
+    drives: tuple[graph.Drive, ...] | None
+
+
+@dataclass(frozen=True)
+class Program:
+    """A QEMU that says what it is made of.
+
+    argv: its words, without the program.  fallback: the guest's name, where argv
+    gives none that can be used.  force: other images than argv names are no
+    reason to refuse.
+    """
+
+    qmp: Qmp
+    argv: list[str]
+    fallback: str
+    force: bool
+
+    def describe(self, changes: list[str]) -> Described:
+        """Return what the guest is made of now.
+
+        changes: as of reduce_argv(), where they are no reason to refuse.
+        """
+        graph.refuse_jobs(self.qmp)
+        found = facts.gather(self.qmp)
+        config = reduce_argv(self.argv, found, self.fallback, changes if self.force else None)
+        check_plugged(self.qmp, config)
+        return Described(config, found.drives)
+
+
+@dataclass(frozen=True)
+class Ram:
+    """The file behind a guest's memory, to be read; views: its one mapping, until close()."""
+
+    ident: str
+    size_bytes: int
+    fd: int
+    views: list[memoryview]
+    _opened: contextlib.ExitStack = field(repr=False)
+
+    @property
+    def layout(self) -> Layout:
+        """Return the segments of the LAYOUT section."""
+        return Layout((Segment(self.ident, None, self.size_bytes // PAGE_BYTES),))
+
+    def close(self) -> None:
+        """Give up mapping and descriptor.  Twice is no error.
+
+        A view that the engine still holds keeps the mapping alive until it is
+        dropped; that is no error here.
+        """
+        self.views.clear()
+        self._opened.close()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One guest.  The connection and the memory are ours until close().
+
+    settings: of its migration, as they were found, to be put back.  changes:
+    images that are others than its argv names, one line each.
+    """
+
+    qmp: Qmp
+    identity: Identity
+    settings: Mapping[str, Any]
+    program: Program
+    described: Described
+    changes: list[str]
+    ram: Ram
+
+    @property
+    def name(self) -> str:
+        """Return the guest's name: of -name, else of the socket."""
+        return str(self.described.config["name"])
+
+    def close(self) -> None:
+        """Give up connection, descriptor and mapping; the guest stays as it is."""
+        self.qmp.close()
+        self.ram.close()
+
+
+def open_guest(qmp_path: str, *, force: bool) -> Opened:
+    """Open a guest.  Raises GuestError, IncompatibleError or AccessError.
+
+    force: as QemuSource's.
+    """
+    fallback = _name_of_path(qmp_path)
+    with contextlib.ExitStack() as undo:
+        qmp = Qmp(os.path.abspath(qmp_path), f"guest {fallback}")
+        undo.callback(qmp.close)
+        identity = identify(qmp.pid, "QEMU")
+        _require_running(qmp)
+        settings = _settings(qmp)
+        backend = facts.memory_backend(qmp)
+        program = Program(qmp, read_argv(qmp.pid)[1:], fallback, force)
+        changes: list[str] = []
+        described = program.describe(changes)
+        qmp.who = f"guest {described.config['name']}"
+        memory = _open_ram(qmp, backend.ident, backend.size_bytes)
+        undo.callback(memory.close)
+        if not force and (found := supervisors.reasons(identity.pid)):
+            raise IncompatibleError(f"{qmp.who}: {found[0]}")
+        undo.pop_all()
+    return Opened(qmp, identity, settings, program, described, changes, memory)
+
+
+def _require_running(qmp: Qmp) -> None:
+    state = facts.status(qmp)
+    if state != "running":
+        raise GuestError(
+            f"{qmp.who}: cannot send it: it is '{state}', not running", hint=_cure(state)
+        )
+
+
+def _settings(qmp: Qmp) -> dict[str, Any]:
+    """Return those settings of migration that we change; refuse what another tool may have set."""
+    found = migration.capabilities(qmp)
+    migration.refuse_unusual(qmp, found)
+    parameters = qmp.execute("query-migrate-parameters", doing="examine migration")
+    return {
+        "capabilities": {"x-ignore-shared": found["x-ignore-shared"]},
+        "parameters": {"max-bandwidth": int(parameters["max-bandwidth"])},
+    }
+
+
+def _open_ram(qmp: Qmp, ident: str, size_bytes: int) -> Ram:
+    """Open the file behind the guest's memory, and map it.  Raises GuestError, AccessError."""
+    with contextlib.ExitStack() as opened:
+        fd = ram.open_ram(qmp.pid, size_bytes, os.O_RDONLY)
+        opened.callback(os.close, fd)
+        mapping = ram.map_ram(fd, size_bytes, qmp.who, mmap.PROT_READ)
+        opened.callback(_close, mapping, view := memoryview(mapping))
+        return Ram(ident, size_bytes, fd, [view], opened.pop_all())
+
+
+def _close(mapping: mmap.mmap, view: memoryview) -> None:
+    with contextlib.suppress(BufferError):
+        view.release()
+        mapping.close()
+
+
+def _name_of_path(path: str) -> str:
+    """Return a guest name made of the socket's: "web1" of "/run/web1.qmp"."""
+    return label(os.path.basename(path).split(".")[0]) or "guest"
+
+
+def _cure(state: str) -> str:
+    if state == "paused":
+        return "let it run first (QMP: cont)"
+    if state == "inmigrate":
+        return "it waits for a stream: give its socket to bhyrecv"
+    if state == "postmigrate":
+        return "it was moved already: bhysend -l, then --resume or --discard"
+    return ""

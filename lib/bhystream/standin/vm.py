@@ -1,0 +1,191 @@
+"""One VM of the stand-in, as the bhyve backend sees it: host.Vm, from files."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, MemoryMap, SegmentDescriptor
+from bhystream.errors import GuestError, from_oserror
+from bhystream.guest import PAGE_BYTES
+
+from . import node
+from .cpu import Cpus
+from .interpreter import Interpreter
+from .settings import read_settings
+from .sysctl import sysctl
+
+
+class StandinVm:
+    """One VM of a stand-in, opened to be read, or changed too."""
+
+    def __init__(self, directory: Path, name: str, *, is_writable: bool = False) -> None:
+        """Open the node.  Raises GuestError, AccessError."""
+        self._directory = directory
+        self._name = name
+        self._read = node.read_map(directory, name)
+        self._opened = contextlib.ExitStack()
+        flags = os.O_RDWR if is_writable else os.O_RDONLY
+        try:
+            self._fd = os.open(node.node_path(directory, name), flags | os.O_CLOEXEC)
+        except OSError as error:
+            raise from_oserror(error, f"open VM {name}") from error
+        self._opened.callback(os.close, self._fd)
+
+    def maps(self) -> Sequence[MemoryMap]:
+        """Return the memory map."""
+        return self._read.maps
+
+    def topology(self) -> tuple[int, int, int]:
+        """Return (sockets, cores, threads)."""
+        return self._read.topology
+
+    def map(self, gpa: int, length_bytes: int, *, is_writable: bool = False) -> mmap.mmap:
+        """Map one entry of system memory."""
+        if not any(m.segid == 0 and m.gpa == gpa for m in self._read.maps):
+            raise GuestError(f"VM {self._name} has no system memory at {gpa:#x}")
+        prot = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
+        try:
+            return mmap.mmap(self._fd, length_bytes, prot=prot, offset=gpa)
+        except (OSError, ValueError) as error:
+            raise GuestError(f"cannot map {gpa:#x} of VM {self._name}: {error}") from error
+
+    @cached_property
+    def _cpus(self) -> Cpus:
+        """The file of its vCPUs, of which an empty VM has none."""
+        is_intel = read_settings(self._directory).cpu_vendor == "intel"
+        cpus = Cpus(node.beside(self._directory, self._name, "cpu"), is_intel=is_intel)
+        self._opened.callback(cpus.close)
+        return cpus
+
+    @cached_property
+    def _lowmem(self) -> mmap.mmap:
+        low = next(entry for entry in self._read.maps if entry.gpa == 0)
+        mapping = self.map(0, low.length_bytes, is_writable=True)
+        self._opened.callback(mapping.close)
+        return mapping
+
+    def waiting_vcpus(self) -> frozenset[int]:
+        """Return the vCPUs that are suspended."""
+        return frozenset(n for n, cpu in enumerate(self._cpus) if cpu.get("suspended"))
+
+    def registers(self, vcpu: int, numbers: Sequence[int]) -> list[int]:
+        """Return registers' values."""
+        with self._cpus.locked():
+            return [self._cpus[vcpu][number] for number in numbers]
+
+    def set_register(self, vcpu: int, number: int, value: int) -> None:
+        """Set one register."""
+        with self._cpus.locked():
+            self._cpus[vcpu][number] = value
+
+    def descriptor(self, vcpu: int, number: int) -> SegmentDescriptor:
+        """Return the hidden part of a segment register."""
+        with self._cpus.locked():
+            return self._cpus[vcpu].hidden(number)
+
+    def set_descriptor(self, vcpu: int, number: int, value: SegmentDescriptor) -> None:
+        """Set the hidden part of a segment register."""
+        with self._cpus.locked():
+            self._cpus[vcpu].put_hidden(number, value)
+
+    def pending_event(self, vcpu: int) -> tuple[int, int]:
+        """Return the two words."""
+        with self._cpus.locked():
+            return self._cpus[vcpu].get("event_1"), self._cpus[vcpu].get("event_2")
+
+    def inject_nmi(self, vcpu: int) -> None:
+        """Let an NMI wait."""
+        self._cpus[vcpu].put("nmi_pending", 1)
+
+    def resume_cpu(self, vcpu: int) -> None:
+        """Let a vCPU be run.  Source: vmm_vm.c, vm_resume_cpu()."""
+        if not self._cpus[vcpu].get("suspended"):
+            raise GuestError(f"cannot resume vCPU {vcpu}: Invalid argument")
+        self._cpus[vcpu].put("suspended", 0)
+
+    def suspend_cpu(self, vcpu: int) -> None:
+        """Undo resume_cpu()."""
+        self._cpus[vcpu].put("suspended", 1)
+
+    def run(self, vcpu: int) -> int:
+        """Run a vCPU until it leaves the guest; return the exit code."""
+        lowmem = self._lowmem
+        with self._cpus.locked():
+            return Interpreter(self._cpus[vcpu], lowmem).run()
+
+    def set_rtc(self, seconds: int) -> None:
+        """Set the guest's clock, which is only remembered."""
+        self._cpus.rtc_seconds = seconds
+
+    def resident(self, mapping: mmap.mmap, gpa: int) -> bytes:
+        """Return one byte a page, other than 0 where it has data and is not swapped.
+
+        With vm.mincore_mapped other than 0, mincore(2) reports only what the
+        caller's mapping has touched: nothing.
+        """
+        npages = len(mapping) // PAGE_BYTES
+        marks = bytearray(npages)
+        if sysctl(self._directory, "vm.mincore_mapped") != "0":
+            return bytes(marks)
+        for start, end in node.data_extents(self._fd, gpa, gpa + len(mapping)):
+            first, stop = (start - gpa) // PAGE_BYTES, -(-(end - gpa) // PAGE_BYTES)
+            marks[first:stop] = b"\1" * (stop - first)
+        self._unmark_swapped(marks, gpa)
+        return bytes(marks)
+
+    def dirty(self, lengths_bytes: Sequence[int]) -> list[bytes] | None:
+        """Return the dirty log of each segment and clear what was seen; or None."""
+        if not read_settings(self._directory).dirty_log:
+            return None
+        npages = [length // PAGE_BYTES for length in lengths_bytes]
+        try:
+            fd = os.open(
+                node.beside(self._directory, self._name, "dirty"), os.O_RDWR | os.O_CLOEXEC
+            )
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise from_oserror(error, "open the dirty log") from error
+        try:
+            if os.fstat(fd).st_size != sum(npages):
+                raise GuestError("the dirty log is not of this layout")
+            with mmap.mmap(fd, sum(npages)) as log:
+                seen = log[:]
+                _clear_seen(log, seen)
+        finally:
+            os.close(fd)
+        parts, base = [], 0
+        for count in npages:
+            parts.append(seen[base : base + count])
+            base += count
+        return parts
+
+    def close(self) -> None:
+        """Give up the node."""
+        self._opened.close()
+
+    def _unmark_swapped(self, marks: bytearray, gpa: int) -> None:
+        try:
+            swapped = node.beside(self._directory, self._name, "swapped").read_bytes()
+        except FileNotFoundError:
+            return
+        low = next((m.length_bytes for m in self._read.maps if m.gpa == 0), 0)
+        base = low // PAGE_BYTES if gpa >= HIGHMEM_BASE_GPA else gpa // PAGE_BYTES
+        for page, is_swapped in enumerate(swapped[base : base + len(marks)]):
+            if is_swapped:
+                marks[page] = 0
+
+
+def _clear_seen(log: mmap.mmap, seen: bytes) -> None:
+    """Clear the bytes that were seen set, and no other: the guest marks meanwhile."""
+    start = seen.find(1)
+    while start >= 0:
+        end = seen.find(0, start)
+        end = len(seen) if end < 0 else end
+        log[start:end] = bytes(end - start)
+        start = seen.find(1, end)
