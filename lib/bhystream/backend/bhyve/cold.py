@@ -33,6 +33,7 @@ from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.errors import GuestError, IncompatibleError, InternalError, from_oserror
 from bhystream.guest import GUEST_NAME, Head, Json, State
 from bhystream.memory import hole
+from bhystream.memory.mapping import unmap
 from bhystream.memory.target import FileTarget
 
 # A file system that does not know its holes.  Source: lseek(2).
@@ -121,7 +122,8 @@ class SnapshotSource:
         if not self._views:
             size = self._meta.memory_bytes
             mapping = mmap.mmap(self._fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
-            self._opened.callback(_unmap, mapping, self._views)
+            self._opened.callback(self._views.clear)
+            self._opened.callback(unmap, self._views, [mapping])
             with memoryview(mapping) as whole:
                 for _, offset, length in memory_spans(size):
                     self._views.append(whole[offset : offset + length])
@@ -157,14 +159,6 @@ class SnapshotSource:
         A view that the engine still holds keeps the mapping until it is dropped.
         """
         self._opened.close()
-
-
-def _unmap(mapping: mmap.mmap, views: list[memoryview]) -> None:
-    with contextlib.suppress(BufferError):
-        for view in views:
-            view.release()
-        mapping.close()
-    views.clear()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Shared by restore.py, which starts it, and heldrestore.py, which lets it go.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from bhystream.backend.bhyve.host import Host, Vm
 from bhystream.backend.bhyve.memory import system_memory
 from bhystream.backend.launch import Child
 from bhystream.errors import GuestError, from_oserror
+from bhystream.memory.mapping import unmap
 
 _STOP_S = 10.0
 _POLL_S = 0.002
@@ -106,15 +106,10 @@ def map_memory(host: Host, name: str, who: str) -> Mapped:
         views = []
         for one in system_memory(vm.maps(), who):
             mapping = vm.map(one.gpa, one.length_bytes, is_writable=True)
-            opened.callback(_close, mapping)
+            opened.callback(unmap, (), [mapping])
             views.append(memoryview(mapping))
             opened.callback(views[-1].release)
         return Mapped(vm, views, opened.pop_all())
-
-
-def _close(mapping: mmap.mmap) -> None:
-    with contextlib.suppress(BufferError):
-        mapping.close()
 
 
 @contextlib.contextmanager

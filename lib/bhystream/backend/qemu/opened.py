@@ -21,6 +21,7 @@ from bhystream.backend.qemu.process import read_argv
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.errors import GuestError, IncompatibleError
 from bhystream.guest import PAGE_BYTES, Layout, Segment
+from bhystream.memory.mapping import unmap
 
 
 @dataclass(frozen=True)
@@ -159,14 +160,8 @@ def _open_ram(qmp: Qmp, ident: str, size_bytes: int) -> Ram:
         fd = ram.open_ram(qmp.pid, size_bytes, os.O_RDONLY)
         opened.callback(os.close, fd)
         mapping = ram.map_ram(fd, size_bytes, qmp.who, mmap.PROT_READ)
-        opened.callback(_close, mapping, view := memoryview(mapping))
+        opened.callback(unmap, [view := memoryview(mapping)], [mapping])
         return Ram(ident, size_bytes, fd, [view], opened.pop_all())
-
-
-def _close(mapping: mmap.mmap, view: memoryview) -> None:
-    with contextlib.suppress(BufferError):
-        view.release()
-        mapping.close()
 
 
 def _name_of_path(path: str) -> str:
