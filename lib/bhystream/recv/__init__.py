@@ -2,7 +2,10 @@
 
 main.py        wiring, and the one error handler
 options.py     the command line
-build.py       the guest, from the events of a stream
+incoming.py    one guest rebuilt, as a list of steps
+receiving.py   the stream that is received, and what is refused whatever is in it
+building.py    the guest that is made
+arrival.py     what is recorded and answered of it
 judge.py       -n
 reply.py       the answers given
 query.py       -q
