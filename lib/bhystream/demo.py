@@ -61,7 +61,7 @@ _SWEEPS = 2
 
 _BEAT = re.compile(r"beat (\d+)")
 _SWEEP = re.compile(r"sweep (\d+) pages (\d+) wrong (\d+)")
-# What move.py prints at the end, and what source.py says of a memory file that is none.
+# What stopwatch.py prints at the end, and what source.py says of a memory file that is none.
 _CLOSING = re.compile(
     r"it runs on .*?; (\d+) rounds, ([^;]+); paused (.+?) "
     r"\(state (.+?), last pages (.+?), answers (.+?), (.+?) predicted\)"

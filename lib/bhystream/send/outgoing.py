@@ -96,7 +96,8 @@ class Outgoing:
 
     def recover(self, error: BhyError) -> BhyError:
         """Do what a failure means for the guest; return the error, with where the guest is."""
-        where = f"{self._job.who}: it runs here"
+        # One that has ended says so itself.
+        where = "" if isinstance(error, GoneError) else f"{self._job.who}: it runs here"
         if self._custody:
             try:
                 where = self._custody.recover(error)
