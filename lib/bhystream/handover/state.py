@@ -293,7 +293,7 @@ class Records:
             raise from_oserror(error, f"remove the record {id_}") from error
 
     def archive(self, over: Sequence[Record]) -> list[Record]:
-        """Note in one file what became of streams; return those whose records may go then.
+        """Note in one file what became of streams; return the records that the caller may remove.
 
         Raises BrokenError, AccessError, PipeError.
         """
@@ -308,7 +308,7 @@ class Records:
             return taken
 
     def phase(self, id_: str) -> str | None:
-        """Return what became of a stream, also of one whose record is gone; None if unknown.
+        """Return the last phase of a stream, by its record or what was noted; None if unknown.
 
         Raises BrokenError, AccessError, PipeError.
         """

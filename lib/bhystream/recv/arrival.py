@@ -77,16 +77,23 @@ class Arrival:
         if self._job.is_answered:
             self._machine.on(Event.MAY_HAVE_RAN)
 
-    def fail(self, why: str) -> None:
-        """Undo what was made and recorded, and answer why.  The guest never ran."""
+    def fail(self, why: str) -> str:
+        """Undo what was made and recorded, and answer why.  The guest never ran.
+
+        Returns what could not be undone, "" if all was.
+        """
         self._why = why
         if self._job.is_answered:
             is_starting = self._machine.at == There.STARTING
             self._machine.on(Event.NEVER_RAN if is_starting else Event.FAILURE)
-            return
+            return ""
         self._do(Act.TEAR_DOWN)
-        if self._is_recorded:
-            self._job.records.remove(self._job.id)
+        try:
+            if self._is_recorded:
+                self._job.records.remove(self._job.id)
+        except BhyError as error:
+            return f"its record stays, and says that it was started: {error}"
+        return ""
 
     def _do(self, act: Act) -> None:
         self._acts[act]()

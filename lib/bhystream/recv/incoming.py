@@ -97,8 +97,8 @@ class Incoming:
                 f"guest {building.name}: it may run here: {error}",
                 f"look at {building.operand}; until you know, keep the source held",
             )
-        self._arrival.fail(str(error))
-        error.hint = f"nothing was started here\n{error.hint}"
+        left = self._arrival.fail(str(error))
+        error.hint = f"nothing was started here\n{left}\n{error.hint}"
         return error
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ class Incoming:
                     return ended, time.monotonic_ns()
 
     def _await_go(self, record: Record, events: Iterator[Event]) -> None:
-        """Say that it is ready; start it, if it is our READY that GO answers."""
+        """Answer READY; start the guest if GO has the nonce of this READY."""
         job = self._job
         nonce = self._arrival.ready(record)
         job.source.deadline = time.monotonic() + GO_SECONDS

@@ -1,6 +1,6 @@
 """bhysend of a guest that does not run: a kept stream of its snapshot files.
 
-What Move does, without what only a running guest needs: nothing is paused, so
+What Outgoing does, without what only a running guest needs: nothing is paused, so
 there is nothing to record, to keep or to bring back, and one walk sends all of
 the memory.  The stream has the kept form: whoever has it may start the guest
 from it, as from the files themselves.

@@ -23,7 +23,16 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from bhystream.errors import IN_DOUBT, BhyError, GuestError, PipeError, ReaderGoneError, ending
+from bhystream.errors import (
+    IN_DOUBT,
+    OK,
+    BhyError,
+    GuestError,
+    PipeError,
+    ReaderGoneError,
+    as_error,
+    ending,
+)
 from bhystream.guest import SLOW_BYTES_PER_SECOND
 from bhystream.handover.answers import Answer, Box, LostError
 from bhystream.handover.handshake import ACCEPT_SECONDS, ANSWER_SECONDS, READY_SECONDS, Event
@@ -149,8 +158,8 @@ class Route:
                 self.stream_fd = self._command.stream_fd
                 self._rendezvous.read(self._command.answer_fd)
             self._rendezvous.listen(base)
-        except BhyError as error:
-            self.close(error.status)
+        except BaseException as raised:
+            self.close(as_error(raised).status if isinstance(raised, Exception) else OK)
             raise
 
     def start(self) -> None:

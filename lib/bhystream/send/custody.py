@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from bhystream import hypervisors
-from bhystream.errors import BhyError, GoneError, GuestError, HeldError, InDoubtError
+from bhystream.errors import BhyError, GoneError, GuestError, HeldError, InDoubtError, as_error
 from bhystream.guest import GO, HELD, MOVED, PAUSED, State
 from bhystream.handover import handshake
 from bhystream.handover.handshake import Act, At, Event, Machine
@@ -154,18 +154,19 @@ class Custody:
         Returns what says that the guest is gone: nobody can bring it back, and
         nobody has to.  Raises what is to be told where even that failed.
         """
-        if self._machine.at in (At.GONE, At.RUNS_ON) and self._machine.undone:
-            raise self._stuck(error, error)
         gone = error if isinstance(error, GoneError) else None
         try:
+            if self._machine.at in (At.GONE, At.RUNS_ON) and self._machine.undone:
+                # The failure is that of the last act itself.
+                raise error
             if self._machine.expects(event := self._event_of_failure()):
                 self._machine.on(event)
         except GoneError as found:
             gone = found
             with contextlib.suppress(BhyError):
                 self._records.remove(self.record.id)
-        except BhyError as second:
-            raise self._stuck(error, second) from second
+        except Exception as raised:  # whatever it is, the guest may stand paused
+            raise self._stuck(error, as_error(raised)) from raised
         self.dismiss_keeper()
         return gone
 
@@ -181,14 +182,21 @@ class Custody:
         who, undone = self._job.who, self._machine.undone
         acts = _ACTS_OF[self._machine.at]
         where = outcome(self.record.phase, acts, undone)
-        if where == Where.LEFT:
-            return HeldError(
-                f"{who}: it runs on {self._begun.host}, and cannot be ended here: {second}",
-                what_to_type(where, self.record, self._job.base),
-            )
-        if where == Where.HERE:
-            error.hint = f"{who}: it runs here; {second}\n{error.hint}"
-            return error
+        match where:
+            case Where.LEFT:
+                return HeldError(
+                    f"{who}: it runs on {self._begun.host}, and cannot be ended here: {second}",
+                    what_to_type(where, self.record, self._job.base),
+                )
+            case Where.THERE:
+                return HeldError(
+                    f"{who}: it runs on {self._begun.host}, and is gone here; its record stays:"
+                    f" {second}",
+                    what_to_type(Where.LEFT, self.record, self._job.base),
+                )
+            case Where.HERE:
+                error.hint = f"{who}: it runs here; {second}\n{error.hint}"
+                return error
         return HeldError(
             f"{error}; and the guest cannot be resumed: {second}",
             f"{who}: its keeper goes on trying; see bhysend -l",
@@ -211,8 +219,8 @@ class Custody:
     def _record_paused(self) -> None:
         if self._machine.at == At.PAUSED:
             return self._record(PAUSED)
-        # Taken back: it says so for the keeper's sake; without it we resume
-        # all the same.
+        # If bhysend dies now, its keeper has to find PAUSED.  If this write
+        # fails, bhysend resumes the guest all the same.
         with contextlib.suppress(BhyError):
             self._record(PAUSED)
         return None

@@ -18,9 +18,9 @@ from __future__ import annotations
 import secrets
 import time
 
-from bhystream import commandline as options
+from bhystream import commandline
 from bhystream.errors import HELD, OK, BhyError, GoneError, GuestError
-from bhystream.guest import PAUSED
+from bhystream.guest import PAUSED, Head
 from bhystream.handover.handshake import Event
 from bhystream.handover.standing import asking
 from bhystream.handover.state import Record, Told
@@ -46,15 +46,7 @@ class Outgoing:
     def __init__(self, job: Job) -> None:
         """Nothing is opened yet."""
         self._job = job
-        self._head = job.source.head()
         self._watch = Stopwatch()
-        self._progress = Progress(
-            job.console,
-            job.source.name,
-            self._head.layout.npages,
-            verbose=job.opts.verbose,
-            machine=job.opts.machine,
-        )
         # How far it has come, for recover().
         self._route: Route | None = None
         self._writer: Writer | None = None
@@ -66,26 +58,37 @@ class Outgoing:
         The caller calls recover() on any exception, and close() in the end.
         Raises BhyError.
         """
-        signals = self._job.signals
-        signals.on_report = self._progress.report
+        job, signals = self._job, self._job.signals
+        head = job.source.head()
+        progress = Progress(
+            job.console,
+            job.source.name,
+            head.layout.npages,
+            verbose=job.opts.verbose,
+            machine=job.opts.machine,
+        )
+        signals.on_report = progress.report
+        stream_id = secrets.token_bytes(fmt.STREAM_ID_BYTES)
+        if job.opts.form == Form.ANSWERED:
+            self._route = self._open_route(stream_id.hex())
         with signals.interruptible():
-            begun = self._begin()
+            begun = self._begin(stream_id, head)
             record, plan = self._prepare(begun)
-            rounds = Rounds(self._job, self._head, begun, self._progress, self._watch)
-        custody = self._custody = Custody(self._job, begun, record, self._watch)
-        deadline_s = time.monotonic() + self._job.opts.limits.time_ns / NS
+            rounds = Rounds(job, head, begun, progress, self._watch)
+        custody = self._custody = Custody(job, begun, record, self._watch)
+        deadline_s = time.monotonic() + job.opts.limits.time_ns / NS
         with signals.until(deadline_s, rounds.out_of_time):
             rounds.precopy(plan)
         custody.pause()
-        self._progress.enter("paused, round", rounds.live)
+        progress.enter("paused, round", rounds.live)
         with signals.watching(rounds.done, STALL_SECONDS):
             rounds.last()
             self._say_reasons(custody)
-        if self._job.opts.keep:
+        if job.opts.keep:
             with signals.interruptible():
                 custody.wait_for_hook()
             custody.release()
-            self._progress.enter("runs again, round", rounds.live)
+            progress.enter("runs again, round", rounds.live)
         with signals.watching(rounds.done, STALL_SECONDS):
             self._write_state(begun.writer, custody)
         with signals.interruptible():
@@ -116,21 +119,21 @@ class Outgoing:
         if self._route:
             self._route.close(status)
 
-    def _begin(self) -> Begun:
+    def _open_route(self, id_: str) -> Route:
+        """Open the way there and back.  A signal waits, or it would leave the command behind."""
+        job, opts = self._job, self._job.opts
+        names = (job.source.name, opts.guest)
+        return Route(job.console, job.base, names, id_, opts.command, opts.umask)
+
+    def _begin(self, stream_id: bytes, head: Head) -> Begun:
         """Write the head, and wait until the destination has accepted it."""
         job, opts = self._job, self._job.opts
-        stream_id = secrets.token_bytes(fmt.STREAM_ID_BYTES)
-        if opts.form == Form.ANSWERED:
-            names = (job.source.name, opts.guest)
-            self._route = Route(
-                job.console, job.base, names, stream_id.hex(), opts.command, opts.umask
-            )
         fd = self._route.stream_fd if self._route else _STDOUT
-        options.widen_pipe(fd)
+        commandline.widen_pipe(fd)
         features = Feature.ZSTD if opts.level is not None else Feature(0)
         header = Header(opts.form, features, stream_id, secrets.randbits(64))
         writer = self._writer = Writer(fd, header)
-        write_head(writer, self._head)
+        write_head(writer, head)
         job.log(f"stream {stream_id.hex()} begins")
         if self._route is None:
             return Begun(writer, None)
@@ -221,7 +224,10 @@ class Outgoing:
         event, why = talk.await_outcome()
         self._watch.stop()
         self._watch.answers_ns = time.monotonic_ns() - start_ns
-        custody.settle(event)
+        try:
+            custody.settle(event)
+        except GoneError as gone:
+            raise GoneError(f"{talk.host}: {why}; and here: {gone}") from gone
         custody.dismiss_keeper()
         self._job.signals.forget()
         if event == Event.FAILED:

@@ -86,7 +86,7 @@ class Rounds:
                     _MORE,
                 )
         if self._begun.talk and self._found:
-            # Nothing is left in the pipeline when the guest is paused.
+            # Wait until the destination has read everything: the pipeline is empty at the pause.
             self._begun.talk.settle()
             self._look_ahead()
 

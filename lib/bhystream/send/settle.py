@@ -163,7 +163,7 @@ class Settlement:
             # Somebody was about to resume it, and did not come to it.
             raise HeldError(
                 f"guest {record.guest}: paused here, and {hello.host} says that it started it",
-                what_to_type(Where.HELD, record, self._base),
+                f"if it surely does not run there: bhysend --resume {record.id}",
             )
         return Event.ALONE
 

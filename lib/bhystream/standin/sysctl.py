@@ -8,7 +8,7 @@ from pathlib import Path
 from .settings import read_settings
 
 _SYSCTL = {
-    # 1 on FreeBSD: then no device takes more than INT_MAX bytes at once.
+    # FreeBSD has 1: a device then takes at most INT_MAX bytes at once.
     "debug.devfs_iosize_max_clamp": "0",
     "hw.machine": "amd64",
     "hw.machine_arch": "amd64",

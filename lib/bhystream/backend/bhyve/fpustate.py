@@ -36,7 +36,7 @@ def reasons(host: Host, name: str, ncpus: int) -> list[str]:
 def save(
     host: Host, name: str, ncpus: int, directory: SnapshotDir
 ) -> tuple[Sequence[State], Sequence[str]]:
-    """Store the FPU of a guest that stands held: its states, and what could not be stored and why.
+    """Store the FPU of a held guest; return its states, and why each part that is missing is.
 
     Raises NotPutBackError: then the guest must not be let go, and the
     directory's journal says so.

@@ -17,7 +17,7 @@ from typing import Any
 
 VMM = "vmm.ko"
 SNAPSHOT_SYMBOL = "vm_snapshot_req"
-# In every vmm: where it is not seen either, symbols of modules are not.
+# Every vmm.ko has this symbol.  If kldsym(2) does not find it, kldsym(2) finds no module's.
 ANY_SYMBOL = "vm_get_topology"
 
 _MAXPATHLEN = 1024  # Source: sys/sys/param.h, syslimits.h

@@ -111,9 +111,9 @@ class LastPage:
 
 
 def arm(files: Files, memory_bytes: int, kern_bytes: int) -> LastPage:
-    """Mark FILE, and make FILE.kern of so many zeros.  Raises OSError.
+    """Mark FILE, and make FILE.kern of kern_bytes zeros.  Raises OSError.
 
-    memory_bytes: of the guest, and of FILE; more than one page.
+    memory_bytes: size of the guest's memory, and of FILE; more than one page.
     """
     at, saved = memory_bytes - _TAIL_BYTES, Path(f"{files.memory}.tail")
     with open(files.memory, "r+b", buffering=0) as file:

@@ -65,6 +65,6 @@ def ask(connection: socket.socket, pairs: Mapping[str, nvlist.Value]) -> None:
 
 
 def _say_a_word(connection: socket.socket) -> None:
-    """See that the connection may be closed.  One that ends just now needs no word."""
+    """Send an unknown command, so that bhyve logs nothing when the connection is closed."""
     with contextlib.suppress(OSError):
         ask(connection, SYNC)

@@ -55,7 +55,7 @@ class BhyveSource:
         self._opened = open_guest(host, name, config_path, force=force)
         self._ready: Ready | None = None
         self._was_asked = False
-        # The directory, from prepare() until the guest is asked.
+        # close() removes the directory by this, unless pause() was called.
         self._made = contextlib.ExitStack()
 
     @property

@@ -88,7 +88,7 @@ def json_address(text: str) -> dict[str, str]:
 
 
 def as_dict(pairs: list[tuple[str, str]], what: str) -> dict[str, str]:
-    """Turn pairs into a dict; a key that is given twice is refused by name."""
+    """Turn pairs into a dict.  Raises IncompatibleError if a key has two different values."""
     out: dict[str, str] = {}
     for key, value in pairs:
         if key in out and out[key] != value:

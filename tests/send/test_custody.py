@@ -1,0 +1,198 @@
+"""A guest in bhysend's custody: what is said of it where the last act on it fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from bhystream import hypervisors
+from bhystream.errors import BhyError, GoneError, GuestError, HeldError, PipeError
+from bhystream.guest import PAUSED, State
+from bhystream.handover.answers import Answer
+from bhystream.handover.handshake import Event
+from bhystream.handover.state import Lock, Record, Records
+from bhystream.report import Console
+from bhystream.send import custody
+from bhystream.send.conversation import Conversation, Ready
+from bhystream.send.custody import Custody
+from bhystream.send.job import Begun, Job
+from bhystream.send.options import SendOptions
+from bhystream.send.precopy import Limits
+from bhystream.send.stopwatch import Stopwatch
+from bhystream.signals import Signals
+from bhystream.stream.format import Feature, Form, Header
+from bhystream.stream.writer import Writer
+
+ID = "00112233445566778899aabbccddeeff"
+HELLO = Answer(ID, "HELLO", ("hv2/a1", "/d"))
+
+
+class Keeper:
+    """A keeper that is no process."""
+
+    pid = 1
+
+    def __init__(self, *_: object) -> None:
+        self.dismissed = 0
+
+    def is_alive(self) -> bool:
+        return True
+
+    def dismiss(self) -> None:
+        self.dismissed += 1
+
+
+class Guest:
+    """A source and its paused guest; each act on it can be made to fail."""
+
+    name = "web1"
+    reasons: Sequence[str] = ()
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.fails: dict[str, BaseException] = {}
+
+    def _do(self, act: str) -> None:
+        if act in self.fails:
+            raise self.fails[act]
+        self.done.append(act)
+
+    def require_described(self) -> None:
+        pass
+
+    def require_paused(self) -> None:
+        pass
+
+    def pause(self) -> Guest:
+        self._do("pause")
+        return self
+
+    def states(self) -> Sequence[State]:
+        return ()
+
+    def resume(self) -> None:
+        self._do("resume")
+
+    def discard(self, there: str) -> None:
+        self._do("discard")
+
+    def close(self) -> None:
+        pass
+
+
+class Talk:
+    host = "hv2"
+
+    class route:
+        answer_fd = -1
+
+
+class Case:
+    """One custody, and what it works on."""
+
+    def __init__(self, base: Path) -> None:
+        self.guest, self.base = Guest(), base
+        self.fd = os.open(os.devnull, os.O_WRONLY)
+        writer = Writer(self.fd, Header(Form.ANSWERED, Feature(0), bytes.fromhex(ID), 1))
+        self.lock = Lock(base, "bhyve-web1", "guest web1")
+        opts = SendOptions(guest="web1", limits=Limits(), answered=True)
+        job = Job(opts, base, Console("bhysend"), Signals(), cast(Any, self.guest), self.lock)
+        record = Record(ID, "web1", "web1", "bhyve-web1", PAUSED, {})
+        begun = Begun(writer, cast(Conversation, Talk()))
+        self.custody = Custody(job, begun, record, Stopwatch())
+
+    def commit(self) -> None:
+        """Bring the guest to where GO is out."""
+        self.custody.pause()
+        self.custody.offer()
+        self.custody.go(Ready(HELLO, b"n" * 32))
+
+
+@pytest.fixture
+def case(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
+    monkeypatch.setattr(custody, "Keeper", Keeper)
+    made = Case(base)
+    yield made
+    made.lock.release()
+    os.close(made.fd)
+
+
+def recovered(case: Case, act: Callable[[], None]) -> tuple[BhyError | None, str]:
+    """Let an act fail; return what is told instead, and where the guest is."""
+    with pytest.raises(BhyError) as caught:
+        act()
+    try:
+        return None, case.custody.recover(caught.value)
+    except BhyError as told:
+        return told, ""
+
+
+def test_a_guest_that_runs_there_is_not_said_to_be_resumed(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.commit()
+
+    def remove(*_: object) -> None:
+        raise PipeError("cannot remove the record: Input/output error")
+
+    monkeypatch.setattr(Records, "remove", remove)
+    told, _ = recovered(case, lambda: case.custody.settle(Event.RUNNING))
+    assert isinstance(told, HeldError)
+    assert "it runs on hv2, and is gone here; its record stays" in str(told)
+    assert "resumed" not in str(told) + told.hint
+    assert case.guest.done == ["pause", "discard"]
+
+
+def test_a_guest_that_cannot_be_ended_here_is_named_with_its_verb(case: Case) -> None:
+    case.commit()
+    case.guest.fails["discard"] = GuestError("no")
+    told, _ = recovered(case, lambda: case.custody.settle(Event.RUNNING))
+    assert isinstance(told, HeldError)
+    assert "it runs on hv2, and cannot be ended here: no" in str(told)
+    assert told.hint == f"end what is left here: bhysend --discard {ID}"
+
+
+def test_a_guest_whose_hypervisor_is_gone_is_not_left_to_the_keeper(case: Case) -> None:
+    case.commit()
+    case.guest.fails["resume"] = GoneError("guest web1: its bhyve has ended")
+    told, where = recovered(case, lambda: case.custody.settle(Event.FAILED))
+    assert (told, where) == (None, "")
+    assert Records(case.base, "source").all() == []
+
+
+@pytest.mark.parametrize("error", [GuestError("no"), OSError(5, "Input/output error")])
+def test_a_guest_that_cannot_be_resumed_is_left_to_the_keeper(case: Case, error: Exception) -> None:
+    """Whatever the hypervisor's side raises."""
+    case.custody.pause()
+    case.guest.fails["resume"] = error
+    with pytest.raises(HeldError, match="and the guest cannot be resumed") as caught:
+        case.custody.recover(GuestError("the -p command failed"))
+    assert "the -p command failed" in str(caught.value)
+    assert caught.value.hint == "guest web1: its keeper goes on trying; see bhysend -l"
+    assert [record.phase for record in Records(case.base, "source").all()] == [PAUSED]
+
+
+def test_a_guest_that_was_brought_back_is_said_to_have_stood(case: Case) -> None:
+    case.custody.pause()
+    where = case.custody.recover(GuestError("the -p command failed"))
+    assert where.startswith("guest web1: it runs here; it stood for ")
+    assert Records(case.base, "source").all() == []
+
+
+def test_a_pause_that_could_not_be_recorded_is_none(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was asked of the hypervisor: the guest has not stood."""
+
+    def write(*_: object) -> None:
+        raise PipeError("cannot record the guest: No space left on device")
+
+    monkeypatch.setattr(Records, "write", write)
+    monkeypatch.setattr(hypervisors, "open_paused", lambda revive: case.guest)
+    told, where = recovered(case, case.custody.pause)
+    assert (told, where) == (None, "guest web1: it runs here")
+    assert "pause" not in case.guest.done
