@@ -84,8 +84,10 @@ class Child:
         end = time.monotonic() + limit_s
         self._child.send_signal(signal.SIGSTOP)
         while self._child.poll() is None and time.monotonic() < end:
-            if os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG) is not None:
-                return True
+            # One that ends behind poll() can no more be stopped: ECHILD.
+            with contextlib.suppress(ChildProcessError):
+                if os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG) is not None:
+                    return True
             time.sleep(_POLL_S)
         return False
 

@@ -1,0 +1,44 @@
+"""A hypervisor that we have started: stopped, or ended before that."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bhystream.backend.launch import Child
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Iterator[Child]:
+    made = Child(["/bin/sleep", "1000"], str(tmp_path / "log"))
+    yield made
+    if not made.has_ended():
+        os.kill(made.pid, signal.SIGKILL)
+    assert made.ends_within(60)
+
+
+def test_a_child_is_stopped_and_goes_on(child: Child) -> None:
+    assert child.stop(60)
+    child.go_on()
+    assert child.status is None
+    assert child.stop(60)
+
+
+def test_a_child_that_ends_while_it_is_to_be_stopped_is_not(
+    child: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends between the two looks at it."""
+    real = os.waitid
+
+    def waitid(*args: Any) -> Any:
+        os.kill(child.pid, signal.SIGKILL)
+        real(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        return real(*args)
+
+    monkeypatch.setattr(os, "waitid", waitid)
+    assert not child.stop(60)
