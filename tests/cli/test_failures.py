@@ -353,6 +353,8 @@ def test_an_interrupt_after_the_end_of_the_stream_is_too_late(
     commands = (small.send(), tap.argv, small.receive(to, *options))
     with Pipeline(*commands, env=host.env) as pipeline:
         tap.reached()
+        # bhyrecv asks QEMU at the end of each round whether it lives.
+        await_all_read(pipeline[2].pid)
         [pid] = to.hypervisors()
         os.kill(pid, signal.SIGSTOP)
         try:
