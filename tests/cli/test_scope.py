@@ -60,7 +60,7 @@ def test_a_guest_goes_on_in_a_container_that_stays(pair: Pair, tmp_path: Path) -
     hold = f"echo up; read line < {gate}"
     with Pipeline([*UNSHARE, "sh", "-c", hold], env=pair.env) as container:
         init = _child_of(container)
-        enter = ("nsenter", "-t", str(init), "-p", "-m")
+        enter = ("nsenter", "-t", str(init), "-p", "-m", "-r")
         pair.assert_moved(pair.send(*enter, *RECEIVE))
         container[0].kill()
         assert container.wait()[0].status == -9
