@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bhystream.handover import state
+from support.memory_source import seeded
 
 # Some tests run pieces of others in a process of their own.
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -47,3 +49,8 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir="/tmp") as made:
         monkeypatch.setenv("BHYSEND_STATE_DIR", f"{made}/s")
         yield state.directory()
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    return seeded()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 import random
 import struct
 import threading
@@ -22,13 +21,6 @@ SEED = 0x5EED_0123_4567_89AB
 DATA, ZERO = 0, 1
 # Which of the two depends on what the buffer is wrong in, and whose it is.
 WRONG_BUFFER = (ValueError, BufferError)
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    seed = int(os.environ.get("BHYSTREAM_SEED") or random.randrange(2**32))
-    print(f"BHYSTREAM_SEED={seed}")
-    return random.Random(seed)
 
 
 @pytest.fixture(scope="module")

@@ -52,13 +52,6 @@ ssize_t pwrite64(int fd, const void *p, size_t n, off_t at) { return slow(fd, p,
 WRONG_BUFFER = (ValueError, BufferError)
 
 
-@pytest.fixture
-def rng() -> random.Random:
-    seed = int(os.environ.get("BHYSTREAM_SEED") or random.randrange(2**32))
-    print(f"BHYSTREAM_SEED={seed}")
-    return random.Random(seed)
-
-
 @pytest.fixture(scope="module")
 def hasher() -> PageHasher:
     return PageHasher(SEED)

@@ -18,15 +18,10 @@ from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits
 from bhystream.signals import Signals
 from bhystream.units import NS
-from support.memory_source import MemorySource, rebuild, seeded
+from support.memory_source import MemorySource, rebuild
 
 SIZES = (500, 100, 400)
 NPAGES = sum(SIZES)
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    return seeded()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 
 from bhystream.errors import GuestError
 from bhystream.send.hook import Hook
+from support.processes import is_gone
 
 ID = "00" * 16
 
@@ -27,20 +28,6 @@ def wait_for(path: Path) -> str:
             return text.strip()
         time.sleep(0.005)
     raise TimeoutError(path)
-
-
-def is_gone(pid: int) -> bool:
-    """Return True once a process has ended, False if it does not for long."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        if stat.rpartition(")")[2].split()[0] == "Z":
-            return True
-        time.sleep(0.005)
-    return False
 
 
 def test_status_0_is_success() -> None:
@@ -128,8 +115,8 @@ def test_kill_ends_the_whole_group(tmp_path: Path) -> None:
     hook = run(f"cat {fifo} & echo $! > {tmp_path}/child; wait")
     child = int(wait_for(tmp_path / "child"))
     hook.kill()
-    assert is_gone(child)
-    assert is_gone(hook._process.pid)
+    assert is_gone(child, 10)
+    assert is_gone(hook._process.pid, 10)
 
 
 def test_kill_after_the_end_is_no_error() -> None:
@@ -149,6 +136,6 @@ def test_kill_ends_what_a_failed_command_left_behind(tmp_path: Path) -> None:
         hook.wait()
     hook.kill()
     try:
-        assert is_gone(child)
+        assert is_gone(child, 10)
     finally:
         os.close(os.open(fifo, os.O_RDWR))  # else it stays

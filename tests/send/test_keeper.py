@@ -26,6 +26,7 @@ from bhystream.handover.state import Lock, Record, Records
 from bhystream.send import keeper
 from bhystream.send.keeper import Keeper
 from support.descriptors import descriptors
+from support.processes import is_gone
 
 ME = identify(os.getpid(), "QEMU")
 # A guest whose process lives, and whose QMP socket nobody answers at.
@@ -59,20 +60,6 @@ def lock(base: Path) -> Iterator[Lock]:
     made = Lock(base, RECORD.lock, "guest web1")
     yield made
     made.release()
-
-
-def is_gone(pid: int, seconds: float = 60) -> bool:
-    """Return True once a process has ended, False if it does not within that time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        if stat.rpartition(")")[2].split()[0] == "Z":
-            return True
-        time.sleep(0.005)
-    return False
 
 
 # As bhysend's child.
@@ -243,7 +230,7 @@ def test_a_keeper_is_of_the_same_program(base: Path, tmp_path: Path) -> None:
 def test_without_a_record_it_ends(
     base: Path, records: Records, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert is_gone(orphan())
+    assert is_gone(orphan(), 60)
     assert records.all() == []
     assert capfd.readouterr().err == ""
 
@@ -251,7 +238,7 @@ def test_without_a_record_it_ends(
 def test_a_held_guest_is_the_operators(
     base: Path, records: Records, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert is_gone(orphan(PAUSED, HELD))
+    assert is_gone(orphan(PAUSED, HELD), 60)
     assert [record.phase for record in records.all()] == [HELD]
     assert capfd.readouterr().err == "bhysend: guest web1: bhysend is gone; the guest is held\n"
 
@@ -265,7 +252,7 @@ def test_it_keeps_record_and_lock_while_it_tries(base: Path, records: Records) -
         assert [record.phase for record in records.all()] == [PAUSED]
     finally:
         os.kill(pid, signal.SIGKILL)
-    assert is_gone(pid)
+    assert is_gone(pid, 60)
     Lock(base, RECORD.lock, "guest web1").release()
 
 

@@ -19,16 +19,10 @@ from bhystream.send.precopy import (
     outlook,
 )
 from bhystream.units import NS
-from support.memory_source import seeded
 
 MS = 1_000_000
 GO_ON, STOP, GIVE_UP = Decision.GO_ON, Decision.STOP, Decision.GIVE_UP
 NPAGES = 1 << 20
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    return seeded()
 
 
 def history(*rounds: tuple[int, int, int], zero: int = 0) -> list[Round]:

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import random
 
-import pytest
-
 from bhystream.guest import Layout, Segment
 from bhystream.send.transfer import Span, spans
-from support.memory_source import seeded
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    return seeded()
-
 
 TWO = Layout((Segment("a", None, 3), Segment("b", None, 2)))
 

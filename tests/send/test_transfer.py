@@ -24,15 +24,10 @@ from bhystream.stream.format import Feature, Form, Header, Type
 from bhystream.stream.verify import Pages, Walk
 from bhystream.stream.writer import Writer
 from bhystream.units import NS
-from support.memory_source import MemorySource, Rebuilt, rebuild, seeded
+from support.memory_source import MemorySource, Rebuilt, rebuild
 
 SIZES = (700, 1, 300, 64)
 LEVELS = pytest.mark.parametrize("level", [None, 1], ids=["plain", "zstd"])
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    return seeded()
 
 
 @pytest.fixture

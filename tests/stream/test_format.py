@@ -33,13 +33,6 @@ SIZES = {
 }
 
 
-@pytest.fixture
-def rng() -> random.Random:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    return random.Random(seed)
-
-
 def test_every_struct_has_its_size() -> None:
     assert {name: value.size for name, value in STRUCTS.items()} == SIZES
 
