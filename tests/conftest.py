@@ -1,4 +1,4 @@
-"""Fixtures of all files."""
+"""Fixtures and environment of all tests."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 from bhystream.handover import state
 from support.memory_source import seeded
 
-# Some tests run pieces of others in a process of their own.
+# Some tests run parts of other tests in a separate process.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
-# The programs run as an administrator runs them, whatever a developer's shell asks of Python.
+# The programs run as an administrator runs them, without what a developer's shell tells Python.
 os.environ.pop("PYTHONUNBUFFERED", None)
 
 _TAKEN = [
@@ -30,9 +30,9 @@ _TAKEN = [
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Give the signals back that a program took over in the tests' own process.
+    """Restore the signal handlers that a program replaced in the tests' own process.
 
-    A shell starts what runs beside it with SIGINT ignored, which programs respect.
+    A shell starts its background jobs with SIGINT ignored, which programs respect.
     """
     before = {number: signal.getsignal(number) for number in _TAKEN}
     for number in (signal.SIGHUP, signal.SIGTERM):
@@ -45,7 +45,7 @@ def handlers() -> Iterator[None]:
 
 @pytest.fixture
 def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Make a state directory, its name short enough for a socket in it."""
+    """Make a state directory whose path is short enough for a socket in the directory."""
     with tempfile.TemporaryDirectory(dir="/tmp") as made:
         monkeypatch.setenv("BHYSEND_STATE_DIR", f"{made}/s")
         yield state.directory()

@@ -1,8 +1,8 @@
 """Show a live migration: a Linux guest moves between two QEMUs on this host.
 
-Started by demo.sh, which installs what it needs.  The guest rewrites its memory
-all the time and checks every page of it; the report at the end is the guest's
-own word, and the time that it was silent is taken at its serial line.
+demo.sh installs what this script needs, and starts it.  The guest rewrites its
+memory all the time and checks every page; the report at the end is what the guest
+itself printed, and the time of its silence is measured at its serial line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BIN = Path(sys.executable).parent
 
 
 def say(text: str) -> None:
-    """Print a line of the demonstration's own."""
+    """Print one of the demonstration's own lines."""
     print(f"demo: {text}", flush=True)
 
 

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Install what the demonstration ("demo") or the tests ("tests") need: Debian
 # packages that are missing, and this checkout with its Python packages into
-# .venv.  Run from the top of the checkout.  Says what it does, does it once.
+# .venv.  Run this script from the top of the checkout.  The script names the
+# packages that it installs, and skips those that are there already.
 set -eu
 
 packages="gcc libc6-dev qemu-system-x86 seabios cpio"

@@ -9,7 +9,7 @@ export PATH
 sh .ci/lint
 [ $# -eq 0 ] || exec python -m pytest "$@"
 
-# Three at once: where guests move, much of the time is spent waiting.
+# Run three groups at once: the tests that move guests spend much of their time waiting.
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 python -m pytest -m standin >"$logs/standin" 2>&1 &

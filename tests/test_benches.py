@@ -1,4 +1,4 @@
-"""Every bench runs, in its shortest form, and prints its figures; they are nobody's limit here."""
+"""Every bench runs, in its shortest form, and prints its figures, which have no limits here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEADLINE_S = 240
 
 
 def printed(name: str, *words: str) -> str:
-    """Run a bench; return what it has printed."""
+    """Run a bench; return its output."""
     path = os.pathsep.join([str(BENCHES.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, str(BENCHES / name), *words],

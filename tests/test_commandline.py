@@ -9,7 +9,7 @@ import pytest
 
 from bhystream import commandline
 from bhystream.errors import UsageError
-from bhystream.handover import hold
+from bhystream.handover import verbs
 from bhystream.recv import options as recv
 from bhystream.send import options as send
 
@@ -66,11 +66,11 @@ def test_a_pipe_is_widened_and_anything_else_left_alone() -> None:
         before = fcntl.fcntl(ours, fcntl.F_GETPIPE_SZ)
         commandline.widen_pipe(theirs)
         after = fcntl.fcntl(ours, fcntl.F_GETPIPE_SZ)
-        assert after == 1 << 20 or after == before  # a host may allow no more
+        assert after == 1 << 20 or after == before  # the host may not allow so much
     finally:
         os.close(ours)
         os.close(theirs)
-    commandline.widen_pipe(ours)  # closed
+    commandline.widen_pipe(ours)  # a closed descriptor is no error
     with open(os.devnull) as other:
         commandline.widen_pipe(other.fileno())
 
@@ -78,15 +78,15 @@ def test_a_pipe_is_widened_and_anything_else_left_alone() -> None:
 @pytest.mark.parametrize("parse_options", [send.parse_options, recv.parse_options])
 def test_verbs(parse_options: object) -> None:
     assert callable(parse_options)
-    assert parse_options(["-l"]) == hold.Verb("-l", None)
-    assert parse_options(["-l", "a"]) == hold.Verb("-l", "a")
-    assert parse_options(["--discard", "a"]) == hold.Verb("--discard", "a")
-    assert parse_options(["--resume", "a"]) == hold.Verb("--resume", "a")
+    assert parse_options(["-l"]) == verbs.Verb("-l", None)
+    assert parse_options(["-l", "a"]) == verbs.Verb("-l", "a")
+    assert parse_options(["--discard", "a"]) == verbs.Verb("--discard", "a")
+    assert parse_options(["--resume", "a"]) == verbs.Verb("--resume", "a")
 
 
 def test_verbs_of_one_program_only() -> None:
-    assert send.parse_options(["-A"]) == hold.Verb("-A", None)
-    assert send.parse_options(["-A", "a"]) == hold.Verb("-A", "a")
-    assert recv.parse_options(["-q", "a"]) == hold.Verb("-q", "a")
+    assert send.parse_options(["-A"]) == verbs.Verb("-A", None)
+    assert send.parse_options(["-A", "a"]) == verbs.Verb("-A", "a")
+    assert recv.parse_options(["-q", "a"]) == verbs.Verb("-q", "a")
     for argv in (["--resume", "--in-doubt", "a"], ["--in-doubt", "--resume", "a"]):
-        assert send.parse_options(argv) == hold.Verb("--resume", "a", in_doubt=True)
+        assert send.parse_options(argv) == verbs.Verb("--resume", "a", in_doubt=True)

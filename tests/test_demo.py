@@ -26,7 +26,7 @@ RUN = [sys.executable, "-m", "bhystream.demo"]
 COLUMNS = 80
 IS_ROOT = sys.platform == "linux" and os.geteuid() == 0
 
-# What is planted before main() runs: each spoils one thing of the stage.
+# Faults that are planted before main() runs; each spoils one part of the stage.
 DISK_MISSING = """
 from bhystream.standin.stage import PlayedHost
 from bhystream import demo
@@ -60,12 +60,12 @@ demo.Demo._move = spoil
 
 
 def left_in(directory: Path) -> list[str]:
-    """Return what a demonstration has left in a directory that was its own."""
+    """Return the names that a demonstration has left in its own directory."""
     return sorted(path.name for path in directory.iterdir())
 
 
 def processes_of(directory: str) -> list[str]:
-    """Return the command lines of the processes that name a directory, or live in it."""
+    """Return the command lines of the processes that name a directory, also in an environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -77,7 +77,7 @@ def processes_of(directory: str) -> list[str]:
 
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Make the one directory that the demonstration may use, and see it empty in the end."""
+    """Make the one directory that the demonstration may use; assert that it is empty at the end."""
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     path = Path(tempfile.mkdtemp(prefix="d", dir=base))
     path.chmod(0o777)
@@ -104,7 +104,7 @@ sys.exit(demo.main())
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run to the end, output captured."""
+    """Run a command to its end, and capture its output."""
     return subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
 
@@ -143,7 +143,7 @@ def on_terminal(words: list[str]) -> Iterator[tuple[int, int]]:
 
 
 def read_until(fd: int, text: str) -> str:
-    """Read from a terminal until a text was there; return all."""
+    """Read from a terminal until a text has come; return all that was read."""
     said, end = "", time.monotonic() + DEADLINE_S
     while text not in said:
         assert select.select([fd], [], [], max(0.0, end - time.monotonic()))[0], said
@@ -157,7 +157,7 @@ def test_the_guest_moves_and_proves_itself_and_nothing_is_left(own: Path) -> Non
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root can become somebody else; test one does it all")
 def test_it_needs_no_root(own: Path) -> None:
-    """As nobody.  The memory file is written then, and the report says what that costs."""
+    """The user is nobody; bhyve then writes the memory, and the report says what that costs."""
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", "HOME=/"]
     if run([*nobody, sys.executable, "-c", "import bhystream"]).returncode != 0:
         pytest.skip("nobody may not run this Python, in root's directory")
@@ -178,7 +178,7 @@ def test_without_the_right_to_mount_the_report_says_what_it_costs(own: Path) -> 
 @pytest.mark.parametrize(
     ("planted", "said"),
     [
-        (DISK_MISSING, "bhysend ended with status 76: the guest was to run on"),
+        (DISK_MISSING, "bhysend ended with status 76: the guest had to run on"),
         (PAGE_SPOILT, "the guest found a fault: WRONG page 257: expected"),
         (GUEST_DIES, "the guest does not go on in 1 s"),
     ],
@@ -243,7 +243,7 @@ def test_a_machine_without_room_is_told_so(own: Path) -> None:
 def test_the_programs_can_be_run_as_modules(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no bhysend lies beside Python, as in a checkout that is on PYTHONPATH."""
+    """This is used if no bhysend is installed beside Python, as in a checkout on PYTHONPATH."""
     words = inherited.program("recv")
     monkeypatch.setattr(demo, "_BIN", tmp_path)
     assert demo.program("bhyrecv") == words

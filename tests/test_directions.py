@@ -1,6 +1,6 @@
-"""Imports point one way: who may import what, held over every module, wherever in it they stand.
+"""Imports point one way: which module may import which, checked for every import of each module.
 
-An import inside a function counts like any other, and so does one for types only.
+An import inside a function counts like any other, and so does an import for types only.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import pytest
 LIB = Path(__file__).resolve().parents[1] / "lib"
 ROOT = "bhystream"
 
-# Each part of the package, and the parts that it may import beside itself.  A part is a module
-# or a package; what has a row of its own is no part of the package that it lies in.  A row names
-# only what stands above it, so nothing can import upward.
+# Each part of the package, and the parts that it may import besides itself.  A part is a module or
+# a package; a module with its own row does not belong to the row of its package.  A row names only
+# parts above it, so no module can import one below it.
 PARTS: dict[str, str] = {
-    "": "",  # the package itself: its version, which everybody may have
+    "": "",  # the package itself: its version, which every part may import
     "errors": "",
     "units": "errors",
     "guest": "",
@@ -32,7 +32,7 @@ PARTS: dict[str, str] = {
     "report": "errors units guest",
     "memory": "errors guest",
     "stream": "errors guest strict_json memory",
-    # Not backends: what engine and backends agree on, and what they tell processes by.
+    # These are not backends: engine and backends agree on base, and find processes by process.
     "backend.base": "guest",
     "backend.process_freebsd": "errors",
     "backend.process": "errors backend.process_freebsd",
@@ -45,7 +45,7 @@ PARTS: dict[str, str] = {
         "errors units guest strict_json durable memory"
         " backend backend.base backend.process backend.process_freebsd"
     ),
-    # It plays the other side: what it shares with bhyve's backend is in STANDIN.
+    # The stand-in plays the other side: STANDIN names what it shares with bhyve's backend.
     "standin": "errors guest inherited backend.bhyve",
     "hypervisors": "errors guest stream backend.base backend.bhyve backend.qemu standin",
     "handover": "errors units guest durable signals report stream backend.base hypervisors",
@@ -60,14 +60,14 @@ PARTS: dict[str, str] = {
     "demo": "errors units inherited standin",
 }
 
-# Whatever says what is there on both sides, and nothing that does anything.
+# Modules that only declare what both sides have, and do nothing.
 STANDIN = frozenset({"backend.bhyve.host", "backend.bhyve.nvlist", "backend.bhyve.registers"})
 
-# A loop knows nothing of ours but where XXH3 is, and the loops before it.
+# The modules of ours that a loop may import: the look-up of XXH3, and the loops before it.
 LOOPS = frozenset({"memory.xxh3", "memory.page"})
 
 
-# A module that is imported from, and the names; () for a plain import.
+# The module that an import names, and the names imported from it; () for a plain import.
 Import = tuple[str, tuple[str, ...]]
 
 
@@ -86,7 +86,7 @@ def _imports(source: str) -> tuple[Import, ...]:
 
 @cache
 def _loop_imports(source: str) -> tuple[Import, ...]:
-    """Return the imports of a loop: Cython's own too.  Names in brackets are not looked at."""
+    """Return the imports of a loop, also its cimports.  Names in parentheses are left out."""
     found: list[Import] = []
     for line in source.splitlines():
         if match := re.match(r"\s*from\s+(\S+)\s+c?import\s+(.*)", line):
@@ -97,7 +97,7 @@ def _loop_imports(source: str) -> tuple[Import, ...]:
 
 
 def read() -> dict[str, str]:
-    """Return the source of every file, by module; a loop's ends with its suffix."""
+    """Return the source of every file, by module; the name of a loop ends with its suffix."""
     found = {}
     for path in sorted(LIB.glob(f"{ROOT}/**/*.p*")):
         parts = list(path.relative_to(LIB).with_suffix("").parts)[1:]
@@ -108,7 +108,7 @@ def read() -> dict[str, str]:
 
 
 def part_of(module: str) -> str | None:
-    """Return the row that a module belongs to, None for none."""
+    """Return the row that a module belongs to, None if there is none."""
     names = module.split(".")
     for count in range(len(names), 0, -1):
         if (name := ".".join(names[:count])) in PARTS:
@@ -128,9 +128,9 @@ def _absolute(module: str, name: str, sources: Mapping[str, str]) -> str:
 
 
 def edges(sources: Mapping[str, str]) -> dict[str, set[str]]:
-    """Return what each module of ours imports of ours: modules, not the names in them.
+    """Return the modules of ours that each module of ours imports, without the names in them.
 
-    Raises ValueError for an import of what is not there.
+    Raises ValueError if an imported module or name does not exist.
     """
     found: dict[str, set[str]] = {}
     for module, source in sources.items():
@@ -151,7 +151,7 @@ def edges(sources: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 def _fault(module: str, to: str) -> str:
-    """Return which rule an import breaks, "" for none."""
+    """Return the rule that an import breaks, "" if none."""
     if module.endswith((".pyx", ".pxd")):
         return "" if to in LOOPS else "a loop imports nothing of ours"
     one, other = part_of(module), part_of(to)
@@ -163,7 +163,7 @@ def _fault(module: str, to: str) -> str:
 
 
 def faults(sources: Mapping[str, str]) -> list[str]:
-    """Return what breaks a rule, one line each."""
+    """Return the imports that break a rule, one line each."""
     return [
         f"{module} imports {to}: {why}"
         for module, found in sorted(edges(sources).items())
@@ -173,7 +173,7 @@ def faults(sources: Mapping[str, str]) -> list[str]:
 
 
 def cycle(sources: Mapping[str, str]) -> list[str]:
-    """Return modules that import each other in a ring, [] where none do."""
+    """Return modules that import each other in a ring, [] if there are none."""
     graph, done = edges(sources), set[str]()
 
     def follow(module: str, way: list[str]) -> list[str]:
@@ -213,7 +213,7 @@ def test_no_modules_import_each_other() -> None:
 
 
 def test_a_package_imports_nothing_by_itself() -> None:
-    """So that whoever needs one module of it pays for that one."""
+    """So a program that needs one module of a package loads only that module."""
     packages = {path.parent.name for path in LIB.glob(f"{ROOT}/*/__init__.py")}
     assert {package for package in packages if edges(SOURCES)[package]} == set()
     assert edges(SOURCES)[""] == set()
@@ -230,13 +230,17 @@ PLANTED = [
         "def f():\n    import bhystream.send.outgoing",
         "handover may not import send",
     ),
-    ("handover.hold", "from bhystream.recv.query import run", "handover may not import recv"),
+    ("handover.verbs", "from bhystream.recv.query import run", "handover may not import recv"),
     ("send.outgoing", "from bhystream.recv import incoming", "send may not import recv"),
     ("recv.incoming", "from bhystream.send.precopy import Round", "recv may not import send"),
     ("send.keeper", "from bhystream.backend.bhyve import fifo", "send may not import backend"),
     ("recv.judge", "from bhystream.backend.qemu.sink import QemuSink", "recv may not import"),
     ("send.main", "from bhystream.standin import kernel", "send may not import standin"),
-    ("backend.bhyve.place", "from bhystream.handover import state", "may not import handover"),
+    (
+        "backend.bhyve.restoredguest",
+        "from bhystream.handover import state",
+        "may not import handover",
+    ),
     ("backend.bhyve.sink", "from bhystream.standin import kernel", "may not import standin"),
     ("backend.bhyve.sink", "from bhystream.backend.qemu import ram", "may not import backend.qemu"),
     ("backend.qemu.sink", "from bhystream.stream import format", "may not import stream"),

@@ -1,4 +1,4 @@
-"""Files that outlive a power cut, and what is made of those that did not; see cli/power_cut.py."""
+"""Files that outlive a power cut, and broken files, which did not; see cli/power_cut.py."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from bhystream import durable
-from bhystream.errors import BrokenError, PipeError
+from bhystream.errors import InputOutputError, RecordError
 
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of what was synced, in order, with a / for each directory."""
+    """Collect the names of synced files and directories, in order, with a / for each directory."""
     names: list[str] = []
     real = os.fsync
 
@@ -65,11 +65,11 @@ def test_what_cannot_be_read_may_have_run(tmp_path: Path, data: bytes) -> None:
 
     path = tmp_path / "a"
     path.write_bytes(data)
-    with pytest.raises(BrokenError, match=f"{path} is broken: .*; what it speaks of may have run"):
+    with pytest.raises(RecordError, match=f"{path} is broken: .*; its guest may have run"):
         durable.read(path, make)
 
 
 def test_a_disk_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    with pytest.raises(PipeError, match="cannot read"):
+    with pytest.raises(InputOutputError, match="cannot read"):
         durable.read(tmp_path / "a", dict)

@@ -26,7 +26,7 @@ from bhystream.send import main as send
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("bhysend", "bhyrecv")
 
-# The word that begins a status's entry in both pages.
+# The word that begins the entry of a status in both pages.
 NAMES = {
     errors.UsageError: "Usage",
     errors.StreamError: "Stream",
@@ -37,7 +37,7 @@ NAMES = {
     errors.AbortedError: "Guest",
     errors.BhyError: "Fault of the program",
     errors.InternalError: "Fault of the program",
-    errors.PipeError: "Input or output",
+    errors.InputOutputError: "Input or output",
     errors.DowntimeError: "Not now",
     errors.IncompatibleError: "Host",
     errors.AccessError: "Permission denied",
@@ -47,7 +47,7 @@ NAMES = {
 
 
 def exit_status_of(page: str) -> list[dict[str, str]]:
-    """Return the lists of a page's EXIT STATUS: tag to text, macros of names resolved."""
+    """Return the lists of a page's EXIT STATUS as tag to text, with .Nm replaced by the names."""
     text = (ROOT / f"man/{page}.8").read_text()
     section = text.split(".Sh EXIT STATUS\n")[1].split("\n.Sh ")[0]
     section = re.sub(r"^\.Nm$", page, section, flags=re.M)
@@ -78,8 +78,8 @@ def test_both_pages_say_the_same() -> None:
 def test_the_pages_list_the_statuses_of_the_classes_and_no_other(page: str) -> None:
     where, kinds = exit_status_of(page)
     assert set(where) == {"0", "64\\(en77", "80", "81"}
-    assert (errors.OK, errors.HELD, errors.IN_DOUBT) == (0, 80, 81)
-    statuses = {cls.status for cls in classes()} | {errors.HELD}
+    assert (errors.EXIT_OK, errors.EXIT_HELD, errors.EXIT_IN_DOUBT) == (0, 80, 81)
+    statuses = {cls.status for cls in classes()} | {errors.EXIT_HELD}
     assert {int(tag) for tag in kinds} == statuses
     assert list(kinds) == sorted(kinds)
 
@@ -92,7 +92,7 @@ def test_each_class_has_the_status_of_its_entry(page: str) -> None:
         if cls.__name__ == "Interrupted":
             name = "Not now"
         assert kinds[str(cls.status)].startswith(name), cls
-    assert kinds[str(errors.HELD)].startswith("Held")
+    assert kinds[str(errors.EXIT_HELD)].startswith("Held")
 
 
 def test_every_other_error_says_that_the_guest_runs_as_before() -> None:
@@ -103,7 +103,7 @@ def test_every_other_error_says_that_the_guest_runs_as_before() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_pages_except_a_guest_that_has_ended(page: str) -> None:
     where, kinds = exit_status_of(page)
-    status = str(errors.GoneError.status)
+    status = str(errors.GuestEndedError.status)
     assert f"with {status} it may have ended meanwhile" in where["64\\(en77"]
     assert "has ended" in kinds[status]
 
@@ -116,8 +116,10 @@ def test_permission_has_its_own_status(number: int, cls: type[BhyError]) -> None
 
 
 def test_other_system_errors_are_input_or_output() -> None:
-    assert type(errors.from_oserror(OSError(28, "No space"), "write")) is errors.PipeError
-    assert type(errors.from_oserror(BrokenPipeError(32, "gone"), "write")) is errors.PipeError
+    assert type(errors.from_oserror(OSError(28, "No space"), "write")) is errors.InputOutputError
+    assert (
+        type(errors.from_oserror(BrokenPipeError(32, "gone"), "write")) is errors.InputOutputError
+    )
 
 
 @pytest.mark.parametrize("main", [send.main, recv.main])
@@ -301,7 +303,7 @@ def test_what_cannot_be_written_is_named(
 
 
 def closed(environment: dict[str, str], line: str) -> subprocess.CompletedProcess[str]:
-    """Run a line of shell in which $P is the interpreter."""
+    """Run a line of shell, in which $P is the Python interpreter."""
     return subprocess.run(
         ["/bin/sh", "-c", line],
         env={**environment, "P": sys.executable},
@@ -314,7 +316,7 @@ def closed(environment: dict[str, str], line: str) -> subprocess.CompletedProces
 
 
 def test_a_closed_standard_output_is_refused(environment: dict[str, str], tmp_path: Path) -> None:
-    # Else the first file that is opened gets its number, and then the stream.
+    # Otherwise the first file that is opened would get this number, and then the stream.
     done = closed(environment, f'"$P" bhysend qemu:{tmp_path}/none.sock >&-')
     assert done.returncode == 64, done.stderr
     assert "standard output is closed" in done.stderr
@@ -338,7 +340,7 @@ def test_a_closed_standard_error_changes_no_status(environment: dict[str, str]) 
 
 
 def test_a_full_standard_error_changes_no_status(environment: dict[str, str]) -> None:
-    """Python ends with 120 if the last of it could not be written."""
+    """By itself, Python ends with status 120 if it cannot write the rest of standard error."""
     assert closed(environment, '"$P" bhysend web1 2>/dev/full').returncode == 64
     assert closed(environment, '"$P" bhyrecv -X 2>/dev/full').returncode == 64
     assert closed(environment, '"$P" bhysend -l 2>/dev/full').returncode == 0

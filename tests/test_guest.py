@@ -1,10 +1,10 @@
 """The proving guest proves itself, and fails when it should.
 
-What every other test with a guest stands on: the guest beats and sweeps on
-each machine type; each kind of damage (a flipped byte, a page lost, stale or
-torn, a hole that is none, a wrong table, a wrong disk block) is reported; and
-a guest moved by hand, with QEMU's own commands and a plain copy of its RAM
-file, lives on, while one page left out of that copy is noticed.
+Every other test with a guest relies on these facts: the guest beats and sweeps
+on each machine type; the guest reports each kind of damage (a flipped byte, a
+page lost, stale or torn, data in a hole, a wrong table, a wrong disk block); and
+a guest that is moved by hand, with QEMU's own commands and a plain copy of the
+RAM file, lives on, but notices one page that is left out of that copy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from guest import (
 from guest.serial import stamped_beats
 
 MIB = 1 << 20
-# A page that is never rewritten, and one that always is: see the defaults in proof.c.
+# A page that is never rewritten, and a page that always is: see the defaults in proof.c.
 STATIC_PAGE = 30_000
 HOLE_PAGES = range(48 * 256, 56 * 256)
 
@@ -50,7 +50,7 @@ def beat(sequence: int, bad: int = 0) -> str:
     return f"hb {sequence} sweeps=0 bad={bad} gen=0"
 
 
-# The judges, without a guest.
+# The judges of a guest's output, without a guest.
 
 
 def test_a_line_cut_by_the_move_is_mended() -> None:
@@ -116,7 +116,7 @@ def test_an_abandoned_directory_is_removed_and_a_locked_one_is_not(
     assert owned.exists()
 
 
-# A guest that is left in peace.
+# A guest to which nothing is done.
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_the_qmp_socket_tells_the_process(sound: Guest) -> None:
     assert peer_pid(sound.qmp_path) == sound.pid
 
 
-# Boots that need nothing more than to be proven possible; see also the moves below.
+# Boots on other machine types, which only have to succeed; see also the moves below.
 
 
 @pytest.mark.guest
@@ -230,7 +230,7 @@ def test_reaping_ends_whoever_listens() -> None:
             guest.serial.await_ready()
 
 
-# Damage.  One guest takes it all: each fault is of a page of its own, and repaired at once.
+# Damage.  One guest takes every fault: each is in a separate page, and repaired at once.
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
 
 
 def changed_page(guest: Guest, index: int, offset: int) -> tuple[bytes, bytes]:
-    """Return an older and the present content of a page in the working set; leave it stopped."""
+    """Return an old and the present content of a page in the working set; stop the guest."""
     old = ram.read_page(guest.ram_path, offset)
     while True:
         guest.serial.await_heartbeats(10)
@@ -322,7 +322,7 @@ def test_a_zero_page_that_was_not_sent_is_reported(victim: Guest) -> None:
 
 @pytest.mark.guest
 def test_a_table_that_went_back_is_reported(victim: Guest) -> None:
-    # The part of the table about pages that stand at generation 1 for ever.
+    # The part of the table for the pages that stay at generation 1 for ever.
     page = struct.pack("<I", 1 << 1) * (ram.PAGE_BYTES // 4)
     offset = next(
         start + at
@@ -347,11 +347,11 @@ def test_a_lost_disk_block_is_reported(victim: Guest) -> None:
     victim.serial.await_fault(r"^BAD block=\d+ want=\d+ got=garbage")
 
 
-# The move by hand: what the product automates, with nothing of the product in it.
+# The move by hand: what bhysend and bhyrecv automate, without any of their code.
 
 
 def hand_over(source: Guest, destination: Guest, *, lose_page: int | None = None) -> None:
-    """Stop the source, carry state and RAM over, and let the destination go on.
+    """Stop the source, copy state and RAM, and let the destination run.
 
     lose_page: index of a page that is zero in the copy.
     """

@@ -1,4 +1,4 @@
-"""guest.py: pages, segments, and which lies in which."""
+"""guest.py: pages, segments, and which page lies in which segment."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ ID = "a" * 32
 
 @pytest.fixture(autouse=True)
 def linux(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host with no bhyve, and no stand-in named."""
+    """Make this a host without bhyve, and without a stand-in in the environment."""
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(sysname="Linux"))
     monkeypatch.delenv("BHYSEND_VMM_DIR", raising=False)
 
@@ -68,7 +68,8 @@ def test_without_a_bhyve_its_stream_is_one_that_this_host_cannot_take(
     assert str(caught.value) == (
         f"guest web1: it runs under {kind}; there is no bhyve here: this is no FreeBSD host"
     )
-    assert caught.value.hint == "bhyrecv -S directory makes snapshot files of it, on any host"
+    hint = "bhyrecv -S directory makes snapshot files of the guest, on any host"
+    assert caught.value.hint == hint
 
 
 @pytest.mark.parametrize("kind", ["bhyve", "standin"])

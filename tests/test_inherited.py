@@ -1,4 +1,4 @@
-"""What the programs inherit, set by each of them: real processes, started by an odd parent."""
+"""What a program inherits from an odd parent, and sets itself; the tests run real processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bhystream.errors import UsageError
 from bhystream.send.conversation import Command
 from bhystream.send.hook import Hook
 
-# What a process finds that begins as every program of ours does.
+# A process that begins as all our programs do, and writes down what it then finds.
 _LOOK = """
 import json, os, resource, signal, sys
 from bhystream import inherited
@@ -57,7 +57,7 @@ def look(
     environment: dict[str, str] | None = None,
     **streams: Any,
 ) -> dict[str, Any]:
-    """Return what a program finds whose parent did `before` in the same process."""
+    """Return what a program finds if `before` ran in the same process before exec(2)."""
     out = tmp_path / "found"
     code = _PARENT.format(before=before, look=_LOOK, out=str(out), more=list(more))
     done = subprocess.run(
@@ -173,7 +173,8 @@ def test_a_limit_that_would_end_a_guest_is_named(limit: str, says: str) -> None:
     assert deadly(limit, 1 << 40, -1) == "\n"
 
 
-# Bytes: a path that is UTF-8, one that is not, one that a multibyte locale reads otherwise.
+# A word in UTF-8, one that is not UTF-8, one that a multibyte locale reads in another way, and a
+# plain one.
 _WORDS = ("dàtä".encode(), b"d\xe0t\xe4", b"\x81\x5c\xfd", b"plain")
 _LOCALES = (
     {"LC_ALL": "C"},
@@ -195,7 +196,7 @@ def locales(tmp_path_factory: pytest.TempPathFactory) -> str:
         place, _, charset = name.partition(".")
         subprocess.run(
             ["localedef", "-c", "-i", place, "-f", charset, str(directory / name)],
-            check=False,  # it warns by its status
+            check=False,  # localedef ends with status 1 if it only warns
             capture_output=True,
         )
         assert (directory / name).is_dir(), name
@@ -223,7 +224,7 @@ def test_words_are_bytes_in_every_locale(
 
 
 def test_descriptors_are_inherited_where_they_were_closed() -> None:
-    """A command that we start must not get a file of its own at that number either."""
+    """A command that a program starts must not open a file of its own at that number either."""
     done = subprocess.run(
         [
             sys.executable,

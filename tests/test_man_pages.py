@@ -33,13 +33,13 @@ def section(page: str, name: str) -> str:
 
 
 def flags(lines: Sequence[str]) -> Letters:
-    """Return each option in lines of mdoc, and whether it has an argument."""
+    """Return the options in lines of mdoc, each with whether it has an argument."""
     found: Letters = {}
     for line in lines:
         match = re.search(r"\bFl (\S+)( Ar)?", line)
         assert match, line
         if match[1].startswith("-"):
-            found["-" + match[1]] = False  # the operand is that of the verb
+            found["-" + match[1]] = False  # the operand belongs to the verb
         elif match[2] and len(match[1]) == 1:
             found[f"-{match[1]}"] = True
         else:
@@ -48,7 +48,7 @@ def flags(lines: Sequence[str]) -> Letters:
 
 
 def parsed_by(program: str, monkeypatch: pytest.MonkeyPatch) -> Letters:
-    """Return what a program's parser is told, in the form of flags()."""
+    """Return the options of a program's parser, in the form of flags()."""
     told: Letters = {}
 
     def record(argv: Sequence[str], short: str, long: Sequence[str], usage: str) -> None:
@@ -63,7 +63,7 @@ def parsed_by(program: str, monkeypatch: pytest.MonkeyPatch) -> Letters:
     return told
 
 
-# -q of bhyrecv is a verb, and takes the stream's id as its operand, as -l takes a guest.
+# bhyrecv -q is a verb: the stream's id is its operand, as a guest is the operand of -l.
 VERBS = {"-A", "-l", "-q"}
 
 
@@ -132,7 +132,7 @@ def test_the_first_screen_says_where_the_guest_is(program: str) -> None:
     """Each status, and what to type, in 80 columns and 40 lines."""
     lines = rendered(program, 80).splitlines()[:40]
     table = lines[lines.index("WHERE THE GUEST IS") :]
-    # bhyrecv returns no 80: its table has the 80 of bhysend.
+    # bhyrecv never returns 80; its table explains bhysend's 80.
     tags = [match[1] for line in table if (match := re.match(r" +(\d\S*?):? ", line))]
     found = [tag for tag in tags if tag.partition("\N{EN DASH}")[0] in {"0", "64", "80", "81"}]
     assert sorted(set(found)) == ["0", "64\N{EN DASH}77", "80", "81"]
@@ -158,7 +158,7 @@ def test_every_page_is_installed() -> None:
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "man").iterdir()))
 def test_what_a_page_refers_to_is_there(page: str) -> None:
-    """Sections of its own, and the other pages of ours."""
+    """Check the references to sections of the same page, and to our other pages."""
     text = (ROOT / "man" / page).read_text()
     titles = {title.replace("\\&", "") for title in re.findall(r"^\.S[hs] (.+)$", text, re.M)}
     for title in re.findall(r"\bSx (.+?)(?: Ta .+)?(?: [.,;:)]+)*$", text, re.M):
@@ -181,7 +181,7 @@ def test_the_pages_of_the_hypervisors_list_what_a_host_lends() -> None:
 
 
 def test_the_variables_that_are_read_are_on_a_page() -> None:
-    """What is on a page is read, and what is read is on the page of who reads it."""
+    """A program reads each variable on its page, and each variable that it reads is there."""
     read: set[str] = set()
     for path in Path(bhystream.__path__[0]).rglob("*.py"):
         read |= set(re.findall(r'"((?:BHYSEND|BHYRECV|XDG)_[A-Z_]+)"', path.read_text()))
@@ -196,7 +196,7 @@ def test_the_variables_that_are_read_are_on_a_page() -> None:
 
 
 def test_the_format_lists_the_keys_that_travel_and_no_other() -> None:
-    """Those without a slot; a family, such as bios.X, by its beginning and each X."""
+    """The keys have no slot; of a family, such as bios.X, the page has bios. and each X."""
     text = (ROOT / "man/bhystream.5").read_text().split(".Ss CONFIG of bhyve\n")[1]
     text = text.split("\n.Ss ")[0]
     said = set(re.findall(r"[A-Za-z0-9_.-]+", text))

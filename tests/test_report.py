@@ -1,4 +1,4 @@
-"""What is said: numbers for people and machines, and a standard error that may be odd."""
+"""What the programs print: numbers for people and machines, on a standard error that may be odd."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_reader_of_standard_error_that_is_gone_is_no_reason_to_fail(
 
 
 def test_a_standard_error_that_was_never_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What Python makes of a closed descriptor 2.
+    # A closed descriptor 2, as Python handles it.
     monkeypatch.setattr(sys, "stderr", None)
     console = Console("bhysend")
     console.say("a")
@@ -156,7 +156,7 @@ def expect(terminal: BinaryIO, text: bytes) -> None:
 def test_the_line_of_progress_has_the_width_of_its_own_terminal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Standard output is a pipe while a guest is sent: its width says nothing.
+    # Standard output is a pipe while a guest is sent, so its width must not count.
     far, near = os.openpty()
     mode = termios.tcgetattr(near)
     mode[1] &= ~termios.OPOST
@@ -235,7 +235,7 @@ def test_a_long_name_leaves_room_for_the_measures() -> None:
 
 
 def test_work_is_counted_and_not_a_place_in_memory() -> None:
-    """Half of the memory may be a hole that takes no time: -P has the place."""
+    """Half of the memory may be a hole, which takes no time; only -P shows the place."""
     made = progress()
     made.done_pages, made.work_done, made.work_total = 999, 1, 2
     assert made.share == 0.5

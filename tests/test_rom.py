@@ -1,4 +1,4 @@
-"""What the boot ROM of tests/guest says, read: whatever is wrong with a move is noticed."""
+"""The reader of what the boot ROM of tests/guest prints notices every fault of a move."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals become exceptions where the program has said so, and nowhere else."""
+"""Signals become exceptions in the blocks that allow it, and nowhere else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from bhystream.errors import DowntimeError, PipeError
+from bhystream.errors import DowntimeError, InputOutputError
 from bhystream.signals import Interrupted, Signals
 from support.memory_source import wait_until_full
 
@@ -71,7 +71,7 @@ def test_one_interrupt_is_raised_once() -> None:
     signals = Signals()
     with pytest.raises(Interrupted), signals.interruptible():
         signal.raise_signal(signal.SIGINT)
-    signal.raise_signal(signal.SIGTERM)  # deferred: the guest is being brought back
+    signal.raise_signal(signal.SIGTERM)  # deferred, as while a guest is being resumed
     with pytest.raises(Interrupted, match="SIGTERM"), signals.interruptible():
         pass
     with signals.interruptible():
@@ -120,7 +120,7 @@ def test_a_pipe_without_a_reader_is_no_signal() -> None:
 
 def test_a_report_can_be_had_at_any_time() -> None:
     signals = Signals()
-    signal.raise_signal(signal.SIGUSR1)  # nobody to ask yet
+    signal.raise_signal(signal.SIGUSR1)  # on_report is not set yet
     asked: list[bool] = []
     signals.on_report = lambda: asked.append(True)
     signal.raise_signal(signal.SIGUSR1)
@@ -129,12 +129,12 @@ def test_a_report_can_be_had_at_any_time() -> None:
     assert asked == [True, True]
 
 
-# A transport that takes nothing while the guest is paused.
+# A transport that accepts nothing while the guest is paused.
 
 
 def test_standing_still_is_an_error() -> None:
     signals = Signals()
-    with pytest.raises(PipeError, match="nothing was taken from the stream for 1000 s"):  # noqa: SIM117
+    with pytest.raises(InputOutputError, match="nothing was taken from the stream for 1000 s"):  # noqa: SIM117
         with signals.watching(lambda: 7, 1000):
             signal.raise_signal(signal.SIGALRM)
             pytest.fail("went on")
@@ -152,7 +152,7 @@ def test_progress_is_none() -> None:
 def test_standing_still_after_progress_is_an_error() -> None:
     signals = Signals()
     count = 0
-    with pytest.raises(PipeError), signals.watching(lambda: count, 1000):
+    with pytest.raises(InputOutputError), signals.watching(lambda: count, 1000):
         count += 1
         signal.raise_signal(signal.SIGALRM)
         signal.raise_signal(signal.SIGALRM)
@@ -165,7 +165,7 @@ def test_the_alarm_comes_by_itself_and_ends_with_the_block() -> None:
         assert 0 < left <= 1000
         assert interval == 1000
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    signal.raise_signal(signal.SIGALRM)  # one that was on its way is nothing
+    signal.raise_signal(signal.SIGALRM)  # a late alarm has no effect
 
 
 def test_ticks_come_by_themselves_and_end_with_the_block() -> None:
@@ -177,22 +177,22 @@ def test_ticks_come_by_themselves_and_end_with_the_block() -> None:
         for _ in range(3):
             signal.raise_signal(signal.SIGALRM)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    signal.raise_signal(signal.SIGALRM)  # one that was on its way is nothing
+    signal.raise_signal(signal.SIGALRM)  # a late alarm has no effect
     assert told == [1, 1, 1]
 
 
 def test_what_a_tick_raises_ends_the_block_and_the_ticks() -> None:
     def give_up() -> None:
-        raise PipeError("nothing was taken")
+        raise InputOutputError("nothing was taken")
 
-    with pytest.raises(PipeError), Signals().ticking(give_up, 1000):
+    with pytest.raises(InputOutputError), Signals().ticking(give_up, 1000):
         signal.raise_signal(signal.SIGALRM)
         pytest.fail("went on")
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     signal.raise_signal(signal.SIGALRM)
 
 
-# A limit of time.
+# A deadline.
 
 
 def out_of_time() -> float:
@@ -206,7 +206,7 @@ def test_the_time_is_over_by_itself_and_ends_with_the_block() -> None:
         assert 990 < left <= 1000
         assert interval == 0
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    signal.raise_signal(signal.SIGALRM)  # one that was on its way is nothing
+    signal.raise_signal(signal.SIGALRM)  # a late alarm has no effect
 
 
 def test_a_time_that_is_over_already_is_over_at_once() -> None:
@@ -264,7 +264,7 @@ def test_a_stop_is_ignored_from_the_pause_on() -> None:
 
 
 class Helper(threading.Thread):
-    """Sends a signal to the main thread once that has filled a pipe."""
+    """Sends a signal to the main thread once the main thread has filled a pipe."""
 
     def __init__(self, fd: int, number: signal.Signals, finish: threading.Event) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ class Helper(threading.Thread):
         wait_until_full(self.fd)
         signal.pthread_kill(threading.main_thread().ident or 0, self.number)
         self.sent.set()
-        # If the write is not left within this time the test fails, and does not hang.
+        # If the signal does not end the write within this time, the test fails, and does not hang.
         self.finish.wait(20)
         while os.read(self.fd, 1 << 20):
             pass
@@ -284,7 +284,7 @@ class Helper(threading.Thread):
 def blocked_write(
     points: AbstractContextManager[None], number: signal.Signals, finish: threading.Event
 ) -> None:
-    """Write to a full pipe, and get a signal there."""
+    """Write to a full pipe, and get a signal during the write."""
     theirs, ours = os.pipe()
     helper = Helper(theirs, number, finish)
     helper.start()
@@ -307,7 +307,7 @@ def test_an_interrupt_ends_a_blocked_write() -> None:
 
 def test_standing_still_ends_a_blocked_write() -> None:
     finish = threading.Event()
-    with pytest.raises(PipeError, match="nothing was taken"):
+    with pytest.raises(InputOutputError, match="nothing was taken"):
         blocked_write(Signals().watching(lambda: 0, 1000), signal.SIGALRM, finish)
 
 
@@ -319,10 +319,10 @@ def test_the_end_of_the_time_ends_a_blocked_write() -> None:
 
 def test_a_tick_that_raises_ends_a_blocked_write() -> None:
     def give_up() -> None:
-        raise PipeError("nothing was taken")
+        raise InputOutputError("nothing was taken")
 
     finish = threading.Event()
-    with pytest.raises(PipeError, match="nothing was taken"):
+    with pytest.raises(InputOutputError, match="nothing was taken"):
         blocked_write(Signals().ticking(give_up, 1000), signal.SIGALRM, finish)
 
 

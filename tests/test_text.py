@@ -1,6 +1,6 @@
-"""Files are bytes: whoever reads or writes text says what becomes of those that are none.
+"""Files are bytes: code that reads or writes text states how it handles bytes that are not text.
 
-And a number from outside is one of ASCII digits: int() reads those of every script.
+A number from outside must have ASCII digits only, because int() takes the digits of every script.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 LIB = Path(__file__).resolve().parent.parent / "lib/bhystream"
-# What plays bhyve, and the demonstration, write these files themselves.
+# The stand-in for bhyve and the demonstration have written the files that they read.
 OURS = ("standin", "demo.py")
 FILES = sorted(path for path in LIB.rglob("*.py") if path.relative_to(LIB).parts[0] not in OURS)
 
@@ -22,7 +22,7 @@ def _name(call: ast.Call) -> str:
 
 
 def _says(call: ast.Call) -> bool:
-    """Say whether a call names the errors handler, or an encoding that needs none."""
+    """Say whether a call names an error handler, or an encoding that needs none."""
     words = {each.arg: each.value for each in call.keywords}
     given = [each.value for each in call.args if isinstance(each, ast.Constant)]
     encoding = words.get("encoding")
@@ -37,13 +37,13 @@ def _is_text(call: ast.Call) -> bool:
         return "replace" not in modes
     if name == "fdopen" or (name == "open" and isinstance(call.func, ast.Name)):
         return not any(isinstance(mode, str) and "b" in mode for mode in modes)
-    if name == "open":  # a path's; what else is opened takes no mode
+    if name == "open":  # Path.open(); the other kinds of open() take no mode
         return modes[:1] in (["r"], ["w"], ["a"])
     return any(each.arg in ("text", "universal_newlines") for each in call.keywords)
 
 
 def silent(source: str) -> list[int]:
-    """Return the lines of the calls that leave it to the locale, or to an exception."""
+    """Return the lines of the calls that leave the bytes to the locale, or to an exception."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     opens = [call for call in calls if _is_text(call) and not _says(call)]
     return sorted(call.lineno for call in opens)
@@ -87,7 +87,7 @@ def test_what_says_it_is_not(code: str) -> None:
     assert silent(code) == []
 
 
-# A regex's d, isdecimal() and isdigit() take every script's digits, and int() not all of them.
+# The d of a regex, isdecimal() and isdigit() take digits of every script; int() takes not all.
 _ANY_DIGIT = re.compile(r"(?<!Python's )\\d|\.is(?:decimal|numeric)\(|\.isdigit\(")
 _SAFE = "isascii() and"
 

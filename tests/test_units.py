@@ -24,7 +24,7 @@ from bhystream.errors import UsageError
     ],
 )
 def test_times(text: str, ns: int) -> None:
-    # A float holds 53 bits: what has more is exact to 1e-15.
+    # A float has 53 bits: a longer number is exact to 1e-15.
     assert units.time_ns(text, "-d") == pytest.approx(ns, rel=1e-15, abs=0)
 
 

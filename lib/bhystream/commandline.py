@@ -23,8 +23,8 @@ def parse(
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Split argv into options and operands.
 
-    Raises UsageError, with the usage as its hint, also for an abbreviated
-    long option and for a second operand that begins with "-".
+    Raises UsageError, with the usage as its hint, if getopt(3) does not accept
+    argv, a long option is abbreviated, or the second operand begins with "-".
     """
     try:
         options, operands = getopt.getopt(list(argv), short, list(long))
@@ -34,21 +34,21 @@ def parse(
         name = arg.partition("=")[0]
         if name.startswith("--") and name != "--" and name[2:] not in [w.rstrip("=") for w in long]:
             raise UsageError(f"option {name}: write it in full", usage)
-    # Behind it stand a command's own.
+    # The options of a command follow its name, so no option of it is the second operand.
     if len(operands) > 1 and operands[1].startswith("-"):
         raise UsageError(f"option {operands[1]} stands after the guest", usage)
     return options, operands
 
 
 def number(text: str, option: str, low: int, high: int) -> int:
-    """Parse a whole number within [low, high]."""
+    """Parse a whole number within [low, high].  Raises UsageError for anything else."""
     if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise UsageError(f"{option} {text}: not a number from {low} to {high}")
     return int(text)
 
 
 def refuse_closed(fd: int, name: str, wrong: int) -> None:
-    """Refuse a standard stream that was closed, or is open for the other direction.
+    """Raise UsageError if a standard stream was closed, or is open for the other direction.
 
     wrong: the other direction, os.O_RDONLY or os.O_WRONLY; see inherited.py.
     """
@@ -61,10 +61,10 @@ def refuse_closed(fd: int, name: str, wrong: int) -> None:
 
 
 def widen_pipe(fd: int) -> None:
-    """Make a pipe as large as an unprivileged process may; no pipe, no matter.
+    """Make a pipe as large as an unprivileged process may; leave anything else as it is.
 
-    Fewer switches between the programs of a pipeline: about twice the speed of
-    a 64 KiB pipe.  Source: pipe(7), F_SETPIPE_SZ and pipe-max-size.
+    The programs of a pipeline then switch less often, at about twice the speed
+    of a 64 KiB pipe.  Source: pipe(7), F_SETPIPE_SZ and pipe-max-size.
     """
     command = getattr(fcntl, "F_SETPIPE_SZ", None)
     try:

@@ -3,16 +3,17 @@
     python -m bhystream.demo
 
 bhysend, bhyrecv, the pipe between them and the whole protocol are the real
-ones, run as a user would run them.  Only bhyve is played, by a stand-in whose
-guest proves itself (bhystream.standin): it rewrites its memory all the time
-and knows what each of its pages has to hold.  No root, no hypervisor.
+ones, run as a user would run them.  Only bhyve is played, by a stand-in
+(bhystream.standin).  The stand-in's guest proves itself: the guest rewrites its
+memory all the time, and knows what each page has to hold.  The demonstration
+needs neither root nor a hypervisor.
 
-Every number of the report is bhysend's own, taken from what it printed, or
-the guest's, from its console; the silence and the time are measured here.
+Every number of the report is taken from what bhysend printed, or from the
+guest's console, except the silence and the time, which are measured here.
 
-Exit status: 0 only if the guest proved itself on the other side; 69 if
-anything else came of it, 74 or 77 if files could not be written; 128 and the
-signal's number if it was interrupted.
+Exit status: 0 only if the guest proved itself at the destination; 74 or 77 if
+files could not be written; 69 for any other failure; 128 plus the signal's
+number if the demonstration was interrupted.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ _OPTIONS = (
     *("-o", f"standin.rate={_RATE_MIB}M"),
     *("-o", "standin.sweep_rate=128M"),
 )
-# The memory of both hosts, once more in a file each, and room for records.
+# The touched memory of both hosts, once more in a memory file each, and room for records.
 _NEEDED_BYTES = (2 * _MEMORY_MIB + 128) << 20
-_LINK = "1Gbit"  # of -B: as on a network
+_LINK = "1Gbit"  # for bhysend -B: the speed of a network
 
-# The way back as a shell's loop, which ends with the shell where READY comes.
+# The way back as a loop of a shell that kills itself when READY comes.
 _CUT = 'while read -r l; do case $l in *" READY "*) kill -9 $$; exit;; *) echo "$l"; esac; done'
 
 _WAIT_S = 60.0
@@ -61,7 +62,8 @@ _SWEEPS = 2
 
 _BEAT = re.compile(r"beat (\d+)")
 _SWEEP = re.compile(r"sweep (\d+) pages (\d+) wrong (\d+)")
-# What stopwatch.py prints at the end, and what source.py says of a memory file that is none.
+# What send/stopwatch.py prints after a move, and what bhyve/source.py prints if the memory file
+# is not the null device.
 _CLOSING = re.compile(
     r"it runs on .*?; (\d+) rounds, ([^;]+); paused (.+?) "
     r"\(state (.+?), last pages (.+?), answers (.+?), (.+?) predicted\)"
@@ -71,7 +73,7 @@ _WRITTEN = re.compile(r"bhyve writes the memory into .*?: (.+)")
 
 @dataclass(frozen=True)
 class Moved:
-    """What bhysend and the consoles told of a move.  Times in ns."""
+    """What bhysend and the consoles said about one move; took_ns and silent_ns were measured."""
 
     rounds: str
     sent: str
@@ -85,7 +87,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Proof:
-    """What the guest said: beats from 1 on, full sweeps there, pages in each."""
+    """What the guest printed: beats from 1 on, whole sweeps at the destination, pages in each."""
 
     beats: int
     sweeps: int
@@ -100,7 +102,7 @@ class Demo:
         self._is_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
     def run(self) -> None:
-        """Start the guest, move it, let it prove itself.  Raises GuestError."""
+        """Start the guest, move it, let it prove itself.  Raises GuestError if that fails."""
         here = self._stage.here
         self._title("A live migration between two hosts; this machine plays both, and bhyve")
         self._say("")
@@ -118,18 +120,18 @@ class Demo:
         self._title(f"It moves to host b through a pipe of {_LINK}/s, and runs on meanwhile")
         moved = self._move(config)
         self._say("")
-        self._title("It proves on host b that nothing of it was lost")
+        self._title("It proves on host b that no page and no beat was lost")
         self._report(moved, self._prove())
 
     def _receiver(self) -> tuple[list[str], list[str]]:
-        """Return what the destination's program is given: its environment, its resources."""
+        """Return the environment of bhyrecv, and its -o options."""
         there = self._stage.there
         lent = [word for pair in there.resources().items() for word in ("-o", "=".join(pair))]
         variables = {**there.variables(), "BHYRECV_STAGING": str(there.directory)}
         return [f"{key}={value}" for key, value in variables.items()], lent
 
     def _send(self, send: list[str], receive: list[str]) -> tuple[int, str, int]:
-        """Run bhysend; return its status, what it said, and how long the guest was silent, ns."""
+        """Run bhysend; return its status, its messages, and the ns that the guest was silent."""
         here = self._stage.here
         ours, theirs = _stderr_pair()
         try:
@@ -143,7 +145,10 @@ class Demo:
         return process.returncode, said, silent_ns
 
     def _break(self, config: Path) -> str:
-        """Let a move fail at its latest moment; return what came of it.  Raises GuestError."""
+        """Let a move fail when READY comes; return what became of the guest, for the report.
+
+        Raises GuestError if the guest does not run on, or finds a fault.
+        """
         here = self._stage.here
         receiver, lent = self._receiver()
         receive = shlex.join(["env", *receiver, *program("bhyrecv"), *lent, _NAME])
@@ -152,14 +157,14 @@ class Demo:
         beats = len(here.lines())
         status, said, _ = self._send(["-C", str(config), _NAME], ["sh", str(path)])
         if status != GuestError.status or f"guest {_NAME}: it runs here" not in said:
-            raise GuestError(f"bhysend {ending(status)}: the guest was to run on")
+            raise GuestError(f"bhysend {ending(status)}: the guest had to run on")
         count = len(sweeps(here))
         await_true(lambda: len(sweeps(here)) > count + 1, "the guest does not go on", self._log)
         if complaints := wrong(here):
             raise GuestError(f"the guest found a fault: {complaints[0]}")
         return (
             f"bhysend ends with {status}: the guest runs on, in the same process; it has said"
-            f"\n  {len(here.lines()) - beats} lines since, and no page of it is wrong"
+            f"\n  {len(here.lines()) - beats} lines since, and none of its pages is wrong"
         )
 
     def _move(self, config: Path) -> Moved:
@@ -179,7 +184,10 @@ class Demo:
         return Moved(rounds, sent, paused, state, predicted, why, took_ns, silent_ns)
 
     def _prove(self) -> Proof:
-        """Wait for whole sweeps over there; the one that was under way does not count."""
+        """Wait for whole sweeps at the destination; the sweep under way does not count.
+
+        Raises GuestError if a page is wrong or a beat is missing.
+        """
         here, there = self._stage.here, self._stage.there
         await_true(
             lambda: len(sweeps(there)) > _SWEEPS or wrong(there),
@@ -218,14 +226,14 @@ class Demo:
             "moved": f"{moved.sent} in {moved.rounds} rounds, {duration(moved.took_ns)}",
             "pause": f"{moved.paused}, predicted {moved.predicted};"
             f" its console was silent for {duration(moved.silent_ns)}",
-            "memory file": f"the null device: bhyve wrote no memory in the pause, only its\nstate,"
-            f" in {moved.state}",
+            "memory file": f"the null device: in the pause bhyve wrote no memory, but only the"
+            f"\nstate, in {moved.state}",
         }
         if moved.why_written:
             rows["memory file"] = (
                 f"a file, no null device: {moved.why_written};"
-                f"\nso bhyve wrote the memory too in the pause, in {moved.state}"
-                "\nwith its state; as root it writes its state only"
+                f"\nso bhyve wrote memory and state in the pause, in {moved.state};"
+                "\nif you are root, bhyve writes only the state"
             )
         for key, text in rows.items():
             self._say(f"  {key:13}" + text.replace("\n", "\n" + " " * 15))
@@ -235,7 +243,7 @@ class Demo:
         self._say(self._styled("1", text))
 
     def passed(self, took_ns: int) -> None:
-        """Say that all is well, when nothing is left."""
+        """Print that the demonstration passed.  The stage is gone by then."""
         self._say(
             f"{self._styled('1;32', 'passed')} in {duration(took_ns)}; nothing is left behind"
         )
@@ -249,7 +257,7 @@ class Demo:
 
 
 def program(name: str) -> list[str]:
-    """Return the words that run bhysend or bhyrecv: as installed, else the module."""
+    """Return the words that run bhysend or bhyrecv: the installed program, else the module."""
     installed = _BIN / name
     if os.access(installed, os.X_OK):
         return [str(installed)]
@@ -257,29 +265,32 @@ def program(name: str) -> list[str]:
 
 
 def sweeps(host: PlayedHost) -> list[tuple[int, int, int]]:
-    """Return (number, pages, wrong) of each sweep that the console tells of."""
+    """Return (number, pages, wrong) of each sweep that the guest has printed."""
     found = (_SWEEP.fullmatch(line) for line in host.lines())
     return [(int(one[1]), int(one[2]), int(one[3])) for one in found if one]
 
 
 def wrong(host: PlayedHost) -> list[str]:
-    """Return the faults that a guest has printed."""
+    """Return the faults that the guest has printed."""
     return [line for line in host.lines() if line.startswith("WRONG ")]
 
 
 def await_true(condition: Callable[[], object], what: str, log: Path) -> None:
-    """Wait until a condition holds.  Raises GuestError: what, and the last line of the log."""
+    """Wait until a condition holds.
+
+    Raises GuestError after 60 s, with `what` and the last line of the log.
+    """
     end = time.monotonic() + _WAIT_S
     while not condition():
         if time.monotonic() > end:
             words = log.read_text(errors="replace") if log.exists() else ""
             last = words.strip().rpartition("\n")[2]
-            raise GuestError(f"{what} in {_WAIT_S:.0f} s: {last or 'no word from it'}")
+            raise GuestError(f"{what} in {_WAIT_S:.0f} s: {last or 'its log is empty'}")
         time.sleep(_LOOK_S)
 
 
 def _stderr_pair() -> tuple[int, int]:
-    """Return (ours, theirs) for bhysend's standard error: a terminal where ours is one."""
+    """Return (ours, theirs) for bhysend's standard error: a terminal if our own is a terminal."""
     if not sys.stderr.isatty():
         return os.pipe()
     ours, theirs = pty.openpty()
@@ -291,10 +302,10 @@ def _stderr_pair() -> tuple[int, int]:
 def _follow(
     process: subprocess.Popen[bytes], ours: int, here: PlayedHost, there: PlayedHost
 ) -> tuple[str, int]:
-    """Pass on what a program says until it has ended.
+    """Pass on what a program prints until the program has ended.
 
-    Returns all of it, and for how long the guest was silent, ns: from its last
-    line on the console here to the first one there.
+    Returns all that was printed, and how long the guest was silent, in ns: from
+    its last line on the source's console to the first on the destination's.
     """
     said = b""
     sizes = [0, 0]
@@ -305,7 +316,7 @@ def _follow(
         while select.select([ours], [], [], _LOOK_S)[0]:
             try:
                 piece = os.read(ours, 4096)
-            except OSError:  # EIO: nobody has that terminal any more
+            except OSError:  # EIO: every process has closed the terminal
                 piece = b""
             if not piece:
                 break
@@ -320,7 +331,7 @@ def _follow(
 
 
 class Interrupted(BaseException):
-    """A signal asked to stop; everything is taken down on the way out."""
+    """A signal asked the demonstration to stop; the stage is taken down on the way out."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -347,7 +358,7 @@ def _run() -> int:
             demo.run()
         demo.passed(time.monotonic_ns() - start_ns)
     except (BhyError, OSError) as raised:
-        error = from_oserror(raised, "show it") if isinstance(raised, OSError) else raised
+        error = from_oserror(raised, "run the demo") if isinstance(raised, OSError) else raised
         sys.stderr.write(f"demo: FAILED: {error}\n")
         return error.status
     except Interrupted as stopped:

@@ -1,14 +1,15 @@
-"""What must be there after a power cut, and what is made of what is there then.
+"""Files that must survive a power cut, and how they are read afterwards.
 
-A file is written under another name, synced, renamed, and its directory synced:
-after a cut there is the old one, or the new one whole.  A directory is synced
-in the one that holds it before anything is put into it, and a name that goes
-is gone for good before anybody relies on that.
+A file is written under another name, synced and renamed, and its directory is
+synced: after a power cut either the old file is there, or the whole new one.  A
+new directory's name is synced before anything is put into the directory, and
+the removal of a name is synced before anybody relies on the removal.
 
-What says that a guest may run is written so before anything is done, so it is
-never missing for one that ran.  Where it is there and cannot be read, empty or
-torn by a disk that lied, it says the same: read() raises BrokenError, which
-whoever asks takes for "it may have run", and never for "there is nothing".
+A record that says that a guest may run is written in this way before the guest
+may run, so no guest that ran lacks its record.  A record that cannot be read,
+because a lying disk left the file empty or torn, counts as that record: read()
+raises RecordError, which every caller takes for "the guest may have run", and
+never for "there is no record".
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bhystream.errors import BrokenError, from_oserror
+from bhystream.errors import RecordError, from_oserror
 
 _T = TypeVar("_T")
 
 
 def write(path: Path, data: str | bytes, mode: int = 0o600) -> None:
-    """Write a file whole or not at all, and see it on the disk.  Raises OSError."""
+    """Write a file whole or not at all, and sync it to the disk.  Raises OSError."""
     temporary = path.with_suffix(f".{os.getpid()}.new")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
@@ -44,11 +45,11 @@ def write(path: Path, data: str | bytes, mode: int = 0o600) -> None:
 
 
 def read(path: Path, make: Callable[[Any], _T]) -> _T | None:
-    """Return what `make` makes of a file's JSON, None where there is no such file.
+    """Return what `make` makes of a file's JSON, None if there is no such file.
 
-    make: raises ValueError, TypeError, KeyError or AttributeError for what it
-    cannot use.  Raises BrokenError then, and for a file that is empty or no
-    JSON; AccessError, PipeError for one that cannot be read.
+    make: raises ValueError, TypeError, KeyError or AttributeError for JSON that
+    it cannot use.  Raises RecordError if `make` does so, or if the file is empty
+    or not JSON; AccessError, InputOutputError if the file cannot be read.
     """
     try:
         return make(json.loads(path.read_bytes()))
@@ -57,20 +58,20 @@ def read(path: Path, make: Callable[[Any], _T]) -> _T | None:
     except OSError as error:
         raise from_oserror(error, f"read {path}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BrokenError(
-            f"the record {path} is broken: {error}; what it speaks of may have run",
+        raise RecordError(
+            f"the record {path} is broken: {error}; its guest may have run",
             f"if no such guest runs, or stands paused, anywhere: rm {path}",
         ) from error
 
 
 def remove(path: Path) -> None:
-    """Remove a file for good; one that is not there is no error.  Raises OSError."""
+    """Remove a file for good; a missing file is no error.  Raises OSError."""
     path.unlink(missing_ok=True)
     sync(path.parent)
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory, mode 0700, and those above it that are not there.  Raises OSError."""
+    """Make a directory with mode 0700, and its missing parents.  Raises OSError."""
     if path.is_dir():
         return
     if not path.parent.is_dir():
@@ -84,7 +85,7 @@ def make_directory(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """See a file on the disk, or what was done to a directory's names.  Raises OSError."""
+    """Sync a file, or the names in a directory, to the disk.  Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

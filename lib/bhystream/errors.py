@@ -1,13 +1,14 @@
 """The exception tree and its exit statuses.
 
-One class per class of error, each with the exit status that both programs
-return for it.  The statuses follow sysexits(3), so 64 to 77, and promise
-something about the guest: at bhysend it runs where it was, or has ended (only
-GoneError, 69, which says so); at bhyrecv nothing was started.  Two statuses lie
-outside, because then the guest does *not* run where it was: 80 (held) and 81
-(in doubt).
+There is one class for each kind of error, with the exit status that both
+programs return for it.  The statuses from 64 to 77 follow sysexits(3), and
+promise something about the guest: from bhysend, that the guest runs where it
+ran before, or has ended (only GuestEndedError, 69, which says so); from
+bhyrecv, that nothing was started.  Two statuses lie outside that range, because
+they do *not* promise this: 80 (held) and 81 (in doubt).
 
-bhysend(8) and bhyrecv(8) print the same table; a test compares the three.
+bhysend(8) and bhyrecv(8) print the same table; a test compares the two pages
+with this module.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from __future__ import annotations
 import os
 import signal
 
-OK = 0
-HELD = 80
-IN_DOUBT = 81
+EXIT_OK = 0
+EXIT_HELD = 80
+EXIT_IN_DOUBT = 81
 
 
 class BhyError(Exception):
     """Anything that the two programs report in one line and a status.
 
-    Raised across module lines instead of any other exception.  The text is
-    what follows "bhysend: " in err(3) shape; `hint` is what to type next.
+    One module raises it to another, unless a docstring names another exception.
+    The text follows "bhysend: " in the shape of err(3); `hint`: what to type next.
     """
 
     status = 70
@@ -62,24 +63,25 @@ class ChecksumError(StreamError):
 
 
 class GuestError(BhyError):
-    """The guest or its hypervisor did not do what it was asked."""
+    """The guest or its hypervisor did not do what was asked."""
 
     status = 69
 
 
-class GoneError(GuestError):
+class GuestEndedError(GuestError):
     """The guest has ended: by itself, or with its hypervisor.  Nothing is left to resume."""
 
 
-class TakenError(GuestError):
-    """Its disks may have gone on without it, with another guest of its name or by itself.
+class StaleError(GuestError):
+    """The guest is no longer what was recorded: it, or another in its place, may have run since.
 
-    Only the operator can say what becomes of it then.
+    The disks may have changed then, and only the operator can decide what
+    becomes of the guest.
     """
 
 
-class BrokenError(GuestError):
-    """A record that cannot be read: what it speaks of may have run, or may stand paused."""
+class RecordError(GuestError):
+    """A record cannot be read: the record's guest may have run, or may stand paused."""
 
 
 class AbortedError(BhyError):
@@ -89,25 +91,25 @@ class AbortedError(BhyError):
 
 
 class InternalError(BhyError):
-    """A fault of ours."""
+    """A fault in bhysend or bhyrecv themselves."""
 
     status = 70
 
 
-class PipeError(BhyError):
+class InputOutputError(BhyError):
     """A read or a write failed, or the receiver is gone (EPIPE)."""
 
     status = 74
 
 
-class ReaderGoneError(PipeError):
-    """Whoever read the stream is gone: why, others may say."""
+class ReaderGoneError(InputOutputError):
+    """The process that read the stream is gone; only other sources can say why."""
 
 
 class DowntimeError(BhyError):
-    """Not now: the guest changes faster than it can be moved, and runs on.
+    """The guest changes faster than bhysend can move it, and runs on at the source.
 
-    Also the status of an interrupt, see signals.py.
+    An interrupt has the same status; see signals.py.
     """
 
     status = 75
@@ -122,13 +124,13 @@ class IncompatibleError(BhyError):
 class HeldError(BhyError):
     """The guest stands paused at the source and could not be resumed."""
 
-    status = HELD
+    status = EXIT_HELD
 
 
 class InDoubtError(BhyError):
     """The guest may or may not have run at the destination."""
 
-    status = IN_DOUBT
+    status = EXIT_IN_DOUBT
 
 
 class AccessError(BhyError):
@@ -141,12 +143,12 @@ def from_oserror(error: OSError, what: str) -> BhyError:
     """Turn an OSError into the error of its class.
 
     what: what was being done, in the infinitive without "to": "open /x".
-    Returns AccessError for EACCES and EPERM, else PipeError (74).
+    Returns AccessError for EACCES and EPERM, else InputOutputError (74).
     """
     text = f"cannot {what}: {error.strerror or error}"
     if isinstance(error, PermissionError):
         return AccessError(text)
-    return PipeError(text)
+    return InputOutputError(text)
 
 
 def ending(status: int) -> str:
@@ -155,15 +157,15 @@ def ending(status: int) -> str:
         return f"ended with status {status}"
     try:
         return f"was killed by {signal.Signals(-status).name} (signal {-status})"
-    except ValueError:  # some have no name
+    except ValueError:  # most real-time signals have no name
         return f"was killed by signal {-status}"
 
 
 def as_error(raised: Exception) -> BhyError:
-    """Return what was raised as a BhyError: itself, or one around it.
+    """Return a BhyError unchanged, or make a BhyError of any other exception.
 
-    What the system refused, a file that is not there or a disk that is full,
-    is no fault of ours, wherever it happened.
+    An OSError, such as a missing file or a full disk, is not an InternalError,
+    wherever it was raised.
     """
     if isinstance(raised, BhyError):
         return raised

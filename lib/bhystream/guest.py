@@ -1,4 +1,4 @@
-"""The words in which everything here speaks of a guest.
+"""The constants and data classes by which all modules describe a guest.
 
 Page numbers count through the segments of the layout in order, as in the
 LAYOUT section of bhystream(5): page 0 is the first page of segment 0, and the
@@ -17,23 +17,23 @@ from typing import Any
 PAGE_BYTES = 4096
 
 GUEST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", re.ASCII)
-# What a guest may have, and can still be moved: the caps of bhystream(5).
+# The most that a guest may have and still be moved: the caps of bhystream(5).
 MAX_GUEST_PAGES = 1 << 36
 MAX_STATE_BYTES = 128 << 20
 MAX_OPTIONAL_STATE_BYTES = 4 << 20
 
-# A slow disk: how long a memory file may take.  A destination that could not start early reads
-# the guest's memory before READY.
+# The speed of a slow disk, which bounds how long a memory file may take.  A destination that
+# could not start the hypervisor early reads the guest's memory before READY.
 SLOW_BYTES_PER_SECOND = 100 << 20
 
-# What a record says of the guest; these words are in the records, and in -l.
-PAUSED = "paused"  # source: stopped, and nothing out that could start it elsewhere
+# What a record says about its guest; the records and the lists of -l use these words.
+PAUSED = "paused"  # source: paused, and nothing was written that could start it elsewhere
 HELD = "held"  # source, plain form: END may be out; only the operator resumes it
 GO = "in-doubt"  # source: GO may be out
-MOVED = "moved"  # source: it runs at the destination; what is here is to be ended
+MOVED = "moved"  # source: the guest runs at the destination, and is to be ended here
 LOADED = "loaded"  # destination: bhyrecv -u left it paused
 READY = "ready"  # destination: verified and loaded; waits for GO
-STARTED = "started"  # destination: it was, or may have been, started
+STARTED = "started"  # destination: was started, or may have been
 DEAD = "dead"  # destination: never ran and never will, from this stream
 PHASES = (PAUSED, HELD, GO, MOVED, LOADED, READY, STARTED, DEAD)
 
@@ -45,7 +45,7 @@ class Segment:
     """One contiguous piece of the guest's memory.
 
     name: at most 31 ASCII bytes.  gpa: guest physical address in bytes, or
-    None where the hypervisor does not state one.  npages: pages of 4 KiB.
+    None if the hypervisor does not state one.  npages: pages of 4 KiB.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Segment:
 class Layout:
     """The guest's memory: its segments in order, and where each begins.
 
-    npages: of all of them.  starts: the first page of each.
+    npages: the pages of all segments.  starts: the first page of each segment.
     """
 
     segments: tuple[Segment, ...]
@@ -71,7 +71,7 @@ class Layout:
 
     @property
     def size_bytes(self) -> int:
-        """Return the guest's memory size."""
+        """Return the size of the guest's memory, in bytes."""
         return self.npages * PAGE_BYTES
 
     def segment_of(self, page: int) -> int:
@@ -105,7 +105,7 @@ class Head:
 class State:
     """One named blob of device or vCPU state, opaque to the engine.
 
-    is_optional: a reader that does not know it may leave it out.
+    is_optional: a reader that does not know the state may leave it out.
     """
 
     name: str

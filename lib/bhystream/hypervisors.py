@@ -1,14 +1,14 @@
-"""The one place that knows which hypervisors there are.
+"""The one module that knows every hypervisor.
 
 An operand names its hypervisor by its form, a stream by its HOST section, a
 record by the "hypervisor" of its revive data:
 
-    web1                 a bhyve guest of this host; where BHYSEND_VMM_DIR names
+    web1                 a bhyve guest of this host; if BHYSEND_VMM_DIR names
                          a stand-in's directory, a guest of the stand-in
     qemu:/run/web1.qmp   a QEMU guest
     ./web1.ckp, /a/ckp   bhyve's snapshot files, which are sent and received cold
 
-Backends are imported here when one is needed, so a start pays for one only.
+A backend is imported when it is needed, so a program loads only one backend.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _QEMU = "qemu:"
 
 @dataclass(frozen=True)
 class Sending:
-    """What the command line says of a source.
+    """What the command line says about a source.
 
-    operand: as above, other than the path of snapshot files for open_source().
+    operand: as above; open_source() does not take the path of snapshot files.
     config: -C, or None.  force: -f.  base: the state directory.
     """
 
@@ -45,17 +45,18 @@ class Sending:
 
     @property
     def is_cold(self) -> bool:
-        """Say whether snapshot files are meant."""
+        """Say whether the operand is the path of snapshot files."""
         return "/" in self.operand and not self.operand.startswith(_QEMU)
 
 
 @dataclass(frozen=True)
 class Receiving:
-    """What the command line and the stream say of a sink.
+    """What the command line and the stream say about a sink.
 
-    operand: the destination's, or None for the stream's name.  resources: -o.
-    dropped: -x.  directory: -S, or None.  id_: of the stream.  is_kept: it is of
-    the kept form.  unstarted: -u.
+    operand: the destination's, or None for the guest's name in the stream.
+    base: the state directory.  id_: the stream's id.  resources: -o.  dropped:
+    -x.  directory: -S, or None.  force: -f.  is_kept: the stream is of the kept
+    form.  unstarted: -u.
     """
 
     operand: str | None
@@ -72,8 +73,8 @@ class Receiving:
 def open_source(what: Sending) -> Source:
     """Open the guest that an operand names.
 
-    Raises UsageError for an operand that names none on a host like this one,
-    GuestError, AccessError, and IncompatibleError for a guest that cannot be moved.
+    Raises UsageError if the operand cannot name a guest of this host, GuestError,
+    AccessError, and IncompatibleError if the guest cannot be moved.
     """
     if what.operand.startswith(_QEMU):
         if what.config is not None:
@@ -89,9 +90,9 @@ def open_source(what: Sending) -> Source:
 
 
 def open_host(environment: Mapping[str, str] = os.environ) -> Host:
-    """Return the host: the stand-in's where BHYSEND_VMM_DIR names one, else FreeBSD's.
+    """Return the stand-in's host if BHYSEND_VMM_DIR names one, else FreeBSD's.
 
-    Raises NoBhyveError on a system that has neither.
+    Raises NoBhyveError if this system has neither.
     """
     from bhystream.backend.bhyve.host import VMM_DIR
 
@@ -106,14 +107,20 @@ def open_host(environment: Mapping[str, str] = os.environ) -> Host:
 
 
 def recorded_host(vmm_dir: str) -> Host:
-    """Return the host that a record is of.  vmm_dir: the stand-in's, "" on FreeBSD."""
+    """Return the host of a record.  vmm_dir: the stand-in's directory, "" for FreeBSD.
+
+    Raises NoBhyveError if this system has no such host.
+    """
     from bhystream.backend.bhyve.host import VMM_DIR
 
     return open_host({VMM_DIR: vmm_dir} if vmm_dir else {})
 
 
 def _host_of(why: str) -> Host:
-    """Return the host of a bhyve operand.  Raises UsageError, which begins with `why`."""
+    """Return the host of a bhyve operand.
+
+    Raises UsageError, which begins with `why`, if this system has no bhyve.
+    """
     from bhystream.backend.bhyve.host import NoBhyveError
 
     try:
@@ -125,14 +132,14 @@ def _host_of(why: str) -> Host:
 def open_snapshot(what: Sending) -> Snapshot:
     """Open the snapshot files that an operand names.
 
-    Raises UsageError on a host that has no bhyve, GuestError, AccessError.
+    Raises UsageError if this host has no bhyve, GuestError, AccessError.
     """
     from bhystream.backend.bhyve import identity
     from bhystream.backend.bhyve.cold import SnapshotSource
     from bhystream.backend.bhyve.opened import read_config
     from bhystream.backend.bhyve.snapshotfiles import Files, read_meta
 
-    # The stream says which host the files are of.
+    # The stream names the host of the files.
     host = _host_of(
         f"guest {what.operand}: bhyve's snapshot files are sent from their FreeBSD host"
     )
@@ -145,7 +152,7 @@ def open_snapshot(what: Sending) -> Snapshot:
 
 
 def open_contents(hypervisor: str) -> Contents | None:
-    """Return what checks a hypervisor's sections of one stream; None for one not known."""
+    """Return the checker of a hypervisor's sections in one stream; None if it is not known here."""
     if hypervisor in BHYVE:
         from bhystream.backend.bhyve.contents import BhyveContents
 
@@ -158,9 +165,9 @@ def open_contents(hypervisor: str) -> Contents | None:
 
 
 def open_sink(hypervisor: str, stream_name: str, what: Receiving) -> tuple[Sink, str, str]:
-    """Return the sink for a stream's hypervisor, the guest's name and operand here.
+    """Return the sink for a stream's hypervisor, and the guest's name and operand here.
 
-    Raises IncompatibleError for a hypervisor that is not known, UsageError.
+    Raises IncompatibleError if the hypervisor is not known here; UsageError.
     """
     if hypervisor in BHYVE:
         return _open_bhyve(hypervisor, stream_name, what)
@@ -195,7 +202,7 @@ def _open_bhyve(hypervisor: str, stream_name: str, what: Receiving) -> tuple[Sin
     except NoBhyveError as error:
         raise IncompatibleError(
             f"guest {name}: it runs under {hypervisor}; {error}",
-            "bhyrecv -S directory makes snapshot files of it, on any host",
+            "bhyrecv -S directory makes snapshot files of the guest, on any host",
         ) from None
     sink = BhyveSink(
         host,
@@ -228,12 +235,12 @@ def _qmp_path(operand: str) -> str:
 
 
 def open_paused(revive: Mapping[str, Any]) -> Paused:
-    """Find a recorded guest again.  Raises GuestError if it is not the same."""
+    """Find a recorded guest again.  Raises GuestError if the record cannot be used here."""
     kind = revive.get("hypervisor")
     if kind in BHYVE and revive.get("role") == "source":
-        from bhystream.backend.bhyve.held import open_held
+        from bhystream.backend.bhyve.paused import open_paused
 
-        return open_held(revive, recorded_host)
+        return open_paused(revive, recorded_host)
     if kind in BHYVE:
         from bhystream.backend.bhyve.loaded import open_loaded
 
@@ -246,10 +253,10 @@ def open_paused(revive: Mapping[str, Any]) -> Paused:
 
 
 def was_never_released(revive: Mapping[str, Any]) -> bool:
-    """Say whether a guest of the destination stands as nobody can let it run any more.
+    """Say whether a guest of the destination never ran, and nobody can start it any more.
 
-    revive: of a record whose bhyrecv is gone for good.  False where that is
-    not known, as of QEMU's guests: one that stands paused may have run before.
+    revive: of a record whose bhyrecv is gone for good.  Returns False if this is
+    not known, as for every guest of QEMU: a paused one may have run before.
     Raises GuestError.
     """
     if revive.get("hypervisor") not in BHYVE:
@@ -262,8 +269,9 @@ def was_never_released(revive: Mapping[str, Any]) -> bool:
 def lies_in_files(revive: Mapping[str, Any]) -> bool:
     """Say whether a guest of the destination lies in files from which it can be started.
 
-    They go when it runs, so one that was told to run and has them still may
-    never have come to it.  False for QEMU's guests.  Raises GuestError.
+    The files are removed when the guest runs, so a guest that was told to run
+    and still has its files may never have run.  Returns False for QEMU's guests.
+    Raises GuestError.
     """
     if revive.get("hypervisor") not in BHYVE or revive.get("role") != "destination":
         return False

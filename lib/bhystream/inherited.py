@@ -1,18 +1,18 @@
-"""What a process inherits from whatever started it, set to what our programs are written for.
+"""Set what a process inherits from its parent to what our programs are written for.
 
-A shell, cron, a service manager or another program leaves more to a program
-than words and an environment, and what it leaves may change the meaning of
-ours: with SIGCHLD ignored no exit status is ever seen, with SIGALRM blocked no
-limit of time works, with a descriptor that does not block a slow reader is an
-error, and the first file that is opened would be a closed standard stream.
-So each program begins with take(), and nothing else has to know of it.
+A shell, cron, a service manager or another program passes more to its child than
+arguments and an environment, and some of it would break our programs: if
+SIGCHLD is ignored, no exit status is ever seen; if SIGALRM is blocked, no time
+limit works; if a descriptor does not block, a slow reader is an error; if a
+standard stream is closed, the first file that is opened takes its number.  So
+each program begins with take(), and no other module has to know about this.
 
-What is the operator's to say stays: HUP, INT, QUIT, TERM and the terminal's
-stops that are ignored, and the umask of the operator's own commands.
+What the operator decides stays: HUP, INT, QUIT, TERM and the terminal's stops
+stay ignored if they were, and the operator's own commands get the old umask.
 
 Files, arguments and records are bytes, whatever the locale: Python's UTF-8
-mode reads them as UTF-8 and keeps what is none.  A locale that is read in
-another way takes a second start of the interpreter, in the same process.
+mode reads them as UTF-8, and keeps bytes that are not UTF-8.  In a locale of
+another encoding, take() starts the interpreter once more, in the same process.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 from bhystream.errors import from_oserror
 
-# How a closed standard stream is opened: reading and writing fail as before,
-# but nobody's file gets its number.  Nothing is asked of standard error.
+# How a closed standard stream is opened: reading and writing fail as before, but
+# no file gets the stream's number.  What is written to standard error is dropped.
 _STANDARD = ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDWR))
 # Ignored on purpose (nohup, a background job), or by Python itself.
 _KEPT = frozenset(
@@ -49,17 +49,17 @@ _KEPT = frozenset(
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 _UMASK = 0o077
 _FILES = 4096
-# What cripples a process that reaches it, and what ends it.
+# The limits that cripple a process which reaches them, and those that end the process.
 _RAISED = (resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_MEMLOCK)
 _DEADLY = ((resource.RLIMIT_CPU, "CPU time", "-t"), (resource.RLIMIT_FSIZE, "file size", "-f"))
 
 
 @dataclass(frozen=True)
 class Inherited:
-    """What was found, and is owed to others.
+    """What take() found, and others still need.
 
-    umask: for the operator's own commands.  nonblocking: standard streams
-    that others may share, by their descriptors.
+    umask: for the operator's own commands.  nonblocking: the descriptors of the
+    standard streams that did not block; other processes may share them.
     """
 
     umask: int
@@ -67,13 +67,13 @@ class Inherited:
 
 
 def program(module: str) -> list[str]:
-    """Return the words that run a program of ours, as take() would have it."""
+    """Return the words that run one of our programs, with the options that take() would add."""
     return [sys.executable, "-X", "utf8", "-P", "-m", f"bhystream.{module}"]
 
 
 @contextlib.contextmanager
 def taken() -> Iterator[Inherited]:
-    """Be as our programs expect to be; give back at the end what others share."""
+    """Call take(); at the end, give shared descriptors back as they were.  Raises as take()."""
     found = take()
     try:
         yield found
@@ -85,8 +85,8 @@ def taken() -> Iterator[Inherited]:
 def take() -> Inherited:
     """Set what was inherited.  Main thread only, before anything else.
 
-    It may begin the program again, see above.  Raises a BhyError where a
-    closed standard stream cannot be opened.
+    May start the program once more, see above.  Raises AccessError or
+    InputOutputError if a closed standard stream cannot be opened.
     """
     _open_closed()
     _read_as_bytes()
@@ -116,7 +116,7 @@ def _open_closed() -> None:
             fcntl.fcntl(fd, fcntl.F_GETFD)
         except OSError:
             try:
-                # The lowest number that is free is this one.
+                # open(2) takes the lowest free number, which is this one.
                 opened = os.open(os.devnull, mode)
             except OSError as error:
                 raise from_oserror(error, f"open {os.devnull}") from None
@@ -124,7 +124,7 @@ def _open_closed() -> None:
 
 
 def _read_as_bytes() -> None:
-    """Begin again in UTF-8 mode where the locale would be asked what a byte is."""
+    """Start the interpreter again in UTF-8 mode if the locale's encoding is not UTF-8."""
     if sys.flags.utf8_mode or sys.getfilesystemencoding() == "utf-8" or not sys.executable:
         return
     words = [_bytes_of(word) for word in sys.orig_argv]
@@ -134,7 +134,7 @@ def _read_as_bytes() -> None:
 def _bytes_of(word: str) -> bytes:
     """Return the bytes that Python read a word from, by the locale's own rules.
 
-    Not os.fsencode(): Python's codec of that name may differ from the C library's.
+    os.fsencode() does not do: Python's codec of an encoding may differ from libc's.
     """
     encode = ctypes.pythonapi.Py_EncodeLocale
     encode.restype = ctypes.c_char_p
@@ -153,7 +153,7 @@ def _reset_signals() -> None:
 
 
 def _raise_limits() -> None:
-    """Raise the limits as far as anybody may: hard ones are somebody's decision."""
+    """Raise soft limits as far as the hard limits allow, which others have decided on."""
     for number in (*_RAISED, *(number for number, _, _ in _DEADLY)):
         hard = resource.getrlimit(number)[1]
         with contextlib.suppress(OSError, ValueError):

@@ -4,9 +4,9 @@ Everything goes to standard error, because standard output carries the stream.
 A message is one line in err(3) shape.  Numbers are measured, or called
 predicted.
 
-The progress line is ours: a progress library draws one quantity, and this has
-a round, a rate, a predicted pause and a machine's form of them; it would also
-be the dearest import of the program.
+No library draws the line of progress: a progress library shows one quantity,
+and this line shows a round, a rate and a predicted pause, and has a form for
+machines.  Such a library would also be the slowest import of the program.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from bhystream.units import NS, duration, size
 _TERMINAL_NS = 100_000_000
 _LINE_NS = NS
 MAX_HOST_NAME_BYTES = 254
-# What is left of a guest's name, and of a bar, on a narrow terminal.
+# The shortest name of a guest, and the shortest bar, on a narrow terminal.
 _SHORT_NAME = 6
 _SHORT_BAR = 4
-_COLUMNS = 80  # of a terminal that does not say
+_COLUMNS = 80  # if the terminal does not tell its width
 
 
 def printable(text: str) -> str:
-    """Make text from a stream safe for a terminal, bytes that are no UTF-8 shown as such."""
+    """Make text from a stream safe for a terminal; bytes that are not UTF-8 show as hexadecimal."""
     return "".join(c if c.isprintable() else f"\\x{_byte(c):02x}" for c in text)
 
 
@@ -56,14 +56,14 @@ class Console:
         syslog.openlog(program, syslog.LOG_PID, syslog.LOG_DAEMON)
 
     def say(self, text: str) -> None:
-        """Print one line; a standard error that is gone is no reason to fail."""
+        """Print one line; a closed standard error is no error."""
         self.clear()
         self._write(f"{self._prefix}: {printable(text)}\n")
 
     def fail(self, error: BhyError) -> int:
-        """Print an error and, on lines of their own, what to type next.
+        """Print an error and, on separate lines, what to type next.
 
-        Returns its exit status.  A fault of ours comes with its traceback.
+        Returns the error's exit status.  Prints the traceback of an InternalError.
         """
         self.clear()
         if isinstance(error, InternalError):
@@ -91,17 +91,17 @@ class Console:
 
     @property
     def columns(self) -> int:
-        """Return how much of a line there is behind the program's name."""
+        """Return how many columns of a line are left after the program's name."""
         return self._width() - len(self._prefix) - len(": ")
 
     def clear(self) -> None:
-        """Take the line of progress away."""
+        """Erase the line of progress."""
         if self._drawn:
             self._write("\r" + " " * self._width() + "\r")
             self._drawn = False
 
     def close(self) -> None:
-        """Give up what standard error has not taken: for that, Python would end with 120."""
+        """Drop what standard error has not taken; otherwise Python would end with status 120."""
         try:
             if self._err is not None:
                 self._err.flush()
@@ -109,11 +109,11 @@ class Console:
             sys.stderr = None
 
     def is_terminal(self) -> bool:
-        """Say whether somebody may be looking."""
+        """Say whether standard error is a terminal."""
         return self._err is not None and self._err.isatty()
 
     def _width(self) -> int:
-        """Return the columns that a line may have: of our terminal, not standard output's."""
+        """Return the columns that a line may have on the terminal of standard error."""
         try:
             columns = os.get_terminal_size(self._err.fileno()).columns if self._err else 0
         except (OSError, ValueError):
@@ -127,7 +127,7 @@ class Console:
             self._err.write(text)
             self._err.flush()
         except (OSError, ValueError, RuntimeError):
-            # RuntimeError: a signal's report, while a line was being written.
+            # RuntimeError: a signal handler wrote its report while a line was being written.
             return
 
 
@@ -135,10 +135,10 @@ class Console:
 class Progress:
     """Where a move stands, and when to show it.
 
-    verbose: for people (-v).  machine: tab-separated (-P).  All counts are of
-    the round under way; the rate is over the whole stream.  done_pages: a
-    place in the guest's memory, for -P.  work_done of work_total: pages that
-    take time, 0 where they are not known.
+    verbose: for people (-v).  machine: tab-separated (-P).  sent_bytes and the
+    rate are of the whole stream, all other counts of the round under way.
+    done_pages: the place in the guest's memory, for -P.  work_done, work_total:
+    the pages that take time, done and in all; work_total is 0 if not known.
     """
 
     console: Console
@@ -162,7 +162,7 @@ class Progress:
         self._start_ns = self._round_ns = self._shown_ns = time.monotonic_ns()
 
     def enter(self, phase: str, number: int) -> None:
-        """Begin a round, or what is called so."""
+        """Begin a round, or another phase that is shown as one."""
         self.phase, self.round = phase, number
         self.done_pages = self.sent_pages = self.work_done = 0
         self._round_ns = time.monotonic_ns()
@@ -173,7 +173,7 @@ class Progress:
         return min(self.work_done / self.work_total, 1.0) if self.work_total else 0.0
 
     def tick(self) -> None:
-        """Show the state of things if it is time to."""
+        """Show the progress if the last line is old enough."""
         if not (self.verbose or self.machine):
             return
         now = time.monotonic_ns()
@@ -193,7 +193,7 @@ class Progress:
         self.console.say(self.line(time.monotonic_ns()))
 
     def line(self, now_ns: int) -> str:
-        """Return the state of things for people, all of it."""
+        """Return the whole progress for people."""
         return (
             f"guest {self.guest}: {self._measures(now_ns)}; "
             f"{size(self.sent_pages * PAGE_BYTES)} in it, {size(self.sent_bytes)} in all, "
@@ -201,7 +201,7 @@ class Progress:
         )
 
     def short_line(self, now_ns: int, columns: int) -> str:
-        """Return what fits into so many columns: the measures first, the bar takes what is left."""
+        """Return what fits into `columns`: the measures first, then a bar in the room left."""
         measures = self._measures(now_ns)
         text = f"guest {self.guest}: {measures}"
         if len(text) > columns:
@@ -215,7 +215,7 @@ class Progress:
         return f"{text} [{bar}]"
 
     def _measures(self, now_ns: int) -> str:
-        """Return the rate, the time that is left, and the predicted pause."""
+        """Return the phase, the share done, the rate, the time left and the predicted pause."""
         text = f"{self.phase} {self.round}: "
         if self.work_total:
             text += f"{self.share:.0%}, "
@@ -229,7 +229,7 @@ class Progress:
         return text
 
     def fields(self, now_ns: int) -> str:
-        """Return the state of things for machines (-P), tab-separated."""
+        """Return the progress for machines (-P), tab-separated."""
         predicted = -1 if self.predicted_ns is None else self.predicted_ns
         values = (
             "progress",
@@ -246,9 +246,9 @@ class Progress:
 
 
 def host_name() -> str:
-    """Return this host's name, as messages and HELLO have it: a word, of any name.
+    """Return this host's name as one word, for messages and HELLO.
 
-    What HELLO does not allow is shown as "_", so it can stand in a command.
+    Characters that HELLO does not allow become "_", so the word is safe in a command.
     """
     word = re.sub(r"[^A-Za-z0-9._-]", "_", os.uname().nodename)[:MAX_HOST_NAME_BYTES]
     return word if re.match(r"[A-Za-z0-9_]", word) else f"_{word[1:]}"

@@ -1,9 +1,9 @@
 """INT, HUP and TERM as an exception at the points where one is safe.
 
-A move may be given up at almost any moment, but not inside a QMP exchange,
-a durable record, or after the point of no return.  So a signal only sets a
-flag, and becomes an exception where the program has said so: within
-`interruptible()`, and there even out of a blocked write(2).
+A move may be given up at almost any moment, but not inside a QMP exchange, nor
+while a record is written, nor after the point of no return.  So a signal only
+sets a flag.  The signal becomes an exception only within `interruptible()` and
+the blocks built on it, and there even out of a blocked write(2).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from bhystream.errors import BhyError, PipeError
+from bhystream.errors import BhyError, InputOutputError
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _REPORTS = [getattr(signal, name) for name in ("SIGUSR1", "SIGINFO") if hasattr(signal, name)]
@@ -22,7 +22,7 @@ _SOON_S = 0.01
 
 
 class Interrupted(BhyError):
-    """The operator, or a closed terminal, asked to stop."""
+    """The operator, or a closed terminal, asked the program to stop."""
 
     status = 75
 
@@ -38,7 +38,7 @@ class Signals:
         self.on_deferred: Callable[[str], None] | None = None
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         for number in _INTERRUPTS:
-            # Started with HUP ignored (nohup): it stays ignored.
+            # A signal that was ignored at the start (HUP by nohup) stays ignored.
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._interrupt)
         for number in _REPORTS:
@@ -62,7 +62,7 @@ class Signals:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let signals raise Interrupted in this block, also one from before it."""
+        """Let signals raise Interrupted in this block, also a signal that came before it."""
         self._open = True
         try:
             if self._pending:
@@ -73,10 +73,11 @@ class Signals:
 
     @contextlib.contextmanager
     def watching(self, progress: Callable[[], int], seconds: int) -> Iterator[None]:
-        """Be interruptible, also by standing still: for work while a guest is paused.
+        """Be interruptible, also by a standstill: for work while a guest is paused.
 
-        progress: a count that grows.  If it has not grown for `seconds`, up to
-        twice that, PipeError is raised, also out of a blocked write(2).
+        progress: returns a count that grows.  If the count stands still, this
+        raises InputOutputError after `seconds` to twice `seconds`, also out of a
+        blocked write(2).
         """
         seen = progress()
 
@@ -84,7 +85,7 @@ class Signals:
             nonlocal seen
             if progress() == seen and self._open:
                 self._open = False
-                raise PipeError(f"nothing was taken from the stream for {seconds} s")
+                raise InputOutputError(f"nothing was taken from the stream for {seconds} s")
             seen = progress()
 
         signal.signal(signal.SIGALRM, look)
@@ -97,12 +98,12 @@ class Signals:
 
     @contextlib.contextmanager
     def ticking(self, tell: Callable[[], None], seconds: int) -> Iterator[None]:
-        """Call `tell` every so many seconds in this block, also out of a blocked call."""
+        """Call `tell` every `seconds` in this block, also out of a blocked call."""
         is_open = True
 
         def tick(number: int, frame: FrameType | None) -> None:
-            # One that was on its way when the block was left may raise nothing:
-            # GO may be half recorded then.
+            # A signal that was on its way when the block was left must not
+            # raise: GO may be half recorded by then.
             if is_open:
                 tell()
 
@@ -116,18 +117,18 @@ class Signals:
 
     @contextlib.contextmanager
     def until(self, deadline_s: float, give_up: Callable[[], float]) -> Iterator[None]:
-        """Be interruptible, also by the time: for work that may block for ever.
+        """Be interruptible, also by a deadline: for work that may block for ever.
 
-        deadline_s: on the monotonic clock.  give_up: called then, also out of a
-        blocked write(2); it raises, or returns in how many seconds to call it again.
+        deadline_s: seconds of the monotonic clock.  give_up: called at the deadline,
+        also out of a blocked write(2); raises, or returns the seconds to its next call.
         """
 
         def look(number: int, frame: FrameType | None) -> None:
-            # Not open yet, where the time was over before the block began.
+            # _open is not set yet if the deadline passed before the block began.
             signal.setitimer(signal.ITIMER_REAL, give_up() if self._open else _SOON_S)
 
         signal.signal(signal.SIGALRM, look)
-        # 0 would mean never.
+        # An interval of 0 would disarm the timer.
         signal.setitimer(signal.ITIMER_REAL, max(deadline_s - time.monotonic(), 1e-6))
         try:
             with self.interruptible():
@@ -137,7 +138,7 @@ class Signals:
 
     @staticmethod
     def ignore_stops() -> None:
-        """Ignore Ctrl-Z from here on: it would freeze a paused guest with us."""
+        """Ignore Ctrl-Z from here on: a stopped bhysend could not resume its paused guest."""
         for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
             signal.signal(number, signal.SIG_IGN)
 
@@ -147,13 +148,13 @@ class Signals:
 
 
 class Interrupts:
-    """The signals of a program that has nothing to put in order, but acts for a moment.
+    """The signals of a program that may be ended at any moment, except during one short act.
 
-    What was ignored from the start stays ignored.
+    A signal that was ignored at the start stays ignored.
     """
 
     def __init__(self) -> None:
-        """Let them end the program at once; one that asks for a report does nothing."""
+        """Let signals end the program at once; ignore SIGPIPE and requests for a report."""
         self._numbers = [
             number
             for number in (*_INTERRUPTS, signal.SIGTSTP)
@@ -164,11 +165,11 @@ class Interrupts:
         self.obey()
 
     def obey(self) -> None:
-        """Let them do what they do."""
+        """Let the signals end or stop the program, as they do by default."""
         for number in self._numbers:
             signal.signal(number, signal.SIG_DFL)
 
     def ignore(self) -> None:
-        """Ignore them, until obey()."""
+        """Ignore the signals until obey()."""
         for number in self._numbers:
             signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""JSON by the rules of bhystream(5): what two readers could read in two ways is refused."""
+"""JSON by the rules of bhystream(5), which refuse what two readers could read in two ways."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def pack_json(value: Any) -> bytes:
 
 
 def unpack_json(data: bytes) -> Any:
-    """Unpack a JSON section by the rules of bhystream(5), JSON sections."""
+    """Unpack a JSON section.  Raises FormatError by the rules of bhystream(5), JSON sections."""
     try:
         value = json.loads(
             data.decode("utf-8"),

@@ -1,4 +1,4 @@
-"""Times, sizes and rates: parsed, and shown."""
+"""Parse and show times, sizes and rates."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ NS = 1_000_000_000
 _TIME_NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 _SIZE = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BITS = {"kbit": 10**3, "Mbit": 10**6, "Gbit": 10**9}
-# So many digits stay finite as a float in any unit.
+# A number of so many digits is finite as a float in any unit.
 _NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
 
 
 def time_ns(text: str, option: str) -> int:
-    """Parse "300ms" into ns.  Units ns us ms s m h; a bare number is refused."""
+    """Parse "300ms" into ns.  Units: ns us ms s m h.
+
+    Raises UsageError for anything else, also for a number without a unit.
+    """
     match = re.fullmatch(rf"({_NUMBER})([a-z]+)", text)
     if not match or match[2] not in _TIME_NS:
         raise UsageError(f"{option} {text}: not a time with its unit, such as 300ms or 10m")
@@ -23,7 +26,10 @@ def time_ns(text: str, option: str) -> int:
 
 
 def rate_bytes(text: str, option: str) -> int:
-    """Parse "100M" (bytes a second, powers of 1024) or "10Gbit" into bytes a second."""
+    """Parse "100M" (bytes a second, powers of 1024) or "10Gbit" into bytes a second.
+
+    Raises UsageError for anything else, and for less than one byte a second.
+    """
     match = re.fullmatch(rf"({_NUMBER})([A-Za-z]*)", text)
     value = 0.0
     if match and match[2] in _SIZE:
@@ -36,7 +42,7 @@ def rate_bytes(text: str, option: str) -> int:
 
 
 def size(count: float) -> str:
-    """Show bytes with a unit of 1024: "1.5 GiB"."""
+    """Show a number of bytes with a unit, a power of 1024: "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,13 +1,13 @@
-"""A guest of one stand-in's host that arrives at another.
+"""A guest that arrives from one stand-in's host at another.
 
-    with arriving() as guest:                    # it was rehearsed, held, and is gone
+    with arriving() as guest:                    # at the source: rehearsed, paused, ended
         sink = guest.sink()
         guest.build(sink)                        # what the engine does up to READY: early
         sink.start()
         guest.await_unbroken()
 
-Its plan, its state and its memory are BhyveSource's, and pages go through
-base.Target in extents as a stream has them.
+BhyveSource makes the guest's plan, state and memory images, and the pages go
+through base.Target in extents, as those of a stream do.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from bhystream.backend.base import Target
-from bhystream.backend.bhyve.heldrestore import HeldRestore
-from bhystream.backend.bhyve.loaded import held
-from bhystream.backend.bhyve.place import Place
+from bhystream.backend.bhyve.loaded import start_waiting
 from bhystream.backend.bhyve.restore import Restore
+from bhystream.backend.bhyve.restoredguest import RestoredGuest
 from bhystream.backend.bhyve.sink import BhyveSink
 from bhystream.backend.bhyve.source import BhyveSource
+from bhystream.backend.bhyve.waitingrestore import WaitingRestore
 from bhystream.backend.process import EndedError, Identity, await_end, identify
 from bhystream.guest import PAGE_BYTES, State
 from bhystream.handover import state
@@ -46,9 +46,9 @@ DATA, ZERO = 0, 1
 class Arriving:
     """One guest on its way.
 
-    head, plan, states: of the stream.  early, image: its memory at the
-    rehearsal, and at the end.  resources: the -o words, by word; None leaves
-    one out.
+    head, plan, states: those of a stream.  early, image: the files of its
+    memory at the rehearsal, and in the pause.  resources: the -o values, by
+    word; a word with None is left out.
     """
 
     def __init__(self, directory: Path, here: Rig, there: Rig, spec: Spec) -> None:
@@ -63,7 +63,7 @@ class Arriving:
         self.resources = self._resources()
 
     def _leave(self) -> None:
-        """Rehearse the guest, hold it, and end it, with its memory at both times in files."""
+        """Rehearse the guest, pause it and end it; write its memory at both times into files."""
         base = self.directory / "s"
         os.environ["BHYSEND_STATE_DIR"] = str(base)
         os.environ["BHYSEND_VMM_DIR"] = str(self.here.directory)
@@ -89,7 +89,7 @@ class Arriving:
 
     @staticmethod
     def _write_image(source: BhyveSource, path: Path) -> None:
-        """Write the memory as bhyve's snapshot has it, sparse."""
+        """Write the memory as it is in bhyve's snapshot, as a sparse file."""
         views, base = source.memory(), 0
         with path.open("wb") as file:
             file.truncate(sum(map(len, views)))
@@ -100,7 +100,7 @@ class Arriving:
                 os.pwrite(file.fileno(), view[at - base : end * PAGE_BYTES - base], at)
 
     def _text(self) -> str:
-        """Return the configuration as an operator has it."""
+        """Return the configuration as an operator would write it."""
         lines = (self.here.directory / "g.config").read_text().splitlines()
         kept = [line for line in lines if "standin." not in line]
         return "\n".join([*kept, f"uuid={UUID}", "name=g", ""])
@@ -120,7 +120,7 @@ class Arriving:
         return found
 
     def bare(self) -> Arriving:
-        """Return it for another process, which starts no guest and ends none."""
+        """Return a copy for another process, which starts no guest and ends none."""
         found = copy.copy(self)
         found.guest, found.here, found.there = None, None, Rig.at(self.there.directory)  # type: ignore[assignment]
         return found
@@ -128,27 +128,27 @@ class Arriving:
     # The sink.
 
     def sink(self, name: str = "g", *, id_: str = ID, **options: bool) -> BhyveSink:
-        """Make a sink; options: of BhyveSink."""
+        """Make a sink.  options: those of BhyveSink."""
         given = {word: value for word, value in self.resources.items() if value is not None}
         options = {"force": False, **options}
         return BhyveSink(self.there.host, name, given, [], self.base, id_, **options)
 
     def open(self, sink: BhyveSink, *, late: bool = False) -> Sequence[Target]:
-        """Check and open it."""
+        """Let the sink check the guest and open it."""
         assert sink.check(self.head) == []
         return sink.open(b"" if late else self.plan)
 
     def build(
         self, sink: BhyveSink, *, late: bool = False, states: Sequence[State] | None = None
     ) -> None:
-        """Do what the engine does up to READY: two rounds, the second with what has changed."""
+        """Do what the engine does up to READY: two rounds, the second with the changed pages."""
         targets = self.open(sink, late=late)
         self.place(targets, self.early)
         self.place(targets, self.image, self.early)
         sink.load(self.states if states is None else states)
 
     def place(self, targets: Sequence[Target], image: Path, before: Path | None = None) -> None:
-        """Place the pages of an image, or those that differ from an earlier one."""
+        """Place the pages of an image, or only those that differ from an earlier image."""
         base = 0
         for segment, target in zip(self.head.layout.segments, targets, strict=True):
             for first, end in self._touched(image, before, base, segment.npages):
@@ -173,7 +173,7 @@ class Arriving:
                 for at, stop in data_extents(file.fileno(), start, end):
                     yield at // PAGE_BYTES, -(-stop // PAGE_BYTES)
 
-    # Where it is.
+    # At the destination.
 
     @property
     def console(self) -> Console:
@@ -181,16 +181,16 @@ class Arriving:
         return Console(self.there.directory / "g.console")
 
     def await_unbroken(self, sweeps: int = 1) -> None:
-        """Wait until it has checked every page of its memory at the destination."""
+        """Wait until the guest has checked every page of its memory at the destination."""
         self.console.await_sweeps(sweeps)
         assert_unbroken(self.guest.console, self.console)
 
     def memory(self, name: str = "g") -> Path:
-        """Return the node of its VM: its offset is the guest physical address."""
+        """Return the node of the guest's VM; an offset in it is a guest physical address."""
         return self.there.directory / "vmm" / name
 
     def started(self) -> list[Path]:
-        """Return the files that name a bhyve."""
+        """Return the files that name a started bhyve."""
         return sorted((self.base / "loaded").glob("*.started"))
 
     def left(self) -> list[str]:
@@ -221,21 +221,21 @@ def read_page(image: Path, page: int) -> bytes:
         return os.pread(file.fileno(), PAGE_BYTES, page * PAGE_BYTES)
 
 
-def place_of(guest: Arriving) -> Place:
-    """Return the place that a sink gives the guest."""
+def restored_of(guest: Arriving) -> RestoredGuest:
+    """Return the record that a sink makes of the guest."""
     sink = guest.sink()
     assert sink.check(guest.head) == []
-    return Place.from_json(sink.record())
+    return RestoredGuest.from_json(sink.record())
 
 
 def restore_of(guest: Arriving) -> Restore:
-    """Return what is to be started from the files of a guest, all of its memory in them."""
-    place = place_of(guest)
+    """Write the guest's files, with all of its memory; return a restore from them."""
+    restored = restored_of(guest)
     (guest.base / "loaded").mkdir(exist_ok=True)
-    place.make_staging()
-    subprocess.run(["cp", "--sparse=always", guest.image, place.files.memory], check=True)
-    place.files.meta.write_bytes(guest.states[0].data)
-    return Restore(guest.there.host, place, place.files)
+    restored.make_staging()
+    subprocess.run(["cp", "--sparse=always", guest.image, restored.files.memory], check=True)
+    restored.files.meta.write_bytes(guest.states[0].data)
+    return Restore(guest.there.host, restored, restored.files)
 
 
 def kern(guest: Arriving) -> bytes:
@@ -244,23 +244,23 @@ def kern(guest: Arriving) -> bytes:
 
 
 def fpu(guest: Arriving) -> list[State]:
-    """Return the FPU of its vCPUs."""
+    """Return the FPU states of its vCPUs."""
     return [state for state in guest.states if state.is_optional]
 
 
-def hold(guest: Arriving) -> HeldRestore:
-    """Return it held."""
+def hold(guest: Arriving) -> WaitingRestore:
+    """Start a restore of the guest; return it when its bhyve waits."""
     return restore_of(guest).hold(len(kern(guest)))
 
 
-def process_of(one: HeldRestore) -> Identity:
-    """Return the process of one that was started."""
+def process_of(one: WaitingRestore) -> Identity:
+    """Return the process of a started restore."""
     assert one.started.process is not None
     return one.started.process
 
 
 def is_clean(guest: Arriving) -> bool:
-    """Say whether nothing of a start is left but files."""
+    """Say whether a start has left nothing but the guest's files."""
     return (
         not guest.there.host.exists("g")
         and list((guest.base / "log").iterdir()) == []
@@ -270,10 +270,10 @@ def is_clean(guest: Arriving) -> bool:
 
 
 def again(guest: Arriving) -> None:
-    """Start it once more, from the files that are there, and see every page right."""
+    """Start the guest once more, from the files that are left; assert that every page is right."""
     guest.there.settings(fail=[])
-    place = place_of(guest)
-    one = held(guest.there.host, place, place.files, len(kern(guest)))
+    restored = restored_of(guest)
+    one = start_waiting(guest.there.host, restored, restored.files, len(kern(guest)))
     one.load([kern(guest)], fpu(guest))
     one.release()
     guest.await_unbroken()
@@ -281,7 +281,7 @@ def again(guest: Arriving) -> None:
 
 @contextmanager
 def arriving(spec: Spec | None = None, **settings: Any) -> Iterator[Arriving]:
-    """Make two hosts and a guest on its way; end what runs on them."""
+    """Make two hosts and a guest on its way; afterwards end what runs on the hosts."""
     before = dict(os.environ)
     with ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="arr", dir="/dev/shm"))
@@ -297,7 +297,7 @@ def arriving(spec: Spec | None = None, **settings: Any) -> Iterator[Arriving]:
 
 
 def end(made: Arriving) -> None:
-    """Kill what a test has left held."""
+    """Kill the bhyves that a test has left waiting."""
     for pid in made.processes():
         with suppress(EndedError):
             kill(pid)
@@ -306,7 +306,7 @@ def end(made: Arriving) -> None:
 def kill(pid: int) -> None:
     """Kill a process, and return when it has ended.
 
-    Its command line is gone before: the kernel gives its memory back first.
+    processes() cannot tell that: a dying process loses its command line before it has ended.
     """
     who = identify(pid, "bhyve")
     os.kill(pid, signal.SIGKILL)

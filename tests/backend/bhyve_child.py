@@ -1,16 +1,16 @@
 """A bhysend that is killed: python -m backend.bhyve_child BASE CONFIG POINT.
 
-It opens the guest g, prepares, prints the record, and pauses; it kills itself
-at a point:
+The program opens the guest g, prepares the guest, prints the record, and pauses
+the guest.  The program kills itself at POINT:
 
-    rehearsing  when the rehearsal was asked for
+    rehearsing  after the rehearsal's request is sent
     prepared    before the pause
     armed       before the pause's request is sent
-    asked       when it was sent
+    asked       after the pause's request is sent
     NAME:K      while the FPU is stored, at a step (dying.py)
     held        when the guest stands held
-    releasing   when it has read, once, what is in the FIFO
-    released    behind that, with the directory still there
+    releasing   after the FIFO was read once
+    released    after the guest was let go, with the directory still there
 """
 
 from __future__ import annotations

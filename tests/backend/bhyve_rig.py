@@ -1,12 +1,12 @@
-"""Two hosts of the stand-in with their state directories, and bhyve guests between them.
+"""Two hosts of the stand-in with their state directories, and bhyve guests that move.
 
     guest = two.start()                     # at two.here; its console proves it
     source = two.source()                   # BhyveSource, in this process
     ended = two.move()                      # bhysend and bhyrecv, as processes, command form
     two.arrived().console.await_sweeps(1)   # at two.there
 
-Nothing is shared by the two: neither state nor staging directories.  What a
-test leaves running ends with its Rig.
+The two hosts share nothing, neither state nor staging directories.  A guest that
+a test leaves running ends with its Rig.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import IO
 
 import pytest
 
-from bhystream.backend.bhyve.held import BhyveHeld
+from bhystream.backend.bhyve.paused import BhyvePaused
 from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.guest import Json
 from bhystream.handover import state
@@ -32,7 +32,7 @@ from bhystream.standin.kernel import StandinHost
 from cli.pipeline import BHYRECV, BHYSEND, ROOT, Ended, Words, run
 from standin.rig import Console, Guest, Rig, Spec, assert_unbroken, await_true, supervised
 
-from .revived import open_held
+from .revived import open_paused
 
 ID = "0123456789abcdef" * 2
 UUID = "11111111-2222-3333-4444-555555555555"
@@ -40,7 +40,7 @@ LIMITED = str(ROOT / "tests" / "cli" / "limited.py")
 
 
 def _can(*command: str) -> bool:
-    """Say whether a command can bind the null device somewhere."""
+    """Say whether a shell that runs behind these words can bind the null device to a file."""
     with tempfile.NamedTemporaryFile() as file:
         script = f"mount --bind /dev/null {file.name} && umount {file.name}"
         return subprocess.run([*command, "sh", "-c", script], capture_output=True).returncode == 0
@@ -48,12 +48,12 @@ def _can(*command: str) -> bool:
 
 @cache
 def sink_prefix() -> tuple[str, ...] | None:
-    """Return the words behind which a program can have the sink, None where none help."""
+    """Return the words that let a program behind them use the sink, None if no words do."""
     return next((words for words in ((), ("unshare", "-Urm")) if _can(*words)), None)
 
 
 def require_sink() -> tuple[str, ...]:
-    """Return sink_prefix(); without one skip the test, but never in CI."""
+    """Return sink_prefix().  If that is None, skip the test, or in CI fail it."""
     found = sink_prefix()
     if found is None:
         if os.environ.get("CI") == "true":
@@ -63,7 +63,7 @@ def require_sink() -> tuple[str, ...]:
 
 
 def without_sink(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no sink be had in this process."""
+    """Let the sink fail in this process, as without the right to mount."""
 
     def refuse(self: StandinHost, directory: Path) -> None:
         raise OSError(1, "Operation not permitted")
@@ -73,7 +73,7 @@ def without_sink(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def small_tmpfs(directory: Path, size: str) -> Iterator[Path]:
-    """Mount a tmpfs of that size; needs root, as the tests have where the sink works."""
+    """Mount a tmpfs of that size.  Skips the test without root, or in CI fails without a sink."""
     if sink_prefix() != ():
         if os.environ.get("CI") == "true" and sink_prefix() is None:
             raise AssertionError("a small tmpfs cannot be mounted")
@@ -90,7 +90,7 @@ class Two:
     """A source and a destination."""
 
     def __init__(self, directory: Path, here: Rig, there: Rig) -> None:
-        """directory: short, in memory; for states and staging."""
+        """Make the state and staging directories in `directory`: a short path, in memory."""
         self.directory, self.here, self.there = directory, here, there
         self.staging_there = self._made("staging-there")
         self.base, self.base_there = self._made("s"), self._made("t")
@@ -110,7 +110,7 @@ class Two:
 
     @contextmanager
     def supervise(self, spec: Spec | None = None, name: str = "g") -> Iterator[Guest]:
-        """Start a guest at the source as vm-bhyve does; yield the supervisor, which outlives it."""
+        """Start a guest as vm-bhyve does; yield the supervisor, which outlives the guest."""
         spec = spec or Spec()
         config = self.here.write_config(name, spec, self.here.directory / f"{name}-0.console")
         directory = self.here.directory / "vm" / name
@@ -125,7 +125,7 @@ class Two:
             yield guest
 
     def lock(self, what: str, name: str = "g") -> str | None:
-        """Return the first line of one of vm-bhyve's locks, None where there is none."""
+        """Return the first line of one of vm-bhyve's locks, None if there is no such lock."""
         path = self.here.directory / "vm" / name / f"{what}.lock"
         return path.read_text().splitlines()[0] if path.exists() else None
 
@@ -136,9 +136,9 @@ class Two:
         return guest
 
     def config(self, name: str = "g", *without: str) -> Path:
-        """Return the guest's configuration as an operator has it, for -C.
+        """Return the file of the guest's configuration as an operator has it, for -C.
 
-        without: words; lines with one of them are left out.
+        without: lines that have one of these words are left out.
         """
         words = ("standin.", *without)
         lines = (self.here.directory / f"{name}.config").read_text().splitlines()
@@ -161,14 +161,14 @@ class Two:
             made.close()
             raise
 
-    def hold(self, name: str = "g") -> BhyveHeld:
-        """Let a guest of the source stand held; it is found again from its record."""
+    def hold(self, name: str = "g") -> BhyvePaused:
+        """Pause a guest of the source, so that it stands held; return it, found by its record."""
         made, record = self.prepared(name)
         try:
             made.pause()
         finally:
             made.close()
-        return open_held(record)
+        return open_paused(record)
 
     # Moves.
 
@@ -192,7 +192,7 @@ class Two:
         return [*words, name]
 
     def resources(self, name: str = "g", without: str = "#") -> list[str]:
-        """Return -o options for what a guest needs at the destination; make it."""
+        """Make the resources that a guest needs at the destination; return their -o options."""
         text = self.config(name, without).read_text()
         words = ["-o", f"com1={self.there.directory}/{name}.console"]
         if "lpc.bootrom=" in text:
@@ -226,14 +226,14 @@ class Two:
         [ended] = self.run([*send, *self.receive(name=name, without=without)])
         return ended
 
-    # Where it is.
+    # Where the guest is.
 
     def arrived(self, name: str = "g") -> Console:
         """Return the console at the destination."""
         return Console(self.there.directory / f"{name}.console")
 
     def assert_runs_on(self, *, name: str = "g", sweeps: int = 1) -> None:
-        """Assert that the guest runs at the source, unharmed, and nothing is left of a move."""
+        """Assert that the guest runs at the source, unharmed, and that no move has left a trace."""
         guest = next(guest for guest in reversed(self.guests) if guest.name == name)
         guest.console.await_sweeps(sweeps)
         assert_unbroken(guest.console)
@@ -242,7 +242,7 @@ class Two:
         assert not self.there.host.exists(name)
 
     def assert_comes_back(self, name: str = "g") -> None:
-        """Wait until the guest runs at the source again and nobody works on it any more."""
+        """Wait until the guest runs at the source again, and no process works on it any more."""
         Console(self.console(name)).await_sweeps(1)
         await_true(lambda: not list((self.base / "source").glob("*.json")), "the record's end")
         self.assert_runs_on(name=name)
@@ -252,7 +252,7 @@ class Two:
         return next(guest.console.path for guest in self.guests if guest.name == name)
 
     def assert_moved(self, *, name: str = "g", sweeps: int = 1) -> None:
-        """Assert that the guest runs at the destination only, and nothing of it was lost."""
+        """Assert that the guest runs at the destination only, and that no memory was lost."""
         there = self.arrived(name)
         there.await_sweeps(sweeps)
         assert_unbroken(Console(self.console(name)), there)
@@ -261,21 +261,21 @@ class Two:
         assert self.left() == []
 
     def held(self) -> list[str]:
-        """Return the ids of what is kept at the source."""
+        """Return the ids of the directories that are kept at the source."""
         return [path.name for path in (self.base / "held").glob("*")]
 
     def left(self) -> list[str]:
-        """Return what is left of moves in staging, state and memory directories of both."""
+        """Return the files that moves have left in the directories of both hosts."""
         found = [*self.staging_there.iterdir(), *(self.base / "source").iterdir()]
         for base in (self.base, self.base_there):
             for kept in ("held", "loaded"):
                 found += (base / kept).iterdir() if (base / kept).exists() else ()
-        # A destination knows for good what it has started.
+        # A destination keeps the record of each bhyve that it has started.
         return [str(path) for path in found if path.suffix != ".started"]
 
 
 def _remove(directory: Path) -> None:
-    """Remove a directory with what a failed test left mounted in it."""
+    """Remove a directory, and unmount what a failed test has left mounted in it."""
     for line in reversed(Path("/proc/mounts").read_text().splitlines()):
         point = line.split()[1].encode().decode("unicode_escape")
         if Path(point).is_relative_to(directory):
@@ -285,7 +285,7 @@ def _remove(directory: Path) -> None:
 
 @contextmanager
 def two_hosts(**settings: object) -> Iterator[Two]:
-    """Make two hosts with the same settings; end what runs on them."""
+    """Make two hosts with the same settings; afterwards end the guests on both hosts."""
     before = dict(os.environ)
     with ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="si2", dir="/dev/shm"))

@@ -1,4 +1,4 @@
-"""A vm-bhyve guest's files, written from the documented formats, for the configuration's tests."""
+"""A vm-bhyve guest's files in the documented formats, for the tests of configurations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ network0_mac="{MAC}"
 
 
 def log_of(options: str = OPTIONS, devices: str = DEVICES, run: int = 1, iso: str = "") -> str:
-    """Return what one start leaves in vm-bhyve.log."""
+    """Return the lines that one start leaves in vm-bhyve.log."""
     when = "2026-02-03T04:05:06+00:00: "
     lines = [
         "initialising",

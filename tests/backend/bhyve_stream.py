@@ -1,6 +1,6 @@
-"""Streams of bhyve guests, byte by byte from bhystream(5), for the tests of what they say.
+"""Streams of bhyve guests, byte by byte from bhystream(5), for the tests of their contents.
 
-What is right in them is snapshot_files.py's: a guest of 16 MiB whose memory is zero.
+The right contents are those of snapshot_files.py: a guest of 16 MiB whose memory is zero.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def states_of(meta: Json = META, kern: bytes = KERN) -> list[State]:
 
 
 def head(maker: Maker, **other: Any) -> Maker:
-    """Add the head.  other: hypervisor, config, devices, segments in place of the right ones."""
+    """Add the head.  other: hypervisor, config, devices, segments that replace the right ones."""
     host = {"hypervisor": other.get("hypervisor", "bhyve"), "program": "test 1"}
     maker.add(HOST, json.dumps(host).encode())
     maker.add(LAYOUT, layout(*other.get("segments", SEGMENTS)))
@@ -44,7 +44,7 @@ def whole(
     form: int = KEPT,
     **other: Any,
 ) -> Maker:
-    """Return a stream of a guest with these states, the right ones where none are given."""
+    """Return a stream of a guest with these states, or with the right states if None."""
     maker = head(Maker(form), **other)
     if plan is not None:
         maker.add(REHEARSAL, plan)
@@ -52,7 +52,7 @@ def whole(
     maker.memory(0, [(0, npages, 1)]).round_end(0, 0, npages, flags=1)
     for one in [*states_of(), FPU] if states is None else states:
         name, rest = one.name.encode(), len(one.data) - PART_BYTES
-        if rest > 0:  # zeros, all of it
+        if rest > 0:  # the rest of the state is zeros
             maker.state(name, 0, one.data[:PART_BYTES]).state_zeros(name, 1, rest, flags=1)
             continue
         add = maker.state_optional if one.is_optional else maker.state

@@ -1,11 +1,11 @@
-"""One who is killed at a step while he stores, or puts back, the registers of a held guest.
+"""A process that is killed at a step while it saves, or puts back, a paused guest's registers.
 
     Dying("set_register", 9).install()      # before the ninth register is set
     Dying("", 17).install()                 # before step 17, whatever it is
 
-A step is what changes a vCPU, the guest's memory or the journal; of a write,
-its half is one too.  The stub's instructions are steps, and what one of them
-does is not: a CPU ends what it has begun.
+Each change of a vCPU, of the guest's memory or of the journal is a step, and so
+is the middle of each write.  Each instruction of the stub is one step, since a
+CPU completes an instruction that it has begun.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bhystream.backend.bhyve.journal import Journal
-from bhystream.backend.bhyve.kept import PACKED_BYTES
+from bhystream.backend.bhyve.savedvcpu import PACKED_BYTES
 from bhystream.standin.interpreter import Interpreter
 from bhystream.standin.vm import StandinVm
 
@@ -33,7 +33,10 @@ _CALLS: tuple[tuple[type, str], ...] = (
 
 
 class Dying:
-    """It counts the steps.  name: of those that count, "" for all.  count: the last one, from 1."""
+    """The counter of the steps.
+
+    name: of the steps that count, "" for all.  count: the step to die at, from 1.
+    """
 
     def __init__(self, name: str, count: int) -> None:
         self._name = name
@@ -42,7 +45,7 @@ class Dying:
         self.taken: list[str] = []
 
     def step(self, name: str) -> None:
-        """Die, or go on."""
+        """Count a step, and die if it is the last one."""
         self.taken.append(name)
         if self._name in ("", name):
             self._left -= 1
@@ -50,7 +53,7 @@ class Dying:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
-        """Let everything in this process be counted."""
+        """Count every step of this process from now on."""
         for kind, name in _CALLS:
             setattr(kind, name, self._before(name, getattr(kind, name)))
         Interpreter._one = self._before(  # type: ignore[method-assign]
@@ -80,7 +83,7 @@ class Dying:
         return run
 
     def _mapping(self, real: Callable[..., mmap.mmap]) -> Callable[..., Any]:
-        """Let writes of ours be steps, not the vCPU's."""
+        """Make this process's own writes to the guest's memory steps, but not the vCPU's."""
 
         def mapped(vm: StandinVm, gpa: int, size: int, *, is_writable: bool = False) -> Any:
             found = real(vm, gpa, size, is_writable=is_writable)
@@ -89,7 +92,7 @@ class Dying:
         return mapped
 
     def _writing(self, real: Callable[[int, Any], int]) -> Callable[[int, Any], int]:
-        """Let the journal's write have a half."""
+        """Add a step in the middle of the journal's write."""
 
         def write(fd: int, data: Any) -> int:
             if len(data) != JOURNAL_BYTES:

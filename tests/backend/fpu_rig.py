@@ -35,7 +35,7 @@ def closed() -> Iterator[None]:
 
 
 class Machine:
-    """A VM of the stand-in without a process: memory full of bytes, vCPUs full of values."""
+    """A VM of the stand-in without a process, with random memory and vCPUs full of values."""
 
     def __init__(self, directory: Path, ncpus: int, vendor: str = "intel") -> None:
         directory.mkdir(exist_ok=True)
@@ -56,7 +56,7 @@ class Machine:
         _MADE.append(self)
 
     def close(self) -> None:
-        """Give up what it has open."""
+        """Close the VM, the vCPUs' file and the memory."""
         for vm in {id(vm): vm for vm in (self.vm, self._first)}.values():
             vm.close()
         self.cpus.close()
@@ -65,7 +65,7 @@ class Machine:
             self.low.close()
 
     def start(self) -> None:
-        """Put every vCPU in the middle of its work, with an FPU of its own, and hold it."""
+        """Put each vCPU in the middle of its work, held, with FPU registers of its own."""
         for index, cpu in enumerate(self.cpus):
             cpu.start(index)
             image = bytearray(random.Random(index).randbytes(832))
@@ -87,7 +87,7 @@ class Machine:
         return found
 
     def save(self) -> fpu.Saved:
-        """Save, and find everything as it was."""
+        """Save the FPU registers, and assert that everything else is as before."""
         before = self.seen()
         saved = fpu.save(self.vm, self.low, self.ncpus, self.journal)
         assert self.seen() == before

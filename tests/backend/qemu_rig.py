@@ -1,8 +1,8 @@
 """Start, ask and end QEMUs for the backend's tests.
 
-SeaBIOS with nothing to boot is the guest: it runs, uses memory and has every
-device, and is up in no time.  What a guest's memory holds after a move is
-tests/guest's subject.
+The guest is SeaBIOS with nothing to boot: it runs, uses memory, has every
+device, and starts at once.  tests/guest checks what a guest's memory holds
+after a move.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIZE = 64 << 20
 
 
 class Rig:
-    """A directory and the QEMUs started in it; ended together."""
+    """A directory and the QEMUs that are started in it; end() ends them all."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -57,13 +57,13 @@ class Rig:
         ]  # fmt: skip
 
     def start(self, name: str, *extra: str, **settings: str) -> str:
-        """Start a QEMU; return its QMP path when it answers there.  settings: argv()'s."""
+        """Start a QEMU; return its QMP path once QEMU answers there.  settings: for argv()."""
         path = self.path(f"{name}.qmp")
         process = subprocess.Popen(self.argv(name, *extra, **settings), stdin=subprocess.DEVNULL)
         self.processes[name] = process
         await_true(lambda: listens(path) or process.poll() is not None)
         assert process.poll() is None, "QEMU did not start"
-        with monitor(path):  # it listens early, and answers when it is complete
+        with monitor(path):  # QEMU listens early, and answers when it is complete
             return path
 
     def sink(self, name: str = "there", **resources: str) -> QemuSink:
@@ -81,7 +81,8 @@ class Rig:
 @contextlib.contextmanager
 def rigged() -> Iterator[Rig]:
     """Make a rig, and end it."""
-    # A short path: a Unix socket's has 107 bytes.  On tmpfs: RAM files.
+    # The path is short, because a Unix socket's has at most 107 bytes, and on
+    # tmpfs, because the RAM files are there.
     with tempfile.TemporaryDirectory(prefix="bhyq-", dir="/dev/shm") as directory:
         made = Rig(Path(directory))
         try:
@@ -98,7 +99,7 @@ def await_true(test: Any, limit_s: float = 20.0) -> None:
 
 
 def listens(path: str) -> bool:
-    """Say whether a connection is taken: the socket exists before that."""
+    """Say whether a socket accepts connections: it exists a moment before that."""
     try:
         return peer(path) > 0
     except OSError:
@@ -106,7 +107,7 @@ def listens(path: str) -> bool:
 
 
 def peer(path: str) -> int:
-    """Return the pid behind a QMP socket."""
+    """Return the pid of the process that listens at a QMP socket."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(path)
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -115,12 +116,12 @@ def peer(path: str) -> int:
 
 @contextlib.contextmanager
 def monitor(path: str) -> Iterator[Any]:
-    """Yield ask(command, **arguments) over a connection of its own."""
+    """Yield ask(command, **arguments), which uses a QMP connection of its own."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(20)
         sock.connect(path)
         stream = sock.makefile("rw")
-    with stream:  # closes the socket too, and QEMU is free for the next
+    with stream:  # closes the socket too, so that QEMU serves the next client
         stream.readline()
 
         def ask(command: str, **arguments: object) -> Any:
@@ -136,7 +137,7 @@ def monitor(path: str) -> Iterator[Any]:
 
 
 def stop(path: str) -> None:
-    """Stop a guest by hand."""
+    """Stop a guest by QMP."""
     with monitor(path) as ask:
         ask("stop")
 
@@ -147,7 +148,7 @@ def state_of(path: str) -> str:
 
 
 def copy_memory(source: QemuSource, destination: Target) -> int:
-    """Copy every touched page by hand; return how many."""
+    """Copy every touched page by hand; return the number of pages."""
     pages = 0
     [view] = source.memory()
     for first, end in source.touched():

@@ -1,4 +1,4 @@
-"""What a bhyve of FreeBSD 14 leaves behind as .meta and .kern."""
+"""The .meta and .kern files that a bhyve of FreeBSD 14 writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Json = dict[str, Any]
 
 
 def made(memory_bytes: int = MEMORY) -> tuple[Json, bytes]:
-    """Return what a .meta of FreeBSD 14 says, and its .kern."""
+    """Return the JSON of a .meta of FreeBSD 14, and the bytes of its .kern."""
     at = 0
     blobs = []
     lists: dict[str, list[Json]] = {"kern_structs": [], "devices": []}
@@ -41,7 +41,7 @@ def made(memory_bytes: int = MEMORY) -> tuple[Json, bytes]:
 
 
 def text_of(value: object) -> bytes:
-    """Return a .meta as libxo prints it, pretty."""
+    """Return the text of a .meta as libxo prints it, with indents."""
     return json.dumps(value, indent=2).encode() + b"\n"
 
 

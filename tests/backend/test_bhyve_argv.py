@@ -10,7 +10,7 @@ import pytest
 from backend.bhyve_samples import ARGV, DIRECTORY, MAC, UUID
 from bhystream.backend.bhyve import command, config
 from bhystream.backend.bhyve.argv import parse_argv
-from bhystream.errors import AccessError, IncompatibleError, PipeError
+from bhystream.errors import AccessError, IncompatibleError, InputOutputError
 
 
 def test_the_argv_of_a_vm_bhyve_guest_becomes_keys() -> None:
@@ -190,7 +190,7 @@ def test_an_empty_topology_is_one_cpu() -> None:
         ("-s 3,passthru,x", "no device of the host"),
         ("-s 3,fbuf,w=", "'w=' is no option"),
         ("-s 3,lpc -s 3:0,lpc", "pci.0.3.0 is given twice"),
-        ("web1 web2", "behind the guest's name: a second name"),
+        ("web1 web2", "follows the guest's name: a second name"),
     ],
 )
 def test_what_bhyve_would_not_take_is_refused_by_name(argv: str, message: str) -> None:
@@ -206,7 +206,7 @@ def test_a_configuration_file_is_read_where_it_stands(tmp_path: Path) -> None:
 
 
 def test_a_configuration_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises((PipeError, AccessError), match="cannot read"):
+    with pytest.raises((InputOutputError, AccessError), match="cannot read"):
         parse_argv(["-k", str(tmp_path / "none")])
 
 

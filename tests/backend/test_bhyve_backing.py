@@ -1,4 +1,4 @@
-"""What stands behind disks and cards: told by the source, compared at the destination."""
+"""The facts of disks and cards: the source tells them, and the destination compares them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def host() -> Iterator[Rig]:
 
 
 def config(host: Rig, *lines: str) -> GuestConfig:
-    """Return a guest with a virtio-blk disk, an ahci one, a CD and a card."""
+    """Return a guest with a virtio-blk disk, an ahci disk, a CD and a network card."""
     at = host.directory
     text = f"""cpus=1
 uuid=4ca2e2b7-6f0b-11ef-8a6a-0cc47a8c1a2e
@@ -46,7 +46,7 @@ pci.0.5.0.backend=tap0
 
 
 def section(host: Rig, *lines: str, **changes: dict[str, Any]) -> dict[str, Any]:
-    """Return the section as a destination has it.  changes: of facts, by word."""
+    """Return the CONFIG section as a destination has it.  changes: facts to change, by word."""
     found = backing.described(host.host, config(host, *lines))
     for word, facts in changes.items():
         (found["nets"] if word.startswith("net") else found["disks"])[word].update(facts)
@@ -54,7 +54,7 @@ def section(host: Rig, *lines: str, **changes: dict[str, Any]) -> dict[str, Any]
 
 
 def judged(host: Rig, found: dict[str, Any], **lent: str) -> tuple[list[str], list[str]]:
-    """Lend a section the files and the tap of this host, but for what lent names."""
+    """Return the reasons against a section with this host's files and tap, changed by `lent`."""
     at = str(host.directory)
     words = {"disk0": f"{at}/a", "disk1": f"{at}/b", "disk2": f"{at}/cd", "net0": "tap0"}
     more = {key.replace("__", "."): value for key, value in lent.items()}
@@ -171,13 +171,13 @@ def test_a_section_of_before_is_not_compared(host: Rig) -> None:
 HARD = [
     ({"disk0": {"mediasize": MIB + 1}},
      "disk0: mediasize: the source has 1048577, {at}/a 1048576;"
-     " the guest would write beyond its end: lend one of that size"),
+     " the guest would write beyond the end: lend a disk of that size"),
     ({"disk1": {"mediasize": 3 * MIB}},
      "disk1: mediasize: the source has 3145728, {at}/b 2097152;"
-     " the guest would write beyond its end: lend one of that size"),
+     " the guest would write beyond the end: lend a disk of that size"),
     ({"disk0": {"sectorsize": 4096}},
      "disk0: sectorsize: the source has 4096, {at}/a 512;"
-     " the guest counts in its own: lend one with the same sectors"),
+     " the guest counts sectors of the source's size: lend such a disk"),
     ({"disk0": {"candelete": True}},
      "disk0: candelete: the source has true, {at}/a false;"
      " bhyve's restore refuses that: lend a file for a file, a zvol for a zvol"),
@@ -186,7 +186,7 @@ SOFT = [
     ({"disk0": {"mediasize": 4096}},
      "disk0: mediasize: the source has 4096, {at}/a 1048576; it may be another disk; -f overrules"),
     ({"disk1": {"candelete": True}},
-     "disk1: candelete: the source has true, {at}/b false; the guest has found the other;"
+     "disk1: candelete: the source has true, {at}/b false; the guest has found the source's value;"
      " -f overrules"),
     ({"disk1": {"writable": False}},
      "disk1: writable: the source has false, {at}/b true; the guest could write where it could"
@@ -212,7 +212,7 @@ def test_a_disk_that_may_not_be_written_here_is_hard(host: Rig) -> None:
     assert judged(host, found) == (
         [
             f"disk1: writable: the source has true, {host.directory}/b false;"
-            " the guest's writes would fail: lend one that may be written"
+            " the guest's writes would fail: lend a writable disk"
         ],
         [],
     )
@@ -226,7 +226,7 @@ def test_a_device_whose_sectors_are_larger_than_the_guests_is_hard(host: Rig) ->
     assert judged(host, found) == (
         [
             f"disk0: {host.directory}/a: its sectors have 4096 bytes, the guest's 512;"
-            " bhyve refuses it: lend one with smaller sectors"
+            " bhyve refuses the disk: lend one with smaller sectors"
         ],
         [],
     )

@@ -1,4 +1,4 @@
-"""The client of the checkpoint socket, against small servers of real sockets."""
+"""The client of the checkpoint socket, against small servers on real sockets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Handler = Callable[[socket.socket, Request], None]
 
 
 class Server:
-    """Serves one connection after the other in a thread; this process is the "bhyve"."""
+    """A thread that serves one connection after the other; this process plays the bhyve."""
 
     def __init__(self, path: Path, handler: Handler) -> None:
         self.requests: list[Request] = []
@@ -69,7 +69,7 @@ class Server:
 
 @pytest.fixture
 def run_dir() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir="/tmp") as made:  # short: it holds a socket
+    with tempfile.TemporaryDirectory(dir="/tmp") as made:  # a socket's path must be short
         yield Path(made)
 
 
@@ -114,7 +114,7 @@ Client = Callable[[Handler], Checkpoint]
 
 
 def silent(connection: socket.socket, request: Request) -> None:
-    """Answer as G4 does: by closing."""
+    """Answer as G4 does, by closing the connection, which the server does afterwards."""
 
 
 def reply(pairs: Request) -> Handler:
@@ -122,7 +122,7 @@ def reply(pairs: Request) -> Handler:
 
 
 def hold(release: threading.Event) -> Handler:
-    """Answer nothing before it is released."""
+    """Return a handler that answers nothing until `release` is set."""
 
     def handle(connection: socket.socket, request: Request) -> None:
         release.wait(LIMIT_S)
@@ -130,7 +130,7 @@ def hold(release: threading.Event) -> Handler:
     return handle
 
 
-# A bhyve of its own process.  What it does with a request is its first argument.
+# A bhyve that is a process.  Its first argument says what it does with a request.
 CHILD = """
 import os, socket, sys
 from bhystream.backend.bhyve import nvlist
@@ -267,7 +267,7 @@ def test_one_that_never_stands_is_not_waited_for_longer_than_the_limit(
 
 
 def test_a_connection_that_asked_nothing_asks_at_its_end(run_dir: Path, serve: Serve) -> None:
-    """Else bhyve complains of it in the guest's log."""
+    """Without a request, bhyve would complain about the connection in the guest's log."""
     server = serve(silent)
     checkpoint = Checkpoint(run_dir, "web1", "guest web1")
     checkpoint.close()
@@ -276,7 +276,7 @@ def test_a_connection_that_asked_nothing_asks_at_its_end(run_dir: Path, serve: S
     assert [texts(request) for request in server.requests] == [{"cmd": "bhysend-sync"}] * 2
 
 
-# What the descriptor of our own end is for: bhyve does not ignore SIGPIPE.
+# The request carries our own end of the connection, because bhyve does not ignore SIGPIPE.
 
 REPLIES_LATE = """
 import os, signal, socket, sys
@@ -328,7 +328,7 @@ def test_the_process_that_listens_is_known(run_dir: Path, child: Callable[[str],
     checkpoint.close()
 
 
-# What comes of it.
+# The outcome of a request.
 
 
 def test_an_end_of_the_connection_is_told(client: Client, directory_fd: int) -> None:
@@ -366,7 +366,7 @@ def test_a_descriptor_in_a_reply_is_closed(client: Client, directory_fd: int) ->
     checkpoint = client(answer)
     checkpoint.request(directory_fd, "ckp")
     assert checkpoint.await_outcome(LIMIT_S) == Outcome.REPLIED
-    assert os.read(read_end, 1) == b""  # no copy of the other end is left
+    assert os.read(read_end, 1) == b""  # EOF: no copy of write_end is left
     os.close(read_end)
 
 
@@ -392,14 +392,14 @@ def test_the_end_of_the_process_is_told(
     checkpoint = Checkpoint(run_dir, "web1", "guest web1")
     checkpoint.request(directory_fd, "ckp")
     outcome = checkpoint.await_outcome(LIMIT_S)
-    if mode != "replies and exits":  # a reply comes before the end, and may be seen before it
+    if mode != "replies and exits":  # the reply may be seen before the end
         assert outcome == Outcome.EXITED
     bhyve.process.wait()
     assert checkpoint.await_outcome(LIMIT_S) == Outcome.EXITED
     checkpoint.close()
 
 
-# Connecting.
+# Connections.
 
 
 def test_a_missing_socket_is_named(run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Snapshot files through a stream and back: nothing changes, and nothing wrong is sent or made."""
+"""Snapshot files through a stream and back: nothing changes, and faulty files are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from bhystream.backend.base import Sink, Snapshot
 from bhystream.backend.bhyve import snapshotfiles
 from bhystream.backend.bhyve.cold import FilesSink, SnapshotSource
 from bhystream.backend.bhyve.snapshotfiles import Files
-from bhystream.errors import OK, AbortedError, BhyError, GuestError, IncompatibleError, UsageError
+from bhystream.errors import (
+    EXIT_OK,
+    AbortedError,
+    BhyError,
+    GuestError,
+    IncompatibleError,
+    UsageError,
+)
 from bhystream.guest import PAGE_BYTES, Head, Layout, Segment, State
 from bhystream.report import Console
 from bhystream.send import cold as cold_send
@@ -38,7 +45,7 @@ FPU = [State(f"fpu/{cpu}", os.urandom(900), is_optional=True) for cpu in range(2
 
 
 def write_snapshot(files: Files, memory_bytes: int) -> Files:
-    """Make a snapshot whose memory has data at both ends, at the border, and holes."""
+    """Make a snapshot whose memory has holes, and data at both ends and at the segments' border."""
     meta, kern = made(memory_bytes)
     files.meta.write_bytes(text_of(meta))
     files.kern.write_bytes(kern)
@@ -48,10 +55,10 @@ def write_snapshot(files: Files, memory_bytes: int) -> Files:
             if offset < memory_bytes:
                 file.seek(offset)
                 file.write(os.urandom(PAGE_BYTES))
-        # What zstd finds something in.
+        # Data that zstd can compress.
         file.seek(MEMORY // 8)
         file.write(b"web1" * (99 * PAGE_BYTES // 4))
-        # Zeros that are no hole.
+        # Zeros that are written, and so are no hole.
         file.seek(MEMORY // 4)
         file.write(bytes(9 * PAGE_BYTES))
     return files
@@ -97,7 +104,7 @@ def receive(path: Path, sink: Sink, *, start: bool = True) -> Ended:
                     layout = event.layout
                     places = sink.open(b"")
                 case Pages():
-                    place(event, layout, places)
+                    restored(event, layout, places)
                 case State():
                     states.append(event)
                 case Ended():
@@ -108,14 +115,14 @@ def receive(path: Path, sink: Sink, *, start: bool = True) -> Ended:
     raise AssertionError("no END")
 
 
-def place(event: Pages, layout: Layout, places: Any) -> None:
+def restored(event: Pages, layout: Layout, places: Any) -> None:
     base = layout.starts[event.segment]
     npages = layout.segments[event.segment].npages
     places[event.segment].place(base, npages, event.extents, event.pages)
 
 
 def data(path: Path) -> list[tuple[int, bytes]]:
-    """Return the data of a sparse file: (offset, bytes), neighbours apart, without zero pages."""
+    """Return the pages of a sparse file that are not zero: (offset in bytes, data)."""
     found = []
     with open(path, "rb", buffering=0) as file:
         fd, at, size = file.fileno(), 0, os.stat(path).st_size
@@ -139,10 +146,12 @@ def test_a_small_snapshot_arrives_byte_for_byte(
     here: Files, there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: int | None
 ) -> None:
     stream = tmp_path / "s"
-    assert send(SnapshotSource(here.memory, None, HOST), stream, monkeypatch, level=level) == OK
+    assert (
+        send(SnapshotSource(here.memory, None, HOST), stream, monkeypatch, level=level) == EXIT_OK
+    )
     sink = FilesSink(there, "web2")
     receive(stream, sink)
-    sink.abort()  # comes too late to do anything
+    sink.abort()  # after start(), abort() does nothing
     assert names(there) == ["web2", "web2.kern", "web2.meta"]
     for suffix in ("", ".kern", ".meta"):
         made_file = there / f"web2{suffix}"
@@ -409,7 +418,7 @@ def test_the_end_is_reported(
     send(SnapshotSource(here.memory, None, HOST), tmp_path / "s", monkeypatch)
     out, err = capfd.readouterr()
     assert out == ""
-    assert "no configuration goes with it" in err
+    assert "no configuration goes with the snapshot" in err
     assert "guest web1: the snapshot is sent" in err
 
 

@@ -1,4 +1,4 @@
-"""bhyve_config(5) text becomes a CONFIG section, and what cannot travel is refused by name."""
+"""bhyve_config(5) text becomes a CONFIG section; a key that cannot travel is refused by name."""
 
 from __future__ import annotations
 

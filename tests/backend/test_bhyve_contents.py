@@ -26,7 +26,7 @@ TYPES = {CONFIG: "CONFIG", DEVICES: "DEVICES", END: "END", LAYOUT: "LAYOUT",
 
 
 def read(raw: bytes) -> list[State]:
-    """Read a stream with what its hypervisor demands; return its states."""
+    """Read a stream with the checks of its hypervisor; return the stream's states."""
     walk, states = Walk(Input(raw)), []
     for event in walk.events():
         match event:
@@ -41,7 +41,7 @@ def read(raw: bytes) -> list[State]:
 
 
 def refused(raw: bytes, error: type[BhyError], kind: int, message: str) -> None:
-    """Assert that a stream is refused with a place of that type."""
+    """Assert that a stream is refused, and that the error names a section of type `kind`."""
     with pytest.raises(error) as caught:
         read(raw)
     found = re.fullmatch(r"section \d+ \((\w+)\) at offset 0x[0-9a-f]+: (.*)", str(caught.value))
@@ -66,7 +66,7 @@ def renamed(old: str, new: str) -> bytes:
 
 
 def grown() -> list[State]:
-    """Return the states of a guest whose last device has a byte more."""
+    """Return the states of a guest whose last device has one byte more."""
     found = copy.deepcopy(META)
     found["devices"][-1]["size"] += 1
     return states_of(found, KERN + b"1")
@@ -95,7 +95,7 @@ def test_optional_states_of_other_names_are_left_out() -> None:
 
 Change = Callable[[list[State]], Sequence[State]]
 
-# A state that is missing shows at the next one, or at END.
+# A missing state is noticed at the next state, or at END.
 STATES: list[tuple[str, Change, int, str]] = [
     ("none", lambda s: [], END, "state meta is missing, or not the first"),
     ("only-fpu", lambda s: [FPU], END, "state meta is missing, or not the first"),
@@ -157,7 +157,7 @@ def test_a_rehearsal_that_is_not_this_guests_is_refused(plan: bytes, message: st
 
 
 def test_a_state_that_is_not_shaped_as_rehearsed_is_refused() -> None:
-    """bhyve has read the plan's text, and would take each blob from where that says."""
+    """bhyve has read the plan's text, and would take each blob from the offset in that text."""
     raw = whole(grown(), plan=text_of(META)).raw
     refused(raw, FormatError, STATE, r"state meta: dev/atkbdc has \d+ bytes, the rehearsal had")
     assert read(whole(grown()).raw)

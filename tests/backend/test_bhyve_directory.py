@@ -23,7 +23,7 @@ SECONDS = 30.0
 
 
 class Host:
-    """A stand-in's host with a snapshot in it.  Streams of it are taken without a stand-in."""
+    """A stand-in's host with a snapshot, whose streams are received without the stand-in."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -95,7 +95,7 @@ def test_the_files_arrive_as_they_are(host: Host) -> None:
 
 
 def test_a_stream_may_become_files_again_and_under_another_name(host: Host) -> None:
-    """Files start nothing, so nothing is recorded of them."""
+    """bhyrecv -S starts no guest, so it records nothing."""
     stream = host.stream()
     for name in ("one", "two"):
         assert host.receive(stream, name).returncode == 0
@@ -167,12 +167,12 @@ def test_an_interrupt_leaves_nothing(host: Host, number: signal.Signals) -> None
 def test_a_stream_that_waits_for_answers_is_refused(
     host: Host, options: tuple[str, ...], is_dry: bool
 ) -> None:
-    """What leaves the guest to the operator cannot answer GO, and a dry run says so too."""
+    """With -u or -S the operator starts the guest later, so bhyrecv cannot answer GO."""
     stream = streams.header(streams.ANSWERED, mandatory=streams.NO_MEMORY if is_dry else 0)
     words = [str(host.there) if word == "there" else word for word in options]
     done = host.run("bhyrecv", *(["-n"] if is_dry else []), *words, stream=stream)
     assert done.returncode == 76, done.stderr
-    why = f"{options[0]}: a guest of the answered form is started, or not taken"
+    why = f"{options[0]}: the answered form always starts the guest"
     assert why.encode() in done.stderr
     said = [answers.unpack(line).word for line in done.stdout.splitlines(keepends=True)]
     assert said == ["HELLO", "REFUSED"]

@@ -1,4 +1,4 @@
-"""The FIFO that holds a checkpoint: what is asked of it, and that nobody has to keep it open."""
+"""The FIFO that holds a checkpoint: what it tells, and that no process of ours keeps it open."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def writer(path: Path, text: bytes) -> threading.Thread:
-    """Write as bhyve does on FreeBSD, where a pipe takes the one byte that it has room for."""
+    """Write as bhyve does on FreeBSD, where a pipe takes one byte if it has room for one."""
 
     def write() -> None:
         fd = os.open(path, os.O_WRONLY)
@@ -48,7 +48,7 @@ def test_it_lacks_one_byte_when_it_is_armed(path: Path) -> None:
     fd = fifo.arm(path, size)
     assert fifo.pending_in(fd) == fifo.pending(path) == size - 1
     os.close(fd)
-    # What was in it ends with the last who has it open.
+    # The bytes in the FIFO are lost with the last open descriptor.
     assert fifo.pending(path) == 0
 
 
@@ -79,7 +79,7 @@ def test_a_writer_stands_in_it_until_it_is_read(path: Path) -> None:
     await_true(lambda: fifo.pending(path) == size, "never full")
     assert thread.is_alive()
     found, is_over = fifo.drain(path, 0.0)
-    assert not is_over  # the anchor is a writer too
+    assert not is_over  # the anchor has the FIFO open to write, too
     thread.join()
     os.close(anchor)
     assert not fifo.has_reader(path)

@@ -1,4 +1,4 @@
-"""Snapshot files in the making: what is refused, and what is left of one that failed."""
+"""Snapshot files that are being made: what is refused, and what is left after a failure."""
 
 from __future__ import annotations
 

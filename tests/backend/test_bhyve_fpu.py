@@ -1,7 +1,7 @@
 """FPU registers saved at one VM and loaded at another: the stub runs in the stand-in's interpreter.
 
-Every vCPU that is not being saved must be found as it was, to the byte, and so
-must memory; the stand-in refuses whatever it does not know.
+Every vCPU and the memory must be as before, to the byte, after each save.  The
+stand-in refuses every instruction and register that it does not know.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def held(tmp_path: Path, vendor: str) -> Machine:
 
 @pytest.fixture
 def restoring(tmp_path: Path, vendor: str) -> Iterator[Machine]:
-    """A VM whose vCPU threads wait to be restored."""
+    """A VM whose bhyve waits to restore it: the vCPU threads wait too."""
     machine = Machine(tmp_path / "b", 3, vendor)
     guest = Guest(machine.memory, [], Gate(), machine.ncpus)
     guest.hold_vcpus()
@@ -82,7 +82,7 @@ def test_what_was_saved_is_loaded(held: Machine, restoring: Machine) -> None:
 
 
 def test_a_component_in_its_initial_state_is_in_it_again(held: Machine, restoring: Machine) -> None:
-    """XRSTOR comes last: FXRSTOR alone would leave XMM in use."""
+    """XRSTOR comes last, because FXRSTOR alone would leave XMM in use."""
     held.cpus[0].put_fpu(160, bytes(256))
     held.cpus[0].put_fpu(512, b"\5")
     fpu.load(restoring.vm, restoring.low, held.save().states)
@@ -160,7 +160,7 @@ def test_an_event_in_an_intel_cpus_vmcs_is_seen(tmp_path: Path, field: str) -> N
 
 
 def map_rip(machine: Machine, cpu: Cpu, before: bytes) -> None:
-    """Let a vCPU stand in a shadow at the begin of a page; before: the byte before it."""
+    """Put a vCPU in a shadow at the beginning of a page.  before: the byte before that page."""
     cpu[reg.RIP] = 0x401000
     cpu[reg.INTR_SHADOW] = 1
     entries = ((0x5000, 0x20027), (0x20000, 0x21027), (0x21010, 0x22027), (0x22000, 0x30027))
@@ -235,14 +235,14 @@ def test_an_nmi_that_waits_is_swallowed_and_given_back(held: Machine) -> None:
 
 
 def test_a_guest_in_its_nmi_handler_stays_there(held: Machine) -> None:
-    """IRET would let the next NMI in."""
+    """If the stub used IRET, the next NMI would be delivered."""
     held.cpus[0].put("nmi_blocked", 1)
     held.cpus[0].put("nmi_pending", 1)
     assert len(held.save().states) == 3
 
 
 class Failing(StandinVm):
-    """A VM at which calls fail."""
+    """A VM whose calls fail.  fails: (call, how many times it still fails)."""
 
     fails: Sequence[tuple[str, int]] = ()
     calls = 0
@@ -283,7 +283,7 @@ def test_a_register_that_cannot_be_set_at_first_is_set_again(held: Machine) -> N
 
 
 def test_an_nmi_is_not_read_out_of_the_guests_own_memory(held: Machine) -> None:
-    """Where it has to be put back twice, the stub's count is gone at the second time."""
+    """If the vCPU has to be put back twice, the stub's count is gone the second time."""
 
     class FailsToTell(Failing):
         def descriptor(self, vcpu: int, number: int) -> SegmentDescriptor:
@@ -311,7 +311,7 @@ def test_registers_that_read_back_as_others_are_an_error(held: Machine) -> None:
             super().set_register(vcpu, number, value + (number == reg.RSP))
 
     held.vm = Drifts(held.directory, "g", is_writable=True)
-    with pytest.raises(NotPutBackError, match="they read back as others"):
+    with pytest.raises(NotPutBackError, match="they read back different"):
         fpu.save(held.vm, held.low, held.ncpus, held.journal)
 
 
@@ -452,7 +452,7 @@ def test_a_running_guest_says_early_what_cannot_be_carried(held: Machine) -> Non
 
 
 def test_only_the_saving_stub_has_an_out() -> None:
-    """At the destination bhyve would see it, and x86.strictio would end it."""
+    """At the destination bhyve would see the OUT, and end because of x86.strictio."""
     for has_xsave in (False, True):
         ends = [
             stub.assemble(at, rows)

@@ -1,4 +1,4 @@
-"""FreeBSD's answers read, as texts and bytes; no kernel is played here."""
+"""FreeBSD's answers are read, as texts and bytes; of the kernel only single calls are played."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_variables_of_a_configuration_are_read() -> None:
     assert found["path_big"] == "zfs:zroot/big"
     assert found["path_iso1"] == "iso:/isos"
     assert found["path_plain"] == "/plain store"
-    assert "suspend" not in found  # a line of vm-bhyve's begins with a letter
+    assert "suspend" not in found  # vm-bhyve reads only lines that begin with a letter
 
 
 def test_datastores_are_found_as_vm_bhyve_finds_them() -> None:
@@ -164,10 +164,10 @@ def test_only_written_pages_of_a_new_mapping_are_resident() -> None:
 
 
 class Losing:
-    """FreeBSD's mincore(2), whose address space changes at a page of each call.
+    """FreeBSD's mincore(2) in a process whose address space changes during each call.
 
-    changes: the page in each call, -1 for none; at the number of pages there
-    is either a map entry behind them or not.  resident: pages that are.
+    changes: the page of the change in each call, -1 for none; npages for the
+    end, with or without a map entry after it.  resident: the resident pages.
     """
 
     def __init__(self, changes: list[int], resident: set[int], *, entry_behind: bool) -> None:
@@ -183,7 +183,7 @@ class Losing:
         for page in range(npages):
             marks[page] = 0x21 if page in self.resident else 0
             if page == change:
-                # The scan goes on at the page where it was.
+                # The scan goes on at the same page, and the marks before it are lost.
                 ctypes.memset(marks, 0, page)
         if change == npages:
             if not self.entry_behind:
@@ -201,7 +201,7 @@ def test_answers_that_mincore_loses_are_asked_for_again(change: int, entry_behin
         marks = libc.resident(mapping, kernel)
     assert {page for page, mark in enumerate(marks) if mark} == pages
     assert set(marks) == {0, 1}
-    # At page 0 nothing lies before it that could be lost.
+    # A change at page 0 loses nothing, because no page lies before it.
     assert kernel.calls == (1 if change == 0 else 3)
 
 
@@ -356,7 +356,7 @@ def test_memory_that_zfs_gives_back_counts_as_free(
 
 
 class Linker:
-    """kldfind(2), kldsym(2) and kldstat(2), of a kernel with these files."""
+    """kldfind(2), kldsym(2) and kldstat(2) of a kernel with these files and their symbols."""
 
     def __init__(self, files: dict[str, set[str]], *, denies: bool = False) -> None:
         self.files = files
@@ -447,7 +447,7 @@ def test_the_ioctls_of_disks_have_the_kernels_numbers() -> None:
 
 
 def geom(monkeypatch: pytest.MonkeyPatch, size: int, sector: int, can_delete: int | None) -> None:
-    """Let every character device answer as a disk.  can_delete: None: it knows no attribute."""
+    """Let each character device answer as a disk.  can_delete: None if it knows no attribute."""
 
     def ioctl(fd: int, request: int, argument: object) -> object:
         if request == freebsd_disk.DIOCGMEDIASIZE:

@@ -1,6 +1,6 @@
-"""FreeBsdVm's ioctls, against a kernel that is played by a function.
+"""FreeBsdVm's ioctls, against a kernel that a class plays.
 
-What FreeBSD's own kernel answers is checked in tests/bhyve.
+tests/bhyve checks what FreeBSD's own kernel answers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bhystream.errors import AccessError, GuestError
 
 
 class Kernel:
-    """Plays one vCPU's registers, and writes through the pointers that it gets."""
+    """A kernel with one vCPU's registers, which writes through the pointers that it gets."""
 
     def __init__(self) -> None:
         self.calls: list[int] = []

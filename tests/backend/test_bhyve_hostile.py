@@ -1,4 +1,4 @@
-"""A bhyve configuration from a stream is hostile: one test case for each rule broken."""
+"""A bhyve configuration from a stream is hostile: one test case for each rule that it breaks."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_a_hostile_section_is_refused(message: str, change: Change) -> None:
         validate(section)
 
 
-# One number, and all else that somebody's parser might take for it.
+# One number for each key, and below the other spellings that a parser might take for it.
 NUMBERS = {
     "cpus": "2", "sockets": "1", "cores": "2", "threads": "1", "memory.size": str(4 << 30),
     "domains.0.size": str(4 << 30), "domains.0.cpus": "0,1",
@@ -253,7 +253,7 @@ def test_a_number_has_one_spelling(key: str, spelling: str) -> None:
 
 
 def test_every_number_of_a_section_is_in_these_tests() -> None:
-    """A key is one whose value may be 64 or 4096, and not a word."""
+    """A key takes a number if its value may be 64 or 1 << 30, but no word and no register."""
     every = dict(keys._GLOBAL)
     every |= {f"domains.0.{name}": rule for name, rule in keys._DOMAIN_RULES.items()}
     for device, rules in {**keys.SAVED, "ahci": keys._AHCI_PORT}.items():
@@ -287,7 +287,7 @@ def test_a_source_writes_a_register_in_the_form_that_travels() -> None:
     assert keys.number(0, 9)("\u0665") is None
 
 
-# The first and the last of each range, which belong to it.
+# The first and the last number of each range; both are allowed.
 ENDS: dict[str, tuple[int, int]] = {
     "pci.0.3.0.sectorsize": (1, 9_999_999), "pci.0.3.0.bootindex": (0, 65535),
     "pci.0.4.0.port.0.nmrr": (0, 65535), "pci.0.5.0.mtu": (64, 65535),

@@ -1,7 +1,7 @@
 """ioctl numbers and structures, against what was read in FreeBSD's headers.
 
-The structures that only stand here prove the rule over the whole table: a
-number holds the size of its structure.
+The structures that only these tests have prove the rule for the whole table: a
+number contains the size of its structure.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def test_a_topology_is_four_words() -> None:
 
 
 def test_a_vm_exit_fits_into_its_buffer() -> None:
-    """exitcode, inst_length, rip, and a union whose largest members are below 200 bytes.
+    """A vm_exit has exitcode, inst_length, rip, and a union with members below 200 bytes.
 
     struct vm_inst_emul: 3 u64, int, vm_guest_paging (u64, 3 int), struct vie of 64 bytes.
     """
@@ -140,7 +140,7 @@ def test_a_vm_exit_fits_into_its_buffer() -> None:
 def test_a_field_of_the_vmcs_is_a_negative_int() -> None:
     assert registers.VMCS_CR4_SHADOW & 0xFFFFFFFF == 0x80006006
     assert c_int(registers.VMCS_ENTRY_INTR_INFO).value == registers.VMCS_ENTRY_INTR_INFO < 0
-    # On AMD it would be VMCB_ACCESS(offset, 0 bytes): vmcb_access() says EINVAL.
+    # On AMD the number would mean VMCB_ACCESS(offset, 0 bytes): vmcb_access() fails with EINVAL.
     fields = [value for name, value in vars(registers).items() if name.startswith("VMCS_")]
     assert len(fields) == 6 and all(value >> 16 & 0xF == 0 for value in fields)
 

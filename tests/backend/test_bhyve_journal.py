@@ -1,4 +1,4 @@
-"""SIGKILL at every step while the FPU is stored: another process puts all back, to the byte."""
+"""SIGKILL at every step while the FPU is saved: another process puts all back, to the byte."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from bhystream.backend.bhyve import fpu, lent
 from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve.journal import Journal, Phase
-from bhystream.backend.bhyve.kept import Kept
+from bhystream.backend.bhyve.savedvcpu import SavedVcpu
 from bhystream.errors import GuestError
 from bhystream.standin.vm import StandinVm
 
@@ -46,7 +46,7 @@ def killed(
     count: int,
     name: str = "",
 ) -> bool:
-    """Let another process act, and be killed at a step; False where it had fewer."""
+    """Let another process act, and be killed at a step; return False if it has fewer steps."""
     child = os.fork()
     if not child:
         status = 1
@@ -69,7 +69,10 @@ def killed(
 def deaths(
     machine: Machine, act: Callable[[StandinVm, Memory, Journal], None], ready: Callable[[], object]
 ) -> Iterator[int]:
-    """Yield when a process was killed at its first step, at its second, and so on to its last."""
+    """Kill a process at its first step, the next one at its second, and so on; yield each time.
+
+    ready: called before each process.  Ends when a process has done all its steps.
+    """
     for count in range(1, _CAP):
         ready()
         if not killed(machine, act, count):
@@ -85,7 +88,7 @@ def taken(machine: Machine) -> list[str]:
 
 
 def mend(machine: Machine) -> None:
-    """Do what a resume does."""
+    """Put back what the journal says, as --resume does."""
     if machine.journal.exists():
         lent.put_back(machine.vm, machine.low, machine.journal)
     assert not machine.journal.exists()
@@ -111,7 +114,7 @@ def test_whoever_is_killed_while_he_stores_it_all_is_put_back(held: Machine) -> 
         ("set_descriptor", 4),
         ("resume_cpu", 2),
         ("instruction", 5),
-        ("instruction", 20),  # of the second vCPU, in the gate: at CPL 0, and it came with 3
+        ("instruction", 20),  # the second vCPU's, in the gate: its own CPL is 3, there it is 0
         ("half memory", 4),
         ("remove", 2),
     ],
@@ -132,7 +135,7 @@ def test_whoever_is_killed_while_he_puts_it_back_the_next_one_does(
 
 
 def test_the_gates_cpl_is_among_the_deaths(tmp_path: Path) -> None:
-    """What the parameters above rest on."""
+    """Check that the parameter ("instruction", 20) above means a vCPU in the gate."""
     machine = Machine(tmp_path / "a", NCPUS, "amd")
     machine.start()
     assert killed(machine, store, 20, "instruction")
@@ -165,7 +168,7 @@ def test_twice_is_no_error(held: Machine) -> None:
     assert killed(held, store, 5, "instruction")
     text = (held.directory / "journal").read_bytes()
     mend(held)
-    Journal(held.directory / "journal").write(Kept.read(held.vm, held.low, 0))
+    Journal(held.directory / "journal").write(SavedVcpu.read(held.vm, held.low, 0))
     assert len((held.directory / "journal").read_bytes()) == len(text)
     mend(held)
     assert held.seen() == before
@@ -215,7 +218,7 @@ def test_a_vcpu_that_cannot_end_the_stub_leaves_the_journal(
 
 @pytest.mark.parametrize("phase", list(Phase))
 def test_it_is_read_as_it_was_written(held: Machine, phase: Phase) -> None:
-    kept = Kept.read(held.vm, held.low, 1)
+    kept = SavedVcpu.read(held.vm, held.low, 1)
     held.journal.write(kept)
     held.journal.mark(phase)
     assert held.journal.read() == (kept, phase)
@@ -245,7 +248,7 @@ HEAD_BYTES = 16
 def test_a_journal_that_is_none_of_ours_changes_nothing(
     held: Machine, spoil: Callable[[bytes], bytes]
 ) -> None:
-    held.journal.write(Kept.read(held.vm, held.low, 0))
+    held.journal.write(SavedVcpu.read(held.vm, held.low, 0))
     path = held.directory / "journal"
     data = path.read_bytes()
     assert len(data) == JOURNAL_BYTES

@@ -1,4 +1,4 @@
-"""The page that holds a bhyve in its read: marks, cut, true bytes again."""
+"""The missing last page that keeps bhyve in its read: marks, the cut, the true bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def files_of(directory: Path, data: bytes = b"", size: int = SIZE) -> Files:
 
 
 def read_all(files: Files, memory: list[memoryview], end: int) -> None:
-    """Read FILE up to a byte into the memory, as bhyve does."""
+    """Read FILE up to the offset `end` into the memory, as bhyve does."""
     with files.memory.open("rb") as file:
         for view, (_, offset, _) in zip(memory, memory_spans(sum(map(len, memory))), strict=True):
             piece = os.pread(file.fileno(), min(len(view), end - offset), offset)
@@ -82,7 +82,7 @@ def test_a_read_that_was_faster_is_seen(tmp_path: Path, data: bytes) -> None:
 def test_whatever_became_of_an_attempt_the_next_begins_with_the_true_bytes(
     tmp_path: Path, step: str
 ) -> None:
-    """FILE may be the only copy of a guest that was left loaded."""
+    """FILE may be the only copy of a guest that was left loaded, so nothing of FILE may be lost."""
     data = os.urandom(SIZE)
     files, memory = files_of(tmp_path, data), views()
     last = arm(files, SIZE, 1)
@@ -126,7 +126,7 @@ def test_the_pages_may_lie_in_two_segments(tmp_path: Path, extra: int) -> None:
 
 
 class Low:
-    """The last page of 3 GiB of lowmem, and nothing else of it."""
+    """A stand-in for 3 GiB of lowmem that has only the last page."""
 
     def __init__(self) -> None:
         self.page = memoryview(bytearray(PAGE_BYTES))

@@ -1,4 +1,4 @@
-"""What a killed bhyrecv leaves of a guest: it never runs, and the next one removes it."""
+"""A guest that a killed bhyrecv left: the guest never runs, and the next bhyrecv removes it."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ die()
 
 _RESTORE = "bhystream.backend.bhyve.restore:Restore"
 STEPS = [
-    "bhystream.backend.bhyve.restore:Child",  # between its VM and its process
+    "bhystream.backend.bhyve.restore:Child",  # the VM exists, the process does not
     *(f"{_RESTORE}.{name}" for name in ("_await_maps", "_map", "_await_read", "_stop")),
-    "bhystream.backend.bhyve.heldrestore:HeldRestore.load",
+    "bhystream.backend.bhyve.waitingrestore:WaitingRestore.load",
 ]
 
 
 def killed(guest: Arriving, step: str, how: str) -> None:
-    """Let a bhyrecv of its own be killed at a step, with nothing undone."""
+    """Let a separate bhyrecv process be killed at a step, so that nothing is undone."""
     pickled = guest.directory / "guest"
     pickled.write_bytes(pickle.dumps(guest.bare()))
     words = [sys.executable, "-c", KILLED, str(pickled), how, step]
@@ -94,7 +94,7 @@ def test_a_vm_that_others_made_is_not_taken_for_what_is_left(guest: Arriving) ->
 
 
 def test_one_of_which_a_record_speaks_is_not_ended_by_the_next(guest: Arriving) -> None:
-    """It may have been started: --again says that it does not run, and is not believed."""
+    """The guest may have been started: --again claims that it does not run, which is not enough."""
     sink = guest.sink()
     guest.build(sink)
     guest.there.settings(fail=["slow-restore"])
@@ -103,10 +103,10 @@ def test_one_of_which_a_record_speaks_is_not_ended_by_the_next(guest: Arriving) 
     other = guest.sink()
     [reason] = other.check(guest.head)
     assert reason.startswith("name: a VM g is here already")
-    other._stage = Checked(sink._checked.place)
+    other._stage = Checked(sink._checked.guest)
     with pytest.raises(IncompatibleError, match="a bhyve starts, or runs, from this stream"):
         other.open(guest.plan)
     other.abort()
     assert pid in guest.processes()
-    assert sink._checked.held().is_held()
+    assert sink._checked.waiting().is_held()
     sink.abort()

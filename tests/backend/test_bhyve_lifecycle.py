@@ -1,7 +1,7 @@
-"""A bhyve guest through what may happen to its move, its keepers, its host and its supervisor.
+"""A bhyve guest whose move, keeper, host or supervisor fails.
 
-Each test asks the same three things of a fault: is the guest still there, is
-there one of it, and do the words say so?
+Each test asks three questions after a fault: does the guest still exist, is
+there only one copy of it, and do the messages say so?
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from bhystream.backend import process
-from bhystream.backend.bhyve import held as held_module
-from bhystream.backend.bhyve.held import BhyveHeld
-from bhystream.errors import GoneError
+from bhystream.backend.bhyve import paused as paused_module
+from bhystream.backend.bhyve.paused import BhyvePaused
+from bhystream.errors import GuestEndedError
 from bhystream.guest import PAUSED
-from bhystream.handover import hold
+from bhystream.handover import verbs
 from bhystream.handover.state import Record, Records
 from cli.pipeline import Ended, Pipeline, report, until
 from cli.travel import fifo, is_gone, processes_with
@@ -74,7 +74,7 @@ def test_a_guest_that_may_have_run_at_the_destination_is_in_doubt(both: Two) -> 
     both.there.settings(fail=["restore-late"])
     ended = both.move("-f")
     assert ended.status == 81, ended.stderr
-    assert guest.process.poll() is None  # it stands
+    assert guest.process.poll() is None  # the guest stands paused
     assert len(records(both)) == 1
     beats = guest.console.beats()
     assert verb(both, "--resume").status == 69
@@ -120,7 +120,7 @@ def test_a_bhyve_that_is_killed_in_the_pause_is_not_called_running(two: Two, for
 
 def test_a_guest_that_powers_off_during_the_rounds_is_not_called_held(two: Two) -> None:
     guest = two.start()
-    # What it changes takes longer than this, so the rounds go on while it runs.
+    # The changed pages take longer than 1 ms to send, so the rounds go on while the guest runs.
     words = [*two.send("-v", "-B", "4M", "-d", "1ms", "-r", "1000"), *two.receive()]
     sent = subprocess.Popen(words, stderr=subprocess.PIPE, env=two.here.environment, text=True)
     assert sent.stderr is not None
@@ -165,15 +165,15 @@ def test_a_guest_that_is_gone_says_nothing_of_the_next(
     two.guests[0].kill()
     two.here.host.destroy("g")
     again = two.start()
-    with pytest.raises(GoneError):
-        BhyveHeld(two.here.host, found.record).resume()
-    hold.refuse_held(two.base, "g")  # it may be sent
+    with pytest.raises(GuestEndedError):
+        BhyvePaused(two.here.host, found.record).resume()
+    verbs.refuse_held(two.base, "g")  # does not raise: the guest may be sent
     assert Records(two.base, "source").all() == []
     assert again.process.poll() is None
     two.assert_runs_on()
 
 
-def recorded(two: Two, found: BhyveHeld, phase: str = PAUSED) -> Records:
+def recorded(two: Two, found: BhyvePaused, phase: str = PAUSED) -> Records:
     kept = Records(two.base, "source")
     name = found.record.name
     kept.write(Record(ID, name, name, "standin-g", phase, dict(found.record.to_json())))
@@ -188,12 +188,12 @@ def test_after_a_crash_of_the_host_nothing_of_it_is_left_to_do(
     kept = recorded(two, found)
     guest.kill()
     two.here.host.destroy("g")
-    for module in (process, held_module):
+    for module in (process, paused_module):
         monkeypatch.setattr(module, "boot_id", lambda: "another")
     again = two.start()
-    late = BhyveHeld(two.here.host, found.record)
+    late = BhyvePaused(two.here.host, found.record)
     assert not late.is_alive() and not late.runs()
-    hold.refuse_held(two.base, "g")
+    verbs.refuse_held(two.base, "g")
     assert kept.all() == [] and two.held() == []
     assert again.process.poll() is None
 
@@ -203,7 +203,7 @@ def test_after_a_crash_of_the_host_nothing_of_it_is_left_to_do(
 
 @pytest.fixture
 def gate(both: Two) -> Iterator[Path]:
-    """A FIFO that a command at the pause reads."""
+    """A FIFO that the -p command of paused_move() reads."""
     path = both.directory / "gate"
     with fifo(path) as fd:
         yield path
@@ -211,7 +211,7 @@ def gate(both: Two) -> Iterator[Path]:
 
 
 def paused_move(two: Two, gate: Path) -> Pipeline:
-    """Start a move and wait until it stands in the pause."""
+    """Start a move and wait until the guest is paused and the -p command waits."""
     marker = two.directory / "paused"
     hook = f": > {marker}; read -r line < {gate}"
     command = [*two.send("-f", "-p", hook), *two.receive()]
@@ -221,7 +221,7 @@ def paused_move(two: Two, gate: Path) -> Pipeline:
 
 
 def keeper_of(two: Two) -> int:
-    """Return the keeper of this state directory."""
+    """Return the pid of this state directory's keeper."""
     [pid] = [pid for pid in processes_with("bhystream.send.keeper") if mentions(pid, two.base)]
     return pid
 
@@ -247,7 +247,7 @@ def test_the_keeper_lets_it_go_when_bhysend_is_killed(both: Two, gate: Path) -> 
 
 
 def test_both_killed_in_the_pause(both: Two, gate: Path) -> None:
-    """The guest stands, whoever dies, and any bhysend lets it go."""
+    """The guest stays paused when both processes die, and any bhysend can resume it."""
     guest = both.start()
     with paused_move(both, gate) as pipeline:
         kill(keeper_of(both), pipeline[0].pid)
@@ -270,7 +270,7 @@ def test_somebody_who_lets_it_run_in_the_pause_ends_the_move(both: Two, gate: Pa
             file.write("\n")
         [ended] = pipeline.wait()
     assert ended.status == 69, report(ended)
-    assert "somebody let it run while it stood held" in ended.stderr
+    assert "another program let the guest run while it stood paused" in ended.stderr
     both.assert_runs_on()
     assert both.left() == []
 
@@ -334,10 +334,10 @@ def test_a_guest_of_vm_bhyves_moves_away_and_is_not_started_again(vm: Two) -> No
     ended = vm.move("-f")
     assert ended.status == 0, ended.stderr
     assert vm.guests[0].await_exit() == 0
-    assert vm.lock("run") == "moved-by-bhysend"  # this host's name is the destination's too
+    assert vm.lock("run") == "moved-by-bhysend"  # both ends have this host's name
     assert vm.lock("suspending") is None
     assert "run 2" not in vm_log(vm)
-    assert "suspended" in vm_log(vm)  # told before the kill: on_fault does not matter
+    assert "suspended" in vm_log(vm)  # told before the kill, so on_fault is ignored
     vm.assert_moved()
 
 
@@ -381,7 +381,7 @@ def test_a_supervisor_that_would_start_it_again_is_refused_at_first(vm: Two) -> 
     ended = vm.move("-f")
     assert ended.status == 0, ended.stderr
     assert "run 2" not in vm_log(vm)
-    assert "suspended" in vm_log(vm)  # told before the kill: on_fault does not matter
+    assert "suspended" in vm_log(vm)  # told before the kill, so on_fault is ignored
     vm.assert_moved()
 
 

@@ -1,4 +1,4 @@
-"""Guests of the destination, found again by their records: running, held, in files."""
+"""Guests at the destination, found again by their records: running, waiting, in files."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ import pytest
 from bhystream import durable, hypervisors
 from bhystream.backend.bhyve import fpu as fpus
 from bhystream.backend.bhyve import loaded as loadeds
-from bhystream.backend.bhyve import place as places
-from bhystream.backend.bhyve import restore
-from bhystream.backend.bhyve.heldrestore import HeldRestore
+from bhystream.backend.bhyve import restore, restoredguest
 from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.loaded import BhyveLoaded
-from bhystream.backend.bhyve.place import Place
 from bhystream.backend.bhyve.restore import Restore
+from bhystream.backend.bhyve.restoredguest import RestoredGuest
+from bhystream.backend.bhyve.waitingrestore import WaitingRestore
 from bhystream.backend.process import Identity, await_end
-from bhystream.errors import BhyError, GoneError, GuestError, PipeError, TakenError
+from bhystream.errors import BhyError, GuestEndedError, GuestError, InputOutputError, StaleError
 from bhystream.guest import State
 from standin.rig import DEADLINE_S, Console, Spec, assert_unbroken, await_true
 
@@ -39,7 +38,7 @@ def guest() -> Iterator[Arriving]:
 
 
 def left_loaded(guest: Arriving, states: list[State] | None = None) -> dict[str, Any]:
-    """Leave the guest loaded, as bhyrecv -u does; return its record, as it is on disk."""
+    """Leave the guest loaded, as bhyrecv -u does; return its record as JSON keeps it."""
     sink = guest.sink(unstarted=True)
     guest.build(sink, late=True, states=states)
     record = json.dumps(dict(sink.record()))
@@ -50,7 +49,7 @@ def left_loaded(guest: Arriving, states: list[State] | None = None) -> dict[str,
 
 
 def held(guest: Arriving) -> dict[str, Any]:
-    """Build a guest up to READY; return its record.  Its bhyrecv is as good as killed."""
+    """Build a guest up to READY; return its record.  Nothing undoes the guest, as after a kill."""
     sink = guest.sink()
     guest.build(sink)
     found: dict[str, Any] = json.loads(json.dumps(dict(sink.record())))
@@ -58,7 +57,7 @@ def held(guest: Arriving) -> dict[str, Any]:
 
 
 def said(guest: Arriving) -> str:
-    """Return what its bhyve has said: a connection that is closed without a word shows there."""
+    """Return its bhyve's log, which shows each connection that was closed without a request."""
     return (guest.base / "log" / "g.log").read_text()
 
 
@@ -88,7 +87,7 @@ def test_a_guest_left_loaded_is_started_and_seen_running(guest: Arriving) -> Non
     assert not kept(guest).exists()
     again = open_loaded(record)
     assert again.is_alive() and again.runs()
-    with pytest.raises(TakenError, match="it runs here"):
+    with pytest.raises(StaleError, match="it runs here"):
         again.require_paused()
     again.resume()
     guest.await_unbroken()
@@ -117,7 +116,7 @@ def test_its_fpu_is_loaded_then(guest: Arriving, monkeypatch: pytest.MonkeyPatch
 def test_one_that_was_never_completed_is_not_alive(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A crash of the host leaves names, and not bytes."""
+    """A crash of the host may leave the files' names without their bytes."""
 
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -125,13 +124,13 @@ def test_one_that_was_never_completed_is_not_alive(
     sink = guest.sink(unstarted=True)
     guest.open(sink, late=True)
     record = dict(sink.record())
-    with monkeypatch.context() as patch, pytest.raises(PipeError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(InputOutputError, match="No space left"):
         patch.setattr(durable, "sync", full)
         sink.load(guest.states)
     found = open_loaded(record)
     assert not found.is_alive()
     for call in (found.resume, found.require_paused):
-        with pytest.raises(GoneError):
+        with pytest.raises(GuestEndedError):
             call()
     sink.abort()
     assert guest.left() == []
@@ -143,7 +142,7 @@ def test_a_guest_left_loaded_is_discarded_with_all_of_it(guest: Arriving) -> Non
     for _ in range(2):
         open_loaded(record).discard("")
     assert not kept(guest).exists()
-    assert guest.there.host.exists("g")  # somebody made it meanwhile
+    assert guest.there.host.exists("g")  # not the guest's: it was made meanwhile
     assert not open_loaded(record).is_alive()
 
 
@@ -164,7 +163,7 @@ def test_a_start_that_fails_behind_its_socket_is_not_tried_again(guest: Arriving
     record = left_loaded(guest)
     guest.there.settings(fail=["restore-late"])
     for _ in range(2):
-        with pytest.raises(TakenError, match="it may have run by then"):
+        with pytest.raises(StaleError, match="it may have run by then"):
             open_loaded(record).resume()
         guest.there.settings(fail=[])
     open_loaded(record).discard("")
@@ -176,34 +175,34 @@ def test_after_a_reboot_nobody_knows_whether_a_start_ran(
 ) -> None:
     record = left_loaded(guest)
     guest.there.settings(fail=["restore-late"])
-    with pytest.raises(TakenError):
+    with pytest.raises(StaleError):
         open_loaded(record).resume()
     (guest.there.directory / "run" / "g").unlink(missing_ok=True)
-    monkeypatch.setattr(places, "boot_id", lambda: "another")
-    with pytest.raises(TakenError, match="it may have run by then"):
+    monkeypatch.setattr(restoredguest, "boot_id", lambda: "another")
+    with pytest.raises(StaleError, match="it may have run by then"):
         open_loaded(record).resume()
 
 
 class Die(Exception):
-    """What stands for the death of a --resume: nothing is undone."""
+    """Stands for the death of a --resume."""
 
 
 class Killed(ExitStack):
-    """What is there to undo, of one who was killed."""
+    """An ExitStack that undoes nothing, because its process was killed."""
 
     def __exit__(self, *_: object) -> None:
         return None
 
 
 def killed(patch: pytest.MonkeyPatch) -> None:
-    """Let nothing be undone."""
+    """Let a restore that fails undo nothing."""
     patch.setattr(restore, "ExitStack", Killed)
-    patch.setattr(HeldRestore, "undo", lambda self: None)
+    patch.setattr(WaitingRestore, "undo", lambda self: None)
 
 
 STEPS = [
     *((Restore, name) for name in ("_await_maps", "_map", "_await_read", "_stop")),
-    *((HeldRestore, name) for name in ("load", "release", "_await_socket")),
+    *((WaitingRestore, name) for name in ("load", "release", "_await_socket")),
 ]
 
 
@@ -228,7 +227,7 @@ def test_a_resume_that_was_killed_is_done_by_the_next(
     assert not kept(guest).exists()
 
 
-# Held.
+# Waiting.
 
 
 def test_a_held_guest_is_alive_and_does_not_run(guest: Arriving) -> None:
@@ -238,7 +237,7 @@ def test_a_held_guest_is_alive_and_does_not_run(guest: Arriving) -> None:
 
 
 def test_a_held_guest_is_discarded_with_its_process_and_its_vm(guest: Arriving) -> None:
-    """--discard, and -q of a stream whose bhyrecv was killed before GO."""
+    """As by --discard, and by -q of a stream whose bhyrecv was killed before GO."""
     record = held(guest)
     for _ in range(2):
         open_loaded(record).discard("")
@@ -274,7 +273,7 @@ def test_one_that_was_let_go_by_a_killed_bhyrecv_is_waited_for(
         raise Die
 
     with monkeypatch.context() as patch, pytest.raises(Die):
-        patch.setattr(HeldRestore, "_await_socket", die)
+        patch.setattr(WaitingRestore, "_await_socket", die)
         killed(patch)
         sink.start()
     found = open_loaded(record)
@@ -293,7 +292,7 @@ def test_one_that_was_let_go_by_a_killed_bhyrecv_is_waited_for(
 
 
 def test_one_without_its_last_page_was_never_released(guest: Arriving) -> None:
-    """STARTED is recorded, and its bhyrecv was killed: woken by anybody, it goes no further."""
+    """bhyrecv was killed after it recorded STARTED: even after a SIGCONT, bhyve still waits."""
     record = held(guest)
     for _ in range(2):
         assert hypervisors.was_never_released(record)
@@ -307,7 +306,7 @@ def test_one_without_its_last_page_was_never_released(guest: Arriving) -> None:
 def test_one_whose_bhyrecv_was_killed_before_it_woke_it_does_not_run(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last page is there, and nobody has sent SIGCONT: it stands for ever."""
+    """The last page is there, but bhyve stays stopped, because nobody has sent SIGCONT."""
     sink = guest.sink()
     guest.build(sink)
 
@@ -320,7 +319,7 @@ def test_one_whose_bhyrecv_was_killed_before_it_woke_it_does_not_run(
         sink.start()
     found = open_loaded(sink.record())
     assert found.is_alive() and not found.runs()
-    assert not found.was_never_released()  # SIGCONT from anywhere would do it
+    assert not found.was_never_released()  # a SIGCONT from any process would release it
     found.discard("")
     assert guest.processes() == []
 
@@ -348,7 +347,7 @@ def test_a_started_guest_is_seen_running(guest: Arriving) -> None:
 def test_another_guest_of_that_name_does_not_make_it_one_that_runs(
     guest: Arriving, is_left: bool
 ) -> None:
-    """RUNNING is what has the source end its own: a guest started anew here is not the guest."""
+    """After RUNNING the source ends its guest, so a guest started anew here must not count."""
     record = started(guest)
     guest.there.host.destroy("g")
     assert await_end(Identity(**record["process"]), DEADLINE_S)
@@ -365,7 +364,7 @@ def test_another_guest_of_that_name_does_not_make_it_one_that_runs(
 
 
 def test_a_process_that_does_not_listen_does_not_run(guest: Arriving) -> None:
-    """Its pid is another's by now, or its socket is somebody else's."""
+    """The pid may be another process's by now, or another process may have the socket."""
     record = started(guest)
     record["process"] = {**record["process"], "start_ticks": 1}
     assert not open_loaded(record).runs()
@@ -388,7 +387,7 @@ def test_a_record_leads_to_its_guest(guest: Arriving) -> None:
 
 @pytest.fixture
 def lock(guest: Arriving) -> Path:
-    """The run.lock of a guest that vm-bhyve knows at the destination."""
+    """The run.lock of a guest that vm-bhyve manages at the destination."""
     directory = guest.there.directory / "vm" / "g"
     directory.mkdir()
     (directory / "g.conf").write_text("loader=uefi\n")
@@ -398,11 +397,11 @@ def lock(guest: Arriving) -> Path:
 def test_a_guest_left_loaded_is_locked_until_it_is_discarded(guest: Arriving, lock: Path) -> None:
     record = left_loaded(guest)
     assert lock.read_text() == "held-by-bhysend\n"
-    other = Place.from_json(record)
+    other = RestoredGuest.from_json(record)
     BhyveLoaded(
         guest.there.host, replace(other, kept=f"{other.kept}2", staging="/nonexistent")
     ).discard("")
-    assert lock.exists()  # of a stream that never ran; this one is another's
+    assert lock.exists()  # the guest never ran from this stream, so the lock is another's
     open_loaded(record).discard("")
     assert not lock.exists()
 

@@ -1,4 +1,4 @@
-"""A guest's memory as mapped: which pages need not be read."""
+"""A guest's mapped memory, and its pages that need not be read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZE = NPAGES * 4096
 
 
 class StubVm:
-    """A VM of four pages, of which the second is resident."""
+    """A VM of four pages; only the second is resident."""
 
     def __init__(self, *, is_wired: bool) -> None:
         self._is_wired = is_wired
@@ -39,7 +39,7 @@ class StubVm:
 
 
 class StubHost:
-    """What Memory asks of a host whose swap is in use."""
+    """The methods that Memory calls of a host; the host's swap is in use."""
 
     def __init__(self, *, is_wired: bool) -> None:
         self._is_wired = is_wired
@@ -105,7 +105,7 @@ def test_one_domain_is_lowmem_and_highmem() -> None:
 
 
 def test_domains_that_adjoin_are_one_map() -> None:
-    """The second domain lies across 3 GiB, so it has two maps."""
+    """The second domain crosses 3 GiB, so it has two maps."""
     maps = [
         entry(0, 2 * GIB, 0),
         entry(2 * GIB, GIB, 1),

@@ -1,4 +1,4 @@
-"""libnv's wire format: to the byte, and against whatever comes down a socket."""
+"""libnv's wire format: exact to the byte, and safe against any bytes from a socket."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bhystream.backend.bhyve import nvlist
 from bhystream.backend.bhyve.nvlist import Descriptor, Value
 from bhystream.errors import FormatError
 
-# Written down by hand from libnv's structures, not with the code under test.
+# Written by hand from libnv's structures, not with the code under test.
 REQUEST = bytes.fromhex(
     "6c000000000000000000005c00000000000000"
     "0404000b000000000000000000000000000000636d6400636865636b706f696e7400"

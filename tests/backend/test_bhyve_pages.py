@@ -1,4 +1,4 @@
-"""Which pages of a live guest are read, that none is lost by it, and that reading makes none."""
+"""The pages of a live guest that are read: no page is lost, and reading allocates none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .bhyve_rig import ID, Two, require_sink, two_hosts
 
 NPAGES = (64 << 20) // PAGE_BYTES
 BIG = Spec(memory="8G", touched="64M")
-# What fpu.py borrows of the guest's memory, whether it was touched or not.
+# An upper bound of the memory that fpu.py borrows from the guest, whether it was touched or not.
 STUB_BYTES = 64 << 10
 
 
@@ -32,7 +32,7 @@ def two() -> Iterator[Two]:
 
 
 def swap_out(rig: Rig, guest: Guest) -> None:
-    """Let every page of a guest be in swap, as mincore(2) shows it."""
+    """Let mincore(2) answer as if every page of a guest were in swap."""
     (rig.directory / "vmm" / f"{guest.name}.swapped").write_bytes(b"\1" * NPAGES)
 
 
@@ -128,7 +128,7 @@ def test_highmem_moves_with_a_dirty_log() -> None:
 
 
 def walked(two: Two, rounds: int) -> list[int]:
-    """Send rounds of the running guest, a beat apart; return how many pages each looked at."""
+    """Send rounds of the running guest, a beat apart; return how many pages each round walked."""
     [guest] = two.guests
     source = two.source()
     source.prepare(ID)
@@ -157,12 +157,12 @@ def test_with_a_log_later_rounds_walk_what_was_written() -> None:
         two.start(Spec(touched="16M", working_set="1M"))
         first, *later = walked(two, 4)
         assert first == NPAGES
-        # The working set has 256 pages, and devices, clock and console some more.
+        # The working set has 256 pages; devices, clock and console write some more.
         assert all(0 < pages < 512 for pages in later), later
 
 
 def test_the_last_round_believes_no_log() -> None:
-    """Devices without a pause callback write in the hold."""
+    """Devices without a pause callback write during the pause, and the log does not show that."""
     with two_hosts(dirty_log=True, generation=4) as two:
         two.start()
         source = two.source()
@@ -175,12 +175,12 @@ def test_the_last_round_believes_no_log() -> None:
         two.assert_runs_on()
 
 
-# Reading makes nothing.
+# Reading allocates nothing.
 
 
 @pytest.fixture
 def big() -> Iterator[tuple[Two, int]]:
-    """A guest of 8 GiB of which 64 MiB are touched, and a descriptor of its node."""
+    """A guest of 8 GiB that has touched 64 MiB, and a descriptor of its node."""
     require_sink()
     with two_hosts() as two:
         two.start(BIG).console.await_sweeps(1)
@@ -238,7 +238,7 @@ def test_a_hold_allocates_nothing(big: tuple[Two, int]) -> None:
 
 
 def test_the_standin_would_show_a_page_that_is_read(big: tuple[Two, int]) -> None:
-    """The measure of the tests above: reading beside touched() does allocate."""
+    """Check the measure of the tests above: reading a page outside touched() does allocate."""
     two, fd = big
     before = allocated(fd)
     memory = Memory(StandinHost(two.here.directory), "g")

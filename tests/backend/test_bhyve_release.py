@@ -1,4 +1,4 @@
-"""A held bhyve let go: what is left of one that fails, and whether it may have run."""
+"""The release of a waiting bhyve: what a failure leaves, and whether the guest may have run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from bhystream.backend.bhyve import heldrestore, listening
-from bhystream.backend.bhyve.heldrestore import rtc_seconds
+from bhystream.backend.bhyve import listening, waitingrestore
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listener, listens
+from bhystream.backend.bhyve.waitingrestore import rtc_seconds
 from bhystream.errors import GuestError
 from standin.rig import await_true
 
@@ -49,7 +49,7 @@ def test_a_restore_that_fails_with_its_socket_there_may_have_run(guest: Arriving
     with pytest.raises(GuestError, match=r"bhyve -r: .*Unable to restore time"):
         one.release()
     assert one.may_have_run
-    assert list((guest.base / "log").iterdir()) != []  # to be read
+    assert list((guest.base / "log").iterdir()) != []  # for the operator to read
     assert len(guest.started()) == 1
 
 
@@ -58,7 +58,7 @@ def test_a_restore_that_takes_too_long_is_ended_and_never_ran(guest: Arriving) -
     one = hold(guest)
     one.load([kern(guest)], fpu(guest))
     one._limit_s = 0.0
-    with pytest.raises(GuestError, match="bhyve -r: not done after"):
+    with pytest.raises(GuestError, match="bhyve -r: the guest is not restored after"):
         one.release()
     assert not one.may_have_run
     assert is_clean(guest)
@@ -85,7 +85,7 @@ def test_an_interrupt_while_it_restores_ends_it(
     one = hold(guest)
     one.load([kern(guest)], fpu(guest))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(heldrestore, "listens", interrupt)
+        patch.setattr(waitingrestore, "listens", interrupt)
         one.release()
     assert not one.may_have_run
     assert is_clean(guest)
@@ -102,7 +102,7 @@ def test_an_interrupt_when_its_socket_is_there_leaves_it_alone(
     one = hold(guest)
     one.load([kern(guest)], fpu(guest))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(heldrestore, "listens", late)
+        patch.setattr(waitingrestore, "listens", late)
         one.release()
     assert one.may_have_run
     guest.await_unbroken()

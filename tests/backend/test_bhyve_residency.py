@@ -1,4 +1,4 @@
-"""When mincore(2) is believed, and vectors of pages as extents."""
+"""The conditions under which mincore(2) is believed, and vectors of pages as extents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VECTOR_OF_8_GIB = 2 << 20
 
 @dataclass
 class StubHost:
-    """What the functions ask of a host."""
+    """The methods that the functions call of a host."""
 
     sysctls: dict[str, str] = field(default_factory=dict)
     swap: int = 0
@@ -36,7 +36,7 @@ def believed(mapped: str | None, swap: int, *, wired: bool) -> tuple[bool, str]:
 
 
 def reference(marks: bytes, base_page: int) -> Iterator[tuple[int, int]]:
-    """The same page by page."""
+    """Compute the extents page by page, for comparison."""
     first = None
     for page, mark in enumerate(marks, base_page):
         if mark and first is None:

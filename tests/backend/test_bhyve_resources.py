@@ -1,4 +1,4 @@
-"""The operator's -o and -x: what a destination lends a guest, and what is missing."""
+"""The operator's -o and -x: the resources that a guest gets, and those that are missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bhyve -r` held and released: what is left of one that fails, and whether it may have run."""
+"""`bhyve -r` waiting and released: what a failure leaves, and whether the guest may have run."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ import pytest
 from bhystream.backend.bhyve import fpu as fpus
 from bhystream.backend.bhyve import loaded, restore
 from bhystream.backend.bhyve.config import parse
-from bhystream.backend.bhyve.heldrestore import HeldRestore
 from bhystream.backend.bhyve.lastpage import LastPage
 from bhystream.backend.bhyve.listening import listener, listens
-from bhystream.backend.bhyve.loaded import held
-from bhystream.backend.bhyve.place import Place
+from bhystream.backend.bhyve.loaded import start_waiting
 from bhystream.backend.bhyve.restore import Restore
+from bhystream.backend.bhyve.restoredguest import RestoredGuest
 from bhystream.backend.bhyve.restoring import TooLateError
+from bhystream.backend.bhyve.waitingrestore import WaitingRestore
 from bhystream.backend.launch import Child
 from bhystream.backend.process import is_same, is_stopped
-from bhystream.errors import GuestError, PipeError
+from bhystream.errors import GuestError, InputOutputError
 from bhystream.guest import State
 from bhystream.standin.kernel import StandinHost
 from standin.rig import Spec, await_true
@@ -45,13 +45,13 @@ def guest() -> Iterator[Arriving]:
 
 
 def fails(guest: Arriving, message: str, kind: type[GuestError] = GuestError) -> None:
-    """Assert that it is not held, and that nothing of it is left but its files."""
+    """Assert that the restore fails, and that nothing but the guest's files is left."""
     with pytest.raises(kind, match=message):
         hold(guest)
     assert is_clean(guest)
 
 
-# Held.
+# Waiting.
 
 
 def test_a_guest_is_held_and_nothing_of_it_runs(guest: Arriving) -> None:
@@ -96,7 +96,7 @@ def test_a_guest_of_more_than_3_gib_is_held_and_stays_sparse() -> None:
 
 
 def test_no_byte_of_the_marks_is_left(guest: Arriving) -> None:
-    """In the file, too: another attempt reads it."""
+    """Nor in the file, which another attempt would read."""
     made = restore_of(guest)
     one = made.hold(len(kern(guest)))
     one.load([kern(guest)], fpu(guest))
@@ -112,7 +112,7 @@ def test_its_configuration_is_for_us_alone(guest: Arriving) -> None:
 
 
 def test_its_input_is_the_null_device(guest: Arriving) -> None:
-    """A terminal would let bhyve read in pieces, with a spinner."""
+    """With a terminal as standard input, bhyve would read in pieces and show a spinner."""
     one = hold(guest)
     assert os.readlink(f"/proc/{process_of(one).pid}/fd/0") == "/dev/null"
 
@@ -121,14 +121,14 @@ def test_who_it_is_stands_on_the_disk_before_it_is_run(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bytes] = []
-    real = Place.write_started
+    real = RestoredGuest.write_started
 
-    def write(self: Place, started: Any) -> None:
+    def write(self: RestoredGuest, started: Any) -> None:
         if started.process is not None:
             seen.append(Path(f"/proc/{started.process.pid}/exe").resolve().name.encode())
         real(self, started)
 
-    monkeypatch.setattr(Place, "write_started", write)
+    monkeypatch.setattr(RestoredGuest, "write_started", write)
     one = hold(guest)
     assert seen and not seen[0].startswith(b"python")
     assert len(guest.started()) == 1
@@ -139,12 +139,12 @@ def test_who_it_is_stands_on_the_disk_before_it_is_run(
 def test_what_cannot_be_written_down_is_not_run(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    def full(self: Place, started: Any) -> None:
+    def full(self: RestoredGuest, started: Any) -> None:
         if (started.process is None) == (what == "vm"):
-            raise PipeError("cannot write: No space left on device")
+            raise InputOutputError("cannot write: No space left on device")
 
-    monkeypatch.setattr(Place, "write_started", full)
-    with pytest.raises(PipeError, match="No space left"):
+    monkeypatch.setattr(RestoredGuest, "write_started", full)
+    with pytest.raises(InputOutputError, match="No space left"):
         restore_of(guest).hold(len(kern(guest)))
     assert is_clean(guest)
 
@@ -153,15 +153,15 @@ def test_a_vm_whose_bhyve_cannot_be_run_is_forgotten(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **words: Any) -> None:
-        raise PipeError("cannot open the log: No space left on device")
+        raise InputOutputError("cannot open the log: No space left on device")
 
     monkeypatch.setattr(restore, "Child", full)
-    with pytest.raises(PipeError, match="cannot open the log"):
+    with pytest.raises(InputOutputError, match="cannot open the log"):
         restore_of(guest).hold(len(kern(guest)))
     assert is_clean(guest)
 
 
-# What fails before it is held.
+# Failures before bhyve waits.
 
 
 def test_one_that_ends_before_it_is_held_is_told_in_its_words(guest: Arriving) -> None:
@@ -171,7 +171,7 @@ def test_one_that_ends_before_it_is_held_is_told_in_its_words(guest: Arriving) -
 
 
 def test_one_that_ends_where_another_goes_round_never_ran(guest: Arriving) -> None:
-    """Whether it was stopped first, or had ended, is chance."""
+    """It is chance whether bhyve is stopped before it ends or not."""
     guest.there.settings(fail=["short-read"])
     made = []
     with pytest.raises(GuestError, match="bhyve -r: Failed to restore VM memory"):
@@ -185,14 +185,14 @@ def test_one_that_ends_where_another_goes_round_never_ran(guest: Arriving) -> No
 
 def test_one_that_had_read_all_before_the_cut_is_not_taken_for_held(guest: Arriving) -> None:
     guest.there.settings(fail=["late-cut"])
-    fails(guest, "had read the memory before it could be held", TooLateError)
+    fails(guest, "had read the memory before it could be stopped", TooLateError)
     again(guest)
 
 
 def test_one_that_was_too_fast_is_tried_again(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = restore_of(guest)._place
+    restored = restore_of(guest)._guest
     tries: list[int] = []
     real = Restore._launch
 
@@ -202,7 +202,7 @@ def test_one_that_was_too_fast_is_tried_again(
         return real(self, undo)
 
     monkeypatch.setattr(Restore, "_launch", launch)
-    one = held(guest.there.host, place, place.files, len(kern(guest)))
+    one = start_waiting(guest.there.host, restored, restored.files, len(kern(guest)))
     assert len(tries) == loaded.ATTEMPTS
     one.load([kern(guest)], fpu(guest))
     one.release()
@@ -210,10 +210,10 @@ def test_one_that_was_too_fast_is_tried_again(
 
 
 def test_one_that_is_always_too_fast_is_given_up(guest: Arriving) -> None:
-    place = restore_of(guest)._place
+    restored = restore_of(guest)._guest
     guest.there.settings(fail=["late-cut"])
     with pytest.raises(TooLateError):
-        held(guest.there.host, place, place.files, len(kern(guest)))
+        start_waiting(guest.there.host, restored, restored.files, len(kern(guest)))
     assert is_clean(guest)
 
 
@@ -228,7 +228,7 @@ def test_one_that_takes_too_long_to_read_is_ended(guest: Arriving) -> None:
 
 def test_a_slow_read_is_waited_for(guest: Arriving) -> None:
     guest.there.settings(fail=["slow-read"])
-    made: list[HeldRestore] = []
+    made: list[WaitingRestore] = []
     thread = threading.Thread(target=lambda: made.append(hold(guest)))
     thread.start()
     await_true(lambda: guest.started() != [], "bhyve -r")
@@ -249,8 +249,8 @@ def test_a_guest_of_that_name_that_runs_is_left_alone(guest: Arriving) -> None:
 
 
 def made_unchecked(guest: Arriving) -> Restore:
-    """Return a restore for a guest whose name is in use."""
-    place = Place(
+    """Return a restore of a guest that no check() has accepted: its name may be in use."""
+    restored = RestoredGuest(
         kind="standin",
         vmm_dir=str(guest.there.directory),
         name="g",
@@ -260,7 +260,7 @@ def made_unchecked(guest: Arriving) -> Restore:
         memory_bytes=64 << 20,
         manager="",
     )
-    return Restore(guest.there.host, place, place.files)
+    return Restore(guest.there.host, restored, restored.files)
 
 
 def test_a_vm_of_that_name_is_left_alone(guest: Arriving) -> None:
@@ -271,7 +271,7 @@ def test_a_vm_of_that_name_is_left_alone(guest: Arriving) -> None:
 
 
 def test_a_socket_that_others_left_proves_nothing(guest: Arriving) -> None:
-    """Else a guest that never ran would count as one that may have."""
+    """If the socket stayed, a guest that never ran would count as one that may have run."""
     path = guest.there.directory / "run" / "g"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
@@ -286,7 +286,7 @@ def test_a_socket_that_others_left_proves_nothing(guest: Arriving) -> None:
 
 def test_a_socket_that_cannot_be_removed_starts_nothing(guest: Arriving) -> None:
     (guest.there.directory / "run" / "g").mkdir()
-    with pytest.raises(PipeError, match="cannot remove"):
+    with pytest.raises(InputOutputError, match="cannot remove"):
         restore_of(guest).hold(1)
     assert is_clean(guest)
 
@@ -301,7 +301,7 @@ def test_a_program_that_cannot_be_run_leaves_nothing(
 def test_files_that_cannot_be_written_start_nothing(guest: Arriving) -> None:
     one = restore_of(guest)
     one._config.mkdir()
-    with pytest.raises(PipeError, match="cannot write"):
+    with pytest.raises(InputOutputError, match="cannot write"):
         one.hold(1)
     assert is_clean(guest)
 
@@ -325,7 +325,7 @@ def test_an_interrupt_leaves_nothing(
 
 @pytest.mark.parametrize("step", ["_await_maps", "_map", "_await_read", "_stop"])
 def test_zeros_never_run_where_we_die_before_it_is_held(guest: Arriving, step: str) -> None:
-    """Killed: nothing is undone.  bhyve ends by itself, or stands before its last page."""
+    """bhyrecv is killed and undoes nothing: bhyve ends by itself, or waits for the last page."""
     assert run_killed(guest, KILLED, step) == -signal.SIGKILL
     await_true(lambda: not listens(guest.there.host, "g"), "no socket")
     assert guest.console.lines() == []
@@ -333,37 +333,37 @@ def test_zeros_never_run_where_we_die_before_it_is_held(guest: Arriving, step: s
 
 KILLED = """
 import json, os, signal, sys
-from bhystream.backend.bhyve.place import Place
+from bhystream.backend.bhyve.restoredguest import RestoredGuest
 from bhystream.backend.bhyve.restore import Restore
 from bhystream.hypervisors import recorded_host
 step, record, kern_bytes = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-place = Place.from_json(record)
+restored = RestoredGuest.from_json(record)
 def die(self, *args):
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(Restore, step, die)
-Restore(recorded_host(place.vmm_dir), place, place.files).hold(kern_bytes)
+Restore(recorded_host(restored.vmm_dir), restored, restored.files).hold(kern_bytes)
 """
 
 
 def run_killed(guest: Arriving, script: str, step: str) -> int:
-    record = json.dumps(dict(restore_of(guest)._place.to_json()))
+    record = json.dumps(dict(restore_of(guest)._guest.to_json()))
     words = [sys.executable, "-c", script, step, record, str(len(kern(guest)))]
     return subprocess.run(words).returncode
 
 
 def test_one_that_was_never_let_begin_ends_with_us(guest: Arriving) -> None:
-    """We die between the process and the line that lets it become bhyve."""
-    script = KILLED.replace("setattr(Restore, step, die)", "Place.write_started = die")
+    """bhyrecv dies after it has made the process, before the line that lets it become bhyve."""
+    script = KILLED.replace("setattr(Restore, step, die)", "RestoredGuest.write_started = die")
     assert run_killed(guest, script, "_map") == -signal.SIGKILL
     await_true(lambda: guest.processes() == [], "the shell's end")
     assert not listens(guest.there.host, "g")
 
 
-# Held, and then.
+# What happens to a waiting bhyve.
 
 
 def test_it_stands_held_whatever_else_happens_to_it(guest: Arriving) -> None:
-    """Woken by somebody it goes round before its last page, and can be stopped again."""
+    """After a SIGCONT bhyve loops in its read for the last page, and can be stopped again."""
     one = hold(guest)
     one.load([kern(guest)], fpu(guest))
     os.kill(process_of(one).pid, signal.SIGCONT)
@@ -385,7 +385,7 @@ def test_one_that_is_killed_while_it_is_held_is_said(guest: Arriving) -> None:
 
 
 def test_one_that_has_ended_is_not_loaded(guest: Arriving) -> None:
-    """READY would be said of a dead bhyve."""
+    """Otherwise bhyrecv would say READY although bhyve is dead."""
     one = hold(guest)
     one.require_held()
     os.kill(process_of(one).pid, signal.SIGKILL)
@@ -416,7 +416,7 @@ def test_one_that_ends_while_it_is_loaded_is_not_said_to_be(
 def test_an_fpu_is_not_waited_for_when_its_bhyve_has_ended(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else 10 s of the pause go by for each vCPU."""
+    """Otherwise the pause would take 10 s longer for each vCPU."""
     one = hold(guest)
     real = Child.go_on
 
@@ -436,8 +436,8 @@ def test_an_fpu_is_not_waited_for_when_its_bhyve_has_ended(
 def test_who_waits_for_it_is_heard_meanwhile(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The source must not take a bhyve that reads for a pipeline that holds bytes back."""
-    place, has_memory = restore_of(guest)._place, []
+    """While bhyve reads, the source must not conclude that the pipeline keeps bytes back."""
+    restored, has_memory = restore_of(guest)._guest, []
     mapped: list[memoryview] = []
     real = LastPage.is_read
 
@@ -446,7 +446,9 @@ def test_who_waits_for_it_is_heard_meanwhile(
         return True in has_memory and real(self, memory)
 
     monkeypatch.setattr(LastPage, "is_read", is_read)
-    made = Restore(guest.there.host, place, place.files, lambda: has_memory.append(mapped != []))
+    made = Restore(
+        guest.there.host, restored, restored.files, lambda: has_memory.append(mapped != [])
+    )
     made._limit_s = 20.0
     one = made.hold(len(kern(guest)))
     assert set(has_memory) == {False, True}

@@ -1,4 +1,4 @@
-"""BhyveSink over the stand-in: what it checks, makes, starts, and leaves of what failed."""
+"""BhyveSink over the stand-in: what it checks, makes and starts, and what a failure leaves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from bhystream.backend.bhyve import fpu as fpus
 from bhystream.backend.bhyve.wanted import Wanted
-from bhystream.errors import GuestError, IncompatibleError, InternalError, PipeError
+from bhystream.errors import GuestError, IncompatibleError, InputOutputError, InternalError
 from bhystream.guest import PAGE_BYTES, State
 from bhystream.memory.target import FileTarget, MappedTarget
 from standin.rig import Spec
@@ -66,11 +66,11 @@ def test_one_that_cannot_make_its_directory_removes_none(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sink = guest.sink()
-    monkeypatch.setattr(Wanted, "remove_leftovers", lambda self, place: None)
+    monkeypatch.setattr(Wanted, "remove_leftovers", lambda self, restored: None)
     assert sink.check(guest.head) == []
-    staging = Path(dict(sink._wanted.place({}, 1).to_json())["staging"])
+    staging = Path(dict(sink._wanted.restored({}, 1).to_json())["staging"])
     staging.mkdir()
-    with pytest.raises(PipeError, match="File exists"):
+    with pytest.raises(InputOutputError, match="File exists"):
         sink.open(guest.plan)
     sink.abort()
     assert staging.is_dir()
@@ -87,7 +87,7 @@ def test_a_guest_is_built_and_started(guest: Arriving, late: bool) -> None:
     assert guest.console.lines() == []
     sink.start()
     assert sink.may_have_run
-    sink.abort()  # it is nobody's any more
+    sink.abort()  # does nothing: the guest is no longer the sink's
     guest.await_unbroken()
     assert list(guest.staging_root.iterdir()) == []
     assert guest.started() == []
@@ -126,7 +126,7 @@ def test_a_guest_may_have_another_name_there(guest: Arriving) -> None:
 
 
 def test_pages_that_were_data_and_are_zero_are_zero(guest: Arriving) -> None:
-    """Between the rounds a guest may have cleared what the first one brought."""
+    """A guest may have cleared a page after the first round has brought its data."""
     sink = guest.sink()
     targets = guest.open(sink)
     npages = guest.head.layout.npages
@@ -161,7 +161,7 @@ def test_the_pages_that_hold_it_arrive_as_others_do(guest: Arriving, page: int) 
     sink.start()
     assert read_page(keep_as, npages - 1) == (b"last" * 1024 if page == -1 else bytes(PAGE_BYTES))
     assert read_page(guest.memory(), at) == b"last" * (PAGE_BYTES // 4)
-    # The guest never wrote there, and says so: every byte of it is what was placed.
+    # The guest never wrote to this page, and reports it as wrong: it has only the placed bytes.
     assert guest.console.await_wrong(f"page {at}")
 
 
@@ -208,7 +208,7 @@ def test_what_a_host_cannot_take_is_named(guest: Arriving) -> None:
 def test_memory_that_is_not_there_is_named(
     guest: Arriving, options: dict[str, bool], needed: int | None
 ) -> None:
-    """Twice the guest only where it goes through a file in memory."""
+    """Twice the guest's memory is needed only if it goes through a file in memory."""
     if needed is None:
         needed = (128 if guest.there.host.is_memory(guest.base) else 64) << 20
     guest.there.settings(free_memory_bytes=needed)
@@ -247,11 +247,11 @@ def test_room_for_a_late_start_is_asked_for_when_it_is_known(
     assert guest.left() == []
     guest.open(guest.sink(force=True), late=True)
     sink = guest.sink()
-    guest.open(sink)  # early: none is needed
+    guest.open(sink)  # early: no room for a file is needed
     sink.abort()
 
 
-# What is hostile.
+# Hostile streams.
 
 
 def test_optional_states_that_are_not_known_are_left_out(
@@ -273,7 +273,7 @@ def test_optional_states_that_are_not_known_are_left_out(
     guest.await_unbroken()
 
 
-# What fails.
+# Failures.
 
 
 def test_nothing_is_made_of_a_guest_that_was_not_checked(guest: Arriving) -> None:
@@ -285,7 +285,7 @@ def test_nothing_is_made_of_a_guest_that_was_not_checked(guest: Arriving) -> Non
 def test_what_cannot_be_made_is_an_error_of_ours(guest: Arriving) -> None:
     (guest.base / "loaded").write_text("in the way")
     sink = guest.sink()
-    with pytest.raises(PipeError, match="cannot make"):
+    with pytest.raises(InputOutputError, match="cannot make"):
         guest.open(sink)
     sink.abort()
 
@@ -340,7 +340,7 @@ def test_a_start_that_fails_behind_its_socket_may_have_run(guest: Arriving) -> N
         sink.start()
     assert sink.may_have_run
     sink.abort()
-    assert list(guest.staging_root.iterdir()) != []  # the operator's to look at
+    assert list(guest.staging_root.iterdir()) != []  # left for the operator
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -375,7 +375,7 @@ def test_a_clock_chip_that_cannot_be_set_is_told_and_no_error(
 
 
 def test_a_held_guest_is_ready_for_as_long_as_one_likes(guest: Arriving) -> None:
-    """READY: nothing of it is running meanwhile, so nothing of it can change."""
+    """After READY nothing of the guest runs, so nothing of it can change."""
     sink = guest.sink()
     guest.build(sink)
     started = sink.record()["process"]
@@ -401,7 +401,7 @@ def state_of(pid: int) -> str:
 
 @pytest.fixture
 def lock(guest: Arriving) -> Path:
-    """The run.lock of a guest that vm-bhyve knows at the destination."""
+    """The run.lock of a guest that vm-bhyve manages at the destination."""
     directory = guest.there.directory / "vm" / "g"
     directory.mkdir()
     (directory / "g.conf").write_text("loader=uefi\n")

@@ -1,4 +1,4 @@
-"""bhyve's snapshot files: what of them is believed, and that nothing is lost on the way."""
+"""bhyve's snapshot files: what is accepted in them, and that no byte is lost on the way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
-    """A sound snapshot, but for FILE, which is a hole."""
+    """A sound snapshot, except that FILE is a hole."""
     found = Files(tmp_path, "web1.save")
     meta, kern = made()
     found.meta.write_bytes(text_of(meta))
@@ -104,7 +104,7 @@ def at(value: Json, *keys: str | int) -> Any:
 
 
 def put(*path: str | int, to: object) -> Callable[[Json], None]:
-    """Return what sets one value of a .meta."""
+    """Return a function that sets one value of a .meta."""
 
     def change(value: Json) -> None:
         at(value, *path[:-1])[path[-1]] = to
@@ -120,7 +120,7 @@ def drop(*path: str | int) -> Callable[[Json], None]:
 
 
 def shift(bytes_: int) -> Callable[[Json], None]:
-    """Return what moves the second device and all behind it."""
+    """Return a function that moves the second device and all behind it."""
 
     def change(value: Json) -> None:
         for entry in value["devices"][1:]:
@@ -130,7 +130,7 @@ def shift(bytes_: int) -> Callable[[Json], None]:
 
 
 def grow(value: Json) -> None:
-    """Have blobs that are too much together, each small enough."""
+    """Make blobs of which each is small enough, but all together are too large."""
     start = value["devices"][0]["file_offset"]
     size = snapshot.MAX_BLOB_BYTES
     value["devices"] = [
@@ -143,7 +143,7 @@ def twice(value: Json) -> None:
 
 
 def without(name: str) -> Callable[[Json], None]:
-    """Return what removes a structure of the kernel, and closes the gap."""
+    """Return a function that removes a kernel structure and closes the gap."""
 
     def change(value: Json) -> None:
         value["kern_structs"] = [e for e in value["kern_structs"] if e["device"] != name]
@@ -234,7 +234,7 @@ def test_a_newer_kernel_may_save_other_structures() -> None:
 
 
 def test_a_snapshot_fits_the_limits_of_a_stream() -> None:
-    # Else a guest that was paused could not be sent.
+    # Otherwise a guest could be paused whose state cannot be sent.
     assert snapshot.MAX_ALL_BYTES <= fmt.MAX_STATE_BYTES
     assert 2 * snapshot.MAX_ITEMS < fmt.MAX_STATES
     assert snapshot.MAX_ITEMS <= fmt.MAX_DEVICES
@@ -245,7 +245,7 @@ def swap(states: list[State]) -> list[State]:
 
 
 def resized(states: list[State]) -> list[State]:
-    """Keep the sum: one byte moves from a blob to the next."""
+    """Move one byte from a blob to the next, so that the total size stays the same."""
     first, second = states[1].data, states[2].data
     moved = [State(states[1].name, first[:-1]), State(states[2].name, first[-1:] + second)]
     return [states[0], *moved, *states[3:]]
@@ -296,7 +296,7 @@ def test_optional_states_are_passed_over_wherever_they_stand() -> None:
             lambda value: value["devices"].append(
                 {"device": "xhci@pci.0.9.0", "size": 8, "file_offset": kern_bytes(value)}
             ),
-            "dev/xhci@pci.0.9.0 is one that the rehearsal had not",
+            "dev/xhci@pci.0.9.0 was not in the rehearsal",
         ),
         (
             lambda value: exchange_names(value["devices"][1], value["devices"][2]),

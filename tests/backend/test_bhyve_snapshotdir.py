@@ -1,4 +1,4 @@
-"""The directory of a guest that is to be held: its sink, and how it takes a request back."""
+"""The directory of a guest that is to be paused: its sink, and how a request is withdrawn."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def directory(host: Rig) -> SnapshotDir:
 
 
 def begin(directory: SnapshotDir) -> None:
-    """Open FILE.kern, as bhyve does first."""
+    """Open FILE.kern, which bhyve does first in a checkpoint."""
     fd = directory.open()
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
@@ -102,7 +102,7 @@ def test_without_a_device_there_is_a_reason_and_nothing_is_left(
 def test_what_is_mounted_elsewhere_is_no_sink(
     host: Rig, directory: SnapshotDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is believed only when it is seen."""
+    """make_sink() checks what mount_null() has made."""
     monkeypatch.setattr(type(host.host), "mount_null", lambda self, at: (at / "null").touch())
     assert directory.make_sink(host.host) == "the memory file is no null device"
     assert not directory.files.memory.exists()

@@ -1,4 +1,4 @@
-"""BhyveSource over a live guest: what is refused, what a pause that fails leaves."""
+"""BhyveSource over a live guest: what is refused, and what a failed pause leaves."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.bhyve import fpu, held, opened, ready, rehearsal, snapshot, snapshotfiles
+from bhystream.backend.bhyve import fpu, opened, paused, ready, rehearsal, snapshot, snapshotfiles
 from bhystream.backend.bhyve.checkpoint import Checkpoint, UnansweredError, settle
 from bhystream.backend.bhyve.journal import Journal
 from bhystream.backend.bhyve.lent import NotPutBackError
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource
-from bhystream.errors import GoneError, GuestError, IncompatibleError
+from bhystream.errors import GuestEndedError, GuestError, IncompatibleError
 from bhystream.guest import State
 from bhystream.standin.kernel import StandinHost
 from bhystream.standin.vm import StandinVm
 from standin.rig import Spec
 
 from .bhyve_rig import ID, Two, require_sink, sink_prefix, small_tmpfs, two_hosts, without_sink
-from .revived import open_held
+from .revived import open_paused
 
 NVME = Spec(devices=(*Spec().devices, ("0.9.0", "nvme")))
 SINKS = ["sink", "file"]
@@ -38,7 +38,7 @@ def two(request: pytest.FixtureRequest) -> Iterator[Two]:
 
 @pytest.fixture(params=SINKS)
 def sink(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where bhyve writes the memory: to the null device, or into a file."""
+    """The place to which bhyve writes the memory: the null device, or a file."""
     if request.param == "file":
         without_sink(monkeypatch)
     elif require_sink():
@@ -49,12 +49,12 @@ def sink(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ready, "_HOLD_S", 0.3)
-    monkeypatch.setattr(held, "_SERVED_S", 0.3)
-    monkeypatch.setattr(held, "_SETTLE_S", 0.3)
+    monkeypatch.setattr(paused, "_SERVED_S", 0.3)
+    monkeypatch.setattr(paused, "_SETTLE_S", 0.3)
 
 
 def refused(two: Two, made: BhyveSource, what: type[Exception], words: str) -> Exception:
-    """See that the pause fails, and that the guest runs on by itself."""
+    """Assert that the pause fails, and that the guest runs on by itself."""
     with pytest.raises(what, match=words) as caught:
         made.pause()
     made.close()
@@ -62,7 +62,7 @@ def refused(two: Two, made: BhyveSource, what: type[Exception], words: str) -> E
     return caught.value
 
 
-# To open it.
+# Opening a guest.
 
 
 def test_opening_and_closing_changes_nothing(two: Two) -> None:
@@ -114,7 +114,7 @@ def test_a_guest_with_vcpus_that_never_started_is_refused_before_anything(two: T
     guest = two.start(Spec(keys={"standin.waiting": "1"}))
     with pytest.raises(IncompatibleError, match="vcpus: 1 of 2 were never started"):
         two.source()
-    two.assert_runs_on()  # a checkpoint of any kind would have run it
+    two.assert_runs_on()  # any checkpoint would have let vCPU 1 run
     assert guest.process.poll() is None
 
 
@@ -132,16 +132,16 @@ def test_a_vcpu_that_stopped_since_is_seen(
         made.pause() if when == "pause" else made.prepare(ID)
     assert asks == []
     made.close()
-    if prepared:  # what the engine does where a pause has failed
+    if prepared:  # the engine does this after a failed pause
         monkeypatch.undo()
-        open_held(prepared.record).resume()
+        open_paused(prepared.record).resume()
     two.assert_runs_on()
 
 
 def test_a_guest_that_somebody_else_stops_just_then_is_let_alone(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All its vCPUs wait, as in anybody's checkpoint: it was not asked, so it is not held."""
+    """All vCPUs wait, as in any program's checkpoint, but we have not asked for one."""
     two.start()
     made, record = two.prepared()
     everyone = frozenset({0, 1})
@@ -151,7 +151,7 @@ def test_a_guest_that_somebody_else_stops_just_then_is_let_alone(
         with pytest.raises(IncompatibleError, match="vcpus: 0, 1 of 2"):
             made.pause()
         made.close()
-        open_held(record).resume()
+        open_paused(record).resume()
     two.assert_runs_on()
 
 
@@ -242,7 +242,7 @@ def test_a_device_that_bhyve_may_not_open_is_replaced_by_a_file(
     made = two.source()
     made.prepare(ID)
     [said] = [line for line in made.warnings() if line.startswith("memory file: ")]
-    assert "it cannot write it to the null device" in said
+    assert "bhyve cannot write it to the null device" in said
     paused = made.pause()
     image = Path(paused.record.directory, "ckp")
     assert image.is_file() and image.stat().st_size == 64 << 20
@@ -279,7 +279,7 @@ def test_a_guest_that_ends_in_the_rehearsal_is_gone(two: Two, fail: str) -> None
         two.here.settings(fail=["die"])
     else:
         guest.power_off()
-    with pytest.raises(GoneError):
+    with pytest.raises(GuestEndedError):
         made.prepare(ID)
     made.close()
     assert two.held() == []
@@ -294,19 +294,19 @@ def test_a_state_whose_text_does_not_hold_is_refused(
     made = two.source()
     real = snapshotfiles.read_meta
     monkeypatch.setattr(snapshotfiles, "read_meta", lambda files: (real(files)[0], bytes(size)))
-    with pytest.raises(IncompatibleError, match=f"has {size} bytes, and holds a guest only"):
+    with pytest.raises(IncompatibleError, match=f"has {size} bytes, and can pause a guest only"):
         made.prepare(ID)
     made.close()
     two.assert_runs_on()
 
 
-# What one who was killed has left.
+# What a killed bhysend has left.
 
 
 def test_what_a_killed_bhysend_left_is_swept_by_the_next(two: Two) -> None:
     two.start()
     left, record = two.prepared()
-    left._made.pop_all()  # as one who was killed
+    left._made.pop_all()  # a killed bhysend undoes nothing
     left.close()
     assert two.held() == [ID]
     made = two.source()
@@ -331,7 +331,7 @@ def test_what_a_record_speaks_of_is_not_swept(two: Two) -> None:
 
 
 def test_what_somebody_stands_in_is_not_swept(two: Two, impatient: None) -> None:
-    """Also where its record was removed: it could not be let go any more."""
+    """The directory stays even if the record was removed, or the guest could not be resumed."""
     two.start()
     found = two.hold()
     lock = two.base / "lock" / "standin-g"
@@ -343,7 +343,7 @@ def test_what_somebody_stands_in_is_not_swept(two: Two, impatient: None) -> None
     two.assert_runs_on()
 
 
-# The pause that fails.
+# A pause that fails.
 
 
 def test_a_state_that_has_grown_is_refused_and_said(two: Two, sink: str) -> None:
@@ -355,25 +355,25 @@ def test_a_state_that_has_grown_is_refused_and_said(two: Two, sink: str) -> None
 
 
 def test_a_checkpoint_that_fails_while_it_seems_held_is_refused(two: Two, sink: str) -> None:
-    """The FIFO is full then, and the guest runs."""
+    """After such a failure the FIFO is full, and the guest runs."""
     two.start()
     made, record = two.prepared()
     two.here.settings(fail=["hold-fail"])
-    words = "saved it at the rehearsal, and now did not|refused: failed to snapshot: No space"
+    words = "saved it at the rehearsal, but not now|refused: failed to snapshot: No space"
     refused(two, made, GuestError, words)
-    open_held(record).resume()
+    open_paused(record).resume()
     two.assert_runs_on()
 
 
 def test_the_vcpus_tell_a_failed_checkpoint_from_a_hold(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where FILE.kern has its whole size."""
+    """Even if FILE.kern has its whole size."""
     two.start()
     made, _ = two.prepared()
-    monkeypatch.setattr(held.BhyveHeld, "_vcpus_stand", lambda self: False)
-    monkeypatch.setattr(held.BhyveHeld, "_is_lost", lambda self: False)
-    with pytest.raises(GuestError, match="and now did not"):
+    monkeypatch.setattr(paused.BhyvePaused, "_vcpus_stand", lambda self: False)
+    monkeypatch.setattr(paused.BhyvePaused, "_is_lost", lambda self: False)
+    with pytest.raises(GuestError, match="but not now"):
         made.pause()
     made.close()
     monkeypatch.undo()
@@ -385,23 +385,23 @@ def test_a_bhyve_that_dies_in_the_pause_is_a_guest_that_has_ended(two: Two, fail
     guest = two.start()
     made, record = two.prepared()
     two.here.settings(fail=[fail])
-    with pytest.raises(GoneError, match="has ended"):
+    with pytest.raises(GuestEndedError, match="has ended"):
         paused = made.pause()
-        guest.await_exit()  # it may die a moment behind the pause
+        guest.await_exit()  # bhyve may die a moment after the pause
         paused.require_paused()
     made.close()
     assert guest.await_exit() == -signal.SIGKILL
-    with pytest.raises(GoneError):
-        open_held(record).resume()
+    with pytest.raises(GuestEndedError):
+        open_paused(record).resume()
     assert two.held() == []
 
 
 def test_a_bhyve_that_drops_the_descriptor_ends_with_our_end_of_it(two: Two) -> None:
-    """What the descriptor is for: without it bhyve has no reader but us."""
+    """The descriptor is needed: without it, only our process reads bhyve's FIFO."""
     guest = two.start()
     made, _ = two.prepared()
     two.here.settings(fail=["no-anchor"])
-    with pytest.raises(GoneError):
+    with pytest.raises(GuestEndedError):
         paused = made.pause()
         guest.await_exit()
         paused.require_paused()
@@ -423,7 +423,7 @@ def test_a_request_that_was_given_up_never_holds_the_guest_later(
 ) -> None:
     guest = two.start()
     made, _ = two.prepared()
-    with two.here.connect("g"):  # served first, and says nothing for now
+    with two.here.connect("g"):  # bhyve serves this connection first, and waits for its request
         with pytest.raises(UnansweredError):
             made.pause()
         made.close()
@@ -442,9 +442,9 @@ def test_a_bhyve_that_hangs_in_the_pause_stands_and_is_the_operator_s(
     with pytest.raises(UnansweredError):
         made.pause()
     made.close()
-    assert two.held() == [ID]  # it may come to its last write yet
+    assert two.held() == [ID]  # bhyve may still come to its last write
     guest.kill()
-    open_held(record).discard("")
+    open_paused(record).discard("")
     assert two.held() == []
 
 
@@ -455,11 +455,11 @@ def test_a_guest_that_was_started_anew_is_not_paused_with_the_memory_of_the_old(
     made, record = two.prepared()
     guest.power_off()
     again = two.start()
-    with pytest.raises(GoneError, match="another guest has its name now"):
+    with pytest.raises(GuestEndedError, match="another guest has its name now"):
         made.pause()
     made.close()
-    with pytest.raises(GoneError):
-        open_held(record).resume()
+    with pytest.raises(GuestEndedError):
+        open_paused(record).resume()
     again.console.await_sweeps(1)
     two.assert_runs_on()
 
@@ -468,11 +468,11 @@ def test_a_guest_that_powers_off_before_the_pause_is_gone(two: Two) -> None:
     guest = two.start()
     made, record = two.prepared()
     guest.power_off()
-    with pytest.raises(GoneError, match="its bhyve has ended meanwhile"):
+    with pytest.raises(GuestEndedError, match="its bhyve has ended meanwhile"):
         made.pause()
     made.close()
-    with pytest.raises(GoneError):
-        open_held(record).resume()
+    with pytest.raises(GuestEndedError):
+        open_paused(record).resume()
     assert two.held() == []
 
 
@@ -480,7 +480,7 @@ def test_a_guest_that_powers_off_before_the_pause_is_gone(two: Two) -> None:
 
 
 def fill(directory: Path, leave_bytes: int = 0) -> None:
-    """Leave no more room in a file system."""
+    """Fill a file system, except for leave_bytes."""
     free = os.statvfs(directory)
     with (directory / "other").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - leave_bytes)
@@ -535,11 +535,11 @@ def test_room_that_vanishes_in_the_pause_leaves_the_guest_running(
             real(self, *words)  # type: ignore[arg-type]
 
         monkeypatch.setattr(Checkpoint, "request", request)
-        with pytest.raises(GuestError, match=r"now did not|No space left"):
+        with pytest.raises(GuestError, match=r"but not now|No space left"):
             made.pause()
         made.close()
         assert "Failed to write all snapshotted data." in guest.stderr()
-        open_held(record).resume()
+        open_paused(record).resume()
     two.assert_runs_on()
 
 
@@ -547,7 +547,7 @@ def test_room_that_vanishes_in_the_pause_leaves_the_guest_running(
 
 
 def with_fpu(patch: pytest.MonkeyPatch, raises: BaseException | None = None) -> None:
-    """Let fpu.py find one vCPU's registers, or fail."""
+    """Let fpu.save() return the registers of one vCPU, or raise."""
 
     def save(vm: object, memory: mmap.mmap, ncpus: int, journal: Journal) -> fpu.Saved:
         assert len(memory) == 64 << 20 and ncpus == 2
@@ -601,7 +601,7 @@ def test_a_guest_whose_registers_were_not_put_back_is_not_let_go(
     with pytest.raises(GuestError, match="vCPU 0: its registers are not"):
         made.pause()
     made.close()
-    found = open_held(record)
+    found = open_paused(record)
     assert found.stands()
     with pytest.raises(GuestError, match="were not put back"):
         found.resume()

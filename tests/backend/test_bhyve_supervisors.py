@@ -1,4 +1,4 @@
-"""What would start a killed guest again, by its bhyve's parent: each reason, whole."""
+"""The reasons that name what would start a killed guest again, judged by bhyve's parent."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def test_a_parent_that_is_not_known_may_start_it_again(parent: str) -> None:
         [],
         [
             f"supervisor: the guest's bhyve was started by {ascii(parent)[:60]}, which may start"
-            " it again when it is killed: a second copy; end that first, or -f if it does not"
+            " bhyve again when bhyve is killed: a second copy of the guest; end that program"
+            " first, or use -f if it never does"
         ],
     )
 
@@ -58,7 +59,7 @@ def test_a_parent_that_is_not_known_may_start_it_again(parent: str) -> None:
     ],
 )
 def test_a_parent_that_heeds_a_kill_is_harmless(parent: str) -> None:
-    """A monitor and vmrun.sh start a guest again when it reboots only."""
+    """A bhyve monitor (-M) and vmrun.sh start a guest again only if it reboots."""
     assert reasons(parent, None, False) == ([], [])
 
 
@@ -66,8 +67,8 @@ def test_cbsd_is_told_by_its_lock() -> None:
     assert reasons(LOCKF, None, False) == (
         [],
         [
-            "supervisor: CBSD starts the guest again once it has moved if its on_crash is"
-            " restart: a second copy; set it to destroy and restart the guest, or -f if it is"
+            "supervisor: CBSD starts a second copy of the guest once it has moved, if on_crash is"
+            " restart; set on_crash to destroy and restart the guest, or use -f if it is destroy"
         ],
     )
 
@@ -77,8 +78,8 @@ def test_libvirt_keeps_the_guest_in_its_books(program: str) -> None:
     assert reasons(program, None, False) == (
         [],
         [
-            "supervisor: libvirt does not notice that the guest has moved, and may start it here"
-            " again: a second copy; virsh autostart --disable now, virsh destroy and undefine"
+            "supervisor: libvirt does not notice that the guest has moved, and may start a second"
+            " copy here; use virsh autostart --disable now, virsh destroy and undefine"
             " afterwards, and -f"
         ],
     )
@@ -97,8 +98,8 @@ def test_an_old_vm_bhyve_that_restarts_on_a_fault_is_refused(tmp_path: Path) -> 
     assert reasons(VM_RUN, guest, False) == (
         [
             "vm-bhyve: on_fault is restart, and this host's vm-bhyve is older than 1.7.0, or not"
-            " where the port puts it: it would start the guest again once it has moved;"
-            " update it, or start the guest with on_fault=shutdown"
+            " where the port puts it: vm-bhyve would start the guest again once it has moved;"
+            " update vm-bhyve, or start the guest with on_fault=shutdown"
         ],
         [],
     )

@@ -1,4 +1,4 @@
-"""The verdict over two bhyve hosts and a guest: each reason, whole."""
+"""The verdict over two bhyve hosts and a guest: the full text of each reason."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KEYS = {
 
 @dataclass
 class StubHost:
-    """What the functions ask of a host."""
+    """The methods that the functions call of a host."""
 
     kind: str = "bhyve"
     sysctls: dict[str, str] = field(default_factory=lambda: dict(SYSCTLS))
@@ -81,7 +81,10 @@ def host(
     can: bool | None = True,
     **changes: str | None,
 ) -> Host:
-    """Return a host; a change of None takes the sysctl away, "__" in its name is "."."""
+    """Return a host with changed sysctls.
+
+    changes: by name, with "__" for "."; None removes the sysctl.
+    """
     sysctls: dict[str, str] = dict(SYSCTLS)
     for key, value in changes.items():
         name = key.replace("__", ".")
@@ -97,7 +100,7 @@ HERE = identity.describe(host())
 
 
 def theirs(**changes: Any) -> dict[str, Any]:
-    """Return a HOST section; a change of None takes the key away, "__" is "."."""
+    """Return a HOST section with changes, by key, with "__" for "."; None removes the key."""
     found: dict[str, Any] = dict(HERE)
     for key, value in changes.items():
         found.pop(key.replace("__", "."))
@@ -181,7 +184,7 @@ def test_two_hosts_that_are_built_alike_have_nothing_against_each_other() -> Non
         (
             {"cpu__vendor": "amd"},
             "cpu.vendor: the source has 'amd', this host 'intel';"
-            " the saved vCPUs mean nothing to the other",
+            " vCPUs saved on the one cannot be restored on the other",
         ),
         (
             {"hw__pagesize": "4096"},
@@ -210,8 +213,8 @@ def test_of_another_hypervisor_nothing_else_is_compared() -> None:
     [
         (
             {"hw__model": "Intel(R) Xeon(R) E-2124"},
-            "hw.model: the source has 'Intel(R) Xeon(R) E-2124', this host"
-            " 'Intel(R) Xeon(R) E-2378'; the guest may use what this CPU has not; -f overrules",
+            "hw.model: the source has 'Intel(R) Xeon(R) E-2124', this host 'Intel(R) Xeon(R)"
+            " E-2378'; the guest may use features that this CPU lacks; -f overrules",
         ),
         (
             {"bhyve__hash": "ffff"},
@@ -245,12 +248,12 @@ def test_what_a_force_overrules(changes: dict[str, Any], line: str) -> None:
 
 
 def test_one_build_of_the_kernel_may_show_two_dates() -> None:
-    """A jail has a date of its own; the build says more."""
+    """A jail may show another kern.osreldate, so the build id decides."""
     assert verdict.host_reasons(theirs(kern__osreldate=1500067), HERE) == ([], [])
 
 
 def test_a_vmm_that_is_in_one_kernel_is_told_by_the_kernel() -> None:
-    """Streams of an earlier version have no vmm.hash either."""
+    """Nor do streams of an earlier version have a vmm.hash."""
     without = theirs(vmm__hash=None)
     assert verdict.host_reasons(without, HERE) == ([], [])
     assert verdict.host_reasons(HERE, without) == ([], [])
@@ -301,7 +304,7 @@ def test_a_hostile_value_is_shown_short_and_in_ascii() -> None:
     (line,) = verdict.host_reasons(theirs(hw__model=["\x1b[2J\n" * 99]), HERE)[1]
     assert line == (
         "hw.model: the source has " + ascii(["\x1b[2J\n" * 99])[:60] + ", this host"
-        " 'Intel(R) Xeon(R) E-2378'; the guest may use what this CPU has not; -f overrules"
+        " 'Intel(R) Xeon(R) E-2378'; the guest may use features that this CPU lacks; -f overrules"
     )
     assert line.isascii()
     assert line.isprintable()
@@ -358,7 +361,7 @@ def test_a_vmm_without_snapshots_is_refused() -> None:
     assert verdict.ability_reasons(host(can=False)) == (
         [],
         [
-            "vmm: the one here has no snapshots; build and install vmm.ko, bhyve and bhyvectl"
+            "vmm: the vmm here has no snapshots; build and install vmm.ko, bhyve and bhyvectl"
             " with WITH_BHYVE_SNAPSHOT=yes (the kernel stays), or -f"
         ],
     )
@@ -368,7 +371,7 @@ def test_a_vmm_that_is_not_seen_is_refused_too() -> None:
     assert verdict.ability_reasons(host(can=None)) == (
         [],
         [
-            "vmm: it is not seen whether the one here has snapshots;"
+            "vmm: it cannot be seen whether the vmm here has snapshots;"
             " kldload vmm, keep debug.link_elf_obj_leak_locals at 1, or -f"
         ],
     )
@@ -451,8 +454,8 @@ def test_devices_that_bhyve_does_not_stop_are_named() -> None:
     assert verdict.warnings(found, host()) == [
         CLOCK,
         "devices: bhyve does not stop e1000@pci.0.5.0, xhci@pci.0.6.0, fbuf@pci.0.29.0 while"
-        " it saves; what they do in that moment may be lost to the guest, virtio devices are"
-        " stopped",
+        " it saves, so the guest may lose what they do in that moment; bhyve stops virtio"
+        " devices",
     ]
 
 
@@ -469,8 +472,8 @@ def test_boot_variables_are_to_be_copied() -> None:
     found = config({"bootrom": "lpc.bootrom", "bootvars": "lpc.bootvars"})
     assert verdict.warnings(found, host()) == [
         CLOCK,
-        "bootvars: the boot variables are a file that the guest writes and no snapshot holds;"
-        " copy it with the disks",
+        "bootvars: the guest writes the boot variables into a file, which is in no snapshot;"
+        " copy this file with the disks",
     ]
     assert verdict.warnings(config({"bootrom": "lpc.bootrom"}), host()) == [CLOCK]
 

@@ -1,4 +1,4 @@
-"""vm-bhyve's own files, by its own rules: what vm-bhyve itself makes of each line.
+"""vm-bhyve's files, read by vm-bhyve's own rules.
 
 The expected values are those of config::load() and config::get() of freebsd/vm-bhyve@89c21d0e:
 grep '^[a-z]' | awk -F# '{print $1}' | sed -e 's@ *$@@' | tr -d '"', and the first match.
@@ -13,7 +13,7 @@ import pytest
 
 from bhystream.backend.bhyve.vmconf import parse
 
-# config::load() and config::get() as they stand; setvar is FreeBSD's sh(1) alone.
+# config::load() and config::get(), unchanged but for setvar, which only FreeBSD's sh(1) has.
 VM_BHYVE = r"""
 VM_CONFIG=$(grep '^[a-z]' "$1" 2>/dev/null | awk -F# '{print $1}' | sed -e 's@ *$@@' | tr -d '"')
 IFS='

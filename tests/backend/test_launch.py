@@ -1,4 +1,4 @@
-"""A hypervisor that we have started: stopped, or ended before that."""
+"""A hypervisor that we have started is stopped, or ends before it can be stopped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_child_is_stopped_and_goes_on(child: Child) -> None:
 def test_a_child_that_ends_while_it_is_to_be_stopped_is_not(
     child: Child, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends between the two looks at it."""
+    """The child ends after poll() and before waitid()."""
     real = os.waitid
 
     def waitid(*args: Any) -> Any:

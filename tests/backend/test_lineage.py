@@ -1,4 +1,4 @@
-"""What is above a process, and the unit that it is in."""
+"""A process's ancestors, and the unit that the process is in."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_process_that_is_gone_has_nothing_above_it() -> None:
 @pytest.mark.parametrize(
     ("code", "is_fed"),
     [
-        # The shell itself, and the copy of it that runs what is in parentheses.
+        # First the shell itself is the parent, then its copy, which runs the parentheses.
         ("sleep 600 >/dev/null & echo $!; wait", False),
         ("(sleep 600 >/dev/null & echo $!; wait); :", True),
     ],
@@ -83,7 +83,7 @@ def test_a_shell_that_reads_its_script_is_told_from_a_terminals() -> None:
         ),
         ("0::/user.slice/user-7.slice/user@7.service/init.scope\n", Unit("init.scope", 7)),
         ("0::/user.slice/user-7.slice/user@7.service\n", Unit("user@7.service")),
-        # Beside the controllers of version 1, systemd's own hierarchy counts; either may lie idle.
+        # With controllers of version 1 too, systemd's own hierarchy counts; either may be idle.
         (
             "2:cpu,cpuacct:/a.service\n1:name=systemd:/system.slice/b.service\n0::/\n",
             Unit("b.service"),

@@ -1,4 +1,4 @@
-"""Processes told apart: on this system, and FreeBSD's answers as texts."""
+"""Processes are told apart: real ones on this system, and FreeBSD's by sample answers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_another_pid_start_or_boot_is_another_process(
 
 
 def test_a_process_lives_until_its_last_thread_has_ended() -> None:
-    """One of many threads looks like a zombie when its first thread ends before the others."""
+    """A process whose first thread ends before the others looks like a zombie."""
     code = (
         "import ctypes, os, threading, sys\n"
         "threading.Thread(target=sys.stdin.read).start()\n"
@@ -77,7 +77,7 @@ def test_a_process_lives_until_its_last_thread_has_ended() -> None:
 
 @pytest.fixture
 def stubborn() -> Iterator[Child]:
-    """A process that takes no notice of SIGTERM."""
+    """Yield a process that ignores SIGTERM."""
     words = ["/bin/sh", "-c", "trap '' TERM; echo; read -r _"]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -142,7 +142,7 @@ def test_a_child_is_stopped_when_none_of_its_threads_runs(tmp_path: Path) -> Non
     ],
 )
 def test_a_child_s_last_words_end_with_how_it_ended(tmp_path: Path, code: str, words: str) -> None:
-    """Of a guest that dies at once its status is all that bhyve tells: 3 is a triple fault."""
+    """If a guest dies at once, bhyve tells its exit status only: 3 is a triple fault."""
     child = launch.Child([sys.executable, "-c", code], str(tmp_path / "log"))
     assert child.ends_within(20)
     assert child.last_words() == words
@@ -199,7 +199,7 @@ def test_the_peer_of_a_socket_is_found() -> None:
         assert process.peer_pid(ours, "bhyve") == os.getpid()
 
 
-# FreeBSD: the texts and structures that its programs and kernel give.
+# FreeBSD: texts and structures as its programs and its kernel return them.
 
 
 def test_the_boot_time_is_read() -> None:

@@ -1,4 +1,4 @@
-"""Programs run, and what becomes of their words."""
+"""Programs are run, and their output is returned or reported."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ KEYS = {
 
 
 def drives(a: str, cd: str, c: str, label: str) -> tuple[Drive, ...]:
-    """Return what QEMU says of FULL's drives.  label: of the third."""
+    """Return FULL's drives as QEMU describes them.  label: the third drive's."""
     return (
         Drive("d0", "vd0", False, Medium("#block1", "raw", 1 << 20, False, a)),
         Drive("ide2-cd0", "", True, Medium("#block2", "raw", 2048, True, cd)),
@@ -101,7 +101,7 @@ def present(
     is_removable: bool = False,
     changes: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Reduce a -drive in which QEMU says that this is now."""
+    """Reduce a -drive that holds `medium` now, according to QEMU."""
     found = Facts(
         "x86_64", "pc-q35-7.2", "tcg", {}, (Drive(label, "", is_removable, medium),), "/w"
     )
@@ -163,10 +163,10 @@ def test_the_image_format_that_qemu_probed_travels() -> None:
         ("file:/w/a", "/w/x/../a", ""),
         ("nbd:unix:/n:exportname=a", "nbd+unix:///a?socket=/n", ""),
         ("/w/a", 'json:{"driver":"raw","file":{"driver":"file","filename":"/w/a"}}', ""),
-        ("/w/a", "b", "QEMU writes to /w/b, its command line has /w/a"),
-        ("/w/a", 'json:{"driver":"raw","file":{"driver":"file","filename":"/b"}}', "to /b, its"),
-        ("/w/a", "nbd://secret@host/a", "QEMU writes to an image of a network, its command line"),
-        ("rbd:p/a:key=secret", "/w/a", "to /w/a, its command line has an image of a network"),
+        ("/w/a", "b", "QEMU writes to /w/b, but its command line names /w/a"),
+        ("/w/a", 'json:{"driver":"raw","file":{"driver":"file","filename":"/b"}}', "to /b, but"),
+        ("/w/a", "nbd://secret@host/a", "QEMU writes to a network image, but its command line"),
+        ("rbd:p/a:key=secret", "/w/a", "to /w/a, but its command line names a network image"),
     ],
 )
 def test_another_image_than_the_command_lines_is_named(then: str, now: str, line: str) -> None:
@@ -179,12 +179,12 @@ def test_another_image_than_the_command_lines_is_named(then: str, now: str, line
     if line:
         with pytest.raises(IncompatibleError, match="disk virtio0: QEMU writes to") as caught:
             present(drive, medium)
-        assert "-f sends" in caught.value.hint
+        assert "or use -f" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["/dev/fdset/1", "/dev/fd/3", "/proc/self/fd/3", "nbd:h:1", "x"])
 def test_what_is_no_path_of_qemus_leads_nowhere_else(name: str) -> None:
-    """Of a daemon, whose directory is "/", the relative paths are not known either."""
+    """The relative paths of a daemon, whose directory is "/", are not known either."""
     assert is_open(name, "/", os.getpid(), frozenset())
     assert not is_open("/x/y", "/", os.getpid(), frozenset())
 
@@ -230,7 +230,7 @@ def test_a_disk_that_is_gone_or_below_a_filter_is_refused() -> None:
 
 @pytest.mark.parametrize("device", ["", "vd1"])
 def test_a_disk_whose_device_has_another_drive_now_is_refused(device: str) -> None:
-    """An unplugged device's drive is still there for a moment, and in no device, or in another."""
+    """An unplugged device's drive is there for a moment longer, in no device or in another."""
     there = (
         Drive("d0", device, False, Medium("#block1", "raw", 1 << 20, False, "/a")),
         Drive("", "vd0", False, Medium("n9", "raw", 1 << 20, False, "/b")),

@@ -1,4 +1,4 @@
-"""Memory that cannot be mapped, and memory in huge pages, which looking at must not take."""
+"""Memory that cannot be mapped, and memory in huge pages: a look at it must not allocate any."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _POOL = Path("/proc/sys/vm/nr_hugepages")
 
 
 def huge_pages(what: str) -> int:
-    """Return a count of /proc/meminfo: "Total", "Free"."""
+    """Return a count of /proc/meminfo.  what: "Total" or "Free"."""
     [line] = [x for x in Path("/proc/meminfo").read_text().splitlines() if f"HugePages_{what}" in x]
     return int(line.split()[1])
 
@@ -51,7 +51,7 @@ def pool() -> Iterator[None]:
 def test_memory_that_cannot_be_mapped_is_no_fault_of_the_program(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "ram", os.O_RDWR | os.O_CREAT)
     os.ftruncate(fd, SIZE)
-    for size in (1 << 50, SIZE + PAGE_BYTES):  # more than there are addresses, than the file has
+    for size in (1 << 50, SIZE + PAGE_BYTES):  # more than the address space, more than the file
         why = f"guest a: cannot map its memory of {size} bytes: "
         with pytest.raises(GuestError, match=why) as caught:
             ram.map_ram(fd, size, "guest a", mmap.PROT_READ)
@@ -72,15 +72,15 @@ def test_only_hugetlbfs_has_huge_pages(tmp_path: Path) -> None:
         os.close(fd)
 
 
-@pytest.mark.guest  # not beside another test that lends them
+@pytest.mark.guest  # must not run beside another test that sets up huge pages
 def test_huge_pages_that_another_process_has_touched_are_found(pool: None) -> None:
-    """QEMU's own page table does not know them."""
+    """QEMU's own page table does not show these pages."""
     fd = os.memfd_create("ram0", _MFD_HUGETLB_2M)
     os.ftruncate(fd, 8 * HUGE)
     other = subprocess.Popen(["sleep", "60"])
     with mmap.mmap(fd, 8 * HUGE) as memory:
         memory[3 * HUGE] = memory[4 * HUGE - 1] = memory[7 * HUGE + 5] = 1
-        memory[HUGE] = 0  # taken, and zero
+        memory[HUGE] = 0  # allocates a page that is all zero
         free = huge_pages("Free")
         for pid, found in ((os.getpid(), [1, 3, 7]), (other.pid, [3, 7])):
             wanted = [(at * EACH, at * EACH + EACH) for at in found]

@@ -18,7 +18,13 @@ from bhystream.backend.qemu import open_paused
 from bhystream.backend.qemu.paused import QemuPaused
 from bhystream.backend.qemu.sink import QemuSink
 from bhystream.backend.qemu.source import QemuSource
-from bhystream.errors import GoneError, GuestError, IncompatibleError, InternalError, TakenError
+from bhystream.errors import (
+    GuestEndedError,
+    GuestError,
+    IncompatibleError,
+    InternalError,
+    StaleError,
+)
 from bhystream.guest import PAGE_BYTES, Head, State
 from bhystream.memory.target import FileTarget
 
@@ -34,7 +40,7 @@ def move(
 ) -> dict[str, float]:
     """Move a guest by hand; return the milliseconds of each paused step.
 
-    keep: gets the paused guest, as soon as it is one.
+    keep: called with the paused guest, right after the pause.
     """
     assert sink.check(source.head()) == []
     [destination] = sink.open(b"")
@@ -71,7 +77,7 @@ def test_a_guest_moves(rig: Rig, machine: str, vcpus: int, ram: str) -> None:
     print(machine, vcpus, took)
     there = str(rig.state_dir / "there.qmp")
     assert (state_of(there), sink.may_have_run) == ("running", True)
-    # Its memory has no name left, and it can be sent on.
+    # The guest's memory file has no name any more, and the guest can be sent on.
     assert not os.path.exists(f"/dev/shm/bhyrecv-there-{os.getpid()}")
     again = QemuSource(there)
     assert again.head().config["machine"]["type"] == machine
@@ -117,7 +123,7 @@ def test_a_guest_moves_with_a_shared_disk(rig: Rig, interface: str, device: str)
     # The destination holds the image's lock now: two copies cannot run.
     with pytest.raises(GuestError, match="lock"):
         kept[0].resume()
-    # Only when it has gone does the source get its disk back.
+    # Once that QEMU has ended, the source gets its disk back.
     stop(there)
     open_paused(sink.record()).discard("")
     kept[0].resume()
@@ -127,7 +133,7 @@ def test_a_guest_moves_with_a_shared_disk(rig: Rig, interface: str, device: str)
 
 
 def state_of_open(source: QemuSource) -> str:
-    """The source holds the one QMP connection, so ask through it."""
+    """Return QEMU's run state through the source, which holds the one QMP connection."""
     return str(source._opened.qmp.execute("query-status", doing="ask")["status"])
 
 
@@ -170,7 +176,7 @@ def test_many_devices_move(rig: Rig) -> None:
 
 
 def test_what_qemu_takes_in_other_words_moves(rig: Rig) -> None:
-    """Such words as other tools write: QEMU has to take them here, and what is made of them."""
+    """Options as other tools write them: QEMU has to accept these, and those made from them."""
     image = rig.path("disk.img")
     Path(image).write_bytes(bytes(1 << 20))
     path = rig.start(
@@ -231,7 +237,7 @@ def test_abort_leaves_nothing(rig: Rig) -> None:
     assert not os.path.exists(f"/proc/{pid}")
     assert [str(path) for path in rig.state_dir.rglob("*")] == [str(rig.state_dir / "log")]
     assert sorted(os.listdir(rig.directory)) == ["here.qmp", "here.ram", "state"]
-    # And it can be tried again at once.
+    # A second attempt can follow at once.
     move(source, rig.sink("there", serial0=rig.path("serial")))
     source.close()
 
@@ -255,7 +261,7 @@ def test_open_needs_a_verdict(rig: Rig) -> None:
 def test_a_waiting_qemu_is_filled_and_started(rig: Rig) -> None:
     source = QemuSource(rig.start("here"))
     waiting = rig.start("wait", "-incoming", "defer")
-    # Its memory is dirty of an earlier attempt.
+    # An earlier attempt has left pages in QEMU's memory.
     with open(rig.path("wait.ram"), "r+b") as file:
         file.write(b"x" * SIZE)
     sink = QemuSink(waiting, {}, None, False, str(rig.state_dir))
@@ -366,7 +372,7 @@ def test_a_guest_left_paused_is_resumed_and_discarded_from_its_record(rig: Rig) 
     copy_memory(source, destination)
     sink.load(states)
     sink.leave_paused()
-    sink.abort()  # no longer its guest
+    sink.abort()  # does nothing: the guest is no longer the sink's
     there = str(rig.state_dir / "there.qmp")
     assert state_of(there) == "paused"
     held = open_paused(json.loads(json.dumps(sink.record())))
@@ -374,13 +380,13 @@ def test_a_guest_left_paused_is_resumed_and_discarded_from_its_record(rig: Rig) 
     held.resume()
     held.close()
     assert state_of(there) == "running"
-    # Somebody let it run: that is no guest to be ended here.
+    # A guest that runs must not be ended here.
     with pytest.raises(GuestError, match="it runs, so it is not ended here"):
         held.discard("")
     assert held.is_alive()
     with monitor(there) as ask:
         ask("stop")
-        # Its socket is in use, so it cannot be asked: the operator's word counts.
+        # The socket is in use, so QEMU cannot be asked: the operator's word counts.
         held.discard("")
     assert not held.is_alive()
     held.discard("")
@@ -419,7 +425,7 @@ def test_another_guest_at_the_socket_is_never_touched(rig: Rig) -> None:
         open_paused({**record, "hypervisor": "bhyve"})
     with pytest.raises(GuestError, match="record"):
         open_paused({})
-    # A process that lives, but is not the one at the socket.
+    # The recorded process lives, but is not the process at the socket.
     sleeper = subprocess.Popen(["sleep", "60"])
     try:
         from bhystream.backend.process import identify
@@ -428,7 +434,7 @@ def test_another_guest_at_the_socket_is_never_touched(rig: Rig) -> None:
         stale = open_paused({**record, "pid": who.pid, "start_ticks": who.start_ticks})
         with pytest.raises(GuestError, match="another guest"):
             stale.resume()
-        # A pid used again by another process: ours is gone, nothing is ended.
+        # Another process has the recorded pid: the guest has ended, and nothing is ended.
         reused = open_paused({**record, "pid": who.pid})
         assert not reused.is_alive()
         reused.discard("")
@@ -444,9 +450,9 @@ def test_a_guest_killed_while_paused_is_reported(rig: Rig) -> None:
     paused = source.pause()
     rig.processes["here"].kill()
     rig.processes["here"].wait()
-    with pytest.raises(GoneError, match=r"its QEMU \(process \d+\) has ended"):
+    with pytest.raises(GuestEndedError, match=r"its QEMU \(process \d+\) has ended"):
         paused.require_paused()
-    with pytest.raises(GoneError, match="has ended"):
+    with pytest.raises(GuestEndedError, match="has ended"):
         paused.resume()
     source.close()
 
@@ -455,7 +461,7 @@ def test_a_guest_killed_before_its_pause_is_reported(rig: Rig) -> None:
     source = QemuSource(rig.start("here"))
     rig.processes["here"].kill()
     rig.processes["here"].wait()
-    with pytest.raises(GoneError, match=r"guest here: its QEMU \(process \d+\) has ended"):
+    with pytest.raises(GuestEndedError, match=r"guest here: its QEMU \(process \d+\) has ended"):
         source.pause()
     source.close()
 
@@ -464,7 +470,7 @@ def test_a_guest_killed_before_its_pause_is_reported(rig: Rig) -> None:
 def test_a_guest_that_another_monitor_has_let_run_is_seen(
     rig: Rig, commands: tuple[str, ...]
 ) -> None:
-    """Also where it was stopped again: what was sent is no longer this guest."""
+    """The same holds if the guest was stopped again: what was sent is no longer this guest."""
     second = rig.path("second.qmp")
     path = rig.start("here", "-qmp", f"unix:{second},server=on,wait=off")
     source = QemuSource(path)
@@ -473,7 +479,7 @@ def test_a_guest_that_another_monitor_has_let_run_is_seen(
     with monitor(second) as ask:
         for command in commands:
             ask(command)
-        with pytest.raises(TakenError, match="somebody let it run while it stood paused"):
+        with pytest.raises(StaleError, match="another program let the guest run while it stood"):
             paused.require_paused()
         paused.resume()
         assert ask("query-status")["status"] == "running"
@@ -514,7 +520,7 @@ def test_a_qemu_without_seccomp_is_started_without_a_sandbox(
 
 
 def test_a_qemu_that_ends_while_it_is_asked_is_named(rig: Rig) -> None:
-    """Its socket takes the connection, and no greeting comes any more."""
+    """Its socket accepts the connection, but no greeting comes any more."""
     path = rig.start("here")
     process = rig.processes["here"]
     process.send_signal(signal.SIGSTOP)
@@ -530,7 +536,7 @@ def test_a_qemu_that_ends_while_it_is_asked_is_named(rig: Rig) -> None:
 def test_a_socket_that_is_refused_with_its_qemu_is_its_end(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where its process is seen a last time before it is gone."""
+    """The same holds if the process is seen alive a last time before its end."""
     source = QemuSource(rig.start("here"))
     record = source.prepare("").record
     source.pause()
@@ -540,5 +546,5 @@ def test_a_socket_that_is_refused_with_its_qemu_is_its_end(
     held = open_paused(record)
     monkeypatch.setattr(held, "is_alive", lambda: True)
     for act in (held.require_paused, held.resume, held.runs):
-        with pytest.raises(GoneError, match="has ended"):
+        with pytest.raises(GuestEndedError, match="has ended"):
             act()

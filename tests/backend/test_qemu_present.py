@@ -1,4 +1,4 @@
-"""The command line tells the start of a QEMU, these tell the present: drives, jobs, devices."""
+"""What QEMU's command line, which tells the start, does not tell: drives, jobs, devices now."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Ask = Callable[..., Any]
 
 
 def image(rig: Rig, name: str, kind: str = "raw", size: int = 8 * MIB, backing: str = "") -> str:
-    """Make a disk image, a raw one full of data, so that a job on it takes its time."""
+    """Make a disk image; a raw one is full of data, so that a job on it takes long."""
     path = rig.path(name)
     if kind == "raw":
         Path(path).write_bytes(os.urandom(MIB) * (size // MIB))
@@ -83,7 +83,7 @@ def test_a_job_on_a_disk_is_refused_by_name(rig: Rig, start: Callable[[Ask, Rig]
     below = image(rig, "base")
     path = rig.start("here", *disk(image(rig, "over", "qcow2", backing=below), "qcow2"))
     with monitor(path) as ask:
-        if start is start_commit:  # nothing to commit is no job
+        if start is start_commit:  # there is no job if nothing is to be committed
             ask("human-monitor-command", **{"command-line": 'qemu-io d0 "write 0 4M"'})
         assert start(ask, rig) == {}
     kind = start.__name__.removeprefix("start_")
@@ -199,10 +199,10 @@ def test_a_guest_that_writes_to_another_image_needs_force(
     path = rig.start("here", *option(base, kind))
     with monitor(path) as ask:
         now = change(ask, rig)
-    text = f"disk (d|n)0: QEMU writes to {now}, its command line has {base}"
+    text = f"disk (d|n)0: QEMU writes to {now}, but its command line names {base}"
     with pytest.raises(IncompatibleError, match=text) as caught:
         QemuSource(path)
-    assert "-f sends" in caught.value.hint
+    assert "or use -f" in caught.value.hint
     source = QemuSource(path, force=True)
     [found] = source.head().config["disks"]
     assert found["props"]["format"] == kind_now
@@ -226,7 +226,8 @@ def test_each_device_is_told_with_its_own_node(rig: Rig) -> None:
             assert ask("blockdev-snapshot", node=f"n{at}", overlay=f"over-{at}") == {}
     source = QemuSource(path, force=True)
     assert [line.split(";")[0] for line in source.warnings()] == [
-        f"disk n{at}: QEMU writes to {rig.path(f'over-{at}')}, its command line has {rig.path(at)}"
+        f"disk n{at}: QEMU writes to {rig.path(f'over-{at}')}, but its command line names"
+        f" {rig.path(at)}"
         for at in "ab"
     ]
     source.close()
@@ -372,7 +373,7 @@ TABLET = (*USB, "-device", "usb-tablet,id=t0,serial=one")
 
 
 def exchange(ask: Ask, device: str, **new: str) -> None:
-    """Unplug a device, which USB does at once, and plug in another."""
+    """Unplug a USB device, which QEMU does at once, and plug in another."""
     assert ask("device_del", id=device) == {}
     if new:
         await_true(lambda: "error" not in ask("device_add", **new))
@@ -464,14 +465,14 @@ def eject_cd(ask: Ask, rig: Rig) -> None:
     ("change", "status", "named"),
     [
         (start_mirror, 69, "the job 'd0' (mirror, running)"),
-        (snapshot, 76, "its command line has"),
+        (snapshot, 76, "its command line names"),
         (eject_cd, 69, "its devices or disks were changed while it was sent: disk1"),
     ],
 )
 def test_bhysend_lets_a_guest_run_that_was_changed_while_it_was_sent(
     rig: Rig, change: Callable[[Ask, Rig], Any], status: int, named: str
 ) -> None:
-    """The pipe is full, so that it sends the first round when the change is made."""
+    """The pipe is full, so that bhysend is in the first round when the change is made."""
     second = rig.path("second.qmp")
     monitor_too = ("-qmp", f"unix:{second},server=on,wait=off")
     options = (*disk(image(rig, "base")), *cdrom(image(rig, "cd")), *monitor_too)

@@ -1,4 +1,4 @@
-"""What a QEMU destination lends: each thing of the right kind and size, and lent once."""
+"""What a QEMU destination lends: each resource of the right kind and size, and lent once."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def config(*disks: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def lent(tmp_path: Path) -> dict[str, str]:
-    """Return keys that are as they should be."""
+    """Return -o keys with correct values."""
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(bytes(4 * KIB))
     return {"disk0": f"{tmp_path}/a", "disk1": f"{tmp_path}/b", "net0": "user", "net1": "none"}
@@ -62,7 +62,7 @@ def qcow2(path: Path, size: int) -> str:
 def test_what_is_as_it_should_be_is_no_reason(lent: dict[str, str], tmp_path: Path) -> None:
     ports = {"serial0": f"{tmp_path}/log", "serial1": f"unix:{tmp_path}/sock"}
     assert reasons(lent | ports | {"mem": f"{tmp_path}/mem", "qmp": f"{tmp_path}/qmp"}) == []
-    # Nothing is told apart in the null device, and much memory lies in one directory.
+    # Many ports may share the null device, and many memory files one directory.
     assert reasons(lent | dict.fromkeys(("serial0", "serial1"), "/dev/null")) == []
     assert reasons(lent | {"mem": str(tmp_path)}) == []
 

@@ -1,4 +1,4 @@
-"""Where a QEMU of ours is started, judged by what bhyrecv runs in."""
+"""The scope in which QEMU is started, judged by the unit and namespace of bhyrecv."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUN = "/usr/bin/systemd-run"
 
 @pytest.fixture(autouse=True)
 def systemd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host with systemd's programs, whose logind ends what a user has started."""
+    """Pretend a host with systemd's programs, whose logind ends a user's processes."""
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(scope, "_user", lambda: "ann")
     monkeypatch.setattr(programs, "ask", lambda *argv: "KillUserProcesses=yes\n")
@@ -117,13 +117,13 @@ def test_a_unit_that_cannot_be_left_for_want_of_a_program(monkeypatch: pytest.Mo
         (("sh -c bhyrecv web1; :",), True),
         (("sh receive.sh", "tini -- sh receive.sh"), True),
         (("timeout 1h bhyrecv web1", "docker-init -- timeout 1h bhyrecv web1"), True),
-        (("bash",), False),  # a terminal's: it ends with its user
+        (("bash",), False),  # a terminal's shell ends when its user leaves
         (("bash", "tini -- bash"), False),
         (("sh receive.sh", "bash", "sh -c bash"), False),
         (("sh receive.sh", "python3 agent.py"), False),
         (("sh receive.sh", "sshd: root@notty", "sh -c sshd"), False),
         (("sh receive.sh", "/sbin/init"), False),
-        ((), False),  # as of docker exec
+        ((), False),  # as with docker exec
     ],
 )
 def test_process_1_may_only_wait_for_bhyrecv(commands: Sequence[str], waits: bool) -> None:

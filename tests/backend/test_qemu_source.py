@@ -1,4 +1,4 @@
-"""What QemuSource refuses, by name, and what it finds, with a real QEMU."""
+"""The guests that QemuSource refuses, and what it finds in others, with a real QEMU."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_a_command_has_a_time_limit(rig: Rig) -> None:
     with pytest.raises(GuestError, match=r"did not answer query-status in 0\.2 s"):
         source._opened.qmp.execute("query-status", doing="ask", limit_s=0.2)
     rig.processes["here"].send_signal(signal.SIGCONT)
-    # The late answer is dropped, and the connection still good.
+    # The late answer is dropped, and the connection still works.
     assert source._opened.qmp.execute("query-status", doing="ask")["running"]
     source.close()
 

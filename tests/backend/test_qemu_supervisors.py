@@ -1,4 +1,4 @@
-"""What would start a guest again whose QEMU was ended, by what is above that QEMU."""
+"""Whether a guest would be started again after its QEMU has ended, judged by QEMU's ancestors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from bhystream.hypervisors import Sending
 from .qemu_rig import Rig, await_true, listens, monitor, peer
 
 QEMU = 1000
-# What waits for bhysend: a script of its own.
+# The pid of a script that runs bhysend and waits for it.
 OURS = 77
 
 
 def judged(*commands: str, fed: Collection[int] = (), top: int = 1) -> str:
-    """Return the reason; commands: above QEMU, its parent first, pids 900 and down.
+    """Return the reason.  commands: QEMU's ancestors, its parent first, pids 900 and down.
 
-    fed: the places of those that are.  top: the last one's pid, 0 to leave it.
+    fed: indexes of the commands with is_fed.  top: the last ancestor's pid, 0 for
+    the counted one.
     """
     pids = [900 - at for at in range(len(commands))]
     if commands and top:
@@ -55,16 +56,17 @@ def judged(*commands: str, fed: Collection[int] = (), top: int = 1) -> str:
         ("supervise-daemon web1 --start qemu-system-x86_64", ()),
         ("/usr/bin/containerd-shim-runc-v2 -id 0123", ()),
         ("conmon --api-version 1", ()),
-        ("", ()),  # of another user's, where it cannot be seen
+        ("", ()),  # another user's command line, which cannot be seen
     ],
 )
 def test_what_may_start_it_again_is_named(command: str, fed: Collection[int]) -> None:
     shown = ascii(command or "process 900")[:60]
     assert judged(command, "-bash", "sshd: root@pts/0", "init", fed=fed) == (
-        f"supervisor: the guest's QEMU was started by {shown}, which may start it again when it is"
-        " killed: a second copy; end that first, or -f if it does not"
+        f"supervisor: the guest's QEMU was started by {shown}, which may start QEMU again when"
+        " QEMU is killed: a second copy of the guest; end that program first, or use -f if it"
+        " never does"
     )
-    # And through what only waits for QEMU.
+    # A program that only waits for QEMU does not hide its parent.
     assert judged("sudo qemu-system-x86_64", command, "init", fed=[at + 1 for at in fed])
 
 
@@ -76,7 +78,7 @@ def test_what_may_start_it_again_is_named(command: str, fed: Collection[int]) ->
         ("sudo -u qemu qemu-system-x86_64", "sudo -u qemu qemu-system-x86_64", "-zsh", "init"),
         ("timeout 1d qemu-system-x86_64", "-sh", "sh loop.sh", "init"),
         ("sshd: root@notty", "sh loop.sh", "init"),
-        # Nothing that waits for it: what has no parent is process 1's.
+        # Nothing waits for QEMU: process 1 has only adopted it.
         ("/process_api --init",),
         ("tini -- sleep infinity",),
         ("bash",),
@@ -87,7 +89,7 @@ def test_what_does_not_start_it_again_is_harmless(above: Sequence[str]) -> None:
 
 
 def test_what_came_from_outside_the_namespace_is_not_blamed() -> None:
-    """As of docker exec: QEMU's parent is nobody whom we could see."""
+    """With docker exec, for example, we cannot see QEMU's parent."""
     assert judged() == ""
     assert judged("sudo qemu-system-x86_64", top=0) == ""
 
@@ -111,9 +113,9 @@ def test_systemd_is_asked_for_the_unit() -> None:
 def test_a_script_that_runs_bhysend_too_knows_of_the_move() -> None:
     chain = [Above(OURS, "sh move.sh"), Above(1, "init")]
     assert supervisors.judge(QEMU, chain, {OURS}, lambda waiting: "unit") == ""
-    # A copy of it is another process.
+    # A copy of the script is another process.
     assert supervisors.judge(QEMU, [Above(78, "sh move.sh")], {OURS}, lambda waiting: "unit")
-    # And a supervisor that has both stays one.
+    # A supervisor that is above both still counts as a supervisor.
     for command in ("supervisord", "python3 /usr/bin/supervisord -n", "runsv web1"):
         assert supervisors.judge(QEMU, [Above(OURS, command)], {OURS}, lambda waiting: "unit")
 
@@ -142,7 +144,7 @@ SHOWN = {"Restart": "no", "MainPID": f"{QEMU}", "UpheldBy": "", "TriggeredBy": "
         ("web1.service", None, "systemctl does not say"),
         ("web1.service", {"Restart": "no"}, ""),
         ("web1.service", {"Restart": "on-watchdog"}, ""),
-        # The unit's main process is another, as of sshd's and cron's.
+        # The unit's main process is another one, as for sshd and cron.
         ("ssh.service", {"Restart": "always", "MainPID": "4"}, ""),
         ("session-3.scope", None, ""),
     ],
@@ -181,7 +183,7 @@ done
 @pytest.mark.guest
 @pytest.mark.parametrize("form", ["script", "read", "copy", "waited for"])
 def test_a_loop_is_refused_and_force_overrules(form: str, rig: Rig) -> None:
-    """By what runs QEMU really: a script, one that is read, a copy of a shell, and through more."""
+    """With real processes: a script, a script on standard input, a subshell, and timeout(1)."""
     qemu = shlex.join(rig.argv("here"))
     loop = LOOP.format(qemu=f"timeout 600 {qemu}" if form == "waited for" else qemu)
     path = Path(rig.path("loop.sh"))
@@ -206,14 +208,14 @@ def test_a_loop_is_refused_and_force_overrules(form: str, rig: Rig) -> None:
     finally:
         os.killpg(process.pid, 9)
         process.wait()
-        # timeout(1) leads a process group of its own; any other QEMU ends just now.
+        # timeout(1) leads a process group of its own; any other QEMU is ending already.
         with suppress(OSError):
             os.kill(peer(socket), 9)
 
 
 @pytest.mark.guest
 def test_a_qemu_without_a_parent_is_taken(rig: Rig) -> None:
-    """Also the one that bhyrecv has left: nothing waits for it."""
+    """Such is the QEMU that bhyrecv has started and left: nothing waits for it."""
     words = ["sh", "-c", '"$@" & :', "sh", *rig.argv("here")]
     subprocess.run(words, stdin=subprocess.DEVNULL, check=True, start_new_session=True)
     socket = rig.path("here.qmp")

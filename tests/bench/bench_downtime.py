@@ -1,11 +1,11 @@
-"""Measure how long a guest is silent while it moves, at its serial port.
+"""Measure, at its serial port, how long a guest is silent while it moves.
 
-The proof guest (512 MiB, tens of them rewritten each second) moves on and on between QEMUs of
-this host, through a pipe and through ssh to a private server, in the plain form and in the command
-form with its answers, in turn, so that a busy neighbour hits all alike.  The guest beats each
-100 ms; what is shown is the silence between its last beat at the source and its first at the
-destination, less that 100 ms: a lower bound of the downtime, and the downtime is at most 100 ms
-more.
+The proof guest (512 MiB, of which it rewrites tens of MiB each second) moves again and again
+between QEMUs of this host: through a pipe and through ssh to a private server, in the plain form
+and in the command form with its answers.  The forms take turns, so that a busy neighbour hits all
+of them alike.  The guest beats every 100 ms.  The printed time is the silence between the last
+beat at the source and the first beat at the destination, less 100 ms: a lower bound of the
+downtime, which is at most 100 ms longer.
 
 usage: PYTHONPATH=tests python tests/bench/bench_downtime.py [turns]
 """
@@ -33,11 +33,11 @@ Wrap = Callable[[list[str]], list[str]]
 
 
 def silence_ms(host: Host, guest: QemuTraveller, wrap: Wrap, answered: bool) -> tuple[float, str]:
-    """Move the guest once; return its silence less the beat, and what bhysend says."""
+    """Move the guest once; return its silence less BEAT_MS, and bhysend's line about the pause."""
     to, place = guest.next(), qemu_place(guest.place)
     place.serial.await_heartbeats(5)
     with Stamps(place.serial.path) as here, Stamps(to.serial.path) as there:
-        # What is not new is not stamped right, and is not asked for.
+        # Only beats that arrive from here on have right stamps.
         place.serial.await_heartbeats(2)
         receive = wrap(guest.receive(to))
         if answered:
@@ -56,7 +56,7 @@ def silence_ms(host: Host, guest: QemuTraveller, wrap: Wrap, answered: bool) -> 
 
 
 def main(argv: list[str]) -> int:
-    """Print the median of each transport."""
+    """Print the median silence for each transport."""
     turns = int(argv[1]) if len(argv) > 1 else 5
     found: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory(prefix="bhyc-", dir="/dev/shm") as directory:

@@ -1,8 +1,8 @@
-"""Measure the loops of bhystream against memcpy of the same bytes.
+"""Compare the loops of bhystream with memcpy of the same bytes.
 
 Every figure is the median of several turns, taken round robin so that a busy
 neighbour hits all rows alike; the ratio is to memcpy in the same run.  Guest
-memory is an anonymous mapping, the receiver's file is in memory too.
+memory is an anonymous mapping, and the receiver's file is in memory as well.
 
 usage: python tests/bench/bench_kernels.py [MiB [turns]]
 """
@@ -30,7 +30,7 @@ BATCHES = (16, 64, 256, 1024)
 
 
 class Bench:
-    """One guest of `npages` pages and everything that the rows need."""
+    """One guest of `npages` pages, and the buffers that the rows need."""
 
     def __init__(self, npages: int) -> None:
         self.npages = npages
@@ -47,8 +47,8 @@ class Bench:
         self.listed = memoryview(self.hashes).cast("B")
         self.batches = {n: Batch(self.hasher, n, 4 * n) for n in BATCHES}
         self.window = memoryview(bytearray(64 * PAGE))
-        # Where the receiver's pages go; filled once, so that no row pays for
-        # the allocation.
+        # The receiver writes its pages into this file, which is filled once, so that no
+        # row pays for the allocation.
         self.fd, path = tempfile.mkstemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         os.unlink(path)
         for start in range(0, len(self.memory), len(block)):
@@ -60,7 +60,7 @@ class Bench:
         return memoryview(mmap.mmap(-1, self.npages * PAGE, flags=flags))
 
     def memcpy(self) -> None:
-        """Copy all memory through 256 KiB that stay in cache, as a batch does."""
+        """Copy all memory through 256 KiB that stay in the cache, as a batch does."""
         view, window = self.memory, self.window
         for start in range(0, len(view), len(window)):
             piece = view[start : start + len(window)]
@@ -70,7 +70,7 @@ class Bench:
         self.hasher.hash_pages(self.memory, self.hashes)
 
     def collect(self, batch_pages: int, memory: memoryview, everything: bool) -> None:
-        """Walk all memory as bhysend does, without the writing."""
+        """Walk all memory as bhysend does, but write nothing."""
         batch = self.batches[batch_pages]
         page = 0
         while page < self.npages:
@@ -79,7 +79,7 @@ class Bench:
             batch.clear()
 
     def rescan(self) -> None:
-        # 2 bytes of table for each KiB: setting it up does not show.
+        # The table has 2 bytes for each KiB of memory: its setup does not show in the time.
         memoryview(self.table)[:] = memoryview(self.hashes)
         self.collect(64, self.memory, False)
 
@@ -88,7 +88,7 @@ class Bench:
         for page in range(0, self.npages, 64):
             n = min(64, self.npages - page)
             data = self.memory[page * PAGE : (page + n) * PAGE]
-            # Into cache first: bhyrecv has just read these bytes from a pipe.
+            # Bring the bytes into the cache first: bhyrecv has just read them from a pipe.
             self.window[: len(data)] = data
             pages = self.window[: len(data)]
             if check:

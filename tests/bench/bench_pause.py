@@ -2,15 +2,15 @@
 
 Two guests with the same touched memory and the same working set, of 1 GiB and of 8 GiB, are
 moved in turn, so that a busy neighbour hits both alike: by bhysend and bhyrecv, as processes, in
-the command form with its answers.  What bhysend says of the pause is its parts:
+the command form with its answers.  bhysend reports the parts of the pause:
 
-    state        held in the checkpoint, and the state read and sent
-    last pages   the last look at the memory, and what had changed, sent
-    answers      verified, loaded and let go at the destination: READY, GO, RUNNING
+    state        the guest stops in the checkpoint, and its state is read and sent
+    last pages   the memory is compared for the last time, and changed pages are sent
+    answers      the destination verifies, loads and starts the guest: READY, GO, RUNNING
 
-No part may grow with the size: the memory goes to the null device here, and is in its VM there
-before the pause.  What bhyve itself does in it is the stand-in's, so the ratio is what counts:
-near 1.  Needs root, or `unshare -Urm`.
+No part may grow with the guest's size: at the source the memory goes to the null device, and at
+the destination the memory is in its VM before the pause.  The stand-in plays bhyve's part of the
+pause, so only the ratio counts, which has to be near 1.  Needs root, or `unshare -Urm`.
 
 usage: PYTHONPATH=tests python tests/bench/bench_pause.py [turns]
 """
@@ -33,7 +33,7 @@ _MS = {"ms": 1.0, "s": 1e3}
 
 
 def parts_ms(said: str) -> dict[str, float]:
-    """Return the parts of the pause of which bhysend's last line tells."""
+    """Return the parts of the pause, in ms, from bhysend's last line."""
     line = _PAUSED.findall(said)[-1]
     found = {}
     for name in PARTS:
@@ -43,7 +43,7 @@ def parts_ms(said: str) -> dict[str, float]:
 
 
 def measure(two: Two, size: str, name: str) -> dict[str, float]:
-    """Move a guest after a live round, and end it; return the parts of its pause, ms."""
+    """Move a guest with live rounds, then end it; return the parts of its pause, in ms."""
     spec = Spec(memory=size, touched="64M", working_set="16M", rate="24M")
     guest = two.start(spec, name)
     guest.console.await_sweeps(1)
@@ -51,7 +51,7 @@ def measure(two: Two, size: str, name: str) -> dict[str, float]:
     if ended.status:
         sys.exit(report(ended))
     if "memory file:" in ended.stderr:
-        sys.exit("the sink cannot be had here: run this as root")
+        sys.exit("bhysend could not mount the null device: run this as root")
     two.assert_moved(name=name)
     two.there.host.destroy(name)
     await_true(lambda: two.there.pid(name) is None, "end of the guest")
@@ -59,10 +59,10 @@ def measure(two: Two, size: str, name: str) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int:
-    """Print the median of each part, and how it grows."""
+    """Print the median of each part for both sizes, and their ratio."""
     turns = int(argv[1]) if len(argv) > 1 else 5
     if sink_prefix() is None:
-        sys.exit("the sink cannot be had here: run this as root")
+        sys.exit("bhysend could not mount the null device: run this as root")
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     with two_hosts() as two:
         for turn in range(turns):

@@ -1,10 +1,10 @@
-"""Send and receive the memory of a paused guest, against a bare write/read loop.
+"""Compare sending and receiving a paused guest's memory with a bare write/read loop.
 
 Both move the same bytes between two processes over one pipe into a file in
-memory: "bare" with write(2) of 256 KiB out of the mapping and read(2) and
-pwrite(2), "stream" with everything that bhysend and bhyrecv do to a page.
-Turns alternate; the figure is the ratio of the medians.  "cold": the receiver's
-file is new in each turn.  "warm": it is filled already.
+memory: "bare" with write(2) of 256 KiB from the mapping, read(2) and pwrite(2);
+"stream" with everything that bhysend and bhyrecv do to a page.  Turns alternate;
+the figure is the ratio of the medians.  "cold": the receiver's file is new in
+each turn.  "warm": the receiver's file has all its pages already.
 
 usage: python tests/bench/bench_stream.py [MiB [turns]]
 """
@@ -31,14 +31,14 @@ CHUNK = 256 << 10
 
 
 def memory_file(size: int) -> int:
-    """Return a file in memory, of this size and empty."""
+    """Return a descriptor of an empty file in memory, of `size` bytes."""
     fd = os.memfd_create("bench")
     os.ftruncate(fd, size)
     return fd
 
 
 class Paused:
-    """A base.Readable of one segment, all touched."""
+    """A base.Readable with one segment, all of which the guest has touched."""
 
     name = "bench"
 
@@ -47,7 +47,7 @@ class Paused:
         self.map = mmap.mmap(fd, npages * PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
 
     def head(self) -> Head:
-        """Return a head of the required keys only."""
+        """Return a head with the required keys only."""
         return Head({"hypervisor": "none"}, self.layout, {"name": "bench"}, ())
 
     def memory(self) -> Sequence[memoryview]:
@@ -55,18 +55,18 @@ class Paused:
         return [memoryview(self.map)]
 
     def touched(self) -> Iterator[tuple[int, int]]:
-        """Yield all of it."""
+        """Yield all pages as one extent."""
         yield 0, self.layout.npages
 
     def changed(self) -> None:
-        """Return that nobody knows."""
+        """Return None: there is no dirty log."""
 
     def close(self) -> None:
-        """Keep all."""
+        """Do nothing: the next turn uses the mapping again."""
 
 
 def send_bare(source: Paused, fd: int) -> None:
-    """Write the mapping."""
+    """Write the mapping in pieces of CHUNK bytes."""
     view = memoryview(source.map)
     for start in range(0, len(view), CHUNK):
         piece = view[start : start + CHUNK]
@@ -75,7 +75,7 @@ def send_bare(source: Paused, fd: int) -> None:
 
 
 def receive_bare(fd: int, target: int) -> None:
-    """Read and pwrite."""
+    """Read up to CHUNK bytes at a time, and write them into the target."""
     buffer = memoryview(bytearray(CHUNK))
     raw = io.FileIO(fd, closefd=False)
     at = 0
@@ -110,7 +110,7 @@ Receive = Callable[[int, int], None]
 
 
 def turn(source: Paused, target: int, send: Send, receive: Receive) -> float:
-    """Move everything once; return seconds from the start to the last page placed."""
+    """Move all memory once; return the seconds from the start until the last page is placed."""
     read_fd, write_fd = os.pipe()
     commandline.widen_pipe(write_fd)
     start = time.monotonic()

@@ -1,1 +1,1 @@
-"""What only a host with bhyve can tell."""
+"""Tests of facts that only a host with bhyve can confirm."""

@@ -1,7 +1,7 @@
-"""Other processes of a hold: child.py hold GUEST [CONFIG], and child.py resume RECORD.
+"""Child processes for the tests of a hold.
 
-hold      print the record of a guest, hold it, and be killed
-resume    find a held guest by its record, JSON, and let it run
+child.py hold GUEST [CONFIG]   print the guest's record, hold the guest, and be killed
+child.py resume RECORD         find a held guest by its record (JSON), and let the guest run
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bhystream.hypervisors import open_host, open_paused
 
 
 def hold(guest: str, config_path: str | None = None) -> None:
-    """Hold the guest; nothing of this process is closed or removed."""
+    """Hold the guest and kill this process, which closes and removes nothing itself."""
     source = BhyveSource(open_host(), guest, state.directory(), config_path, force=False)
     print(json.dumps(source.prepare(secrets.token_hex(16)).record), flush=True)
     source.pause()
@@ -26,7 +26,7 @@ def hold(guest: str, config_path: str | None = None) -> None:
 
 
 def resume(record: str) -> None:
-    """Let the guest run, if it stands held."""
+    """Let the guest run if it stands held."""
     paused = open_paused(json.loads(record))
     paused.require_paused()
     paused.resume()

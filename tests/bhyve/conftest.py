@@ -1,4 +1,4 @@
-"""The host, the guest and the directories that the facts are checked with."""
+"""The host, the guest and the directories with which the tests check the facts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 
 from bhystream.backend.base import Paused
 from bhystream.backend.bhyve.config import GuestConfig
-from bhystream.backend.bhyve.held import HeldRecord
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.opened import read_config
+from bhystream.backend.bhyve.paused import PausedRecord
 from bhystream.backend.bhyve.snapshot import Meta, parse
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource
@@ -27,7 +27,7 @@ from bhystream.hypervisors import open_host, open_paused
 
 
 def setting(name: str, what: str) -> str:
-    """Return an environment variable; without it the test fails, and says what to set."""
+    """Return an environment variable; if it is not set, fail and say what to set."""
     value = os.environ.get(name)
     if not value:
         pytest.fail(f"set {name} to {what}")
@@ -57,7 +57,7 @@ def config(host: Host, guest: str, config_path: str | None) -> GuestConfig:
     if manager is None:
         pytest.fail("set BHYSEND_TEST_CONFIG to the guest's bhyve_config(5) file")
     process = listener(host, guest)
-    assert process is not None, "nobody listens at its checkpoint socket"
+    assert process is not None, "no process listens at the guest's checkpoint socket"
     return manager.running(process)
 
 
@@ -72,7 +72,7 @@ def memory(host: Host, guest: str) -> Iterator[Memory]:
 
 @pytest.fixture
 def staging(host: Host) -> Iterator[Path]:
-    """Make a directory where bhysend makes its own."""
+    """Make a directory in the place where bhysend makes its directories."""
     directory = SnapshotDir(state.directory() / "held" / f"bhytest{secrets.token_hex(4)}")
     directory.make()
     try:
@@ -85,31 +85,31 @@ def staging(host: Host) -> Iterator[Path]:
 class Trial:
     """A guest that has rehearsed, and can be held.
 
-    record: from which any process finds it again.  plan: what FILE.meta said.
+    record: any process can find the guest by it.  plan: the rehearsal's FILE.meta.
     """
 
     source: BhyveSource
-    record: HeldRecord
+    record: PausedRecord
     plan: Meta
 
     @property
     def directory(self) -> SnapshotDir:
-        """Return where it is held."""
+        """Return the directory of the guest's hold."""
         return SnapshotDir(Path(self.record.directory))
 
     def found_again(self) -> Paused:
-        """Find it by its record alone."""
+        """Find the guest by its record alone."""
         return open_paused(self.record.to_json())
 
 
 @contextmanager
 def rehearsed(host: Host, guest: str, config_path: str | None) -> Iterator[Trial]:
-    """Let a guest rehearse; whatever becomes of the block, it runs on."""
+    """Let a guest rehearse; when the with block ends, even by an exception, let the guest run."""
     source = BhyveSource(host, guest, state.directory(), config_path, force=False)
     try:
         prepared = source.prepare(secrets.token_hex(16))
         try:
-            record = HeldRecord.from_json(prepared.record)
+            record = PausedRecord.from_json(prepared.record)
             yield Trial(source, record, parse(prepared.plan))
         finally:
             open_paused(prepared.record).resume()
@@ -119,14 +119,14 @@ def rehearsed(host: Host, guest: str, config_path: str | None) -> Iterator[Trial
 
 @pytest.fixture
 def may_hold() -> None:
-    """Skip the test, unless the guest may be held."""
+    """Skip the test unless the guest may be held."""
     if os.environ.get("BHYSEND_TEST_HOLD") != "yes":
-        pytest.skip("BHYSEND_TEST_HOLD=yes has the guest held, and let go again")
+        pytest.skip("set BHYSEND_TEST_HOLD=yes to have the guest held, and let go again")
 
 
 @pytest.fixture
 def trial(may_hold: None, host: Host, guest: str, config_path: str | None) -> Iterator[Trial]:
-    """Return a guest that has rehearsed and is to be held; it runs on in the end."""
+    """Return a guest that has rehearsed and can be held; the guest runs on after the test."""
     with rehearsed(host, guest, config_path) as made:
         print(*made.source.warnings(), sep="\n")
         yield made

@@ -1,8 +1,8 @@
-"""A guest of bhyve's own that proves itself, and two names that it moves between on one host.
+"""A bhyve guest that proves itself, and the two names between which it moves on one host.
 
-The guest is a boot ROM (BHYSEND_TEST_ROM) with one vCPU and no disk.  It prints on COM1, ten
-times a second, "HB n ..." with n counting up from 0 over its whole life, "bad 0" as long as each
-page that it checks is right, and "LOST" once a vector register of it has lost its value.
+The guest is a boot ROM (BHYSEND_TEST_ROM) with one vCPU and no disk.  Ten times a second the guest
+prints "HB n ..." on COM1: n counts up from 0 over the guest's whole life, "bad 0" says that each
+page checked was right, and "LOST" says that a vector register has lost its value.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import pytest
 BHYVE, BHYVECTL = "/usr/sbin/bhyve", "/usr/sbin/bhyvectl"
 DEADLINE_S = 180.0
 _BEAT = re.compile(r"HB (\d+) .* bad (\d+) ")
-# Units of nmdm(4) that nobody else uses, each of them once.
+# The first unit of nmdm(4) that only these tests use; each console gets the next unit.
 _UNIT, _COUNT = 700, count()
 _UUID = "0f0e0d0c-1111-2222-3333-444444444444"
 
 
 def until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
-    """Wait for a condition."""
+    """Wait until a condition holds."""
     end = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < end, f"no {what} in {deadline_s:.0f} s"
@@ -46,14 +46,17 @@ def program(name: str) -> list[str]:
 
 @dataclass
 class Ended:
-    """What a program came to."""
+    """The exit status and the messages of a program."""
 
     status: int
     said: str
 
 
 class Console:
-    """The other side of a guest's serial port, a nmdm(4), read all the time: it keeps little."""
+    """The other side of a guest's serial port, a nmdm(4).
+
+    A thread reads all the time, because nmdm(4) buffers little.
+    """
 
     def __init__(self, unit: int) -> None:
         self._fd = os.open(f"/dev/nmdm{unit}B", os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY)
@@ -70,7 +73,7 @@ class Console:
                     self._said += os.read(self._fd, 1 << 16)
 
     def said(self) -> str:
-        """Return all that was printed."""
+        """Return all that the guest has printed."""
         return self._said.decode(errors="replace").replace("\r", "")
 
     def close(self) -> None:
@@ -81,9 +84,9 @@ class Console:
 
 @dataclass
 class Host:
-    """Both ends of a move: two state directories on this host, and the guest wherever it is.
+    """Both ends of a move: two state directories on this host, and the guest.
 
-    at: the name that it has now.  lived: the consoles that it has had, in their order.
+    at: the guest's name now.  lived: the consoles that the guest has had, in order.
     """
 
     rom: str
@@ -105,7 +108,7 @@ class Host:
         Path("/var/run/bhyve").mkdir(exist_ok=True)
         self._make_console(name)
         with (self.directory / f"{name}.log").open("wb") as log:
-            # Its parent is init: what else starts a guest may start it again.
+            # bhyve's parent must be init: another parent could start the guest again.
             words = ["/bin/sh", "-c", '"$@" &', "sh", BHYVE, "-k", str(self._config(name)), name]
             subprocess.run(
                 words,
@@ -144,14 +147,14 @@ class Host:
         return [*program("bhysend"), "-C", str(self._config(self.at)), *options, self.at]
 
     def receive(self, name: str, *options: str) -> list[str]:
-        """Return the command that receives it under another name."""
+        """Return the command that receives the guest under another name."""
         self._make_console(name)
         lent = ["-o", f"com1=/dev/nmdm{self.units[name]}A", "-o", f"bootrom={self.rom}"]
         environment = ["env", f"BHYSEND_STATE_DIR={self.state('b')}"]
         return [*environment, *program("bhyrecv"), *lent, *options, name]
 
     def run(self, *words: str, side: str = "a", deadline_s: float = DEADLINE_S) -> Ended:
-        """Run a program to its end."""
+        """Run a program until it ends."""
         done = subprocess.run(
             words,
             env=self.environment(side),
@@ -166,28 +169,28 @@ class Host:
         return Ended(done.returncode, done.stderr)
 
     def shell(self, text: str) -> Ended:
-        """Run a pipeline; the status is that of its last command."""
+        """Run a pipeline; the status is that of the last command."""
         return self.run("sh", "-c", text)
 
     # The guest.
 
     def other(self) -> str:
-        """Return the name that it does not have."""
+        """Return the name that the guest does not have now."""
         return "rom2" if self.at == "rom1" else "rom1"
 
     def arrived(self, name: str) -> None:
-        """Take it as living under a name; its old one is gone."""
+        """Assert that the guest's bhyve runs under a name, and that the old name is gone."""
         assert self.pid(self.at) == 0
         assert not os.path.exists(f"/dev/vmm/{self.at}")
         self.at = name
         assert self.pid()
 
     def stayed(self) -> None:
-        """Take it as living where it did; what was made for it elsewhere is no console of it."""
+        """Forget the console that receive() made: the guest has stayed under its name."""
         self.lived.pop().close()
 
     def pid(self, name: str = "") -> int:
-        """Return its bhyve's process id, 0 where there is none."""
+        """Return the process id of the guest's bhyve, 0 if there is none."""
         named = re.compile(rf"[ :/]{name or self.at}( |$)")
         words = ["/bin/ps", "-axww", "-o", "pid=", "-o", "comm=", "-o", "args="]
         found = subprocess.run(words, capture_output=True, text=True, check=True).stdout
@@ -198,7 +201,7 @@ class Host:
         return 0
 
     def lines(self) -> list[str]:
-        """Return the whole lines that it has said, wherever it was in the middle of one."""
+        """Return the guest's whole lines; a line may begin on one console and end on the next."""
         return "".join(console.said() for console in self.lived).split("\n")[:-1]
 
     def beats(self) -> list[tuple[int, int]]:
@@ -206,26 +209,26 @@ class Host:
         return [(int(m[1]), int(m[2])) for line in self.lines() if (m := _BEAT.match(line))]
 
     def prove(self, more: int = 15) -> None:
-        """See it beat on, with no beat missing, no page wrong, and its vector registers kept."""
+        """Assert that it beats on: no beat is missing, no page wrong, no vector register lost."""
         count = len(self.beats())
         until(lambda: len(self.beats()) >= count + more, f"{more} more heartbeats")
         beats = self.beats()
         numbers = [number for number, _ in beats]
         missing = sorted(set(range(numbers[-1] + 1)) - set(numbers))
         assert not missing, f"missing: {missing}"
-        # One said twice is one of two copies.
+        # A number that was printed twice would come from a second copy of the guest.
         assert numbers == sorted(set(numbers)), numbers
         assert not any(bad for _, bad in beats)
         assert "LOST" not in "\n".join(self.lines())
 
     def stands_still(self) -> bool:
-        """Say whether it says nothing for a second."""
+        """Say whether the guest prints no beat for a second."""
         before = len(self.beats())
         time.sleep(1.0)
         return len(self.beats()) == before
 
     def end(self) -> None:
-        """End everything that bears one of its names, and the reading of its consoles."""
+        """Kill every bhyve and destroy every VM that has one of the guest's names."""
         for name in ("rom1", "rom2"):
             if pid := self.pid(name):
                 subprocess.run(["/bin/kill", "-9", str(pid)], check=False)
@@ -236,7 +239,7 @@ class Host:
 
 @contextmanager
 def booted(directory: Path, memory: str = "128M") -> Iterator[Host]:
-    """Boot the guest, and end it."""
+    """Boot the guest, and end it after the with block."""
     rom = os.environ.get("BHYSEND_TEST_ROM")
     if not rom:
         pytest.skip("BHYSEND_TEST_ROM names a boot ROM that proves itself")

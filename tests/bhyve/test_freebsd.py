@@ -1,21 +1,21 @@
-"""Each fact about FreeBSD that the bhyve backend leans on, one test for each.
+"""The facts about FreeBSD that the bhyve backend relies on, one test for each.
 
     BHYSEND_TEST_GUEST=try BHYSEND_TEST_CONFIG=/root/try.conf \\
         python -m pytest -m bhyve -v -rA tests/bhyve
 
-Run as root on a FreeBSD host with a running guest that may be lost.  From
-harmless to less so: what only looks; what mounts a devfs for a moment; what
-has the guest write a checkpoint, for which it stands; and what holds it
-(test_hold.py).  Each test prints what it saw: that is the report.
+Run the tests as root on a FreeBSD host with a running guest that may be lost.
+The tests go from harmless to less so: some only look; some mount a devfs for a
+moment; some have the guest write a checkpoint, for which the guest stands; and
+some hold the guest (test_hold.py).  The report is what each test prints.
 
     BHYSEND_TEST_GUEST    the guest's name
-    BHYSEND_TEST_CONFIG   its bhyve_config(5) file; not needed for one of vm-bhyve
-    BHYSEND_TEST_HOLD     yes: hold it too
-    BHYSEND_STATE_DIR     a directory, mode 0700, with room for the guest's memory
-                          twice: two of the checkpoints write it; /var/db/bhysend
+    BHYSEND_TEST_CONFIG   its bhyve_config(5) file; not needed for a guest of vm-bhyve
+    BHYSEND_TEST_HOLD     yes: also hold the guest
+    BHYSEND_STATE_DIR     a directory, mode 0700, with space for the guest's memory
+                          twice: two checkpoints write it; default /var/db/bhysend
 
-Where BHYSEND_VMM_DIR names a stand-in's directory they run against that:
-test_itself.py does so, to see that they can pass and fail.
+If BHYSEND_VMM_DIR names a stand-in's directory, the tests run against the stand-in:
+test_itself.py does so, to prove that the tests can pass and can fail.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from bhystream.backend.bhyve.checkpoint import (
 from bhystream.backend.bhyve.config import GuestConfig
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, VMM_DIR, Host
 from bhystream.backend.bhyve.memory import Memory
-from bhystream.backend.bhyve.place import staging_root
+from bhystream.backend.bhyve.restoredguest import staging_root
 from bhystream.backend.bhyve.snapshot import memory_spans
 from bhystream.backend.bhyve.snapshotfiles import Files, read_states
 from bhystream.backend.process import is_alive
@@ -70,18 +70,18 @@ _SYSCTLS = (
 pytestmark = [
     pytest.mark.bhyve,
     pytest.mark.skipif(
-        not IS_FREEBSD and VMM_DIR not in os.environ, reason="this is no FreeBSD host"
+        not IS_FREEBSD and VMM_DIR not in os.environ, reason="this is not a FreeBSD host"
     ),
 ]
-only_freebsd = pytest.mark.skipif(not IS_FREEBSD, reason="the stand-in has none of it")
+only_freebsd = pytest.mark.skipif(not IS_FREEBSD, reason="the stand-in does not play this")
 
 
 def say(*words: object) -> None:
-    """Print what was seen, for the report."""
+    """Print an observation, for the report."""
     print("saw:", *words)
 
 
-# ---- what only looks
+# ---- tests that only look
 
 
 def test_this_host_can_take_snapshots(host: Host) -> None:
@@ -108,7 +108,7 @@ def test_a_file_is_a_disk_and_what_is_none_is_not(host: Host, tmp_path: Path) ->
 
 @only_freebsd
 def test_a_device_is_the_disk_that_diskinfo_8_prints(host: Host) -> None:
-    """An md(4) of swap: `mdconfig -t swap` can delete, and has sectors of 4096 here."""
+    """The device is an md(4) of `mdconfig -t swap`, which can delete; its sectors are 4096 here."""
     unit = programs.ask("/sbin/mdconfig", "-a", "-t", "swap", "-s", "8m", "-S", "4096").strip()
     assert unit
     try:
@@ -162,9 +162,9 @@ def test_a_vm_that_is_gone_cannot_be_opened(host: Host) -> None:
 
 
 def test_a_node_is_told_from_one_that_is_made_anew(host: Host, guest: str, memory: Memory) -> None:
-    """A record of a guest destroys this VM and no other: its node keeps its id, a new one has one.
+    """A node keeps its id, and each new node has a new id: so a record destroys only its own VM.
 
-    Made for that: an empty VM of another name.
+    The new nodes are those of an empty VM with another name.
     """
     before = host.node_id(guest)
     say(before)
@@ -185,7 +185,7 @@ def test_a_node_is_told_from_one_that_is_made_anew(host: Host, guest: str, memor
 def test_the_memory_map_is_lowmem_from_0_and_highmem_from_4_gib(
     host: Host, guest: str, config: GuestConfig
 ) -> None:
-    """VM_MMAP_GETNEXT: its number answers, its structure is that of ioctl.py, it ends."""
+    """VM_MMAP_GETNEXT has the number and the structure of ioctl.py, and comes to an end."""
     vm = host.open_vm(guest)
     try:
         maps = vm.maps()
@@ -207,7 +207,7 @@ def test_the_topology_is_the_configurations(memory: Memory, config: GuestConfig)
 
 
 def test_no_vcpu_of_a_running_guest_waits_in_bhyve(memory: Memory) -> None:
-    """VM_DEBUG_CPUS; else a checkpoint would start one that the guest has not started."""
+    """VM_DEBUG_CPUS: a checkpoint would start a vCPU that the guest has not started."""
     waiting = sorted(memory.waiting_vcpus())
     say("waiting vCPUs:", waiting)
     assert waiting == []
@@ -231,7 +231,7 @@ def test_registers_are_read_and_say_whether_the_fpu_can_be_carried(
 
 
 def test_a_dirty_log_is_whole_or_there_is_none(memory: Memory) -> None:
-    """VM_GET_DIRTY_PAGE_LIST: ENOTTY on a stock kernel."""
+    """VM_GET_DIRTY_PAGE_LIST fails with ENOTTY on a stock kernel."""
     changed = memory.changed()
     say("no dirty log" if changed is None else f"a dirty log: {sum(1 for _ in changed)} extents")
 
@@ -239,7 +239,7 @@ def test_a_dirty_log_is_whole_or_there_is_none(memory: Memory) -> None:
 def test_memory_is_mapped_at_the_guest_physical_address(
     host: Host, guest: str, memory: Memory
 ) -> None:
-    """What pread(2) finds at a guest physical address, the mapping has at its offset."""
+    """pread(2) at a guest physical address finds the bytes that the mapping has there."""
     same, count = 0, 0
     with node_of(host, guest) as fd:
         for gpa, offset, length in memory_spans(memory.size_bytes):
@@ -287,7 +287,7 @@ def test_mincore_finds_pages_never_touched_and_they_are_zero(
 
 @only_freebsd
 def test_mincore_of_our_mapping_says_nothing_where_it_looks_at_that(host: Host, guest: str) -> None:
-    """With vm.mincore_mapped=1, its default, a fresh mapping has no page."""
+    """With vm.mincore_mapped=1, the default, mincore(2) reports no page of a fresh mapping."""
     if host.sysctl("vm.mincore_mapped") == "0":
         pytest.skip("needs sysctl vm.mincore_mapped=1")
     vm = host.open_vm(guest)
@@ -304,7 +304,7 @@ def test_mincore_of_our_mapping_says_nothing_where_it_looks_at_that(host: Host, 
 
 @only_freebsd
 def test_no_answer_of_mincore_is_lost_while_a_thread_maps_memory() -> None:
-    """A plain call loses some then; what is lost would be sent as zeros."""
+    """A plain call of mincore(2) then loses answers, and bhysend would send such pages as zeros."""
     npages, is_over, nlost = 1 << 15, threading.Event(), 0
 
     def churn() -> None:
@@ -335,7 +335,7 @@ def test_no_answer_of_mincore_is_lost_while_a_thread_maps_memory() -> None:
 
 
 def test_the_socket_names_the_process_that_listens(host: Host, guest: str) -> None:
-    """LOCAL_PEERCRED, and what ps(1) knows of the start time."""
+    """LOCAL_PEERCRED gives the process; ps(1) gives its start time."""
     connection = Checkpoint(host.run_dir, guest, guest)
     try:
         say(connection.identity)
@@ -365,7 +365,7 @@ def test_an_unknown_command_changes_nothing_and_tells_the_generation(
 
 
 def test_a_connection_held_open_keeps_others_waiting(host: Host, guest: str) -> None:
-    """settle() leans on it: an answer proves that all requests before it were served."""
+    """settle() relies on this: an answer proves that all earlier requests were served."""
     first = Checkpoint(host.run_dir, guest, guest)
     try:
         second = Checkpoint(host.run_dir, guest, guest)
@@ -388,7 +388,7 @@ def test_a_connection_held_open_keeps_others_waiting(host: Host, guest: str) -> 
 
 
 def test_a_removed_directory_takes_no_file(staging: Path) -> None:
-    """So a request that comes late, into a directory that was removed, pauses nothing."""
+    """So a late request into a removed directory pauses nothing."""
     directory = staging / "removed"
     directory.mkdir()
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -402,7 +402,7 @@ def test_a_removed_directory_takes_no_file(staging: Path) -> None:
 
 
 def test_what_a_destination_makes_is_in_memory(host: Host) -> None:
-    """Of a guest whose memory cannot be written into its VM (-p) this is the whole memory."""
+    """If bhyrecv cannot write a guest's memory into its VM (-p), it puts the whole memory here."""
     root = staging_root(host, state.directory(), os.environ)
     say(root, "on a tmpfs:", host.is_memory(root))
     assert host.is_memory(root), "set BHYRECV_STAGING to a directory on a tmpfs"
@@ -426,7 +426,7 @@ def test_the_null_device_can_be_had_below_a_directory(host: Host, staging: Path)
 
 
 def request(host: Host, guest: str, directory: Path, *, is_gone: bool = False) -> str:
-    """Ask for a checkpoint into a directory; return how it ended.  is_gone: remove it before."""
+    """Request a checkpoint into a directory; return the outcome.  is_gone: remove it before."""
     connection = Checkpoint(host.run_dir, guest, guest)
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -472,7 +472,7 @@ def test_a_checkpoint_is_three_files_whose_meta_parses(
 def test_the_memory_file_is_lowmem_with_highmem_behind_it(
     host: Host, guest: str, staging: Path, memory: Memory
 ) -> None:
-    """Pages that did not change since are in the file where the mapping has them."""
+    """Pages that have not changed since are at the same offsets in the file and in the mapping."""
     request(host, guest, staging)
     same, count = 0, 0
     with Files(staging, "ckp").memory.open("rb") as file:
@@ -489,7 +489,7 @@ def test_the_memory_file_is_lowmem_with_highmem_behind_it(
 def test_the_memory_file_may_be_the_null_device(
     host: Host, guest: str, staging: Path, memory: Memory
 ) -> None:
-    """A relative link over a mount point, in capability mode; bhyve only seeks and writes."""
+    """bhyve follows a relative link over a mount point in capability mode, and seeks and writes."""
     directory = staging / "dev"
     directory.mkdir()
     host.mount_null(directory)

@@ -1,9 +1,9 @@
-"""The facts that a hold leans on: the FIFO, which needs no guest, and the guest that stands in it.
+"""The facts that a hold relies on: about the FIFO, without a guest, and about the held guest.
 
-With BHYSEND_TEST_HOLD=yes (test_freebsd.py says the rest) the guest is held again and again, and
-each time let go: it stands for some seconds, in its own process, which stays the same.
+With BHYSEND_TEST_HOLD=yes (the other variables: test_freebsd.py) the guest is held again and
+again, and each time let go: it stands for some seconds, in its own process, which stays the same.
 
-Where a test was killed, a guest may be left held.  Who reads its FIFO lets it run:
+If a test was killed, the guest may be left held.  To let the guest run, read its FIFO:
 
     cat /var/db/bhysend/held/*/ckp.meta > /dev/null
 """
@@ -30,12 +30,12 @@ from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve.checkpoint import Checkpoint, settle
 from bhystream.backend.bhyve.config import GuestConfig
 from bhystream.backend.bhyve.fpu import STATE_PREFIX
-from bhystream.backend.bhyve.held import HeldRecord, open_held
 from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.memory import Memory
+from bhystream.backend.bhyve.paused import PausedRecord, open_paused
 from bhystream.backend.bhyve.snapshot import parse
 from bhystream.backend.process import is_alive, is_same
-from bhystream.errors import TakenError
+from bhystream.errors import StaleError
 from bhystream.guest import State
 
 from .conftest import Trial, rehearsed
@@ -43,26 +43,27 @@ from .conftest import Trial, rehearsed
 IS_FREEBSD = sys.platform.startswith("freebsd")
 PAGE_BYTES = 4096
 LIMIT_S = 60.0
-# Between two FILE.meta of small guests: such a write begins in a FIFO that lacks one byte.
+# A size between those of two small guests' FILE.meta: a write of that many bytes begins in a
+# FIFO that lacks one byte.
 META_BYTES = 1169
 CHILD = Path(__file__).with_name("child.py")
 
 pytestmark = [
     pytest.mark.bhyve,
     pytest.mark.skipif(
-        not IS_FREEBSD and VMM_DIR not in os.environ, reason="this is no FreeBSD host"
+        not IS_FREEBSD and VMM_DIR not in os.environ, reason="this is not a FreeBSD host"
     ),
 ]
-only_freebsd = pytest.mark.skipif(not IS_FREEBSD, reason="Linux's pipes are others")
+only_freebsd = pytest.mark.skipif(not IS_FREEBSD, reason="pipes differ on Linux")
 
 
 def say(*words: object) -> None:
-    """Print what was seen, for the report."""
+    """Print an observation, for the report."""
     print("saw:", *words)
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for a condition."""
+    """Wait until a condition holds."""
     end = time.monotonic() + LIMIT_S
     while not condition():
         assert time.monotonic() < end, f"no {what} in {LIMIT_S:.0f} s"
@@ -91,7 +92,7 @@ def test_a_fifo_takes_so_many_bytes_and_no_more(staging: Path) -> None:
 def test_a_write_of_a_meta_file_begins_in_the_last_byte_and_a_small_one_does_not(
     staging: Path,
 ) -> None:
-    """Else a full FIFO would not be seen, and the guest would be let go by hand."""
+    """Otherwise bhysend would not see a full FIFO, and the operator would have to end the hold."""
     path = staging / "fifo"
     full_bytes = fifo.make(path)
     fd = fifo.arm(path, full_bytes)
@@ -106,14 +107,14 @@ def test_a_write_of_a_meta_file_begins_in_the_last_byte_and_a_small_one_does_not
 
 
 def test_what_is_in_a_fifo_ends_with_the_last_who_has_it_open(staging: Path) -> None:
-    """So a full one says that bhyve lives."""
+    """So a full FIFO proves that bhyve is alive."""
     path = staging / "fifo"
     os.close(fifo.arm(path, fifo.make(path)))
     assert fifo.pending(path) == 0
 
 
 def test_a_fifo_tells_whether_anybody_has_it_open_to_read(staging: Path) -> None:
-    """ENXIO where nobody has."""
+    """open(2) fails with ENXIO if no process has the FIFO open for reading."""
     path = staging / "fifo"
     full_bytes = fifo.make(path)
     assert not fifo.has_reader(path)
@@ -124,7 +125,7 @@ def test_a_fifo_tells_whether_anybody_has_it_open_to_read(staging: Path) -> None
 
 
 def test_a_fifo_on_its_way_through_a_socket_has_a_reader(staging: Path) -> None:
-    """So one that waits in bhyve's queue is seen; when the socket ends, it has none."""
+    """So a FIFO in bhyve's queue is seen; when the socket is closed, the FIFO has no reader."""
     path = staging / "fifo"
     fd = fifo.arm(path, fifo.make(path))
     here, there = socket.socketpair()
@@ -158,11 +159,11 @@ def test_a_fifo_is_read_until_nobody_has_it_open_to_write(staging: Path) -> None
     assert (len(found), is_over) == (full_bytes - 1 + META_BYTES, True)
 
 
-# ---- the guest, held
+# ---- the held guest
 
 
 def digest(memory: Memory) -> str:
-    """Return the hash of all of a guest's memory that was ever touched."""
+    """Return a hash of all the memory that the guest has ever touched."""
     found = xxhash.xxh3_128()
     base, index = 0, 0
     for first, end in memory.touched():
@@ -173,8 +174,8 @@ def digest(memory: Memory) -> str:
     return found.hexdigest()
 
 
-def runs_on(host: Host, guest: str, memory: Memory, record: HeldRecord) -> None:
-    """See that it runs in the process that it was in, and that nothing of the hold is left."""
+def runs_on(host: Host, guest: str, memory: Memory, record: PausedRecord) -> None:
+    """Assert that the guest runs in the same process as before, and that the hold left nothing."""
     assert is_alive(record.process)
     connection = Checkpoint(host.run_dir, guest, guest)
     try:
@@ -189,14 +190,14 @@ def runs_on(host: Host, guest: str, memory: Memory, record: HeldRecord) -> None:
 
 
 def stands(memory: Memory, paused: Paused) -> None:
-    """See that it is held: nobody writes its memory for a second, and no vCPU runs."""
+    """Assert that the guest is held: for a second its memory stays the same, and no vCPU runs."""
     paused.require_paused()
     assert not paused.runs()
     sockets, cores, threads = memory.topology
     assert memory.waiting_vcpus() == frozenset(range(sockets * cores * threads))
     before = digest(memory)
     time.sleep(1.0)
-    assert digest(memory) == before, "a device goes on while it is held, or a vCPU does"
+    assert digest(memory) == before, "a device or a vCPU goes on while the guest is held"
     paused.require_paused()
 
 
@@ -219,7 +220,7 @@ def test_a_held_guest_stands_saved_in_its_process(trial: Trial, memory: Memory) 
     stands(memory, paused)
     assert is_alive(trial.record.process)
     assert trial.directory.files.kern.stat().st_size == trial.plan.kern_bytes
-    assert fifo.has_reader(trial.directory.files.meta), "bhyve has given up the FIFO it was sent"
+    assert fifo.has_reader(trial.directory.files.meta), "bhyve has closed the FIFO that it was sent"
     names = [one.name for one in paused.states() if not one.is_optional]
     say(names)
     assert names == ["meta", *(item.state_name for item in trial.plan.items)]
@@ -245,7 +246,7 @@ def test_another_process_finds_it_and_lets_it_run(
 
 
 def child(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run another process of ours."""
+    """Run child.py until it ends."""
     done = subprocess.run(
         [sys.executable, str(CHILD), *words],
         stdin=subprocess.DEVNULL,
@@ -261,10 +262,10 @@ def child(*words: str) -> subprocess.CompletedProcess[str]:
 def test_it_stands_when_all_of_ours_are_killed_and_any_process_lets_it_run(
     may_hold: None, host: Host, guest: str, config_path: str | None, memory: Memory
 ) -> None:
-    """bhyve keeps the FIFO that it was sent: without a reader its write would be its end."""
+    """bhyve keeps the FIFO that it was sent open; without a reader, the write would kill bhyve."""
     done = child("hold", guest, *([config_path] if config_path else []))
-    record = HeldRecord.from_json(json.loads(done.stdout))
-    paused = open_held(record.to_json(), lambda _: host)
+    record = PausedRecord.from_json(json.loads(done.stdout))
+    paused = open_paused(record.to_json(), lambda _: host)
     try:
         assert done.returncode == -signal.SIGKILL
         stands(memory, paused)
@@ -283,14 +284,14 @@ def test_cat_lets_it_run_and_that_is_seen(
     ).stdout.lstrip()
     say(text.decode())
     assert parse(text) == trial.plan
-    with pytest.raises(TakenError):
+    with pytest.raises(StaleError):
         paused.require_paused()
     paused.resume()
     runs_on(host, guest, memory, trial.record)
 
 
 def everything_of(host: Host, guest: str, ncpus: int) -> list[tuple[object, ...]]:
-    """Return the registers of every vCPU, and the hidden parts of its segments."""
+    """Return every vCPU's registers, hidden parts of segments, and pending event."""
     numbers = (*range(reg.TR + 1), reg.EFER, reg.CR2)
     vm = host.open_vm(guest)
     try:
@@ -309,13 +310,13 @@ def everything_of(host: Host, guest: str, ncpus: int) -> list[tuple[object, ...]
 def test_the_fpu_is_stored_and_nothing_else_is_changed_by_it(
     trial: Trial, host: Host, guest: str, config: GuestConfig, memory: Memory
 ) -> None:
-    """Stored in the pause, and once more in the same hold: with what there was before."""
+    """pause() stores the FPU; a second save in the same hold stores the same, changing nothing."""
     ncpus = int(config.section["keys"]["cpus"])
     paused = trial.source.pause()
     first = fpu_of(paused.states())
     say({name: len(data) for name, data in first.items()}, paused.reasons)
     wanted = [f"{STATE_PREFIX}{vcpu}" for vcpu in range(ncpus)]
-    assert [*first] == wanted or paused.reasons, "an FPU is not there, and nothing says why"
+    assert [*first] == wanted or paused.reasons, "an FPU is missing, and no reason is given"
     registers, before = everything_of(host, guest, ncpus), digest(memory)
     again, reasons = fpustate.save(host, guest, ncpus, trial.directory)
     assert everything_of(host, guest, ncpus) == registers

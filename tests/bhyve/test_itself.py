@@ -1,4 +1,4 @@
-"""The tests of a FreeBSD host, run against the stand-in: they can pass, and they can fail."""
+"""The tests of a FreeBSD host, run on the stand-in to prove that they can pass and can fail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bhystream.backend.bhyve.host import VMM_DIR
 from standin.rig import Rig, Spec, assert_unbroken
 
 TESTS = [Path(__file__).with_name(name) for name in ("test_freebsd.py", "test_hold.py")]
-# A test that fails may leave what its fixture cannot undo either.
+# A test that fails may leave a state that its fixture cannot undo: then the fixture fails too.
 BAD = ("FAILED", "ERROR")
 NO_MOUNT = {
     "test_the_null_device_can_be_had_below_a_directory",
@@ -29,7 +29,7 @@ def rig() -> Iterator[Rig]:
         yield made
 
 
-# Faults of ours, planted before the tests run.
+# Faults that are planted in our own code before the tests run.
 REGISTER_SPOILT = """
 from bhystream.backend.bhyve import fpustate
 whole = fpustate.save
@@ -46,8 +46,8 @@ from bhystream.backend.bhyve import fpustate
 fpustate.save = lambda *words: ([], [])
 """
 NOT_LET_GO = """
-from bhystream.backend.bhyve.held import BhyveHeld
-BhyveHeld.release = lambda self: b""
+from bhystream.backend.bhyve.paused import BhyvePaused
+BhyvePaused.release = lambda self: b""
 """
 NOT_SENT = """
 from bhystream.backend.bhyve.checkpoint import Checkpoint
@@ -57,9 +57,9 @@ Checkpoint.request = lambda self, fd, name, fifo=None: whole(self, fd, name)
 
 
 def start(rig: Rig, *devices: tuple[str, str], **more: str) -> Path:
-    """Start a guest whose configuration says all that may travel; return its file.
+    """Start a guest with a complete configuration for a move; return the configuration's path.
 
-    devices: as Spec's, further ones.  more: of its own.
+    devices: further devices, as in Spec.  more: standin.* keys.
     """
     disk, tap = rig.directory / "disk", "tap-g"
     disk.touch()
@@ -85,7 +85,7 @@ def start(rig: Rig, *devices: tuple[str, str], **more: str) -> Path:
 
 
 def run(rig: Rig, config: Path, *words: str, **more: str) -> tuple[dict[str, str], str]:
-    """Run the tests; return each test's outcome, and all that was printed."""
+    """Run TESTS; return the outcome of each test, and all output.  more: of the environment."""
     env = {
         **os.environ,
         VMM_DIR: str(rig.directory),
@@ -176,7 +176,7 @@ def test_a_device_that_goes_on_is_found_out(rig: Rig) -> None:
     name = "test_a_held_guest_stands_saved_in_its_process"
     found, said = run(rig, config, "-k", name, BHYSEND_TEST_HOLD="yes")
     assert found[name] == "FAILED", said
-    assert "a device goes on while it is held" in said
+    assert "a device or a vCPU goes on while the guest is held" in said
 
 
 @pytest.mark.parametrize(

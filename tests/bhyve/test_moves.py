@@ -1,8 +1,8 @@
-"""Moves of a real bhyve guest between two names on one FreeBSD host, and what fails in them.
+"""Moves of a real bhyve guest between two names on one FreeBSD host, and their failures.
 
     BHYSEND_TEST_ROM=/root/rom.bin python -m pytest -m bhyve -v -rA tests/bhyve/test_moves.py
 
-Run as root.  The guest is the tests' own (rom.py), so nothing of yours is touched.
+Run the tests as root.  They use a guest of their own (rom.py) and touch no other guest.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .rom import DEADLINE_S, Ended, Host, booted, program, until
 pytestmark = [
     pytest.mark.bhyve,
     pytest.mark.skipif(
-        not sys.platform.startswith("freebsd"), reason="a guest of bhyve's needs FreeBSD"
+        not sys.platform.startswith("freebsd"), reason="a bhyve guest needs FreeBSD"
     ),
 ]
 
 
 @pytest.fixture
 def host() -> Iterator[Host]:
-    # pytest's own directories have names too long for a socket and for bhyve -r.
+    # The paths of pytest's own directories are too long for a socket and for bhyve -r.
     with tempfile.TemporaryDirectory(prefix="m", dir="/tmp") as path, booted(Path(path)) as made:
         yield made
 
@@ -50,14 +50,14 @@ def records(host: Host) -> list[Path]:
 
 
 def tidy(host: Host) -> None:
-    """See that a move that is over has left nothing."""
+    """Assert that a finished move has left nothing."""
     until(lambda: not list((host.state("a") / "held").glob("*")), "end of what held the guest")
     assert records(host) == []
     mounts = subprocess.run(["/sbin/mount"], capture_output=True, text=True, check=True).stdout
     assert str(host.directory) not in mounts
 
 
-# Every form.
+# Moves in every form.
 
 
 @pytest.mark.parametrize("options", [(), ("-r", "0"), ("-z", "3")], ids=["live", "warm", "zstd"])
@@ -108,7 +108,7 @@ def test_it_is_kept_and_goes_on_from_the_file(host: Host) -> None:
     host.prove()
     tidy(host)
     host.end()
-    # What it said since is of another life.
+    # The copy starts from the stream: the beats that the guest printed since do not count.
     to, count = host.other(), len(host.beats())
     done = host.shell(f"{shlex.join(host.receive(to))} < {path}")
     assert done.status == 0, done.said
@@ -139,14 +139,14 @@ def test_ten_moves_there_and_back(host: Host) -> None:
     tidy(host)
 
 
-# What fails, and whom it leaves where it was.
+# Moves that fail and leave the guest at the source.
 
 
 def goes_on(host: Host, pid: int, *, is_tidy: bool = True) -> None:
-    """See it run on in the same process, and move after all.
+    """Assert that the guest runs on in the same process, and can move after all.
 
-    is_tidy: somebody was left to remove what the first move had made; the next
-    move does it else.
+    is_tidy: bhysend or the keeper lived to clean up after the first move; if not,
+    the next move cleans up.
     """
     host.stayed()
     assert host.pid() == pid
@@ -165,17 +165,18 @@ def test_a_hook_that_fails_lets_it_go_on(host: Host) -> None:
     goes_on(host, pid)
 
 
-# Who is killed (SIGKILL), and at which point of the move.
+# The processes that are killed (SIGKILL), and the points of the move at which this happens.
 #
-# round-0   pages are on their way
-# else      before bhysend has this answer; at READY the guest stands, at RUNNING it runs there
+# round-0   while pages are on their way
+# others    before bhysend has this answer.  At READY the guest stands; at RUNNING the guest
+#           runs at the destination
 
 _WHO = {
     "bhysend": ("bhysend",),
     "keeper": ("keeper",),
     "bhysend-and-keeper": ("bhysend", "keeper"),
     "bhyrecv": ("bhyrecv",),
-    # As of ssh's end, both ways break.
+    # As when ssh ends, both directions break.
     "way": ("there", "back"),
     "source": ("source",),
     "destination": ("destination",),
@@ -189,15 +190,16 @@ _KILLS = [
     pytest.param(who, point, id=f"{point}-{who}")
     for point in _POINTS
     for who in _WHO
-    # Keeper and destination start behind ACCEPT; a bhyve killed at RUNNING is a guest killed.
+    # The keeper and the destination's bhyve start after ACCEPT.  At RUNNING the destination's
+    # bhyve is the guest, and is not killed.
     if who not in _NOT_AT.get(point, ())
 ]
-# The shell keeps no end of a pipe, so that each end is noticed.
+# The shell keeps no pipe open, so that each process sees when the other one ends.
 _WAY = (
     "exec 3<&0; sh -c 'echo $$ > {directory}/there; exec cat' <&3 3<&-"
     " | {receive} 3<&- | sh -c {back} 3<&- & exec <&- >&- 3<&-; wait $!"
 )
-# The first SEEN are for the head and what is pushed behind it; bhysend prepares the pause then.
+# The first SEEN answer the head and the pages pushed after it; bhysend then prepares the pause.
 _HOLD = """
 echo $$ > {directory}/back
 while read -r answer; do
@@ -221,7 +223,7 @@ KEEPER, BHYRECV = "bhystream.send.keeper", "bhystream.recv"
 
 
 class Harmed:
-    """A move in the command form in which somebody is killed at a point."""
+    """A move in the command form, stopped at a point so that the test can kill a process."""
 
     def __init__(self, host: Host, point: str) -> None:
         self.host, self.to, self.point = host, host.other(), point
@@ -230,7 +232,7 @@ class Harmed:
         back = _HOLD.format(directory=directory, point=point)
         receive = host.receive(self.to)
         way = _WAY.format(directory=directory, receive=shlex.join(receive), back=shlex.quote(back))
-        # Slow enough to be met in its first round.
+        # The bandwidth is low enough that the move is still in its first round at the kill.
         options = ("-B", "2M") if point == "round-0" else ()
         self.log = directory / "bhysend.log"
         with self.log.open("wb") as log:
@@ -254,7 +256,7 @@ class Harmed:
                 os.kill(self.pid(end), signal.SIGKILL)
 
     def pid(self, who: str) -> int:
-        """Return a process; in round 0 it may still be about to start."""
+        """Return the id of a process; wait for the process, which in round 0 may still start."""
         if who == "bhysend":
             return self.sender.pid
         if who in ("there", "back"):
@@ -278,7 +280,7 @@ class Harmed:
             until(lambda pid=pid: not _is_there(pid), "end of the killed")  # type: ignore[misc]
 
     def wait(self) -> int:
-        """Let the answer go on, and wait for the end of everybody; return bhysend's status."""
+        """Let the answer pass, and wait until all programs have ended; return bhysend's status."""
         (self.host.directory / "go").touch()
         status = self.sender.wait(DEADLINE_S)
         until(lambda: not _programs(KEEPER), "end of the keeper")
@@ -287,7 +289,7 @@ class Harmed:
         return status
 
     def phase(self) -> str:
-        """Return what `bhysend -l` says of the guest, "" where it lists none."""
+        """Return the guest's phase in `bhysend -l`, "" if the guest is not listed."""
         words = [*program("bhysend"), "-l"]
         listed = subprocess.run(
             words, env=self.host.environment("a"), capture_output=True, text=True, check=True
@@ -296,7 +298,7 @@ class Harmed:
         return next((row[1] for row in rows if row[0] == self.host.at), "")
 
     def ask(self) -> int:
-        """Find out by the printed command where it is; return the status of it."""
+        """Ask where the guest is, by the command that bhysend prints; return its status."""
         [record] = records(self.host)
         asking = (
             f"env BHYSEND_STATE_DIR={self.host.state('b')}"
@@ -306,11 +308,11 @@ class Harmed:
 
 
 def _programs(module: str) -> list[int]:
-    """Return the processes that run a module of ours."""
+    """Return the ids of the processes that run one of our modules."""
     words = ["/bin/ps", "-axww", "-o", "pid=", "-o", "args="]
     found = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     lines = [line.split() for line in found.splitlines()]
-    # What bhysend itself was given comes further behind.
+    # bhysend's own arguments, which also name a module, come after these words.
     return [int(words[0]) for words in lines if "python" in words[1] and module in words[2:7]]
 
 
@@ -330,13 +332,13 @@ def test_whoever_is_killed_one_guest_goes_on(host: Host, who: str, point: str) -
     if "bhysend" in killed:
         assert status == -signal.SIGKILL
     elif who == "source" and point == "READY":
-        # The destination had all of it by then: it goes on there.
+        # The destination had the whole guest by then, so the guest goes on at the destination.
         assert status == 0
         host.arrived(move_of.to)
         host.prove()
         return
     elif who == "source" and point != "RUNNING":
-        # It was not ours to save: bhysend says so, and nothing of it starts elsewhere.
+        # bhysend cannot save a guest whose bhyve was killed: bhysend fails, and no copy starts.
         assert status in range(64, 78)
         until(lambda: not os.path.exists(f"/dev/vmm/{move_of.to}"), "end of the destination's VM")
         assert host.pid() == host.pid(move_of.to) == 0
@@ -353,7 +355,7 @@ def test_whoever_is_killed_one_guest_goes_on(host: Host, who: str, point: str) -
             host.prove()
             return
         elif phase == "in-doubt" and point == "READY":
-            # GO was out before the end of the way back was seen; the destination can tell.
+            # bhysend sent GO before it saw the answers end; the destination can tell.
             assert status == 81
             assert move_of.ask() in range(64, 78)
         elif "bhysend" not in killed:

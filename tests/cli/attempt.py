@@ -1,8 +1,8 @@
-"""One move in an answered form that is held up at a point, to harm it there.
+"""One move in an answered form that is held up at a point, so that a test can harm it there.
 
-Whatever happens then, in the end one copy of the guest runs, and where nobody can know which, none
-does: it stands paused and recorded, and the command that bhysend has printed for this, run as it
-was printed, finds out.
+Whatever the test does, in the end one copy of the guest runs.  If no program can know which copy,
+none runs: the guest stands paused and recorded at the source, and the command that bhysend printed
+for this case finds out which.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from .travel import Host, Traveller, is_gone, keeper_of, program_at
 
 Gate = tuple[Path, int]
 THIRD = (*BHYSEND, "-A")
-# Two live rounds, and then the pause, whatever the guest does.
+# After two live rounds comes the pause, whatever the guest does.
 ROUNDS = ("-f", "-r", "2")
-# In the command form one process does the work of the shell's, and ends with them.
+# The processes of the three-stage form.  In the command form bhysend does the third stage's work.
 STAGES = ("bhysend", "there", "bhyrecv", "back", "third")
 
 
 def shell_of(way: Sequence[Words]) -> str:
-    """Return the shell's words for a pipeline that it leaves to itself.
+    """Return the text of a shell that runs a pipeline and waits for it.
 
-    It keeps no end of a pipe, so that bhysend notices, as of ssh, when somebody dies.
+    The shell keeps no pipe open, so that bhysend notices the death of a stage, as that of an ssh.
     """
     first, *others = (shlex.join([str(word) for word in each]) for each in way)
     pipeline = " | ".join([f"{first} <&3 3<&-", *(f"{each} 3<&-" for each in others)])
@@ -42,12 +42,12 @@ class Attempt:
 
     round-0   in the first round
     paused    by the command at the pause, before END
-    GO        half of GO is on its way
-    any other before an answer of that word is handed on
+    GO        when half of GO is on its way
+    any other before the first answer with that word is passed on
     """
 
     def __init__(self, form: str, point: str, host: Host, guest: Traveller, gate: Gate) -> None:
-        """Nothing is started yet; send and receive may be changed."""
+        """Start nothing yet: a test may change send and receive before begin()."""
         self.form, self.point, self.host, self.guest, self.gate = form, point, host, guest, gate
         self.to = guest.next()
         self.marker = host.directory / "paused"
@@ -69,7 +69,7 @@ class Attempt:
 
     @contextmanager
     def begin(self) -> Iterator[Attempt]:
-        """Start it, and wait until it is held up; in the end nothing of it is left."""
+        """Start the move and wait until it is held up; end its processes after the with block."""
         way: list[Words] = [self.there, self.receive, self.back]
         commands: list[Words] = [[*self.send[:-1], "-a", self.send[-1]], *way, THIRD]
         if self.form == "command":
@@ -83,7 +83,7 @@ class Attempt:
             yield self
 
     def pid(self, who: str) -> int:
-        """Return the pid of one of those who take part."""
+        """Return the pid of one of the processes that take part."""
         if who == "keeper":
             return self.keeper
         if who == "source":
@@ -103,7 +103,7 @@ class Attempt:
         return pid
 
     def _children(self, argv: Sequence[str] = ()) -> list[int]:
-        """Return who is left of the session of bhysend, of one command line or of any."""
+        """Return the pids left in bhysend's session, with the command line argv or with any."""
         line = "\0".join(argv).encode()
         found = []
         for entry in Path("/proc").iterdir():
@@ -116,7 +116,7 @@ class Attempt:
         return found
 
     def kill(self, *who: str) -> None:
-        """Kill some of them."""
+        """Kill some of the processes that take part, and wait until they are gone."""
         self.killed += who
         pids = [self.pid(one) for one in who]
         for pid in pids:
@@ -125,23 +125,23 @@ class Attempt:
             until(lambda pid=pid: is_gone(pid), "the end of the killed")  # type: ignore[misc]
 
     def release(self, how: str) -> None:
-        """Let it go on: what was held up is delivered late, or never."""
+        """Let the move go on.  how: what was held up is delivered "late", or "never"."""
         if self.tap is None:
             os.write(self.gate[1], b"\n")
         elif ("there" if isinstance(self.tap, Tap) else "back") not in self.killed:
             self.tap.go() if how == "late" else self.tap.close()
 
     def wait(self) -> list[Ended]:
-        """Wait until everybody has ended."""
+        """Wait until all processes have ended."""
         self.ended = self.pipeline.wait()
         if self.form == "command":
             until(lambda: not self._children(), "the command's processes")
         until(lambda: is_gone(self.keeper) or not self.keeper, "the keeper")
         self.host.await_unlocked()
-        # What a killed keeper, or a bhysend after it, said last.
+        # Read bhysend's messages again: a killed keeper, or bhysend after it, may have added some.
         self.ended[0] = self.pipeline[0].await_end()
         if self.ended[0].status == -signal.SIGKILL:
-            # The socket of one who was killed stays until somebody wants to connect.
+            # The socket of a killed bhysend stays until a program tries to connect.
             for path in (self.host.state / "run").iterdir():
                 path.unlink()
         return self.ended
@@ -149,10 +149,10 @@ class Attempt:
     def said(self) -> str:
         return report(*self.ended)
 
-    # What came of it.
+    # The outcome.
 
     def end(self) -> str:
-        """Return where the guest is: here, there, or in doubt; and see that there is one copy."""
+        """Return where the guest is, "here", "there" or "doubt"; assert that there is one copy."""
         here, there = self.guest.place.runs(), self.to.runs()
         assert not (here and there), f"two copies\n{self.said()}"
         rows = [(row.guest, row.phase) for row in self.host.rows()]
@@ -164,7 +164,7 @@ class Attempt:
         return "here" if here else "there"
 
     def check_statuses(self, end: str) -> None:
-        """Assert that who was not killed says where the guest is."""
+        """Assert that every program that was not killed says by its status where the guest is."""
         sources = [self.ended[0], *self.ended[4:]]
         good = {"here": range(64, 78), "there": range(1), "doubt": range(81, 82)}[end]
         for one in sources:
@@ -173,14 +173,14 @@ class Attempt:
         assert "Traceback" not in self.said()
 
     def way_out(self) -> str:
-        """Return the command that was printed for a guest in doubt."""
+        """Return the command that bhysend printed for a guest in doubt."""
         [line] = set(
             re.findall(r"^bhysend: +(.*bhyrecv -q .* \| .*bhysend -A)$", self.said(), re.M)
         )
         return str(line)
 
     def ask(self) -> str:
-        """Run that command; return where the guest is then."""
+        """Run the command of way_out(); return where the guest is then."""
         asked = self.host.shell(self.way_out())
         assert asked.status in (0, 69), report(asked)
         end = self.end()
@@ -188,20 +188,20 @@ class Attempt:
         return end
 
     def settle(self, end: str) -> None:
-        """See the guest unharmed where it is, nothing left behind, and a second attempt succeed."""
+        """Assert that the guest is unharmed, nothing is left, and a second attempt succeeds."""
         if end == "there":
             self.guest.hand_over(self.host, self.to)
             self.guest.prove(1)
             return
         self._clear()
         self.to.assert_nothing_left()
-        # The next one removes what a bhysend left that had no keeper yet.
+        # If bhysend was killed before it had a keeper, the next bhysend removes what it left.
         was_early = self.point == "HELLO" and "bhysend" in self.killed
         self.guest.run_on(self.host, sweeps=1, is_tidy=not was_early)
         self.guest.move(self.host, sweeps=1)
 
     def _clear(self) -> None:
-        """End what a killed bhyrecv left at the destination, as its operator does."""
+        """Remove what a killed bhyrecv left at the destination, as an operator would."""
         for row in self.host.rows(BHYRECV):
             assert (row.guest, row.phase) == (self.guest.name, "ready")
             refused = self.host.run(*BHYRECV, "--resume", row.id)

@@ -25,11 +25,11 @@ def host() -> Iterator[Host]:
 
 @pytest.fixture
 def gate(host: Host) -> Iterator[tuple[Path, int]]:
-    """A FIFO that a command at the pause reads a line from, and a descriptor to write it."""
+    """Make a FIFO from which a -p command reads a line; yield it and a descriptor for writing."""
     path = host.directory / "gate"
     with fifo(path) as fd:
         yield path, fd
-        os.write(fd, b"\n")  # to the command of a bhysend that was killed
+        os.write(fd, b"\n")  # ends the -p command of a bhysend that was killed
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """The kinds of guests that a test runs with, and the guests themselves.
 
 A test that asks for a fixture `small` or `proof` runs once for each kind of its file, or of its
-parametrize("kind", ...).  The stand-in's guests are quick, so they go through all that may differ.
-QEMU's are slow and go through a part that leaves nothing out that only they could show.  With
-BHYSEND_TEST_EVERY set both go through everything.
+parametrize("kind", ...).  The stand-in's guests are quick, so they run in every case.  QEMU's are
+slow, and run in a selection that includes every case that only QEMU can show.  If
+BHYSEND_TEST_EVERY is set, both run in every case.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ G4 = pytest.param("g4", marks=pytest.mark.standin)
 
 EVERY = "BHYSEND_TEST_EVERY" in os.environ
 
-# What is the engine's own, and every hypervisor would show: the quick one does.
+# For tests of the engine, in which every hypervisor behaves alike: the quick stand-in is enough.
 ANY = pytest.mark.parametrize("kind", [G5, QEMU] if EVERY else [G5])
 
-# A guest whose moves take a moment: little memory, and much of it changing.
+# A guest whose moves are quick: it has little memory, and changes much of it.
 SMALL = Spec(
     "microvm",
     memory_mib=128,
     proof={"mib": 32, "work": 16, "holes": 2, "rate": 16, "sweep": 100},
 )
-# What would change with the host is said by whoever wants to move a guest.
+# These keys would otherwise differ between hosts; an operator sets them to move a guest.
 _SAID = {
     "uuid": "11111111-2222-3333-4444-555555555555",
     "pci.0.3.0.ser": "BHYVE-1",
@@ -47,7 +47,7 @@ _SAID = {
 _SMALL_STANDIN = rig.Spec(
     touched="10M", working_set="2M", rate="16M", keys={**_SAID, "standin.sweep_rate": "64M"}
 )
-# Tens of MiB rewritten each second.
+# This guest rewrites tens of MiB each second.
 PROOF = Spec()
 _PROOF_STANDIN = rig.Spec(
     memory="512M",
@@ -56,7 +56,7 @@ _PROOF_STANDIN = rig.Spec(
     rate="32M",
     keys={**_SAID, "standin.sweep_rate": "96M"},
 )
-# Above 4 GiB, and nearly all of it never touched.
+# This guest has memory above 4 GiB, and touches little of its memory.
 _LARGE_STANDIN = rig.Spec(
     memory="4608M",
     touched="16M",
@@ -67,23 +67,23 @@ _LARGE_STANDIN = rig.Spec(
 
 
 def small(kind: str, stable: Stable) -> Traveller:
-    """Lend the guest whose moves take a moment."""
+    """Lend the guest whose moves are quick."""
     return _lend(kind, stable, "small", SMALL, StandinSpec(_SMALL_STANDIN, 64))
 
 
 def proof(kind: str, stable: Stable) -> Traveller:
-    """Lend the guest with tens of MiB rewritten each second."""
+    """Lend the guest that rewrites tens of MiB each second."""
     return _lend(kind, stable, "proof", PROOF, StandinSpec(_PROOF_STANDIN, 512))
 
 
 def large(kind: str, stable: Stable) -> StandinTraveller:
-    """Lend the guest with memory above 4 GiB; the stand-in's."""
+    """Lend the stand-in's guest with memory above 4 GiB."""
     spec = StandinSpec(_LARGE_STANDIN, 4608)
     return standin(stable.lend(f"{kind} large", partial(StandinTraveller, generation(spec, kind))))
 
 
 def own(kind: str, **settings: Any) -> StandinTraveller:
-    """Boot a small guest of the stand-in that nobody else is lent.  settings: of its hosts."""
+    """Boot a small guest of the stand-in for one test only.  settings: of the guest's hosts."""
     spec = generation(StandinSpec(_SMALL_STANDIN, 64), kind)
     return StandinTraveller(replace(spec, settings=settings))
 
@@ -95,7 +95,7 @@ def _lend(kind: str, stable: Stable, name: str, ours: Spec, theirs: StandinSpec)
 
 
 def generation(spec: StandinSpec, kind: str) -> StandinSpec:
-    """Return a guest of this kind's generation."""
+    """Return the spec with the generation of this kind."""
     return StandinSpec(spec.guest, spec.memory_mib, int(kind.removeprefix("g")))
 
 
@@ -108,9 +108,9 @@ def matrix(
 ) -> list[Any]:
     """Return the parameters (kind, *row): all rows for G5, some for QEMU; with EVERY all for both.
 
-    rows: tuples, or none: then the others are all there is.  qemu: those that are enough for
-    QEMU.  g5: the same for G5, None for all.
-    also: those for G4 too.
+    rows: tuples; if there are none, the rows of the other arguments are all rows.  qemu: the rows
+    that are enough for QEMU.  g5: the rows for G5, None for all.  also: the rows that also run
+    for G4.
     """
     is_all = EVERY and bool(rows)
     found = [(G5, row) for row in (rows if is_all or g5 is None else g5)]

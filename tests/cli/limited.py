@@ -1,9 +1,9 @@
-"""Runs a program with shorter limits, so that a test need not wait for the real ones.
+"""Run a program with shorter limits, so that a test need not wait for the real limits.
 
-    python limited.py handover.handshake.ANSWER_SECONDS=2 send.push._STALL_S=1 -- bhysend -a guest
+    python limited.py handover.handshake.ANSWER_SECONDS=2 send.flush._STALL_S=1 -- bhysend -a guest
 
-The modules are bhystream's.  handshake's are patched before any other is imported, because the
-others take them over by name; the programs themselves have no such door.
+The modules are bhystream's.  handshake's limits are patched before any other module is imported,
+because other modules import them by name.  The programs themselves have no option for this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _is_late(setting: tuple[str, str, str]) -> bool:
 
 
 def main(argv: list[str]) -> None:
-    """Patch what stands before --, and be the program that stands behind it."""
+    """Patch the limits that stand before --, and run the program that stands after it."""
     at = argv.index("--")
     settings = [word.partition("=") for word in argv[1:at]]
     for name, _, value in sorted(settings, key=_is_late):
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
         setattr(found, attribute, type(getattr(found, attribute))(value))
     program = argv[at + 1]
     sys.argv = argv[at + 1 :]
-    # Where Python would look first, had it been started with the program itself.
+    # Python would search this directory first if it had been started with the program itself.
     sys.path[0] = str(Path(program).parent)
     runpy.run_path(program, run_name="__main__")
 

@@ -1,7 +1,7 @@
-"""One QEMU that is up in no time, and the socket that its guest is to have elsewhere.
+"""One QEMU that starts at once, and the QMP socket that its guest gets at the destination.
 
-SeaBIOS with nothing to boot is the guest, as in the backend's tests: what matters is where it
-runs, and not what its memory holds.
+The guest is SeaBIOS with nothing to boot, as in the backend's tests: these tests look at where the
+guest runs, not at its memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .pipeline import BHYSEND, Ended, report, run
 
 
 class Pair:
-    """here, there: its QMP sockets.  second: another monitor of it, here."""
+    """here, there: the guest's QMP sockets at both ends.  second: another QMP socket, here."""
 
     def __init__(self, rig: Rig) -> None:
         self.second = rig.path("second.qmp")
@@ -44,6 +44,6 @@ class Pair:
 
 @contextmanager
 def paired() -> Iterator[Pair]:
-    """Start the guest, and end it wherever it is."""
+    """Start the guest; after the with block end it, wherever it is."""
     with rigged() as rig:
         yield Pair(rig)

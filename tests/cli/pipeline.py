@@ -1,12 +1,12 @@
-"""Pipelines of real processes, with a deadline, and an end for each of them.
+"""Pipelines of real processes, with a deadline and a certain end for each process.
 
     with Pipeline(["bhysend", guest], ["pv", "-q"], ["bhyrecv"], env=env) as pipeline:
         sender, _, receiver = pipeline.wait()
     assert (sender.status, receiver.status) == (80, 0), report(sender, receiver)
 
-Standard errors go to files, so nothing ever waits for the test to read one.  What still runs
-when the with statement ends is killed.  Waiting is for a condition; a deadline is only there to
-end a broken test.
+Standard errors go to files, so no process ever waits for the test to read.  Processes that still
+run when the with block ends are killed.  Tests wait for conditions; a deadline only ends a broken
+test.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Words = Sequence[str | Path]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended.  status: negative for a signal.  output: where it was not piped on."""
+    """How a process ended.  status: negative for a signal.  output: if it was not piped on."""
 
     argv: tuple[str, ...]
     status: int
@@ -52,7 +52,7 @@ def report(*ended: Ended) -> str:
 
 
 def until(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
-    """Wait until a condition holds.  Raises TimeoutError."""
+    """Wait until a condition holds.  Raises TimeoutError after deadline_s."""
     end = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > end:
@@ -66,7 +66,7 @@ class Stage:
     def __init__(
         self, argv: Words, env: Mapping[str, str], stdin: int, stdout: int | IO[bytes] | None
     ) -> None:
-        """Start it.  stdout: a descriptor, a file, or None to keep what it writes."""
+        """Start the process.  stdout: a descriptor, a file, or None to keep the output."""
         self.argv = tuple(str(word) for word in argv)
         self._errors = _file()
         self._output = _file() if stdout is None else None
@@ -85,16 +85,16 @@ class Stage:
 
     @property
     def stderr(self) -> str:
-        """What it has written to its standard error so far."""
+        """What the process has written to its standard error so far."""
         return _content(self._errors).decode(errors="replace")
 
     @property
     def output(self) -> bytes:
-        """What it has written to its standard output so far, if that is kept."""
+        """What the process has written to its standard output so far, if the output is kept."""
         return _content(self._output) if self._output else b""
 
     def await_end(self, deadline_s: float = DEADLINE_S) -> Ended:
-        """Wait until it has ended."""
+        """Wait until the process has ended.  Raises TimeoutError after deadline_s."""
         try:
             status = self.process.wait(deadline_s)
         except subprocess.TimeoutExpired:
@@ -102,17 +102,17 @@ class Stage:
         return Ended(self.argv, status, self.output, self.stderr)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal to the process alone; one that has ended is no error."""
+        """Send a signal to the process alone, unless the process has ended."""
         self.process.send_signal(number)
 
     def catches(self, number: int) -> bool:
-        """Say whether it has a handler for a signal by now, as a program that is at work has."""
+        """Say whether the process handles a signal by now, as a program at work does."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         [mask] = re.findall(r"^SigCgt:\s+([0-9a-f]+)$", status, re.MULTILINE)
         return bool(int(mask, 16) >> (number - 1) & 1)
 
     def close(self) -> None:
-        """Kill it and what it started in its process group."""
+        """Kill the process and all others in its process group."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -122,7 +122,7 @@ class Stage:
 
 
 class Pipeline:
-    """Processes that read from one another, as `a | b | c` in a shell."""
+    """Processes that read from one another, like `a | b | c` in a shell."""
 
     def __init__(
         self,
@@ -134,9 +134,9 @@ class Pipeline:
     ) -> None:
         """Start all commands.
 
-        stdin, stdout: of the first and the last; None keeps the output.
-        narrow: the first command writes into a socket that takes a few KiB, so that it cannot be
-        far ahead of its reader.
+        stdin, stdout: of the first and of the last command; None keeps the output.
+        narrow: the first command writes into a socket that takes only a few KiB, so that this
+        command cannot get far ahead of its reader.
         """
         self.stages: list[Stage] = []
         self._env = env
@@ -171,7 +171,7 @@ class Pipeline:
         self.close()
 
     def wait(self, deadline_s: float = DEADLINE_S) -> list[Ended]:
-        """Wait until all have ended."""
+        """Wait until all processes have ended.  Raises TimeoutError after deadline_s."""
         end = time.monotonic() + deadline_s
         try:
             return [stage.await_end(max(end - time.monotonic(), 0.0)) for stage in self.stages]
@@ -180,7 +180,7 @@ class Pipeline:
             raise TimeoutError(f"{error}\n{said}") from None
 
     def close(self) -> None:
-        """Kill what still runs."""
+        """Kill all processes that still run."""
         for stage in self.stages:
             stage.close()
 
@@ -191,7 +191,7 @@ def run(
     stdin: int | IO[bytes] = subprocess.DEVNULL,
     stdout: int | IO[bytes] | None = None,
 ) -> list[Ended]:
-    """Run a pipeline to its end."""
+    """Run a pipeline until all of its processes have ended."""
     with Pipeline(*commands, env=env, stdin=stdin, stdout=stdout) as pipeline:
         return pipeline.wait()
 
@@ -207,11 +207,11 @@ def _link(narrow: bool) -> tuple[int, int]:
 
 
 def _file() -> IO[bytes]:
-    """Return a file in memory that ends with its last descriptor."""
+    """Return a file in memory that is gone when its last descriptor is closed."""
     return os.fdopen(os.memfd_create("stage"), "w+b")
 
 
 def _content(file: IO[bytes]) -> bytes:
-    """Read a file that a process writes to, without moving the offset that they share."""
+    """Read a file that a process writes to, without moving the offset shared with the process."""
     size = os.fstat(file.fileno()).st_size
     return os.pread(file.fileno(), size, 0)

@@ -1,15 +1,15 @@
-"""What is on a disk after a power cut, at each moment of a program's life.
+"""The contents of a disk after a power cut, for each moment of a program's life.
 
     ended = run(recorded(command, disk, log), env=env)
     for cut in cuts(log):
-        cut.put_back()                       # the directory, as the cut has left it
+        cut.put_back()                       # makes the directory as the cut has left it
         run(after_a_boot(command), env=env)
 
-A recorded program runs as always, and after each call that changes what is on a disk it is noted
-what the disk would have then.  A directory has the names that it had when it was last synced, and
-a file the bytes: with NOTHING else, which is all that is promised; with all NAMES of the moment,
-and so with empty files, as a file system has them that writes its names first; and with EVERYTHING,
-as after a kill.  Marks say what the program has done that matters: see _MARKS.
+A recorded program runs as always; after each call that changes the disk, the recorder notes what
+the disk would contain after a power cut.  A directory has the names, and a file the bytes, that it
+had when it was last synced.  Beyond that a cut leaves NOTHING, which is all that is promised; or
+all NAMES of the moment, and so empty files, as a file system does that writes names first; or
+EVERYTHING, as after a kill.  Marks say which important steps the program has done: see _MARKS.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _CALLS = (
     *("rename", "replace", "link", "unlink", "remove", "mkdir", "rmdir"),
     *("symlink", "truncate", "ftruncate"),
 )
-# What need not outlive anything.
+# These directories need not survive a power cut.
 _OF_THE_MOMENT = ("held", "lock", "log", "run")
-# What is made anew, or never looked at: cuts that differ in nothing else are one.
+# The programs make these files anew, or never read them: cuts that differ only in them are one.
 _MADE_ANEW = re.compile(r"(^|/)((held|lock|log|run|source)|[^/]*\.new|start\.(conf|kern))$")
 
 Tree = dict[int, dict[str, int]]
 
 
 class Moment(NamedTuple):
-    """One moment: what each directory holds, and which copy has each file's bytes.
+    """One moment: the names in each directory, and the copy that has each file's bytes.
 
-    tree, bytes_: now.  synced_tree, synced_bytes: what was synced.
+    tree, bytes_: at this moment.  synced_tree, synced_bytes: at the last sync.
     """
 
     what: str
@@ -61,7 +61,7 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Cut:
-    """What one cut leaves.  files: by their paths; None for a directory, else (file, copy)."""
+    """The files that one cut leaves.  files: by path; None for a directory, else (file, copy)."""
 
     disk: Path
     copies: Path
@@ -71,7 +71,7 @@ class Cut:
     files: dict[str, tuple[int, int] | None]
 
     def put_back(self) -> None:
-        """Make the directory what the cut has left."""
+        """Replace the directory's contents by what the cut has left."""
         shutil.rmtree(self.disk)
         self.disk.mkdir(mode=0o700)
         made: dict[int, Path] = {}
@@ -93,7 +93,7 @@ def _copy(source: Path, path: Path) -> None:
 
 
 def cuts(log: Path) -> Iterator[Cut]:
-    """Yield what can be left of a recorded life, each but once."""
+    """Yield every cut that is possible in a recorded life, each only once."""
     disk, root, moments = pickle.loads((log / "moments").read_bytes())
     seen = set()
     for moment in (Moment(*each) for each in moments):
@@ -119,12 +119,12 @@ def _walk(
 
 
 def recorded(command: Sequence[str | Path], disk: Path, log: Path) -> list[str]:
-    """Return a command of ours that is recorded.  disk: the directory; log: a new one."""
+    """Return the command that records one of our programs.  disk: a directory; log: a new one."""
     return _through(command, "record", str(disk), str(log))
 
 
 def after_a_boot(command: Sequence[str | Path]) -> list[str]:
-    """Return a command of ours that runs on a host which has been started again."""
+    """Return the command that runs one of our programs on a host that has been booted again."""
     return _through(command, "after")
 
 
@@ -136,13 +136,13 @@ def _through(command: Sequence[str | Path], *ours: str) -> list[str]:
 
 @dataclass
 class Disk:
-    """What is recorded, in the program's own process."""
+    """The recorder, which runs in the program's own process."""
 
     root: Path
     log: Path
     moments: list[tuple[Any, ...]] = field(default_factory=list)
     marks: set[str] = field(default_factory=set)
-    # A number is not given to another file as long as somebody has the file open.
+    # The kernel gives an inode's number to no other file while the file is open.
     _open: dict[int, int] = field(default_factory=dict)
     _copied: dict[tuple[int, int, int], int] = field(default_factory=dict)
     _synced_tree: Tree = field(default_factory=dict)
@@ -154,10 +154,10 @@ class Disk:
     def note(self, what: str) -> None:
         """Note this moment."""
         tree, held = self._look()
-        # A directory is one, whether its name was synced or not.
+        # A directory is a directory, whether or not its name was synced.
         synced = {**self._synced_bytes, **dict.fromkeys(tree, -1)}
         marks = frozenset(self.marks)
-        # As tuples: another process reads them.
+        # Moments are tuples, because another process reads them.
         self.moments.append((what, marks, tree, held, self._synced_tree, synced))
 
     def synced(self, fd: int) -> None:
@@ -175,7 +175,7 @@ class Disk:
         )
 
     def _look(self) -> tuple[Tree, dict[int, int]]:
-        """Return what each directory holds, and the copy that has each file's bytes.
+        """Return the names in each directory, and the copy that has each file's bytes.
 
         -1 stands for a directory, 0 for an empty file.
         """
@@ -255,10 +255,10 @@ def _record(root: Path, log: Path) -> Disk:
 
 
 def _mark(disk: Disk) -> None:
-    """Note what the program does that matters, before it does it.
+    """Note each important step of the program before the program takes it.
 
-    RUN: the guest may run from here on.  READY, END, GO: on their way.  OVER:
-    the destination has said that it runs.
+    RUN: the guest may run from here on.  READY, END, GO: the message is on its
+    way.  OVER: the destination has said that the guest runs.
     """
 
     from bhystream.backend.bhyve.lastpage import LastPage

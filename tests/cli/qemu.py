@@ -11,11 +11,11 @@ from guest import Guest, Serial, SerialLog, Spec, images, peer_pid, reaping
 from guest.qmp import run_command
 
 from .pipeline import BHYRECV, BHYSEND, DEADLINE_S
-from .travel import SHM, Host, Place, Traveller, is_gone, processes_with, short_directory
+from .travel import SHM, Host, Site, Traveller, is_gone, processes_with, short_directory
 
 
 class Firmware(Guest):
-    """A guest without an operating system: its firmware finds nothing to boot, and waits."""
+    """A guest without an operating system, whose firmware finds nothing to boot, and waits."""
 
     @property
     def argv(self) -> list[str]:
@@ -27,7 +27,7 @@ class Firmware(Guest):
         return words
 
 
-class QemuPlace(Place):
+class QemuPlace(Site):
     """The paths of one QEMU."""
 
     def __init__(self, qmp: Path, serial: Path, ram: Path) -> None:
@@ -87,12 +87,12 @@ class QemuPlace(Place):
         assert self.processes() == []
         for path in (self.qmp, self.ram, self.serial.path):
             assert not os.path.lexists(path)
-        # Memory, named by its bhyrecv; one that is at work belongs to somebody else's tests.
+        # Memory files have bhyrecv's pid in their names; a bhyrecv at work is another test run's.
         left = [path for path in SHM.glob("bhyrecv-*-*") if is_gone(_owner(path))]
         assert left == []
 
     def assert_tidy(self, host: Host) -> None:
-        pass  # QEMU's files are those of who started it
+        pass  # QEMU's files belong to the process that started it
 
     def said(self) -> bytes:
         return self.serial.read().raw
@@ -113,14 +113,14 @@ class QemuPlace(Place):
 class QemuTraveller(Traveller):
     """A Linux guest.
 
-    past: its serial output in the places before.
+    past: the guest's serial output in its earlier places.
     """
 
     needs = "-o kernel= -o initrd="
     missing = ("kernel: missing; say -o kernel=PATH", "initrd: missing; say -o initrd=PATH")
 
     def __init__(self, spec: Spec) -> None:
-        """Boot it, and wait until it is ready."""
+        """Boot the guest, and wait until it is ready."""
         self.spec = spec
         self.name = spec.name
         self.npages = spec.memory_mib << 8
@@ -134,7 +134,7 @@ class QemuTraveller(Traveller):
             self.at = self._add(
                 QemuPlace(self._first.qmp_path, self._first.serial.path, self._first.ram_path)
             )
-            self.place: Place = self.at
+            self.place: Site = self.at
             self.at.arrive()
             self.at.serial.await_ready()
         except BaseException:
@@ -166,13 +166,13 @@ class QemuTraveller(Traveller):
     def send(self, *options: str) -> list[str]:
         return [*BHYSEND, *options, self.place.operand]
 
-    def receive(self, to: Place, *options: str) -> list[str]:
+    def receive(self, to: Site, *options: str) -> list[str]:
         return [*BHYRECV, *options, *self.resources(to), to.operand]
 
-    def receive_bare(self, to: Place, *options: str) -> list[str]:
+    def receive_bare(self, to: Site, *options: str) -> list[str]:
         return [*BHYRECV, *options, to.operand]
 
-    def named_memory(self, to: Place) -> list[str]:
+    def named_memory(self, to: Site) -> list[str]:
         return ["-o", f"mem={qemu_place(to).ram}"]
 
     def argv(self, to: QemuPlace) -> list[str]:
@@ -181,7 +181,7 @@ class QemuTraveller(Traveller):
             self._images, ram_path=to.ram, qmp_path=to.qmp, serial_path=to.serial.path
         )
 
-    def resources(self, to: Place) -> list[str]:
+    def resources(self, to: Site) -> list[str]:
         values = {
             "serial0": qemu_place(to).serial.path,
             "kernel": self._images.kernel,
@@ -191,13 +191,13 @@ class QemuTraveller(Traveller):
             values["disk0"] = self.spec.disk
         return [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
 
-    def arrive(self, to: Place) -> None:
+    def arrive(self, to: Site) -> None:
         self.past = self.log()
         self.at = qemu_place(to)
         super().arrive(to)
 
     def log(self) -> SerialLog:
-        """Return all that it has said."""
+        """Return all that the guest has said."""
         return self.past + self.at.serial.read()
 
     def beats(self) -> list[int]:
@@ -207,14 +207,14 @@ class QemuTraveller(Traveller):
         self.log().assert_unbroken()
 
 
-def qemu_place(place: Place) -> QemuPlace:
-    """Return a place that is known to be QEMU's."""
+def qemu_place(place: Site) -> QemuPlace:
+    """Return the place, which must be QEMU's."""
     assert isinstance(place, QemuPlace)
     return place
 
 
 def qemu(guest: Traveller) -> QemuTraveller:
-    """Return a guest that is known to be QEMU's."""
+    """Return the guest, which must be QEMU's."""
     assert isinstance(guest, QemuTraveller)
     return guest
 

@@ -1,7 +1,7 @@
 """A private SSH server on the loopback, for this user and one key, and a client that knows it.
 
-Nothing of the user's or the host's SSH configuration is read or changed.  As root it needs
-/run/sshd, the server's empty directory, and makes it where it is missing.
+Neither the user's nor the host's SSH configuration is read or changed.  As root the server needs
+the empty directory /run/sshd, which is made if it is missing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 
 def listens(port: int) -> bool:
-    """Say whether somebody listens at a port of the loopback, without a connection.
+    """Say whether a process listens at a port of the loopback, without connecting.
 
     Source: proc_net_tcp: local address in hexadecimal and host order, then state 0A, LISTEN.
     """
@@ -78,7 +78,7 @@ class Sshd:
             self._server = None
 
     def _start(self, port: int) -> bool:
-        """Start at a port; False if it was taken in the meantime."""
+        """Start the server at a port; return False if the port was taken in the meantime."""
         self.close()
         here = self._directory
         (here / "known_hosts").write_text(f"[127.0.0.1]:{port} {(here / 'host.pub').read_text()}")
@@ -90,7 +90,7 @@ class Sshd:
         )
         program = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
         assert program is not None, "sshd is missing (openssh-server)"
-        # It runs itself again for each connection, by its absolute path.
+        # sshd runs itself again for each connection, by its absolute path.
         argv = [program, "-D", "-e", "-f", str(here / "sshd_config")]
         self._server = server = Stage(argv, os.environ, subprocess.DEVNULL, None)
         until(lambda: listens(port) or server.process.poll() is not None, "sshd")
@@ -98,7 +98,7 @@ class Sshd:
         return server.process.poll() is None
 
     def command(self, argv: Words, **environment: str) -> list[str]:
-        """Return the ssh command that runs argv there, with these variables set."""
+        """Return the ssh command that runs argv at the server, with these variables set."""
         here = self._directory
         settings = [
             f"UserKnownHostsFile={here}/known_hosts", "StrictHostKeyChecking=yes",

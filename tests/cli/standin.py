@@ -1,8 +1,8 @@
 """A guest that travels from one stand-in's host to the next; see travel.py.
 
-Each place is a run on a host, which is a directory of its own (BHYSEND_VMM_DIR).  A guest that
-stands paused is its process, held in the last write of a checkpoint; one that is being built is a
-process too, which has no checkpoint socket before it has been let go.
+Each place is one run on a host, which is a directory of its own (BHYSEND_VMM_DIR).  A paused guest
+is a process that is held in the last write of a checkpoint.  A guest that is being built is also a
+process, which has no checkpoint socket until the restore goes on.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from standin import rig
 from standin.rig import Console, Rig, Sweep
 
 from .pipeline import BHYRECV, BHYSEND, DEADLINE_S, until
-from .travel import Host, Place, Traveller, is_gone
+from .travel import Host, Site, Traveller, is_gone
 
-# What 14 and 15 do differently.  Source: dossier, sections 3 and 4.
+# Settings for the checkpoint interface of FreeBSD 14 and 15 (4), and of FreeBSD 16 (5).
 GENERATIONS: dict[int, dict[str, Any]] = {
     4: {"generation": 4},
     5: {"generation": 5},
 }
-# Of a host that has room for whatever a test wants to move.
+# The free memory of a host, enough for every guest of the tests.
 _FREE_BYTES = 64 << 30
-# Of a FIFO, on Linux as on FreeBSD.
+# The capacity of a FIFO, on Linux as on FreeBSD.
 _FULL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class StandinSpec:
-    """What a guest is: its configuration, and the generation of the hosts that it lives on."""
+    """The configuration of a guest, and the generation of its hosts."""
 
     guest: rig.Spec
     memory_mib: int
@@ -49,10 +49,10 @@ class StandinSpec:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-class StandinPlace(Place):
+class StandinPlace(Site):
     """One run of a guest on a host.
 
-    config: its bhyve_config(5) there.  work: the keys that say what a booted guest does.
+    config: the guest's bhyve_config(5) there.  work: the keys that say what a booted guest does.
     """
 
     def __init__(self, host: Rig, spec: StandinSpec, console: Path) -> None:
@@ -61,7 +61,7 @@ class StandinPlace(Place):
         self.operand = spec.name
         self.console = Console(console, self._why_ended)
         self.config = host.write_config(spec.name, spec.guest, console)
-        # How much the guest works is no key of bhyve's.
+        # bhyve has no keys for the guest's work: leave the standin.* keys out.
         lines = self.config.read_text().splitlines()
         self.work = [line for line in lines if line.startswith("standin.")]
         lines = [line for line in lines if line not in self.work]
@@ -71,7 +71,7 @@ class StandinPlace(Place):
 
     @property
     def environment(self) -> list[str]:
-        """The words before a program that is to find this host."""
+        """The words before a program that let the program find this host."""
         variables = {
             VMM_DIR: self.rig.directory,
             "BHYRECV_STAGING": self.staging,
@@ -80,7 +80,7 @@ class StandinPlace(Place):
 
     def arrive(self) -> None:
         self.pid = self.rig.pid(self.operand) or 0
-        assert self.pid, f"nobody listens: {self.console.lines()[-4:]}"
+        assert self.pid, f"no process listens: {self.console.lines()[-4:]}"
 
     def runs(self) -> bool:
         pid = self.rig.pid(self.operand)
@@ -125,11 +125,11 @@ class StandinPlace(Place):
                 until(lambda pid=pid: is_gone(pid), "the end of the killed")  # type: ignore[misc]
 
     def has_vm(self) -> bool:
-        """Say whether there is a VM here, running or not."""
+        """Say whether this host has a VM of the guest, running or not."""
         return (self.rig.directory / "vmm" / self.operand).exists()
 
     def allocated_bytes(self) -> int:
-        """Return what the guest's memory takes here."""
+        """Return the bytes that the guest's memory takes here."""
         return (self.rig.directory / "vmm" / self.operand).stat().st_blocks * 512
 
     def forsake(self) -> None:
@@ -144,7 +144,7 @@ class StandinPlace(Place):
     def assert_nothing_left(self) -> None:
         assert self.processes() == []
         assert self._files() == []
-        assert self.said() == b""  # bhyve opens it before it restores
+        assert self.said() == b""  # bhyve opens the console before it restores
 
     def assert_tidy(self, host: Host) -> None:
         assert host.files("held") == []
@@ -154,7 +154,7 @@ class StandinPlace(Place):
         assert str(self.rig.directory) not in Path("/proc/mounts").read_text()
 
     def _files(self) -> list[Path]:
-        """Return what is here of any guest, running or not."""
+        """Return the files here of any guest, running or not."""
         return [*self.staging.iterdir(), *(self.rig.directory / "vmm").iterdir()]
 
     def said(self) -> bytes:
@@ -183,7 +183,7 @@ class StandinTraveller(Traveller):
     missing = ("bootrom: no -o bootrom= is given", "disk0: no -o disk0= is given")
 
     def __init__(self, spec: StandinSpec) -> None:
-        """Boot it on a host of its own, and wait until it runs."""
+        """Boot the guest on a host of its own, and wait until it runs."""
         self.spec = spec
         self.name = spec.name
         self.npages = spec.memory_mib << 8
@@ -207,7 +207,7 @@ class StandinTraveller(Traveller):
 
     def close(self) -> None:
         for host in self._hosts.values():
-            # Of a test that failed: a directory with a mount in it could not be removed.
+            # A test that failed may leave a mount, and then the directory could not be removed.
             for line in Path("/proc/mounts").read_text().splitlines():
                 point = line.split()[1]
                 if point.startswith(f"{host.directory}/"):
@@ -229,13 +229,13 @@ class StandinTraveller(Traveller):
         config = ["-C", str(self.at.config)]
         return [*self.at.environment, *BHYSEND, *config, *options, self.at.operand]
 
-    def receive(self, to: Place, *options: str) -> list[str]:
+    def receive(self, to: Site, *options: str) -> list[str]:
         return self.receive_bare(to, *options, *self.resources(to))
 
-    def receive_bare(self, to: Place, *options: str) -> list[str]:
+    def receive_bare(self, to: Site, *options: str) -> list[str]:
         return [*standin_place(to).environment, *BHYRECV, *options, to.operand]
 
-    def resources(self, to: Place) -> list[str]:
+    def resources(self, to: Site) -> list[str]:
         place = standin_place(to)
         here, name = place.rig.directory, self.name
         values = {
@@ -246,7 +246,7 @@ class StandinTraveller(Traveller):
         }
         return [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
 
-    def arrive(self, to: Place) -> None:
+    def arrive(self, to: Site) -> None:
         self.at = standin_place(to)
         self._lived.append(self.at.console)
         super().arrive(to)
@@ -255,21 +255,21 @@ class StandinTraveller(Traveller):
         return [beat for console in self._lived for beat in console.beats()]
 
     def sweeps(self) -> list[Sweep]:
-        """Return the sweeps that it has finished."""
+        """Return the sweeps that the guest has finished."""
         return [sweep for console in self._lived for sweep in console.sweeps()]
 
     def assert_unbroken(self) -> None:
         rig.assert_unbroken(*self._lived)
 
 
-def standin_place(place: Place) -> StandinPlace:
-    """Return a place that is known to be the stand-in's."""
+def standin_place(place: Site) -> StandinPlace:
+    """Return the place, which must be the stand-in's."""
     assert isinstance(place, StandinPlace)
     return place
 
 
 def standin(guest: Traveller) -> StandinTraveller:
-    """Return a guest that is known to be the stand-in's."""
+    """Return the guest, which must be the stand-in's."""
     assert isinstance(guest, StandinTraveller)
     return guest
 
@@ -283,7 +283,7 @@ def _stands(pid: int) -> bool:
             fd = os.open(entry, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 queued = fcntl.ioctl(fd, termios.FIONREAD, struct.pack("i", 0))
-            except OSError:  # no FIFO
+            except OSError:  # the descriptor is not a FIFO
                 continue
             finally:
                 os.close(fd)

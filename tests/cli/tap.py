@@ -1,21 +1,21 @@
-"""Stages of a pipeline that stop what passes at a chosen point, and go on when told.
+"""Stages of a pipeline that stop the data at a chosen point, and go on when told.
 
 Tap stops the stream in the middle of a section:
 
     tap = Tap("MEMORY", round_=1)
     with Pipeline(send, tap.argv, receive, env=env, narrow=True) as pipeline:
         tap.reached()           # half of that section has been passed on, and no byte more
-        pipeline[2].kill()      # whatever is to be tested
+        pipeline[2].kill()      # the event under test
         tap.go()                # or close(), or flip()
 
-The bytes before the section pass as they come.  Then there are these ways on.  go() passes the
-rest.  close() ends the tap.  swallow() reads on and passes nothing more: both ends stay open.
-flip() passes the rest of this section with one byte of its payload inverted, and nothing more: the
-tap waits until its reader has gone away, and ends.  So what comes before the end of the stream
-also fails before it, however small the rest is: a sender that found room for it in a buffer would
-be done.
+The bytes before the section pass as they come.  Then the test chooses how the tap goes on.  go()
+passes the rest.  close() ends the tap.  swallow() reads on and passes nothing more: both ends stay
+open.  flip() passes the rest of this section with one byte of the payload inverted, and nothing
+more; the tap waits until its reader has gone away, and ends.  So a fault before the end of the
+stream also shows before the end, however short the rest is: otherwise the rest could fit into a
+buffer, and the sender would be done.
 
-AnswerTap does the same on the way back, before the first answer of a word; it has no flip().
+AnswerTap does the same on the way back, before the first answer with a word; it has no flip().
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _GO, _FLIP, _CLOSE, _SWALLOW, _REACHED = b"g", b"f", b"c", b"s", b"r"
 
 
 class _Control:
-    """The side of the test.  The socket is named, so that the process needs no descriptor."""
+    """The test's side.  The socket has a name, so that the tap's process needs no descriptor."""
 
     def __init__(self, *words: str) -> None:
-        """words: what the process is told in its command line."""
+        """words: the arguments of the tap's process, after the socket's name."""
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.settimeout(_DEADLINE_S)
-        self._listener.bind("")  # a name of the kernel's choice, in no file system
+        self._listener.bind("")  # the kernel chooses a name, in no file system
         self._listener.listen(1)
         name = self._listener.getsockname().decode("latin-1").lstrip("\0")
         self.argv = (sys.executable, str(Path(__file__)), name, *words)
         self._peer: socket.socket | None = None
 
     def reached(self) -> None:
-        """Wait until that point is there.  Raises TimeoutError."""
+        """Wait until the point is reached.  Raises TimeoutError."""
         self._peer, _ = self._listener.accept()
         self._peer.settimeout(_DEADLINE_S)
         said = self._peer.recv(1)
@@ -62,42 +62,42 @@ class _Control:
         self._order(_GO)
 
     def swallow(self) -> None:
-        """Read to the end and pass nothing on."""
+        """Read to the end of the input and pass nothing on."""
         self._order(_SWALLOW)
 
     def close(self) -> None:
-        """End without passing anything more."""
+        """End the tap, which passes nothing more."""
         self._order(_CLOSE)
 
     def _order(self, order: bytes) -> None:
-        assert self._peer is not None, "reached() comes first"
+        assert self._peer is not None, "call reached() first"
         self._peer.sendall(order)
         self._peer.close()
         self._listener.close()
 
 
 class Tap(_Control):
-    """Stops in a section of the stream."""
+    """A tap that stops in a section of the stream."""
 
     def __init__(self, type_: str, round_: int = ANY_ROUND, nth: int = 0) -> None:
-        """Stop in the nth section of a type in a round, or of the stream; all count from 0."""
+        """Stop in the nth section of a type in a round, or in the stream; all count from 0."""
         super().__init__(type_, str(round_), str(nth))
 
     def flip(self) -> None:
-        """Pass this section on with a byte inverted, wait for the reader's end, and end."""
+        """Pass this section on with a byte inverted, wait until the reader is gone, and end."""
         self._order(_FLIP)
 
 
 class AnswerTap(_Control):
-    """Stops before an answer."""
+    """A tap that stops before an answer."""
 
     def __init__(self, word: str) -> None:
-        """Stop before the first answer of this word."""
+        """Stop before the first answer with this word."""
         super().__init__(word)
 
 
 class _GoneError(Exception):
-    """The input has ended, or nobody reads the output."""
+    """The input has ended, or the output has no reader."""
 
 
 def _read(size: int) -> bytes:
@@ -131,7 +131,7 @@ def _pass(size: int) -> None:
 
 
 def _ask(name: str) -> bytes:
-    """Say that the point is reached; return what to do, if anything is to be passed on."""
+    """Say that the point is reached; return the order if it is go or flip.  Raises _GoneError."""
     with socket.socket(socket.AF_UNIX) as test:
         test.connect(f"\0{name}")
         test.sendall(_REACHED)
@@ -144,7 +144,7 @@ def _ask(name: str) -> bytes:
 
 
 def _stop(name: str, length: int, padding: int) -> None:
-    """Pass half of the payload on, say so, and do as told."""
+    """Pass half of the payload on, say so, and do as the test orders."""
     half = length // 2
     _pass(half)
     order = _ask(name)
@@ -153,7 +153,7 @@ def _stop(name: str, length: int, padding: int) -> None:
         rest[(length - half) // 2] ^= 0xFF
     _write(rest)
     if order == _FLIP:
-        # A pipe whose reader has gone is in error.
+        # poll(2) reports an error for a pipe whose reader has gone.
         gone = select.poll()
         gone.register(1, 0)
         gone.poll()
@@ -181,7 +181,7 @@ def _walk(name: str, wanted: Type, wanted_round: int, nth: int) -> NoReturn:
 
 
 def _listen(name: str, word: bytes) -> NoReturn:
-    """Pass lines on as they come, and stop before an answer of this word."""
+    """Pass lines on as they come, and stop before the first answer with this word."""
     asked, rest = False, b""
     while True:
         rest += _read(_CHUNK)

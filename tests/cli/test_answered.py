@@ -1,8 +1,8 @@
-"""The answered forms with nothing in their way: three stages, and bhysend running the command.
+"""The answered forms without faults: three stages, and bhysend running the command.
 
-Whatever passes bytes may stand between, also what holds some of them back; what holds all of them
-back is found out while the guest still runs.  When all is over, nobody is left: the guest is at
-one place, nothing is recorded, and every process of the pipeline has ended by itself.
+Any program that passes bytes may stand between, even one that keeps some bytes back; bhysend
+notices a program that keeps all bytes back while the guest still runs.  After a move the guest is
+at one place, nothing is recorded, and every process of the pipeline has ended by itself.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .kinds import ANY, matrix
 from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, Words, report, run, until
 from .sshd import Sshd, free_port, listens
 from .tap import Tap
-from .travel import Host, Place, Stable, Traveller, limited
+from .travel import Host, Site, Stable, Traveller, limited
 
 FORMS = ("three-stages", "command")
 BOTH = [(form,) for form in FORMS]
 THIRD = (*BHYSEND, "-A")
-# What a login shell may say; it leaves no room for HELLO in a page.
+# The output of a noisy login shell: it leaves no room for HELLO in a page.
 NOISE_BYTES = 4080
 OPENSSL = ("openssl", "enc", "-aes-256-ctr", "-pbkdf2", "-pass", "pass:bhysend")
 
-# What stands between: at the source, and at the destination.
+# The programs that stand between: those at the source, and those at the destination.
 TRANSPORTS: dict[str, tuple[list[Words], list[Words]]] = {
     "pipe": ([], []),
     "mbuffer": ([["mbuffer", "-q"]], []),
@@ -43,7 +43,7 @@ TRANSPORTS: dict[str, tuple[list[Words], list[Words]]] = {
     "all": ([["zstd", "-q"], ["mbuffer", "-q"]], [["mbuffer", "-q"], ["zstd", "-q", "-d"]]),
 }
 
-# Where one form is enough, because the other's bytes go the same way.
+# For these transports one form is enough, because the other form's bytes go the same way.
 USUAL = {
     "pipe": "three-stages",
     "mbuffer": "three-stages",
@@ -56,13 +56,13 @@ HOARDERS = {"sponge": ["sponge"], "mbuffer": ["mbuffer", "-q", "-P", "80", "-m",
 
 
 def shell_pipe(*commands: Words) -> str:
-    """Return a pipeline as a shell's, whose status is 0 if all of its commands' are."""
+    """Return a pipeline for a shell; its status is 0 if all commands end with status 0."""
     words = " | ".join(shlex.join([str(word) for word in command]) for command in commands)
     return f"set -o pipefail; {words}"
 
 
 def in_form(form: str, send: Sequence[str], *way: Words) -> list[Words]:
-    """Return the pipeline of a form.  send: with its guest last.  way: from filter to bhyrecv."""
+    """Return the commands of a form.  send: its last word is the guest.  way: ends with bhyrecv."""
     *first, guest = send
     if form == "three-stages":
         return [[*first, "-a", guest], *way, THIRD]
@@ -70,8 +70,8 @@ def in_form(form: str, send: Sequence[str], *way: Words) -> list[Words]:
     return [[*send, *command]]
 
 
-def handed_over(host: Host, guest: Traveller, to: Place, ended: Sequence[Ended]) -> None:
-    """Assert that a move was one, in every respect, and go on with the guest where it is now."""
+def handed_over(host: Host, guest: Traveller, to: Site, ended: Sequence[Ended]) -> None:
+    """Assert that a move succeeded in every respect, and note the guest's new place."""
     assert [one.status for one in ended] == [0] * len(ended), report(*ended)
     said = ended[0].stderr
     assert re.search(
@@ -86,11 +86,11 @@ def handed_over(host: Host, guest: Traveller, to: Place, ended: Sequence[Ended])
 
 
 def impatient(kind: str, send: Sequence[str]) -> list[str]:
-    """Return the command that tries more bytes where nothing has come back for a shorter time.
+    """Return the command, in which bhysend tries more bytes after a shorter wait for answers.
 
-    Only the stand-in's: the others' wait for as long as a program does.
+    Only with the stand-in: with QEMU bhysend waits as long as ever.
     """
-    return [*send] if kind == "qemu" else limited(send, "send.push._PATIENCE_S=0.15")
+    return [*send] if kind == "qemu" else limited(send, "send.flush._PATIENCE_S=0.15")
 
 
 # Transports.
@@ -139,7 +139,7 @@ def test_it_is_handed_over_through_a_socket(form: str, host: Host, proof: Travel
 @ANY
 @pytest.mark.parametrize("form", FORMS)
 def test_warm(kind: str, form: str, host: Host, small: Traveller) -> None:
-    """Without a round nothing is predicted, and the pipeline was tried all the same."""
+    """Without a live round bhysend predicts no pause, but has tried the pipeline all the same."""
     to = small.next()
     here, there = TRANSPORTS["zstd"]
     send = impatient(kind, small.send("-r", "0"))
@@ -150,7 +150,7 @@ def test_warm(kind: str, form: str, host: Host, small: Traveller) -> None:
     small.prove()
 
 
-# What holds all bytes back.
+# Programs that keep all bytes back.
 
 
 @ANY
@@ -160,7 +160,7 @@ def test_what_waits_for_the_end_is_found_out(
     kind: str, form: str, hoarder: str, host: Host, small: Traveller
 ) -> None:
     to = small.next()
-    patience = [] if kind == "qemu" else ["send.push._PATIENCE_S=0.15"]
+    patience = [] if kind == "qemu" else ["send.flush._PATIENCE_S=0.15"]
     send = limited(small.send("-v"), "send.conversation._HELLO_STALL_S=2", *patience)
     ended = run(*in_form(form, send, HOARDERS[hoarder], small.receive(to)), env=host.env)
     said = ended[0].stderr
@@ -183,9 +183,9 @@ def test_what_waits_for_the_end_is_found_out(
 @ANY
 @pytest.mark.parametrize("form", FORMS)
 def test_both_directions_may_be_full(form: str, host: Host, small: Traveller) -> None:
-    """Nobody reads the way back for a while, and it has room for a page only.
+    """For a while no process reads the way back, which takes one page only.
 
-    bhyrecv cannot even say HELLO, and reads no more; bhysend is stopped by a full pipe.
+    bhyrecv cannot even write HELLO, and reads no more; a full pipe then stops bhysend.
     """
     to = small.next()
     stop = host.directory / "pid"
@@ -212,8 +212,8 @@ def test_both_directions_may_be_full(form: str, host: Host, small: Traveller) ->
     handed_over(host, small, to, ended)
 
 
-def receivers(to: Place) -> list[int]:
-    """Return the processes of bhyrecv for a place."""
+def receivers(to: Site) -> list[int]:
+    """Return the bhyrecv processes of a place."""
     return [
         pid
         for pid in to.processes()
@@ -222,7 +222,7 @@ def receivers(to: Place) -> list[int]:
 
 
 def unread_bytes(pid: int) -> int:
-    """Return how much lies in the pipe that a process has as its standard input."""
+    """Return the number of unread bytes in the pipe at a process's standard input."""
     fd = os.open(f"/proc/{pid}/fd/0", os.O_RDONLY | os.O_NONBLOCK)
     try:
         return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
@@ -269,7 +269,7 @@ def test_a_third_stage_of_another_guest_hands_nothing_on(host: Host, small: Trav
     sent, received, third = run(
         small.send("-a"), small.receive(to), [*THIRD, "other"], env=host.env
     )
-    # The third stage ends as the first does, which says where the guest is.
+    # The third stage ends with the first stage's status, which says where the guest is.
     assert (sent.status, third.status) == (69, 69), report(sent, received, third)
     assert "is of guest proof, not other" in third.stderr
     assert received.status in (65, 69), report(sent, received)
@@ -292,12 +292,12 @@ def test_a_third_stage_alone_says_what_it_lacks(host: Host) -> None:
     assert "no answer came, and no guest is in doubt here" in third.stderr
 
 
-# Nobody is left.
+# No process is left.
 
 
 @pytest.mark.parametrize("outcome", ["handed-over", "refused"])
 def test_no_descriptor_keeps_the_way_back_open(outcome: str, host: Host, small: Traveller) -> None:
-    """A filter on the way back ends by itself, and is not killed because it does not."""
+    """A filter on the way back sees its end and ends by itself; bhysend need not kill it."""
     to, done = small.next(), host.directory / "done"
     options = () if outcome == "handed-over" else ("-u",)
     receive = shlex.join(small.receive(to, *options))
@@ -311,7 +311,7 @@ def test_no_descriptor_keeps_the_way_back_open(outcome: str, host: Host, small: 
 
 @ANY
 def test_a_command_that_fails_is_named(host: Host, small: Traveller) -> None:
-    """Its own status is printed, never returned."""
+    """bhysend prints the command's status, and never returns it."""
     [sent] = run([*small.send(), "sh", "-c", "exit 255"], env=host.env)
     assert sent.status == 69, report(sent)
     assert "it ended with status 255" in sent.stderr
@@ -322,16 +322,16 @@ def test_a_command_that_fails_is_named(host: Host, small: Traveller) -> None:
     small.run_on(host)
 
 
-# Refused.
+# Refused options.
 
 
 @pytest.mark.parametrize("kind, form", matrix(BOTH, [("command",)]))
 def test_left_paused_is_refused(form: str, host: Host, small: Traveller) -> None:
-    """bhyrecv -u has nothing to answer that would be true."""
+    """bhyrecv -u has no true answer to give."""
     to = small.next()
     ended = run(*in_form(form, small.send("-v"), small.receive(to, "-u")), env=host.env)
     assert ended[0].status == 76, report(*ended)
-    assert "-u: a guest of the answered form is started, or not taken" in ended[0].stderr
+    assert "-u: the answered form always starts the guest" in ended[0].stderr
     assert "round 0" not in ended[0].stderr
     assert [one.status for one in ended] in ([76], [76, 76, 76]), report(*ended)
     assert host.files("destination") == []
@@ -418,7 +418,7 @@ def test_a_dry_run_is_one_on_both_sides(
 def test_a_dry_run_that_breaks_behind_accept_is_no_verdict(
     form: str, host: Host, small: Traveller
 ) -> None:
-    """The host has said that it can take the guest; what failed is the stream."""
+    """The host has said that it can take the guest; only the stream failed."""
     to, tap = small.next(), Tap("END")
     receive = small.receive(to, "-n")
     with Pipeline(*in_form(form, small.send("-n"), tap.argv, receive), env=host.env) as pipeline:
@@ -433,7 +433,7 @@ def test_a_dry_run_that_breaks_behind_accept_is_no_verdict(
     small.run_on(host, sweeps=1)
 
 
-# A stream that is not the live one.
+# A recorded stream in place of the live stream.
 
 
 Recorded = tuple[Host, Path, int]
@@ -441,7 +441,7 @@ Recorded = tuple[Host, Path, int]
 
 @pytest.fixture(scope="module")
 def records() -> dict[str, Recorded]:
-    """What recorded() has recorded, by kind."""
+    """Make the store in which recorded() keeps its streams, by kind."""
     return {}
 
 
@@ -452,7 +452,7 @@ def recorded(
     records: dict[str, Recorded],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Recorded:
-    """An answered stream with its GO, recorded on the way; and where GO begins."""
+    """Record an answered stream with its GO on the way; return it and the offset of GO."""
     if kind not in records:
         records[kind] = record(kinds.small(kind, stable), tmp_path_factory.mktemp("recorded"))
     return records[kind]
@@ -472,7 +472,7 @@ def record(guest: Traveller, directory: Path) -> Recorded:
 
 
 def replayed(host: Host, path: Path, guest: Traveller) -> Ended:
-    """Give a stream from a file to a new bhyrecv, which must start nothing."""
+    """Give a stream from a file to a new bhyrecv, and assert that bhyrecv starts nothing."""
     to = guest.next()
     with path.open("rb") as file:
         [ended] = run(guest.receive(to), env=host.env, stdin=file)
@@ -488,7 +488,7 @@ def test_a_recorded_stream_is_verified(recorded: Recorded, host: Host, small: Tr
         [ended] = run(command, env=host.env, stdin=file)
     assert ended.status == 0, report(ended)
     assert "the stream is sound" in ended.stderr
-    assert "it is of a move with answers, which starts nothing again" in ended.stderr
+    assert "it is a move in the answered form, which starts nothing again" in ended.stderr
     assert b" ACCEPT\n" not in ended.output
     with path.open("rb") as file:
         [ended] = run(command, env=first.env, stdin=file)

@@ -1,7 +1,7 @@
-"""A move that fails before its end, at each phase and in each way.
+"""Moves that fail before their end, in each phase and by each fault.
 
-Whatever happens: the guest runs on at the source with no heartbeat missing and no page wrong,
-nothing of it is left at the destination, and a second attempt succeeds.
+In every case the guest runs on at the source with no heartbeat missing and no page wrong, the
+destination has nothing left of the move, and a second attempt succeeds.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from .kinds import ANY, G4, QEMU, matrix
 from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run, until
 from .qemu import Firmware, QemuPlace, QemuTraveller, qemu_place
 from .tap import ANY_ROUND, Tap
-from .travel import Host, Place, Traveller, is_gone, keeper_of, limited, process_state
+from .travel import Host, Site, Traveller, is_gone, keeper_of, limited, process_state
 
-# Two live rounds, and then the pause, whatever the guest does.
+# After two live rounds comes the pause, whatever the guest does.
 ROUNDS = ("-f", "-r", "2")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Where the stream is stopped.
+    """The point at which the stream is stopped.
 
-    gated: a command at the pause keeps END back until the receiver is gone.  Without it what is
-    left of the stream would fit into a buffer, and the sender be done before it could know.
+    gated: a command at the pause keeps END back until the receiver is gone.  Otherwise the rest of
+    the stream would fit into a buffer, and the sender would be done before it could notice.
     """
 
     section: str
@@ -61,7 +61,7 @@ class Attempt:
 
     pipeline: Pipeline
     tap: Tap
-    to: Place
+    to: Site
 
 
 def receiver_killed(attempt: Attempt) -> None:
@@ -71,7 +71,7 @@ def receiver_killed(attempt: Attempt) -> None:
 
 
 def receiver_interrupted(attempt: Attempt) -> None:
-    # It may not have begun, or still be at work on what has come; it ends when it wants to read.
+    # bhyrecv may not have begun, or may still work on earlier bytes; it ends at its next read.
     receiver = attempt.pipeline[2]
     until(lambda: receiver.catches(signal.SIGTERM), "the start of bhyrecv")
     receiver.kill(signal.SIGTERM)
@@ -101,7 +101,7 @@ def sender_killed(attempt: Attempt) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens, and the statuses that both programs may end with."""
+    """A fault, and the statuses with which both programs may end."""
 
     act: Callable[[Attempt], None]
     sent: int
@@ -113,20 +113,20 @@ FAULTS = {
     "receiver-interrupted": Fault(receiver_interrupted, 74, (75,)),
     "pipe-closed": Fault(pipe_closed, 74, (65,)),
     "receiver-refuses": Fault(stream_damaged, 74, (65,)),
-    # Between two sections there is room for the source's own words, and the receiver's status
-    # is then that of a guest that was given up.
+    # Between two sections bhysend can still send ABORT, and bhyrecv's status is then that of a
+    # guest that the source has given up.
     "sender-interrupted": Fault(sender_interrupted, 75, (65, 69)),
     "sender-killed": Fault(sender_killed, -signal.SIGKILL, (65,)),
 }
 
 
 def ran_on(host: Host, guest: Traveller, *, is_tidy: bool = True) -> None:
-    """Assert that the guest goes on where it was, and that nobody works on it any more."""
+    """Assert that the guest goes on where it was, and that no process works on it any more."""
     guest.run_on(host, sweeps=1, is_tidy=is_tidy)
     assert host.files("destination") == []
 
 
-# Each phase and each fault, of an engine that knows no hypervisor.
+# For QEMU, each phase and each fault once: the engine knows no hypervisor.
 COVERED = [
     ("head", "receiver-interrupted"),
     ("round-0", "receiver-killed"),
@@ -148,7 +148,7 @@ def test_the_guest_runs_on(
     where, what = PHASES[phase], FAULTS[fault]
     to, tap = small.next(), Tap(where.section, where.round, where.nth)
     hook = ("-p", f"read -r line < {gate[0]}") if where.gated else ()
-    # What a killed bhyrecv leaves behind has no name, unless it was given one.
+    # The memory that a killed bhyrecv leaves has no name, unless an option gives it a name.
     memory = () if fault == "receiver-killed" else small.named_memory(to)
     commands = (small.send(*ROUNDS, *hook), tap.argv, small.receive(to, *memory))
     with Pipeline(*commands, env=host.env, narrow=True) as pipeline, to.reaped():
@@ -190,7 +190,7 @@ def test_a_destination_that_dies_is_held_against_nobody(
     commands = (small.send(*ROUNDS, *hook), tap.argv, small.receive(to, "-o", f"mem={to.ram}"))
     with Pipeline(*commands, env=host.env, narrow=True) as pipeline, to.reaped():
         tap.reached()
-        # It is there, and bhyrecv fills it.
+        # The file exists, and bhyrecv fills it.
         until(lambda: to.ram.exists() and ram.allocated_bytes(to.ram) > 0, "memory")
         [pid] = to.hypervisors()
         os.kill(pid, signal.SIGKILL)
@@ -202,7 +202,7 @@ def test_a_destination_that_dies_is_held_against_nobody(
     assert received.status == 69, report(sent, received)
     assert "nothing was started here" in received.stderr
     to.assert_nothing_left()
-    # The source cannot know, unless it is told while it still sends.
+    # bhysend cannot know of the failure unless its write fails while it still sends.
     assert sent.status in (74, 80), report(sent, received)
     if sent.status == 80:
         host.act(BHYSEND, "--resume", "proof")
@@ -214,7 +214,7 @@ def test_a_destination_that_dies_is_held_against_nobody(
 def test_without_its_keeper_a_paused_guest_waits_for_the_operator(
     host: Host, small: Traveller, gate: tuple[Path, int]
 ) -> None:
-    """bhysend and the keeper are both killed: nothing is lost, and nothing happens by itself."""
+    """If bhysend and the keeper are killed, nothing is lost, and nothing happens by itself."""
     tap = Tap("TIME")
     commands = (small.send("-p", f"read -r line < {gate[0]}"), tap.argv)
     with Pipeline(*commands, env=host.env, narrow=True) as pipeline:
@@ -236,9 +236,9 @@ def test_without_its_keeper_a_paused_guest_waits_for_the_operator(
 
 
 def test_what_cannot_be_recorded_is_not_done(host: Host, small: Traveller) -> None:
-    """No file of bhysend may have a byte: the pause cannot be recorded, so there is none.
+    """bhysend may write no byte into a file: it cannot record the pause, and so does not pause.
 
-    Here its standard error is a file too, so the words are read where the stream brings them.
+    bhysend's standard error is a file here too, so the test reads the message from the stream.
     """
     to = small.next()
     sent, received = run(["prlimit", "--fsize=0", *small.send()], small.receive(to), env=host.env)
@@ -251,7 +251,7 @@ def test_what_cannot_be_recorded_is_not_done(host: Host, small: Traveller) -> No
 def test_a_hold_that_cannot_be_recorded_is_none(
     host: Host, small: Traveller, gate: tuple[Path, int]
 ) -> None:
-    """The same, but from the pause on: END is not written, and the guest runs on."""
+    """bhysend may write no byte from the pause on: END is not written, and the guest runs on."""
     to, tap = small.next(), Tap("TIME")
     commands = (
         small.send("-p", f"read -r line < {gate[0]}"),
@@ -303,7 +303,7 @@ def test_the_limit_of_time_reaches_a_write_that_hardly_anybody_reads(
 
 @ANY
 def test_a_section_under_way_is_ended_when_the_time_is_over(host: Host, small: Traveller) -> None:
-    """The destination is told why, though a slow pipeline is nearly always inside a section."""
+    """bhysend tells the destination why, although a slow pipe is nearly always inside a section."""
     slow = "import os, time\nwhile d := os.read(0, 8192): os.write(1, d); time.sleep(0.004)"
     to = small.next()
     commands = (small.send("-T", "2s"), [sys.executable, "-c", slow], small.receive(to))
@@ -345,15 +345,15 @@ def test_a_full_file_system_stops_a_move(host: Host, small: Traveller) -> None:
 def test_an_interrupt_after_the_end_of_the_stream_is_too_late(
     options: tuple[str, ...], host: Host, small: Traveller
 ) -> None:
-    """While bhyrecv loads the guest a signal comes.  Its status must still say where the guest is.
+    """bhyrecv's status must say where the guest is, even if a signal comes during the load.
 
-    QEMU stands still meanwhile, so that the signal comes when bhyrecv waits for it.
+    QEMU is stopped meanwhile, so that the signal comes while bhyrecv waits for QEMU.
     """
     to, tap = small.next(), Tap("TIME")
     commands = (small.send(), tap.argv, small.receive(to, *options))
     with Pipeline(*commands, env=host.env) as pipeline:
         tap.reached()
-        # bhyrecv asks QEMU at the end of each round whether it lives.
+        # At the end of each round bhyrecv asks QEMU whether it is alive.
         await_all_read(pipeline[2].pid)
         [pid] = to.hypervisors()
         os.kill(pid, signal.SIGSTOP)
@@ -376,7 +376,7 @@ def test_an_interrupt_after_the_end_of_the_stream_is_too_late(
 def await_all_read(pid: int) -> None:
     """Wait until a process has read all of its standard input, and sleeps, waiting for another.
 
-    Nobody must be left who writes into the pipe.
+    No process may still write into the pipe.
     """
     fd = os.open(f"/proc/{pid}/fd/0", os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -386,7 +386,7 @@ def await_all_read(pid: int) -> None:
         os.close(fd)
 
 
-# Two at once.
+# Two programs at once.
 
 
 @pytest.fixture
@@ -447,7 +447,7 @@ def test_a_second_bhyrecv_for_one_place_is_refused(host: Host, small: Traveller)
 
 @dataclass(frozen=True)
 class Section:
-    """One section of a stream in a file.  end: behind its padding."""
+    """One section of a stream in a file.  end: the offset after the section's padding."""
 
     number: int
     offset: int
@@ -468,7 +468,7 @@ def sections(raw: bytes) -> list[Section]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A whole stream of a small guest that has only firmware, and runs."""
+    """Return a whole stream of a small running guest that has only firmware."""
     directory = tmp_path_factory.mktemp("whole")
     host = Host(directory)
     with Firmware(Spec("microvm", memory_mib=16, name="cut")) as guest:
@@ -495,7 +495,7 @@ def test_a_stream_cut_in_any_section_is_refused(host: Host, whole: bytes) -> Non
         assert "nothing was started here" in ended.stderr
         to.assert_nothing_left()
     assert host.files("destination") == []
-    # The same bytes, whole, start: nothing else was wrong with them.
+    # The whole stream does start the guest: nothing else was wrong with its bytes.
     path.write_bytes(whole)
     with path.open("rb") as file, to.reaped():
         [ended] = run(command, env=host.env, stdin=file)

@@ -1,4 +1,4 @@
-"""The forms of a move, and what becomes of the guest in each: real guests, real programs."""
+"""The forms of a move, and where the guest is after each: real guests, real programs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .kinds import ANY, G4, G5, QEMU, matrix
 from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, report, run, until
 from .qemu import QemuTraveller
 from .tap import Tap
-from .travel import Host, Place, Stable, Traveller, fifo
+from .travel import Host, Site, Stable, Traveller, fifo
 
-# A second QMP socket shows what the guest does while bhysend holds the first.
+# A second QMP socket shows what the guest does while bhysend uses the first.
 SECOND = Path(f"/dev/shm/bhyc-{os.getpid()}-seen.qmp")
 SEEN = replace(kinds.SMALL, extra=("-qmp", f"unix:{SECOND},server=on,wait=off"))
 
@@ -45,7 +45,7 @@ def kept(host: Host, guest: Traveller, *options: str) -> Path:
     return path
 
 
-def received(host: Host, path: Path, guest: Traveller, to: Place, *options: str) -> Ended:
+def received(host: Host, path: Path, guest: Traveller, to: Site, *options: str) -> Ended:
     """Receive a stream from a file."""
     with path.open("rb") as file:
         [ended] = run(guest.receive(to, *options), env=host.env, stdin=file)
@@ -53,7 +53,7 @@ def received(host: Host, path: Path, guest: Traveller, to: Place, *options: str)
 
 
 def sent_away(host: Host, guest: Traveller, *options: str) -> Ended:
-    """Send a guest to nowhere; it is held afterwards."""
+    """Send a guest to no destination; the guest is held afterwards."""
     [sent, _] = run(guest.send(*options), ["cat"], env=host.env)
     assert sent.status == 80, report(sent)
     return sent
@@ -83,7 +83,7 @@ def test_kept_runs_on_and_its_stream_runs_later(host: Host, small: Traveller) ->
         to.await_sweeps(2)
         numbers = to.beats()
         first = numbers[0]
-        # It goes on from the moment of the copy, as the source did.
+        # The copy goes on from the moment of the checkpoint, as the source did.
         assert 1 < first <= small.beats()[-1]
         assert numbers == list(range(first, first + len(numbers)))
         ran_on(host, small)
@@ -178,7 +178,7 @@ def test_a_stream_starts_once(host: Host, small: Traveller) -> None:
     ran_on(host, small)
 
 
-# Options of the way.
+# Options of the pipeline between.
 
 
 def test_compressed(host: Host, small: Traveller) -> None:
@@ -188,7 +188,7 @@ def test_compressed(host: Host, small: Traveller) -> None:
 
 @ANY
 def test_rate_and_progress_for_programs(kind: str, host: Host, small: Traveller) -> None:
-    # So that round 0 takes longer than a second.
+    # At this rate round 0 takes longer than a second.
     rate = 32 if kind == "qemu" else 6
     options = ("-P", "-B", f"{rate}M", "-f", "-r", "2")
     sent, got = small.move(host, send=options, receive=("-P",))
@@ -203,14 +203,14 @@ def test_rate_and_progress_for_programs(kind: str, host: Host, small: Traveller)
             assert 0 < done <= total == npages
             assert sent_pages * 4096 <= sent_bytes
             assert predicted_ns >= -1
-            # The rate is kept from the first byte on: a slow machine is only slower.  One section
-            # may be ahead.
+            # bhysend keeps to the rate from the first byte on, but for one section ahead; a slow
+            # machine is only slower.
             if ended is sent and row[1] == "round":
                 assert sent_bytes <= (rate << 20) * time_ns / 1e9 + (1 << 20)
 
 
 def has_report(said: str) -> bool:
-    """Say whether one reports of round 0: how much of it is done, and at what rate."""
+    """Say whether a message reports the progress and the rate of round 0."""
     return bool(re.search(r"^bhy\S+: guest proof: round 0: \d+%, [^;]*/s", said, re.MULTILINE))
 
 
@@ -281,7 +281,7 @@ def test_the_command_runs_while_the_guest_is_paused(kind: str, host: Host, seen:
         until(is_paused, "the pause")
         [row] = host.rows()
         assert row.phase == "paused"
-        # Its input is empty (read fails), and its output goes to standard error.
+        # The command's input is empty (read fails), and its output goes to standard error.
         assert marker.read_text() == f"proof {row.id} 1\n"
         os.write(opener, b"\n")
         [sent] = pipeline.wait()
@@ -379,11 +379,11 @@ def test_a_kept_stream_is_verified_to_the_end(host: Host, small: Traveller) -> N
     assert "(END) at offset 0x" in ended.stderr
 
 
-# What the destination refuses, before any memory moves.
+# Guests that the destination refuses before any memory moves.
 
 
 def refused(host: Host, guest: Traveller, command: list[str], *names: str) -> None:
-    """Assert that the destination refuses a guest by name, and that the guest runs on."""
+    """Assert that the destination refuses a guest and names why, and that the guest runs on."""
     sent, got = run(guest.send(), command, env=host.env)
     assert (sent.status, got.status) == (74, 76), report(sent, got)
     for name in names:

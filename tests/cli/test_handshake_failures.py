@@ -1,9 +1,9 @@
-"""The answered forms when somebody dies, an answer is late, or a message never comes.
+"""The answered forms when a process dies, an answer is late, or a message never comes.
 
-A move is held up at one point, somebody is killed there, and then what was held up is delivered
-late, or never.  Whatever happens, in the end one copy of the guest runs, and where nobody can know
-which, none does: it stands paused and recorded, and the command that bhysend has printed for this,
-run as it was printed, finds out.
+A move is held up at one point, a process is killed there, and then the message that was held up is
+delivered late, or never.  In every case one copy of the guest runs in the end.  If no program can
+know which copy, none runs: the guest stands paused and recorded at the source, and the command that
+bhysend printed for this case, run as it was printed, finds out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def in_both(qemu: str) -> pytest.MarkDecorator:
 
 @dataclass(frozen=True)
 class Case:
-    """Who dies where, what becomes of what was held up, and where the guest is then.
+    """The process that dies, at which point, the fate of the delayed message, the guest's place.
 
     end: "doubt-here": the operator has to ask, and finds that the guest never ran there.
     """
@@ -70,7 +70,7 @@ CASES = [
     Case("paused", "back", "late", "here", TWO),
     Case("paused", "bhyrecv", "late", "here"),
     Case("paused", "destination", "late", "here", ONE),
-    # END is read, READY is on its way.
+    # bhyrecv has read END, and READY is on its way.
     Case("READY", "bhysend", "late", "here"),
     Case("READY", "keeper", "late", "there", ONE),
     Case("READY", "third", "late", "here", ONE),
@@ -89,7 +89,7 @@ CASES = [
     Case("GO", "back", "late", "doubt-there", TWO),
     Case("GO", "bhyrecv", "late", "doubt-here"),
     Case("GO", "source", "late", "there", ONE),
-    # It runs there, RUNNING is on its way.
+    # The guest runs there, and RUNNING is on its way.
     Case("RUNNING", "bhysend", "late", "there"),
     Case("RUNNING", "bhysend", "never", "doubt-there"),
     Case("RUNNING", "keeper", "late", "there", TWO),
@@ -102,10 +102,10 @@ CASES = [
 ]
 
 
-# Where what a killed bhysend leaves is settled by others in the two forms.
+# At these points different processes settle, in the two forms, what a killed bhysend leaves.
 LATE = ("GO", "RUNNING")
 EACH = [(form, case) for case in CASES for form in case.forms]
-# With QEMU each one is killed, and each point is one where it happens.
+# With QEMU each process is killed once at least, and each point is used once at least.
 COVERED = {
     "HELLO-bhysend-never": "command",
     "HELLO-third-late": "three-stages",
@@ -128,7 +128,8 @@ COVERED = {
 def of_case(form: str, case: Case) -> list[Any]:
     """Return the parameters of a case in a form."""
     differs = form == case.forms[-1] or (case.who == "bhysend" and case.point in LATE)
-    # The pause is held up by a -p command, and then bhyve's disks come with it: it starts late.
+    # A -p command holds up the pause.  With -p bhyve's disks come at the pause, so the
+    # destination's bhyve starts only after that.
     is_none_yet = (case.point, case.who) == ("paused", "destination")
     is_standins = not is_none_yet and (EVERY or differs)
     is_qemus = EVERY or COVERED.get(str(case)) == form
@@ -159,7 +160,7 @@ def test_one_copy_is_left(form: str, case: Case, host: Host, small: Traveller, g
         attempt.settle(end)
 
 
-# Two die.
+# Two processes die.
 
 
 @pytest.mark.parametrize("kind", [QEMU, G5, G4])
@@ -184,7 +185,7 @@ def test_the_third_stage_does_what_the_keeper_cannot(
 def test_the_operator_finds_out_when_all_are_dead(
     release: str, end: str, form: str, host: Host, small: Traveller, gate: Gate
 ) -> None:
-    """Nobody is left who could print the way out, so the operator asks for it."""
+    """No program is left to print the command for the operator, so the operator asks for it."""
     attempt = Attempt(form, "GO", host, small, gate)
     third = ["third"] if form == "three-stages" else []
     with attempt.begin():
@@ -228,7 +229,7 @@ def test_a_lost_destination_is_the_operators_word(
 def test_a_destination_that_dies_before_go_has_not_run(
     form: str, host: Host, small: Traveller, gate: Gate
 ) -> None:
-    """GO is recorded there, but the hypervisor was gone before it was told to run the guest."""
+    """bhyrecv recorded GO, but the hypervisor was gone before bhyrecv could start the guest."""
     attempt = Attempt(form, "READY", host, small, gate)
     with attempt.begin():
         attempt.kill("destination")
@@ -274,13 +275,13 @@ def test_in_doubt_is_said_of_what_is_in_doubt_only(host: Host, small: Traveller)
 def test_a_go_that_is_overtaken_starts_nothing(
     form: str, host: Host, small: Traveller, gate: Gate
 ) -> None:
-    """The way there stands still with GO in it; the operator asks; then it goes on."""
+    """GO is stuck on its way to the destination; the operator asks; then GO goes on."""
     attempt = Attempt(form, "GO", host, small, gate)
     with attempt.begin():
         stopped, bhyrecv = attempt.pid("there"), attempt.pid("bhyrecv")
         os.kill(stopped, signal.SIGSTOP)
         until(lambda: process_state(stopped) == "T", "the stop")
-        # The way back breaks, so bhysend ends in doubt.
+        # The way back breaks, so bhysend ends with the guest in doubt.
         attempt.kill("third" if form == "three-stages" else "back")
         sent = attempt.pipeline[0].await_end()
         attempt.ended = [sent]
@@ -311,7 +312,7 @@ WAITING = [
 def test_asking_while_bhysend_waits(
     point: str, end: str, form: str, host: Host, small: Traveller, gate: Gate
 ) -> None:
-    """A second third stage comes with the answer; the first one's comes too late."""
+    """A second third stage brings the answer; the answer of the first comes too late."""
     attempt = Attempt(form, point, host, small, gate)
     with attempt.begin():
         [row] = host.rows()
@@ -328,7 +329,7 @@ def test_asking_while_bhysend_waits(
         attempt.settle(end)
 
 
-# Asking the wrong one.
+# The operator asks the wrong program.
 
 
 @ANY
@@ -341,19 +342,19 @@ def test_another_state_directory_knows_nothing(host: Host, small: Traveller, gat
         attempt.wait()
         assert attempt.end() == "doubt"
         right = attempt.way_out()
-        # The destination's: there is no such stream there, and that is no FAILED.
+        # The wrong destination: it has no such stream, and must not answer FAILED.
         there, _, here = right.partition(" | ")
         wrong = host.shell(f"{there.replace(str(host.state), str(other.state))} | {here}")
         assert wrong.status == 81, report(wrong)
         assert "UNKNOWN" not in wrong.stderr
         assert "was ever ready on" in wrong.stderr
         assert attempt.end() == "doubt"
-        # The source's: there is no such guest there.
+        # The wrong source: it has no such guest.
         wrong = host.shell(f"{there} | {here.replace(str(host.state), str(other.state))}")
         assert wrong.status == 81, report(wrong)
         assert "another BHYSEND_STATE_DIR" in wrong.stderr
         assert attempt.end() == "doubt"
-        # Somebody else's FAILED of this very stream: believed of the destination alone.
+        # A FAILED for this very stream from another host: bhysend believes only the destination.
         [row] = host.rows()
         hello = f"bhys1 {row.id} HELLO elsewhere/0123456789abcdef {host.state}"
         lie = f"{hello}\\nbhys1 {row.id} FAILED no\\n"
@@ -365,7 +366,7 @@ def test_another_state_directory_knows_nothing(host: Host, small: Traveller, gat
         attempt.settle("there")
 
 
-# What cannot be recorded is not done.
+# Steps that cannot be recorded are not taken.
 
 
 UNWRITTEN = [
@@ -377,7 +378,7 @@ UNWRITTEN = [
 def test_what_cannot_be_recorded_is_not_done(
     who: str, point: str, form: str, host: Host, small: Traveller, gate: Gate
 ) -> None:
-    """No file of bhysend may have a byte when GO is due; nor of bhyrecv when it has come."""
+    """bhysend may write no byte into a file when GO is due, or bhyrecv none when GO has come."""
     attempt = Attempt(form, point, host, small, gate)
     with attempt.begin():
         limit = host.run("prlimit", "--fsize=0", "--pid", str(attempt.pid(who)))
@@ -395,7 +396,7 @@ def test_what_cannot_be_recorded_is_not_done(
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit, in seconds: of which program, where it is waited for, and what comes of it."""
+    """A limit in seconds: the program it belongs to, the point of the wait, and the outcome."""
 
     program: str
     name: str
@@ -420,11 +421,11 @@ def test_nobody_waits_for_ever(limit: Limit, host: Host, small: Traveller, gate:
     command = limited(
         getattr(attempt, limit.program),
         f"handover.handshake.{limit.name}_SECONDS=2",
-        "send.push._STALL_S=1",
+        "send.flush._STALL_S=1",
     )
     setattr(attempt, limit.program, command)
     with attempt.begin():
-        # Until then the message is held up; afterwards it comes, and changes nothing.
+        # The message is held up until the limit is over; then it comes, and changes nothing.
         if limit.program == "send":
             until(lambda: not host.files("run"), "the end of the conversation")
         else:
@@ -440,7 +441,7 @@ def test_nobody_waits_for_ever(limit: Limit, host: Host, small: Traveller, gate:
         attempt.settle(then or first)
 
 
-# Two at once.
+# Two moves at once.
 
 
 @in_both("command")

@@ -1,7 +1,8 @@
-"""The answered forms when a signal comes: from the terminal, to all who stand in the foreground.
+"""The answered forms when the terminal sends a signal to all processes in the foreground.
 
-Before GO it brings the guest back, after GO it is told that it is too late; a stop freezes no
-guest that is paused.  One copy of the guest is left, as in test_handshake_failures.py.
+Before GO the signal brings the guest back; after GO bhysend says that the signal is too late.  A
+stop signal freezes no paused guest.  One copy of the guest runs in the end, as in
+test_handshake_failures.py.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def test_a_signal_before_go_brings_the_guest_back(
             attempt.release("late")
         [sent] = attempt.wait()
         assert attempt.end() == "here", attempt.said()
-        # At the pause the command of -p gets the signal too, and may be the first to say so.
+        # At the pause the -p command gets the signal too, and its failure may be seen first.
         assert sent.status == 75 or (sent.status == 69 and point == "paused"), attempt.said()
         assert "it runs here" in sent.stderr
         attempt.settle("here")
@@ -83,10 +84,10 @@ def ignores(pid: int, number: signal.Signals) -> bool:
 def test_a_stop_from_the_terminal_freezes_no_paused_guest(
     point: str, host: Host, small: Traveller, gate: Gate
 ) -> None:
-    """While the guest runs, Ctrl-Z stops bhysend, and never the command.
+    """While the guest runs, Ctrl-Z stops bhysend, but never the command.
 
-    The kernel drops SIGTSTP where no shell could send SIGCONT, as it is here; so what they would
-    do is read from their signal masks.
+    The kernel drops SIGTSTP if no shell could send SIGCONT, which is the case here; so the test
+    reads from the processes' signal masks what they would do.
     """
     attempt = Attempt("command", point, host, small, gate)
     with attempt.begin():
@@ -107,7 +108,7 @@ def test_a_stop_from_the_terminal_freezes_no_paused_guest(
 def test_a_signal_to_all_three_stages_after_go_leaves_one_copy(
     host: Host, small: Traveller, gate: Gate
 ) -> None:
-    """Without the command form bhyrecv gets the signal too, and gives up what waits for GO."""
+    """In the three-stage form bhyrecv gets the signal too, and gives up its wait for GO."""
     attempt = Attempt("three-stages", "GO", host, small, gate)
     with attempt.begin():
         for who in ("bhysend", "bhyrecv", "third"):
@@ -124,14 +125,14 @@ def test_a_signal_to_all_three_stages_after_go_leaves_one_copy(
 def test_a_bhysend_that_is_stopped_while_its_guest_is_paused_is_ended(
     host: Host, small: Traveller, gate: Gate
 ) -> None:
-    """It cannot be told from one that will go on some day: the keeper kills it first."""
+    """The keeper cannot know whether a stopped bhysend will go on, so the keeper kills it first."""
     attempt = Attempt("three-stages", "paused", host, small, gate)
     with attempt.begin():
         os.kill(attempt.pid("bhysend"), signal.SIGSTOP)
         sent, *_, third = attempt.wait()
         assert (sent.status, third.status) == (-signal.SIGKILL, 69), attempt.said()
         assert "bhysend is gone; the guest runs on here" in sent.stderr
-        # Its -p command too: the move that it belongs to is over.
+        # bhysend's -p command has ended too, because its move is over.
         assert processes_with(str(attempt.marker)) == []
         assert attempt.end() == "here"
         attempt.settle("here")

@@ -1,7 +1,7 @@
-"""A guest under KVM moves there and back, with kvmclock and the APIC of the kernel's in its state.
+"""A guest under KVM moves there and back; its state has kvmclock and the kernel's APIC.
 
-It runs wherever the host has a working /dev/kvm, also one with no hardware under it: the guest is
-a boot ROM that needs little of a processor.  Elsewhere the reason is said.
+The test runs on every host with a working /dev/kvm, even if KVM itself is emulated: the guest is a
+boot ROM that needs little of a processor.  On other hosts the test is skipped with the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from guest.rom import assert_unbroken, beats_of, build_rom, why_no_kvm
 
 from .pipeline import BHYRECV, BHYSEND, report, run, until
 
-# Emulated, on a host that is busy besides, it takes its time.
+# A guest under emulated KVM, on a busy host, is slow.
 _DEADLINE_S = 500.0
 WHY_NOT = why_no_kvm()
 pytestmark = [
@@ -29,7 +29,7 @@ pytestmark = [
 
 
 class Rom:
-    """The guest, and all that it has said, wherever it lived."""
+    """The guest, and all that it has printed in each of its places."""
 
     def __init__(self, rig: Rig, machine: str = "pc-q35-7.2") -> None:
         rig.state_dir.chmod(0o700)
@@ -46,7 +46,7 @@ class Rom:
         return b"".join(path.read_bytes() for path in self.serials)
 
     def prove(self, more: int = 10) -> None:
-        """See it beat on, where it lives and unharmed."""
+        """Assert that the guest beats on in its place, unharmed."""
         before = len(beats_of(self.said()))
         until(
             lambda: len(beats_of(self.said())) >= before + more, f"{more} more beats", _DEADLINE_S
@@ -58,12 +58,12 @@ class Rom:
         assert run_command(Path(self.qmp), "qom-get", of_cpu) == "kvm-apic"
 
     def receive(self, name: str) -> list[str]:
-        """Return the command that receives it under another name."""
+        """Return the command that receives the guest under another name."""
         self.serials.append(Path(self.rig.path(f"{len(self.serials)}.serial")))
         return [*BHYRECV, "-o", f"bios={self.rom}", "-o", f"serial0={self.serials[-1]}", name]
 
     def move(self, name: str, options: Sequence[str]) -> None:
-        """Move it in the command form; it must arrive, and prove itself there."""
+        """Move the guest in the command form; assert that it arrives, and proves itself there."""
         sending = [*BHYSEND, *options, f"qemu:{self.qmp}", *self.receive(name)]
         [sent] = run(sending, env=self.environment)
         assert sent.status == 0, report(sent)
@@ -93,7 +93,7 @@ def test_a_guest_under_kvm_moves_there_and_back(
 
 
 def test_a_guest_under_kvm_goes_on_where_it_was(rig: Rig) -> None:
-    """After a checkpoint, which has its clock and its APIC, and after a move that failed."""
+    """It goes on after a checkpoint, which has its clock and APIC, and after a failed move."""
     guest = Rom(rig)
     guest.prove()
     stream = Path(rig.path("stream"))

@@ -33,21 +33,21 @@ def test_each_machine_moves_with_its_disk(
         guest.move(host, to=guest.next(), sweeps=1)
         carried = guest.past.last.disk or 0
         assert (guest.log().last.disk or 0) > carried > 0
-        # And back: what bhyrecv has started can be sent.
+        # Move it back: a guest that bhyrecv has started can be sent again.
         guest.move(host)
     finally:
         guest.close()
 
 
 def test_two_copies_never_write_to_one_disk(host: Host, tmp_path: Path) -> None:
-    """What the operator gets wrong, QEMU's lock of the image stops; what is right works."""
+    """QEMU's lock on the image stops the operator's mistakes; the right commands work."""
     guest = QemuTraveller(replace(Q35, disk=make_disk(tmp_path / "disk.img")))
     try:
         to = guest.next()
         ended = run(guest.send(), guest.receive(to, "-u"), env=host.env)
         assert [one.status for one in ended] == [80, 0], report(*ended)
         to.arrive()
-        # Taken back: the paused copy must not hold the disk.
+        # The guest is taken back: the paused copy must not keep the disk locked.
         host.act(BHYSEND, "--resume", "proof")
         guest.prove(1)
         taken = host.run(*BHYRECV, "--resume", "proof")
@@ -58,7 +58,7 @@ def test_two_copies_never_write_to_one_disk(host: Host, tmp_path: Path) -> None:
         to = guest.next()
         ended = run(guest.send(), guest.receive(to), env=host.env)
         assert [one.status for one in ended] == [80, 0], report(*ended)
-        # Resumed here although it runs there.
+        # The guest is resumed here although it runs there.
         taken = host.run(*BHYSEND, "--resume", "proof")
         assert taken.status == 69, report(taken)
         guest.settle(host, to)

@@ -1,8 +1,8 @@
-"""How much memory bhysend takes, and that it leaves the guest's as it is.
+"""How much memory bhysend takes, and that bhysend leaves the guest's memory as it is.
 
-The guest has 4 GiB and only its firmware, which runs and touches nothing any more.  Every fourth
-page of it is filled from outside, so the lists of pages are as long as they can be: no two pages
-that are sent, and no two that are left out, go into one extent.
+The guest has 4 GiB and only its firmware, which runs and touches nothing any more.  The test fills
+every fourth page from outside, so the lists of pages are as long as they can be: no two pages that
+are sent, and no two pages that are left out, share an extent.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ pytestmark = pytest.mark.guest
 MIB = 1 << 20
 PAGE = 4096
 GUEST_BYTES = 4 << 30
-# What the issue of the budget is: a fixed part, and the table of hashes.
+# bhysend's budget: a fixed part, and the table of hashes.
 LIMIT_BYTES = 64 * MIB + 8 * (GUEST_BYTES // PAGE)
-# The firmware lives below this.
+# The firmware lives below this address.
 FREE_FROM = 16 * MIB
 
 
@@ -43,7 +43,7 @@ def large() -> Iterator[Guest]:
 
 
 def resident_bytes(pid: int) -> int:
-    """Return what a process has in memory, without shared memory files: the guest's mapping.
+    """Return a process's resident bytes without shared memory files, which are the guest's memory.
 
     Source: proc_pid_status(5), RssAnon and RssFile; the guest's pages are in RssShmem.
     """
@@ -52,11 +52,11 @@ def resident_bytes(pid: int) -> int:
 
 
 def test_its_memory_stays_within_its_bounds(host: Host, large: Guest) -> None:
-    """Look at it whenever a MiB of the stream has come.
+    """Look at bhysend's memory after each MiB of the stream.
 
-    The stream stands still meanwhile, as a pipe takes a MiB, so nothing grows and shrinks again
-    unseen but what a MiB of stream needs.  prlimit(1) stands beside this: it makes every private
-    byte over the limit an error, whether it was seen or not.
+    The stream stands still meanwhile, because a pipe takes one MiB; so only the memory for one MiB
+    of stream can grow and shrink unseen.  In addition, prlimit(1) makes every private byte over
+    the limit an error, whether the test sees that byte or not.
     """
     read_end, write_end = os.pipe()
     command = ["prlimit", f"--data={LIMIT_BYTES}", *BHYSEND, f"qemu:{large.qmp_path}"]
@@ -95,7 +95,7 @@ def test_a_destination_allocates_what_was_sent(host: Host, large: Guest) -> None
     ended = run([*BHYSEND, f"qemu:{large.qmp_path}"], command, env=host.env)
     try:
         assert [one.status for one in ended] == [80, 0], report(*ended)
-        # Byte for byte, and hole for hole.
+        # The files have the same bytes and the same holes.
         subprocess.run(["cmp", large.ram_path, path], check=True)
         assert ram.allocated_bytes(path) <= ram.allocated_bytes(large.ram_path)
         host.act(BHYSEND, "--resume", "large")

@@ -1,4 +1,4 @@
-"""Programs on hosts with odd names, for users without a home, in locales of all kinds."""
+"""The programs on hosts with odd names, for users without a home, and in all kinds of locales."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def test_a_state_directory_that_no_answer_can_name_is_refused(name: bytes, host:
         assert "BHYSEND_STATE_DIR" in ended.stderr.splitlines()[1]
 
 
-# Users.
+# Odd users.
 
 
 @pytest.fixture
 def readable() -> Iterator[Path]:
-    """A copy of the package that any user may read."""
+    """Make a copy of the package that any user may read."""
     directory = short_directory()
     directory.chmod(0o755)
     for place in sys.path:
@@ -156,7 +156,7 @@ def test_a_directory_that_is_gone_is_no_fault_of_ours(
     assert "Errno" not in ended.stderr
 
 
-# Bytes.
+# Names and paths as bytes.
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def locales(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_guest_that_is_held_in_one_locale_is_resumed_in_another(
     name: bytes, locales: str, host: Host, small: Traveller
 ) -> None:
-    """Its configuration, and the paths in it, are of bytes, like the record of it."""
+    """The guest's configuration, the paths in it, and the guest's record are bytes."""
     config = standin_place(small.place).config
     here = os.fsencode(host.directory) + b"/" + name
     os.mkdir(here)

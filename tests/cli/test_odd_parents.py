@@ -1,4 +1,4 @@
-"""Programs whose parent leaves them an odd process: signals ignored, streams that do not wait."""
+"""Programs that inherit odd things from a parent: ignored signals, streams that do not wait."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import os, resource, signal, sys
 {before}
 os.execvp(sys.argv[1], sys.argv[1:])
 """
-# Ignored, or blocked: none of it may change what a program of ours sees or does.
+# Signals that a parent ignores or blocks: this must not change what our programs see or do.
 _SIGNALS = {
     "SIGCHLD ignored": "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
     "all blocked": "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())",
@@ -27,7 +27,7 @@ _SIGNALS = {
 
 
 def odd(before: str, *command: str | Path) -> list[str]:
-    """Return a command that begins as its parent leaves it who did `before`."""
+    """Return a command whose parent ran the Python code `before` first."""
     words = [str(word) for word in command]
     at = program_at(words)
     return [*words[:at], sys.executable, "-P", "-c", _ODD.format(before=before), *words[at:]]
@@ -72,12 +72,12 @@ def test_a_guest_moves_whatever_the_parents_signals(
 def test_a_stream_waits_for_a_reader_also_where_others_would_not(
     host: Host, small: Traveller
 ) -> None:
-    """The flag is the pipe's, so the reader has it too, which is to see all of the stream."""
+    """O_NONBLOCK belongs to the pipe's end, which others may share; the reader sees all bytes."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     with Pipeline(small.send("-k"), env=host.env, stdout=write_end) as pipeline:
         until(lambda: not select.select([], [write_end], [], 0)[1], "a full pipe")
-        os.set_blocking(write_end, False)  # again: whoever shares it may do that at any time
+        os.set_blocking(write_end, False)  # again: any process that shares the end may do so
         os.close(write_end)
         with open(read_end, "rb") as file:
             stream = file.read()
@@ -113,7 +113,7 @@ def test_a_stream_is_waited_for_also_where_others_would_not(host: Host, small: T
 
 @ANY
 def test_the_command_at_the_pause_writes_into_no_file_of_ours(host: Host, small: Traveller) -> None:
-    """Its standard output is our standard error, which was closed: else a file got its number."""
+    """Its output goes to our standard error, which was closed: no file of ours may be number 2."""
     out = host.directory / "out.bhys"
     said = host.directory / "said"
     hook = f"echo from the hook; umask > {said}"
@@ -133,7 +133,7 @@ def test_the_command_at_the_pause_writes_into_no_file_of_ours(host: Host, small:
 
 @ANY
 def test_no_guest_is_started_under_a_limit_that_would_end_it(host: Host, small: Traveller) -> None:
-    """Asked first, and told without a start; a soft limit is lifted instead."""
+    """bhyrecv looks at the limit first, and refuses without a start; it lifts a soft limit."""
     for limit, says in (("RLIMIT_CPU", "CPU time"), ("RLIMIT_FSIZE", "file size")):
         to = small.next()
         hard = f"resource.setrlimit(resource.{limit}, (1 << 40, 1 << 40))"

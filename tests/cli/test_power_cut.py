@@ -1,7 +1,7 @@
-"""The power fails between any two changes of the disk: no state runs twice, none is lost.
+"""The power fails between any two changes of the disk: no state runs twice, and none is lost.
 
-What a cut can leave: power_cut.py.  Then the host is started again: no process, no VM, no socket
-and nothing in memory is left, and the programs go on with what they find.
+power_cut.py says what a cut can leave.  Then the host is booted again: no process, no VM, no socket
+and nothing in memory is left, and the programs go on with what they find on the disk.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from .pipeline import BHYRECV, BHYSEND, Ended, report, run
 from .power_cut import Cut, after_a_boot, cuts, recorded
 from .qemu import QemuPlace, QemuTraveller
 from .standin import standin_place
-from .travel import Place, Traveller, short_directory
+from .travel import Site, Traveller, short_directory
 
-# Each cut is a run of a program or two.
+# For each cut a test runs one program or two.
 pytestmark = pytest.mark.timeout(1200)
 
 
 class Failing:
     """A host whose power fails, and the guest that arrives there.
 
-    disk: what is recorded of it; the state directory is made in it by who comes first.
+    disk: the directory that is recorded; the first program makes the state directory in it.
     """
 
     def __init__(self, directory: Path, guest: Traveller) -> None:
@@ -47,21 +47,21 @@ class Failing:
         self.guest.close()
 
     def keep(self) -> None:
-        """Write a checkpoint of the guest; it runs on where it is."""
+        """Write a checkpoint of the guest; the guest runs on where it is."""
         env = {**self.env, "BHYSEND_STATE_DIR": str(self.directory / "here")}
         with self.stream.open("wb") as file:
             [ended] = run(self.guest.send("-k"), env=env, stdout=file)
         assert ended.status == 0, report(ended)
 
     def record(self, name: str, *options: str) -> Iterator[Cut]:
-        """Run bhyrecv to its good end; return what cuts can leave of that."""
+        """Run bhyrecv until it ends with success; return every cut that is possible meanwhile."""
         log = self.directory / name
         ended = self._run(recorded(self._command(*options), self.disk, log), options)
         assert ended.status == 0, report(ended)
         return cuts(log)
 
     def go_on(self, cut: Cut, *options: str) -> Ended:
-        """Start the host again after a cut, and run bhyrecv."""
+        """Boot the destination again after a cut, and run bhyrecv."""
         self.boot()
         cut.put_back()
         return self.again(*options)
@@ -80,24 +80,24 @@ class Failing:
         return ended
 
     def loaded(self) -> list[str]:
-        """Return the phases of the records of the destination."""
+        """Return the phases of the destination's records."""
         paths = (self.disk / "new/state/destination").glob("*.json")
         return [json.loads(path.read_bytes())["phase"] for path in paths]
 
     def boot(self) -> None:
-        """Lose what a power cut of the destination takes, all but the disk."""
+        """Lose everything of the destination that a power cut takes: all but the disk."""
         lose(self.to)
 
     def boot_source(self) -> None:
-        """The same of the source."""
+        """Lose everything of the source that a power cut takes: all but the disk."""
         lose(self.at)
         for line in Path("/proc/mounts").read_text().splitlines():
             if line.split()[1].startswith(f"{self.directory}/"):
                 subprocess.run(["umount", "-l", line.split()[1]], check=True)
 
 
-def lose(place: Place) -> None:
-    """Lose the processes, the VMs, the sockets and what is in memory of a host."""
+def lose(place: Site) -> None:
+    """Remove a host's processes, VMs, sockets and files in memory."""
     with place.reaped():
         pass
     if isinstance(place, QemuPlace):
@@ -140,7 +140,7 @@ def test_a_stream_that_may_have_run_is_not_started_again(kind: str, failing: Fai
     seen = set()
     for cut in failing.record("start"):
         if kind == "qemu" and not any(".json" in name for name in cut.files):
-            continue  # it takes its time, and only does what the stand-in does
+            continue  # QEMU is slow, and only repeats what the stand-in shows
         ended = failing.go_on(cut)
         has_run = "RUN" in cut.marks
         seen.add((has_run, ended.status))
@@ -149,7 +149,8 @@ def test_a_stream_that_may_have_run_is_not_started_again(kind: str, failing: Fai
                 cut, ended
             )
         assert failing.to.runs() is (ended.status == 0), said(cut, ended)
-    # Between the record and the start it says that it may have run, and did not.
+    # After a cut between the record and the start, bhyrecv says that the guest may have run,
+    # although it did not.
     assert seen | {(False, 0)} == {(False, 0), (False, 76), (True, 76)}
 
 
@@ -160,7 +161,7 @@ def test_a_guest_that_was_left_loaded_is_there(failing: Failing) -> None:
         ended = failing.go_on(cut, "--resume", failing.guest.name)
         seen.add(("DONE" in cut.marks, ended.status))
         if ended.status != 0:
-            # The source has not been told that it is here, and sends it again.
+            # The source does not know yet that the guest is here, and sends the guest again.
             again = failing.again("-u")
             assert again.status == 0, said(cut, ended, again)
             assert failing.loaded() == ["loaded"], said(cut, ended, again)
@@ -185,7 +186,7 @@ def test_a_guest_left_loaded_runs_once_and_is_not_lost(failing: Failing) -> None
             continue
         assert ended.status == 69, said(cut, ended)
         if not has_run:
-            # The operator knows better, and does what is said.
+            # The operator knows that the guest has not run, and follows the hint.
             assert "it may have run" in ended.stderr, said(cut, ended)
             path = ended.stderr.partition("rm ")[2].split()[0]
             os.unlink(path)
@@ -209,7 +210,7 @@ def test_what_is_left_of_one_that_may_have_run_is_removed_for_good(failing: Fail
 
 
 def test_what_is_broken_may_have_run(failing: Failing) -> None:
-    """Each record that is there, made empty or cut short: by a disk that lies, say."""
+    """Each record of the destination is made empty or cut short, as by a disk that lies."""
     failing.keep()
     for _ in failing.record("load", "-u"):
         pass
@@ -228,7 +229,7 @@ def test_what_is_broken_may_have_run(failing: Failing) -> None:
 
 
 def test_who_let_go_of_a_guest_knows_it_after_a_cut(failing: Failing) -> None:
-    """Both sides of a move with answers: the source never says that the guest is its alone."""
+    """Both sides of an answered move: after GO the source never claims the guest for itself."""
     there = failing.directory / "there"
     there.mkdir()
     receive = failing.guest.receive(failing.to)

@@ -1,8 +1,8 @@
-"""Moves of the proof guest under QEMU, looked at byte by byte.
+"""Moves of the proof guest under QEMU, compared byte by byte.
 
-The move is stopped short of the start, and what arrived is compared with what was left.  Then it
-is shown that the guest's own proof would notice: one byte that changes on the way, and one page
-that is older than it should be.
+The move is stopped just before the start, and the memory at the destination is compared with the
+memory at the source.  Then the tests show that the guest's own proof notices one byte that changes
+on the way, and one page that is too old.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def ours(proof: Traveller) -> QemuTraveller:
 
 
 def loaded(host: Host, guest: QemuTraveller) -> QemuPlace:
-    """Move a guest and stop short of its start, its memory in a file with a name."""
+    """Move a guest, but do not start it; its memory at the destination is a file with a name."""
     to = guest.next()
     options = ("-u", "-o", f"mem={to.ram}")
     ended = run(guest.send(), guest.receive(to, *options), env=host.env)
@@ -45,7 +45,7 @@ def loaded(host: Host, guest: QemuTraveller) -> QemuPlace:
 
 
 def test_memory_arrives_byte_for_byte(host: Host, ours: QemuTraveller) -> None:
-    # The file of the first source has a name; of a later one it has none any more.
+    # The memory file of the first source has a name; those of later sources have none.
     source = ram_of(ours)
     to = loaded(host, ours)
     assert filecmp.cmp(source, to.ram, shallow=False)
@@ -57,7 +57,7 @@ def test_memory_arrives_byte_for_byte(host: Host, ours: QemuTraveller) -> None:
 
 
 def ram_of(guest: QemuTraveller) -> Path:
-    """Return a name of the memory of a guest, wherever it lives."""
+    """Return a path of the guest's memory file, wherever the guest lives."""
     if guest.at.ram.exists():
         return guest.at.ram
     for entry in Path(f"/proc/{guest.place.pid}/fd").iterdir():
@@ -66,7 +66,7 @@ def ram_of(guest: QemuTraveller) -> Path:
     raise LookupError("the guest's memory is in no file")
 
 
-# The proof can fail.
+# The guest's proof can fail.
 
 
 def test_one_byte_changed_on_the_way_is_refused(host: Host, ours: QemuTraveller) -> None:
@@ -86,7 +86,7 @@ def test_one_byte_changed_on_the_way_is_refused(host: Host, ours: QemuTraveller)
 
 
 def test_one_page_older_than_it_should_be_is_noticed(host: Host) -> None:
-    # A guest of its own: it does not survive the proof.
+    # This test boots its own guest, because the guest does not survive the test.
     guest = QemuTraveller(PROOF)
     try:
         before = ram.owned_pages(guest.at.ram)

@@ -1,4 +1,4 @@
-"""A destination's QEMU that the operator describes, or has started: it is used, or refused."""
+"""A destination's QEMU that the operator describes or has started: bhyrecv uses or refuses it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A guest outlives what bhyrecv was run from, or is refused: PID namespaces, systemd's units."""
+"""A guest outlives the PID namespace or systemd unit that bhyrecv ran in, or is refused."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run, until
 
 pytestmark = [
     pytest.mark.guest,
-    pytest.mark.skipif(os.geteuid() != 0, reason="unshare(1) of a PID namespace takes root"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="unshare(1) of a PID namespace needs root"),
 ]
 
-# Unchanged: in a chroot the root is no mount, and cannot be made private; /proc is in any case.
+# The propagation stays unchanged, because in a chroot the root is not a mount, and cannot be made
+# private; the mount of /proc is private in any case.
 UNSHARE = (
     "unshare", "--pid", "--fork", "--kill-child", "--propagation", "unchanged", "--mount-proc",
 )  # fmt: skip
@@ -48,13 +49,13 @@ def test_a_namespace_whose_process_1_waits_for_bhyrecv_is_refused(
 
 
 def test_a_namespace_without_its_own_proc_is_refused(pair: Pair) -> None:
-    """What bhyrecv would see there of its QEMU is of other processes."""
+    """In such a /proc bhyrecv would see other processes in place of its QEMU."""
     words = (*UNSHARE[:-1], "sh", "-c", '"$@"; :', "sh", *RECEIVE)
     pair.assert_refused(pair.send(*words), "pid: /proc is not of bhyrecv's PID namespace")
 
 
 def test_a_guest_goes_on_in_a_container_that_stays(pair: Pair, tmp_path: Path) -> None:
-    """As by docker exec: what is in a namespace may outlive what came into it."""
+    """As by docker exec: the namespace outlives the command that entered it."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     hold = f"echo up; read line < {gate}"
@@ -67,7 +68,7 @@ def test_a_guest_goes_on_in_a_container_that_stays(pair: Pair, tmp_path: Path) -
 
 
 def _child_of(pipeline: Pipeline) -> int:
-    """Wait until the namespace's process 1 is there; return its pid here."""
+    """Wait until the namespace has a process 1; return the pid of that process here."""
     children = Path(f"/proc/{pipeline[0].pid}/task/{pipeline[0].pid}/children")
     until(lambda: b"up\n" in pipeline[0].output, "process 1")
     return int(children.read_text().split()[0])
@@ -77,7 +78,7 @@ needs_systemd = pytest.mark.skipif(not has_systemd(), reason="this host's init i
 
 
 def assert_outlives(pair: Pair, unit: str) -> None:
-    """End the unit that bhyrecv ran in; the guest is in another, and runs."""
+    """End the unit that bhyrecv ran in; assert that the guest is in another unit, and runs."""
     run(["systemctl", "stop", unit], env=pair.env)
     assert state_of(pair.there) == "running"
     left = unit_of(peer(pair.there))
@@ -87,9 +88,9 @@ def assert_outlives(pair: Pair, unit: str) -> None:
 
 @needs_systemd
 def test_a_guest_outlives_the_scope_that_bhyrecv_ran_in(pair: Pair) -> None:
-    """It is ended here, as a session's is at the logout."""
+    """The test ends the scope, as systemd ends a session's scope at logout."""
     name = f"bhyrecv-test-{os.getpid()}"
-    # What is in it beside bhyrecv keeps the scope.
+    # The scope lasts because another process besides bhyrecv is in it.
     words = ["systemd-run", "--scope", "--quiet", "--collect", f"--unit={name}"]
     script = 'sleep 600 </dev/null >/dev/null 2>&1 & exec "$@"'
     pair.assert_moved(pair.send(*words, "sh", "-c", script, "sh", *RECEIVE))
@@ -98,7 +99,7 @@ def test_a_guest_outlives_the_scope_that_bhyrecv_ran_in(pair: Pair) -> None:
 
 @needs_systemd
 def test_a_guest_outlives_the_service_that_was_bhyrecv(pair: Pair, tmp_path: Path) -> None:
-    """With bhyrecv all of a service ends, as in `systemd-run --pipe bhyrecv`."""
+    """When bhyrecv ends, its whole service ends, as in `systemd-run --pipe bhyrecv`."""
     stream = tmp_path / "stream"
     with stream.open("wb") as file:
         [held] = run([*BHYSEND, f"qemu:{pair.here}"], env=pair.env, stdout=file)

@@ -1,4 +1,4 @@
-"""The guest ends, or is let run by somebody else, while it is on its way."""
+"""The guest ends, or another program lets the paused guest run, during a move."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .pipeline import BHYRECV, BHYSEND, Ended, report, run
 from .travel import Host
 
 FORMS = ("three-stages", "command")
-# Until END the guest's own end is that of the move; what is there from then on has all of it.
+# Before END the guest's end is the end of the move; from END on the destination has all of it.
 BEFORE = ("HELLO", "round-0", "paused")
 FALSE = ("Traceback", "it runs here", "goes on trying", "it stands paused here")
 
@@ -57,7 +57,7 @@ def test_the_keeper_finds_that_a_guest_has_ended(host: Host, gate: Gate) -> None
         assert not host.is_locked()
 
 
-# QEMU's, in each form.
+# Guests of QEMU, in each form.
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ SENDING = {
 
 
 def send(pair: Pair, form: str, hook: str) -> Ended:
-    """Send it in a form, with a command at the pause; nothing stays recorded, or goes there."""
+    """Send the guest in a form, with a -p command; assert that nothing is recorded or arrives."""
     options, command = SENDING[form]
     words = [*BHYSEND, *options, "-p", hook, f"qemu:{pair.here}", *command]
     sent = run(words, *([] if command else [["cat"]]), env=pair.env)[0]
@@ -111,11 +111,11 @@ for command in sys.argv[2:]:
 def test_a_pause_that_another_monitor_ends_is_the_end_of_the_move(
     pair: Pair, form: str, commands: tuple[str, ...]
 ) -> None:
-    """Also where it was stopped again: what was sent is no longer this guest."""
+    """Even if the guest was stopped again: the state that was sent is no longer the guest's."""
     tests = str(Path(__file__).resolve().parents[1])
     words = ["env", f"PYTHONPATH={tests}", sys.executable, "-c", ASK, pair.second, *commands]
     sent = send(pair, form, shlex.join(words))
     assert sent.status == 69, report(sent)
-    assert "somebody let it run while it stood paused" in sent.stderr
+    assert "another program let the guest run while it stood paused" in sent.stderr
     assert "it runs here" in sent.stderr
     assert state_of(pair.here) == "running"

@@ -1,8 +1,8 @@
-"""What a move of a bhyve guest has that others have not, with the stand-in.
+"""Moves that only a bhyve guest can make, with the stand-in.
 
-Ten moves in a row; a guest above 4 GiB, nearly all of it holes; snapshot files, cold; a pause in
-which bhyve has to write the memory itself; and the deaths of either bhyve: the source's while it
-runs, the destination's while it restores, when nobody knows yet whether the guest has run.
+Ten moves in a row; a guest above 4 GiB whose memory is nearly all holes; cold snapshot files; a
+pause in which bhyve has to write the memory itself; and the deaths of either bhyve: the source's
+while it runs, the destination's while it restores and no program knows whether the guest has run.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def test_a_large_guest_is_held_and_resumed(host: Host, large: StandinTraveller) 
     large.run_on(host)
 
 
-# Snapshot files.
+# Moves through snapshot files.
 
 
 @BOTH
@@ -125,7 +125,7 @@ def test_suspended_files_become_a_stream_and_files_again(kind: str, host: Host) 
         assert [one.status for one in ended] == [0, 0], report(*ended)
         for path in (snapshot.path, snapshot.kern, snapshot.meta):
             assert (there / path.name).read_bytes() == path.read_bytes()
-        # And started: it goes on where it was suspended, but for its FPU, which bhyve forgets.
+        # Started, the guest goes on where it was suspended, but for its FPU, which bhyve forgets.
         to = guest.next()
         to.console.forgives_fpu = True
         ended = run(send, guest.receive(to), env=host.env)
@@ -134,12 +134,12 @@ def test_suspended_files_become_a_stream_and_files_again(kind: str, host: Host) 
         guest.prove()
 
 
-# Where the null device cannot be mounted, bhyve writes the memory itself.
+# If the null device cannot be mounted, bhyve writes the memory itself.
 
 
 @pytest.fixture
 def unmounted(host: Host) -> Host:
-    """A host on which nobody may mount anything."""
+    """Make a host on which no program may mount anything."""
     directory = host.directory / "no-mount"
     directory.mkdir()
     script(directory / "mount", "echo not permitted >&2; exit 32")
@@ -166,12 +166,12 @@ def test_without_the_null_device_it_comes_back(unmounted: Host, small: Traveller
     small.run_on(unmounted)
 
 
-# The destination's bhyve, from GO on.
+# Failures of the destination's bhyve, from GO on.
 
 
 @contextmanager
 def restoring(form: str, host: Host, guest: StandinTraveller, *fail: str) -> Iterator[Restoring]:
-    """Begin a move to a host whose bhyve fails in these ways when it restores."""
+    """Begin a move to a host whose bhyve fails in the ways of `fail` when it restores."""
     to = guest.next()
     to.rig.settings(fail=list(fail))
     with (
@@ -182,7 +182,7 @@ def restoring(form: str, host: Host, guest: StandinTraveller, *fail: str) -> Ite
 
 
 class Restoring:
-    """A move, and where it goes."""
+    """A move, and the place to which it goes."""
 
     def __init__(self, host: Host, pipeline: Pipeline, to: StandinPlace) -> None:
         self.host, self.pipeline, self.to = host, pipeline, to
@@ -206,7 +206,7 @@ class Restoring:
 
 
 def came_back(host: Host, guest: StandinTraveller, to: StandinPlace) -> None:
-    """See that it runs where it was, nothing is left there, and a second attempt succeeds."""
+    """Assert that the guest runs where it was, `to` is empty, and a second attempt succeeds."""
     to.assert_nothing_left()
     guest.run_on(host)
     to.rig.settings(fail=[])
@@ -238,7 +238,7 @@ def test_a_bhyve_that_is_killed_while_it_restores_has_not_run(form: str, host: H
 
 @pytest.mark.parametrize("form", ["three-stages", "command"])
 def test_a_bhyve_that_may_have_run_leaves_it_to_the_operator(form: str, host: Host) -> None:
-    """It ends after its socket was there: nobody can know whether a vCPU has run."""
+    """bhyve ends after its socket appeared: no program can know whether a vCPU has run."""
     with own("g5") as guest:
         with restoring(form, host, guest, "restore-late") as move:
             sent, *_ = move.pipeline.wait()
@@ -252,7 +252,7 @@ def test_a_bhyve_that_may_have_run_leaves_it_to_the_operator(form: str, host: Ho
 
 
 def test_a_bhyrecv_that_is_killed_while_bhyve_restores_is_asked_about(host: Host) -> None:
-    """bhyve goes on without it; the operator's question finds the guest running."""
+    """bhyve goes on without bhyrecv; when the operator asks, the guest runs."""
     with own("g5") as guest, restoring("three-stages", host, guest, "slow-restore") as move:
         move.await_restore()
         move.pipeline[1].kill()
@@ -271,7 +271,7 @@ def test_a_bhyrecv_that_is_killed_while_bhyve_restores_is_asked_about(host: Host
 def test_an_interrupt_while_bhyve_restores_is_too_late(
     number: signal.Signals, host: Host, gate: Gate
 ) -> None:
-    """The status of bhyrecv must still say where the guest is."""
+    """bhyrecv's status must still say where the guest is."""
     with own("g5") as guest:
         to = guest.next()
         to.rig.settings(fail=["slow-restore"])
@@ -286,11 +286,11 @@ def test_an_interrupt_while_bhyve_restores_is_too_late(
         guest.prove()
 
 
-# What a killed bhyrecv leaves.
+# Files that a killed bhyrecv leaves.
 
 
 def test_what_a_killed_bhyrecv_left_goes_with_the_next(host: Host, small: Traveller) -> None:
-    """It may be as large as the guest's memory, and nobody else knows of it."""
+    """These files may be as large as the guest's memory, and no other program removes them."""
     to, tap = small.next(), Tap("MEMORY", 0, nth=9)
     commands = (small.send(), tap.argv, small.receive(to))
     with Pipeline(*commands, env=host.env, narrow=True) as pipeline:

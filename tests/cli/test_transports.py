@@ -1,7 +1,8 @@
-"""The proof guest, 512 MiB of memory and tens of them rewritten each second, through transports.
+"""The proof guest, which has 512 MiB and rewrites tens of MiB each second, through transports.
 
-It is moved live, on and on, through whatever passes bytes in order.  That the proof would notice
-what goes wrong is shown in test_proof.py, and for the stand-in in tests/standin/test_proof.py.
+The guest moves live, again and again, through every kind of program that passes bytes in order.
+test_proof.py shows that the guest's proof notices faults; tests/standin/test_proof.py shows this
+for the stand-in.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pytest
 from . import kinds
 from .pipeline import Ended, Pipeline, report, run, until
 from .sshd import Sshd, free_port, listens
-from .travel import Host, Place, Traveller
+from .travel import Host, Site, Traveller
 
 
 @pytest.fixture(params=[kinds.QEMU, kinds.G5, kinds.G4])
@@ -21,8 +22,8 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def arrived(host: Host, guest: Traveller, to: Place, sent: Ended, received: Ended) -> None:
-    """Assert that a move was one, and go on with the guest where it is now."""
+def arrived(host: Host, guest: Traveller, to: Site, sent: Ended, received: Ended) -> None:
+    """Assert that a move succeeded, and note the guest's new place."""
     assert (sent.status, received.status) == (80, 0), report(sent, received)
     rounds = re.search(r"held here; (\d+) rounds", sent.stderr)
     assert rounds and int(rounds[1]) >= 3, "two live rounds come before the pause"
@@ -51,7 +52,7 @@ def test_it_moves_through_ssh(host: Host, proof: Traveller, sshd: Sshd) -> None:
     to = proof.next()
     remote = sshd.command(proof.receive(to), BHYSEND_STATE_DIR=str(host.state))
     sent, received = run(proof.send(), remote, env=host.env)
-    # It has come through another program's connection and shell, and still says who it is.
+    # bhyrecv's message has come through another program's connection and shell.
     assert "it runs here" in received.stderr
     arrived(host, proof, to, sent, received)
 

@@ -4,12 +4,12 @@
     to = guest.next()
     sent, received = run(guest.send(), guest.receive(to), env=host.env)
     assert (sent.status, received.status) == (80, 0), report(sent, received)
-    guest.settle(host, to)      # held, discarded, gone; the guest lives there now
+    guest.settle(host, to)      # the held guest is discarded here, and lives there now
     guest.prove()               # two full sweeps, and no heartbeat missing since it was booted
 
-What is here knows no hypervisor: those of QEMU are in qemu.py, those of bhyve's stand-in in
-standin.py.  Source and destination have one state directory: what is left behind by either
-program is found there.
+This module knows no hypervisor: qemu.py has the classes for QEMU, standin.py those for bhyve's
+stand-in.  Source and destination share one state directory, where a test finds everything that
+either program leaves behind.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHM = Path("/dev/shm")
 
 
 def short_directory() -> Path:
-    """Make a directory in memory whose name leaves room for a socket's: a path has 107 bytes."""
+    """Make a directory in memory, with a path short enough for a socket: that has 107 bytes."""
     return Path(tempfile.mkdtemp(prefix="bhyc-", dir=SHM))
 
 
@@ -45,9 +45,9 @@ def process_state(pid: int) -> str:
 
 
 def is_gone(pid: int) -> bool:
-    """Say whether a process has ended; one that only waits for its parent has.
+    """Say whether a process has ended with all of its threads, even if its parent has not waited.
 
-    With its last thread: the first may look like a zombie before.  pid: 0 of none.
+    A process whose first thread ended may look like a zombie before.  pid: 0 for no process.
     """
     if not pid:
         return True
@@ -62,7 +62,7 @@ def is_gone(pid: int) -> bool:
 
 
 def processes_with(word: str) -> list[int]:
-    """Return the processes, but this one, that have a word in their command line."""
+    """Return the processes, except this one, that have a word in their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -73,7 +73,7 @@ def processes_with(word: str) -> list[int]:
 
 
 def keeper_of(pid: int) -> int:
-    """Return the keeper of a bhysend, 0 where there is none yet."""
+    """Return the keeper of a bhysend, 0 if there is no keeper yet."""
     for keeper in processes_with("bhystream.send.keeper"):
         with suppress(OSError):
             text = Path(f"/proc/{keeper}/stat").read_text()
@@ -83,14 +83,14 @@ def keeper_of(pid: int) -> int:
 
 
 def program_at(command: Sequence[str | Path]) -> int:
-    """Return where the program is in a command, which may begin with env and variables."""
+    """Return the index of the program in a command, which may begin with env and variables."""
     if str(command[0]) != "env":
         return 0
     return next(at for at, word in enumerate(command) if at and "=" not in str(word))
 
 
 def limited(command: Words, *settings: str) -> list[str]:
-    """Return a command of ours with other limits; see limited.py."""
+    """Return the command that runs one of our programs with other limits; see limited.py."""
     words = [str(word) for word in command]
     at = program_at(words) + 1
     return [*words[:at], str(Path(__file__).with_name("limited.py")), *settings, "--", *words[at:]]
@@ -98,7 +98,7 @@ def limited(command: Words, *settings: str) -> list[str]:
 
 @contextmanager
 def fifo(path: Path) -> Iterator[int]:
-    """Make a FIFO and hold both ends, so that nobody's open(2) waits."""
+    """Make a FIFO and keep both ends open, so that no open(2) of it waits."""
     os.mkfifo(path)
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -108,7 +108,7 @@ def fifo(path: Path) -> Iterator[int]:
 
 
 def script(path: Path, text: str) -> None:
-    """Write a shell script that can be run."""
+    """Write an executable shell script."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o700)
 
@@ -133,7 +133,7 @@ class Host:
         self.env = {**os.environ, "BHYSEND_STATE_DIR": str(self.state)}
 
     def run(self, *argv: str | Path) -> Ended:
-        """Run one program to its end."""
+        """Run one program until it ends."""
         [ended] = run(argv, env=self.env)
         return ended
 
@@ -151,7 +151,7 @@ class Host:
         return ended
 
     def shell(self, command: str) -> Ended:
-        """Run a command as it is printed for the operator, "ssh HOST" being this host."""
+        """Run a command as bhysend prints it for the operator; "ssh HOST" means this host."""
         bin_ = self.directory / "bin"
         if not bin_.exists():
             bin_.mkdir()
@@ -159,7 +159,7 @@ class Host:
                 script(bin_ / name, f'exec {shlex.join(words)} "$@"')
             script(bin_ / "ssh", 'shift\nexec sh -c "$*"')
         path = f"{bin_}:{os.environ['PATH']}"
-        # The other host does not have our variable; the command has to name it.
+        # The other host does not have our variable, so the command has to set it.
         env = {key: value for key, value in self.env.items() if key != "BHYSEND_STATE_DIR"}
         [ended] = run(["sh", "-c", command], env={**env, "PATH": path})
         return ended
@@ -175,7 +175,7 @@ class Host:
         return False
 
     def await_unlocked(self) -> None:
-        """Wait until nobody works on any guest: of a killed bhysend the keeper ends last."""
+        """Wait until no process works on any guest: a killed bhysend's keeper ends last."""
         until(lambda: not self.is_locked(), "the locks")
 
     def files(self, name: str) -> list[str]:
@@ -183,10 +183,10 @@ class Host:
         return sorted(path.name for path in (self.state / name).glob("*"))
 
 
-class Place(ABC):
-    """Where a guest lives, or is to live: one run of one hypervisor.
+class Site(ABC):
+    """The place where a guest lives, or is to live: one run of one hypervisor.
 
-    operand: as both programs take it.  pid: of the hypervisor, once arrive() was called.
+    operand: names the guest for both programs.  pid: the hypervisor's, after arrive().
     """
 
     operand = ""
@@ -206,11 +206,11 @@ class Place(ABC):
 
     @abstractmethod
     def is_held(self, host: Host) -> bool:
-        """Say whether the guest stands here as a source leaves it: paused or held, and whole."""
+        """Say whether the guest stands here as at a source: paused or held, and whole."""
 
     @abstractmethod
     def is_loaded(self, host: Host) -> bool:
-        """Say whether the guest stands here as bhyrecv -u leaves it."""
+        """Say whether the guest stands here as bhyrecv -u leaves a guest."""
 
     @abstractmethod
     def is_building(self) -> bool:
@@ -222,23 +222,23 @@ class Place(ABC):
 
     @abstractmethod
     def processes(self) -> list[int]:
-        """Return the processes that have to do with this place: bhyrecv's, the hypervisor."""
+        """Return the processes of this place: bhyrecv's and the hypervisor's."""
 
     @abstractmethod
     def reaped(self) -> AbstractContextManager[None]:
-        """Kill, at the end, the hypervisor that is here then."""
+        """Kill, after the with block, every hypervisor that is here then."""
 
     @abstractmethod
     def forsake(self) -> None:
-        """See that what a killed bhyrecv left has never run, and end it, as an operator does."""
+        """Assert that a guest left by a killed bhyrecv never ran; end it, as an operator would."""
 
     @abstractmethod
     def assert_nothing_left(self) -> None:
-        """Assert that neither a hypervisor, nor a file of it, is here."""
+        """Assert that no hypervisor and no file of a hypervisor is here."""
 
     @abstractmethod
     def assert_tidy(self, host: Host) -> None:
-        """Assert that a move that is over has left no file behind at its source."""
+        """Assert that a finished move has left no file at its source."""
 
     @abstractmethod
     def said(self) -> bytes:
@@ -246,65 +246,65 @@ class Place(ABC):
 
     @abstractmethod
     def beats(self) -> list[int]:
-        """Return the numbers of the heartbeats that came here."""
+        """Return the numbers of the heartbeats that the guest printed here."""
 
     @abstractmethod
     def await_beats(self, count: int = 1, deadline_s: float = DEADLINE_S) -> None:
-        """Wait for so many more heartbeats."""
+        """Wait for `count` more heartbeats."""
 
     @abstractmethod
     def await_sweeps(self, count: int = 1) -> None:
-        """Wait for full sweeps that begin now and find nothing bad."""
+        """Wait for `count` full sweeps that begin after the call and find no bad page."""
 
 
 class Traveller(ABC):
     """One guest, wherever it lives, and all that it has said since it was booted.
 
-    name, npages: its own.  place: where it lives.  needs: what bhysend -n says that a destination
-    has to give.  missing: what bhyrecv says where that is not given.
+    name, npages: the guest's.  place: where the guest lives.  needs: the resources that bhysend -n
+    names for a destination.  missing: the message of bhyrecv if they are not given.
     """
 
     name = "proof"
     npages = 0
     needs = ""
     missing: tuple[str, ...] = ()
-    place: Place
+    place: Site
 
     @abstractmethod
     def close(self) -> None:
-        """Kill every hypervisor that it was in, and remove their files."""
+        """Kill every hypervisor that the guest was in, and remove their files."""
 
     @abstractmethod
-    def next(self, name: str | None = None) -> Place:
-        """Return a place where nothing is yet.  name: of a place to come back to later."""
+    def next(self, name: str | None = None) -> Site:
+        """Return a new, empty place.  name: of a place to which the guest can come back later."""
 
     @abstractmethod
-    def resources(self, to: Place) -> list[str]:
+    def resources(self, to: Site) -> list[str]:
         """Return the -o options of a place."""
 
     @abstractmethod
     def send(self, *options: str) -> list[str]:
-        """Return the command that sends it from where it lives, its operand last."""
+        """Return the command that sends the guest from its place, the operand last."""
 
     @abstractmethod
-    def receive(self, to: Place, *options: str) -> list[str]:
-        """Return the command that receives it, with the host's resources that it needs."""
+    def receive(self, to: Site, *options: str) -> list[str]:
+        """Return the command that receives the guest, with the resources that the guest needs."""
 
     @abstractmethod
-    def receive_bare(self, to: Place, *options: str) -> list[str]:
-        """Return that command without the resources."""
+    def receive_bare(self, to: Site, *options: str) -> list[str]:
+        """Return the command that receives the guest, without the resources."""
 
-    def named_memory(self, to: Place) -> list[str]:
-        """Return the options that give its memory there a name, where that is a choice."""
+    def named_memory(self, to: Site) -> list[str]:
+        """Return the options that name the guest's memory file there, if there is a choice."""
         return []
 
     @abstractmethod
     def beats(self) -> list[int]:
-        """Return the numbers of all heartbeats since it was booted."""
+        """Return the numbers of all heartbeats since the guest was booted."""
 
     @abstractmethod
     def assert_unbroken(self) -> None:
-        """Assert that it found nothing bad, and that no heartbeat is missing."""
+        """Assert that the guest found no bad page, and that no heartbeat is missing."""
 
     def move(
         self,
@@ -312,10 +312,10 @@ class Traveller(ABC):
         *,
         send: tuple[str, ...] = (),
         receive: tuple[str, ...] = (),
-        to: Place | None = None,
+        to: Site | None = None,
         sweeps: int = 2,
     ) -> list[Ended]:
-        """Move it through a plain pipe; it must arrive, and prove itself there."""
+        """Move the guest through a plain pipe; assert that it arrives and proves itself there."""
         to = to or self.next()
         ended = run(self.send(*send), self.receive(to, *receive), env=host.env)
         assert [one.status for one in ended] == [80, 0], report(*ended)
@@ -323,8 +323,8 @@ class Traveller(ABC):
         self.prove(sweeps)
         return ended
 
-    def settle(self, host: Host, to: Place) -> None:
-        """See it held, discard it, and take it from now on as living there."""
+    def settle(self, host: Host, to: Site) -> None:
+        """Assert that the guest is held, discard it here, and note that the guest lives there."""
         rows = host.rows()
         assert [(row.guest, row.phase) for row in rows] == [(self.name, "held")]
         assert rows[0].operand == self.place.operand
@@ -336,18 +336,18 @@ class Traveller(ABC):
         assert not host.is_locked()
         self.arrive(to)
 
-    def hand_over(self, host: Host, to: Place) -> None:
-        """See it gone from where it lived, without an operator; it lives there now."""
+    def hand_over(self, host: Host, to: Site) -> None:
+        """Assert that the guest left its old place without an operator; note its new place."""
         until(self.place.has_ended, "the end of the source's hypervisor")
         self.assert_settled(host)
         assert to.runs()
         self.arrive(to)
 
     def run_on(self, host: Host, sweeps: int = 2, *, is_tidy: bool = True) -> None:
-        """See it run on where it was, and nobody at work on it any more.
+        """Assert that the guest runs on where it was, and that no process works on it any more.
 
-        is_tidy: False where bhysend may have been killed before its keeper was there: the next
-        one removes what it left.
+        is_tidy: False if bhysend may have been killed before it had a keeper: the next bhysend
+        then removes what the killed one left.
         """
         host.await_unlocked()
         self.place.arrive()
@@ -356,27 +356,27 @@ class Traveller(ABC):
         self.assert_settled(host, is_tidy=is_tidy)
 
     def assert_settled(self, host: Host, *, is_tidy: bool = True) -> None:
-        """Assert that at the source nothing is left to decide, and nobody at work."""
+        """Assert that at the source nothing is left to decide, and no process works on a guest."""
         host.await_unlocked()
         assert host.files("source") == []
         assert host.files("run") == []
         if is_tidy:
             self.place.assert_tidy(host)
 
-    def arrive(self, to: Place) -> None:
-        """Take it as living there; where it lived, it says nothing any more."""
+    def arrive(self, to: Site) -> None:
+        """Note that the guest lives there, and no longer prints at its old place."""
         self.place = to
         to.arrive()
 
     def prove(self, sweeps: int = 2) -> None:
-        """Wait for full sweeps that begin now; nothing bad, and no heartbeat ever missing."""
+        """Wait for full sweeps; assert that no page is bad and no heartbeat was ever missing."""
         beats = len(self.beats())
         self.place.await_sweeps(sweeps)
         self.assert_unbroken()
         assert len(self.beats()) > beats
 
     def is_well(self) -> bool:
-        """Say whether it runs and has proven itself so far."""
+        """Say whether the guest runs and has proven itself so far."""
         try:
             if not self.place.runs():
                 return False
@@ -390,15 +390,15 @@ class Traveller(ABC):
 class Stable:
     """Guests that are booted once and lent to one test after the other.
 
-    A test gives a guest back where it has moved to, running.  One that is not well any more is
-    replaced, so that one failed test does not fail the rest.
+    A test gives its guest back running, at the guest's new place.  A guest that is not well any
+    more is replaced, so that one failed test does not make the others fail.
     """
 
     def __init__(self) -> None:
         self._guests: dict[str, Traveller] = {}
 
     def lend(self, kind: str, boot: Callable[[], Traveller]) -> Traveller:
-        """Return a running guest of this kind.  boot: makes one."""
+        """Return a running guest of this kind.  boot: boots a new guest."""
         guest = self._guests.get(kind)
         if guest is not None and not guest.is_well():
             guest.close()
@@ -408,6 +408,6 @@ class Stable:
         return guest
 
     def close(self) -> None:
-        """End all of them."""
+        """End all guests."""
         for guest in self._guests.values():
             guest.close()

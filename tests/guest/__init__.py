@@ -1,7 +1,7 @@
-"""A real Linux guest that proves its own memory and disk, and what boots and watches it.
+"""A real Linux guest that proves its own memory and disk, and the code that boots and watches it.
 
 proof.c is the guest's only program; build.py makes its initramfs and fetches
-its kernel; machine.py starts QEMU; qmp.py asks it one question at a time;
+its kernel; machine.py starts QEMU; qmp.py asks QEMU one question at a time;
 ram.py finds and patches pages in its RAM file; serial.py reads what the guest
 prints.  `PYTHONPATH=tests python -m guest` boots one by hand.
 """

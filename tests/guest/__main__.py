@@ -1,7 +1,7 @@
 """Boot one proving guest by hand: `python -m guest [machine [vcpus]]`, in tests/.
 
-Prints where its QMP socket and RAM file are, then its serial line, until
-interrupted or dead.
+The program prints the paths of the guest's QMP socket and RAM file, then the
+guest's serial output, until the program is interrupted or the guest dies.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _follow(guest: Guest) -> None:
-    """Print each line once as it comes; ends by an exception only."""
+    """Print each line once as it comes; end by an exception only."""
     shown = 0
 
     def show(log: SerialLog) -> bool:

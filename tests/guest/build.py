@@ -1,16 +1,16 @@
 """Make the proving guest's kernel and initramfs, in a cache directory.
 
-`images()` returns paths to a kernel and an initramfs, building what is not
-there yet.  The kernel is Debian's cloud kernel, taken from its package without
-installing it; the initramfs holds proof.c, linked statically, as /init, and
-the virtio modules of that kernel, which /init loads when it is to use a disk.
+`images()` returns the paths of a kernel and an initramfs, and first makes those
+that are not there yet.  The kernel is Debian's cloud kernel, taken from its
+package, which is not installed; the initramfs holds proof.c, linked statically,
+as /init, and that kernel's virtio modules, which /init loads to use a disk.
 
-Everything is made beside its final name and renamed, under a lock, so parallel
-tests may all ask at once.  The initramfs is named by a digest of what goes
-into it; the kernel, once fetched, is used until `refresh` asks for a newer one.
+Every file is made beside its final name and renamed, under a lock, so that
+parallel tests may all ask at once.  The initramfs is named by a digest of its
+contents; the kernel, once fetched, is used until `refresh` asks for a newer one.
 
-A missing tool or package is an error that names it, never a skipped test.
-Run as a program it prints the two paths: `python tests/guest/build.py [--refresh]`.
+If a tool or a package is missing, an error names it; no test is skipped for that.
+Run as a program, this prints the two paths: `python tests/guest/build.py [--refresh]`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from pathlib import Path
 
 KERNEL_METAPACKAGE = "linux-image-cloud-amd64"
 
-# In the order in which they must be loaded.  In that kernel the serial port,
-# devtmpfs and the initramfs are built in, and virtio is not.
+# The modules in the order in which they must be loaded.  That kernel has the
+# serial port, devtmpfs and the initramfs built in, but not virtio.
 MODULES = (
     "virtio_ring",
     "virtio",
@@ -42,7 +42,7 @@ MODULES = (
     "virtio_blk",
 )
 
-# No vectors: QEMU's TCG emulates SSE one helper call at a time, and the loops get slower.
+# No vectors, because QEMU's TCG calls a helper for each SSE instruction, which is slower.
 CFLAGS = (
     "-std=gnu11", "-O2", "-fno-tree-vectorize", "-Wall", "-Wextra", "-Werror",
     "-static", "-pthread",
@@ -57,14 +57,14 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Images:
-    """What QEMU boots.  kernel: a bzImage.  initramfs: an uncompressed cpio archive."""
+    """The files that QEMU boots.  kernel: a bzImage.  initramfs: an uncompressed cpio archive."""
 
     kernel: Path
     initramfs: Path
 
 
 def cache_directory() -> Path:
-    """Return where images are kept: BHYSEND_TEST_CACHE, or below XDG_CACHE_HOME."""
+    """Return the directory of the images: BHYSEND_TEST_CACHE, or one below XDG_CACHE_HOME."""
     chosen = os.environ.get("BHYSEND_TEST_CACHE")
     if chosen:
         return Path(chosen)
@@ -73,11 +73,11 @@ def cache_directory() -> Path:
 
 
 def images(cache: Path | None = None, *, refresh: bool = False) -> Images:
-    """Return the guest's images, making what the cache does not hold.
+    """Return the guest's images; make those that the cache does not hold.
 
-    cache: directory, made when missing; `cache_directory()` when None.
+    cache: directory, made if missing; `cache_directory()` if None.
     refresh: ask the package index for the newest kernel.
-    Raises BuildError.
+    Raises BuildError if an image cannot be made.
     """
     cache = cache or cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def run_tool(argv: Sequence[str | Path], cwd: Path | None = None) -> str:
-    """Run a tool and return its standard output; say what failed, and why, in BuildError."""
+    """Run a tool and return its standard output.  Raises BuildError that says why it failed."""
     name = str(argv[0])
     try:
         done = subprocess.run(
@@ -109,9 +109,9 @@ def run_tool(argv: Sequence[str | Path], cwd: Path | None = None) -> str:
 
 
 def _kernel_package(cache: Path, *, refresh: bool) -> Path:
-    """Return the directory with vmlinuz and modules/, fetching the package if need be.
+    """Return the directory with vmlinuz and modules/; fetch the package if necessary.
 
-    The link `kernel` names the one in use, so that a second run asks nobody.
+    The link `kernel` names the kernel in use, so that a second run needs no network.
     """
     current = cache / "kernel"
     if current.exists() and not refresh:
@@ -130,7 +130,7 @@ def _kernel_package(cache: Path, *, refresh: bool) -> Path:
 
 
 def _newest_kernel() -> str:
-    """Return the name of the package that the metapackage stands for today."""
+    """Return the name of the package that the metapackage depends on today."""
     for line in run_tool(["apt-cache", "depends", KERNEL_METAPACKAGE]).splitlines():
         relation, _, name = line.strip().partition(": ")
         if relation == "Depends" and name.startswith("linux-image-"):
@@ -163,7 +163,7 @@ def _unpack_kernel(package: str, scratch: Path) -> None:
 
 
 def _initramfs(cache: Path, package: Path) -> Path:
-    """Return the initramfs for a kernel, compiling proof.c if anything in it is new."""
+    """Return the initramfs for a kernel; make it anew if any of its contents has changed."""
     modules = [package / "modules" / f"{name}.ko" for name in MODULES]
     digest = hashlib.sha256(repr(CFLAGS).encode())
     for path in (SOURCE, Path(__file__), *modules):
@@ -181,10 +181,10 @@ def _initramfs(cache: Path, package: Path) -> Path:
 
 
 def _archive(init: bytes, modules: Sequence[Path]) -> bytes:
-    """Return the cpio archive.  Written here: cpio(1) needs root to make the console node."""
+    """Return the cpio archive, made without cpio(1), which needs root for the console node."""
     parts = [
         _member(1, "dev", stat.S_IFDIR | 0o755),
-        # The kernel opens it for /init before devtmpfs is mounted.
+        # The kernel opens the console for /init before devtmpfs is mounted.
         _member(2, "dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
         _member(3, "modules", stat.S_IFDIR | 0o755),
         _member(4, "init", stat.S_IFREG | 0o755, init),

@@ -9,17 +9,17 @@
             assert_unbroken(guest.serial.read(), destination.serial.read())
 
 Each guest has a private directory below /dev/shm with its RAM file, QMP
-socket, serial file and QEMU's messages.  The directory and the process are
-gone when the with statement ends, whatever happened inside it; if the tests
-themselves are killed, QEMU dies with them, and the next guest removes what
-they left (a directory is known to be abandoned by its lock).
+socket, serial file and QEMU's messages.  The end of the with statement ends the
+process and removes the directory, whatever happened inside; if the tests
+themselves are killed, QEMU dies with them, and the next guest removes their
+directories (an abandoned directory is not locked).
 
-The command line is what an administrator would write, machine types pinned:
-the product reads it from /proc/PID/cmdline.  QEMU serves one QMP client at a
-time, and the product is to be that client; so nothing here stays connected.
+QEMU's command line is one that an administrator would write, with pinned machine
+types; the product reads it from /proc/PID/cmdline.  QEMU serves one QMP client
+at a time, and the product is to be that client, so nothing here stays connected.
 
-A destination that the product starts is no Guest: watch it with
-`Serial(path)`, and put `reaping(qmp_path)` around it.
+A destination that the product starts is no Guest: watch such a QEMU with
+`Serial(path)`, inside `with reaping(qmp_path)`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ QEMU = "qemu-system-x86_64"
 # microvm has no versions.
 MACHINE_TYPES = {"q35": "pc-q35-7.2", "pc": "pc-i440fx-7.2", "microvm": "microvm"}
 
-# Only what ends the guest is printed, and it ends QEMU (reboot=t: microvm can reset no other way).
+# The kernel prints only its fatal messages, and a panic ends QEMU (reboot=t: microvm can
+# reset in no other way).
 KERNEL_COMMAND_LINE = (
     "console=ttyS0 loglevel=2 nokaslr mitigations=off nowatchdog panic=-1 oops=panic reboot=t"
 )
@@ -64,9 +65,9 @@ _START_S = 60.0
 
 @dataclass(frozen=True)
 class Spec:
-    """What a guest is; the same for a source and its destination.
+    """The description of a guest, the same for a source and its destination.
 
-    machine: "q35", "pc" or "microvm".  ram: where RAM lives, a shared file or
+    machine: "q35", "pc" or "microvm".  ram: the place of RAM, a shared file or
     a shared memfd.  disk: a raw image that both sides open, see make_disk().
     proof: parameters of proof.c without their prefix, for example
     {"rate": 64}.  extra: further QEMU arguments.
@@ -88,7 +89,7 @@ class Spec:
             proof.setdefault("disk", 1)
         words = [KERNEL_COMMAND_LINE, *(f"proof.{k}={v}" for k, v in proof.items())]
         # Without HPET and PM timer Linux must measure the TSC against the PIT in 30 ms.  On a busy
-        # host it cannot, and then waits for ever for a tick: so it is told.
+        # host Linux fails to, and then waits forever for a tick: so we state the TSC's rate.
         if self.machine == "microvm" and platform.machine() == "x86_64":
             words.append(f"tsc_early_khz={tsc_khz()}")
         return " ".join(words)
@@ -126,9 +127,9 @@ def make_disk(path: Path, mib: int = 32) -> Path:
 def tsc_khz() -> int:
     """Return the rate of this host's time stamp counter, which is the guest's under TCG.
 
-    Measured once, to the MHz, so that a source and its destination are told the
-    same.  Only for x86-64 hosts.  The rate is not to be had from the kernel: the
-    MHz in /proc/cpuinfo may be those of the moment.
+    The rate is measured once, to the MHz, so that a source and its destination
+    get the same value.  Only for x86-64 hosts.  The kernel does not tell the rate:
+    the MHz in /proc/cpuinfo may be the momentary ones.
     """
     # rdtsc; shl $32,%rdx; or %rdx,%rax; ret
     code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
@@ -143,13 +144,14 @@ def tsc_khz() -> int:
 
 
 class Guest:
-    """One QEMU process with a proving guest, and everything it leaves on this host.
+    """One QEMU process with a proving guest, and all its files on this host.
 
     incoming: start as a destination, `-incoming defer`, and load no state yet.
-    ram_path: where the RAM file is to be, removed at the end; in the private
-    directory when None.  Raises BuildError when the guest cannot be made here.
+    ram_path: the path of the RAM file, which is removed at the end; None for one
+    in the private directory.  Raises BuildError if the guest cannot be made here.
 
-    Start it in the thread that outlives it: QEMU is killed when that thread ends.
+    Start the guest in a thread that outlives it: the kernel kills QEMU when that
+    thread ends.
     """
 
     def __init__(
@@ -182,7 +184,7 @@ class Guest:
 
     @property
     def argv(self) -> list[str]:
-        """QEMU's command line."""
+        """Return QEMU's command line."""
         argv = self.spec.argv(
             self._images,
             ram_path=self._ram_path,
@@ -193,14 +195,14 @@ class Guest:
 
     @property
     def pid(self) -> int:
-        """QEMU's process id."""
+        """Return QEMU's process id."""
         if self._process is None:
             raise GuestDied("the guest was not started")
         return self._process.pid
 
     @property
     def ram_path(self) -> Path:
-        """The RAM file; of a memfd its name below /proc, good while QEMU lives."""
+        """Return the RAM file's path; a memfd's below /proc is valid while QEMU lives."""
         if self.spec.ram == "file":
             return self._ram_path
         for entry in Path(f"/proc/{self.pid}/fd").iterdir():
@@ -212,7 +214,7 @@ class Guest:
     def start(self) -> None:
         """Start QEMU and wait until it answers on its QMP socket."""
         with (self.directory / "stderr").open("wb") as messages:
-            # setpriv(1) becomes QEMU: the process, its id and its command line are QEMU's own.
+            # setpriv(1) executes QEMU, so the process id and the command line are QEMU's own.
             self._process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *self.argv],
                 stdin=subprocess.DEVNULL,
@@ -234,7 +236,7 @@ class Guest:
                 time.sleep(0.005)
 
     def close(self) -> None:
-        """Kill QEMU and remove all that is the guest's.  May be called again."""
+        """Kill QEMU and remove all files of the guest.  May be called again."""
         self.kill()
         if self._lock >= 0:
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -243,9 +245,9 @@ class Guest:
             self._lock = -1
 
     def kill(self) -> None:
-        """Kill QEMU, as a host that loses its power does; its files stay until close()."""
+        """Kill QEMU, as a power failure of the host does; the files stay until close()."""
         if self._process is not None and self._process.returncode is None:
-            # A failed exec has left no session, and a reaped process no group.
+            # After a failed exec there is no session, and after a reaped process no group.
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -253,7 +255,7 @@ class Guest:
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Run one QMP command on a connection of its own and return its result.
 
-        Raises QmpError when QEMU refuses it.
+        Raises QmpError if QEMU refuses the command.
         """
         return run_command(self.qmp_path, command, arguments)
 
@@ -263,7 +265,7 @@ class Guest:
         return status
 
     def await_migration(self, deadline_s: float = _START_S) -> None:
-        """Wait until the migration that was asked for, out or in, has completed."""
+        """Wait until the migration, outgoing or incoming, has completed."""
         end = time.monotonic() + deadline_s
         while True:
             info = self.qmp("query-migrate")
@@ -287,7 +289,7 @@ class Guest:
 
 @contextmanager
 def reaping(qmp_path: Path) -> Iterator[None]:
-    """Kill, at the end, the QEMU that then listens on a socket; for QEMUs the product starts."""
+    """At the end, kill the QEMU that then listens on a socket: one that the product started."""
     try:
         yield
     finally:
@@ -314,7 +316,7 @@ def _private_directory() -> tuple[Path, int]:
 
 
 def _remove_abandoned(base: Path) -> None:
-    """Remove our directories whose owner is gone: old, and nobody holds the lock."""
+    """Remove our directories whose owner has ended: old ones that no process has locked."""
     for directory in base.glob(_PREFIX + "*"):
         try:
             if time.time() - directory.stat().st_ctime < _ABANDONED_S:

@@ -1,23 +1,22 @@
 /*
  * proof: /init of a guest that proves its own memory (and disk) right.
  *
- * The guest owns an area of pages.  What every byte of a page must be follows
- * from (page index, generation); the expected generation of each page is kept
- * in a table in guest memory.  Some pages are rewritten all the time with the
- * next generation, some are zeroed and filled again, the rest stay as they
- * are, and all of them are compared with what the table demands, again and
- * again, and once more right before they are overwritten, so that no damage
- * can be papered over by luck.  A migration that loses a page, brings an older
- * one, mixes two, or forgets that a page became zero is reported by the guest
- * itself on the serial line.
+ * The guest owns an area of pages.  Page index and generation determine every
+ * byte of a page; a table in guest memory holds the expected generation of each
+ * page.  Some pages are rewritten all the time with the next generation, some
+ * are zeroed and filled again, the rest stay as they are.  All pages are
+ * compared with the table again and again, and once more right before they are
+ * overwritten, so that a rewrite cannot hide damage by luck.  If a migration
+ * loses a page, brings an older page, mixes two, or forgets that a page became
+ * zero, the guest itself reports that on the serial line.
  *
- * Each page has exactly one thread, which both rewrites and verifies it; so
- * there is no lock, and no window in which a half-written page is judged.
- * The table proves itself as well: each thread keeps, apart from the table,
- * the number of writes it made, and the sum of its generations must equal it.
- * Without that, an old table page together with its old data pages would pass.
+ * Exactly one thread both rewrites and verifies a page; so there is no lock,
+ * and no window in which a half-written page is judged.  The table is proven
+ * as well: each thread counts its writes outside the table, and the sum of the
+ * thread's generations in the table must equal that count.  Without that, an
+ * old table page together with its old data pages would pass.
  *
- * A page in memory, little endian (the host finds pages by this, machine.py):
+ * A page in memory, little endian (ram.py at the host finds pages by this):
  *
  *      0  8  magic "BHYPROOF"
  *      8  4  page index
@@ -73,7 +72,7 @@
 #define PAGE_BYTES 4096u
 #define PAGE_WORDS (PAGE_BYTES / 8)
 #define MIB_PAGES 256u
-#define CHUNK_PAGES 64u		/* ownership and holes go by 256 KiB */
+#define CHUNK_PAGES 64u		/* the unit of ownership and of holes: 256 KiB */
 #define BATCH_PAGES 32u		/* work between two looks at the clock */
 #define HEADER_WORDS 2u
 #define MAX_THREADS 16u
@@ -91,9 +90,9 @@ static const uint64_t MAGIC = 0x464f4f5250594842ull;	/* "BHYPROOF" */
 
 struct worker {
 	_Alignas(64) uint32_t id;
-	uint32_t nwork, nholes, npages;	/* pages of mine, by kind and in all */
+	uint32_t nwork, nholes, npages;	/* this thread's pages, by kind and in all */
 	uint64_t rng;
-	uint64_t writes;		/* all generations of mine summed */
+	uint64_t writes;		/* the sum of the generations of its pages */
 	_Atomic uint64_t published_writes;
 	_Atomic uint64_t sweeps;
 };
@@ -126,7 +125,7 @@ say(const char *format, ...)
 	for (int done = 0; done < n;) {
 		ssize_t wrote = write(tty, line + done, (size_t)(n - done));
 		if (wrote < 0 && errno != EINTR)
-			return;		/* nobody left to tell */
+			return;		/* the serial line is broken */
 		if (wrote > 0)
 			done += (int)wrote;
 	}
@@ -160,7 +159,7 @@ sleep_until(uint64_t when_ns)
 		;
 }
 
-/* splitmix64: one index and generation must share nothing with the next. */
+/* splitmix64: neighboring indexes and generations must give unrelated values. */
 static uint64_t
 mix(uint64_t x)
 {
@@ -179,8 +178,8 @@ next_random(uint64_t *state)
 
 /*
  * The body of a page: a multiplicative generator, its high half folded down.
- * Two multiplications a word would be better noise and twice as slow under
- * emulation, and nothing here needs more than "different everywhere".
+ * Two multiplications a word would be better noise, but twice as slow under
+ * emulation, and all words only have to be different.
  */
 #define STEP(x) ((x) * 6364136223846793005ull + 1442695040888963407ull)
 #define FOLD(x) ((x) ^ ((x) >> 32))
@@ -270,7 +269,7 @@ verify(uint32_t index)
 		report_page(index, entry, page, right);
 }
 
-/* The next generation of a page; what stood there is proven first. */
+/* Write the next generation of a page, after checking the present one. */
 static void
 rewrite(struct worker *w, uint32_t index, bool hole)
 {
@@ -285,14 +284,14 @@ rewrite(struct worker *w, uint32_t index, bool hole)
 	w->writes++;
 }
 
-/* My n-th page: chunks are dealt to the threads like cards. */
+/* Return a thread's n-th page: chunks are dealt to the threads in turn. */
 static uint32_t
 mine(const struct worker *w, uint32_t n)
 {
 	return (n / CHUNK_PAGES * (uint32_t)option.threads + w->id) * CHUNK_PAGES + n % CHUNK_PAGES;
 }
 
-/* How many of the first end pages are mine (end is a multiple of CHUNK_PAGES). */
+/* Return how many of the first `end` pages are a thread's (end: a multiple of CHUNK_PAGES). */
 static uint32_t
 share(const struct worker *w, uint64_t end)
 {
@@ -307,7 +306,7 @@ write_some(struct worker *w)
 {
 	uint64_t r = next_random(&w->rng);
 
-	/* About one write in 8 goes to the holes; they come by the chunk, so one choice in 512. */
+	/* About one write in 8 goes to holes; a hole is a chunk of writes, so one choice in 512. */
 	if (w->nholes != 0 && (w->nwork == 0 || r % (8 * CHUNK_PAGES) == 0)) {
 		uint32_t first = w->nwork +
 		    (uint32_t)((r >> 32) % (w->nholes / CHUNK_PAGES)) * CHUNK_PAGES;
@@ -317,7 +316,7 @@ write_some(struct worker *w)
 		return CHUNK_PAGES;
 	}
 	if (w->nwork == 0)
-		return 1;		/* nothing to write: time passes all the same */
+		return 1;		/* count a write, although there is no page to write */
 	rewrite(w, mine(w, (uint32_t)((r >> 32) % w->nwork)), false);
 	return 1;
 }
@@ -364,7 +363,7 @@ work(void *argument)
 		    (now - sweep_start) * w->npages / (option.sweep * 1000000);
 		bool idle = true;
 
-		/* A debt of more than a quarter second is dropped: the rate sinks instead. */
+		/* Drop a debt of more than a quarter second; the rate then sinks. */
 		if (write_due > written + rate / 4 + BATCH_PAGES)
 			written = write_due - rate / 4 - BATCH_PAGES;
 		for (uint32_t i = 0; i < BATCH_PAGES && written < write_due; idle = false) {
@@ -445,7 +444,7 @@ exercise_disk(void *argument)
 	return NULL;
 }
 
-/* One line each 100 ms.  A late line moves the next one; no number is ever left out. */
+/* Print a line each 100 ms.  A late line delays the next one; no number is ever left out. */
 static _Noreturn void
 heartbeat(void)
 {
@@ -560,7 +559,7 @@ open_tty(void)
 
 	mkdir("/dev", 0755);
 	mkdir("/proc", 0755);
-	/* EBUSY where the kernel has mounted it already. */
+	/* Fails with EBUSY if the kernel has mounted it already. */
 	mount("devtmpfs", "/dev", "devtmpfs", 0, "");
 	tty = open("/dev/ttyS0", O_WRONLY | O_NOCTTY | O_CLOEXEC);
 	if (tty >= 0 && tcgetattr(tty, &settings) == 0) {
@@ -569,7 +568,7 @@ open_tty(void)
 	}
 	if (mount("proc", "/proc", "proc", 0, "") != 0)
 		fail("mount /proc");
-	/* Compaction moves pages about and leaves old copies where they were. */
+	/* Switch compaction off: it moves pages, and leaves old copies at their old places. */
 	int fd = open("/proc/sys/vm/compaction_proactiveness", O_WRONLY | O_CLOEXEC);
 	if (fd >= 0) {
 		if (write(fd, "0", 1) != 1)
@@ -588,7 +587,7 @@ map_pages(size_t bytes)
 	if (p == MAP_FAILED)
 		fail("mmap");
 	p += (huge - (uintptr_t)p % huge) % huge;
-	/* Huge from the start: nothing is collapsed, so nothing moves, later. */
+	/* Use huge pages from the start, so that nothing is collapsed, and so moved, later. */
 	madvise(p, bytes, MADV_HUGEPAGE);
 	return p;
 }

@@ -24,8 +24,8 @@ class QmpError(Exception):
 def run_command(path: Path, command: str, arguments: Mapping[str, Any]) -> Any:
     """Run one command on the socket at path and return its result.
 
-    Raises QmpError when QEMU refuses, OSError when nobody listens, and
-    TimeoutError when no answer comes: most likely another client is connected.
+    Raises QmpError if QEMU refuses, OSError if no process listens, and
+    TimeoutError if no answer comes: most likely another client is connected.
     """
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(_ANSWER_S)
@@ -37,7 +37,7 @@ def run_command(path: Path, command: str, arguments: Mapping[str, Any]) -> Any:
 
 
 def peer_pid(path: Path) -> int:
-    """Return the process id of whoever listens on a socket.  Raises OSError when nobody does."""
+    """Return the pid of the process that listens on a socket.  Raises OSError if there is none."""
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
         credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
@@ -55,7 +55,7 @@ def _ask(stream: Any, command: str, arguments: Mapping[str, Any]) -> Any:
             raise QmpError(f"{command}: {answer['error']['desc']}")
         if "return" in answer:
             return answer["return"]
-        # else an event, which nobody here waits for
+        # else the line is an event, for which nothing here waits
 
 
 def _receive(stream: Any) -> Any:

@@ -1,13 +1,13 @@
 """The guest's RAM file, seen from the host: find the pages that proof.c owns, and patch them.
 
-What is needed to break a guest on purpose, and to look whether a moved guest's
-pages are where they were.  A page is known by its first sixteen bytes (magic,
-index, generation); while it is a hole it is zero and cannot be found, so
-remember its offset from before.  Pages stay where they are: the guest takes
-them as huge pages, and nothing in it moves memory.
+Tests use this to break a guest on purpose, and to check that a moved guest's
+pages are where they were.  A page is identified by its first sixteen bytes
+(magic, index, generation).  While a page is a hole, it is zero and cannot be
+found, so remember its offset from before.  Pages stay at their offsets, because
+the guest maps them as huge pages, and nothing in the guest moves memory.
 
-Files are read with pread(2) and holes are skipped: reading a hole of tmpfs
-through a mapping would allocate it.
+Files are read with pread(2), and holes are skipped: reading a hole of tmpfs
+through a mapping would allocate the hole.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _U64 = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class OwnedPage:
-    """A page of the proof's area as it stands in the file.  offset_bytes: in the RAM file."""
+    """A page of the proof's area as the file shows it.  offset_bytes: in the RAM file."""
 
     offset_bytes: int
     generation: int
 
 
 def page_content(index: int, generation: int) -> bytes:
-    """Return the 4096 bytes that proof.c demands of a page: what page_write() writes."""
+    """Return the 4096 bytes that proof.c expects in a page: the bytes that page_write() writes."""
     tag = generation << 32 | index
     x = (tag + 0x9E3779B97F4A7C15) & _U64
     x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _U64
@@ -55,7 +55,7 @@ def page_content(index: int, generation: int) -> bytes:
 def owned_pages(path: Path) -> dict[int, OwnedPage]:
     """Return every page of the area that the file shows now, by index; holes are left out.
 
-    The guest may run.  Of two copies of one page (there should be none) the newer is taken.
+    The guest may run.  If a page has two copies (it should not), the newer one is returned.
     """
     found: dict[int, OwnedPage] = {}
     for offset, data in blocks(path):
@@ -71,7 +71,7 @@ def owned_pages(path: Path) -> dict[int, OwnedPage]:
 def find_page(path: Path, index: int) -> int:
     """Return the byte offset of one page of the area.
 
-    Raises LookupError when the file does not show it (it may be a hole now).
+    Raises LookupError if the file does not show the page (it may be a hole now).
     """
     sought = MAGIC + struct.pack("<I", index)
     best: tuple[int, int] | None = None
@@ -94,22 +94,22 @@ def read_page(path: Path, offset_bytes: int) -> bytes:
 
 
 def page_generation(path: Path, offset_bytes: int) -> int:
-    """Return the generation in a page's header, 0 while the page is a hole."""
+    """Return the generation in a page's header; 0 if the page is a hole."""
     generation: int = _HEADER.unpack_from(read_page(path, offset_bytes))[2]
     return generation
 
 
 def patch(path: Path, offset_bytes: int, data: bytes) -> None:
-    """Overwrite part of the file; the guest sees it at once.
+    """Overwrite part of the file; the guest sees the new data at once.
 
-    To replace what the guest itself may be writing, stop it first.
+    To replace data that the guest may be writing, stop the guest first.
     """
     with opened(path, os.O_RDWR) as fd:
         os.pwrite(fd, data, offset_bytes)
 
 
 def flip_byte(path: Path, offset_bytes: int) -> None:
-    """Invert one byte of the file.  Twice is never."""
+    """Invert one byte of the file; a second call restores the byte."""
     with opened(path, os.O_RDWR) as fd:
         (byte,) = os.pread(fd, 1, offset_bytes)
         os.pwrite(fd, bytes([byte ^ 0xFF]), offset_bytes)
@@ -137,9 +137,9 @@ def changed_pages(before: Path, after: Path) -> int:
 
 
 def copy_sparse(source: Path, target: Path) -> None:
-    """Copy what is allocated of one RAM file into another, which is made if it is missing.
+    """Copy the allocated parts of one RAM file into another, which is made if missing.
 
-    Holes of the source are left alone in the target, which is zero there if it is new.
+    The target is not changed at the source's holes; a new target is zero there.
     """
     with opened(target, os.O_RDWR | os.O_CREAT) as fd:
         os.ftruncate(fd, source.stat().st_size)
@@ -148,7 +148,7 @@ def copy_sparse(source: Path, target: Path) -> None:
 
 
 def blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, bytes) of what is allocated in the file, in pieces of at most 4 MiB."""
+    """Yield (offset, bytes) of the file's allocated parts, in pieces of at most 4 MiB."""
     with opened(path, os.O_RDONLY) as fd:
         for start, end in _extents(fd):
             while start < end:

@@ -1,15 +1,15 @@
 /*
- * A boot ROM that proves itself, for hosts whose KVM has no hardware under it: it needs neither
- * an operating system nor the FPU, and so little of the processor that it can all be emulated.
+ * A boot ROM that proves itself, for hosts whose KVM has no hardware support: the ROM needs neither
+ * an operating system nor the FPU, and uses so few instructions that KVM can emulate them all.
  *
- * It fills memory, and rewrites some of it by generation, checking each page before; it has set
- * the local APIC, a debug register and an MSR, and looks whether they are as it set them; its time
- * is kvmclock's.  Each beat is a line on COM1:
+ * The ROM fills memory, and rewrites some pages by generation, checking each page before; at the
+ * start it sets the local APIC, a debug register and an MSR, and later checks that these are
+ * unchanged; its time is kvmclock's.  Each beat is a line on COM1:
  *
  *     beat 12 bad 0 clock 1a2b tsc 9c0ffee
  *
- * clock: of kvmclock, in units of 2^20 ns; both in hex.  What is wrong is named in a line of its
- * own, and counts as bad.  No interrupt is ever taken.
+ * clock: kvmclock, in units of 2^20 ns; clock and tsc are in hex.  Each fault is named in a line of
+ * its own, and counts as bad.  No interrupt is ever taken.
  *
  * 32 bits, no paging.  Low memory: the kvmclock structure at 0x9000, generations from 0x100000,
  * the stack below 0x80000, the pages from 16 MiB.
@@ -20,7 +20,7 @@ typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-/* Few pages: where each instruction is emulated, a page takes milliseconds. */
+/* Few pages, because a page takes milliseconds if each instruction is emulated. */
 enum { PAGES = 128, HOT = 32, PAGES_A_BEAT = 1, WORDS = 1024, BEAT_SHIFTED_NS = 48 };
 
 #define GENERATION ((volatile u32 *)0x100000)
@@ -131,7 +131,7 @@ static u32 is_wrong(u32 page) {
     return 0;
 }
 
-/* What the processor and its APIC hold: set once, and the same ever after. */
+/* The registers of the processor and its APIC: set once, and unchanged afterwards. */
 
 static const struct {
     u32 offset, value;
@@ -140,8 +140,8 @@ static const struct {
     {0x080, 0x20},       /* task priority */
     {0x0d0, 0x05000000}, /* logical destination */
     {0x320, 0x30031},    /* timer: periodic, masked */
-    {0x3e0, 0x0b},       /* it counts each tick */
-    {0x380, 0x7ffffff1}, /* from here down */
+    {0x3e0, 0x0b},       /* timer: divide by 1 */
+    {0x380, 0x7ffffff1}, /* timer: initial count */
 };
 enum { NSET = sizeof SET / sizeof *SET, COUNT = 0x390, SYSENTER_ESP = 0x175 };
 
@@ -171,7 +171,7 @@ static u32 wrong_registers(void) {
     return bad;
 }
 
-/* kvmclock, which the host keeps up to date in our memory. */
+/* kvmclock, which the host keeps up to date in the guest's memory. */
 
 struct pvclock {
     u32 version, pad;

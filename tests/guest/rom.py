@@ -1,7 +1,7 @@
-"""The boot ROM of rom.c: built, and what it says read.
+"""Build the boot ROM of rom.c, and read what it prints.
 
-It is a guest for KVM on any host: where the kernel offers /dev/kvm without
-hardware for it, each instruction is emulated, and SSE and Linux do not run.
+The ROM is a guest for KVM on any host: if the kernel offers /dev/kvm without
+hardware support, KVM emulates each instruction, and SSE and Linux do not run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BEAT = re.compile(rb"beat (\d+) bad (\d+) clock ([0-9a-f]+) tsc ([0-9a-f]+)")
 
 
 def build_rom(path: Path) -> Path:
-    """Make the ROM, 64 KiB, at a path, and return that.  Raises BuildError."""
+    """Make the ROM, 64 KiB, at a path; return the path.  Raises BuildError."""
     linked = path.with_suffix(".elf")
     run_tool(["gcc", *_CFLAGS, _LINK, "-o", linked, _HERE / "rom.c"])
     run_tool(["objcopy", "-O", "binary", linked, path])
@@ -35,7 +35,7 @@ def build_rom(path: Path) -> Path:
 
 
 def why_no_kvm() -> str:
-    """Return why no guest can run under KVM here, "" where one can."""
+    """Return why no guest can run under KVM here, "" if a guest can."""
     try:
         fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -51,7 +51,7 @@ def why_no_kvm() -> str:
 
 @dataclass(frozen=True)
 class Beat:
-    """One line of the ROM's.  clock: of kvmclock, in units of 2^20 ns.  tsc: ticks."""
+    """One line of the ROM's output.  clock: kvmclock's, in units of 2^20 ns.  tsc: ticks."""
 
     number: int
     bad: int
@@ -60,7 +60,7 @@ class Beat:
 
 
 def beats_of(said: bytes) -> list[Beat]:
-    """Return the whole beats in what it has said."""
+    """Return the complete beats in the ROM's output."""
     return [
         Beat(int(found[1]), int(found[2]), int(found[3], 16), int(found[4], 16))
         for line in said.split(b"\n")[:-1]
@@ -69,7 +69,7 @@ def beats_of(said: bytes) -> list[Beat]:
 
 
 def assert_unbroken(said: bytes) -> None:
-    """Assert that no beat is missing, nothing bad, and no clock has gone back."""
+    """Assert that no beat is missing, that none is bad, and that no clock has gone back."""
     beats = beats_of(said)
     assert [beat.number for beat in beats] == list(range(len(beats)))
     assert len(beats) == len(said.split(b"\n")) - 1, said.decode(errors="replace")

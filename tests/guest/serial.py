@@ -1,15 +1,15 @@
-"""What the proving guest prints, read and judged.
+"""Read and judge the output of the proving guest.
 
-`SerialLog` is the content of a serial file, parsed; `Serial` watches the file
-of a guest and waits for things to show in it; `Stamps` records when each line
-came, by the host's clock, because a guest under TCG cannot see its downtime.
+`SerialLog` is the parsed content of a serial file; `Serial` watches the serial
+file of a guest and waits for events in it; `Stamps` records by the host's clock
+when each line came, because a guest under TCG cannot see its downtime.
 
 A guest that moves may be stopped in the middle of a line.  The rest of the
-line then comes out at the destination, so two logs are judged joined, as one.
+line is then printed at the destination, so the two logs are joined and judged as one.
 
-Waiting is always for a condition, with a deadline that is only there to end a
-broken test.  A guest that died, or reports a fault of its own set-up, ends
-every wait at once, with the end of its log in the message.
+Every wait is for a condition, and has a deadline only to end a broken test.  If
+the guest has died, or reports a failed set-up, every wait ends at once, with the
+end of the guest's log in the message.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _HEARTBEAT = re.compile(
     r"hb (?P<sequence>\d+) sweeps=(?P<sweeps>\d+) bad=(?P<bad>\d+) gen=(?P<gen>\d+)"
     r"(?: disk=(?P<disk>\d+))?"
 )
-# The kernel is silent (loglevel=2) but for what ends it.
+# The kernel prints only fatal messages (loglevel=2).
 _DEATH = re.compile(r"^FAIL |Kernel panic|\bBUG: |\bOops\b|reboot: |\bRIP: ")
 
 
@@ -56,12 +56,12 @@ class Heartbeat:
 
 
 class SerialLog:
-    """What a guest has printed.  The last line may be incomplete; it is not judged.
+    """The output of a guest.  If the last line is incomplete, it is not judged.
 
     raw: the bytes.  lines: complete lines.  heartbeats: in the order printed.
-    faults: the BAD lines (the first 64 of a guest).  garbled: lines that
-    begin like a heartbeat and are none.  ready: the area is filled.  death: the line
-    that says the guest is lost, or None.
+    faults: the BAD lines (the first 64 of a guest).  garbled: lines that begin
+    like a heartbeat but are none.  ready: the area is filled.  death: the line
+    that says that the guest is lost, or None.
     """
 
     def __init__(self, raw: bytes) -> None:
@@ -81,19 +81,19 @@ class SerialLog:
 
     @classmethod
     def read(cls, path: Path) -> SerialLog:
-        """Parse a serial file; a file that is not there yet is an empty log."""
+        """Parse a serial file; return an empty log if the file does not exist yet."""
         try:
             return cls(path.read_bytes())
         except FileNotFoundError:
             return cls(b"")
 
     def __add__(self, other: SerialLog) -> SerialLog:
-        """Join a source's log and its destination's; a line cut by the move is mended."""
+        """Join a source's log and its destination's, and so a line that the move has cut."""
         return SerialLog(self.raw + other.raw)
 
     @property
     def last(self) -> Heartbeat:
-        """The newest heartbeat; one of zeros before the first."""
+        """Return the newest heartbeat; one of zeros before the first."""
         return self.heartbeats[-1] if self.heartbeats else Heartbeat(0, 0, 0, 0, None)
 
     def tail(self) -> str:
@@ -119,9 +119,10 @@ class SerialLog:
 
 
 def assert_unbroken(source: SerialLog, destination: SerialLog) -> None:
-    """Assert that the guest's life goes on from one log into the other without a seam.
+    """Assert that the guest's heartbeats go on from one log into the other.
 
-    No heartbeat missing or repeated over both, none bad, and at least one on each side.
+    No heartbeat may be missing or repeated over both logs, none may be bad, and each
+    log must have at least one.
     """
     assert source.heartbeats, "the source has no heartbeat"
     joined = source + destination
@@ -132,9 +133,9 @@ def assert_unbroken(source: SerialLog, destination: SerialLog) -> None:
 
 
 class Serial:
-    """The serial file of one guest, watched.
+    """A watcher of one guest's serial file.
 
-    alive: asked while waiting; returns why the guest cannot go on, or None.
+    alive: called while waiting; returns why the guest cannot go on, or None.
     """
 
     def __init__(self, path: Path, alive: Callable[[], str | None] | None = None) -> None:
@@ -157,7 +158,7 @@ class Serial:
         """
         end = time.monotonic() + deadline_s
         while True:
-            ended = self._alive()  # asked before the log is read, or its last words are missed
+            ended = self._alive()  # before the log is read, else its last words are missed
             log = self.read()
             if condition(log):
                 return log
@@ -173,7 +174,7 @@ class Serial:
         return self.wait(lambda log: log.ready, "ready", deadline_s)
 
     def await_heartbeats(self, count: int = 1, deadline_s: float = DEADLINE_S) -> SerialLog:
-        """Wait for so many more heartbeats than there are now."""
+        """Wait until the log has `count` more heartbeats than now."""
         due = len(self.read().heartbeats) + count
         what = f"{count} heartbeats"
         return self.wait(lambda log: len(log.heartbeats) >= due, what, deadline_s)
@@ -182,8 +183,8 @@ class Serial:
         """Wait for full sweeps that begin after now, and assert that the guest is sound.
 
         The sweep that is under way does not count: it may have passed the spot already.
-        It waits for a heartbeat first: a destination's count goes on from its source's, and a
-        count from 0 would take the source's sweeps for its own.
+        The wait begins with a heartbeat, because a destination's count of sweeps goes on
+        from its source's, and a count from 0 would include the source's sweeps.
         """
         start = self.wait(lambda log: bool(log.heartbeats), "a heartbeat", deadline_s).last
         due = start.sweeps + 1 + count
@@ -207,9 +208,9 @@ class Serial:
 class Gap:
     """The silence around a move, between two consecutive heartbeats, seen at the serial lines.
 
-    It includes the guest's own 100 ms from beat to beat, because nobody can
-    tell how much of them had passed at the pause: the downtime is between
-    gap_ms - 100 and gap_ms.
+    The gap includes the guest's own 100 ms from beat to beat, because the serial
+    lines do not show how much of these had passed at the pause: the downtime is
+    between gap_ms - 100 and gap_ms.
     """
 
     gap_ms: float
@@ -220,8 +221,8 @@ class Gap:
 class Stamps:
     """Record when each piece of a serial file came, by the host's monotonic clock.
 
-    A thread looks at the file each millisecond, also before it exists; with
-    work in the main thread a stamp may be some five milliseconds late.  Use as
+    A thread looks at the file each millisecond, even before the file exists; while
+    the main thread works, a stamp may be some five milliseconds late.  Use this as
     a context manager, or call stop().
     """
 
@@ -244,13 +245,13 @@ class Stamps:
         self.stop()
 
     def stop(self) -> None:
-        """End the thread; what was recorded stays."""
+        """End the thread; keep what was recorded."""
         self._ended.set()
         self._thread.join()
 
     @property
     def pieces(self) -> list[tuple[int, bytes]]:
-        """(time in ns, bytes) in the order of the file."""
+        """Return (time in ns, bytes) for each piece, in the order of the file."""
         return list(self._pieces)
 
     def beats(self) -> list[tuple[int, Heartbeat]]:
@@ -263,7 +264,7 @@ class Stamps:
                 return
         with self.path.open("rb", buffering=0) as file:
             while True:
-                ended = self._ended.is_set()  # asked first, so that what came before is read
+                ended = self._ended.is_set()  # before the read, so that earlier data is read
                 if data := file.read(1 << 16):
                     self._pieces.append((time.monotonic_ns(), data))
                 elif ended:
@@ -288,7 +289,7 @@ def stamped_beats(pieces: list[tuple[int, bytes]]) -> list[tuple[int, Heartbeat]
 def handover_gap(source: Stamps, destination: Stamps) -> Gap:
     """Measure the silence between the last beat at the source and the first at the destination.
 
-    Raises ValueError when one of them has none.
+    Raises ValueError if the source or the destination has no beat.
     """
     before = source.beats()
     after = stamped_beats(source.pieces + destination.pieces)[len(before) :]

@@ -1,4 +1,4 @@
-"""Answers: the lines against bhystream(5), the parser, and the box that bhysend looks into."""
+"""Answers: the lines against bhystream(5), the parser, and the inbox that bhysend reads."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import threading
 import pytest
 
 from bhystream.errors import FormatError, GuestError, IncompatibleError
-from bhystream.handover.answers import Answer, Box, Parser, pack, unpack
+from bhystream.handover.answers import Answer, Inbox, Parser, pack, unpack
 from support.memory_source import seeded
 
-# The limits of the page.
+# The limits in bhystream(5).
 MAX_LINE_BYTES, MAX_NOISE_BYTES = 512, 4096
 ID, OTHER = "0123456789abcdef" * 2, "f" * 32
 NONCE = "00ff" * 8
 HELLO = Answer(ID, "HELLO", ("hv2/a1", "/var/lib/bhysend"))
 ELSEWHERE = Answer(ID, "HELLO", ("hv3/b2", "/var/lib/bhysend"))
 
-# bhystream(5), ANSWERS: each word with its arguments, and its line.
+# Each word of bhystream(5), ANSWERS, with its arguments, and its line.
 LINES = [
     (HELLO, f"bhys1 {ID} HELLO hv2/a1 /var/lib/bhysend\n"),
     (Answer(ID, "SEEN", ("17",)), f"bhys1 {ID} SEEN 17\n"),
@@ -76,7 +76,7 @@ def test_no_text_is_never_no_argument() -> None:
 
 
 def test_what_utf_8_has_not_is_replaced() -> None:
-    # A path that is no text, as the file system's names may be.
+    # A path that is not text: a file system may have such names.
     assert pack(Answer(ID, "FAILED", ("a\udcffb",))) == line_of("FAILED a?b")
 
 
@@ -161,7 +161,7 @@ def test_a_line_that_is_no_answer_is_refused(line: bytes) -> None:
 
 @pytest.mark.parametrize(("answer", "line"), LINES, ids=WORDS)
 def test_a_changed_byte_is_refused_or_says_something_else(answer: Answer, line: str) -> None:
-    """What a change leaves is an answer of its own: never the same one, never another error."""
+    """A changed line is refused with FormatError, or is another answer of the same shape."""
     raw = line.encode("ascii")
     for at in range(len(raw)):
         for byte in range(256):
@@ -274,7 +274,7 @@ def test_noise_without_a_newline_is_limited_too() -> None:
         feeding.feed(b"n")
 
 
-# Of these a parser makes a line, or two.
+# Input of which a parser makes one line, or two.
 LINES_ALL_THE_SAME = ("empty", "no newline", "two lines", "newline")
 
 
@@ -321,25 +321,25 @@ def test_hello_may_be_repeated_and_not_changed() -> None:
             feeding.feed(pack(other))
 
 
-# The box.
+# The inbox.
 
 
-def filled(*answers: Answer, hello: Answer = HELLO) -> Box:
-    box = Box()
+def filled(*answers: Answer, hello: Answer = HELLO) -> Inbox:
+    inbox = Inbox()
     for answer in (hello, *answers):
-        box.put(hello, answer)
-    return box
+        inbox.put(hello, answer)
+    return inbox
 
 
-def facts(box: Box) -> tuple[object, ...]:
-    return (box.hello, box.seen, box.accepted, box.nonce, box.final, box.lost)
+def facts(inbox: Inbox) -> tuple[object, ...]:
+    return (inbox.hello, inbox.seen, inbox.accepted, inbox.nonce, inbox.final, inbox.lost)
 
 
 def test_an_empty_box() -> None:
-    box = Box()
-    assert facts(box) == (None, -1, False, None, None, "")
-    box.check()
-    assert box.failure() is None
+    inbox = Inbox()
+    assert facts(inbox) == (None, -1, False, None, None, "")
+    inbox.check()
+    assert inbox.failure() is None
 
 
 @pytest.mark.parametrize(
@@ -353,9 +353,9 @@ def test_an_empty_box() -> None:
     ],
 )
 def test_what_an_answer_leaves_in_the_box(answer: Answer, expected: tuple[object, ...]) -> None:
-    box = filled(answer)
-    assert facts(box) == expected
-    box.check()
+    inbox = filled(answer)
+    assert facts(inbox) == expected
+    inbox.check()
 
 
 @pytest.mark.parametrize("word", ["REFUSED", "RUNNING", "FAILED", "RAN"])
@@ -365,32 +365,32 @@ def test_a_final_answer(word: str) -> None:
 
 
 def test_seen_never_goes_back() -> None:
-    box = filled(Answer(ID, "SEEN", ("7",)), Answer(ID, "SEEN", ("3",)))
-    assert box.seen == 7
+    inbox = filled(Answer(ID, "SEEN", ("7",)), Answer(ID, "SEEN", ("3",)))
+    assert inbox.seen == 7
 
 
 @pytest.mark.parametrize("answer", [answer for answer, _ in LINES[1:]], ids=WORDS[1:])
 def test_another_host_does_not_count(answer: Answer) -> None:
-    box = filled()
-    before = facts(box)
-    box.put(ELSEWHERE, ELSEWHERE)
-    box.put(ELSEWHERE, answer)
-    assert facts(box) == before
+    inbox = filled()
+    before = facts(inbox)
+    inbox.put(ELSEWHERE, ELSEWHERE)
+    inbox.put(ELSEWHERE, answer)
+    assert facts(inbox) == before
 
 
 def test_the_same_host_counts_on_another_connection() -> None:
-    box = filled()
-    box.put(Answer(ID, "HELLO", HELLO.args), Answer(ID, "ACCEPT"))
-    assert box.accepted
+    inbox = filled()
+    inbox.put(Answer(ID, "HELLO", HELLO.args), Answer(ID, "ACCEPT"))
+    assert inbox.accepted
 
 
 def test_the_first_reason_for_a_loss_stays() -> None:
-    box = Box()
-    box.lose("the first")
-    box.lose("the second")
-    assert box.lost == "the first"
+    inbox = Inbox()
+    inbox.lose("the first")
+    inbox.lose("the second")
+    assert inbox.lost == "the first"
     with pytest.raises(GuestError, match=r"^the first$"):
-        box.check()
+        inbox.check()
 
 
 @pytest.mark.parametrize(
@@ -405,10 +405,10 @@ def test_the_first_reason_for_a_loss_stays() -> None:
 def test_what_ends_the_conversation_before_go(
     answer: Answer, cls: type[Exception], text: str
 ) -> None:
-    box = filled(answer)
-    box.lose("the way back was closed")  # which the answer explains
+    inbox = filled(answer)
+    inbox.lose("the way back was closed")  # the answer explains why
     with pytest.raises(cls) as caught:
-        box.check()
+        inbox.check()
     assert (type(caught.value), str(caught.value)) == (cls, text)
 
 
@@ -418,11 +418,11 @@ def test_a_wait_ends_at_once_where_the_condition_holds() -> None:
 
 
 class Waiting(threading.Thread):
-    """Waits for a condition on a box without a limit, and keeps what wait() returned."""
+    """Waits for a condition on an inbox without a limit, and keeps what wait() returned."""
 
-    def __init__(self, box: Box) -> None:
+    def __init__(self, inbox: Inbox) -> None:
         super().__init__(daemon=True)
-        self.box = box
+        self.inbox = inbox
         self.asked = threading.Event()
         self.result: bool | None = None
         self.start()
@@ -430,10 +430,10 @@ class Waiting(threading.Thread):
 
     def condition(self) -> bool:
         self.asked.set()
-        return self.box.accepted
+        return self.inbox.accepted
 
     def run(self) -> None:
-        self.result = self.box.wait(self.condition, 1000)
+        self.result = self.inbox.wait(self.condition, 1000)
 
     def ended(self) -> bool | None:
         self.join(60)
@@ -442,22 +442,22 @@ class Waiting(threading.Thread):
 
 
 def test_a_wait_ends_when_the_answer_comes() -> None:
-    box = filled()
-    waiting = Waiting(box)
-    box.put(HELLO, Answer(ID, "SEEN", ("1",)))
-    box.put(HELLO, Answer(ID, "ACCEPT"))
+    inbox = filled()
+    waiting = Waiting(inbox)
+    inbox.put(HELLO, Answer(ID, "SEEN", ("1",)))
+    inbox.put(HELLO, Answer(ID, "ACCEPT"))
     assert waiting.ended() is True
 
 
 def test_a_wait_ends_when_nothing_more_will_come() -> None:
-    box = filled()
-    waiting = Waiting(box)
-    box.lose("gone")
+    inbox = filled()
+    waiting = Waiting(inbox)
+    inbox.lose("gone")
     assert waiting.ended() is False
 
 
 def test_a_wait_ends_with_the_last_answer() -> None:
-    box = filled()
-    waiting = Waiting(box)
-    box.put(HELLO, Answer(ID, "REFUSED", ("no",)))
+    inbox = filled()
+    waiting = Waiting(inbox)
+    inbox.put(HELLO, Answer(ID, "REFUSED", ("no",)))
     assert waiting.ended() is False

@@ -23,10 +23,10 @@ from bhystream.handover.handshake import (
     RECORD,
     SOURCE,
     Act,
-    At,
+    DestinationState,
     Event,
     Machine,
-    There,
+    SourceState,
 )
 from handshake_model.faults import (
     BURY,
@@ -53,18 +53,18 @@ from handshake_model.model import (
     Sender,
     World,
 )
-from handshake_model.random import BrokenError
+from handshake_model.random import RecordError
 from handshake_model.random import World as RandomWorld
 from handshake_model.search import INVARIANTS, Found, search
 from support.memory_source import seeded
 
 NSCHEDULES = 10_000
 NSTEPS = 300
-# What nothing but the plain form uses.
+# The rows that only the plain and kept forms use.
 PLAIN_ROWS = {
-    (At.PAUSED, Event.COPIED_PLAIN),
-    (At.PAUSED, Event.COPIED_KEPT),
-    (At.HELD, Event.UNSENT),
+    (SourceState.PAUSED, Event.COPIED_PLAIN),
+    (SourceState.PAUSED, Event.COPIED_KEPT),
+    (SourceState.HELD, Event.UNSENT),
     ("-q", LOADED),
 }
 
@@ -75,7 +75,7 @@ def start(rules: Rules) -> World:
 
 
 def counterexample(rules: Rules) -> Found:
-    """Return what the search finds, which is a counterexample."""
+    """Return what the search finds, which has to be a counterexample."""
     found = search(start(rules), rules)
     assert found.broken is not None, f"nothing in {found.nworlds} worlds"
     return found
@@ -86,27 +86,27 @@ def counterexample(rules: Rules) -> Found:
 
 def test_the_state_changes_before_the_acts() -> None:
     seen = []
-    machine = Machine(SOURCE, At.RUNS, lambda act: seen.append((machine.at, act)))
+    machine = Machine(SOURCE, SourceState.RUNS, lambda act: seen.append((machine.at, act)))
     machine.on(Event.PAUSE)
-    assert seen == [(At.PAUSED, Act.RECORD_PAUSED), (At.PAUSED, Act.PAUSE)]
+    assert seen == [(SourceState.PAUSED, Act.RECORD_PAUSED), (SourceState.PAUSED, Act.PAUSE)]
 
 
 def test_an_act_that_fails_ends_the_row() -> None:
     def do(act: Act) -> None:
         raise OSError
 
-    machine = Machine(SOURCE, At.OFFERED, do)
+    machine = Machine(SOURCE, SourceState.OFFERED, do)
     with pytest.raises(OSError):
         machine.on(Event.READY)
-    assert machine.at is At.COMMITTED
+    assert machine.at is SourceState.COMMITTED
 
 
 def test_what_is_not_expected_is_refused() -> None:
-    machine = Machine(DESTINATION, There.BUILDING, lambda act: None)
+    machine = Machine(DESTINATION, DestinationState.BUILDING, lambda act: None)
     assert machine.expects(Event.ENDED) and not machine.expects(Event.GO)
     with pytest.raises(KeyError):
         machine.on(Event.GO)
-    assert machine.at is There.BUILDING
+    assert machine.at is DestinationState.BUILDING
 
 
 # ---- the exhaustive search ---------------------------------------------------
@@ -116,7 +116,7 @@ answered_rules = Rules()
 
 @pytest.fixture(scope="module")
 def answered() -> Found:
-    gc.disable()  # it would look through all worlds again and again
+    gc.disable()  # the collector would look through all worlds again and again
     try:
         return search(World(), answered_rules)
     finally:
@@ -128,7 +128,7 @@ def test_nothing_that_can_happen_breaks_an_invariant(answered: Found) -> None:
 
 
 def test_the_search_is_not_vacuous(answered: Found) -> None:
-    """The size is what it was when this was written, less some."""
+    """The limits are somewhat below the sizes when this was written."""
     print(f"{answered.nworlds} worlds, {answered.faults} faults, {len(answered.quiet)} quiet")
     assert answered.nworlds > 200_000
     assert answered.faults >= 8
@@ -148,12 +148,12 @@ def test_every_row_is_used_and_every_end_is_reached(answered: Found) -> None:
     search(held_for_a_loaded_guest(), others[0])
     queries = {("-q", phase) for phase in QUERY}
     rows = {*SOURCE, *DESTINATION, *RECORD, *queries, *FINALS, *FINALS_THERE}
-    assert rows - PLAIN_ROWS - {At.HELD} <= answered_rules.used
+    assert rows - PLAIN_ROWS - {SourceState.HELD} <= answered_rules.used
     assert rows <= answered_rules.used.union(*(rules.used for rules in others))
 
 
 def test_without_faults_one_copy_runs_and_nothing_is_left() -> None:
-    """Whatever the operator asks meanwhile; if he does not, the guest has moved."""
+    """This holds whatever the operator asks; if the operator asks nothing, the guest has moved."""
     found = search(World(), Rules(), max_faults=0)
     assert found.broken is None
     for world in found.quiet:
@@ -197,11 +197,11 @@ def test_no_answer_decides_about_a_held_guest() -> None:
     assert {(world.guest, world.receiver.copy) for world in alone.quiet} == {(STANDS, BUILT)}
 
 
-# ---- what the hypervisors do, and others with them ---------------------------
+# ---- what the hypervisors do, and what others do with them -------------------
 
 
 def test_nothing_brings_back_a_guest_whose_hypervisor_was_killed(answered: Found) -> None:
-    """After GO its copy may run; before, it is lost.  No row ends the guest of another."""
+    """After GO the copy may run; before GO the guest is lost, and no row can mend that."""
     lost = {(world.receiver.copy, world.record) for world in answered.quiet if world.guest == LOST}
     assert {(RUNS, None), (NONE, None), (RUNS, GO)} <= lost
 
@@ -225,7 +225,7 @@ def test_a_request_under_way_that_is_not_taken_back_stops_a_guest_that_was_resum
 
 @pytest.mark.parametrize("copied", [Event.COPIED, Event.COPIED_PLAIN])
 def test_a_guest_that_somebody_let_run_is_found_by_asking(copied: Event) -> None:
-    """It is before the last question that somebody lets it run; later nothing helps."""
+    """Somebody lets the guest run before the last question; after it nothing helps."""
     rules = Rules() if copied is Event.COPIED else one_way(copied)
     found = counterexample(replace(rules, asks=False))
     assert (found.broken, found.faults) == ("I1", 1)
@@ -234,7 +234,7 @@ def test_a_guest_that_somebody_let_run_is_found_by_asking(copied: Event) -> None
 
 
 def test_who_lets_the_guest_run_too_late_has_made_two(answered: Found) -> None:
-    """That is all that is left of it: the copy here is not ended, and the record stays."""
+    """Nothing more can be done: the copy here is not ended, and the record stays."""
     late = {world for world in answered.quiet if world.late}
     assert {world.guest for world in late} == {RUNS}
     assert (RUNS, MOVED) in {(world.receiver.copy, world.record) for world in late}
@@ -271,7 +271,7 @@ def test_without_the_nonce_a_recorded_go_starts_a_second_copy() -> None:
 
 
 def test_without_the_tombstone_failed_is_said_of_what_still_starts() -> None:
-    """It takes no fault: the operator asks while GO is on its way."""
+    """No fault is needed: the operator asks while GO is on its way."""
     found = counterexample(query(READY, "FAILED"))
     assert (found.broken, found.faults) == ("I1", 0)
     assert "the operator asks D for this stream: FAILED" in found.trace
@@ -284,7 +284,7 @@ def test_without_the_keeper_a_paused_guest_stays_paused() -> None:
 
 
 def test_it_is_the_keeper_who_resumes_before_go() -> None:
-    """bhysend and the third stage died together, as with their terminal."""
+    """bhysend and the third stage died together, as they do if their terminal goes away."""
     world = World(
         sender=Sender(None),
         guest=STANDS,
@@ -307,13 +307,13 @@ def test_without_the_stream_id_an_older_answer_is_believed() -> None:
 
 
 def test_failed_of_a_guest_that_may_have_run_makes_two() -> None:
-    key = There.STARTING, Event.MAY_HAVE_RAN
+    key = DestinationState.STARTING, Event.MAY_HAVE_RAN
     found = counterexample(Rules(destination=altered(DESTINATION, key, BURY)))
     assert (found.broken, found.faults) == ("I1", 1)
 
 
 def test_unknown_taken_for_failed_makes_two() -> None:
-    """On the wrong host; and also on the right one, asked before it was READY."""
+    """This happens on the wrong host, and on the right host if it is asked before READY."""
     wrong = counterexample(Rules(unknown_is_failed=True, same_host=False))
     assert (wrong.broken, wrong.faults) == ("I1", 0)
     assert "the operator asks E for this stream: UNKNOWN" in wrong.trace
@@ -323,7 +323,7 @@ def test_unknown_taken_for_failed_makes_two() -> None:
 
 
 def test_the_host_of_an_answer_counts() -> None:
-    """A replay on E that was never started FAILED, and says nothing about D."""
+    """A replay on E that was never started says FAILED, which means nothing for D."""
     found = counterexample(Rules(same_host=False))
     assert found.broken == "I1"
     assert "a replay on E" in found.trace
@@ -346,13 +346,13 @@ def test_every_invariant_is_broken_by_something() -> None:
 
 
 def play(rules: Rules, rng: random.Random, nschedules: int) -> tuple[str, Counter[object]]:
-    """Run schedules until one is broken.  Return its invariant, or "", and what happened."""
+    """Run schedules until one breaks an invariant; return that, or "", and what happened."""
     seen: Counter[object] = Counter()
     for schedule in range(nschedules):
         world = RandomWorld(random.Random(rng.getrandbits(64)), rules, seen)
         try:
             world.run(NSTEPS)
-        except BrokenError as error:
+        except RecordError as error:
             return f"{error} in schedule {schedule}", seen
         seen["twice"] += sum(move.has_run() for move in world.moves) > 1
     return "", seen
@@ -363,7 +363,7 @@ def test_ten_thousand_random_schedules() -> None:
     assert broken == ""
     assert seen["twice"] > NSCHEDULES / 20
     for end in (*FINALS, *FINALS_THERE):
-        assert end is At.HELD or seen[end] > NSCHEDULES / 20
+        assert end is SourceState.HELD or seen[end] > NSCHEDULES / 20
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,8 @@ def test_ten_thousand_random_schedules() -> None:
         pytest.param(Rules(keeper=False), id="keeper"),
         pytest.param(Rules(naming=False), id="stream id"),
         pytest.param(
-            destination(There.STARTING, Event.MAY_HAVE_RAN, *BURY[:1], *BURY[1]), id="ran"
+            destination(DestinationState.STARTING, Event.MAY_HAVE_RAN, *BURY[:1], *BURY[1]),
+            id="ran",
         ),
         pytest.param(Rules(same_host=False), id="host"),
         pytest.param(Rules(asks=False), id="question"),
@@ -382,7 +383,7 @@ def test_ten_thousand_random_schedules() -> None:
         pytest.param(Rules(is_held=False), id="early start"),
         pytest.param(Rules(swept=frozenset()), id="leftovers"),
         pytest.param(Rules(swept=SWEPT_RECORDS | {STARTED}), id="swept"),
-        # The question before GO finds most of what an old record does.
+        # The question before GO finds most of what an old record can spoil.
         pytest.param(
             Rules(refuse=False, asks=False, meddling=False), id="a move over an old record"
         ),

@@ -1,4 +1,4 @@
-"""What the next bhyrecv does with what a killed one left, by its record."""
+"""What the next bhyrecv does with a guest that a killed bhyrecv has left, by its record."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.errors import GuestError, PipeError
+from bhystream.errors import GuestError, InputOutputError
 from bhystream.guest import DEAD, LOADED, READY, STARTED
 from bhystream.handover import leftover, state
 from bhystream.handover.state import Lock, Records
@@ -75,9 +75,9 @@ def test_a_tombstone_that_cannot_be_written_ends_nothing(
     host.record(READY)
 
     def full(*_: object) -> bool:
-        raise PipeError("No space left on device")
+        raise InputOutputError("No space left on device")
 
     monkeypatch.setattr(Records, "change", full)
-    with pytest.raises(PipeError, match="No space left"):
+    with pytest.raises(InputOutputError, match="No space left"):
         sweep(host)
     assert host.opened == []

@@ -1,4 +1,4 @@
-"""What is kept of streams that are over: by age and number, never less than protects a guest."""
+"""What is kept of streams that are over: by age and number, but always what protects a guest."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import cast
 import pytest
 
 from bhystream import durable
-from bhystream.errors import BrokenError, GuestError, IncompatibleError
+from bhystream.errors import GuestError, IncompatibleError, RecordError
 from bhystream.guest import DEAD, LOADED, READY, STARTED
 from bhystream.handover import prune, state
-from bhystream.handover.prune import KEPT_RECORDS, KEPT_SECONDS
+from bhystream.handover.prune import MAX_AGE_SECONDS, MAX_RECORDS
 from bhystream.handover.state import Lock, Records
 from bhystream.recv import query
 from bhystream.recv.options import Options
@@ -24,7 +24,7 @@ from bhystream.stream.format import Form
 from bhystream.stream.verify import Walk
 from support.recorded import A, B, Host
 
-OLD_NS = (time.time_ns() // 10**9 - KEPT_SECONDS - 60) * 10**9
+OLD_NS = (time.time_ns() // 10**9 - MAX_AGE_SECONDS - 60) * 10**9
 
 
 @pytest.fixture
@@ -65,11 +65,11 @@ def test_a_young_record_stays(host: Host) -> None:
 
 def test_of_many_the_newest_stay(host: Host) -> None:
     now = time.time_ns()
-    for at in range(KEPT_RECORDS + 3):
+    for at in range(MAX_RECORDS + 3):
         host.record(STARTED, f"{at:032x}", time_ns=now + at)
     host.record(LOADED, A, time_ns=1)
     left = {record.id for record in pruned(host).all()}
-    assert left == {A} | {f"{at:032x}" for at in range(3, KEPT_RECORDS + 3)}
+    assert left == {A} | {f"{at:032x}" for at in range(3, MAX_RECORDS + 3)}
     assert pruned(host).phase(f"{0:032x}") == STARTED
 
 
@@ -108,7 +108,7 @@ def test_what_a_record_said_is_noted_before_it_goes(
 
     monkeypatch.setattr(durable, "remove", remove)
     assert pruned(host).phase(A) == STARTED
-    # Without its record, a start that is still noted would be a leftover.
+    # The .started file goes first: without its record it would look like a leftover.
     assert gone == [(".started", STARTED), (".json", STARTED)]
 
 
@@ -126,7 +126,7 @@ def test_a_note_that_cannot_be_written_leaves_the_record(
 
 def test_a_record_that_changes_meanwhile_stays(host: Host) -> None:
     record = host.record(STARTED, time_ns=OLD_NS)
-    records(host).write(record.moved(DEAD))
+    records(host).write(record.with_phase(DEAD))
     assert records(host).archive([record]) == []
     assert records(host).phase(A) == DEAD
 
@@ -140,11 +140,11 @@ def test_what_a_cut_has_left_of_a_file_goes(host: Host) -> None:
     assert [path.name for path in directory.iterdir()] == ["b.2.new"]
 
 
-# What is asked of the notes.
+# Questions to the notes in destination/over.
 
 
 def ask(host: Host, form: Form, *, again: bool) -> None:
-    """Ask whether the stream A may be started, of which nothing is known but its form."""
+    """Ask whether the stream A, of which only the form is known, may be started."""
     header = SimpleNamespace(form=form, stream_id=bytes.fromhex(A))
     walk = cast(Walk, SimpleNamespace(header=header))
     require_startable(Options(again=again), walk, records(host))
@@ -175,7 +175,7 @@ def test_the_source_is_answered_by_the_note(
 def test_notes_that_are_broken_let_nothing_start(host: Host, text: str) -> None:
     path = host.base / "destination/over"
     path.write_text(text)
-    with pytest.raises(BrokenError, match=f"{path} is broken"):
+    with pytest.raises(RecordError, match=f"{path} is broken"):
         records(host).phase(B)
     record = host.record(STARTED, time_ns=OLD_NS)
     assert pruned(host).all() == [record]
@@ -211,7 +211,7 @@ def test_a_lock_for_once_leaves_no_file(host: Host) -> None:
 def test_a_lock_whose_file_was_removed_is_another(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Opened by one, removed by who had it, and made again by a third."""
+    """One process opens the file, the holder removes it, and a third makes it again."""
     first = Lock(host.base, "stream-a", "x", once=True)
     real = os.open
     opened: list[int] = []

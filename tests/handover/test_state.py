@@ -13,7 +13,13 @@ from types import SimpleNamespace
 import pytest
 
 from bhystream import durable
-from bhystream.errors import AccessError, BrokenError, GuestError, IncompatibleError, PipeError
+from bhystream.errors import (
+    AccessError,
+    GuestError,
+    IncompatibleError,
+    InputOutputError,
+    RecordError,
+)
 from bhystream.guest import HELD, PAUSED
 from bhystream.handover import state
 from bhystream.handover.state import Lock, Record, Records
@@ -53,11 +59,11 @@ def test_it_is_made_for_us_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "told",
     ]
     assert {mode(path) for path in (made, *made.iterdir())} == {0o700}
-    assert state.directory() == made  # again is no error
+    assert state.directory() == made  # a second call is no error
 
 
 def test_a_relative_name_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The keeper and QEMU are told the path, and run elsewhere.
+    # The keeper and QEMU get the path, and run in other directories.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BHYSEND_STATE_DIR", "here")
     assert state.directory() == tmp_path / "here"
@@ -89,7 +95,7 @@ def test_where_the_directory_is(
     made: list[Path] = []
     monkeypatch.setattr(durable, "make_directory", made.append)
     monkeypatch.setattr(os, "geteuid", lambda: uid)
-    with pytest.raises(PipeError, match="cannot use the state directory"):
+    with pytest.raises(InputOutputError, match="cannot use the state directory"):
         state.directory()  # it was not really made
     assert made == [tmp_path / expected]
 
@@ -142,7 +148,9 @@ def test_a_foreign_directory_is_refused_and_left_as_it_was(
 def test_a_file_in_its_place_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "file"))
-    with pytest.raises(PipeError, match=r"cannot use the state directory .*/file: File exists"):
+    with pytest.raises(
+        InputOutputError, match=r"cannot use the state directory .*/file: File exists"
+    ):
         state.directory()
 
 
@@ -161,7 +169,7 @@ except GuestError as error:
 
 
 def try_elsewhere(base: Path, name: str) -> str:
-    """Take a lock in another process, for a moment; return what it said, "" if it could."""
+    """Take a lock in another process, for a moment; return its error, "" if it got the lock."""
     argv = [sys.executable, "-c", TRY, str(base), name]
     return subprocess.run(argv, stderr=subprocess.PIPE, text=True, timeout=60).stderr.strip()
 
@@ -260,7 +268,7 @@ def test_the_record_of_another_role_is_another(base: Path, records: Records) -> 
 
 def test_a_record_is_replaced_and_removed(records: Records) -> None:
     records.write(RECORD)
-    held = RECORD.moved(HELD)
+    held = RECORD.with_phase(HELD)
     assert replace(held, phase=PAUSED, time_ns=5) == RECORD
     assert held.time_ns > 5
     records.write(held)
@@ -268,7 +276,7 @@ def test_a_record_is_replaced_and_removed(records: Records) -> None:
     records.remove(ID)
     assert records.get(ID) is None
     assert records.all() == []
-    records.remove(ID)  # again is no error
+    records.remove(ID)  # a second call is no error
 
 
 def test_records_are_found_by_id_name_and_operand(records: Records) -> None:
@@ -294,7 +302,7 @@ def test_a_record_is_ours_alone(base: Path, records: Records) -> None:
 
 
 class Disk:
-    """Looks at the directory each time that something is synced."""
+    """Looks at the directory each time that a file or directory is synced."""
 
     def __init__(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.directory = base / "source"
@@ -314,7 +322,7 @@ def test_a_record_is_synced_then_renamed_then_its_directory_synced(
 ) -> None:
     records.write(RECORD)
     old = json.dumps(asdict(RECORD))
-    held = RECORD.moved(HELD)
+    held = RECORD.with_phase(HELD)
     new = json.dumps(asdict(held))
     disk = Disk(base, monkeypatch)
     records.write(held)
@@ -340,8 +348,10 @@ def test_a_record_that_cannot_be_synced_is_not_in_place(
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(PipeError, match=rf"cannot record the guest in .*{ID}\.json: Input/output"):
-        records.write(RECORD.moved(HELD))
+    with pytest.raises(
+        InputOutputError, match=rf"cannot record the guest in .*{ID}\.json: Input/output"
+    ):
+        records.write(RECORD.with_phase(HELD))
     assert records.get(ID) == RECORD
     assert [path.name for path in (base / "source").iterdir()] == [f"{ID}.json"]
 
@@ -373,7 +383,7 @@ def test_a_broken_record_is_named(base: Path, records: Records, text: str | byte
     path = base / f"source/{ID}.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     for ask in (lambda: records.get(ID), lambda: records.find("web1")):
-        with pytest.raises(BrokenError) as caught:
+        with pytest.raises(RecordError) as caught:
             ask()
         assert str(caught.value).startswith(f"the record {path} is broken: ")
         assert caught.value.hint.endswith(f"anywhere: rm {path}")
@@ -386,7 +396,7 @@ def test_a_broken_record_hides_no_other(base: Path, records: Records) -> None:
     assert records.all() == records.find("web1") == [RECORD]
     assert [str(error) for error in records.broken()] == [
         f"the record {path} is broken: Expecting property name enclosed in double quotes: "
-        "line 1 column 2 (char 1); what it speaks of may have run"
+        "line 1 column 2 (char 1); its guest may have run"
     ]
     with pytest.raises(GuestError, match="is broken"):
         records.find("another")
@@ -395,7 +405,7 @@ def test_a_broken_record_hides_no_other(base: Path, records: Records) -> None:
 def test_a_record_that_cannot_be_read_is_named(base: Path, records: Records) -> None:
     path = base / f"source/{ID}.json"
     path.mkdir()
-    with pytest.raises(PipeError, match=f"cannot read {path}: Is a directory"):
+    with pytest.raises(InputOutputError, match=f"cannot read {path}: Is a directory"):
         records.get(ID)
 
 
@@ -409,7 +419,7 @@ def test_a_record_that_vanishes_meanwhile_is_none(
     assert records.all() == []
 
 
-# What was told.
+# The warnings that were printed.
 
 
 def test_a_warning_is_told_once_for_a_guest(base: Path) -> None:
@@ -418,7 +428,7 @@ def test_a_warning_is_told_once_for_a_guest(base: Path) -> None:
     again = state.Told(base, "qemu:/web1")
     assert again.new(["a", "b"]) == []
     assert again.new(["a", "c"]) == ["c"]
-    assert again.new(["b"]) == ["b"]  # which had ceased meanwhile
+    assert again.new(["b"]) == ["b"]  # the call before did not have it any more
     assert again.new(["b"], everything=True) == ["b"]
     assert state.Told(base, "qemu:/web2").new(["a"]) == ["a"]
 

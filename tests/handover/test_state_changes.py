@@ -1,4 +1,4 @@
-"""What is shared: a record that many want to change, the host's name, files written whole."""
+"""What processes share: a record that several want to change, the host's name, whole files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bhystream import durable
-from bhystream.errors import GuestError, PipeError
+from bhystream.errors import GuestError, InputOutputError
 from bhystream.guest import DEAD, HELD, LOADED, PAUSED, READY, STARTED
 from bhystream.handover import state
 from bhystream.handover.state import Lock, Record, Records
@@ -37,7 +37,7 @@ def records(base: Path) -> Records:
     return Records(base, "source")
 
 
-# Changes, of which one wins.
+# Changes at the same time, of which one wins.
 
 
 def test_a_phase_is_changed_from_the_one_that_is_named(records: Records) -> None:
@@ -65,7 +65,7 @@ def test_what_is_not_recorded_is_not_changed(records: Records) -> None:
 def test_the_records_are_locked_from_the_look_to_the_change(
     base: Path, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records.write(RECORD.moved(READY))
+    records.write(RECORD.with_phase(READY))
     tried: list[str] = []
 
     def note(what: str) -> None:
@@ -99,7 +99,7 @@ def test_a_change_that_fails_gives_up_the_lock(base: Path, records: Records) -> 
 
 
 def test_the_roles_do_not_wait_for_each_other(base: Path, records: Records) -> None:
-    records.write(RECORD.moved(READY))
+    records.write(RECORD.with_phase(READY))
     with Lock(base, "record-destination", "the records"):
         assert records.change(ID, READY, DEAD)
 
@@ -113,7 +113,7 @@ def test_a_lock_may_be_waited_for(base: Path) -> None:
 
 
 def race(tries: list[Callable[[], bool]]) -> list[bool]:
-    """Let all of them try at the same time; return what each got."""
+    """Let all processes try at the same time; return the result of each."""
     barrier = threading.Barrier(len(tries))
 
     def run(attempt: Callable[[], bool]) -> bool:
@@ -127,7 +127,7 @@ def race(tries: list[Callable[[], bool]]) -> list[bool]:
 def test_of_many_threads_one_changes_it(records: Records) -> None:
     phases = [STARTED, DEAD, LOADED, HELD] * 4
     for _ in range(20):
-        records.write(RECORD.moved(READY))
+        records.write(RECORD.with_phase(READY))
         won = race([partial(records.change, ID, READY, phase) for phase in phases])
         found = records.get(ID)
         assert found is not None
@@ -173,7 +173,7 @@ def test_of_many_processes_one_changes_it_and_all_have_one_name(
     assert {line[2:] for lines in found for line in lines} == {state.host_id(base)}
 
 
-# Who we are.
+# The host's name.
 
 
 def test_a_host_id_is_made_once(base: Path) -> None:
@@ -205,7 +205,7 @@ def test_threads_agree_on_the_host_id(base: Path) -> None:
 
 def test_a_host_id_that_cannot_be_read_is_an_error(base: Path) -> None:
     (base / "host-id").mkdir()
-    with pytest.raises(PipeError, match=f"cannot read {base}/host-id: Is a directory"):
+    with pytest.raises(InputOutputError, match=f"cannot read {base}/host-id: Is a directory"):
         state.host_id(base)
 
 

@@ -1,4 +1,4 @@
-"""Where a guest is, by its record and by what was done: each cell of the table, and its words."""
+"""Where a guest is, by its record and by the acts done: each cell of the table, and its words."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_where_a_guest_is(
 def test_what_is_done_to_a_record_leaves_its_guest_at_one_host(
     found: tuple[str, handshake.Event], acts: tuple[Act, ...]
 ) -> None:
-    """And where the act on the guest fails, it stands here, and the operator is told what to do."""
+    """If the act on the guest fails, the guest stands here, and the operator is told what to do."""
     assert outcome(found[0], acts) in (Where.HERE, Where.THERE)
     assert outcome(found[0], acts, acts) in (Where.STANDS, Where.LEFT)
 

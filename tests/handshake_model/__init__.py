@@ -1,1 +1,1 @@
-"""What the composition of the handshake's tables can do, searched."""
+"""A search of everything that the handshake's tables can do together."""

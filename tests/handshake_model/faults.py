@@ -1,4 +1,4 @@
-"""Planted faults: rows, orders of acts and rules that are not as they must be.
+"""Planted faults: wrong rows, wrong orders of acts, and wrong rules.
 
 Each of MUTANTS names the invariant of search.py that it breaks.
 """
@@ -9,35 +9,44 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from bhystream.guest import DEAD, GO, HELD, MOVED, PAUSED, STARTED
-from bhystream.handover.handshake import DESTINATION, QUERY, RECORD, SOURCE, Act, At, Event, There
+from bhystream.handover.handshake import (
+    DESTINATION,
+    QUERY,
+    RECORD,
+    SOURCE,
+    Act,
+    DestinationState,
+    Event,
+    SourceState,
+)
 from handshake_model.model import PLAIN_DESTINATION, Rules
 
 SWEPT_RECORDS = Rules().swept
-BURY = DESTINATION[There.READY, Event.FAILURE]
-TAKE_BACK = SOURCE[At.COMMITTED, Event.FAILED]
+BURY = DESTINATION[DestinationState.READY, Event.FAILURE]
+TAKE_BACK = SOURCE[SourceState.COMMITTED, Event.FAILED]
 
 K = TypeVar("K")
 V = TypeVar("V")
 
 
 def altered(table: Mapping[K, V], key: K, row: V) -> dict[K, V]:
-    """Return a copy of a table, with another row for a key that it has."""
+    """Return a copy of a table, with another row for one of its keys."""
     assert key in table and table[key] != row
     return {**table, key: row}
 
 
-def source(at: At, event: Event, to: At, *acts: Act) -> Rules:
+def source(at: SourceState, event: Event, to: SourceState, *acts: Act) -> Rules:
     """Return the rules with another row for bhysend."""
     return Rules(source=altered(SOURCE, (at, event), (to, acts)))
 
 
-def destination(at: There, event: Event, to: There, *acts: Act) -> Rules:
+def destination(at: DestinationState, event: Event, to: DestinationState, *acts: Act) -> Rules:
     """Return the rules with another row for bhyrecv."""
     return Rules(destination=altered(DESTINATION, (at, event), (to, acts)))
 
 
 def record(phase: str, event: Event, *acts: Act) -> Rules:
-    """Return the rules with another row for who acts on the record, or with one more."""
+    """Return the rules with another row, or one more, for a party that acts on the record."""
     assert RECORD.get((phase, event)) != acts
     return Rules(record={**RECORD, (phase, event): acts})
 
@@ -55,48 +64,72 @@ def one_way(copied: Event) -> Rules:
 MUTANTS = {
     "GO is written before it is recorded": (
         "I1",
-        source(At.OFFERED, Event.READY, At.COMMITTED, Act.WRITE_GO, Act.RECORD_GO),
+        source(
+            SourceState.OFFERED, Event.READY, SourceState.COMMITTED, Act.WRITE_GO, Act.RECORD_GO
+        ),
     ),
     "GO is not recorded": (
         "I1",
-        source(At.OFFERED, Event.READY, At.COMMITTED, Act.WRITE_GO),
+        source(SourceState.OFFERED, Event.READY, SourceState.COMMITTED, Act.WRITE_GO),
     ),
     "what was recorded for nothing stays in doubt": (
         "I4",
-        source(At.COMMITTED, Event.UNSENT, At.DOUBT),
+        source(SourceState.COMMITTED, Event.UNSENT, SourceState.DOUBT),
     ),
     "a limit after GO resumes": (
         "I1",
-        source(At.COMMITTED, Event.DOUBT, *TAKE_BACK[:1], *TAKE_BACK[1]),
+        source(SourceState.COMMITTED, Event.DOUBT, *TAKE_BACK[:1], *TAKE_BACK[1]),
     ),
     "a limit after READY goes on": (
         "I5",
-        source(At.OFFERED, Event.FAILURE, At.GONE, Act.RECORD_MOVED, Act.DISCARD, Act.FORGET),
+        source(
+            SourceState.OFFERED,
+            Event.FAILURE,
+            SourceState.RUNS_THERE,
+            Act.RECORD_MOVED,
+            Act.DISCARD,
+            Act.FORGET,
+        ),
     ),
     "the guest is paused before it is recorded": (
         "I3",
-        source(At.RUNS, Event.PAUSE, At.PAUSED, Act.PAUSE, Act.RECORD_PAUSED),
+        source(SourceState.RUNS, Event.PAUSE, SourceState.PAUSED, Act.PAUSE, Act.RECORD_PAUSED),
     ),
     "the record is removed before the guest is resumed": (
         "I3",
-        source(At.PAUSED, Event.FAILURE, At.RUNS_ON, Act.FORGET, Act.RESUME),
+        source(SourceState.PAUSED, Event.FAILURE, SourceState.RUNS_HERE, Act.FORGET, Act.RESUME),
     ),
     "the record is removed before the guest is ended": (
         "I3",
-        source(At.COMMITTED, Event.RUNNING, At.GONE, Act.RECORD_MOVED, Act.FORGET, Act.DISCARD),
+        source(
+            SourceState.COMMITTED,
+            Event.RUNNING,
+            SourceState.RUNS_THERE,
+            Act.RECORD_MOVED,
+            Act.FORGET,
+            Act.DISCARD,
+        ),
     ),
     "READY is said before it is recorded": (
         "I6",
-        destination(There.BUILDING, Event.ENDED, There.READY, Act.SAY_READY, Act.RECORD_READY),
+        destination(
+            DestinationState.BUILDING,
+            Event.ENDED,
+            DestinationState.READY,
+            Act.SAY_READY,
+            Act.RECORD_READY,
+        ),
     ),
     "READY is not said": (
         "I7",
-        destination(There.BUILDING, Event.ENDED, There.READY, Act.RECORD_READY),
+        destination(
+            DestinationState.BUILDING, Event.ENDED, DestinationState.READY, Act.RECORD_READY
+        ),
     ),
     "the guest is let run on, to be powered off": (
         "I1",
         source(
-            *(At.COMMITTED, Event.RUNNING, At.GONE),
+            *(SourceState.COMMITTED, Event.RUNNING, SourceState.RUNS_THERE),
             *(Act.RECORD_MOVED, Act.RESUME, Act.DISCARD, Act.FORGET),
         ),
     ),
@@ -111,24 +144,30 @@ MUTANTS = {
     ),
     "the copy is released before it is recorded": (
         "I1",
-        destination(There.READY, Event.GO, There.STARTING, Act.START, Act.RECORD_STARTED),
+        destination(
+            DestinationState.READY,
+            Event.GO,
+            DestinationState.STARTING,
+            Act.START,
+            Act.RECORD_STARTED,
+        ),
     ),
     "the start is not recorded": (
         "I1",
-        destination(There.READY, Event.GO, There.STARTING, Act.START),
+        destination(DestinationState.READY, Event.GO, DestinationState.STARTING, Act.START),
     ),
     "STARTED is recorded over DEAD": ("I1", Rules(recheck=False)),
     "RUNNING is said before the copy runs": (
         "I5",
         destination(
-            *(There.READY, Event.GO, There.STARTING),
+            *(DestinationState.READY, Event.GO, DestinationState.STARTING),
             *(Act.RECORD_STARTED, Act.SAY_RUNNING, Act.START),
         ),
     ),
     "a copy that ran is torn down": (
         "I2",
         destination(
-            *(There.STARTING, Event.STARTED, There.NOTHING),
+            *(DestinationState.STARTING, Event.STARTED, DestinationState.NOTHING),
             *(Act.TEAR_DOWN, Act.RECORD_DEAD, Act.SAY_FAILED),
         ),
     ),
@@ -147,8 +186,8 @@ MUTANTS = {
             destination=PLAIN_DESTINATION,
             source=altered(
                 SOURCE,
-                (At.PAUSED, Event.COPIED_PLAIN),
-                (At.HELD, (Act.WRITE_END, Act.RECORD_HELD)),
+                (SourceState.PAUSED, Event.COPIED_PLAIN),
+                (SourceState.HELD, (Act.WRITE_END, Act.RECORD_HELD)),
             ),
         ),
     ),
@@ -158,8 +197,8 @@ MUTANTS = {
             copied=Event.COPIED_PLAIN,
             destination=altered(
                 PLAIN_DESTINATION,
-                (There.BUILDING, Event.ENDED),
-                (There.STARTING, (Act.START, Act.RECORD_STARTED)),
+                (DestinationState.BUILDING, Event.ENDED),
+                (DestinationState.STARTING, (Act.START, Act.RECORD_STARTED)),
             ),
         ),
     ),

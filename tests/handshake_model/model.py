@@ -7,51 +7,53 @@
     bhysend -A <---- back: READY RUNNING FAILED RAN -----------'
     the keeper
 
-A World is one moment: immutable, hashable, and all that there is.  The steps
-out of it are in steps.py.  What bhysend and bhyrecv do comes
-out of handshake.Machine and the tables, and is done act by act: between any two
-acts anything else may happen.  There are three kinds of steps:
+A World is one moment: immutable, hashable, and complete.  steps.py has the steps
+out of a World.  handshake.Machine and the tables decide what bhysend and bhyrecv
+do, and each act is a step: between any two acts anything else may happen.  There
+are three kinds of steps:
 
-    FREE     a program goes on.  Where there is none, all programs have ended.
-    CHANCE   the operator asks, or hands on; a guest told to run begins to; a
-             hypervisor is started early, or what is left of one is removed.
+    FREE     a program goes on.  If no FREE step is left, all programs have ended.
+    CHANCE   the operator asks, or hands on an answer; a guest that was told to
+             run begins to run; a hypervisor is started early, or a hypervisor
+             that is left over is removed.
     FAULT    a program is killed, an act fails, a limit strikes, a channel is
-             cut, a start goes wrong, a stream is replayed, a guest dies, or is
-             let run by somebody else.
+             cut, a start goes wrong, a stream is replayed, a guest dies, or
+             somebody else lets a guest run.
 
 Nothing bounds how many faults there are, how long anything takes, or how often
-the operator asks; one bhyrecv reads the stream itself, and one at a time a
-recorded one.  Easily overlooked:
+the operator asks; one bhyrecv reads the stream itself, and one at a time reads a
+recorded stream.  These points are easily overlooked:
 
-- The guest's lock.  bhysend has it, and the keeper inherits it; then whoever
-  acts on the record (the keeper, the third stage, the operator's `-A`) takes
-  it, reads the record, and does its acts: that is `hand`.
-- The third stage hands answers to bhysend while it lives, and afterwards acts
-  by the last final one.  In the command form that is the keeper: the same steps.
-  Without an answer that it believes, a `-A` does what the keeper does.
-- What a program did just before it was killed has happened, or never will,
-  when the next one acts: that is what the backends have to see to.
-- A pause is ASKED for before the guest STANDS, and comes about whether the one
-  who asked still lives or not.  Whoever resumes takes back a request, too.
-- Who kills the hypervisor of a paused guest has ended the guest: LOST is no
-  fault of ours, but even then no second copy may run.
-- Somebody else may let a paused guest run.  bhysend asks before what may start
-  the destination's copy: before END in the plain form, before GO in the answered
-  one.  Who does it later (`late`) has made two of one, and nothing can help.
+- The guest's lock.  bhysend has it, and the keeper inherits it; then a party that
+  acts on the record (the keeper, the third stage, the operator's `-A`) takes the
+  lock, reads the record, and does the record's acts: that is `hand`.
+- The third stage hands answers to bhysend while bhysend lives, and afterwards
+  acts by the last final answer.  In the command form the keeper does the same
+  steps.  A `-A` that believes no answer does what the keeper does.
+- When the next program acts, the last act of a killed program has happened, or
+  never will: the backends have to ensure this.
+- A pause is ASKED for before the guest STANDS, and comes about whether the
+  program that asked still lives or not.  A resume also takes back a request.
+- If somebody kills the hypervisor of a paused guest, the guest has ended: LOST is
+  no fault of our programs, but even then no second copy may run.
+- Somebody else may let a paused guest run.  bhysend asks the hypervisor before an
+  act that may start the destination's copy: before END in the plain form, before
+  GO in the answered form.  A guest that is let run later (`late`) has two copies,
+  and nothing can help.
 - A BUILT copy is a process that its hypervisor holds, from before the first page
-  on, or from END on.  It outlives its bhyrecv, but only a bhyrecv can let it run;
-  the next bhyrecv, or -q, removes it.  One that was TOLD to run may begin at any
-  time, also after its bhyrecv has died, and is nobody's to remove.
-- E is any other host: where a replay on E is over, the next one is on another.
-  What it does that nobody can see is done at once.
+  on, or from END on.  The copy outlives its bhyrecv, but only a bhyrecv can let it
+  run; the next bhyrecv, or -q, removes it.  A copy that was TOLD to run may begin
+  at any time, even after its bhyrecv has died, and nobody may remove it.
+- E is any other host: when a replay on E is over, the next replay is on another
+  host.  Acts of a replay that nobody can see are done at once.
 - The operator asks (`bhyrecv -q`) at any time while there is a record here, also
-  on the wrong host, and about an older stream of this guest, which FAILED.  He
-  hands an answer to `-A` at any later time, or twice.  By himself he resumes
-  nothing.
+  on the wrong host, and about an older stream of this guest, which FAILED.  The
+  operator hands an answer to `-A` at any later time, or twice, but resumes nothing
+  without an answer.
 - The plain form has no way back: the operator acts by bhyrecv's exit status.
   The kept form has no END that starts anything.
 
-Rules holds the tables, and what cannot be said in tables; a planted fault
+Rules holds the tables, and the rules that do not fit in tables; a planted fault
 alters one of them.  The invariants are in search.py.
 """
 
@@ -63,16 +65,16 @@ from typing import NamedTuple
 
 from bhystream.guest import DEAD, GO, HELD, MOVED, PAUSED, READY, STARTED
 from bhystream.handover import handshake
-from bhystream.handover.handshake import Act, At, Event, There
+from bhystream.handover.handshake import Act, DestinationState, Event, SourceState
 
-# A copy of the guest.  BUILT: held, and only a bhyrecv can let it run.  TOLD: it may
-# run, now or later.  RAN: it ran, and is no more.  SWEPT: removed, but was not BUILT.
+# A copy of the guest.  BUILT: held, and only a bhyrecv can let it run.  TOLD: may run
+# now or later.  RAN: ran, and has ended.  SWEPT: was removed, but was not BUILT.
 NONE, BUILT, TOLD, RUNS, RAN, SWEPT = "none", "built", "told", "runs", "ran", "swept"
-# The source's guest: RUNS, or one of these.  ASKED: it runs, and will stand.  OVER:
-# ended by one of ours.  LOST: its hypervisor was killed.
+# The source's guest: RUNS, or one of these.  ASKED: runs, and will stand.  OVER: one of
+# our programs has ended it.  LOST: its hypervisor was killed.
 ASKED, STANDS, OVER, LOST = "asked", "stands", "over", "lost"
 
-# The keeper, and whoever acts in bhysend's place.
+# The states of the keeper, and of a party that acts in bhysend's place.
 WAITS, ENDED, KILLED = "waits", "ended", "killed"
 
 SOURCE_RECORDS = {
@@ -99,21 +101,27 @@ HEARD = {
     "FAILED": Event.FAILED,
     "RAN": Event.DOUBT,
 }
-FINALS = (At.RUNS_ON, At.GONE, At.DOUBT, At.HELD)
-FINALS_THERE = (There.RUNS, There.NOTHING, There.DOUBT)
+FINALS = (SourceState.RUNS_HERE, SourceState.RUNS_THERE, SourceState.DOUBT, SourceState.HELD)
+FINALS_THERE = (DestinationState.RUNS, DestinationState.NOTHING, DestinationState.DOUBT)
 
-SourceTable = Mapping[tuple[At, Event], tuple[At, tuple[Act, ...]]]
-DestinationTable = Mapping[tuple[There, Event], tuple[There, tuple[Act, ...]]]
+SourceTable = Mapping[tuple[SourceState, Event], tuple[SourceState, tuple[Act, ...]]]
+DestinationTable = Mapping[tuple[DestinationState, Event], tuple[DestinationState, tuple[Act, ...]]]
 RecordTable = Mapping[tuple[str, Event], tuple[Act, ...]]
 QueryTable = Mapping[str | None, tuple[tuple[Act, ...], str]]
 
 # handshake.py has no table for a bhyrecv of the plain form, which starts on END.
 PLAIN_DESTINATION: DestinationTable = {
-    (There.BUILDING, Event.ENDED): (There.STARTING, (Act.RECORD_STARTED, Act.START)),
-    (There.BUILDING, Event.FAILURE): (There.NOTHING, (Act.TEAR_DOWN,)),
-    (There.STARTING, Event.STARTED): (There.RUNS, ()),
-    (There.STARTING, Event.NEVER_RAN): (There.NOTHING, (Act.RECORD_DEAD, Act.TEAR_DOWN)),
-    (There.STARTING, Event.MAY_HAVE_RAN): (There.DOUBT, ()),
+    (DestinationState.BUILDING, Event.ENDED): (
+        DestinationState.STARTING,
+        (Act.RECORD_STARTED, Act.START),
+    ),
+    (DestinationState.BUILDING, Event.FAILURE): (DestinationState.NOTHING, (Act.TEAR_DOWN,)),
+    (DestinationState.STARTING, Event.STARTED): (DestinationState.RUNS, ()),
+    (DestinationState.STARTING, Event.NEVER_RAN): (
+        DestinationState.NOTHING,
+        (Act.RECORD_DEAD, Act.TEAR_DOWN),
+    ),
+    (DestinationState.STARTING, Event.MAY_HAVE_RAN): (DestinationState.DOUBT, ()),
 }
 
 
@@ -122,18 +130,18 @@ class Rules:
     """The tables, and the rules beside them.
 
     nonce: GO counts only for the bhyrecv whose nonce it has.
-    keeper: there is one.
+    keeper: there is a keeper.
     naming: an answer counts only if it names this stream.
-    same_host: an answer counts only if it comes from where READY came from.
-    unknown_is_failed: no rule, but a mistake.
+    same_host: an answer counts only if it comes from the host that said READY.
+    unknown_is_failed: UNKNOWN is taken for FAILED, which is a mistake.
     recheck: READY -> STARTED is refused if the record is not READY any more.
-    asks: bhysend asks whether the guest still stands before it lets another run.
-    takes_back: who resumes in bhysend's place takes back a request for a pause.
-    is_held: the hypervisor that is started early cannot run the guest by itself.
-    swept: what is left of a dead bhyrecv is removed where the record is one of these.
+    asks: bhysend asks whether the guest still stands before the copy may start.
+    takes_back: a resume in bhysend's place takes back a request for a pause.
+    is_held: a hypervisor that is started early cannot run the guest by itself.
+    swept: the phases of a record at which the rest of a dead bhyrecv is removed.
     meddling: somebody else may let a paused guest run (random schedules).
     refuse: no move begins while there is a record of this guest (random schedules).
-    copied: what the last pages lead to, which is another thing in each form.
+    copied: the event after the last pages, by which the forms differ.
     used: collects the rows that are used and the ends that are reached.
     """
 
@@ -158,25 +166,25 @@ class Rules:
 
     @property
     def plain(self) -> bool:
-        """Say whether there is no way back: the plain form, and the kept one."""
+        """Say whether there is no way back, as in the plain form and the kept form."""
         return self.copied is not Event.COPIED
 
 
 class Sender(NamedTuple):
-    """bhysend.  at: None when it is gone.  todo: what is left of the row it is in."""
+    """bhysend.  at: None when bhysend is gone.  todo: the acts left of the present row."""
 
-    at: At | None = At.RUNS
+    at: SourceState | None = SourceState.RUNS
     todo: tuple[Act, ...] = ()
 
 
 class Receiver(NamedTuple):
     """A bhyrecv, and its copy.
 
-    at: None when bhyrecv is gone.  todo: the acts left, then what came of them.
+    at: None when bhyrecv is gone.  todo: the acts left, then the event that they led to.
     """
 
     host: str = "D"
-    at: There | None = There.BUILDING
+    at: DestinationState | None = DestinationState.BUILDING
     todo: tuple[Act | Event, ...] = ()
     copy: str = NONE
 
@@ -184,14 +192,14 @@ class Receiver(NamedTuple):
 class World(NamedTuple):
     """One moment.
 
-    keeper: KILLED also where a `-A` was killed in the middle of its acts.
-    hand: the acts left to whoever acts on the record.
-    disk_d, disk_e: the record of this stream on those hosts.
-    forward_ends, back_ends: nothing comes after what is on the way.
+    keeper: KILLED also if a `-A` was killed in the middle of its acts.
+    hand: the acts left to the party that acts on the record.
+    disk_d, disk_e: the record of this stream on hosts D and E.
+    forward_ends, back_ends: nothing follows what is on the way.
     tape: what tee has recorded.
-    third: the third stage is alive.  seen: the last final answer it has read.
-    answers: what the operator was answered, of what `-A` believes.
-    status: the end of bhyrecv, where the operator goes by it.
+    third: the third stage is alive.  seen: the last final answer that it has read.
+    answers: the answers that the operator got, and that `-A` believes.
+    status: how bhyrecv ended, in the forms in which the operator goes by it.
     late: somebody let the source's guest run after bhysend had asked for the last time.
     """
 
@@ -212,12 +220,12 @@ class World(NamedTuple):
     third: bool = True
     seen: str | None = None
     answers: frozenset[str] = frozenset()
-    status: There | None = None
+    status: DestinationState | None = None
     late: bool = False
 
 
 def lock_is_free(world: World) -> bool:
-    """Say whether nobody has the guest's lock."""
+    """Say whether no program has the guest's lock."""
     return world.sender.at is None and world.keeper != WAITS and not world.hand
 
 

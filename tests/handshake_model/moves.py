@@ -1,11 +1,11 @@
 """One move for random.py: its bhysend, keeper, third stage and bhyrecvs.
 
-A Party is handshake.Machine and the acts that are left of the row it is in:
-Machine calls `do` for each act, and `do` only notes it.  Each is done by itself,
-by a later step(), so that all others can come in between.
+A Party is a handshake.Machine and the acts that are left of its present row:
+Machine calls `do` for each act, and `do` only notes the act.  A later step() does
+each act by itself, so that all others can come in between.
 
-Every step() does one thing of what is possible, and returns whether there was
-anything; what goes wrong is decided by the dice of Shared.
+Every step() does one of the possible things, and returns whether there was one;
+the dice of Shared decide what goes wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from bhystream.guest import DEAD, PAUSED, READY
-from bhystream.handover.handshake import Act, At, Event, Machine, There
+from bhystream.handover.handshake import Act, DestinationState, Event, Machine, SourceState
 from handshake_model.model import (
     ANSWERS,
     ASKED,
@@ -42,11 +42,11 @@ from handshake_model.model import (
 
 HOSTS = ("a", "b", "c")
 FINAL_WORDS = ("RUNNING", "FAILED")
-S = TypeVar("S", At, There)
+S = TypeVar("S", SourceState, DestinationState)
 
 
 class Answer(NamedTuple):
-    """What a bhyrecv says."""
+    """An answer of a bhyrecv."""
 
     word: str
     stream: int
@@ -56,7 +56,7 @@ class Answer(NamedTuple):
 
 @dataclass(eq=False)
 class Copy:
-    """One copy of the guest, from when it is built until it is over."""
+    """One copy of the guest, from its building to its end."""
 
     host: str
     state: str = NONE
@@ -67,7 +67,7 @@ class Copy:
 
 
 class Party(Generic[S]):
-    """A Machine, and the acts that are left of its row.  machine: None when it is gone."""
+    """A Machine, and the acts left of its row.  machine: None when the party is gone."""
 
     def __init__(self, table: Mapping[tuple[S, Event], tuple[S, tuple[Act, ...]]], at: S) -> None:
         self.todo: deque[Act] = deque()
@@ -96,7 +96,7 @@ class Shared:
 
     sources, received: the records, by host and stream id.  heard: the answers
     that the operator can hand to `-A`.  ends: counts how programs ended.
-    faults: how likely one is, wherever one is possible.
+    faults: the probability of a fault at each point where one is possible.
     """
 
     def __init__(self, rng: random.Random, rules: Rules, ends: Counter[object]) -> None:
@@ -112,11 +112,11 @@ class Shared:
         return self.rng.random() < self.faults
 
 
-class Reader(Party[There]):
-    """A bhyrecv: the one that reads the stream itself, or a replay of the tape."""
+class Reader(Party[DestinationState]):
+    """A bhyrecv, which reads the stream itself, or replays the tape."""
 
     def __init__(self, move: Move, host: str, live: bool) -> None:
-        super().__init__(move.shared.rules.destination, There.BUILDING)
+        super().__init__(move.shared.rules.destination, DestinationState.BUILDING)
         self.move, self.host, self.live = move, host, live
         move.sweep(host)
         self.copy = Copy(host)
@@ -150,7 +150,7 @@ class Reader(Party[There]):
         return True
 
     def end(self) -> None:
-        """Be gone, and leave a copy as it is."""
+        """Be gone, and leave the copy as it is."""
         super().end()
         self.outcome = None
         if self.live:
@@ -158,12 +158,12 @@ class Reader(Party[There]):
             self.move.forward_ends = self.move.back_ends = True
 
     def be_swept(self) -> None:
-        """Let another remove what is left of the copy."""
+        """Let another bhyrecv remove the rest of the copy."""
         if self.copy.state in (BUILT, TOLD, RUNS):
             self.copy.state = NONE if self.copy.state == BUILT else SWEPT
 
     def read(self) -> bool:
-        """Read a message, or the end, or run into a limit."""
+        """Read a message or the end, or run into a limit."""
         move = self.move
         if move.shared.fault():
             return self.on(Event.FAILURE)
@@ -199,7 +199,7 @@ class Reader(Party[There]):
             self.say(ANSWERS[act])
 
     def start(self) -> None:
-        """Tell the copy to run; one in four goes wrong."""
+        """Tell the copy to run; one start in four goes wrong."""
         dice = self.move.shared.rng.randrange(8)
         if dice == 0:
             self.outcome = Event.NEVER_RAN
@@ -220,15 +220,15 @@ class Reader(Party[There]):
 class Move:
     """One move: its bhysend, keeper, third stage, channels and bhyrecvs.
 
-    hand: the acts left to whoever acts on the record, as in model.py.
-    tape: all that was written; a GO is its nonce.
+    hand: the acts left to the party that acts on the record, as in model.py.
+    tape: all messages that were written; a GO is its nonce.
     """
 
     def __init__(self, shared: Shared, stream: int, copy: Copy, target: str) -> None:
         self.shared, self.rules = shared, shared.rules
         self.id, self.copy, self.target = stream, copy, target
         self.key = (copy.host, self.id)
-        self.sender: Party[At] = Party(self.rules.source, At.RUNS)
+        self.sender: Party[SourceState] = Party(self.rules.source, SourceState.RUNS)
         self.nonce = 0
         self.keeper = WAITS if self.rules.keeper else ENDED
         self.hand: deque[Act] = deque()
@@ -242,7 +242,7 @@ class Move:
         self.readers = [self.live]
 
     def sweep(self, host: str) -> None:
-        """Remove what dead bhyrecvs have left on a host, where the records let us."""
+        """Remove what dead bhyrecvs have left on a host, if the records allow that."""
         for move in self.shared.moves:
             key = (host, move.id)
             lives = any(r.host == host and r.machine is not None for r in move.readers)
@@ -289,7 +289,7 @@ class Move:
         return self.step_wires()
 
     def do(self, act: Act) -> None:
-        """Do one act of bhysend's, or of one who acts in its place."""
+        """Do one act of bhysend, or of a party that acts in its place."""
         if act in SOURCE_RECORDS:
             self.shared.sources[self.key] = SOURCE_RECORDS[act]
         elif act is Act.FORGET:
@@ -349,16 +349,20 @@ class Move:
     def step_hypervisor(self) -> bool:
         """The source's hypervisor pauses the guest, is killed, or is asked by somebody else.
 
-        In time, that is: what is too late is the exhaustive search's.
+        Nobody asks too late here; the exhaustive search has that case.
         """
         if self.copy.state == ASKED:
             self.copy.state = STANDS
             return True
-        # Rare, or it would be the end of most moves.
+        # This has to be rare, since it would end most moves.
         if self.copy.state != STANDS or self.shared.rng.random() > 0.1 or not self.shared.fault():
             return False
         machine = self.sender.machine
-        in_time = machine.at in (At.PAUSED, At.OFFERED) if machine else self.record == PAUSED
+        in_time = (
+            machine.at in (SourceState.PAUSED, SourceState.OFFERED)
+            if machine
+            else self.record == PAUSED
+        )
         in_time = in_time and self.rules.meddling
         self.copy.state = RUNS if in_time and self.shared.rng.random() < 0.5 else LOST
         return True
@@ -368,7 +372,7 @@ class Move:
         return ours and (answer.host == self.target or not self.rules.same_host)
 
     def given(self, answer: Answer) -> bool:
-        """Be handed an answer by the operator; return whether it changes anything."""
+        """Take an answer from the operator; return whether it changes anything."""
         believed = answer.word in HEARD and self.believes(answer)
         if not self.is_locked:
             self.take_over(HEARD[answer.word] if believed else Event.ALONE)
@@ -435,7 +439,7 @@ class Move:
         return True
 
     def replay(self, host: str) -> None:
-        """Start a replay, unless there is a record, or another has the stream's lock."""
+        """Start a replay, unless there is a record, or another bhyrecv has the stream's lock."""
         locked = any(r.host == host and r.machine is not None for r in self.readers)
         if not locked and (host, self.id) not in self.shared.received:
             self.readers.append(Reader(self, host, False))

@@ -1,14 +1,14 @@
-"""Random schedules: one guest, moved there and back, with more faults and more of all.
+"""Random schedules: one guest, moved there and back, with more faults and more of everything.
 
-The same world as that of model.py, written a second time and larger:
-objects that change instead of one immutable World; several moves of one guest
-between three hosts, each with a new stream id; nonces, stream ids and hosts are
-values that are compared.  Records of earlier moves stay on their disks.  The
-operator keeps every answer that he or anybody got, and hands it to whatever
-`-A` he likes.  Any number of replays read what tee recorded, while it records.
+The world of model.py is written here a second time, and larger: objects that
+change instead of one immutable World; several moves of one guest between three
+hosts, each with a new stream id; nonces, stream ids and hosts as values that are
+compared.  Records of earlier moves stay on their disks.  The operator keeps every
+answer that anybody got, and hands it to any `-A`.  Any number of replays read
+what tee has recorded, while tee records.
 
-A move is refused while there is any record of the guest on its host: without
-this, an answer about an earlier move would decide about this one.
+A move is refused while there is any record of the guest on its host: otherwise
+an answer about an earlier move would decide about this one.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from handshake_model.moves import HOSTS, Answer, Move, Shared
 MAX_MOVES = 5
 
 
-class BrokenError(Exception):
-    """An invariant does not hold.  Its argument is the name."""
+class RecordError(Exception):
+    """An invariant does not hold.  The argument is the invariant's name."""
 
 
 class World(Shared):
     """One guest, three hosts, and the moves so far."""
 
     def run(self, nsteps: int) -> None:
-        """Let things happen; then let all programs end, without faults.
+        """Let nsteps things happen; then let all programs end, without faults.
 
-        Raises BrokenError.
+        Raises RecordError if an invariant does not hold.
         """
         for _ in range(nsteps):
             if self.step():
@@ -78,7 +78,7 @@ class World(Shared):
         return True
 
     def ask(self, host: str, stream: int) -> Answer:
-        """`bhyrecv -q`.  It takes any running copy of this guest for the stream's."""
+        """Do what `bhyrecv -q` does, which takes any running copy of the guest for the stream's."""
         phase = self.received.get((host, stream))
         acts, word = self.rules.query[phase]
         for act in acts:
@@ -93,46 +93,46 @@ class World(Shared):
         return Answer(word, stream, host)
 
     def check(self) -> None:
-        """Look at every invariant.  Raises BrokenError."""
+        """Check every invariant.  Raises RecordError."""
         if sum(copy.state == RUNS for copy in self.copies) > 1:
-            raise BrokenError("I1")
+            raise RecordError("I1")
         if any(copy.state == SWEPT for copy in self.copies):
-            raise BrokenError("I8")
+            raise RecordError("I8")
         for move in self.moves:
             state = move.copy.state
             if state == RUNS:
                 if move.has_run():
-                    raise BrokenError("I2")
+                    raise RecordError("I2")
                 continue
             same = [other for other in self.moves if other.copy is move.copy]
             if state == STANDS and not any(other.record for other in same):
-                raise BrokenError("I3")
+                raise RecordError("I3")
             if state == OVER and not any(other.has_run() for other in same):
-                raise BrokenError("I5")
+                raise RecordError("I5")
 
     def check_end(self, move: Move) -> None:
-        """Look at what is left of a move when all programs have ended.
+        """Check the rest of a move when all programs have ended.
 
-        Then ask its destination and let `-A` act.  Raises BrokenError.
+        Then ask the move's destination and let `-A` act.  Raises RecordError.
         """
         if move.sender.machine or any(reader.machine for reader in move.readers):
-            raise BrokenError("I7")
+            raise RecordError("I7")
         if move.record is None:
             return
         stands = move.copy.state == STANDS
         if stands and move.keeper != KILLED and move.record != GO:
-            raise BrokenError("I4")
+            raise RecordError("I4")
         if move.record != GO:
             return
         answer = self.ask(move.target, move.id)
         if answer.word == "UNKNOWN":
-            raise BrokenError("I6")
+            raise RecordError("I6")
         move.take_over(HEARD[answer.word])
         while move.hand:
             move.do(move.hand.popleft())
             self.check()
         if answer.word != "RAN" and move.record is not None:
-            raise BrokenError("I6")
+            raise RecordError("I6")
         left = [r.copy.state for r in move.readers if r.host == move.target]
         if answer.word == "FAILED" and BUILT in left:
-            raise BrokenError("I6")
+            raise RecordError("I6")

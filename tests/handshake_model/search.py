@@ -1,6 +1,6 @@
 """The search: every World that can be reached, and what must hold in each.
 
-Breadth first, so that a counterexample is among the shortest.
+It goes breadth first, so that a counterexample is among the shortest.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ Origin = tuple[World, str] | None
 
 @dataclass
 class Found:
-    """What a search found.
+    """The result of a search.
 
-    nworlds: how many worlds were looked at.  quiet: those in which all programs
-    have ended.  broken: the invariant that does not hold, or None.  trace: what
-    led there.  used: rows and ends, as Rules.used.
+    nworlds: the number of worlds looked at.  faults: those in the trace; if nothing
+    is broken, one more than the most faults on the way to a new world.  quiet: the
+    worlds in which all programs have ended.  broken: the invariant that does not
+    hold, or None.  trace: the steps that led there.
     """
 
     nworlds: int
@@ -100,7 +101,7 @@ def trace(came_from: dict[World, Origin], world: World) -> list[str]:
 
 
 def broken(world: World, rules: Rules, quiet: bool) -> str | None:
-    """Name the invariant that does not hold.  quiet: no program can go on."""
+    """Name the invariant that does not hold, if any.  quiet: no program can go on."""
     copies = [world.receiver.copy]
     if world.replay is not None:
         copies.append(world.replay.copy)
@@ -119,7 +120,7 @@ def broken(world: World, rules: Rules, quiet: bool) -> str | None:
 
 
 def broken_at_the_end(world: World, rules: Rules) -> str | None:
-    """Name the invariant that does not hold where no program can go on."""
+    """Name the invariant that does not hold in a world in which no program can go on."""
     receivers = (world.receiver, world.replay)
     if world.sender.at or any(r is not None and r.at for r in receivers):
         return "I7"
@@ -135,14 +136,14 @@ def can_be_resolved(world: World, rules: Rules) -> bool:
     """Say whether `bhyrecv -q | bhysend -A` leads to one copy, or to an honest doubt."""
     world, word = query(world, rules, "D")
     if world.late:
-        return True  # two may run: that is somebody else's to mend
+        return True  # two copies may run, which our programs cannot mend
     if word == "RAN":
         return world.disk_d == STARTED
     if word == "UNKNOWN":
         return False
     world = take_over(world, rules, HEARD[word])
     for act in world.hand:
-        world = at_source(world, act)  # without a kill or a refusal between
+        world = at_source(world, act)  # without a kill or a refusal in between
     if world.record is not None:
         return False
     if word == "FAILED":

@@ -1,7 +1,7 @@
 """Everything that can happen next in a World of model.py.
 
 Each function here yields the steps of one party, or does one thing in the world
-and returns what comes of it.  A step is (kind, what happens, the World after).
+and returns the world after it.  A step is (kind, what happens, the World after).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from bhystream.guest import DEAD, GO, HELD, MOVED, READY, STARTED
-from bhystream.handover.handshake import Act, At, Event, Machine, There
+from bhystream.handover.handshake import Act, DestinationState, Event, Machine, SourceState
 from handshake_model.model import (
     ANSWERS,
     ASKED,
@@ -43,7 +43,7 @@ from handshake_model.model import (
 FREE, CHANCE, FAULT = "free", "chance", "fault"
 FINAL_WORDS = ("RUNNING", "FAILED")
 Step = tuple[str, str, World]
-S = TypeVar("S", At, There)
+S = TypeVar("S", SourceState, DestinationState)
 
 
 def steps(world: World, rules: Rules) -> Iterator[Step]:
@@ -76,18 +76,18 @@ def fire(
     return machine.at, tuple(acts)
 
 
-# ---- host S: bhysend, and who acts in its place ------------------------------
+# ---- host S: bhysend, and the parties that act in its place ------------------
 
 
 def at_source(world: World, act: Act) -> World:
-    """Do one act of bhysend's, or of one who acts in its place."""
+    """Do one act of bhysend, or of a party that acts in its place."""
     if act in SOURCE_RECORDS:
         return world._replace(record=SOURCE_RECORDS[act])
     if act is Act.FORGET:
         return unheard(world._replace(record=None))
     if act in WRITES:
         tape = (*world.tape, WRITES[act])
-        if world.forward_ends:  # a buffer takes it, and it is lost
+        if world.forward_ends:  # a buffer takes the message, and loses it
             return world._replace(tape=tape)
         return world._replace(tape=tape, forward=(*world.forward, WRITES[act]))
     if world.guest in (OVER, LOST):
@@ -102,7 +102,7 @@ def sender_on(world: World, rules: Rules, event: Event) -> World:
 
 
 def sender_hears(world: World, rules: Rules, word: str) -> World:
-    """Hand an answer to bhysend.  One that is not due is a failure, if that is one."""
+    """Hand an answer to bhysend.  An answer that is not due is a FAILURE, if that is expected."""
     due = asked(world, rules, HEARD[word])
     for event in (due, Event.FAILURE):
         if (world.sender.at, event) in rules.source:
@@ -111,14 +111,14 @@ def sender_hears(world: World, rules: Rules, word: str) -> World:
 
 
 def asked(world: World, rules: Rules, event: Event) -> Event:
-    """Ask the hypervisor before what may start a second copy: FAILURE if it holds none."""
+    """Ask the hypervisor before a second copy may start; FAILURE if the guest does not stand."""
     if event in (Event.COPIED_PLAIN, Event.READY) and rules.asks and world.guest != STANDS:
         return Event.FAILURE
     return event
 
 
 def sender_fails(world: World, rules: Rules) -> World:
-    """Let an act of bhysend's fail; those after it are not done."""
+    """Let an act of bhysend fail; the acts after it are not done."""
     for event in (Event.UNSENT, Event.FAILURE):
         if (world.sender.at, event) in rules.source:
             return sender_on(world, rules, event)
@@ -132,7 +132,7 @@ def sender_dies(world: World) -> World:
 
 
 def unheard(world: World) -> World:
-    """Drop the answers: there is no record any more that they could be about."""
+    """Drop the answers: the record that they could be about is gone."""
     return world._replace(third=False, seen=None, back=(), back_ends=True, answers=frozenset())
 
 
@@ -160,7 +160,7 @@ def sender_steps(world: World, rules: Rules) -> Iterator[Step]:
 
 
 def sender_acts(world: World, rules: Rules) -> Iterator[Step]:
-    """bhysend does the next act, or cannot."""
+    """bhysend does the next act, or cannot do it."""
     act, *rest = world.sender.todo
     refused = is_refused(world, act)
     if act is Act.PAUSE and world.guest == RUNS:
@@ -173,7 +173,7 @@ def sender_acts(world: World, rules: Rules) -> Iterator[Step]:
 
 
 def is_refused(world: World, act: Act) -> bool:
-    """Say whether the hypervisor refuses: what runs is not ended, what is gone not paused."""
+    """Say whether the hypervisor refuses to end a guest that runs, or to pause a lost one."""
     return (act, world.guest) in ((Act.DISCARD, RUNS), (Act.PAUSE, LOST))
 
 
@@ -184,7 +184,7 @@ def hypervisor_steps(world: World) -> Iterator[Step]:
     if world.guest == STANDS:
         run = world._replace(guest=RUNS)
         if world.late or was_asked(world):
-            # What is replayed makes it no worse.
+            # A replay makes the two copies no worse.
             run = run._replace(late=True, replay=None, tape=(), disk_e=None)
         yield FAULT, f"somebody lets the guest run{', too late' * run.late}", run
     if world.guest in (ASKED, STANDS):
@@ -192,16 +192,21 @@ def hypervisor_steps(world: World) -> Iterator[Step]:
 
 
 def was_asked(world: World) -> bool:
-    """Say whether bhysend has asked for the last time, and what it has written may be out."""
+    """Say whether bhysend has asked for the last time, and END or GO may be out."""
     if world.sender.at is None:
         return world.record in (HELD, GO, MOVED)
-    return world.sender.at in (At.HELD, At.COMMITTED, At.GONE, At.DOUBT)
+    return world.sender.at in (
+        SourceState.HELD,
+        SourceState.COMMITTED,
+        SourceState.RUNS_THERE,
+        SourceState.DOUBT,
+    )
 
 
 def take_over(world: World, rules: Rules, event: Event) -> World:
     """Read the record under the guest's lock, and begin to act on it.
 
-    What says nothing about this record is as good as no answer.
+    An event that has no row for this record counts as no answer.
     """
     for key in ((world.record, event), (world.record, Event.ALONE)):
         if world.record is not None and key in rules.record:
@@ -211,7 +216,7 @@ def take_over(world: World, rules: Rules, event: Event) -> World:
 
 
 def hand_steps(world: World, rules: Rules) -> Iterator[Step]:
-    """The keeper takes over; who acts on the record goes on, or is killed."""
+    """The keeper takes over; the party that acts on the record goes on, or is killed."""
     if world.keeper == WAITS:
         yield FAULT, "the keeper is killed", world._replace(keeper=KILLED)
         if world.sender.at is None:
@@ -258,15 +263,15 @@ def put(world: World, before: Receiver, after: Receiver) -> World:
     if before is world.replay:
         if after.at or after.copy != NONE:
             return world._replace(replay=unseen(after))
-        # It is gone with its copy: there may be another, and E is another host then.
+        # The replay and its copy are gone: another may come, and E is then another host.
         return world._replace(replay=None, disk_e=None)
-    if after.at is None:  # what was on its way to it is lost
+    if after.at is None:  # messages on the way to this bhyrecv are lost
         return world._replace(receiver=after, forward=(), forward_ends=True, back_ends=True)
     return world._replace(receiver=after)
 
 
 def unseen(replay: Receiver) -> Receiver:
-    """Do at once the next acts of a replay that leave no trace: in any order it is the same."""
+    """Do at once the next acts of a replay that nobody can see: their order does not matter."""
     while replay.todo:
         act = replay.todo[0]
         is_unheard = act is Act.SAY_READY or (act in ANSWERS and replay.host == "E")
@@ -287,14 +292,14 @@ def receiver_on(world: World, rules: Rules, receiver: Receiver, event: Event) ->
 
 
 def receiver_dies(world: World, receiver: Receiver) -> World:
-    """Let a bhyrecv be gone.  Its copy stays; what a replay has BUILT is swept at once."""
+    """Let a bhyrecv be gone.  Its copy stays, but a copy that a replay has BUILT is swept."""
     is_swept = receiver is world.replay and receiver.copy == BUILT
     copy = NONE if is_swept else receiver.copy
     return put(world, receiver, Receiver(receiver.host, None, (), copy))
 
 
 def sweep(world: World, rules: Rules, host: str) -> World:
-    """Remove what a dead bhyrecv has left on a host, where the record lets us."""
+    """Remove what a dead bhyrecv has left on a host, if the record allows that."""
     receiver = world.receiver
     is_left = receiver.host == host and receiver.at is None
     if not is_left or receiver.copy in (NONE, RAN) or disk(world, host) not in rules.swept:
@@ -304,9 +309,9 @@ def sweep(world: World, rules: Rules, host: str) -> World:
 
 
 def next_bhyrecv(world: World, rules: Rules, host: str) -> World:
-    """Let another bhyrecv come for this guest: what waits for GO is DEAD, then removed.
+    """Let another bhyrecv come for this guest: a copy that waits for GO is DEAD, then removed.
 
-    One that lives has the guest's lock: then it removes nothing that is READY.
+    If a bhyrecv lives, it has the guest's lock, and nothing that is READY is removed.
     """
     if disk(world, host) == READY and is_alone(world, host):
         world = record_there(world, host, DEAD)
@@ -320,7 +325,7 @@ def is_alone(world: World, host: str) -> bool:
 
 
 def receiver_fails(world: World, rules: Rules, receiver: Receiver, act: Act) -> World:
-    """Let an act of a bhyrecv fail; those after it are not done."""
+    """Let an act of a bhyrecv fail; the acts after it are not done."""
     event = Event.NEVER_RAN if act is Act.RECORD_STARTED else Event.FAILURE
     if (receiver.at, event) in rules.destination:
         return receiver_on(world, rules, receiver, event)
@@ -356,12 +361,12 @@ def receiver_steps(world: World, rules: Rules, receiver: Receiver) -> Iterator[S
 
 
 def live_input(world: World, rules: Rules, name: str) -> Iterator[Step]:
-    """bhyrecv reads from the way in, or the end of it, or runs into a limit."""
+    """bhyrecv reads a message of the stream, or its end, or runs into a limit."""
     receiver = world.receiver
     if receiver.copy == NONE:
         early = receiver._replace(copy=BUILT if rules.is_held else TOLD)
         yield CHANCE, f"{name} starts its hypervisor early", put(world, receiver, early)
-    due, event = ("GO", Event.GO) if receiver.at is There.READY else ("END", Event.ENDED)
+    due, event = ("GO", Event.GO) if receiver.at is DestinationState.READY else ("END", Event.ENDED)
     if world.forward and world.forward[0] == due:
         after = world._replace(forward=world.forward[1:])
         yield FREE, f"{name} reads {due}", receiver_on(after, rules, receiver, event)
@@ -371,8 +376,8 @@ def live_input(world: World, rules: Rules, name: str) -> Iterator[Step]:
 
 
 def taped_input(world: World, rules: Rules, replay: Receiver, name: str) -> Iterator[Step]:
-    """A replay reads END; then the end, or GO with an old nonce, which is a failure."""
-    if replay.at is There.BUILDING:
+    """A replay reads END; then the end of the tape, or GO with an old nonce: both are a FAILURE."""
+    if replay.at is DestinationState.BUILDING:
         yield FREE, f"{name} reads END", receiver_on(world, rules, replay, Event.ENDED)
         yield FAULT, f"{name}: FAILURE", receiver_on(world, rules, replay, Event.FAILURE)
         return
@@ -382,7 +387,7 @@ def taped_input(world: World, rules: Rules, replay: Receiver, name: str) -> Iter
 
 
 def receiver_acts(world: World, rules: Rules, receiver: Receiver, name: str) -> Iterator[Step]:
-    """A bhyrecv does the next act, or cannot; or learns what came of the last one."""
+    """A bhyrecv does the next act, or cannot do it, or learns the result of the last act."""
     act, *rest = receiver.todo
     if isinstance(act, Event):
         yield FREE, f"{name}: {act.value}", receiver_on(world, rules, receiver, act)
@@ -410,7 +415,7 @@ def may_start(world: World, rules: Rules, host: str) -> bool:
 
 
 def at_destination(world: World, before: Receiver, after: Receiver, act: Act) -> World:
-    """Do one act of a bhyrecv's, which changes it from before to after."""
+    """Do one act of a bhyrecv, which changes it from `before` to `after`."""
     if act is Act.TEAR_DOWN:
         after = after._replace(copy=RAN if after.copy in (RUNS, RAN) else NONE)
     is_replay = before is world.replay
@@ -435,8 +440,8 @@ def record_there(world: World, host: str, phase: str) -> World:
 def wire_steps(world: World, rules: Rules) -> Iterator[Step]:
     """A channel is cut; what was recorded on the way is replayed.
 
-    A replay is refused where there is a record, and where another bhyrecv has
-    the lock of the stream.
+    A replay is refused on a host that has a record, or another bhyrecv with the
+    lock of the stream.
     """
     if world.forward or not world.forward_ends:
         yield FAULT, "the way in is cut", world._replace(forward=(), forward_ends=True)
@@ -452,7 +457,7 @@ def wire_steps(world: World, rules: Rules) -> Iterator[Step]:
 
 
 def query(world: World, rules: Rules, host: str, old: bool = False) -> tuple[World, str]:
-    """Ask by `bhyrecv -q`: return what it leaves, and what it answers.
+    """Ask by `bhyrecv -q`: return the world after it, and the answer.
 
     old: ask for an older stream of this guest, which FAILED on D.
     """
@@ -466,11 +471,11 @@ def query(world: World, rules: Rules, host: str, old: bool = False) -> tuple[Wor
     if phase == STARTED and runs:
         word = "RUNNING"
     elif phase == STARTED and is_alone(world, host):
-        # Killed before START: it is seen, and nobody can do that any more.
+        # -q sees that bhyrecv was killed before START, and that nobody can start the copy.
         copies = {r.copy for r in here if r is not None and r.host == host}
         if BUILT in copies and copies <= {BUILT, NONE}:
             world, word = record_there(world, host, DEAD), "FAILED"
-    # Without a record it does not know what is left there.
+    # Without a record -q does not know that anything is left.
     return (world if phase is None or old else sweep(world, rules, host)), word
 
 
@@ -481,7 +486,7 @@ def operator_steps(world: World, rules: Rules) -> Iterator[Step]:
     for host, old in (("D", False), ("D", True), ("E", False)):
         believed = (not old or not rules.naming) and (host == "D" or not rules.same_host)
         if not believed and (old or disk(world, host) != READY):
-            continue  # that neither changes anything
+            continue  # this would change nothing
         after, word = query(world, rules, host, old)
         said = "FAILED" if word == "UNKNOWN" and rules.unknown_is_failed else word
         if believed and said in HEARD and said not in world.answers:
@@ -502,9 +507,9 @@ def plain_operator_steps(world: World, rules: Rules) -> Iterator[Step]:
     """The operator sees bhyrecv's exit status, and discards or resumes a held guest."""
     if world.record != HELD or not lock_is_free(world):
         return
-    if world.status is There.RUNS:
+    if world.status is DestinationState.RUNS:
         discard = rules.record[MOVED, Event.ALONE]
         yield CHANCE, "bhysend --discard", world._replace(hand=discard)
-    if world.status is There.NOTHING:
-        _, resume = rules.source[At.HELD, Event.UNSENT]
+    if world.status is DestinationState.NOTHING:
+        _, resume = rules.source[SourceState.HELD, Event.UNSENT]
         yield CHANCE, "bhysend --resume", world._replace(hand=resume)

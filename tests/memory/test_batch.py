@@ -19,7 +19,7 @@ from support.nogil import released
 PAGE = 4096
 SEED = 0x5EED_0123_4567_89AB
 DATA, ZERO = 0, 1
-# Which of the two depends on what the buffer is wrong in, and whose it is.
+# Which of the two is raised depends on the buffer's fault, and on its type.
 WRONG_BUFFER = (ValueError, BufferError)
 
 
@@ -51,7 +51,7 @@ def listed(batch: Batch) -> tuple[list[tuple[int, int, int]], list[int], bytes]:
 
 
 class Model:
-    """What a batch must do, said page by page."""
+    """A model of Batch in plain Python, page by page."""
 
     def __init__(self, max_pages: int, max_extents: int, max_count: int) -> None:
         self.max_pages, self.max_extents, self.max_count = max_pages, max_extents, max_count
@@ -85,7 +85,7 @@ class Model:
         table: list[int],
         everything: bool,
     ) -> int:
-        """Collect; a segment of None is absent."""
+        """Do what collect() does; for the segment None, what collect_absent() does."""
         for page in range(first, end):
             if segment is not None and len(self.hashes) == self.max_pages:
                 return page
@@ -115,7 +115,7 @@ class Model:
 
 
 def change(rng: random.Random, segment: memoryview) -> None:
-    """Write to some pages: at one byte, all over, or zeros."""
+    """Write to some pages: one byte, the whole page, or zeros."""
     npages = len(segment) // PAGE
     share = rng.choice((0.0, 0.1, 0.5, 1.0))
     for page in range(npages):
@@ -132,7 +132,7 @@ def change(rng: random.Random, segment: memoryview) -> None:
 
 @pytest.mark.parametrize("turn", range(40))
 def test_rounds_agree_with_the_model(rng: random.Random, hasher: PageHasher, turn: int) -> None:
-    """Three rounds over two segments of which parts are holes, all limits small."""
+    """Three rounds run over two segments with holes, and all limits are small."""
     limits = (
         rng.choice((1, 2, 5, 100)),
         rng.choice((1, 2, 5, 100)),
@@ -287,7 +287,7 @@ def test_ranges_are_checked(
     batch = Batch(hasher, 9, 9)
     with pytest.raises(ValueError):
         batch.collect(bytes(2 * PAGE), base, first, end, words(nentries), True)
-    # A hole has no buffer that the range could be outside of.
+    # collect_absent() has no buffer, so no range can lie outside one.
     if (end, nentries) != (3, 9):
         with pytest.raises(ValueError):
             batch.collect_absent(base, first, end, words(nentries), True)
@@ -390,7 +390,7 @@ def test_the_copy_is_hashed_and_not_the_live_page(hasher: PageHasher, everything
 class Writer(threading.Thread):
     """A guest: writes one of several images over its memory until told to stop.
 
-    Zeros are among them, and each image twice, so that pages also change back.
+    One image is all zeros, and each image comes twice, so that pages also change back.
     """
 
     def __init__(self, segment: memoryview, images: list[bytes]) -> None:
@@ -426,7 +426,7 @@ def test_hash_and_bytes_agree_while_the_guest_writes(
                     replica[at] = data[index * PAGE : (index + 1) * PAGE]
                     assert hashes[index] == table[page]
                     index += 1
-                # What is sent is what the table says, and was needed.
+                # The page sent has the table's hash, and was needed.
                 assert digest(replica[at]) == table[page]
                 assert everything or table[page] != before[page]
         batch.clear()
@@ -457,7 +457,7 @@ def test_a_batch_is_not_for_two_threads(hasher: PageHasher) -> None:
         "collect_absent": lambda: batch.collect_absent(0, 0, 0, table, True),
     }
     refused: set[str] = set()
-    for _ in range(20):  # the thread may have finished before it is looked at
+    for _ in range(20):  # the thread may have finished too early to be seen
         thread = threading.Thread(target=lambda: batch.collect(segment, 0, 0, npages, table, False))
         thread.start()
         while thread.is_alive():

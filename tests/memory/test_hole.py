@@ -1,4 +1,4 @@
-"""Memory given back: punched ranges are zero, and unallocated where that exists."""
+"""Holes: punched ranges are zero, and not allocated if the file system has holes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mappings given up while somebody looks at them, or not."""
+"""Mappings released while views of them are in use, or not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_a_view_and_its_mapping_are_given_up() -> None:
     assert mapping.closed
     with pytest.raises(ValueError, match="released"):
         view.tobytes()
-    unmap([view], [mapping])  # twice is no error
+    unmap([view], [mapping])  # a second call is no error
 
 
 def test_what_is_still_looked_at_stays_and_the_rest_goes() -> None:

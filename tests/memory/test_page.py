@@ -27,8 +27,8 @@ PAGE = 4096
 SEED = 0xA5A5_0123_4567_89AB
 DATA, ZERO = 0, 1
 
-# write(2) as a slow file or a signal makes it: 1000 bytes a time, and every
-# third call EINTR.  Calls are counted so that the test knows it was used.
+# A pwrite(2) as with a slow file or with signals: it takes 1000 bytes at a time, and
+# every third call fails with EINTR.  The calls are counted to show that it was used.
 SHIM = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -48,7 +48,7 @@ ssize_t pwrite(int fd, const void *p, size_t n, off_t at) { return slow(fd, p, n
 ssize_t pwrite64(int fd, const void *p, size_t n, off_t at);
 ssize_t pwrite64(int fd, const void *p, size_t n, off_t at) { return slow(fd, p, n, at); }
 """
-# Which of the two depends on what the buffer is wrong in, and whose it is.
+# Which of the two is raised depends on the buffer's fault, and on its type.
 WRONG_BUFFER = (ValueError, BufferError)
 
 
@@ -345,7 +345,7 @@ def test_scatter_reports_errno(tmp_path: Path) -> None:
 
 
 def test_scatter_reports_a_file_that_is_full(tmp_path: Path) -> None:
-    # The kernel writes up to the limit, which is a short write, then refuses.
+    # The kernel first writes up to the limit, which is a short write, and then refuses.
     path = tmp_path / "file"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with path.open("w+b") as file:
@@ -440,7 +440,7 @@ def bits_of(bitmap: array[int]) -> set[int]:
 def test_scatter_into_over_segments_and_rounds(rng: random.Random, turn: int) -> None:
     sizes = [rng.choice((1, 5, 63, 64, 65, 130)) for _ in range(3)]
     shift = turn % 8
-    # What nobody placed is not zero here, to see that nobody touches it.
+    # Pages that were never placed are not zero here, to see that they are not touched.
     segments = [bytearray(rng.randbytes(npages * PAGE)) for npages in sizes]
     rooms = [bytearray(bytes(shift) + segment + b"end") for segment in segments]
     maps = [words((npages + 63) // 64) for npages in sizes]

@@ -1,4 +1,4 @@
-"""The look-up of XXH3: order, check by value, and what is said on failure."""
+"""The look-up of XXH3: its order, its check by value, and its errors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ RIGHT = 0xFEDCBA9876543210
 
 
 def stand_in(**values: int) -> SimpleNamespace:
-    """Make a library whose hashes return what they are told.
+    """Make a library whose hash functions return the given values.
 
-    The right one answers only if it was given the page, and the secret that
-    was made of the seed.
+    A function returns its value only if it gets the page, and the secret that was
+    made from the seed.
     """
     symbols: dict[str, object] = {}
 

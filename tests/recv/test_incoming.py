@@ -1,4 +1,4 @@
-"""What bhyrecv does with its sink while a stream arrives, and what it says of it."""
+"""What bhyrecv does with its sink while a stream arrives, and what it says about the guest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bhystream.handover.answers import unpack
 from bhystream.recv import reply
 from bhystream.recv.incoming import Incoming
 from bhystream.recv.options import Options
-from bhystream.recv.receiving import Job
+from bhystream.recv.receiving import RecvJob
 from bhystream.recv.reply import Reply, Silence, TimedInput
 from bhystream.report import Console
 from bhystream.signals import Signals
@@ -32,11 +32,11 @@ class Nowhere:
     """A target that keeps nothing."""
 
     def place(self, base_page: int, npages: int, extents: memoryview, pages: memoryview) -> None:
-        """As base.Target's."""
+        """Drop the pages."""
 
 
 class Sink:
-    """base.Sink without a hypervisor.  dies: its hypervisor has ended when it is asked."""
+    """base.Sink without a hypervisor.  dies: require_alive() finds that it has ended."""
 
     def __init__(self, *, dies: bool = False) -> None:
         self.may_have_run = False
@@ -82,7 +82,7 @@ class Sink:
 
 @pytest.fixture
 def back(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The way back: a pipe, its end that is read."""
+    """The way back: the reading end of a pipe."""
     theirs, ours = os.pipe()
     monkeypatch.setattr(reply, "_STDOUT", ours)
     monkeypatch.setattr(reply, "_SEEN_NS", 0)
@@ -100,13 +100,13 @@ def incoming_of(stream: str, sink: Sink, base: Path, monkeypatch: pytest.MonkeyP
     answers = Reply(base, walk.header.stream_id.hex()) if is_answered else Silence()
     records = state.Records(base, "destination")
     console = Console("bhyrecv")
-    return Incoming(Job(Options(), walk, source, base, console, Signals(), records, answers))
+    return Incoming(RecvJob(Options(), walk, source, base, console, Signals(), records, answers))
 
 
 def test_a_source_hears_that_its_destination_waits_for_a_hypervisor(
     base: Path, back: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It reads nothing meanwhile; silence would be taken for a pipeline that holds bytes back."""
+    """bhyrecv reads nothing then; bhysend would take silence for a pipeline that keeps bytes."""
     sink = Sink()
     incoming = incoming_of("answered.bhys", sink, base, monkeypatch)
     with pytest.raises(GuestError, match="stop here"):
@@ -116,7 +116,7 @@ def test_a_source_hears_that_its_destination_waits_for_a_hypervisor(
     words = [answer.word for answer in said]
     at = words.index("ACCEPT")
     assert words[: at + 1] == ["HELLO", "ACCEPT"]
-    # The head's own is the first; then one for each wait, of the section that is being acted on.
+    # The first SEEN is for the head; then one for each wait, with the section being acted on.
     assert words[at + 1 :] == ["SEEN"] * (1 + WAITS)
     assert len({answer.args for answer in said[at + 2 :]}) == 1
     incoming.close()

@@ -1,6 +1,6 @@
-"""bhyrecv -n on a host that has no hypervisor: a stream is verified, and called sound if it is.
+"""bhyrecv -n on a host that has no hypervisor: it verifies a stream, and says if it is sound.
 
-Real processes.  What -n says where a guest could be taken is in tests/cli.
+The tests run real processes.  Those on a host that can take the guest are in tests/cli.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def test_a_stream_of_a_hypervisor_that_nobody_knows_is_not_called_sound(tmp_path
 
 @pytest.mark.parametrize("change", [one[1] for one in STATES], ids=[one[0] for one in STATES])
 def test_what_makes_no_guest_is_not_called_sound(tmp_path: Path, change: Change) -> None:
-    """-n refuses what a start refuses, in the same words, on any host."""
+    """On any host, -n refuses what a start refuses, in the same words."""
     raw = whole(change(states_of())).raw
     done = receive(tmp_path, raw, "-n")
     assert done.returncode == 65, said(done)
@@ -114,8 +114,8 @@ def test_a_configuration_on_no_list_is_not_called_sound_and_hides_no_fault(
     ("states", "message"),
     [
         ([], "state qemu is missing"),
-        ([State("qemu", b"")], "state qemu: it is no migration stream"),
-        ([State("qemu", b"QEVM\0\0\0\2")], "state qemu: it is no migration stream"),
+        ([State("qemu", b"")], "state qemu: it is not a migration stream"),
+        ([State("qemu", b"QEVM\0\0\0\2")], "state qemu: it is not a migration stream"),
         ([State("qemu", QEMU + bytes(64 << 20))], "state qemu: more than 64 MiB"),
         ([State("x", QEMU)], "state 'x': QEMU has one, 'qemu'"),
         ([State("qemu", QEMU), State("x", b"")], "state 'x': QEMU has one"),
@@ -143,7 +143,7 @@ def test_a_sound_stream_of_a_qemu_guest_is_one(tmp_path: Path) -> None:
 
 
 def test_a_whole_answered_stream_is_verified_and_refused_at_once(tmp_path: Path) -> None:
-    """Its source may be there, and must not go on; in a file nobody hears it."""
+    """The stream's source may be waiting, and must not go on; a file has no source."""
     ended = whole(form=ANSWERED)
     for maker in (ended, copy.deepcopy(ended).add(PAD, b"1").add(GO, NONCE)):
         done = receive(tmp_path, maker.raw, "-n")
@@ -176,12 +176,12 @@ def test_a_stream_that_breaks_before_the_verdict_is_refused(tmp_path: Path) -> N
 
 
 CAP_BYTES = 128 << 20
-# What reading a section takes, once: its buffer, its bytes, and what the name is cut from.
+# The memory for reading one section: its buffer, its bytes, and the copy with the name.
 SECTION_BYTES = 8 << 20
 
 
 def parts(maker: Maker, name: bytes, size: int, *, zeros: bool) -> None:
-    """Add a state of so many bytes, in parts of a MiB, or in one of zeros."""
+    """Add a state of `size` bytes, in parts of 1 MiB, or in one part of zeros."""
     if zeros:
         maker.state_zeros(name, 0, size, flags=1)
         return
@@ -192,7 +192,7 @@ def parts(maker: Maker, name: bytes, size: int, *, zeros: bool) -> None:
 
 
 def large(kind: str) -> bytearray:
-    """Return a stream whose states have as many bytes as all states may have."""
+    """Return a stream whose states have as many bytes as the cap of all states allows."""
     maker = Maker(KEPT)
     maker.raw = bytearray(maker.raw)  # type: ignore[assignment]  # grows in place
     if kind == "snapshot":
@@ -213,7 +213,7 @@ def large(kind: str) -> bytearray:
     return maker.time().end().raw  # type: ignore[return-value]
 
 
-# Between us and the program: what a process has before exec(2) counts as its own.
+# This stands between pytest and bhyrecv: the memory of a process before exec(2) counts as its own.
 PEAK = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:])
@@ -222,7 +222,7 @@ print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def peak_bytes(directory: Path, stream: Path, *options: str) -> int:
-    """Return the most memory that bhyrecv had, when it has ended as it should."""
+    """Return the peak memory of a bhyrecv that has to end with the right status."""
     environment = {"BHYSEND_STATE_DIR": str(directory / "state"), "PYTHONPATH": str(ROOT / "lib")}
     command = [sys.executable, "-c", PEAK, sys.executable, str(ROOT / "bhyrecv"), *options]
     with stream.open("rb") as file:
@@ -248,5 +248,5 @@ def test_states_are_in_memory_once(tmp_path: Path, kind: str, options: list[str]
     print(f"{most >> 20} MiB, of which {least >> 20} whatever is read")
     assert most <= least + CAP_BYTES + SECTION_BYTES
     if kind == "snapshot" and "-n" in options:
-        # Not all of them: one of 40 MiB is there until the next is whole.
+        # Not all states are in memory: one of 40 MiB is kept until the next is whole.
         assert most <= least + (80 << 20) + SECTION_BYTES

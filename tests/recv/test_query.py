@@ -1,4 +1,4 @@
-"""bhyrecv -q: what is answered for each record, and what is done before it is said."""
+"""bhyrecv -q: what it answers for each record, and what it does before it answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bhystream import hypervisors
-from bhystream.errors import OK, BrokenError, GuestError, InDoubtError, UsageError
+from bhystream.errors import EXIT_OK, GuestError, InDoubtError, RecordError, UsageError
 from bhystream.guest import DEAD, LOADED, READY, STARTED
 from bhystream.handover import state
 from bhystream.handover.answers import Answer, unpack
@@ -33,7 +33,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 
 
 class Said(list[tuple[str, str | None]]):
-    """The words that were answered, with the phase of record A at that time."""
+    """The words that -q has answered, with the phase of record A at that time."""
 
     def __init__(self, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
         self.texts: list[str] = []
@@ -41,7 +41,7 @@ class Said(list[tuple[str, str | None]]):
         def say(reply: Reply, word: str, *args: str) -> None:
             try:
                 record = host.roles["destination"].get(A)
-            except BrokenError:
+            except RecordError:
                 self.append((word, "broken"))
                 return
             self.append((word, record.phase if record else None))
@@ -56,7 +56,7 @@ def said(host: Host, monkeypatch: pytest.MonkeyPatch) -> Said:
 
 
 class Clock:
-    """Time that passes only where one waits for it, so many seconds; `act` is done then."""
+    """Time that passes only in sleep(), by `seconds` if that is set; `act` is called then."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -91,7 +91,7 @@ def test_a_stream_that_was_never_ready_is_unknown(host: Host, said: Said) -> Non
 
 def test_a_guest_that_waits_for_go_is_dead_before_it_is_said(host: Host, said: Said) -> None:
     host.record(READY)
-    assert ask() == OK
+    assert ask() == EXIT_OK
     assert said == [("HELLO", READY), ("FAILED", DEAD)]
     assert said.texts[-1] == "it was not started there, and will not be"
     assert host.guest.asked == [("discard", DEAD), ("close", DEAD)]
@@ -101,7 +101,7 @@ def test_a_guest_that_waits_for_go_is_dead_before_it_is_said(host: Host, said: S
 @pytest.mark.parametrize("text", ["", "{", '{"phase": "dead"}'])
 def test_a_guest_whose_record_is_broken_may_have_run(host: Host, said: Said, text: str) -> None:
     (host.base / f"destination/{A}.json").write_text(text)
-    with pytest.raises(InDoubtError, match="what it speaks of may have run"):
+    with pytest.raises(InDoubtError, match="its guest may have run"):
         ask()
     assert said == [("HELLO", "broken"), ("RAN", "broken")]
 
@@ -110,21 +110,21 @@ def test_a_dead_guest_failed_however_often_it_is_asked(host: Host, said: Said) -
     record = host.record(DEAD)
     host.guest.alive = False
     for _ in range(3):
-        assert ask() == OK
+        assert ask() == EXIT_OK
     assert said == [("HELLO", DEAD), ("FAILED", DEAD)] * 3
     assert host.roles["destination"].all() == [record]
 
 
 def test_what_a_killed_bhyrecv_left_of_a_dead_guest_is_ended(host: Host, said: Said) -> None:
     host.record(DEAD)
-    assert ask() == OK
+    assert ask() == EXIT_OK
     assert host.guest.asked == [("discard", DEAD), ("close", DEAD)]
 
 
 def test_a_bhyrecv_that_lives_ends_its_guest_itself(host: Host, said: Said) -> None:
     host.record(READY)
     with Lock(host.base, f"stream-{A}", "the stream"):
-        assert ask() == OK
+        assert ask() == EXIT_OK
     assert said[-1] == ("FAILED", DEAD)
     assert host.guest.asked == []
 
@@ -137,7 +137,7 @@ def test_a_guest_that_cannot_be_ended_has_failed_all_the_same(
     host.error = GuestError("it is another guest") if broken == "open" else None
     host.guest.fails = broken == "discard"
     host.guest.alive = broken != "gone"
-    assert ask() == OK
+    assert ask() == EXIT_OK
     assert said[-1] == ("FAILED", DEAD)
 
 
@@ -150,9 +150,9 @@ def test_a_guest_that_was_started(
 ) -> None:
     record = host.record(STARTED)
     host.guest.alive, host.guest.running = alive, running
-    assert ask() == OK
+    assert ask() == EXIT_OK
     assert said == [("HELLO", STARTED), (word, STARTED)]
-    # What a bhyrecv that was killed left of a guest that runs is removed.
+    # The files that a killed bhyrecv has left of a running guest's start are removed.
     tidied = [("clear", STARTED), ("close", STARTED)] if word == "RUNNING" else []
     assert host.guest.asked == [("close", STARTED), *tidied]
     assert host.roles["destination"].all() == [record]
@@ -161,10 +161,10 @@ def test_a_guest_that_was_started(
 def test_a_started_guest_that_cannot_be_looked_at_may_have_run(
     host: Host, said: Said, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its hypervisor may have another client: there is an answer all the same."""
+    """The hypervisor may have another client; -q answers even so."""
     host.record(STARTED)
     host.error = GuestError("it has another client")
-    assert ask() == OK
+    assert ask() == EXIT_OK
     assert said[-1] == ("RAN", STARTED)
     assert "it has another client" in capfd.readouterr().err
 
@@ -173,10 +173,10 @@ def test_a_started_guest_that_cannot_be_looked_at_may_have_run(
 def test_a_guest_that_nobody_can_release_any_more_has_failed(
     host: Host, said: Said, monkeypatch: pytest.MonkeyPatch, is_alone: bool
 ) -> None:
-    """bhyrecv was killed between the record and the release: DEAD before it is said."""
+    """bhyrecv was killed between record and release: -q records DEAD before it answers."""
     host.record(STARTED)
     monkeypatch.setattr(hypervisors, "was_never_released", lambda revive: is_alone)
-    assert ask() == OK
+    assert ask() == EXIT_OK
     if is_alone:
         assert said[-1] == ("FAILED", DEAD)
         assert host.guest.asked[-2:] == [("discard", DEAD), ("close", DEAD)]
@@ -186,7 +186,7 @@ def test_a_guest_that_nobody_can_release_any_more_has_failed(
 
 def test_a_loaded_guest_may_have_run(host: Host, said: Said) -> None:
     host.record(LOADED)
-    assert ask() == OK
+    assert ask() == EXIT_OK
     assert said == [("HELLO", LOADED), ("RAN", LOADED)]
     assert host.opened == []
 
@@ -212,7 +212,7 @@ def test_a_start_is_waited_for(host: Host, said: Said, clock: Clock) -> None:
         lock.release()
 
     clock.act = started
-    assert ask() == OK
+    assert ask() == EXIT_OK
     assert said[-1] == ("RUNNING", STARTED)
     Lock(host.base, f"stream-{A}", "the stream").release()
 
@@ -224,7 +224,7 @@ def test_a_start_that_goes_on_for_long_may_have_been_one(
     host.guest.running = True
     clock.seconds = 15
     with Lock(host.base, f"stream-{A}", "the stream"):
-        assert ask() == OK
+        assert ask() == EXIT_OK
     assert said[-1] == ("RAN", STARTED)
     assert host.opened == []
 
@@ -238,14 +238,14 @@ def test_a_start_that_failed_meanwhile_has_failed(host: Host, said: Said, clock:
         lock.release()
 
     clock.act = failed
-    assert ask() == OK
+    assert ask() == EXIT_OK
     assert said[-1] == ("FAILED", DEAD)
 
 
 def test_a_guest_that_is_started_just_now_is_not_dead(
     host: Host, said: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GO came between the look at the record and its change."""
+    """GO came after -q had read the record, and before -q could change it."""
     host.record(READY)
     host.guest.running = True
     change = Records.change
@@ -255,7 +255,7 @@ def test_a_guest_that_is_started_just_now_is_not_dead(
         return change(records, id_, before, after)
 
     monkeypatch.setattr(Records, "change", late)
-    assert ask() == OK
+    assert ask() == EXIT_OK
     assert said == [("HELLO", READY), ("RUNNING", STARTED)]
     assert "discard" not in [what for what, _ in host.guest.asked]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.errors import GuestError, PipeError
+from bhystream.errors import GuestError, InputOutputError
 from bhystream.handover import state
 from bhystream.handover.answers import Answer, unpack
 from bhystream.recv import reply
@@ -27,7 +27,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Clock:
-    """Stands still until it is told."""
+    """A clock that stands still until a test moves it."""
 
     def __init__(self) -> None:
         self.ns = 10**12
@@ -44,7 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Pipe:
-    """A pipe; as standard output, where it is asked for."""
+    """A pipe, which becomes standard output if the test asks for that."""
 
     def __init__(self) -> None:
         self.read_fd, self.write_fd = os.pipe()
@@ -60,7 +60,7 @@ class Pipe:
         self.write_fd = -1
 
     def answers(self) -> list[Answer]:
-        """Return what has come; the pipe is empty then."""
+        """Return what has come, and empty the pipe."""
         os.set_blocking(self.read_fd, False)
         try:
             data = os.read(self.read_fd, 1 << 20)
@@ -69,7 +69,7 @@ class Pipe:
         return [unpack(line) for line in data.splitlines(keepends=True)]
 
     def fill(self) -> int:
-        """Fill it with newlines; return how many."""
+        """Fill the pipe with newlines; return their number."""
         os.set_blocking(self.write_fd, False)
         count = 0
         for size in (4096, 1):
@@ -119,7 +119,7 @@ def test_an_answer_is_one_line_with_its_arguments(base: Path, back: Pipe) -> Non
 def test_an_answer_that_nobody_reads_is_an_error_or_none(base: Path, back: Pipe) -> None:
     made = Reply(base, ID)
     back.close_read()
-    with pytest.raises(PipeError):
+    with pytest.raises(InputOutputError):
         made.say("ACCEPT")
     made.try_to_say("ACCEPT")
 
@@ -164,13 +164,13 @@ def test_before_the_first_section_nothing_is_seen(base: Path, back: Pipe, clock:
 
 
 def test_seen_does_not_wait_for_a_full_pipe(base: Path, back: Pipe, clock: Clock) -> None:
-    """Else a way back that nobody reads would stop the way in."""
+    """If it waited, a way back that nobody reads would stop the stream."""
     made = Reply(base, ID)
     filled = back.fill()
     for number in range(1000):
         made.seen(number, number * 16 * MIB, now=True)
     assert os.read(back.read_fd, filled + 1000) == b"\n" * filled
-    # It has not been said: it is still due.
+    # No SEEN was written, so one is still due.
     made.seen(7, 0, now=False)
     assert back.answers() == seen(7)
 
@@ -232,12 +232,12 @@ def test_it_is_not_quiet_where_something_has_come(pipe: Pipe) -> None:
     os.write(pipe.write_fd, b"x")
     assert read(source) == b"x"
     pipe.close_write()
-    assert read(source) == b""  # nor at the end
+    assert read(source) == b""  # the end of the input does not call it either
 
 
 @pytest.mark.parametrize("waiting", [b"", b"GO"])
 def test_after_the_limit_nothing_is_read(pipe: Pipe, waiting: bytes) -> None:
-    """Also what lies there: it may have lain there for long."""
+    """Not even bytes that are there: they may have been there for long."""
     source = TimedInput(pipe.read_fd)
     source.deadline = time.monotonic() - 1
     source.why = "no GO came for 60 s"
@@ -284,11 +284,11 @@ def test_a_descriptor_that_is_closed_is_an_error(pipe: Pipe) -> None:
         read(source)
 
 
-# What is left.
+# The rest of the stream.
 
 
 def test_what_is_left_is_read_to_the_end(pipe: Pipe) -> None:
-    """More than the pipe holds: the writer ends without an error."""
+    """There is more than a pipe holds, and the writer ends without an error."""
     source = TimedInput(pipe.read_fd)
     written = 0
 

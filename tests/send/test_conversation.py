@@ -1,4 +1,4 @@
-"""The conversation at the source: what is waited for, how long, and what is made of it."""
+"""The conversation at the source: what bhysend waits for, how long, and what bhysend concludes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from bhystream.errors import (
     DowntimeError,
     GuestError,
     IncompatibleError,
-    PipeError,
+    InputOutputError,
     ReaderGoneError,
     UsageError,
 )
 from bhystream.handover.answers import Answer, LostError, pack
 from bhystream.handover.handshake import Event
 from bhystream.report import Console
-from bhystream.send import conversation, push
+from bhystream.send import conversation, flush
 from bhystream.send.conversation import Command, Conversation, Ready, Route
 from bhystream.send.rendezvous import connect
 from bhystream.signals import Signals
@@ -40,14 +40,14 @@ pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExce
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is to come is in the box before it is waited for; nothing else will come."""
-    monkeypatch.setattr(push, "_PATIENCE_S", 0.0)
+    """Set the limits to 0: every answer is in the inbox before bhysend waits; none comes later."""
+    monkeypatch.setattr(flush, "_PATIENCE_S", 0.0)
     for name in ("ACCEPT_SECONDS", "READY_SECONDS", "ANSWER_SECONDS", "_LAST_WORDS_S"):
         monkeypatch.setattr(conversation, name, 0)
 
 
 class Case:
-    """One conversation whose box the test fills."""
+    """One conversation whose inbox the test fills."""
 
     def __init__(self, base: Path) -> None:
         self.signals = Signals()
@@ -57,22 +57,22 @@ class Case:
 
     @cached_property
     def route(self) -> Route:
-        """Open it in the test, with the standard error that the test looks at."""
+        """Open the route in the test, with the standard error that the test reads."""
         names = ("web1", "qemu:/web1")
         return Route(Console("bhysend"), self.base, names, ID, self.command)
 
     def put(self, word: str, *args: str) -> None:
-        self.route.box.put(HELLO, Answer(ID, word, args))
+        self.route.inbox.put(HELLO, Answer(ID, word, args))
 
     def lose(self) -> None:
-        self.route.box.lose("the way back was closed")
+        self.route.inbox.lose("the way back was closed")
 
     def talk(self, writer: Writer) -> Conversation:
         return Conversation(self.route, writer, Console("bhysend"), self.signals)
 
     def begin(self, held: int = 0) -> tuple[Conversation, Hoarding]:
-        """Begin, with a destination that accepts all at once."""
-        writer = Hoarding(self.fd, held, self.route.box)
+        """Begin, with a destination that has accepted the head already."""
+        writer = Hoarding(self.fd, held, self.route.inbox)
         writer.section(Type.HEAD_END)
         self.put("ACCEPT")
         talk = self.talk(writer)
@@ -109,7 +109,7 @@ def test_it_begins_when_the_head_is_accepted(case: Case) -> None:
 def test_a_head_that_is_not_accepted(
     case: Case, word: str, args: tuple[str, ...], cls: type[BhyError], text: str
 ) -> None:
-    talk = case.talk(Hoarding(case.fd, 0, case.route.box))
+    talk = case.talk(Hoarding(case.fd, 0, case.route.inbox))
     case.put(word, *args)
     with pytest.raises(cls) as caught:
         talk.await_accept()
@@ -119,11 +119,11 @@ def test_a_head_that_is_not_accepted(
 def test_a_way_back_that_is_gone_at_the_beginning(case: Case) -> None:
     case.lose()
     with pytest.raises(GuestError, match="the way back was closed"):
-        case.talk(Hoarding(case.fd, 0, case.route.box, says_hello=False)).await_accept()
+        case.talk(Hoarding(case.fd, 0, case.route.inbox, says_hello=False)).await_accept()
 
 
 def test_what_was_pushed_while_it_started_is_not_what_the_pipeline_holds(case: Case) -> None:
-    """A password was typed, or bhyrecv was slow to start: the pipeline holds nothing."""
+    """An operator was typing a password, or bhyrecv started slowly: the pipeline holds nothing."""
 
     class Late(Hoarding):
         def section(
@@ -132,11 +132,11 @@ def test_what_was_pushed_while_it_started_is_not_what_the_pipeline_holds(case: C
             super().section(type_, payload, flags=flags, body=body)
             if sum(self.pads) > 4 * MIB and self.held:
                 self.held = 0
-                self.box.put(HELLO, HELLO)
-                self.box.put(HELLO, Answer(ID, "SEEN", (str(self.sequence - 1),)))
-                self.box.put(HELLO, Answer(ID, "ACCEPT"))
+                self.inbox.put(HELLO, HELLO)
+                self.inbox.put(HELLO, Answer(ID, "SEEN", (str(self.sequence - 1),)))
+                self.inbox.put(HELLO, Answer(ID, "ACCEPT"))
 
-    writer = Late(case.fd, 1 << 40, case.route.box, says_hello=False)
+    writer = Late(case.fd, 1 << 40, case.route.inbox, says_hello=False)
     talk = case.talk(writer)
     talk.await_accept()
     assert sum(writer.pads) > 4 * MIB
@@ -147,12 +147,12 @@ def test_what_was_pushed_while_it_started_is_not_what_the_pipeline_holds(case: C
 
 
 def test_settling_measures_the_way_with_what_is_known(case: Case) -> None:
-    """Where that was only found out now, it is tried again, at once."""
+    """If settle() has only now found the amount, settle() measures again at once."""
     talk, writer = case.begin()
     writer.held = 3 * MIB
     writer.section(Type.ROUND_END, bytes(24))
     talk.settle()
-    # Twice from nothing: the link may just have hesitated.  Then with what is known.
+    # Two pushes from nothing, because the link may only have hesitated; then the known amount.
     ladder = [64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20]
     starts = [at for at, length in enumerate(writer.pads) if length == ladder[0]]
     assert len(starts) == 2
@@ -169,7 +169,7 @@ def test_a_link_that_hesitated_once_holds_nothing_back(case: Case) -> None:
     talk, writer = case.begin()
     writer.held = 3 * MIB
     writer.section(Type.ROUND_END, bytes(24))
-    push = talk._push
+    push = talk._flush
     real, calls = push.through, []
 
     def through() -> None:
@@ -255,31 +255,31 @@ def test_the_answer_to_go(case: Case, put: Callable[[Case], None], event: Event,
 
 
 def test_a_way_there_that_is_gone_leaves_the_way_back(case: Case) -> None:
-    """bhyrecv has answered and ended: nobody takes what is pushed."""
+    """bhyrecv has answered and ended: nobody reads the PAD."""
 
     class Gone(Hoarding):
         def section(
             self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Bytes = b""
         ) -> None:
             if type_ == Type.PAD:
-                self.box.put(HELLO, Answer(ID, "RUNNING"))
-                raise PipeError("cannot write the stream: Broken pipe")
+                self.inbox.put(HELLO, Answer(ID, "RUNNING"))
+                raise InputOutputError("cannot write the stream: Broken pipe")
             super().section(type_, payload, flags=flags, body=body)
 
     case.put("ACCEPT")
-    talk = case.talk(Gone(case.fd, 0, case.route.box))
+    talk = case.talk(Gone(case.fd, 0, case.route.inbox))
     talk.await_accept()
     talk.commit()
     assert talk.await_outcome() == (Event.RUNNING, "")
 
 
 def give_up(*_: object) -> bool:
-    raise PipeError("cannot write the stream: Broken pipe")
+    raise InputOutputError("cannot write the stream: Broken pipe")
 
 
 def test_an_answer_that_does_not_come_is_doubt(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     talk, _ = case.begin()
-    monkeypatch.setattr(push.Push, "until", give_up)
+    monkeypatch.setattr(flush.Flush, "until", give_up)
     talk.commit()
     assert talk.await_outcome() == (Event.DOUBT, "no answer came for 0 s")
 
@@ -293,8 +293,8 @@ def test_an_answer_is_waited_for_when_nothing_can_be_pushed(
         case.put("RUNNING")
         return True
 
-    monkeypatch.setattr(push.Push, "until", give_up)
-    monkeypatch.setattr(case.route.box, "wait", wait)
+    monkeypatch.setattr(flush.Flush, "until", give_up)
+    monkeypatch.setattr(case.route.inbox, "wait", wait)
     talk.commit()
     assert talk.await_outcome() == (Event.RUNNING, "")
 
@@ -303,7 +303,7 @@ def test_what_a_tick_raises_while_it_waits_is_doubt(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     talk, _ = case.begin()
-    monkeypatch.setattr(case.route.box, "wait", give_up)
+    monkeypatch.setattr(case.route.inbox, "wait", give_up)
     talk.commit()
     assert talk.await_outcome() == (Event.DOUBT, "no answer came for 0 s")
 
@@ -311,7 +311,7 @@ def test_what_a_tick_raises_while_it_waits_is_doubt(
 def test_an_interrupt_comes_too_late_and_is_told(
     case: Case, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Also while GO is being recorded and written: from commit() on."""
+    """The message also comes while bhysend records and writes GO: from commit() on."""
     talk, _ = case.begin()
     case.put("RUNNING")
     talk.commit()
@@ -319,7 +319,7 @@ def test_an_interrupt_comes_too_late_and_is_told(
     assert "SIGINT: too late, GO is out; waiting for the answer of hv2" in capfd.readouterr().err
 
 
-# Why it broke.
+# Why the conversation broke.
 
 
 GONE = ReaderGoneError("cannot write the stream: Broken pipe")
@@ -342,15 +342,15 @@ def test_nothing_explains_what_nobody_speaks_of(case: Case) -> None:
     "error",
     [
         GuestError("the guest's hypervisor is gone"),
-        PipeError("cannot open /nonexistent: No such file or directory"),
-        PipeError("nothing was taken from the stream for 30 s"),
+        InputOutputError("cannot open /nonexistent: No such file or directory"),
+        InputOutputError("nothing was taken from the stream for 30 s"),
         DowntimeError("not now"),
         UsageError("the pipeline holds bytes back"),
     ],
 )
 @pytest.mark.parametrize("says", [True, False])
 def test_what_we_have_found_is_its_own_explanation(case: Case, error: BhyError, says: bool) -> None:
-    """Neither what the destination makes of it nor the status of a command is the cause."""
+    """Neither the destination's reaction nor the status of a command is the cause."""
     if says:
         case.begin()
         case.put("FAILED", "the stream was aborted")
@@ -372,14 +372,14 @@ def test_what_we_have_found_is_its_own_explanation(case: Case, error: BhyError, 
 def test_what_is_wrong_with_the_answers_is_not_hidden_by_a_status(
     case: Case, said: bytes, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even where the command has ended by itself: that is not why we have given up."""
+    """Even if the command has ended by itself, its end is not why bhysend has given up."""
     monkeypatch.setattr(conversation, "_LAST_WORDS_S", 60)
-    monkeypatch.setattr(push, "_PATIENCE_S", 60)
+    monkeypatch.setattr(flush, "_PATIENCE_S", 60)
     case.command = python(f"os.write(1, {said!r}); sys.exit(255)")
     case.route.start()
-    case.route.box.wait(lambda: bool(case.route.box.lost), 60)
+    case.route.inbox.wait(lambda: bool(case.route.inbox.lost), 60)
     with pytest.raises(GuestError) as caught:
-        case.route.box.check()
+        case.route.inbox.check()
     assert case.route.explain(caught.value) is caught.value
     assert str(caught.value).startswith(why)
 
@@ -390,14 +390,14 @@ def test_a_way_back_that_was_closed_is_explained_by_the_end_of_the_command(
     monkeypatch.setattr(conversation, "_LAST_WORDS_S", 60)
     case.command = python("os.kill(os.getpid(), 9)")
     case.route.start()
-    case.route.box.wait(lambda: bool(case.route.box.lost), 60)
+    case.route.inbox.wait(lambda: bool(case.route.inbox.lost), 60)
     with pytest.raises(LostError) as caught:
-        case.route.box.check()
+        case.route.inbox.check()
     assert str(case.route.explain(caught.value)).endswith(": it was killed by SIGKILL (signal 9)")
 
 
 def test_a_command_that_lives_explains_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it makes of the end of its input is our doing."""
+    """The command would end only because bhysend closes its input."""
     monkeypatch.setattr(conversation, "_LAST_WORDS_S", 0)
     case.command = python("sys.stdin.buffer.read(); sys.exit(255)")
     assert case.route.explain(GONE) is GONE
@@ -432,7 +432,7 @@ def test_a_command_ends_when_its_input_does(status: int) -> None:
     command = Command(python(f"sys.stdin.buffer.read(); sys.exit({status})"))
     os.write(command.stream_fd, b"stream")
     assert command.end(60) == status
-    command.hang_up()  # twice is no error
+    command.hang_up()  # a second call is no error
 
 
 def test_a_command_that_does_not_end_is_killed() -> None:
@@ -441,7 +441,7 @@ def test_a_command_that_does_not_end_is_killed() -> None:
 
 
 def test_a_command_is_not_ended_by_the_terminal() -> None:
-    """A Ctrl-C there must not cut the way back at the worst moment."""
+    """A Ctrl-C at the terminal must not cut the way back while GO may be out."""
     numbers = "signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP"
     command = Command(
         python(f"sys.exit(any(signal.getsignal(n) != signal.SIG_IGN for n in ({numbers})))")
@@ -464,7 +464,7 @@ def test_the_answers_of_a_command_are_its_standard_output(
     case: Case, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(conversation, "ACCEPT_SECONDS", 60)
-    monkeypatch.setattr(push, "_PATIENCE_S", 60)
+    monkeypatch.setattr(flush, "_PATIENCE_S", 60)
     said = b"Last login: Mon\n" + b"".join(
         pack(answer) for answer in (HELLO, Answer(ID, "SEEN", ("0",)), Answer(ID, "ACCEPT"))
     )
@@ -474,7 +474,7 @@ def test_the_answers_of_a_command_are_its_standard_output(
     talk = case.talk(writer)
     talk.await_accept()
     assert case.route.answer_fd >= 0
-    assert (talk.host, case.route.box.seen) == ("hv2", 0)
+    assert (talk.host, case.route.inbox.seen) == ("hv2", 0)
     case.route.close(0)
     case.route.close(0)
     lines = capfd.readouterr().err.splitlines()

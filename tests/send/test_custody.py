@@ -1,4 +1,4 @@
-"""A guest in bhysend's custody: what is said of it where the last act on it fails."""
+"""A guest in bhysend's custody: what bhysend says if the last act on the guest fails."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from bhystream import hypervisors
-from bhystream.errors import BhyError, GoneError, GuestError, HeldError, PipeError
+from bhystream.errors import BhyError, GuestEndedError, GuestError, HeldError, InputOutputError
 from bhystream.guest import PAUSED, State
 from bhystream.handover.answers import Answer
 from bhystream.handover.handshake import Event
@@ -19,7 +19,7 @@ from bhystream.report import Console
 from bhystream.send import custody
 from bhystream.send.conversation import Conversation, Ready
 from bhystream.send.custody import Custody
-from bhystream.send.job import Begun, Job
+from bhystream.send.job import Begun, SendJob
 from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits
 from bhystream.send.stopwatch import Stopwatch
@@ -32,7 +32,7 @@ HELLO = Answer(ID, "HELLO", ("hv2/a1", "/d"))
 
 
 class Keeper:
-    """A keeper that is no process."""
+    """A keeper without a process."""
 
     pid = 1
 
@@ -92,7 +92,7 @@ class Talk:
 
 
 class Case:
-    """One custody, and what it works on."""
+    """One custody, and the objects that it works on."""
 
     def __init__(self, base: Path) -> None:
         self.guest, self.base = Guest(), base
@@ -100,7 +100,7 @@ class Case:
         writer = Writer(self.fd, Header(Form.ANSWERED, Feature(0), bytes.fromhex(ID), 1))
         self.lock = Lock(base, "bhyve-web1", "guest web1")
         opts = SendOptions(guest="web1", limits=Limits(), answered=True)
-        job = Job(opts, base, Console("bhysend"), Signals(), cast(Any, self.guest), self.lock)
+        job = SendJob(opts, base, Console("bhysend"), Signals(), cast(Any, self.guest), self.lock)
         record = Record(ID, "web1", "web1", "bhyve-web1", PAUSED, {})
         begun = Begun(writer, cast(Conversation, Talk()))
         self.custody = Custody(job, begun, record, Stopwatch())
@@ -122,13 +122,11 @@ def case(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
 
 
 def recovered(case: Case, act: Callable[[], None]) -> tuple[BhyError | None, str]:
-    """Let an act fail; return what is told instead, and where the guest is."""
+    """Let an act fail; return the error that is reported instead, and where the guest is."""
     with pytest.raises(BhyError) as caught:
         act()
-    try:
-        return None, case.custody.recover(caught.value)
-    except BhyError as told:
-        return told, ""
+    found = case.custody.recover(caught.value)
+    return found.instead, found.where
 
 
 def test_a_guest_that_runs_there_is_not_said_to_be_resumed(
@@ -137,7 +135,7 @@ def test_a_guest_that_runs_there_is_not_said_to_be_resumed(
     case.commit()
 
     def remove(*_: object) -> None:
-        raise PipeError("cannot remove the record: Input/output error")
+        raise InputOutputError("cannot remove the record: Input/output error")
 
     monkeypatch.setattr(Records, "remove", remove)
     told, _ = recovered(case, lambda: case.custody.settle(Event.RUNNING))
@@ -158,7 +156,7 @@ def test_a_guest_that_cannot_be_ended_here_is_named_with_its_verb(case: Case) ->
 
 def test_a_guest_whose_hypervisor_is_gone_is_not_left_to_the_keeper(case: Case) -> None:
     case.commit()
-    case.guest.fails["resume"] = GoneError("guest web1: its bhyve has ended")
+    case.guest.fails["resume"] = GuestEndedError("guest web1: its bhyve has ended")
     told, where = recovered(case, lambda: case.custody.settle(Event.FAILED))
     assert (told, where) == (None, "")
     assert Records(case.base, "source").all() == []
@@ -166,30 +164,30 @@ def test_a_guest_whose_hypervisor_is_gone_is_not_left_to_the_keeper(case: Case) 
 
 @pytest.mark.parametrize("error", [GuestError("no"), OSError(5, "Input/output error")])
 def test_a_guest_that_cannot_be_resumed_is_left_to_the_keeper(case: Case, error: Exception) -> None:
-    """Whatever the hypervisor's side raises."""
+    """This holds for any exception that the hypervisor's side raises."""
     case.custody.pause()
     case.guest.fails["resume"] = error
-    with pytest.raises(HeldError, match="and the guest cannot be resumed") as caught:
-        case.custody.recover(GuestError("the -p command failed"))
-    assert "the -p command failed" in str(caught.value)
-    assert caught.value.hint == "guest web1: its keeper goes on trying; see bhysend -l"
+    told = case.custody.recover(GuestError("the -p command failed")).instead
+    assert isinstance(told, HeldError)
+    assert str(told).startswith("the -p command failed; and the guest cannot be resumed")
+    assert told.hint == "guest web1: its keeper goes on trying; see bhysend -l"
     assert [record.phase for record in Records(case.base, "source").all()] == [PAUSED]
 
 
 def test_a_guest_that_was_brought_back_is_said_to_have_stood(case: Case) -> None:
     case.custody.pause()
-    where = case.custody.recover(GuestError("the -p command failed"))
-    assert where.startswith("guest web1: it runs here; it stood for ")
+    where = case.custody.recover(GuestError("the -p command failed")).where
+    assert where.startswith("guest web1: it runs here; it was paused for ")
     assert Records(case.base, "source").all() == []
 
 
 def test_a_pause_that_could_not_be_recorded_is_none(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing was asked of the hypervisor: the guest has not stood."""
+    """bhysend has asked the hypervisor for nothing: the guest was never paused."""
 
     def write(*_: object) -> None:
-        raise PipeError("cannot record the guest: No space left on device")
+        raise InputOutputError("cannot record the guest: No space left on device")
 
     monkeypatch.setattr(Records, "write", write)
     monkeypatch.setattr(hypervisors, "open_paused", lambda revive: case.guest)

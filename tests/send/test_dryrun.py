@@ -1,4 +1,4 @@
-"""bhysend -n over sparse files: what it finds, what it says, and that it changes nothing."""
+"""bhysend -n over sparse files: what bhysend finds and says, and that bhysend changes nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.errors import OK, PipeError
+from bhystream.errors import EXIT_OK, InputOutputError
 from bhystream.guest import PAGE_BYTES
 from bhystream.report import Console
 from bhystream.send import dryrun
@@ -37,7 +37,7 @@ def dry_run(source: MemorySource, limits: Limits, console: Console, *, machine: 
 
 
 class World:
-    """The time module of a dry run: only its sleep passes time, and the guest runs in it."""
+    """The time module of a dry run: time passes, and the guest runs, only in sleep()."""
 
     def __init__(self) -> None:
         self.now_ns = 12345
@@ -133,12 +133,12 @@ def test_a_dry_run_touches_nothing(
     rng: random.Random,
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:
-    # pause() and the others of MemorySource raise.
+    # pause() of MemorySource raises, so the dry run does not call it.
     for page in rng.sample(range(NPAGES), 100):
         source.write(page, rng.randbytes(100))
     blocks, memory = source.allocated_bytes(), source.contents()
-    assert dry_run(source, Limits(), Console("bhysend"), machine=False) == OK
-    assert dry_run(source, Limits(), Console("bhysend"), machine=True) == OK
+    assert dry_run(source, Limits(), Console("bhysend"), machine=False) == EXIT_OK
+    assert dry_run(source, Limits(), Console("bhysend"), machine=True) == EXIT_OK
     assert source.allocated_bytes() == blocks
     assert source.contents() == memory
 
@@ -240,7 +240,7 @@ def test_non_convergence_is_said(
     dry_run(source, Limits(rate_bytes=100_000), console, machine=False)
     err = capfd.readouterr().err
     assert "at -B (97.7 KiB/s): it changes too fast for -d 300 ms" in err
-    # The guest can be moved all the same, if it is paused long enough.
+    # A guest that changes too fast can still be moved, if the pause may be long.
     forced = Limits(rate_bytes=100_000, finish=True, time_ns=600 * NS)
     for limits, rounds in ((forced, 15), (Limits(rounds=0, rate_bytes=100_000), 0)):
         fill(source, b"\1")
@@ -274,7 +274,7 @@ def test_a_report_that_cannot_be_written_is_no_success(
     try:
         monkeypatch.setattr(dryrun, "_STDOUT", full)
         for machine in (False, True):
-            with pytest.raises(PipeError, match="No space left"):
+            with pytest.raises(InputOutputError, match="No space left"):
                 dry_run(source, Limits(), Console("bhysend"), machine=machine)
     finally:
         os.close(full)

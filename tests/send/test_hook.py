@@ -1,4 +1,4 @@
-"""The command of bhysend -p: what it is given, and how it ends."""
+"""The command of bhysend -p: what the command is given, and how the command ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(command: str) -> Hook:
 
 
 def wait_for(path: Path) -> str:
-    """Return what a file says once it is complete: a line."""
+    """Return the line in a file, once the line is complete."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if path.exists() and (text := path.read_text()).endswith("\n"):
@@ -65,7 +65,7 @@ def test_its_output_is_our_standard_error(capfd: pytest.CaptureFixture[str]) -> 
 
 
 def test_its_input_is_empty(capfd: pytest.CaptureFixture[str]) -> None:
-    # Not what bhysend was given.
+    # The command does not get the standard input of bhysend.
     theirs, ours = os.pipe()
     before = os.dup(0)
     os.dup2(theirs, 0)
@@ -100,7 +100,7 @@ def test_it_inherits_no_descriptor_of_ours(capfd: pytest.CaptureFixture[str]) ->
 
 
 def test_a_keyboard_interrupt_does_not_reach_it() -> None:
-    # Its own process group: a Ctrl-C is ours to handle, and to answer with kill().
+    # The command has a process group of its own: bhysend handles a Ctrl-C, and calls kill().
     hook = run("kill -STOP $$")
     try:
         assert os.getpgid(hook._process.pid) == hook._process.pid
@@ -109,7 +109,7 @@ def test_a_keyboard_interrupt_does_not_reach_it() -> None:
 
 
 def test_kill_ends_the_whole_group(tmp_path: Path) -> None:
-    # The shell's child waits for what never comes: it ends by the signal only.
+    # The shell's child waits for ever: only the signal ends the child.
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     hook = run(f"cat {fifo} & echo $! > {tmp_path}/child; wait")
@@ -127,7 +127,7 @@ def test_kill_after_the_end_is_no_error() -> None:
 
 
 def test_kill_ends_what_a_failed_command_left_behind(tmp_path: Path) -> None:
-    # bhysend(8), -p: "If the move fails, it is killed."
+    # bhysend(8), -p: "If the move fails, bhysend kills hook."
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     hook = run(f"cat {fifo} & echo $! > {tmp_path}/child; exit 1")
@@ -138,4 +138,4 @@ def test_kill_ends_what_a_failed_command_left_behind(tmp_path: Path) -> None:
     try:
         assert is_gone(child, 10)
     finally:
-        os.close(os.open(fifo, os.O_RDWR))  # else it stays
+        os.close(os.open(fifo, os.O_RDWR))  # ends the child if kill() has failed

@@ -1,4 +1,4 @@
-"""The keeper: real processes, real kills, and records that tell it what to do."""
+"""The keeper: real processes, real kills, and records that tell the keeper what to do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from support.descriptors import descriptors
 from support.processes import is_gone
 
 ME = identify(os.getpid(), "QEMU")
-# A guest whose process lives, and whose QMP socket nobody answers at.
+# A guest whose process lives, but which does not answer on its QMP socket.
 REVIVE = {
     "hypervisor": "qemu",
     "name": "web1",
@@ -40,7 +40,7 @@ REVIVE = {
     "restore": {},
     "announce": False,
 }
-RUNS_ON = "guest web1: bhysend is gone; the guest runs on here; it stood for"
+RUNS_ON = "guest web1: bhysend is gone; the guest runs on here; it was paused for"
 RECORD = Record("a" * 32, "web1", "qemu:/web1", "lock-1", PAUSED, REVIVE)
 
 
@@ -62,7 +62,7 @@ def lock(base: Path) -> Iterator[Lock]:
     made.release()
 
 
-# As bhysend's child.
+# The keeper as a child of bhysend.
 
 
 def test_a_dismissed_keeper_ends_and_does_nothing(
@@ -73,7 +73,7 @@ def test_a_dismissed_keeper_ends_and_does_nothing(
     made.dismiss()
     assert made._process.returncode == 0
     assert records.all() == [RECORD]
-    made.dismiss()  # twice is no error
+    made.dismiss()  # a second call is no error
     assert capfd.readouterr().err == ""
 
 
@@ -110,7 +110,7 @@ def test_a_keeper_survives_what_ends_a_pipeline(
 ) -> None:
     names = ("INT", "HUP", "TERM", "QUIT", "TSTP", "USR1", "USR2")
     numbers = [getattr(signal, f"SIG{name}") for name in names]
-    # Where the tests run with some of them ignored, it would inherit that.
+    # If the tests run with some of these signals ignored, the keeper would inherit that.
     before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     try:
         made = Keeper(base, RECORD, lock)
@@ -167,7 +167,7 @@ def test_a_keeper_that_says_nothing_is_given_up(
     base: Path, lock: Lock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     silent = tmp_path / "silent"
-    # It ends when its order has come and its socket is closed.
+    # The program ends when the order has come and the socket is closed.
     silent.write_text('#!/bin/sh\nexec cat <&"$3" >/dev/null\n')
     silent.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(silent))
@@ -189,7 +189,7 @@ base = state.directory()
 record = Record("a" * 32, "web1", "qemu:/web1", "lock-1", "paused", json.loads(sys.argv[1]))
 keeper = Keeper(base, record, Lock(base, record.lock, "guest web1"))
 for phase in sys.argv[2:]:
-    Records(base, "source").write(record.moved(phase))
+    Records(base, "source").write(record.with_phase(phase))
 print(keeper._process.pid, flush=True)
 sys.stdin.read()
 """
@@ -209,7 +209,7 @@ def orphan(*phases: str) -> int:
 
 
 def test_a_keeper_is_of_the_same_program(base: Path, tmp_path: Path) -> None:
-    # Run from a source tree, by a relative path: not the one that is installed.
+    # The keeper comes from a source tree on a relative path, and not from the installed one.
     tree = tmp_path / "tree"
     shutil.copytree(Path(bhystream.__file__).parent, tree / "lib/bhystream")
     module = tree / "lib/bhystream/send/keeper.py"
@@ -256,7 +256,7 @@ def test_it_keeps_record_and_lock_while_it_tries(base: Path, records: Records) -
     Lock(base, RECORD.lock, "guest web1").release()
 
 
-# What it does then, by a keeper whose hypervisor is ours.
+# What the keeper does when bhysend has been killed, with a hypervisor of the test.
 
 DRIVER = """
 import sys
@@ -325,7 +325,7 @@ class Driven:
         assert self.socket.recv(100) == b"ready\n"
 
     def orphaned(self) -> tuple[int, str, str]:
-        """Close its socket, as the kernel does; return status, stdout, stderr."""
+        """Close bhysend's socket, as the kernel does; return the keeper's status and output."""
         self.socket.close()
         out, err = self.process.communicate(timeout=60)
         return self.process.returncode, out, err
@@ -337,7 +337,7 @@ def test_a_paused_guest_is_resumed_and_its_record_removed(base: Path, records: R
     status, out, err = driven.orphaned()
     *acts, said = out.splitlines()
     assert acts == ["open", "resume"]
-    # How long it stood, from what its record says.
+    # The length of the pause is counted from the time in the record.
     assert re.fullmatch(f"log {RUNS_ON} 6[0-9] m [0-9]{{2}} s", said)
     assert status == 0
     assert re.fullmatch(f"bhysend: {RUNS_ON} 6[0-9] m [0-9]{{2}} s\n", err)
@@ -355,7 +355,7 @@ def test_it_tries_again_until_the_hypervisor_answers(base: Path, records: Record
 
 
 def test_it_tries_again_whatever_failed(base: Path, records: Records) -> None:
-    # The last one who can resume the guest does not give up over a fault of ours.
+    # Only the keeper can resume the guest now, so no fault of ours may stop the keeper.
     driven = Driven(base, 60, "[OSError(11, 'odd'), ValueError('odd')]")
     records.write(RECORD)
     status, out, err = driven.orphaned()
@@ -379,7 +379,7 @@ def test_what_cannot_be_resumed_is_said_and_its_record_kept(base: Path, records:
 def test_a_guest_that_stays_paused_is_its_hypervisors_and_the_operators(
     base: Path, records: Records
 ) -> None:
-    """Given up, it is lost with nobody: it stands in its hypervisor, and the record says so."""
+    """When the keeper gives up, the guest stands paused in its hypervisor, and has its record."""
     driven = Driven(base, 0, "[GuestError('busy')] * 3")
     records.write(RECORD)
     found, out, err = driven.orphaned()
@@ -425,7 +425,7 @@ def test_nothing_else_is_ever_resumed(base: Path, records: Records, phase: str |
     driven = Driven(base, 60)
     if phase:
         records.write(RECORD)
-        records.write(RECORD.moved(phase))
+        records.write(RECORD.with_phase(phase))
     status, out, err = driven.orphaned()
     told = {None: "", HELD: "the guest is held", GO: "the guest is in doubt, paused here"}[phase]
     said = f"guest web1: bhysend is gone; {told}"
@@ -437,7 +437,7 @@ def test_nothing_else_is_ever_resumed(base: Path, records: Records, phase: str |
 
 def test_a_guest_that_has_moved_is_ended_here(base: Path, records: Records) -> None:
     driven = Driven(base, 60)
-    records.write(replace(RECORD.moved(MOVED), host="hv2/ff", directory="/d"))
+    records.write(replace(RECORD.with_phase(MOVED), host="hv2/ff", directory="/d"))
     status, out, err = driven.orphaned()
     assert out.splitlines()[:-1] == ["open", "open", "discard hv2", "close"]
     assert status == 0
@@ -459,11 +459,11 @@ def test_a_guest_that_has_moved_is_ended_here(base: Path, records: Records) -> N
 def test_a_commands_answers_are_read_on(
     base: Path, records: Records, answer: bytes, acts: list[str], left: list[str]
 ) -> None:
-    """What bhysend has read of a line is missing; another stream's answers say nothing."""
+    """A line that bhysend has read in part, and another stream's answers, are skipped."""
     theirs, ours = os.pipe()
     driven = Driven(base, 60, answers=theirs)
     os.close(theirs)
-    records.write(replace(RECORD.moved(GO), host="hv2/ff", directory="/d"))
+    records.write(replace(RECORD.with_phase(GO), host="hv2/ff", directory="/d"))
     other = b"0" * 32
     os.write(ours, b"93c SEEN 7\nbhys1 " + other + b" RUNNING\nbhys1 " + other + b" FAILED x\n")
     if answer:
@@ -483,7 +483,7 @@ def test_a_word_cut_short_is_no_dismissal(base: Path, records: Records) -> None:
     assert (status, "resume" in out.splitlines()) == (0, True)
 
 
-# A bhysend that stands still.
+# A bhysend that is stopped.
 
 
 @pytest.fixture
@@ -507,15 +507,15 @@ def test_one_that_is_stopped_while_its_guest_is_paused_is_killed(
 ) -> None:
     monkeypatch.setattr(keeper, "_STOPPED_SECONDS", 0.0)
     if phase:
-        records.write(RECORD.moved(phase))
+        records.write(RECORD.with_phase(phase))
     guard = keeper.Guard(sleeper.pid, records, RECORD.id)
     guard.look()
-    assert sleeper.poll() is None  # it does not stand still
+    assert sleeper.poll() is None  # it is not stopped
     stop(sleeper)
     guard.look()
     if phase == PAUSED:
         assert sleeper.wait(60) == -signal.SIGKILL
-        guard.look()  # gone: nothing to see
+        guard.look()  # the process is gone: look() does nothing
     else:
         assert sleeper.poll() is None
 

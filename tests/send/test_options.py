@@ -1,4 +1,4 @@
-"""What bhysend makes of its command line."""
+"""The command line of bhysend, parsed and refused."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_bhysend_with_every_option() -> None:
 def test_the_form_of_the_stream_and_the_command(
     argv: str, form: Form, command: tuple[str, ...]
 ) -> None:
-    """What stands behind the guest is the command's own, options too."""
+    """All words after the guest belong to the command, options too."""
     opts = sender(*argv.split())
     assert (opts.form, opts.command) == (form, command)
     assert opts.answered == argv.startswith("-a")
@@ -89,6 +89,7 @@ def test_the_form_of_the_stream_and_the_command(
         ("-k a b", "-k and a command exclude each other"),
         ("-k -n a", "-k and -n exclude each other"),
         ("-nk a", "-k and -n exclude each other"),
+        ("-nPa a", "-n -P reports on standard output, and -a sends a stream there"),
         ("-C", "option -C requires argument"),
         ("-C a", "name a guest"),
         ("-C a -l", "-l goes with no other option"),

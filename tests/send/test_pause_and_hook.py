@@ -1,4 +1,4 @@
-"""The -p command runs while the guest is paused, and at no other time: on a stand-in."""
+"""The -p command runs while the guest is paused, and only then: tests on a stand-in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def host() -> Iterator[Rig]:
 
 
 def words(host: Rig, *options: str) -> tuple[list[str | Path], dict[str, str]]:
-    """Return the command that sends guest g, and its environment."""
+    """Return the command line that sends guest g, and the environment for it."""
     config = host.directory / "g.conf"
     lines = (host.directory / "g.config").read_text().splitlines(keepends=True)
     config.write_text("".join(line for line in lines if not line.startswith("standin.")))
@@ -37,7 +37,7 @@ def words(host: Rig, *options: str) -> tuple[list[str | Path], dict[str, str]]:
 
 
 def send(host: Rig, path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run bhysend of guest g into a file."""
+    """Run bhysend on guest g, and write the stream to a file."""
     command, environment = words(host, *options)
     with path.open("wb") as file:
         return subprocess.run(
@@ -56,14 +56,14 @@ def is_running(guest: Guest) -> bool:
 
 
 def test_the_guest_stands_still_while_the_command_runs(host: Rig, tmp_path: Path) -> None:
-    """It is held in its process, so that nothing of it is written to its disks."""
+    """The guest is paused in its process, so the process writes nothing to the guest's disks."""
     guest = host.start("g", SPEC)
     sizes = tmp_path / "sizes"
     look = f"stat -c %s {guest.console.path} >>{sizes}"
     done = send(host, tmp_path / "s", "-p", f"{look}; sleep 0.5; {look}")
     assert done.returncode == 80, done.stderr
     before, after = sizes.read_text().split()
-    assert before == after  # it beats ten times a second
+    assert before == after  # a guest that runs beats ten times a second
     assert is_running(guest)
 
 
@@ -71,14 +71,14 @@ def test_a_command_that_fails_lets_the_guest_run_on(host: Rig, tmp_path: Path) -
     guest = host.start("g", SPEC)
     done = send(host, tmp_path / "s", "-p", "exit 3")
     assert done.returncode == 69, done.stderr
-    assert re.search("guest g: it runs here; it stood for [0-9.]+ (ms|s)\n", done.stderr)
+    assert re.search("guest g: it runs here; it was paused for [0-9.]+ (ms|s)\n", done.stderr)
     assert is_running(guest)
     guest.console.await_beats(len(guest.console.beats()) + 3)
     guest.console.await_sweeps(1)
 
 
 def test_a_command_goes_with_a_checkpoint(host: Rig, tmp_path: Path) -> None:
-    """The guest is let run on when it has ended, and the copy is of that moment."""
+    """The guest runs on when the command has ended, and the copy is of that moment."""
     guest = host.start("g", SPEC)
     done = send(host, tmp_path / "s", "-k", "-p", f"touch {tmp_path}/was-here")
     assert done.returncode == 0, done.stderr
@@ -88,7 +88,7 @@ def test_a_command_goes_with_a_checkpoint(host: Rig, tmp_path: Path) -> None:
 
 
 def test_the_pause_of_a_checkpoint_ends_with_its_copy(host: Rig, tmp_path: Path) -> None:
-    """Rounds while the guest runs; the state is written when it runs again."""
+    """The rounds come while the guest runs, and the state when the guest runs again."""
     guest = host.start("g", SPEC)
     path = tmp_path / "s"
     done = send(host, path, "-k")

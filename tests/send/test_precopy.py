@@ -1,4 +1,4 @@
-"""The pre-copy policy, asked without a guest."""
+"""The pre-copy policy, without a guest."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ NPAGES = 1 << 20
 
 
 def history(*rounds: tuple[int, int, int], zero: int = 0) -> list[Round]:
-    """Make rounds one after the other.
+    """Return rounds that follow each other.
 
-    Each is (data pages, ms, ms of it in write), its bytes are its pages' alone.
+    rounds: (data pages, ms, ms of these in write(2)).  The bytes sent are those of the pages.
     """
     made, at = [], 0
     for pages, spent, writing in rounds:
@@ -48,7 +48,7 @@ FULL = (100_000, 1000, 1000)
         pytest.param([FULL], Limits(), GO_ON, id="after-round-0"),
         pytest.param([(10, 1000, 1000)], Limits(), GO_ON, id="small-but-a-second-round-pays"),
         pytest.param([(0, 5, 0)], Limits(), STOP, id="nothing-to-send"),
-        # 40 000 changed in 1000 ms; the next exposure is 400 ms: 16 000 pages.
+        # 40 000 pages changed in 1000 ms; the next exposure is 400 ms: 16 000 pages.
         pytest.param([FULL, (40_000, 400, 400)], Limits(), STOP, id="converging"),
         pytest.param(
             [FULL, (40_000, 400, 400)], Limits(downtime_ns=159 * MS), GO_ON, id="just-too-many"
@@ -109,7 +109,7 @@ def test_decisions(rounds: list[tuple[int, int, int]], limits: Limits, expected:
 
 
 def test_compressed_pages_take_less() -> None:
-    """A quarter of the bytes at a quarter of the rate: the same time for a page."""
+    """A quarter of the bytes at a quarter of the rate takes the same time for a page."""
     plain = history(FULL, (40_000, 400, 400))
     packed = [replace(one, sent_bytes=one.sent_bytes // 4) for one in plain]
     assert outlook(packed, NPAGES, Limits()) == outlook(plain, NPAGES, Limits())
@@ -127,7 +127,7 @@ def test_a_guest_of_zeros_stops_after_round_0() -> None:
 
 
 def test_pages_that_became_zero_count_as_change() -> None:
-    # They cost no bytes now, but what changed once may hold bytes at the pause.
+    # These pages cost no bytes now, but a page that changed once may hold bytes at the pause.
     made = [*history(FULL), Round(NS, 1400 * MS, 0, 40_000, 0, 0)]
     assert outlook(made, NPAGES, Limits()).last_pages == 16_000
 
@@ -210,12 +210,12 @@ def test_every_history_has_a_sane_outlook_and_decision(rng: random.Random) -> No
         if view.copy_ns > limits.downtime_ns and not (at_limit and limits.finish):
             assert got != STOP, (made, limits)
         seen.add((got, at_limit))
-    # Every arm was taken.
+    # The cases have reached every decision.
     assert seen == {(GO_ON, False), (STOP, False), (STOP, True), (GIVE_UP, True)}
 
 
 def one_link(found: Round, pages: int) -> Round:
-    """Return the round with so many pages, over a link that takes 1 us for each."""
+    """Return the round with `pages` pages, over a link that takes 1 us for each page."""
     return replace(
         found, data_pages=pages, zero_pages=0, sent_bytes=pages * PAGE_BYTES, write_ns=pages * 1000
     )
@@ -227,7 +227,7 @@ def test_more_change_never_makes_a_shorter_pause(rng: random.Random) -> None:
         limits = random_limits(rng)
         counts = sorted(rng.randint(0, 1000) for _ in range(4))
         copies = [outlook([*made, one_link(last, n)], 1000, limits).copy_ns for n in counts]
-        assert all(a <= b + 1 for a, b in pairwise(copies))  # 1 ns for rounding
+        assert all(a <= b + 1 for a, b in pairwise(copies))  # allow 1 ns for rounding
 
 
 # The forecast of a dry run.
@@ -270,7 +270,7 @@ GBIT = 10**9 / 8
 @pytest.mark.parametrize(
     ("link", "limits", "expected"),
     [
-        # 1 GiB at 125 MB/s is 8590 ms; 1 MB/s changes 8.6 MB meanwhile, which is 69 ms.
+        # 1 GiB at 125 MB/s takes 8590 ms; at 1 MB/s 8.6 MB change meanwhile, which take 69 ms.
         pytest.param(Link(GIB_PAGES, 1e6, 0, GBIT), Limits(), (2, 0), id="calm"),
         pytest.param(Link(GIB_PAGES, 0.0, 0, GBIT), Limits(), (2, 0), id="idle"),
         pytest.param(Link(0, 0.0, MS, GBIT), Limits(), (1, 0), id="nothing-to-send"),
@@ -282,7 +282,7 @@ GBIT = 10**9 / 8
         pytest.param(Link(GIB_PAGES, 0.0, 0, GBIT), Limits(rounds=1), None, id="r1-too-large"),
         pytest.param(Link(1000, 0.0, 0, GBIT), Limits(rounds=1), (1, 0), id="r1-fits"),
         pytest.param(Link(GIB_PAGES, 1e6, 0, GBIT), Limits(time_ns=NS), None, id="T-in-round-0"),
-        # Each round shrinks to a half: 8590 4295 2147 1074 537 268 ms.
+        # Each round is half as long as the one before: 8590 4295 2147 1074 537 268 ms.
         pytest.param(Link(GIB_PAGES, GBIT / 2, 0, GBIT), Limits(), (5, 268), id="halves"),
         pytest.param(
             Link(GIB_PAGES, GBIT / 2, 0, GBIT), Limits(rounds=4), None, id="halves-one-short"
@@ -311,7 +311,7 @@ def test_a_forecast_is_what_the_policy_then_does(rng: random.Random) -> None:
         )
         told, moved = link.told(limits), link.moved(limits)
         if moved != (told[0] if told else None):
-            # Whole pages and nanoseconds may tip what lies on the edge, and nothing else.
+            # Rounding to pages and ns may change a case close to a limit, and no other case.
             nearby = [
                 link.told(Limits(int(limits.downtime_ns * f), *_rest(limits, g)))
                 for f in (0.99, 1.01)

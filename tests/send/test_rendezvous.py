@@ -1,4 +1,4 @@
-"""Where the answers come in: real sockets, real pipes, one thread."""
+"""The rendezvous of the answers: real sockets, real pipes, one thread."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.errors import PipeError, UsageError
-from bhystream.handover.answers import Answer, Box, pack
+from bhystream.errors import InputOutputError, UsageError
+from bhystream.handover.answers import Answer, Inbox, pack
 from bhystream.send.rendezvous import Rendezvous, connect, path_of
 from support.descriptors import descriptors
 
@@ -28,13 +28,13 @@ LIMIT_S = 60
 
 
 class Source:
-    """bhysend's side: a box that is filled, and the noise that was shown."""
+    """bhysend's side: an inbox that fills, and the noise that was shown."""
 
     def __init__(self, base: Path) -> None:
         self.base = base
-        self.box = Box()
+        self.inbox = Inbox()
         self.noise: list[bytes] = []
-        self.rendezvous = Rendezvous(self.box, ID, NAMES, self.noise.append)
+        self.rendezvous = Rendezvous(self.inbox, ID, NAMES, self.noise.append)
 
     def listen(self) -> Source:
         self.rendezvous.listen(self.base)
@@ -42,12 +42,12 @@ class Source:
         return self
 
     def seen(self, number: int) -> bool:
-        return self.box.wait(lambda: self.box.seen >= number, LIMIT_S)
+        return self.inbox.wait(lambda: self.inbox.seen >= number, LIMIT_S)
 
     def lost(self) -> str:
         """Wait until nothing more can come; return why."""
-        self.box.wait(lambda: bool(self.box.lost), LIMIT_S)
-        return self.box.lost
+        self.inbox.wait(lambda: bool(self.inbox.lost), LIMIT_S)
+        return self.inbox.lost
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def source(base: Path) -> Iterator[Source]:
     made = Source(base)
     yield made
     made.rendezvous.close(0)
-    made.box.close()
+    made.inbox.close()
     assert descriptors() == before
     assert list((base / "run").iterdir()) == []
     assert not any(thread.name == "answers" for thread in threading.enumerate())
@@ -92,7 +92,7 @@ def test_a_third_stage_is_told_the_guest_and_brings_answers(source: Source) -> N
     with closing(meet(source.base)) as peer:
         peer.sendall(pack(HELLO) + seen(3))
         assert source.seen(3)
-        assert source.box.hello == HELLO
+        assert source.inbox.hello == HELLO
 
 
 def blocked(thread_id: int | None) -> set[int]:
@@ -138,7 +138,7 @@ def test_the_socket_of_a_killed_bhysend_is_none_and_is_removed(base: Path) -> No
 
 
 class Greeter:
-    """One that greets the first who connects with these bytes, and hangs up."""
+    """A bhysend that sends these bytes to the first process that connects, and hangs up."""
 
     def __init__(self, base: Path, greeting: bytes) -> None:
         self._listener = socket.socket(socket.AF_UNIX)
@@ -159,7 +159,7 @@ class Greeter:
 
 
 def test_what_comes_with_the_greeting_is_left(base: Path) -> None:
-    """The status may be told at once: it is not read with the greeting."""
+    """bhysend may tell the status at once: connect() must not read it with the greeting."""
     with closing(Greeter(base, json.dumps(NAMES).encode() + b"\nstatus 76\n")):
         peer = meet(base)
         assert rest_of(peer) == b"status 76\n"
@@ -176,7 +176,7 @@ def test_one_that_does_not_greet_is_none(base: Path, greeting: bytes) -> None:
 
 @pytest.mark.parametrize("spare", [-1, 0, 1])
 def test_a_path_that_is_too_long_for_a_socket_is_refused(tmp_path: Path, spare: int) -> None:
-    # sun_path has 104 bytes where it is shortest, with its NUL.
+    # sun_path is shortest on FreeBSD: 104 bytes with the NUL.
     room = 103 - len(f"/run/{ID}")
     base = Path("/" + "d" * (room - 1 - spare))
     if spare >= 0:
@@ -199,7 +199,7 @@ def test_a_path_that_is_too_long_opens_nothing(base: Path) -> None:
     with pytest.raises(UsageError, match="too long"):
         source.listen()
     source.rendezvous.close(64)
-    source.box.close()
+    source.inbox.close()
     assert descriptors() == before
 
 
@@ -207,10 +207,10 @@ def test_a_socket_that_cannot_be_bound_is_an_error(base: Path) -> None:
     before = descriptors()
     source = Source(base)
     (base / "run").rmdir()
-    with pytest.raises(PipeError, match=f"cannot listen on {base}/run/{ID}: No such file"):
+    with pytest.raises(InputOutputError, match=f"cannot listen on {base}/run/{ID}: No such file"):
         source.listen()
     source.rendezvous.close(74)
-    source.box.close()
+    source.inbox.close()
     assert descriptors() == before
 
 
@@ -225,10 +225,10 @@ def test_several_connections_of_one_host_fill_one_box(source: Source) -> None:
         assert source.seen(number)
     for peer in peers[1:]:
         peer.close()
-    # One is left, and is believed.
+    # One connection is left, and still counts.
     peers[0].sendall(pack(Answer(ID, "ACCEPT")))
-    assert source.box.wait(lambda: source.box.accepted, LIMIT_S)
-    assert source.box.lost == ""
+    assert source.inbox.wait(lambda: source.inbox.accepted, LIMIT_S)
+    assert source.inbox.lost == ""
     peers[0].close()
     assert source.lost() == "the way back was closed"
 
@@ -244,7 +244,7 @@ def test_another_host_on_another_connection_does_not_count(source: Source) -> No
         assert source.seen(2)
         first.shutdown(socket.SHUT_WR)
         source.lost()
-        assert (source.box.hello, source.box.final) == (HELLO, None)
+        assert (source.inbox.hello, source.inbox.final) == (HELLO, None)
 
 
 def test_garbage_ends_its_connection_and_no_other(source: Source) -> None:
@@ -252,15 +252,15 @@ def test_garbage_ends_its_connection_and_no_other(source: Source) -> None:
     with closing(meet(source.base)) as bad, closing(meet(source.base)) as good:
         good.sendall(pack(HELLO) + seen(1))
         assert source.seen(1)
-        # What came before it counts, in the same read too.
+        # Answers before the garbage count, even if they come in the same read.
         bad.sendall(pack(HELLO) + pack(Answer(ID, "ACCEPT")) + b"garbage\n")
-        assert source.box.wait(lambda: source.box.accepted, LIMIT_S)
+        assert source.inbox.wait(lambda: source.inbox.accepted, LIMIT_S)
         good.sendall(seen(2))
         assert source.seen(2)
         bad.sendall(pack(Answer(ID, "RUNNING")))
         good.shutdown(socket.SHUT_WR)
         source.lost()
-        assert source.box.final is None
+        assert source.inbox.final is None
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_why_nothing_more_comes(source: Source, raw: bytes, why: str) -> None:
 
 
 def test_the_end_of_one_that_was_reset_is_a_loss(source: Source) -> None:
-    """Its greeting unread, it is closed: a reset, not an end of the input."""
+    """The peer closes with the greeting unread, so bhysend sees a reset, and no EOF."""
     source.listen()
     peer = socket.socket(socket.AF_UNIX)
     peer.connect(path_of(source.base, ID))
@@ -316,7 +316,7 @@ def test_a_commands_pipe_is_read_to_its_end(source: Source) -> None:
     os.close(ours)
     assert source.lost() == "the way back was closed"
     source.rendezvous.close(0)
-    os.close(theirs)  # which stayed ours
+    os.close(theirs)  # the descriptor stayed the caller's
 
 
 def test_a_third_stage_beside_a_command_is_heard_too(source: Source) -> None:
@@ -330,13 +330,13 @@ def test_a_third_stage_beside_a_command_is_heard_too(source: Source) -> None:
         os.close(ours)
         peer.sendall(seen(2))
         assert source.seen(2)
-        assert source.box.lost == ""
+        assert source.inbox.lost == ""
     assert source.lost() == "the way back was closed"
     os.close(theirs)
 
 
 def test_a_command_that_talks_without_end_is_read_while_nobody_looks(source: Source) -> None:
-    """The main thread may be blocked: more goes in than any pipe holds."""
+    """The main thread may be blocked, so the test writes more than any pipe holds."""
     theirs, ours = os.pipe()
     source.rendezvous.read(theirs)
     source.listen()
@@ -390,5 +390,5 @@ def test_one_that_was_never_started_is_closed(base: Path) -> None:
     source = Source(base)
     source.rendezvous.listen(base)
     source.rendezvous.close(70)
-    source.box.close()
+    source.inbox.close()
     assert descriptors() == before

@@ -54,6 +54,6 @@ def test_spans_cover_the_guest_exactly(rng: random.Random) -> None:
 
 
 def test_spans_of_neighbouring_extents() -> None:
-    # Two extents that touch are no error: a file system may tell them so.
+    # Two extents may touch: a file system may report them so.
     check_cover([10], [(0, 4), (4, 10)])
     check_cover([4, 4], [(2, 4), (4, 6), (6, 8)])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bhystream import __version__
-from bhystream.errors import PipeError
+from bhystream.errors import InputOutputError
 from bhystream.guest import PAGE_BYTES, State
 from bhystream.memory.hole import punch
 from bhystream.memory.page import scatter
@@ -78,7 +78,7 @@ def some_page(rng: random.Random) -> bytes:
 
 
 def scribble(source: MemorySource, rng: random.Random, times: int) -> None:
-    """Change memory: whole pages, single bytes, holes; in places and at random."""
+    """Change memory in runs of pages at random places: whole pages, single bytes, holes."""
     for _ in range(times):
         page = rng.randrange(source.npages)
         for at in range(page, min(page + rng.choice([1, 1, 5, 100]), source.npages)):
@@ -133,7 +133,7 @@ def test_a_guest_that_writes_during_the_rounds_arrives_as_it_was_paused(
     guest.start()
     try:
         for _ in range(6):
-            assert steps.acquire(timeout=60)  # it has run since the last round
+            assert steps.acquire(timeout=60)  # the guest has run since the last round
             sending.transfer.round()
     finally:
         stop.set()
@@ -145,7 +145,7 @@ def test_a_guest_that_writes_during_the_rounds_arrives_as_it_was_paused(
 def test_a_change_during_a_round_is_sent_in_the_next(
     tmp_path: Path, source: MemorySource, rng: random.Random
 ) -> None:
-    # The page is behind the walk when it changes: only a scan finds it again.
+    # The walk has passed the page when the page changes: only the next scan finds it.
     for page in range(3 * BATCH_PAGES):
         source.write(page, rng.randbytes(PAGE_BYTES))
     armed = [True]
@@ -191,7 +191,7 @@ def test_only_what_changed_is_sent_again(
 def test_a_dirty_log_says_what_to_look_at(
     tmp_path: Path, source: MemorySource, rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it names is compared; what it does not is not looked at until it is lost (None)."""
+    """Only the pages that the log names are compared, until the log is lost (None)."""
     for page in range(source.npages):
         source.write(page, rng.randbytes(PAGE_BYTES))
     logs: list[list[tuple[int, int]] | None] = [[], [(0, 3), (7, 8)], None]
@@ -216,7 +216,7 @@ def test_a_dirty_log_says_what_to_look_at(
 
 
 def test_a_page_that_became_a_hole_becomes_zero(tmp_path: Path, source: MemorySource) -> None:
-    # One inside an extent of data, a whole segment, and one never written.
+    # One hole in an extent of data, one that is a whole segment, one in a page never written.
     source.write(10, b"a")
     source.write(11, b"b")
     source.write(12, b"c")
@@ -241,7 +241,7 @@ def test_zeros_and_holes_are_stated_and_never_sent(tmp_path: Path, source: Memor
     sending.transfer.round(last=True)
     built = sending.finish()
     assert (first.data_pages, first.zero_pages) == (0, source.npages)
-    # Four segments: an extent each, and one MEMORY section for each.
+    # There are four segments, and one extent in one MEMORY section for each segment.
     assert first.sent_bytes < 1024
     assert built.memory == source.contents()
 
@@ -265,7 +265,7 @@ def test_sending_allocates_nothing_at_the_source(
 
 
 def test_the_measure_of_allocation_sees_a_read_of_a_hole(source: MemorySource) -> None:
-    # What the two tests around rest upon.
+    # The tests before and after this one rely on this measure.
     before = source.allocated_bytes()
     assert source.memory()[0][5 * PAGE_BYTES] == 0
     assert source.allocated_bytes() == before + PAGE_BYTES
@@ -274,7 +274,7 @@ def test_the_measure_of_allocation_sees_a_read_of_a_hole(source: MemorySource) -
 def test_the_destination_allocates_what_holds_data_only(
     tmp_path: Path, source: MemorySource, rng: random.Random
 ) -> None:
-    # As bhyrecv does it: scatter() and punch() into empty files.
+    # receive() does what bhyrecv does: scatter() and punch() into empty files.
     scribble(source, rng, 30)
     sending = Sending(tmp_path / "s", source)
     sending.transfer.round()
@@ -334,13 +334,13 @@ def test_on_batch_counts_up_to_the_whole_guest(
     sending.finish()
     assert calls == sorted(calls)
     assert calls[-1] == (source.npages, source.npages)
-    # Each of a full batch, or up to a segment's border.
+    # Each call is for a full batch, or for a batch that ends at a segment's border.
     assert all(done == sent for done, sent in calls)
     assert len(calls) == sum(-(-n // BATCH_PAGES) for n in SIZES)
 
 
 def test_all_pages_that_were_looked_at_are_counted(tmp_path: Path, source: MemorySource) -> None:
-    """Also where nothing is written: a long last scan is not standing still."""
+    """Pages count even if nothing is written: a long last scan is progress."""
     sending = Sending(tmp_path / "s", source)
     sending.transfer.round()
     assert sending.transfer.walked_pages == source.npages
@@ -386,7 +386,7 @@ def test_a_reader_that_is_gone_is_a_pipe_error(source: MemorySource, rng: random
         write_head(writer, source.head())
         sending = Transfer(source, source.layout, writer)
         os.close(theirs)
-        with pytest.raises(PipeError, match="cannot write the stream: Broken pipe"):
+        with pytest.raises(InputOutputError, match="cannot write the stream: Broken pipe"):
             sending.round()
         assert not writer.at_border
 
@@ -400,12 +400,12 @@ def test_the_head_names_the_program(tmp_path: Path, source: MemorySource) -> Non
     assert built.head.layout == source.layout
 
 
-# The limit of the rate, by a clock that only sleeping moves.
+# The limit of the rate, with a clock that only sleep() moves.
 
 
 @dataclass
 class Clock:
-    """Takes the place of the time module."""
+    """A clock in place of the time module."""
 
     now_ns: int = 0
     slept_ns: int = 0
@@ -451,7 +451,7 @@ def test_the_rate_is_not_exceeded_over_a_round(
     due_ns = (found.sent_bytes - ROUND_END_BYTES) * NS // rate
     assert abs(took_ns - due_ns) <= 1000  # rounding of each sleep
     assert clock.slept_ns == took_ns
-    # Waiting for its turn is no part of the scan.
+    # The wait for -B counts as writing, and is no part of the scan.
     assert found.write_ns == took_ns
     sending.transfer.round(last=True)
     assert sending.finish().memory == source.contents()
@@ -489,7 +489,7 @@ def test_the_brake_holds_during_the_round_not_at_its_end(
     )
     sending.transfer.round(rate_bytes=1 << 20)
     for sent, at_ns in seen:
-        # Ahead of its turn by two batches at the most: one cut short by a border.
+        # A batch is at most two batches ahead of its turn: a border may cut one of them short.
         assert (sent - 2 * BATCH_PAGES) * PAGE_BYTES * NS <= at_ns << 20
 
 
@@ -500,12 +500,12 @@ def test_compressing_counts_as_writing(
     clock: Clock,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Else a slow level looks like a fast link, and the pause is longer than -d.
+    # If not, a slow level looks like a fast link, and the pause gets longer than -d.
     sending = Sending(tmp_path / "s", source, 1)
     source.write(0, rng.randbytes(PAGE_BYTES))
 
     class Slow:
-        """Takes a second, and saves nothing."""
+        """A compressor that takes a second, and saves nothing."""
 
         def compress(self, data: memoryview) -> bytes:
             clock.now_ns += NS

@@ -1,10 +1,10 @@
 """A strict reader of bhystream(5), made from the page alone.
 
-It shares no code with the package: where the two disagree about a stream, one of them differs
-from the page.  It favours plainness over speed, and keeps the guest's data pages in a dict, so it
-is for the small streams of the tests.
+It shares no code with the package: if the two readers disagree about a stream, one of them differs
+from the page.  This reader favors plainness over speed, and keeps the guest's data pages in a
+dict, so it is for the small streams of the tests.
 
-    found.py    what a stream holds, and what is raised where it breaks a rule
+    found.py    what a stream holds, and the exception for a stream that breaks a rule
     values.py   the contents of the head: JSON, HOST, LAYOUT, CONFIG, DEVICES
     frame.py    one zstd frame
     walk.py     the sections in their order, the rounds, the state, the trailer
@@ -14,8 +14,8 @@ section after another and checks what all sections share; one method for each ty
 contents and stores them in `Stream`.  Nothing is allocated by a length of the stream before that
 length is within its cap, and then only as the bytes arrive.
 
-Where the page leaves a choice: TIME may not stand where a state is incomplete (a rule of the
-place, not of the contents).
+The page leaves one choice: here, that TIME may not follow an incomplete state is a rule of the
+place, not of the contents.
 """
 
 from spec_reader.found import Refused, Stream

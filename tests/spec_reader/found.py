@@ -1,4 +1,4 @@
-"""What a stream holds, and what is raised where it breaks a rule."""
+"""What a stream holds, and the exceptions for a stream that breaks a rule."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ZSTD, NO_MEMORY = 1, 2
 class Refused(Exception):
     """The stream breaks a rule of bhystream(5).
 
-    `section_number` is the expected sequence number, None in the stream's header; `type_name` is
-    None there, and where the section header is incomplete; `offset` is that of the section's
-    header in bytes.
+    `section_number` is the expected sequence number, None for the stream's header; `type_name` is
+    None for the stream's header and for an incomplete section header; `offset` is that of the
+    section's header, in bytes.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Refused(Exception):
 
 
 class Wrong(Exception):
-    """A broken rule; `walk.Reader.run` adds where."""
+    """A broken rule; `walk.Reader.run` adds the place."""
 
 
 def need(condition: bool, why: str) -> None:
@@ -50,7 +50,7 @@ class Header:
 
 
 class Segment(NamedTuple):
-    """`first` is the page number of the first page; `gpa` None where none is stated."""
+    """`first` is the page number of the first page; `gpa` is None if it is not stated."""
 
     name: str
     gpa: int | None
@@ -80,7 +80,7 @@ class Stream:
 
     `memory` maps a page number to its 4096 bytes after all rounds; a page of zeros is absent.
     `what` and `digest` are END's, None in a stream that ends with ABORT.  `skipped` holds the
-    types of the unknown optional sections.  `sections` counts all, END, GO and ABORT included.
+    types of the unknown optional sections.  `sections` counts all sections, also END, GO, ABORT.
     """
 
     header: Header

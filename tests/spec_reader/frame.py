@@ -10,7 +10,7 @@ from spec_reader.found import Wrong, need
 def unzstd(frame: bytes, size: int) -> bytes:
     """Return the `size` bytes of the one zstd frame that `frame` has to be.
 
-    The blocks are walked first (RFC 8878, 3.1.1), as a decoder does not say where a frame ends.
+    The blocks are walked first (RFC 8878, 3.1.1), since a decoder does not tell the frame's end.
     """
     need(frame[:4] == b"\x28\xb5\x2f\xfd", "not a zstd frame")
     try:
@@ -31,7 +31,7 @@ def unzstd(frame: bytes, size: int) -> bytes:
     need(at <= len(frame), "zstd frame is incomplete")
     need(at == len(frame), "bytes after the zstd frame")
     try:
-        # One shot: the output has the stated size, which the caller capped, or this fails.
+        # This fails unless the output has the stated size, which the caller has capped.
         return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
     except zstandard.ZstdError:
         raise Wrong("zstd frame is damaged") from None

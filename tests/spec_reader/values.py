@@ -1,6 +1,6 @@
 """The contents of the head: JSON, HOST, LAYOUT, CONFIG, DEVICES.
 
-json.loads accepts more than RFC 8259 and the page do; each excess is refused here.
+json.loads accepts more than RFC 8259 and bhystream(5) do; this module refuses the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 
 
 def _check_depth(text: str) -> None:
-    # A string without an end takes the rest, so that the search stays linear.
+    # A string without an end matches up to the end of the text, so that the search stays linear.
     bare = re.sub(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', "", text, flags=re.DOTALL)
     depth = 0
     for char in bare:
@@ -31,7 +31,7 @@ def _check_depth(text: str) -> None:
 
 
 def _check_strings(value: Any) -> None:
-    """Two escapes that make a pair are one scalar value by now: what is left is lone."""
+    """Refuse lone surrogates: json.loads has made one character of each pair of escapes."""
     if isinstance(value, str):
         need(SURROGATE.search(value) is None, "JSON string has a lone surrogate")
     elif isinstance(value, list):
@@ -83,7 +83,7 @@ def parse_json(payload: bytes) -> Any:
 
 
 def is_token(raw: bytes) -> bool:
-    """Printable ASCII without space."""
+    """Say whether the text is printable ASCII without a space."""
     return all(0x21 <= byte <= 0x7E for byte in raw)
 
 

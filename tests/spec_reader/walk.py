@@ -38,7 +38,7 @@ END_BODY: Final = struct.Struct("<IIQQQQQ16s")
 
 
 class Source:
-    """Exact reads, in steps, so that a length costs no memory before its bytes are there."""
+    """Exact reads in steps, so that a length takes no memory before its bytes have come."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -79,11 +79,11 @@ class _Type(NamedTuple):
     cap: int
     flags: int
     parse: Callable[[Reader, bytes, int], None]
-    phases: tuple[str, ...]  # those in which the type may stand; () has a rule of its own
+    phases: tuple[str, ...]  # the phases in which the type may stand; () for a rule of its own
 
 
 class Reader:
-    """`phase` names what is due: the grammar of "Overall structure" as one word."""
+    """`phase` names the section that is due, by the grammar of "Overall structure"."""
 
     def __init__(
         self, source: Source, header: Header, hypervisors: Container[str] | None,
@@ -100,9 +100,9 @@ class Reader:
         self.name: str | None = None
         self.digest = xxhash.xxh3_128(header.checksum, seed=header.seed)
         self.cursor = 0  # the first page that the round has not passed
-        self.data_pages = 0  # of this round
+        self.data_pages = 0  # so far in this round
         self.zero_pages = 0
-        self.part = 0  # the part that is due of the state `open`
+        self.part = 0  # the part of the state `open` that is due
         self.open: str | None = None
         self.open_optional = False
         self.state_bytes = 0
@@ -119,7 +119,7 @@ class Reader:
         return self.out
 
     def section(self) -> bool:
-        """Read one section; return False at a lawful end of file."""
+        """Read one section; return False if the file may end here, and does."""
         self.start, self.name = self.source.offset, None
         if self.phase == "ABORTED":
             return False
@@ -251,7 +251,7 @@ class Reader:
         return made
 
     def apply(self, raw: bytes, extents: list[tuple[int, int, bool]], pages: bytes) -> None:
-        """Check the page hashes, then let the statements of the section take effect."""
+        """Check the page hashes, then put the section's pages into the memory."""
         npages = len(pages) // PAGE
         upto = MEMORY_HEAD.size + len(extents) * EXTENT.size
         hashes = struct.unpack_from(f"<{npages}Q", raw, upto)
@@ -277,7 +277,7 @@ class Reader:
             self.out.memory.pop(number, None)
 
     def put_zeros(self, first: int, end: int) -> None:
-        # An extent may have 2^32 - 1 pages: never walk more than what is held.
+        # An extent may have 2^32 - 1 pages: never look at more pages than the dict has.
         memory = self.out.memory
         if end - first > len(memory):
             gone = [number for number in memory if first <= number < end]
@@ -433,8 +433,8 @@ def read(
 ) -> Stream:
     """Read a whole stream, up to the end of file or to ABORT, and return what it holds.
 
-    `hypervisors` are those that are supported, `nonce` the 16 bytes of READY; None takes any.
-    Raises Refused for whatever bhystream(5) does not allow.
+    hypervisors: the supported ones.  nonce: the 16 bytes of READY.  None allows any.
+    Raises Refused for anything that bhystream(5) does not allow.
     """
     source = Source(stream)
     try:

@@ -1,1 +1,1 @@
-"""The stand-in, tested from outside: processes, sockets, files, what the guest prints."""
+"""Tests of the stand-in from outside: processes, sockets, files, and the guest's console."""

@@ -11,6 +11,6 @@ from .rig import Rig
 
 @pytest.fixture
 def host() -> Iterator[Rig]:
-    """Make a host with the defaults."""
+    """Make a host with default settings."""
     with Rig() as made:
         yield made

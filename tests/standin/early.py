@@ -1,9 +1,9 @@
 """Start a stand-in's restore before its memory is there, as bhyrecv starts bhyve.
 
-early = Early(host, "g", meta, memory_bytes)    # FILE a hole, FILE.kern zeros, FILE.meta
+early = Early(host, "g", meta, memory_bytes)    # FILE is a hole, FILE.kern zeros, FILE.meta true
 guest = early.start()
-early.cut()                 # when the VM's memory is mapped
-early.await_read()          # a marker was seen in the VM: all but the last page is read
+early.cut()                 # waits until the VM's memory is mapped
+early.await_read()          # a marker is in the VM: all but the last page was read
 early.write(page, data)     # into the VM
 early.release(kern, last)
 """
@@ -27,7 +27,7 @@ _PAGE = 4096
 
 
 class Early:
-    """The files of one early start.  page numbers: of a guest that has lowmem only."""
+    """The files of one early start of a guest that has lowmem only.  meta: FILE.meta's content."""
 
     def __init__(self, host: Rig, name: str, meta: dict[str, Any], memory_bytes: int) -> None:
         self._host = host
@@ -47,19 +47,19 @@ class Early:
         return self._host.launch(self._name, spec, self.files.path)
 
     def is_mapped(self) -> bool:
-        """Say whether the VM has its memory: VM_MMAP_GETNEXT."""
+        """Say whether the VM has its memory, as VM_MMAP_GETNEXT would show."""
         with suppress(GuestError):
             return bool(read_map(self._host.directory, self._name).maps)
         return False
 
     def cut(self) -> None:
-        """Wait for the VM's memory, and leave of the files what bhyve cannot run from."""
+        """Wait for the VM's memory, then cut FILE and FILE.kern so that bhyve cannot run yet."""
         await_true(self.is_mapped, "no memory is mapped")
         os.truncate(self.files.path, self._bytes - _PAGE)
         os.truncate(self.files.kern, 0)
 
     def await_read(self) -> None:
-        """Wait for the marker in the VM's memory, and take it out of there."""
+        """Wait for the marker in the VM's memory, and zero the marker's page."""
         page = self.last_page - 1
         await_true(lambda: self.read(page) == self.marker, "the marker is not there")
         self.write(page, bytes(_PAGE))
@@ -70,7 +70,7 @@ class Early:
             memory[page * _PAGE : (page + 1) * _PAGE] = data
 
     def write_all(self, image: bytes) -> None:
-        """Write every page but the last into the VM, zero ones too."""
+        """Write every page but the last into the VM, including zero pages."""
         with self._node().open("r+b") as file, mmap.mmap(file.fileno(), self._bytes) as memory:
             memory[: self.last_page * _PAGE] = image[: self.last_page * _PAGE]
 
@@ -80,7 +80,7 @@ class Early:
             return os.pread(file.fileno(), _PAGE, page * _PAGE)
 
     def release(self, kern: bytes, last: bytes) -> None:
-        """Give the true FILE.kern, and then the last page: bhyve reads on at once."""
+        """Write the true FILE.kern, and then the last page of FILE: bhyve reads on at once."""
         with self.files.kern.open("r+b") as file:
             file.write(kern)
         with self.files.path.open("r+b") as file:

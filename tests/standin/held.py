@@ -1,9 +1,9 @@
-"""Hold a stand-in in the last write of a checkpoint, as bhysend holds bhyve; Linux's pipes.
+"""Hold a stand-in in the last write of a checkpoint, as bhysend holds bhyve.  Linux only.
 
 with Hold(host, "g") as hold:       # a rehearsal may have been made before
-    hold.ask()                      # the request, with the FIFO as a further descriptor
+    hold.ask()                      # sends the request, with the FIFO as a further descriptor
     hold.await_held()
-    hold.release()                  # or drain(path), by anybody
+    hold.release()                  # or drain(path), by any process
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Hold:
         self.drop()
 
     def _arm(self) -> int:
-        """Leave room for one byte; return how many there are."""
+        """Fill the FIFO but for one byte; return the FIFO's capacity in bytes."""
         capacity = 0
         with suppress(BlockingIOError):
             while True:
@@ -63,7 +63,7 @@ class Hold:
         return capacity
 
     def ask(self, *, is_anchored: bool = True) -> None:
-        """Send the request and wait for nothing."""
+        """Send the request, and do not wait for a reply.  is_anchored: send the FIFO with it."""
         fddir = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
         pairs: dict[str, nvlist.Value] = {
             "cmd": "checkpoint",
@@ -79,7 +79,7 @@ class Hold:
 
     @property
     def filled_bytes(self) -> int:
-        """How many bytes are in the FIFO: FIONREAD."""
+        """The number of bytes in the FIFO (FIONREAD)."""
         count = array.array("i", [0])
         fcntl.ioctl(self.fifo, termios.FIONREAD, count)
         return count[0]
@@ -89,16 +89,16 @@ class Hold:
         await_true(lambda: self.filled_bytes == self.capacity, "never held")
 
     def release(self) -> dict[str, Any]:
-        """Read the FIFO until the connection has ended; return what FILE.meta says."""
+        """Read the FIFO until the connection has ended; return FILE.meta's content."""
         return parse(self.capacity, drain(self.fifo, self.has_ended))
 
     def has_ended(self) -> bool:
-        """Say whether the handler has returned: the connection has more to say, or its end."""
+        """Say whether the handler has returned: the connection has a reply, or has ended."""
         assert self.connection is not None
         return bool(select.select([self.connection], [], [], 0)[0])
 
     def drop(self) -> None:
-        """Close all that is ours, as if this process were gone."""
+        """Close our descriptors, as if this process were gone."""
         if self.connection is not None:
             self.connection.close()
             self.connection = None
@@ -108,7 +108,7 @@ class Hold:
 
 
 def drain(fifo: int, is_over: Callable[[], bool]) -> bytes:
-    """Read a FIFO until something is over, and then until it is empty."""
+    """Read a FIFO until is_over() is true, and then until the FIFO is empty; return the bytes."""
     text = b""
 
     def is_read() -> bool:
@@ -124,18 +124,18 @@ def drain(fifo: int, is_over: Callable[[], bool]) -> bytes:
 
 
 def parse(capacity: int, text: bytes) -> dict[str, Any]:
-    """Return the JSON behind the filling bytes."""
+    """Return the JSON that follows the bytes that filled the FIFO."""
     found: dict[str, Any] = json.loads(text[capacity - 1 :])
     return found
 
 
 def kern_bytes(meta: dict[str, Any]) -> int:
-    """Return the size that FILE.kern has by a FILE.meta."""
+    """Return the size of FILE.kern according to FILE.meta."""
     return sum(entry["size"] for entry in [*meta["kern_structs"], *meta["devices"]])
 
 
 def fifos_of(pid: int, fifo: Path) -> int:
-    """Return how often a process has a FIFO open."""
+    """Return how many descriptors of a process are the FIFO."""
     wanted = fifo.stat().st_ino
     found = 0
     for link in Path(f"/proc/{pid}/fd").iterdir():

@@ -3,20 +3,19 @@
     with Rig() as host:                             # a host: its directory, short, in memory
         guest = host.start("g")                     # a process; boots and runs
         guest.console.await_sweeps(1)               # every page checked once; WRONG raises
-        host.suspend("g")                           # over the checkpoint socket, until its EOF
-        guest.await_exit()                          # 5, as bhyve's own suspend
+        host.suspend("g")                           # by the checkpoint socket, until its EOF
+        guest.await_exit()                          # 5, as after bhyve's own suspend
         host.snapshot("g").flip(page=300)           # plant a fault
         again = host.start("g", restore=host.snapshot("g").path)
         again.console.await_wrong()
 
 Two Rigs are two hosts.  `Rig(generation=4, fail=["hang"])` writes host.json;
-host.settings(fail=[]) writes it anew under a running guest.  A guest that the
-product started is found by its name: host.pid(name), Console(path).  When a
-Rig closes, its directory goes and with it every guest: a stand-in ends when
-its node is gone, and close() waits for that.
+host.settings(fail=[]) writes host.json anew under a running guest.  A test finds
+a guest that bhyrecv started by the guest's name: host.pid(name), Console(path).
+When a Rig closes, close() kills every guest of the host, and removes its directory.
 
 A Spec is a small guest by default (64 MiB, 1024 pages touched, two vCPUs), so
-that a sweep takes a tenth of a second.  Waiting is for a condition, with a
+that a sweep takes a tenth of a second.  Tests wait for conditions, with a
 deadline that only ends a broken test.
 """
 
@@ -50,7 +49,7 @@ _PAGE = 4096
 
 
 def await_true(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
-    """Wait until a condition holds.  Raises TimeoutError that says what it was."""
+    """Wait until a condition holds.  Raises TimeoutError with the text `what` after deadline_s."""
     end = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > end:
@@ -64,7 +63,7 @@ class GuestIsWrong(AssertionError):
 
 @dataclass(frozen=True)
 class Sweep:
-    """One `sweep` line: its number, pages checked, pages wrong since boot."""
+    """One `sweep` line: its number, the pages checked, the pages found wrong since boot."""
 
     number: int
     pages: int
@@ -72,9 +71,10 @@ class Sweep:
 
 
 class Console:
-    """What a guest printed to com1.  why_ended: says why no more will come, or "".
+    """The lines that a guest printed to com1.
 
-    forgives_fpu: lost FPU registers are no fault: a plain restore loses them.
+    why_ended: returns why the guest will print no more, or "".  forgives_fpu:
+    lost FPU registers are no fault, because a plain restore loses them.
     """
 
     def __init__(self, path: Path, why_ended: Callable[[], str] = lambda: "") -> None:
@@ -105,19 +105,19 @@ class Console:
         return [one for one in lines if not (self.forgives_fpu and one.startswith("WRONG fpu "))]
 
     def await_beats(self, count: int) -> None:
-        """Wait until this many beats were printed here."""
+        """Wait until this console has this many beats.  Raises GuestIsWrong."""
         self._await(lambda: len(self.beats()) >= count, f"{count} beats")
 
     def await_sweeps(self, count: int) -> None:
-        """Wait for this many sweeps that began after the call, all pages right.
+        """Wait for this many sweeps that began after the call, with all pages right.
 
-        The sweep that is under way is not counted.
+        The sweep under way is not counted.  Raises GuestIsWrong.
         """
         wanted = len(self.sweeps()) + count + 1
         self._await(lambda: len(self.sweeps()) >= wanted, f"{count} sweeps")
 
     def await_wrong(self, what: str = "") -> str:
-        """Wait until the guest prints a WRONG line with a text in it, and return the line."""
+        """Wait until the guest prints a WRONG line that contains a text; return the line."""
         found: list[str] = []
 
         def is_there() -> bool:
@@ -143,7 +143,7 @@ class Console:
 
 
 def assert_unbroken(*consoles: Console) -> None:
-    """Assert that the consoles, joined, have every beat once, no fault, and sweeps that rise."""
+    """Assert that the joined consoles have every beat once, no fault, and rising sweep numbers."""
     for console in consoles:
         assert not console.wrong(), console.wrong()[:4]
     beats = [beat for console in consoles for beat in console.beats()]
@@ -156,8 +156,8 @@ def assert_unbroken(*consoles: Console) -> None:
 class Spec:
     """A guest's configuration.
 
-    devices: "B.S.F" and emulation beside hostbridge and lpc.  has_rom: it has
-    a boot ROM, so the stand-in creates its VM itself.  keys: further keys.
+    devices: ("bus.slot.function", emulation), besides hostbridge and lpc.  has_rom:
+    a boot ROM, with which the stand-in creates the VM itself.  keys: further keys.
     """
 
     cpus: int = 2
@@ -183,15 +183,15 @@ class Guest:
 
     @property
     def pid(self) -> int:
-        """The process id."""
+        """The process's id."""
         return self.process.pid
 
     def await_exit(self) -> int:
-        """Wait for the process and return its status, -9 for one that was killed."""
+        """Wait for the process and return its status, -9 if SIGKILL ended it."""
         return self.process.wait(DEADLINE_S)
 
     def kill(self) -> None:
-        """Kill it, as nothing in bhyve expects: node and socket stay behind."""
+        """Kill the process by SIGKILL: node and socket stay behind."""
         self.process.kill()
         self.process.wait(DEADLINE_S)
 
@@ -201,7 +201,7 @@ class Guest:
         return self.await_exit()
 
     def stderr(self) -> str:
-        """Return what it complained of."""
+        """Return the process's messages."""
         return self.messages.read_text(errors="replace")
 
     def _why_ended(self) -> str:
@@ -210,7 +210,7 @@ class Guest:
 
 
 class Snapshot:
-    """The three files of a snapshot, to be read and to be spoilt."""
+    """The three files of a snapshot, which a test can read and spoil."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -223,13 +223,13 @@ class Snapshot:
         return found
 
     def blob(self, name: str) -> bytes:
-        """Return a blob, of a structure or a device."""
+        """Return the blob of a kernel structure or of a device."""
         entry = self._entry(self.read_meta(), name)
         start = entry["file_offset"]
         return self.kern.read_bytes()[start : start + entry["size"]]
 
     def put_blob(self, name: str, blob: bytes) -> None:
-        """Put another blob of the same size in its place."""
+        """Replace a blob by another blob of the same size."""
         entry = self._entry(self.read_meta(), name)
         assert len(blob) == entry["size"]
         with self.kern.open("r+b") as file:
@@ -267,7 +267,7 @@ class Snapshot:
 
 
 class Rig:
-    """One host: its directory, what is in host.json, its guests."""
+    """One host: its directory, the settings in host.json, and its guests."""
 
     def __init__(self, **settings: Any) -> None:
         base = Path("/dev/shm")
@@ -281,7 +281,7 @@ class Rig:
 
     @classmethod
     def at(cls, directory: Path) -> Self:
-        """Return the host of another process, to be used there and not closed."""
+        """Return a host that another process made and will close."""
         found = cls.__new__(cls)
         found._begin(directory)
         return found
@@ -305,18 +305,18 @@ class Rig:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment in which programs find this host."""
+        """The environment by which programs find this host."""
         return {**os.environ, VMM_DIR: str(self.directory)}
 
     def settings(self, **changed: Any) -> None:
-        """Change keys of host.json, at once whole."""
+        """Change keys of host.json, atomically."""
         self._settings.update(changed)
         new = self.directory / "host.json.new"
         new.write_text(json.dumps(self._settings))
         new.replace(self.directory / "host.json")
 
     def write_config(self, name: str, spec: Spec, console: Path) -> Path:
-        """Write a bhyve_config(5) file, with the disks and taps that it names; return its path."""
+        """Write a bhyve_config(5) file, and the disks and taps that it names; return its path."""
         lines = [f"# {name}", f"cpus={spec.cpus}", f"memory.size={spec.memory}"]
         if spec.has_rom:
             lines.append(f"lpc.bootrom={self.rom}")
@@ -347,9 +347,9 @@ class Rig:
         console: Path | None = None,
         **environment: str,
     ) -> Guest:
-        """Start the stand-in with a command line of one's own and return at once.
+        """Start the stand-in with the given command line and return at once.
 
-        name: only what guest() finds it by; the guest's own is an argument.
+        name: for guest() only; the name that the stand-in gets is an argument.
         """
         messages = self.directory / f"{name}-{len(self._guests)}.stderr"
         with messages.open("wb") as file:
@@ -379,7 +379,7 @@ class Rig:
     def launch(
         self, name: str = "g", spec: Spec | None = None, restore: Path | None = None
     ) -> Guest:
-        """Start a guest as start() does, and wait for nothing."""
+        """Start a guest as start() does, but do not wait."""
         spec = spec or Spec()
         console = self.directory / f"{name}-{len(self._guests)}.console"
         config = self.write_config(name, spec, console)
@@ -400,7 +400,7 @@ class Rig:
         return Snapshot(self.directory / "s" / name)
 
     def connect(self, name: str) -> socket.socket:
-        """Connect to a guest's checkpoint socket; wait until there is one."""
+        """Connect to a guest's checkpoint socket; wait until it exists."""
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         made.settimeout(DEADLINE_S)
 
@@ -441,7 +441,7 @@ class Rig:
             os.close(fd)
 
     def suspend(self, name: str) -> Snapshot:
-        """Suspend a guest; return its snapshot when the socket has said EOF."""
+        """Suspend a guest; return its snapshot when the socket has reached EOF."""
         assert self.checkpoint(name, suspend=True) is None
         return self.snapshot(name)
 
@@ -454,10 +454,7 @@ class Rig:
             vm.close()
 
     def pid(self, name: str) -> int | None:
-        """Return the process that serves a guest's socket, None where there is none.
-
-        Only for processes that listen; Linux only (SO_PEERCRED).
-        """
+        """Return the process that listens at a guest's socket, if any.  Linux only: SO_PEERCRED."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as made:
             try:
                 made.connect(str(self.directory / "run" / name))
@@ -468,7 +465,7 @@ class Rig:
             return pid
 
     def _processes(self) -> Iterator[int]:
-        """Yield the stand-ins of this host, also those that are stopped or have no socket."""
+        """Yield the stand-ins of this host, even those that are stopped or have no socket."""
         mine = f"{VMM_DIR}={self.directory}".encode()
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -477,7 +474,7 @@ class Rig:
                     yield int(process.name)
 
     def close(self) -> None:
-        """Kill every guest of this host, also those that others started; remove it."""
+        """Kill every guest of this host, even those that bhyrecv started; remove the directory."""
         for guest in self._guests:
             if guest.process.poll() is None:
                 guest.kill()
@@ -489,7 +486,7 @@ class Rig:
 
 @contextmanager
 def supervised(host: Rig, name: str, *arguments: str, tap: str = "") -> Iterator[Guest]:
-    """Run the supervisor of one guest; end it with the guest when the test leaves."""
+    """Run the supervisor of one guest; kill both when the with block ends."""
     program = [sys.executable, "-P", "-m", "bhystream.standin.supervisor"]
     words = ["-t", tap] if tap else []
     messages = host.directory / f"{name}.supervisor"

@@ -1,4 +1,4 @@
-"""What a process in capability mode may open below a directory, and what it may not."""
+"""What a process in capability mode may and may not open below a directory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.descriptors import descriptors
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[int]:
-    """Make d/ with something in it, and something beside it; yield its descriptor."""
+    """Make d/ with files in it and files beside it; yield d's descriptor."""
     (tmp_path / "outside").write_text("outside")
     below = tmp_path / "d"
     (below / "sub").mkdir(parents=True)

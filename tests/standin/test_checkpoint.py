@@ -1,4 +1,4 @@
-"""The checkpoint socket and the files that it makes, as on G4 and on G5."""
+"""The checkpoint socket and the files of a checkpoint, on G4 and on G5."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DEVICES = [
 
 
 def goes_on(host: Rig, name: str = "g") -> bool:
-    """Say whether a guest beats on, with nothing wrong."""
+    """Say whether a guest beats on without a fault."""
     console = host.guest(name).console
     console.await_sweeps(1)
     assert_unbroken(console)
@@ -167,7 +167,7 @@ def test_a_file_that_does_not_open_leaves_the_guest_untouched(host: Rig, suffix:
     guest = host.start("g")
     (host.directory / "s" / f"g{suffix}").symlink_to("/dev/null")
     reply = host.checkpoint("g", suspend=True)
-    if suffix == ".meta":  # of which bhyve tells no error
+    if suffix == ".meta":  # bhyve reports no error of FILE.meta
         assert reply == {}
     else:
         assert reply is not None and "not capable" in str(reply["error"])
@@ -314,7 +314,7 @@ def test_the_dirty_log_has_every_page_that_was_written(host: Rig) -> None:
         written = 0
         while written < 3000:
             written += follow(vm, mapping, copy)
-        # A page is marked after it was written: the guest stands when it is killed.
+        # The guest marks a page after writing the page, so it has to stand when it is killed.
         host.settings(fail=["hold-hang"])
         with Hold(host) as hold:
             hold.ask()
@@ -326,7 +326,7 @@ def test_the_dirty_log_has_every_page_that_was_written(host: Rig) -> None:
 
 
 def follow(vm: StandinVm, mapping: mmap.mmap, copy: bytearray) -> int:
-    """Copy every page that the log says was written; return how many."""
+    """Copy every page that the log marks as written; return how many there were."""
     log = vm.dirty([64 << 20, 0])
     assert log is not None
     assert [len(part) for part in log] == [16384, 0]

@@ -1,4 +1,4 @@
-"""vCPUs of the stand-in: the file, the interpreter, and a guest whose FPU is carried or lost."""
+"""vCPUs of the stand-in: the file, the interpreter, and a guest's FPU carried over or lost."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def host(directory: Path, vendor: str = "intel") -> Path:
     return directory
 
 
-class Place:
-    """A guest of the stand-in in this process; told: its complaints."""
+class LocalGuest:
+    """A guest of the stand-in in this process.  told: the guest's complaints."""
 
     def __init__(self, directory: Path) -> None:
         host(directory)
@@ -54,26 +54,26 @@ class Place:
         self.vm = StandinVm(directory, "g", is_writable=True)
 
     def boot(self) -> None:
-        """Start it."""
+        """Start the guest."""
         self.guest.boot(BOOT)
         self.guest.prepare()
         self.guest.resume_vcpus()
 
     def steps(self) -> list[int]:
-        """Return how far each vCPU is."""
+        """Return the step count of each vCPU."""
         return [vcpu.registers.step for vcpu in self.guest._vcpus]
 
     def await_steps(self, count: int = 20) -> None:
-        """Wait until every vCPU has made so many more steps."""
+        """Wait until every vCPU has made `count` more steps."""
         wanted = [step + count for step in self.steps()]
         await_true(lambda: all(a >= b for a, b in zip(self.steps(), wanted, strict=True)), "steps")
 
     def pause(self) -> None:
-        """Hold it."""
+        """Pause the guest's vCPUs."""
         self.guest.pause_vcpus()
 
-    def take(self, other: Place, saved: fpu.Saved | None) -> None:
-        """Become the other's guest, as a restore does it."""
+    def take(self, other: LocalGuest, saved: fpu.Saved | None) -> None:
+        """Take over the other's guest, as a restore does.  saved: None loses the FPU."""
         self.guest.hold_vcpus()
         self.low[:] = other.low[:]
         if saved is not None:
@@ -85,19 +85,19 @@ class Place:
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Place:
-    place = Place(tmp_path / "here")
+def here(tmp_path: Path) -> LocalGuest:
+    place = LocalGuest(tmp_path / "here")
     place.boot()
     place.await_steps()
     return place
 
 
 @pytest.fixture
-def there(tmp_path: Path) -> Place:
-    return Place(tmp_path / "there")
+def there(tmp_path: Path) -> LocalGuest:
+    return LocalGuest(tmp_path / "there")
 
 
-def test_a_guest_whose_fpu_was_saved_runs_on_and_notices_nothing(here: Place) -> None:
+def test_a_guest_whose_fpu_was_saved_runs_on_and_notices_nothing(here: LocalGuest) -> None:
     for _ in range(3):
         here.pause()
         assert fpu.save(here.vm, here.low, NCPUS, here.journal).reasons == ()
@@ -107,21 +107,23 @@ def test_a_guest_whose_fpu_was_saved_runs_on_and_notices_nothing(here: Place) ->
     assert not here.vm.waiting_vcpus()
 
 
-def test_a_guest_whose_fpu_is_carried_goes_on_where_it_was(here: Place, there: Place) -> None:
+def test_a_guest_whose_fpu_is_carried_goes_on_where_it_was(
+    here: LocalGuest, there: LocalGuest
+) -> None:
     here.pause()
     there.take(here, fpu.save(here.vm, here.low, NCPUS, here.journal))
     there.await_steps()
     assert there.told == [] and here.told == []
 
 
-def test_a_guest_whose_fpu_is_not_carried_says_so(here: Place, there: Place) -> None:
+def test_a_guest_whose_fpu_is_not_carried_says_so(here: LocalGuest, there: LocalGuest) -> None:
     here.pause()
     there.take(here, None)
     there.await_steps()
     assert sorted(line[:10] for line in there.told) == [f"fpu vcpu {n}" for n in range(NCPUS)]
 
 
-def test_an_fpu_of_another_moment_is_noticed(here: Place, there: Place) -> None:
+def test_an_fpu_of_another_moment_is_noticed(here: LocalGuest, there: LocalGuest) -> None:
     here.pause()
     saved = fpu.save(here.vm, here.low, NCPUS, here.journal)
     step = here.steps()[0]
@@ -133,7 +135,7 @@ def test_an_fpu_of_another_moment_is_noticed(here: Place, there: Place) -> None:
     assert any(f"found step {step}" in line for line in there.told)
 
 
-def test_a_register_that_was_not_put_back_is_noticed(here: Place) -> None:
+def test_a_register_that_was_not_put_back_is_noticed(here: LocalGuest) -> None:
     here.pause()
     here.vm.set_register(1, reg.RDX, 1)
     here.guest.resume_vcpus()
@@ -141,13 +143,13 @@ def test_a_register_that_was_not_put_back_is_noticed(here: Place) -> None:
     assert here.told == ["registers vcpu 1: expected those of before the pause"]
 
 
-def test_a_held_guests_vcpus_wait_and_a_running_ones_do_not(here: Place) -> None:
+def test_a_held_guests_vcpus_wait_and_a_running_ones_do_not(here: LocalGuest) -> None:
     assert here.vm.waiting_vcpus() == frozenset()
     here.pause()
     assert here.vm.waiting_vcpus() == frozenset(range(NCPUS))
 
 
-def test_an_instruction_that_is_no_stub_s_is_refused_loudly(here: Place) -> None:
+def test_an_instruction_that_is_no_stub_s_is_refused_loudly(here: LocalGuest) -> None:
     here.pause()
     made = stub.make(0, 96, is_save=True, has_xsave=True)
     pages = made.pages[: stub.ENTRY] + b"\x0f\xa2" + made.pages[stub.ENTRY + 2 :]
@@ -156,7 +158,7 @@ def test_an_instruction_that_is_no_stub_s_is_refused_loudly(here: Place) -> None
         here.vm.run(0)
 
 
-def put(vm: StandinVm, cpu: Cpu, place: Place, made: stub.Stub, pages: bytes = b"") -> None:
+def put(vm: StandinVm, cpu: Cpu, place: LocalGuest, made: stub.Stub, pages: bytes = b"") -> None:
     place.low[stub.BASE_GPA : stub.END_GPA] = pages or made.pages
     for number, hidden in made.descriptors:
         cpu.put_hidden(number, hidden)
@@ -175,7 +177,7 @@ def no_gdt(made: dict[int, SegmentDescriptor]) -> None:
 
 @pytest.mark.parametrize("change", [no_tss, no_gdt])
 def test_a_stub_without_its_tables_is_a_triple_fault(
-    here: Place, change: Callable[[dict[int, SegmentDescriptor]], None]
+    here: LocalGuest, change: Callable[[dict[int, SegmentDescriptor]], None]
 ) -> None:
     here.pause()
     made = stub.make(3, 96, is_save=True, has_xsave=True)
@@ -187,17 +189,17 @@ def test_a_stub_without_its_tables_is_a_triple_fault(
         here.vm.run(1)
 
 
-def test_a_page_that_is_not_the_user_s_is_not_run_at_cpl_3(here: Place) -> None:
+def test_a_page_that_is_not_the_user_s_is_not_run_at_cpl_3(here: LocalGuest) -> None:
     here.pause()
     made = stub.make(3, 96, is_save=True, has_xsave=True)
     pages = bytearray(made.pages)
-    pages[0x3000 + 4 * 8] &= ~4  # the PTE of the code
+    pages[0x3000 + 4 * 8] &= ~4  # clears U in the PTE of the code
     put(here.vm, here.guest._cpu_file[1], here, made, bytes(pages))
     with pytest.raises(Fault, match="vector 14"):
         Interpreter(here.guest._cpu_file[1], here.low)._execute()
 
 
-def test_supervisor_mode_may_not_execute_a_user_page_under_smep(here: Place) -> None:
+def test_supervisor_mode_may_not_execute_a_user_page_under_smep(here: LocalGuest) -> None:
     here.pause()
     made = stub.make(0, 96, is_save=True, has_xsave=True)
     cpu = here.guest._cpu_file[0]
@@ -209,7 +211,7 @@ def test_supervisor_mode_may_not_execute_a_user_page_under_smep(here: Place) -> 
         interpreter._execute()
 
 
-def test_the_loading_stub_spins_with_pause_until_it_is_suspended(here: Place) -> None:
+def test_the_loading_stub_spins_with_pause_until_it_is_suspended(here: LocalGuest) -> None:
     here.pause()
     cpu = here.guest._cpu_file[0]
     put(here.vm, cpu, here, stub.make(0, 96, is_save=False, has_xsave=False))
@@ -220,7 +222,7 @@ def test_the_loading_stub_spins_with_pause_until_it_is_suspended(here: Place) ->
     assert here.vm.run(0) == reg.EXIT_DEBUG
 
 
-def test_a_vcpu_that_is_not_suspended_cannot_be_resumed(here: Place) -> None:
+def test_a_vcpu_that_is_not_suspended_cannot_be_resumed(here: LocalGuest) -> None:
     with pytest.raises(GuestError, match="Invalid argument"):
         here.vm.resume_cpu(0)
 
@@ -242,7 +244,7 @@ def test_an_intel_cpu_tells_its_vmcs_and_an_amd_one_does_not(tmp_path: Path, ven
         cpu[reg.VMCS_CR4_SHADOW] = 1
 
 
-def test_what_is_no_register_or_vcpu_is_refused(here: Place) -> None:
+def test_what_is_no_register_or_vcpu_is_refused(here: LocalGuest) -> None:
     for wrong in (reg.LAST, reg.GDTR, -5):
         with pytest.raises(GuestError, match="Invalid argument"):
             here.vm.registers(0, [wrong])
@@ -260,12 +262,12 @@ def test_a_vm_without_a_bhyve_has_no_vcpus(tmp_path: Path) -> None:
         StandinVm(tmp_path / "d", "g").waiting_vcpus()
 
 
-def test_the_clock_that_was_set_is_remembered(here: Place) -> None:
+def test_the_clock_that_was_set_is_remembered(here: LocalGuest) -> None:
     here.vm.set_rtc(1_700_000_000)
     assert here.vm._cpus.rtc_seconds == 1_700_000_000
 
 
-def test_one_call_at_a_time_has_a_vcpu(here: Place, tmp_path: Path) -> None:
+def test_one_call_at_a_time_has_a_vcpu(here: LocalGuest, tmp_path: Path) -> None:
     other = cpu_file.Cpus(tmp_path / "here" / "vmm" / "g.cpu", is_intel=True)
     read: list[list[int]] = []
     with other.locked():
@@ -277,7 +279,7 @@ def test_one_call_at_a_time_has_a_vcpu(here: Place, tmp_path: Path) -> None:
 
 
 def test_only_a_vm_that_may_be_changed_gives_a_writable_mapping(
-    here: Place, tmp_path: Path
+    here: LocalGuest, tmp_path: Path
 ) -> None:
     with here.vm.map(0, LOW_BYTES, is_writable=True) as mapping:
         mapping[0xF0000] = 7

@@ -1,4 +1,4 @@
-"""A restore held in its read: every promise of bhyve's that bhyrecv's early start stands on."""
+"""A restore that waits in its read: the behavior of bhyve that bhyrecv's early start relies on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAGE = 4096
 
 @dataclass
 class Moved:
-    """A guest that was held, copied and killed on its host, and its start on another."""
+    """A guest that was held, copied and killed, and the files of its early start."""
 
     early: Early
     before: Console
@@ -26,7 +26,7 @@ class Moved:
     kern: bytes
 
     def finish(self, guest: Guest) -> None:
-        """Give what is missing, and see that the guest goes on without a gap."""
+        """Give the restore its missing pages; assert that the guest goes on without a gap."""
         self.early.release(self.kern, self.image[-_PAGE:])
         guest.console.await_sweeps(2)
         assert_unbroken(self.before, guest.console)
@@ -34,7 +34,7 @@ class Moved:
 
 @pytest.fixture
 def moved(host: Rig) -> Moved:
-    """Rehearse, hold and discard a guest; prepare its early start under its own name."""
+    """Rehearse, hold, copy and destroy a guest; prepare its early start under the same name."""
     guest = host.start("g")
     host.checkpoint("g")
     early = Early(host, "g", host.snapshot("g").read_meta(), _BYTES)
@@ -49,7 +49,7 @@ def moved(host: Rig) -> Moved:
 
 
 def is_held(guest: Guest, early: Early) -> bool:
-    """Say whether nothing of the guest has run, or could."""
+    """Say whether the restored guest waits: bhyve lives, the VM has memory, nothing was printed."""
     return guest.process.poll() is None and guest.console.lines() == [] and early.is_mapped()
 
 
@@ -129,7 +129,7 @@ def test_cut_too_late_it_dies_and_never_ran(host: Rig, moved: Moved) -> None:
 
 @pytest.mark.parametrize("has_virtio", [True, False])
 def test_zeros_instead_of_kern_never_run(host: Rig, moved: Moved, has_virtio: bool) -> None:
-    """Neither cut nor released: bhyve takes the zeros for state."""
+    """FILE.kern is neither cut nor written, so bhyve takes its zeros for the guest's state."""
     guest = moved.early.start(Spec() if has_virtio else Spec(devices=()))
     assert guest.await_exit() == (1 if has_virtio else -signal.SIGABRT)
     assert guest.console.lines() == []
@@ -149,7 +149,7 @@ def test_what_is_written_before_it_was_read_is_lost(host: Rig, moved: Moved) -> 
 
 
 def test_pages_are_read_in_ascending_order(host: Rig, moved: Moved) -> None:
-    """So a marker in the last of them says that all before it were read."""
+    """So a marker in the last page but one proves that all pages before it were read."""
     early = moved.early
     middle = early.last_page // 2
     early.files.put_page(middle, b"m" * _PAGE)
@@ -159,7 +159,7 @@ def test_pages_are_read_in_ascending_order(host: Rig, moved: Moved) -> None:
     os.truncate(early.files.kern, 0)
     await_true(lambda: early.read(middle) == b"m" * _PAGE, "not read")
     assert early.read(early.last_page - 1) == bytes(_PAGE)
-    early.files.put_page(middle, b"n" * _PAGE)  # read once: this is too late
+    early.files.put_page(middle, b"n" * _PAGE)  # too late: bhyve reads each page only once
     early.files.put_page(early.last_page - 1, early.marker)
     early.await_read()
     assert early.read(middle) == b"m" * _PAGE

@@ -1,4 +1,4 @@
-"""A checkpoint held in its last write: every promise of bhyve's that bhysend's hold stands on."""
+"""A checkpoint held in its last write: the behavior of bhyve that bhysend's hold relies on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def goes_on(host: Rig) -> None:
-    """Assert that the guest beats on, with nothing wrong and nothing lost."""
+    """Assert that the guest beats on without a fault and without a missing beat."""
     console = host.guest("g").console
     console.await_sweeps(1)
     assert_unbroken(console)
@@ -182,7 +182,7 @@ def test_the_meta_file_waits_in_open_for_a_reader_with_the_guest_running(host: R
 
 
 def test_a_checkpoint_that_fails_fills_the_fifo_when_the_guest_runs(host: Rig) -> None:
-    """Full is not held: only FILE.kern, which is not whole, tells them apart."""
+    """A full FIFO does not prove that the guest stands: here only the short FILE.kern tells."""
     guest = host.start("g")
     assert host.checkpoint("g") == {}
     whole = host.snapshot("g").kern.stat().st_size
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_fails_fills_the_fifo_when_the_guest_runs(host: Rig) -
 
 
 def test_a_guest_of_many_devices_stands_before_all_is_saved(host: Rig) -> None:
-    """libxo flushes a text that grows beyond its buffer before it is whole."""
+    """libxo flushes a text that outgrows libxo's buffer before the text is complete."""
     places = [(f"0.{1 + n // 8}.{n % 8}", "virtio-rnd") for n in range(90)]
     guest = host.start("g", Spec(devices=tuple(places)))
     assert host.checkpoint("g") == {}

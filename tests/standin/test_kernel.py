@@ -1,4 +1,4 @@
-"""What the backend sees of a stand-in's host."""
+"""The host that a stand-in shows to the bhyve backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line, exit statuses, and what a start refuses."""
+"""The stand-in's command line, its exit statuses, and the starts that it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guest proves itself: what is right passes, every planted fault is reported."""
+"""The guest's proof of itself: a sound guest passes, and every planted fault is reported."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def old_and_new(host: Rig) -> tuple[Snapshot, Snapshot]:
 
 
 def changed_page(old: Snapshot, new: Snapshot) -> int:
-    """Return a working page that is not the same in the two."""
+    """Return a working page that differs between the two snapshots."""
     return next(page for page in PLANS[1].working if old.page(page) != new.page(page))
 
 
@@ -230,7 +230,7 @@ def test_a_lost_boot_page_is_reported(host: Rig) -> None:
 
 
 def test_memory_saved_before_e1000_stopped_writing_is_reported(host: Rig) -> None:
-    """e1000 has no pause callback: the image that bhyve itself wrote is behind its blob."""
+    """e1000 has no pause callback: the memory image that bhyve wrote is behind e1000's blob."""
     spec = Spec(devices=(("0.5.0", "e1000"),))
     snapshot = suspended(host, spec)
     wrong_after(host, snapshot, "memory of e1000@pci.0.5.0: expected at least", spec)

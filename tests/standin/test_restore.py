@@ -1,4 +1,4 @@
-"""`-r`: what is refused, what is taken from the snapshot, and in which order things appear."""
+"""`-r`: refused snapshots, the values taken from a snapshot, and the order of a restore's steps."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def snapshot(host: Rig) -> Snapshot:
 
 
 def refused(host: Rig, snapshot: Snapshot, status: int, spec: Spec | None = None) -> str:
-    """Restore, expect the status and a guest that never ran; return the message.
+    """Restore, assert the status and that the guest never ran; return the message.
 
-    The VM is destroyed, if one was left.
+    If the stand-in left a VM, the VM is destroyed.
     """
     guest = host.launch("g", spec, snapshot.path)
     assert guest.await_exit() == status, guest.stderr()
@@ -246,6 +246,6 @@ def test_the_image_may_be_gone_once_the_guest_runs(host: Rig, snapshot: Snapshot
 
 
 def _is_restoring(host: Rig, guest: Guest) -> bool:
-    """Say whether memory is in the node."""
+    """Say whether the node contains memory already: 4 MiB at least."""
     node = host.directory / "vmm" / "g"
     return node.exists() and node.stat().st_blocks * 512 >= 4 << 20

@@ -12,7 +12,7 @@ from .rig import Rig, Spec, await_true, supervised
 
 
 def arguments(host: Rig, name: str, *, has_rom: bool = True) -> list[str]:
-    """Return a supervised guest's command line; it uses tap0, which the supervisor makes."""
+    """Return a supervised guest's command line.  The supervisor makes the guest's tap0."""
     config = host.write_config(
         name, Spec(devices=(), has_rom=has_rom), host.directory / f"{name}-0.console"
     )
@@ -24,7 +24,7 @@ def log(host: Rig, name: str = "v") -> str:
 
 
 def is_clean(host: Rig, name: str = "v") -> bool:
-    """Say whether nothing of a guest is left but its log."""
+    """Say whether a guest has left nothing but its logs."""
     left = {path.name for path in (host.directory / "vm" / name).iterdir()}
     return (
         left == {"vm-bhyve.log", "bhyve.log"}
@@ -51,7 +51,7 @@ def test_a_guest_runs_with_its_tap_and_lock_until_it_is_powered_off(host: Rig) -
 
 
 def power(host: Rig, number: signal.Signals) -> int:
-    """Send the guest a signal and return which process it was."""
+    """Send the guest's process a signal; return the process's id."""
     pid = host.pid("v")
     assert pid is not None
     os.kill(pid, number)
@@ -97,7 +97,7 @@ def test_a_restart_restores_nothing(host: Rig) -> None:
     first = host.run(*words, "v")
     first.console.await_beats(0)
     snapshot = host.suspend("v")
-    # Until it is gone its socket takes connections, and lets them fall.
+    # Until the process is gone, its socket takes connections and drops them.
     assert first.await_exit() == 5
     (host.directory / "net" / "tap0").unlink()
     words += ["-r", str(snapshot.path)]
@@ -128,7 +128,7 @@ def test_a_guest_that_is_killed_ends_the_loop(host: Rig) -> None:
 
 @pytest.mark.parametrize("is_discarded", [True, False])
 def test_on_fault_restart_starts_a_killed_guest_again(host: Rig, is_discarded: bool) -> None:
-    """As soon as its VM is gone: until then the next bhyve finds it busy."""
+    """It starts when the old VM is gone; until then the next bhyve finds the VM busy."""
     write_conf(host, "on_fault=restart")
     with supervised(host, "v", *arguments(host, "v"), tap="tap0:bridge0") as supervisor:
         supervisor.console.await_beats(1)
@@ -142,7 +142,7 @@ def test_on_fault_restart_starts_a_killed_guest_again(host: Rig, is_discarded: b
 
 @pytest.mark.parametrize("is_known", [True, False])
 def test_the_suspending_lock_ends_the_loop_all_the_same(host: Rig, is_known: bool) -> None:
-    """From 1.7.0 on."""
+    """vm-bhyve knows suspending.lock from 1.7.0 on."""
     write_conf(host, "on_fault=restart")
     host.settings(knows_suspending_lock=is_known)
     with supervised(host, "v", *arguments(host, "v"), tap="tap0:bridge0") as supervisor:

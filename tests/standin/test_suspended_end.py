@@ -1,4 +1,4 @@
-"""A suspended guest's end: nothing that watches the node comes between."""
+"""The end of a suspended guest, which the stand-in's watch over the node must not disturb."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .rig import Rig, Spec
 
-# Python runs sitecustomize at its start: the second unlink of a destruction takes its time.
+# Python runs sitecustomize when it starts: this one delays the second unlink of a destruction.
 SLOW = """
 import time
 from pathlib import Path

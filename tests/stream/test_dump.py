@@ -1,6 +1,6 @@
 """The annotated dump in bhystream(5) is that of the dry-run golden stream, byte by byte.
 
-python tests/stream/test_dump.py    prints it, as it stands in the page
+python tests/stream/test_dump.py    prints the dump as it has to stand in the page
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 STREAM = ROOT / "tests/data/dry-run.bhys"
 PAGE = ROOT / "man/bhystream.5"
 NAMES = {1: "HOST", 2: "LAYOUT", 3: "CONFIG", 4: "DEVICES", 5: "HEAD_END", 11: "END"}
-Field = tuple[int, str]  # how many bytes, and what they are
+Field = tuple[int, str]  # the number of bytes, and the note about them
 
 HEADER: list[Field] = [
     (8, "magic"), (8, "version {}, form {}"), (8, "mandatory features {}"),
@@ -33,12 +33,12 @@ END: list[Field] = [
 
 
 def line(at: int, raw: bytes, note: str) -> str:
-    """Return one line: the offset, at most 16 bytes, and what they are."""
+    """Return one line: the offset, at most 16 bytes, and the note about them."""
     return f"{at:03x}  {raw.hex(' '):<47}  {note}".rstrip()
 
 
 def fields(raw: bytes, at: int, of: list[Field]) -> Iterator[str]:
-    """Yield a line for each field; its numbers fill what is left open in its note."""
+    """Yield a line for each field; the field's numbers fill the {} of its note."""
     for size, note in of:
         part = raw[at : at + size]
         kind = "<Q" if note.count("{}") == 1 else "<II"
@@ -81,7 +81,7 @@ def test_the_page_shows_the_golden_stream() -> None:
 
 
 def test_the_bytes_of_the_page_are_the_stream() -> None:
-    """Whatever the notes say: somebody may type them in."""
+    """The notes do not count: a reader may type in the bytes alone."""
     raw = b""
     for one in filter(None, of_the_page()):
         found = re.match(r"([0-9a-f]{3})  ((?:[0-9a-f]{2} ?){1,16})(?:  |$)", one)

@@ -248,7 +248,7 @@ def test_states_round_trip(rng: random.Random) -> None:
         ("snow \N{SNOWMAN}", "snow \N{SNOWMAN}"),
         ("lone \ud800", "lone ?"),
         ("x" * 2000, "x" * 1016),
-        # 339 times 3 bytes are 1017: the character that does not fit goes as a whole.
+        # 339 times 3 bytes are 1017, one byte too many: the last character is dropped as a whole.
         ("\N{SNOWMAN}" * 400, "\N{SNOWMAN}" * 338),
         ("\N{SNOWMAN}" * 338 + "xyz", "\N{SNOWMAN}" * 338 + "xy"),
     ],

@@ -65,7 +65,7 @@ def stored(name: str) -> bytes:
 
 
 def borders(raw: bytes) -> list[int]:
-    """Return the offset of each section, and that of the end."""
+    """Return the offset of each section, and the offset of the end."""
     found = [HEADER_BYTES]
     while found[-1] < len(raw):
         (length,) = struct.unpack_from("<Q", raw, found[-1] + 8)
@@ -75,7 +75,7 @@ def borders(raw: bytes) -> list[int]:
 
 
 def place(offsets: list[int], at: int) -> tuple[str, str]:
-    """Return the start of a message about the byte at `at`, and the offset that it names."""
+    """Return how a message about the byte at `at` begins, and the offset that the message names."""
     if at < HEADER_BYTES:
         return "header", " at offset 0x0: "
     number = max(n for n, start in enumerate(offsets) if start <= at)
@@ -89,7 +89,7 @@ def test_golden_stream_is_frozen(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in STREAMS if name != "zstd"])
 def test_writer_still_writes_the_golden_stream(name: str) -> None:
-    # Not for zstd: another version of the library may find another frame.
+    # zstd is left out: another version of the library may make another frame.
     assert make(name) == stored(name)
 
 
@@ -115,7 +115,7 @@ def test_aborted_stream_is_refused_with_the_senders_words() -> None:
 
 
 def refuse(raw: bytes, started: bool, start: str, offset: str) -> None:
-    """Assert that a broken stream is refused, that the place is named, and what was started."""
+    """Assert that a broken stream is refused with its place, and whether a guest was started."""
     recorder = Recorder(Input(raw))
     with pytest.raises(BhyError) as caught:
         recorder.run()
@@ -130,7 +130,7 @@ def refuse(raw: bytes, started: bool, start: str, offset: str) -> None:
 def test_every_cut_is_refused(name: str) -> None:
     raw = stored(name)
     offsets = borders(raw)
-    # After END the source may still give up: what ends there is sound, and starts nothing.
+    # After END the source may still give up: a stream that ends there is sound, and starts nothing.
     sound = offsets[-1 - AFTER_END : -1] if name == "answered" else []
     go_ends = offsets[-2] if name == "answered" else len(raw)
     for cut in range(len(raw)):

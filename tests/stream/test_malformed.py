@@ -1,8 +1,8 @@
 """A malformed stream for each rule of bhystream(5): the header, the frame of sections, the trailer.
 
-Each is sound but for that one rule, its checksums and digest included, and both readers refuse
-it: Walk with the message, the section and the offset asserted here, spec_reader for the reason
-beside it.  The head's contents are in test_malformed_head.py, the rounds in
+Each stream breaks only that one rule: its checksums and digest are right.  Both readers refuse the
+stream: Walk with the message, the section and the offset asserted here, spec_reader for the reason
+beside them.  The head's contents are in test_malformed_head.py, the rounds in
 test_malformed_memory.py, the states in test_malformed_state.py.
 """
 
@@ -94,7 +94,7 @@ CHECKSUM = (ChecksumError, "checksum differs", "wrong checksum")
          "mandatory features 0x8000000000000000 are not known", "unknown mandatory feature"),
         (header(reserved=b"\0\0\0\0\0\0\0\1"), FormatError, "reserved field is not zero",
          "reserved field is not zero"),
-        # In this order: the first that is broken is named.
+        # The checks have this order; the error names the first rule that is broken.
         (header(flip=1, version=2), ChecksumError, "checksum differs", "wrong header checksum"),
         (header(9, version=2), FormatError, "version 2 of the stream is not known here (known: 1)",
          "unknown version"),
@@ -108,7 +108,7 @@ def test_bad_header_is_refused(raw: bytes, error: type[BhyError], message: str, 
     refused(raw, "header at offset 0x0", error, message, why)
 
 
-# What all sections share
+# Rules of all sections
 
 
 def test_a_section_header_has_to_be_complete() -> None:
@@ -200,7 +200,7 @@ def test_padding_has_to_be_complete_and_zero() -> None:
 def test_wrong_checksum_is_refused(kind: int) -> None:
     maker = before(kind)
     refused_last(maker.add(kind, bytes(SHORTEST.get(kind, 0)), flip=1), *CHECKSUM)
-    # A flag set under the old checksum, which covers the section header too.
+    # A flag is set, and the checksum, which covers the section header too, stays the old one.
     maker = before(kind)
     raw = bytearray(maker.add(kind, bytes(SHORTEST.get(kind, 0))).raw)
     raw[maker.last[2] + 4] ^= 1
@@ -216,7 +216,7 @@ def test_unknown_flag_is_refused(kind: int, flags: int) -> None:
     refused_last(maker, FormatError, f"flags 0x{flags:x} are not known", "unknown flag")
 
 
-# The order.  What may stand at a place, and how Walk names what may not.
+# The order of sections: a stream so far, the types that may follow, and Walk's name for the place.
 STATES = [STATE, STATE_ZEROS, STATE_OPTIONAL, TIME, PAD, OPTIONAL, ABORT]
 PLACES: list[tuple[Make, list[int], str]] = [
     (Maker, [HOST, ABORT], "the header"),
@@ -269,7 +269,7 @@ def test_section_in_the_wrong_place_is_refused(at: int, kind: int) -> None:
     maker = make()
     ended = not allowed
     started = after == "GO" or (ended and not maker.dry)
-    if kind in allowed:  # what is found then is the wrong sequence number
+    if kind in allowed:  # the readers then find the wrong sequence number
         maker.add(kind, sequence=99)
         message = "sequence number is 99"
         refused_last(maker, FormatError, message, "wrong sequence number", started=started)
@@ -307,7 +307,7 @@ def test_a_second_section_of_the_head_is_refused() -> None:
 
 def test_a_pause_of_some_length_at_no_time_is_refused() -> None:
     maker = before(TIME).time(0, 1)
-    refused_last(maker, FormatError, "paused for a time, but at none", "paused never")
+    refused_last(maker, FormatError, "the pause has a duration, but no time", "paused never")
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_digest_of_the_low_half_first_is_refused() -> None:
 
 
 def test_the_digest_is_over_sections_of_every_type() -> None:
-    # A stream whose END was made before a PAD and a skipped section were put in front of it.
+    # The digest is that of a stream in which a PAD stands in place of the section of `kind`.
     for kind in (PAD, OPTIONAL, STATE, STATE_OPTIONAL):
         short = Maker().head().round_0()
         long = Maker().head().round_0()
@@ -430,7 +430,7 @@ def test_the_longest_text_of_an_abort_is_taken() -> None:
         Recorder(Input(maker.raw)).run()
 
 
-# The order of the checks, where two rules are broken at once.
+# The order of the checks if two rules are broken at once.
 
 
 @pytest.mark.parametrize(

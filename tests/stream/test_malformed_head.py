@@ -10,7 +10,7 @@ from bhystream.errors import FormatError
 from support.both import refused_last
 from support.streams import CONFIG, DEVICES, HOST, LAYOUT, NO_GPA, before, layout
 
-NOT_JSON = "not JSON in UTF-8: ..."  # and what the json module says
+NOT_JSON = "not JSON in UTF-8: ..."  # "..." stands for the words of the json module
 BAD_JSON: list[tuple[bytes, str, str]] = [
     (b"", NOT_JSON, "not JSON"),
     (b"\0", NOT_JSON, "not JSON"),

@@ -56,9 +56,9 @@ RESERVED = "reserved field is not zero"
          "length 4135 does not fit 1 pages", "wrong length"),
         (memory_list(0, [(0, 7, ZERO)], [], zero=1), RESERVED, RESERVED),
         (memory_list(0, [(0, 7, ZERO)], [], zero=2**31), RESERVED, RESERVED),
-        (memory_list(1, [(0, 7, ZERO)], []), "round 1 where round 0 is under way", "wrong round"),
+        (memory_list(1, [(0, 7, ZERO)], []), "round 1, but round 0 is under way", "wrong round"),
         (memory_list(2**32 - 1, [(0, 7, ZERO)], []),
-         "round 4294967295 where round 0 is under way", "wrong round"),
+         "round 4294967295, but round 0 is under way", "wrong round"),
         (memory_list(0, [(0, 1, 2)], []), "the extent at page 0 is of kind 2",
          "unknown kind of extent"),
         (memory_list(0, [(0, 1, 2**31)], []), "the extent at page 0 is of kind 2147483648",
@@ -145,14 +145,14 @@ def test_extents_of_a_section_lie_in_one_segment(extents: list[Extent]) -> None:
 def test_the_round_number_follows_the_rounds() -> None:
     for number in (0, 2):
         maker = Maker().head().round_0(flags=0).memory(number, [(0, 1, ZERO)])
-        message = f"round {number} where round 1 is under way"
+        message = f"round {number}, but round 1 is under way"
         refused_last(maker, FormatError, message, "wrong round")
 
 
 def test_a_list_is_believed_only_after_its_checksum() -> None:
     maker = before(MEMORY).memory(0, [(0, 1, DATA)], [page(1)], flip=1)
     refused_last(maker, *CHECKSUM)
-    # Before a page byte is read: there is none.
+    # The checksum is checked before any page byte is read: here there is none.
     head = memory_list(0, [(0, 1, DATA)], [page(1)])
     maker = before(MEMORY).add(MEMORY, head, length=len(head) + 4096, flip=1)
     refused_last(maker, *CHECKSUM)
@@ -163,7 +163,7 @@ def test_a_list_is_believed_only_after_its_checksum() -> None:
 
 
 def test_counts_are_believed_only_if_the_length_fits() -> None:
-    # 4268048 bytes are within the cap, and no list of 4096 extents is there to be read.
+    # 4268048 bytes are within the cap, but the stream has no list of 4096 extents to read.
     maker = before(MEMORY).add(MEMORY, memory_list(0, [], [], nextents=4096), length=4268048)
     refused_last(maker, FormatError, "length 4268048 does not fit 0 pages", "wrong length")
 
@@ -211,7 +211,7 @@ def frame_of(pages: list[bytes], **more: Any) -> bytes:
 
 
 def blocks(stated: int, *sizes: int, window: int | None = None) -> bytes:
-    """A frame of RLE blocks, which make `sizes` bytes; window: in place of one segment."""
+    """Return a frame of RLE blocks of `sizes` bytes; window: its descriptor, else one segment."""
     descriptor = b"\xa0" if window is None else bytes((0x80, window))
     frame = b"\x28\xb5\x2f\xfd" + descriptor + struct.pack("<I", stated)
     for at, size in enumerate(sizes):
@@ -220,7 +220,7 @@ def blocks(stated: int, *sizes: int, window: int | None = None) -> bytes:
     return frame
 
 
-# A dictionary's number, which is 0.
+# A frame that states the dictionary number 0, which is none.
 NO_DICTIONARY = b"\x28\xb5\x2f\xfd\xa1\0" + blocks(4096, 4096)[5:]
 WINDOW_8_MIB = 13 << 3  # 2^(10 + 13) bytes, RFC 8878, 3.1.1.1.2
 
@@ -238,7 +238,7 @@ def test_sound_frames_are_taken(frame: bytes) -> None:
 
 
 SIZE = ("the zstd frame does not state 4096 bytes", "zstd frame does not state the content size")
-BROKEN = "the zstd frame is broken: ..."  # and what libzstd says
+BROKEN = "the zstd frame is broken: ..."  # "..." stands for the words of libzstd
 PART = (BROKEN, "zstd frame is incomplete")
 MORE = (BROKEN, "bytes after the zstd frame")
 DAMAGE = (BROKEN, "zstd frame is damaged")
@@ -290,7 +290,7 @@ def test_the_pages_of_a_frame_have_hashes_too() -> None:
 
 
 def test_a_bomb_is_refused_without_room_for_what_it_makes() -> None:
-    # A million blocks of 128 KiB in a section within its cap: 128 GiB from 4 MB.
+    # A section within its cap has a million blocks of 128 KiB: 128 GiB from 4 MB.
     pages = [page(1)] * 1024
     frame = blocks(4 << 20, *[1 << 17] * 32)[:-4] + (1 << 20 | 2).to_bytes(3, "little") + b"\1"
     frame += ((1 << 20 | 2).to_bytes(3, "little") + b"\1") * 1_000_000
@@ -309,7 +309,7 @@ def test_a_bomb_is_refused_without_room_for_what_it_makes() -> None:
 
 @pytest.mark.parametrize("size", [0, 4096, 4097])
 def test_a_frame_is_smaller_than_its_pages(size: int) -> None:
-    # A frame of one raw block of 4082 bytes is one byte too long for one page with 4095.
+    # The longest frame that may stand for one page has 4095 bytes.
     maker = Maker(mandatory=ZSTD).head().zstd([(0, 1, DATA)], [page(1)], bytes(size))
     message = f"length {40 + size} does not fit 1 pages"
     refused_last(maker, FormatError, message, "wrong length")
@@ -339,7 +339,7 @@ COUNTS = "counts {} data and {} zero pages, but the round had 0 and 7"
 @pytest.mark.parametrize(
     ("payload", "message", "why"),
     [
-        (round_end(1, 0, 7), "round 1 where round 0 is under way", "wrong round"),
+        (round_end(1, 0, 7), "round 1, but round 0 is under way", "wrong round"),
         (round_end(0, 0, 7, zero=1), RESERVED, RESERVED),
         (round_end(0, 1, 7), COUNTS.format(1, 7), "wrong count of data pages"),
         (round_end(0, 0, 6), COUNTS.format(0, 6), "wrong count of zero pages"),

@@ -69,7 +69,7 @@ TOO_MUCH = "all states together have more than 134217728 bytes"
          FILLED),
         (state(b"n", 0, bytes(1048577)), "a part has more than 1048576 bytes",
          "part of a state is too long"),
-        (state(b"n", 1, b"1"), "state n: part 1 where part 0 is next", "wrong part of a state"),
+        (state(b"n", 1, b"1"), "state n: part 1, but part 0 is next", "wrong part of a state"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", [STATE, STATE_OPTIONAL])
@@ -93,7 +93,7 @@ def test_bad_state_is_refused(kind: int, payload: bytes, message: str, why: str)
         (state_zeros(b"n", 0, 1) + bytes(1), COUNT.format(1), "wrong length"),
         (state(b"n" * 9, 0, bytes(7)), COUNT.format(9), "wrong length"),
         (state(b"n" * 9, 0, b""), COUNT.format(9), "wrong length"),
-        (state_zeros(b"n", 1, 1), "state n: part 1 where part 0 is next", "wrong part of a state"),
+        (state_zeros(b"n", 1, 1), "state n: part 1, but part 0 is next", "wrong part of a state"),
         (state_zeros(b"n", 0, 0), "state n: part 0 is empty", "empty part of a state"),
         (state_zeros(b"n", 0, 134217729), TOO_MUCH, "states are too long"),
         (state_zeros(b"n", 0, 2**64 - 1), TOO_MUCH, "states are too long"),
@@ -131,16 +131,16 @@ def an_optional_part(*, last: bool = False) -> Maker:
 @pytest.mark.parametrize(
     ("make", "message", "why"),
     [
-        (lambda: a_part().state(b"b", 0, b"2"), "state b: part 0 where part 1 is next",
+        (lambda: a_part().state(b"b", 0, b"2"), "state b: part 0, but part 1 is next",
          "state is incomplete"),
         (lambda: a_part().state(b"b", 1, b"2"), "state b begins before a is complete",
          "state is incomplete"),
-        (lambda: a_part().state(b"a", 0, b"2"), "state a: part 0 where part 1 is next",
+        (lambda: a_part().state(b"a", 0, b"2"), "state a: part 0, but part 1 is next",
          "wrong part of a state"),
-        (lambda: a_part().state(b"a", 2, b"2"), "state a: part 2 where part 1 is next",
+        (lambda: a_part().state(b"a", 2, b"2"), "state a: part 2, but part 1 is next",
          "wrong part of a state"),
         (lambda: a_part(last=True).state(b"a", 1, b"2", flags=1),
-         "state a: part 1 where part 0 is next", "state name comes back"),
+         "state a: part 1, but part 0 is next", "state name comes back"),
         (lambda: a_part(last=True).state(b"a", 0, b"2", flags=1),
          "state a comes again, or is one too many", "state name comes back"),
         (lambda: a_part(last=True).state(b"b", 0, b"2", flags=1).state(b"a", 0, b"3"),
@@ -153,12 +153,12 @@ def an_optional_part(*, last: bool = False) -> Maker:
          "empty part of a state"),
         (lambda: a_part().time(), "state a is not complete", PLACE),
         (lambda: a_part(last=True).state(b"b", 0, b"2").time(), "state b is not complete", PLACE),
-        # Zeros are parts as any others.
-        (lambda: a_part().state_zeros(b"b", 0, 2), "state b: part 0 where part 1 is next",
+        # A part of zeros obeys the same rules.
+        (lambda: a_part().state_zeros(b"b", 0, 2), "state b: part 0, but part 1 is next",
          "state is incomplete"),
         (lambda: a_part().state_zeros(b"b", 1, 2), "state b begins before a is complete",
          "state is incomplete"),
-        (lambda: a_part().state_zeros(b"a", 0, 2), "state a: part 0 where part 1 is next",
+        (lambda: a_part().state_zeros(b"a", 0, 2), "state a: part 0, but part 1 is next",
          "wrong part of a state"),
         (lambda: a_part().state_zeros(b"a", 1, 0, flags=1), "state a: part 1 is empty",
          "empty part of a state"),
@@ -166,11 +166,11 @@ def an_optional_part(*, last: bool = False) -> Maker:
          "state a comes again, or is one too many", "state name comes back"),
         (lambda: a_part().state_zeros(b"a", 1, 2).time(), "state a is not complete", PLACE),
         (lambda: a_part().state_zeros(b"a", 1, 2).state(b"a", 1, b"3"),
-         "state a: part 1 where part 2 is next", "wrong part of a state"),
+         "state a: part 1, but part 2 is next", "wrong part of a state"),
         (lambda: a_part().state_zeros(b"a", 1, 2, flags=1).state(b"a", 2, b"3"),
-         "state a: part 2 where part 0 is next", "state name comes back"),
-        # Optional states behind the others, complete as these, of other names.
-        (lambda: a_part().state_optional(b"b", 0, b"2"), "state b: part 0 where part 1 is next",
+         "state a: part 2, but part 0 is next", "state name comes back"),
+        # Optional states follow the others, have to be complete, and have other names.
+        (lambda: a_part().state_optional(b"b", 0, b"2"), "state b: part 0, but part 1 is next",
          "state is incomplete"),
         (lambda: a_part().state_optional(b"a", 1, b"2"),
          "state a: part 1 is optional, and part 0 is not", "state is incomplete"),
@@ -198,7 +198,7 @@ def test_parts_of_states_do_not_mix(make: Make, message: str, why: str) -> None:
 def many(
     maker: Maker, count: int, payload: Callable[[int], bytes], flags: int, kind: int = STATE
 ) -> bytes:
-    """Add many sections of states in linear time; their digest is not kept."""
+    """Add many sections of states in linear time; the maker's digest leaves them out."""
     raw = bytearray(maker.raw)
     for at in range(count):
         one = payload(at)

@@ -1,6 +1,6 @@
-"""Reader alone: what a section looks like, and what it asks of its input.
+"""Reader alone: what a section looks like, and what Reader asks of its input.
 
-What it refuses is in the test_malformed files, with Walk on top of it.
+The test_malformed files have what Reader refuses, with Walk on top of it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def test_a_later_section_does_not_show_in_an_earlier_ones_length() -> None:
 
 @pytest.mark.parametrize(("kind", "cap"), CAPS)
 def test_no_read_is_larger_than_the_cap(kind: int, cap: int) -> None:
-    """A length within the cap, and no byte behind it: no read asks for more than is capped."""
+    """The length is within the cap, and no byte follows: no read asks for more than the cap."""
     maker = before(kind).add(kind, length=cap)
     source = Input(maker.raw)
     reader = Reader(source)

@@ -1,7 +1,7 @@
 """Tests of spec_reader alone, with no line of the package.
 
-That it and the package's own reader agree on sound streams is in test_verify.py and
-test_golden.py; what it refuses is in the test_malformed files, beside what the other one says.
+test_verify.py and test_golden.py compare it with the package's own reader on sound streams; the
+test_malformed files have what spec_reader refuses, beside the words of the package's reader.
 """
 
 from __future__ import annotations

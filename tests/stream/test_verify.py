@@ -1,6 +1,6 @@
-"""Walk over sound streams: what it yields, at the limits of the page too.
+"""Walk over sound streams: what it yields, also at the limits of bhystream(5).
 
-What it refuses is in the test_malformed files.
+The test_malformed files have what Walk refuses.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_pages_name_their_segment() -> None:
 
 
 def test_a_pad_is_an_event_wherever_it_stands() -> None:
-    """The source waits for a word on what is before it."""
+    """The source waits for an answer about the sections before the PAD."""
     maker = Maker(ANSWERED)
     maker.host().add(PAD, b"x").layout().config().devices().add(HEAD_END).add(PAD)
     maker.round_0().add(PAD, bytes(1048576)).time().end().add(PAD, b"1").add(GO, NONCE).add(PAD)
@@ -108,7 +108,7 @@ def test_a_form_without_answers_is_not_read_beyond_end(form: int) -> None:
 
 
 def test_a_rehearsal_is_an_event_before_any_memory() -> None:
-    plan = bytes(range(256)) * 4096  # as long as it may be; what it says is not looked at
+    plan = bytes(range(256)) * 4096  # as long as allowed; Walk does not read the contents
     maker = Maker().head().add(PAD).add(REHEARSAL, plan).round_0().time().end()
     events = list(Walk(Input(maker.raw)).events())
     assert [type(event) for event in events] == [
@@ -192,7 +192,7 @@ def test_a_descriptor_that_does_not_block_is_an_error_of_the_pipe() -> None:
 
 
 def padded() -> Maker:
-    """PAD and unknown optional sections wherever they may stand."""
+    """Return a stream with PAD and unknown optional sections wherever they may stand."""
     maker = Maker()
     maker.host()
     for step in (maker.layout, maker.config, maker.devices, lambda: maker.add(HEAD_END)):
@@ -223,7 +223,7 @@ def longest_head() -> Maker:
 
 
 def addresses() -> Maker:
-    """Segments that touch, descend, or end at 2^64."""
+    """Return a stream with segments that touch, descend, or end at 2^64."""
     top = 2**64 - 4096
     segments = [(b"c", top - 4096, 1), (b"d", top, 1), (b"b", 4096, 3), (b"a", 0, 1)]
     maker = Maker(mandatory=NO_MEMORY).host().layout(*segments, (b"u", NO_GPA, 1))
@@ -258,7 +258,7 @@ def states() -> Maker:
 
 
 def zeros() -> Maker:
-    """Zeros as any part of a state, as all of it, and to the cap of all states."""
+    """Return a stream with zeros as any part of a state, as a whole state, and up to the cap."""
     maker = Maker().head().round_0().state_zeros(b"n" * 255, 0, 1, flags=1)
     maker.state_zeros(b"a", 0, 2).state(b"a", 1, b"1").state_zeros(b"a", 2, 3).state_zeros(
         b"a", 3, 4, flags=1
@@ -268,7 +268,7 @@ def zeros() -> Maker:
 
 
 def optional_states() -> Maker:
-    """4 MiB of them, 4096 of them, and 4096 others."""
+    """Return a stream with 4096 optional states of 4 MiB in all, and 4096 other states."""
     maker = Maker().head().round_0()
     for at in range(4096):
         maker.state(b"s%d" % at, 0, b"", flags=1)
@@ -280,7 +280,7 @@ def optional_states() -> Maker:
 
 
 def rounds() -> Maker:
-    """A page is stated again; rounds without a MEMORY section; a page that becomes zero."""
+    """Return a stream with a page stated again, empty rounds, and a page that becomes zero."""
     maker = Maker().head().round_0(flags=0).round_end(1, 0, 0)
     maker.memory(2, [(0, 1, ZERO), (3, 1, DATA)], [page(9)]).memory(2, [(6, 1, DATA)], [page(0)])
     maker.round_end(2, 2, 1).memory(3, [(3, 1, DATA)], [page(8)]).round_end(3, 1, 0)
@@ -296,7 +296,7 @@ def compressed() -> Maker:
 
 
 def longest_frame() -> Maker:
-    """A frame one byte shorter than its page: a raw block, and one byte repeated."""
+    """Return a stream with a frame one byte shorter than its page: a raw block and an RLE block."""
     raw = random.Random(0).randbytes(4081)
     frame = b"\x28\xb5\x2f\xfd\x60" + (4096 - 256).to_bytes(2, "little")
     frame += (len(raw) << 3).to_bytes(3, "little") + raw
@@ -359,7 +359,7 @@ def test_a_count_of_zeros_takes_no_more_memory_than_the_cap_of_all_states() -> N
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # The state as it grows, by an eighth more than it needs, and as it is kept.
+    # The growing state, with an eighth more than it needs, and the copy that is kept.
     assert peak < 300 << 20
 
 

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import pytest
 
-from bhystream.errors import BhyError, PipeError, ReaderGoneError
+from bhystream.errors import BhyError, InputOutputError, ReaderGoneError
 from bhystream.guest import Layout, Segment, State
 from bhystream.stream import format as fmt
 from bhystream.stream import writer as writer_module
@@ -35,7 +35,7 @@ HOST = pack_json({"hypervisor": "qemu", "program": "test 1"})
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """A pipe of 16 KiB: the end to read from, and the end to write to."""
+    """Make a pipe of 16 KiB; yield its reading and its writing end."""
     reader, writer = os.pipe()
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 16384)
@@ -125,7 +125,7 @@ X = b"x"
 
 
 def parts(raw: bytes) -> Cut:
-    """Return what each part of a state in a stream is."""
+    """Return the type, the length and the flags of each part of a state in a stream."""
     found: Cut = []
     reader = Reader(io.BytesIO(raw))
     while section := reader.next():
@@ -218,7 +218,7 @@ def test_a_short_write_is_continued(pipe: tuple[int, int], monkeypatch: pytest.M
 
 
 def test_a_slow_reader_and_signals_cut_no_byte(pipe: tuple[int, int]) -> None:
-    """A signal ends write(2) in the middle of what a full pipe could not take yet."""
+    """A signal ends a write(2) that waits in the middle of its data for a full pipe."""
     fired: list[int] = []
     before = signal.signal(signal.SIGALRM, lambda number, _: fired.append(number))
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
@@ -247,12 +247,15 @@ def test_a_receiver_that_is_gone_is_an_error_of_the_pipe(pipe: tuple[int, int]) 
         writer.section(Type.HOST, HOST)
     assert caught.value.status == 74
     assert not writer.at_border
-    with pytest.raises(PipeError):
+    with pytest.raises(InputOutputError):
         Writer(pipe[1], HEADER)
 
 
 def test_a_file_system_that_is_full_is_an_error_of_the_pipe() -> None:
-    with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(PipeError) as caught:
+    with (
+        Path("/dev/full").open("wb", buffering=0) as file,
+        pytest.raises(InputOutputError) as caught,
+    ):
         write_all(file.fileno(), b"x")
     assert str(caught.value) == "cannot write the stream: No space left on device"
 
@@ -271,7 +274,7 @@ def test_end_is_one_write() -> None:
 
 
 def test_page_bytes_are_a_write_of_their_own() -> None:
-    """As it is: the header and the list, then the pages, and no copy of them."""
+    """The writer writes the header and the list, then the pages without a copy of them."""
     reader, writer_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     payload = fmt.MEMORY_HEAD.pack(0, 1, 1, 0) + fmt.EXTENT.pack(0, 1, 0) + bytes(8)
     with reader, writer_socket:
@@ -289,7 +292,7 @@ def test_page_bytes_are_a_write_of_their_own() -> None:
 
 
 def contents(fd: int) -> bytes:
-    """Read what is in a pipe now."""
+    """Return what is in a pipe now."""
     got = b""
     poller = select.poll()
     poller.register(fd, select.POLLIN)
@@ -332,7 +335,7 @@ def test_abort_writes_nothing_inside_a_section(
 
 
 def test_abort_writes_nothing_if_a_section_was_not_counted(pipe: tuple[int, int]) -> None:
-    """A signal may raise when a section is written and its checksum not yet in the digest."""
+    """A signal may raise after a section is written, before its checksum is in the digest."""
 
     class Interrupted:
         def update(self, data: bytes) -> NoReturn:
@@ -376,7 +379,7 @@ def test_abort_keeps_to_what_a_writable_pipe_takes(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert 32 + 8 + writer_module._ABORT_ROOM_BYTES == select.PIPE_BUF
-    # Where PIPE_BUF is the least that POSIX allows.
+    # The text's room if PIPE_BUF is the least that POSIX allows.
     monkeypatch.setattr(writer_module, "_ABORT_ROOM_BYTES", 512 - 40)
     writer = Writer(pipe[1], HEADER)
     writer.abort(75, "x" * 2000)

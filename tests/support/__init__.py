@@ -1,1 +1,1 @@
-"""What helps the tests, and is none."""
+"""Helpers of the tests."""

@@ -1,8 +1,8 @@
 """Both readers over one stream: the package's Walk, and the one made from the page alone.
 
-`Recorder` is a destination that builds nothing: it keeps what Walk yields, and notes a start where
+`Recorder` is a destination that builds nothing: it keeps what Walk yields, and notes a start when
 bhyrecv(8) would start the guest.  `Input` serves the bytes and notes the largest read that was
-asked for, so that a length of the stream that is believed too early shows.
+asked for, which shows if a reader believes a length in the stream too early.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from bhystream.errors import BhyError
 from bhystream.guest import Head, State
 from bhystream.memory.extent import EXTENT
 from bhystream.stream.format import Form, Header, RoundEnd
-from bhystream.stream.verify import Ended, Event, Go, Pages, Rehearsal, Walk
+from bhystream.stream.verify import Ended, Go, Item, Pages, Rehearsal, Walk
 from spec_reader import Refused, Stream, read
 from support.streams import NAMES, Maker
 
 PAGE = 4096
-LARGEST_CAP = 4268048  # of MEMORY: no read may ask for more
+LARGEST_CAP = 4268048  # the cap of MEMORY: no read may ask for more
 
 
 class Input:
@@ -69,7 +69,7 @@ class Recorder:
             walk.expect_end_of_input()
         return self
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: Item) -> None:
         match event:
             case Header():
                 self.header = event
@@ -119,8 +119,8 @@ def refused(
 ) -> None:
     """Assert that both readers refuse a stream, for the reason given, at `place`.
 
-    error, message: of Walk, exactly, but for what a library says where it ends with "...".
-    why: of spec_reader.  started: END was sound before that.
+    error, message: of Walk, exactly; a final "..." stands for the words of a library.  why: of
+    spec_reader.  started: a sound END came before.
     """
     recorder = Recorder(Input(raw))
     with pytest.raises(error) as caught:

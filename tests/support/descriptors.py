@@ -1,4 +1,4 @@
-"""What this process has open."""
+"""The descriptors that this process has open."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import os
 
 
 def descriptors() -> list[str]:
-    """Return the open descriptors; not those that earlier tests have left to the collector."""
+    """Return the open descriptors, except those that earlier tests left to the collector."""
     gc.collect()
     return sorted(os.listdir("/dev/fd"))

@@ -1,8 +1,8 @@
-"""A stream through a pipeline that keeps bytes back, and a destination that says what it reads."""
+"""A stream through a pipeline that keeps bytes back, to a destination that answers SEEN."""
 
 from __future__ import annotations
 
-from bhystream.handover.answers import Answer, Box
+from bhystream.handover.answers import Answer, Inbox
 from bhystream.stream.format import Feature, Form, Header, Type
 from bhystream.stream.writer import Bytes, Writer
 
@@ -12,19 +12,19 @@ HEADER = Header(Form.ANSWERED, Feature(0), bytes.fromhex(ID), 7)
 
 
 class Hoarding(Writer):
-    """A writer; what it has written beyond `held` bytes is said to be read, at once.
+    """A writer whose destination answers SEEN at once for all but the last `held` bytes.
 
-    says_hello: the destination does, at the beginning.  pads: the PAD sections' lengths.
+    says_hello: the destination says HELLO at the start.  pads: the PAD sections' lengths.
     """
 
-    def __init__(self, fd: int, held: int, box: Box, *, says_hello: bool = True) -> None:
+    def __init__(self, fd: int, held: int, inbox: Inbox, *, says_hello: bool = True) -> None:
         self.held = held
-        self.box = box
+        self.inbox = inbox
         self.pads: list[int] = []
         self._ends: list[int] = []
         super().__init__(fd, HEADER)
         if says_hello:
-            box.put(HELLO, HELLO)
+            inbox.put(HELLO, HELLO)
 
     def section(
         self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Bytes = b""
@@ -36,4 +36,4 @@ class Hoarding(Writer):
         out = self.offset_bytes - self.held
         last = sum(end <= out for end in self._ends) - 1
         if last >= 0:
-            self.box.put(HELLO, Answer(ID, "SEEN", (str(last),)))
+            self.inbox.put(HELLO, Answer(ID, "SEEN", (str(last),)))

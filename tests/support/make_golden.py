@@ -2,9 +2,9 @@
 
     PYTHONPATH=lib python tests/support/make_golden.py [directory]
 
-Everything in them is fixed: ids, seeds, times, page bytes.  So they change only if the format or
-the writer does, and a change of the format is a new golden stream, a new digest in
-test_golden.py, and a new text in tests/data/README.
+Everything in the streams is fixed: ids, seeds, times, page bytes.  So they change only if the
+format or the writer does, and a change of the format needs a new golden stream, a new digest in
+test_golden.py, and a new text in the function that makes the stream.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ DATA = Path(__file__).parents[1] / "data"
 NONCE = bytes(range(0xA0, 0xB0))
 PAUSED_AT, PAUSED_FOR = 1_700_000_000_000_000_000, 12_345_678
 
-# Two pages, the first of one repeated text and the second of two bytes.  A frame of libzstd
-# 1.5.7 at level 3: another version may make other bytes that mean the same, so it is kept here.
+# A frame of two pages, the first of one repeated text and the second of two bytes.  libzstd 1.5.7
+# made the frame at level 3.  Another version may make another frame of them, so this one is kept.
 FRAME = bytes.fromhex(
     "28b52ffd60001f8d010024025468652067756573742773206d656d6f72792c207061676520616674"
     "65722e2000010300fbcff918fb4879ac85e204"
@@ -37,7 +37,7 @@ FRAME = bytes.fromhex(
 
 
 PLAN = b'{"devices": [{"device": "vga", "size": 8195}]}'
-# What is zero in blocks of 4096 bytes is a count in the stream.
+# Blocks of 4096 zero bytes are a count in the stream.
 ZERO_STATES = {
     "vga": bytes(8192) + b"end",
     "ram": bytes(4096) + b"\x01".rjust(4096, b"\0") + bytes(4096) + bytes(8),
@@ -105,7 +105,7 @@ def time(writer: Writer, at_ns: int = PAUSED_AT, for_ns: int = PAUSED_FOR) -> No
 
 
 def dry_run(fd: int) -> None:
-    """Write the smallest stream."""
+    """Write the smallest stream, a dry run."""
     writer = begin(fd, 1, Form.PLAIN, Feature.NO_MEMORY)
     head(writer)
     writer.end()
@@ -125,7 +125,7 @@ def plain(fd: int) -> None:
     writer.round_end(1, 1, last=False)
     memory(writer, [(13, 1, 1)])
     writer.round_end(0, 1, last=True)
-    # As Writer.state(), but in parts that are no megabyte.
+    # This does what Writer.state() does, but with parts much smaller than 1 MiB.
     parts = (b"first ", b"second ", b"third")
     for at, part in enumerate(parts):
         last = fmt.FLAG_LAST if at == len(parts) - 1 else 0
@@ -177,8 +177,8 @@ def answered(fd: int) -> None:
 def rehearsed(fd: int) -> None:
     """Write a stream with all that a destination needs to start its hypervisor early.
 
-    REHEARSAL, states with zeros before, between and behind what is not zero,
-    one of zeros alone, and two states that a reader may leave out.
+    It has REHEARSAL, states with zeros before, between and after other bytes, a
+    state of zeros alone, and two states that a reader may leave out.
     """
     writer = begin(fd, 7, Form.PLAIN)
     head(writer)
@@ -187,11 +187,11 @@ def rehearsed(fd: int) -> None:
     writer.round_end(0, 8, last=True)
     for name, data in ZERO_STATES.items():
         writer.state(State(name, data))
-    # As Writer.state(), but in parts that are no megabyte.
+    # This does what Writer.state() does, but with parts much smaller than 1 MiB.
     for at, part in enumerate((b"xmm0", b"xmm1")):
         writer.section(Type.STATE_OPTIONAL, fmt.pack_state("fpu/0", at, part), flags=at)
         writer.section(Type.PAD, bytes(3))
-    # Zeros, which are not cut out of an optional state.
+    # The zeros of an optional state stay in its parts.
     writer.state(State("fpu/1", bytes(4096), is_optional=True))
     time(writer)
     writer.end()

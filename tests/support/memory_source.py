@@ -1,9 +1,9 @@
 """A guest without a hypervisor: segments in sparse memory files, and a rebuilder.
 
 MemorySource is a backend.base.Source over one memfd for each segment.  Its
-memory is changed with write() and punch(), its holes are the file's.  The
-kernel allocates a page of a memfd also when it is only read through a mapping,
-so allocated_bytes() shows a reader that touched what it must not.
+memory is changed with write() and punch(), and its holes are those of the file.
+The kernel allocates a page of a memfd even if a mapping only reads the page, so
+allocated_bytes() shows a reader that touched a hole.
 
 rebuild() is the other end in plain Python, over bhystream.stream.verify.
 """
@@ -44,7 +44,7 @@ class MemorySource:
     lock_name = "stand-in"
 
     def __init__(self, *npages: int) -> None:
-        """npages: of each segment; all of it is one hole."""
+        """npages: of each segment, which is one hole at first."""
         segments = (Segment(f"ram{i}", None, n) for i, n in enumerate(npages))
         self.layout = Layout(tuple(segments))
         self.npages = self.layout.npages
@@ -71,7 +71,7 @@ class MemorySource:
         return ("disk0=", "net0=")
 
     def require_described(self) -> None:
-        """It stays what it is."""
+        """Do nothing: the guest's description never changes."""
 
     def fixed_ns(self) -> int:
         return 0
@@ -95,7 +95,7 @@ class MemorySource:
             while at < size:
                 try:
                     start = os.lseek(fd, at, os.SEEK_DATA)
-                except OSError:  # ENXIO: a hole up to the end
+                except OSError:  # ENXIO: only a hole is left up to the end
                     break
                 at = os.lseek(fd, start, os.SEEK_HOLE)
                 yield base + start // PAGE_BYTES, base + -(-at // PAGE_BYTES)
@@ -138,7 +138,7 @@ class MemorySource:
 
 @dataclass
 class Rebuilt:
-    """What a stream says.  data, zero: the pages of each round, by kind."""
+    """The contents of a stream.  data, zero: the pages of each round, by kind."""
 
     memory: bytearray
     rounds: list[RoundEnd] = field(default_factory=list)
@@ -187,7 +187,7 @@ def _place_pages(built: Rebuilt, event: Pages) -> None:
 
 
 def wait_until_full(fd: int) -> None:
-    """Return when the pipe with this reading end is full: its writer is inside write(2)."""
+    """Wait until the pipe with this reading end is full, and its writer is inside write(2)."""
     room = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:

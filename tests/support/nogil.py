@@ -10,9 +10,9 @@ from collections.abc import Callable
 def released(call: Callable[[], object]) -> bool:
     """Say whether another thread could run while `call` did.
 
-    The interpreter is told never to take the GIL from a thread, so this one
-    gets it back only if `call` gives it away.  Tried several times, because on
-    a busy machine this thread may wake up too late.
+    The interpreter is told never to take the GIL from a thread, so this thread
+    gets it back only if `call` releases it.  The test is tried several times,
+    because on a busy machine this thread may wake up too late.
     """
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000)

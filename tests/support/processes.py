@@ -1,4 +1,4 @@
-"""Processes that a test has started or met, seen from outside."""
+"""Look from outside at processes that a test has started or found."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def is_gone(pid: int, seconds: float) -> bool:
-    """Return True once a process has ended, False if it does not within that time."""
+    """Return True once a process has ended, False if it does not end in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:

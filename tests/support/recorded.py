@@ -1,4 +1,4 @@
-"""A state directory with records, and one stand-in guest that all of them find."""
+"""A state directory with records, which all lead to one stand-in guest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OF_DESTINATION = (LOADED, READY, STARTED, DEAD)
 class Guest:
     """What a record's guest is asked, with the phase of record A at that time.
 
-    running: what runs() says.  fails: resume and discard do.
+    running: the result of runs().  fails: whether resume() and discard() fail.
     """
 
     records: Records
@@ -67,7 +67,7 @@ class Guest:
 
 
 class Host:
-    """A state directory, and the one guest that open_paused() finds, or its failure."""
+    """A state directory, and the one guest or the failure that open_paused() leads to."""
 
     def __init__(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.base = base
@@ -98,7 +98,7 @@ class Host:
         time_ns: int = 1,
         peer: tuple[str, str] = ("", ""),
     ) -> Record:
-        """Write a record of the role that has such a phase."""
+        """Write a record with this phase, in the role that has the phase."""
         made = Record(
             id_, guest, operand, lock, phase, {"id": id_}, time_ns, host=peer[0], directory=peer[1]
         )
@@ -108,5 +108,5 @@ class Host:
         return made
 
     def phases(self, role: str) -> list[str]:
-        """Return the phases of all its records."""
+        """Return the phases of all records of a role."""
         return [record.phase for record in self.roles[role].all()]

@@ -1,8 +1,8 @@
 """Streams for the tests, packed byte by byte from bhystream(5).
 
-Nothing here is taken from the package or from spec_reader: `Maker` writes what it is told, right
-or wrong, with the checksums, totals and digest that belong to it.  So a test of a rule breaks
-exactly that rule, in the section that was added last.
+No code here comes from the package or from spec_reader.  `Maker` writes what a test asks for, right
+or wrong, with the matching checksums, totals and digest.  So a test of a rule breaks exactly that
+rule, in the section that was added last.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def abort(text: bytes, *, status: int = 75, zero: int = 0) -> bytes:
 class Maker:
     """A stream under construction; `last` is the section that a test breaks.
 
-    `last`: its number, type and offset; the type None where none is written.
+    `last`: its number, type and offset; the type is None if no section header was written.
     """
 
     def __init__(self, form: int = PLAIN, mandatory: int = 0, optional: int = 0) -> None:
@@ -127,7 +127,7 @@ class Maker:
         flip: int = 0,
         filler: bytes | None = None,
     ) -> Maker:
-        """Add a section; `covered` payload bytes are under its checksum, all if None."""
+        """Add a section; its checksum covers `covered` payload bytes, all if None."""
         self.last = (self.count, kind, len(self.raw))
         head = struct.pack(
             "<IIQQ",
@@ -147,7 +147,7 @@ class Maker:
         return self
 
     def then(self, raw: bytes) -> Maker:
-        """Add bytes that are no section; `last` is the section that they stand for."""
+        """Add bytes that are not a whole section; `last` is the section that they begin."""
         self.last = (self.count, None, len(self.raw))
         self.raw += raw
         return self
@@ -188,7 +188,7 @@ class Maker:
         return self.add(ROUND_END, round_end(number, data, zeros), flags=flags)
 
     def round_0(self, *, flags: int = 1) -> Maker:
-        """Pages 0, 1 and 6 have bytes, 2 to 5 are zero."""
+        """Add round 0: pages 0, 1 and 6 have bytes, pages 2 to 5 are zero."""
         self.memory(0, [(0, 2, DATA), (2, 4, ZERO)], [page(1), page(2)])
         return self.memory(0, [(6, 1, DATA)], [page(3)]).round_end(0, 3, 4, flags=flags)
 
@@ -223,7 +223,7 @@ class Maker:
         return self.add(END, payload, flags=flags)
 
     def full(self) -> Maker:
-        """All up to where END is due."""
+        """Add every section before END."""
         return self.head().round_0().state(b"cpu0", 0, b"abc", flags=1).time()
 
 
@@ -249,7 +249,7 @@ def before(kind: int, form: int = ANSWERED, mandatory: int = 0) -> Maker:
     return maker if kind == END else maker.end()
 
 
-# What every payload of these types has as its shortest; others may be empty.
+# The shortest payload of each type, in bytes; the payloads of other types may be empty.
 SHORTEST = {
     LAYOUT: 56, MEMORY: 32, ROUND_END: 24, STATE: 16, TIME: 16, END: 64, GO: 16, ABORT: 9,
     STATE_ZEROS: 24, STATE_OPTIONAL: 16, REHEARSAL: 1,

@@ -1,4 +1,4 @@
-"""bhysend -A as a process, with a guest that any record finds."""
+"""bhysend -A as a process, with one stand-in guest to which any record leads."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ READY, RUNNING, RAN, UNKNOWN = (
 )
 FAILED, REFUSED = line("FAILED", "no disk"), line("REFUSED", "too old")
 
-# bhysend with a guest that is found by any record, and says on standard output
-# what it is told.
+# bhysend with a guest to which any record leads; the guest prints each call on
+# standard output.
 DRIVER = """
 import sys
 import time
 from bhystream import hypervisors
 from bhystream.send import main as send
-from bhystream.send import settle, third
+from bhystream.send import recovery, third_stage
 
 real = time.sleep
 
@@ -65,7 +65,7 @@ class Paused:
 hypervisors.open_paused = lambda revive: Paused()
 time.sleep = sleep
 if sys.argv[1] == "impatient":
-    settle._LOCK_SECONDS = third._DRAIN_SECONDS = 0.0
+    recovery._LOCK_SECONDS = third_stage._DRAIN_SECONDS = 0.0
 sys.exit(send.main(["-A", *sys.argv[2:]]))
 """
 
@@ -77,7 +77,7 @@ def feed(process: subprocess.Popen[bytes], data: bytes) -> None:
 
 
 def start(*names: str, guest: str = "alive") -> subprocess.Popen[bytes]:
-    """Start a third stage; guest: what open_paused() finds, alive or gone; impatient: no waits."""
+    """Start a third stage.  guest: "alive", "gone", or "impatient": alive, and -A never waits."""
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, guest, *names],
         env={**os.environ, "PYTHONPATH": str(ROOT / "lib")},
@@ -88,14 +88,14 @@ def start(*names: str, guest: str = "alive") -> subprocess.Popen[bytes]:
 
 
 def hang_up(process: subprocess.Popen[bytes]) -> None:
-    """End its input."""
+    """Close the third stage's input."""
     assert process.stdin
     process.stdin.close()
     process.stdin = None
 
 
 def ended(process: subprocess.Popen[bytes], data: bytes = b"") -> tuple[int, list[str], str]:
-    """Feed the rest of its input; return its status, the acts, standard error."""
+    """Feed the rest of the input; return the status, the calls, and standard error."""
     out, err = process.communicate(data, timeout=LIMIT_S)
     assert b"Traceback" not in err, err
     return process.returncode, out.decode().split(), err.decode()

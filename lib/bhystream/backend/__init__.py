@@ -1,1 +1,1 @@
-"""Hypervisors: how each reads, pauses, starts and ends a guest."""
+"""The backends: how a guest of each hypervisor is read, paused, started and ended."""

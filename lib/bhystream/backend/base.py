@@ -1,10 +1,10 @@
 """What the engine asks of a hypervisor: Source, Paused and Sink.
 
 The engine moves pages and sections and knows no hypervisor; a backend knows
-one hypervisor and no stream.  Everything that crosses this line is here.
+one hypervisor and no stream.  This file is the interface between the two.
 
-The words in which they speak of a guest are guest.py's.  What a hypervisor has
-to say of the sections of a stream is asked by their walk: stream/contents.py.
+guest.py defines the types that describe a guest.  stream/contents.py defines
+how the walk of a stream has a backend check the backend's sections.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Protocol
 
 from bhystream.guest import Head, Json, State
 
-# What streams and records call bhyve.
+# The names that streams and records use for bhyve.
 BHYVE = ("bhyve", "standin")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What Source.prepare() leaves.
+    """The result of Source.prepare().
 
-    record: JSON from which `hypervisors.open_paused()` finds the guest again,
-    without a secret or a descriptor.  plan: what the destination needs to
-    start its hypervisor before the pause, for a REHEARSAL section; b"" where
-    it needs nothing.
+    record: JSON from which `hypervisors.open_paused()` finds the guest again;
+    the record holds no secret and no descriptor.  plan: what the destination
+    needs to start its hypervisor before the pause, for a REHEARSAL section;
+    b"" if the destination needs nothing.
     """
 
     record: Json
@@ -34,22 +34,23 @@ class Prepared:
 
 
 class Target(Protocol):
-    """Where the pages of one segment go.  The memory is zero at first."""
+    """The memory of one segment at the destination.  All of its pages are zero at first."""
 
     def place(self, base_page: int, npages: int, extents: memoryview, pages: memoryview) -> None:
         """Write the pages of the DATA extents, and make those of the ZERO extents zero.
 
-        base_page, npages: the segment, in global page numbers.  extents,
-        pages: as in verify.Pages, checked.  Raises OSError.
+        base_page, npages: the segment's first page, in global page numbers, and
+        its number of pages.  extents, pages: as in verify.Pages, checked.
+        Raises OSError if the pages cannot be written.
         """
 
 
 class Readable(Protocol):
-    """A guest's memory, to be read: what a transfer needs.
+    """A guest whose memory can be read: what a transfer needs.
 
-    Opening one pauses nothing and changes nothing.  All methods raise
-    GuestError when the hypervisor fails, AccessError where it may not be
-    asked, IncompatibleError for what cannot be moved.
+    To open a Readable neither pauses nor changes the guest.  All methods raise
+    GuestError if the hypervisor fails, AccessError if the caller may not use the
+    hypervisor, and IncompatibleError if the guest cannot be moved.
     """
 
     @property
@@ -62,137 +63,144 @@ class Readable(Protocol):
     def memory(self) -> Sequence[memoryview]:
         """Return one read-only mapping per segment, len = npages * 4096.
 
-        The mappings live until close() and show the guest's memory as it
-        changes.  Reading a page outside touched() may allocate it.
+        The mappings live until close() and always show the guest's current
+        memory.  Reading a page outside touched() may allocate that page.
         """
 
     def touched(self) -> Iterator[tuple[int, int]]:
         """Yield the extents [first, end) of pages that may be other than zero.
 
-        Ascending, disjoint, none across a segment border; asked anew at each
-        round.  Pages outside are zero and must not be read.
+        The extents ascend, are disjoint, and none crosses a segment border.
+        Called again in each round.  Pages outside the extents are zero and must
+        not be read.
         """
 
     def changed(self) -> Iterator[tuple[int, int]] | None:
         """Yield the extents of pages that may have changed since the last call, or None.
 
-        As touched(), of which it may be more or less: what is in neither is
-        as it was.  None where the host keeps no such log; then every touched
-        page is compared.
+        The extents have the form of touched()'s, and may cover more or fewer
+        pages: a page in neither has not changed.  Returns None if the host keeps
+        no such log; the engine then compares every touched page.
         """
 
     def close(self) -> None:
-        """Give up every descriptor and mapping.  The guest stays as it is.  Twice is no error."""
+        """Release every descriptor and mapping; the guest stays as it is.  May be called twice."""
 
 
 class Described(Readable, Protocol):
-    """A guest whose destination and operator have to know more than its memory."""
+    """A guest that also tells what its destination and its operator have to know."""
 
     def resources(self) -> Sequence[str]:
-        """Return what the destination's operator has to give, as -o words: "disk0="."""
+        """Return the -o keys that the destination's operator has to give: "disk0="."""
 
     def warnings(self) -> Sequence[str]:
-        """Return what no tool can mend and the operator has to know, each in one line."""
+        """Return what the operator has to know and no program can repair, each in one line."""
 
 
 class Snapshot(Described, Protocol):
-    """A guest that does not run: files, which are sent cold."""
+    """A guest that does not run: snapshot files, which bhysend sends cold."""
 
     def states(self) -> Sequence[State]:
         """Return the state.  Called after the memory was sent.
 
-        Raises GuestError where the files are no longer what they were.
+        Raises GuestError if the files have changed since they were opened.
         """
 
 
 class Source(Described, Protocol):
-    """A running guest that is to be sent.  Errors are Readable's."""
+    """A running guest that is to be sent.  The methods raise what Readable's raise."""
 
     @property
     def lock_name(self) -> str:
-        """What one lock per guest is taken on: the same for every path to it."""
+        """The name of the guest's lock: the same name for every path to the guest."""
 
     def prepare(self, id_: str) -> Prepared:
-        """Make ready what the pause needs and can be made while the guest runs.
+        """Prepare whatever the pause needs that can be prepared while the guest runs.
 
         id_: of the stream.  Called once, after the destination's verdict and
-        before memory(), never by a dry run.  Shows early that the guest can be
-        paused and saved, and how long that takes.  close() undoes it if the
-        guest was not paused.
+        before memory(), never by a dry run.  The call shows early that the guest
+        can be paused and saved, and how long that takes.  close() undoes the
+        call if the guest was not paused.
         """
 
     def require_described(self) -> None:
-        """Raise where the guest is no longer what head() has said of it.
+        """Raise one of Readable's errors if the guest no longer matches what head() returned.
 
         Called at the last moment before pause(), while the guest runs.
         """
 
     def fixed_ns(self) -> int:
-        """Return what of a pause no round makes shorter: to stop, to take the state, to load it.
+        """Return the part of the pause that no further round shortens, in ns.
 
-        Measured by prepare() where that is possible, else from experience; ns.
+        It is the time to stop the guest, to take the state and to load it,
+        measured by prepare() if possible, else known from experience.
         """
 
     def pause(self) -> Paused:
-        """Stop every vCPU and device, and take the state: the guest is its hypervisor's to hold.
+        """Stop every vCPU and device, and take the state; the hypervisor then holds the guest.
 
-        Returns when nothing writes memory any more.  Where it raises, it has
-        tried to let the guest run on, and open_paused() of the record may try
-        again.
+        Returns when nothing writes memory any more.  Before pause() raises, it
+        tries to let the guest run on; the caller may try again with
+        open_paused() of the record.
         """
 
 
 class Paused(Protocol):
     """A guest that stands paused in its own hypervisor.
 
-    Source.pause() returns one, and `hypervisors.open_paused()` finds it again
-    from its record, in any process: the keeper, -A, --resume, --discard.
+    Source.pause() returns a Paused, and `hypervisors.open_paused()` finds the
+    guest again from its record, in any process: the keeper, -A, --resume, --discard.
     """
 
     @property
     def reasons(self) -> Sequence[str]:
-        """What of the guest the state does not have, and why, each in one line."""
+        """The parts of the guest that the state lacks, and why, each in one line."""
 
     def states(self) -> Sequence[State]:
-        """Return the state that the pause has saved, whole, in memory; optional ones last."""
+        """Return the state that the pause has saved, whole, in memory; optional states last."""
 
     def require_paused(self) -> None:
         """Ask the hypervisor whether it still holds the guest.
 
-        Called at the last moment before the destination may start it.  Raises
-        TakenError where somebody else has let it run, GoneError where it has ended.
+        Called at the last moment before the destination may start the guest.
+        Raises StaleError if anyone else has let the guest run, GuestEndedError
+        if the guest has ended.
         """
 
     def resume(self) -> None:
-        """Let it run on.  A guest that runs already is left alone.  Raises GoneError."""
+        """Let the guest run on; leave a running guest alone.
+
+        Raises GuestEndedError if the guest has ended, GuestError if the guest
+        cannot be resumed.
+        """
 
     def clear(self) -> None:
         """Remove what Source.prepare() made for a guest that was never paused.  Never raises."""
 
     def discard(self, there: str) -> None:
-        """End it for good.  A guest that is gone already is no error, one that runs is.
+        """End the guest for good.  Do nothing if it has ended; raise GuestError if it runs.
 
-        there: the host that it runs on now, "" if that is not known.
+        there: the host that the guest runs on now, "" if that is not known.
         """
 
     def is_alive(self) -> bool:
-        """Say whether this very guest is here, running or so that it can be resumed."""
+        """Say whether this very guest is here, either running or ready to be resumed."""
 
     def runs(self) -> bool:
-        """Say whether its vCPUs run now."""
+        """Say whether the guest's vCPUs run now."""
 
     def close(self) -> None:
-        """Give up every descriptor; the guest stays as it is.  Twice is no error."""
+        """Release every descriptor; the guest stays as it is.  May be called twice."""
 
 
 class Sink(Protocol):
-    """A guest being built, of sections that have passed Contents.
+    """A guest that is built from sections that have passed Contents.
 
-    Nothing of it runs before start().
+    No part of the guest runs before start().
 
     Ownership: what open() made (a process, a memory file, sockets) is the
-    sink's until start() or leave_paused() succeeded; abort() before that
-    leaves the host as it was found.  Errors are Readable's.
+    sink's until start() or leave_paused() has succeeded; abort() before that
+    leaves the host as it was found.  The methods raise what Readable's raise.
     """
 
     @property
@@ -201,54 +209,54 @@ class Sink(Protocol):
 
     @property
     def notices(self) -> Sequence[str]:
-        """What the operator has to know of a start that succeeded, each in one line."""
+        """What the operator has to know about a start that succeeded, each in one line."""
 
     on_wait: Callable[[], None]
-    """Called often while open() and load() wait for a hypervisor; raises nothing."""
+    """Called often while open() and load() wait for a hypervisor; must not raise."""
 
     def check(self, head: Head) -> list[str]:
         """Compare the head with this host and the given resources.
 
-        Touches nothing.  Returns the reasons why this host cannot take the
-        guest, each one line that names the key; [] means that it can.
+        Changes nothing on the host.  Returns the reasons why this host cannot
+        take the guest, each one line that names the key; [] if the host can.
         """
 
     def late_reasons(self) -> list[str]:
         """Return the reasons why this host cannot take the guest without a plan.
 
-        As check(), which comes before.  Asked where the memory begins and no
-        REHEARSAL has come.
+        The reasons have the form of check()'s.  Called after check(), if the
+        memory begins and no REHEARSAL section has come before.
         """
 
     def open(self, plan: bytes) -> Sequence[Target]:
-        """Make the empty guest and return where each segment's pages go.
+        """Make the empty guest and return one Target for each segment.
 
-        plan: of the REHEARSAL section; b"" where there is none, or where the
-        guest is not to be started in this move.  Memory is zero and, where the
-        host allows it, not allocated.
+        plan: of the REHEARSAL section; b"" if the stream has none, or if the
+        guest is not to be started in this move.  The memory is zero and, if the
+        host allows that, not allocated.
         """
 
     def require_alive(self) -> None:
-        """Raise GuestError where the hypervisor that open() has started has ended.
+        """Raise GuestError if the hypervisor that open() started has ended.
 
-        Asked after each round: what failed there is to end the move before
-        the pause.
+        Called after each round, so that a failure at the destination ends the
+        move before the pause.
         """
 
     def load(self, states: Sequence[State]) -> None:
-        """Give the device state to the guest; memory is complete by then.
+        """Give the device state to the guest, whose memory is complete by then.
 
-        When it returns, start() has only to let the guest go.
+        After load(), start() has only to let the guest run.
         """
 
     def start(self) -> None:
-        """Run the loaded guest and let go of it: it outlives us.
+        """Run the loaded guest and release it: the guest outlives bhyrecv.
 
-        If this raises, may_have_run says whether the guest is ours to undo.
+        If start() raises, may_have_run says whether abort() may undo the guest.
         """
 
     def leave_paused(self) -> None:
-        """Let go of the loaded guest without running it (bhyrecv -u)."""
+        """Release the loaded guest without running it (bhyrecv -u)."""
 
     def record(self) -> Json:
         """Return what `hypervisors.open_paused()` needs to find the guest again."""

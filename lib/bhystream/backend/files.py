@@ -1,7 +1,7 @@
-"""Which file a path is: files are compared, not texts.
+"""The identity of the file that a path leads to: files are compared, not paths.
 
 A hard link, a symbolic link, a second mount and an alias of a device are other
-texts for one file, and one disk that is open for writing twice is lost.
+paths to the same file, and a disk that is open for writing twice is lost.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterable
 
 
 def identity(status: os.stat_result) -> str:
-    """Return what tells a file from all others of this host.
+    """Return a text that tells a file from all other files of this host.
 
-    A device is told by its number: its nodes may be many, and lie in many places.
-    Linux's loop device is the file behind it.
+    A device is identified by its number, because several nodes in several
+    places may lead to it.  A loop device of Linux is identified by the file behind it.
     """
     if stat.S_ISBLK(status.st_mode):
         return _behind(status.st_rdev) or f"block:{status.st_rdev}"
@@ -38,7 +38,7 @@ def _behind(number: int) -> str:
 
 
 def identity_of(path: str) -> str:
-    """Return the identity of the file at a path; of one that is not there, its place and name."""
+    """Return the identity of the file at a path, or the path's real path if no file is there."""
     try:
         return identity(os.stat(path))
     except OSError:
@@ -49,15 +49,16 @@ _NULL = identity_of(os.devnull)
 
 
 class Lent:
-    """What was lent so far, by identity: finds what is lent twice."""
+    """The identities of all files lent so far: finds a file that is lent twice."""
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[str, bool]] = {}
 
     def again(self, word: str, identities: Iterable[str], *, is_written: bool = True) -> str:
-        """Note what is lent as `word`; return the word that has lent it before, "" for none.
+        """Note that the files are lent as `word`; return an earlier word for one of them, or "".
 
-        Two that only read may share, and nothing is told apart in the null device.
+        word: names the loan in messages.  Two words may share a file that both
+        only read, and any number of words may share the null device.
         """
         for one in identities:
             if one == _NULL:

@@ -1,8 +1,8 @@
-"""One hypervisor started by us: its log, its last words, its end.
+"""One hypervisor that we have started: its log, its last words, its end.
 
-It gets its own session and standard streams (else ssh would wait for it, and
-a Ctrl-C would reach it), the root directory, and no descriptor of ours but
-those that it is given.
+The hypervisor gets its own session and standard streams (else ssh would wait
+for it, and a Ctrl-C would reach it), the root directory, and none of our
+descriptors except those that the caller passes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ class Child:
         pass_fds: Collection[int] = (),
         stdin: int = subprocess.DEVNULL,
     ) -> None:
-        """Start it.  argv: program first.  log_path: created, 0600.
+        """Start the program.  argv: program first.  log_path: created, 0600.
 
-        environment: what is set beside our own.  pass_fds: what it inherits;
-        ours stay open.  stdin: a descriptor, the caller's, or DEVNULL.  Raises a
-        BhyError if the program cannot be run.
+        environment: set in addition to our own.  pass_fds: descriptors that the
+        child inherits; ours stay open.  stdin: a descriptor, which stays the
+        caller's, or DEVNULL.  Raises AccessError or InputOutputError if the log
+        cannot be made or the program cannot be run.
         """
         self.log_path = log_path
         try:
@@ -68,23 +69,24 @@ class Child:
         return self._child.pid
 
     def has_ended(self) -> bool:
-        """Say whether it is gone; reaps it."""
+        """Reap the child if it has ended; say whether it has."""
         return self._child.poll() is not None
 
     @property
     def status(self) -> int | None:
-        """Return its exit status, or minus the signal that ended it; None while it lives."""
+        """Return the exit status, or minus the signal that ended the child; None until then."""
         return self._child.poll()
 
     def stop(self, limit_s: float) -> bool:
-        """Stop it (SIGSTOP); return when none of its threads runs.  False if it ended, or hangs.
+        """Stop the child (SIGSTOP); return True once none of its threads runs.
 
-        Its parent is told when the last thread stands.  Source: waitid(2).
+        Returns False if the child has ended, or does not stop in limit_s seconds.
+        The kernel tells the parent when the last thread stands.  Source: waitid(2).
         """
         end = time.monotonic() + limit_s
         self._child.send_signal(signal.SIGSTOP)
         while self._child.poll() is None and time.monotonic() < end:
-            # One that ends behind poll() can no more be stopped: ECHILD.
+            # A child that ends right after poll() cannot stop any more: ECHILD.
             with contextlib.suppress(ChildProcessError):
                 if os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG) is not None:
                     return True
@@ -92,11 +94,11 @@ class Child:
         return False
 
     def go_on(self) -> None:
-        """Undo stop()."""
+        """Undo stop(): let the child go on (SIGCONT)."""
         self._child.send_signal(signal.SIGCONT)
 
     def ends_within(self, limit_s: float) -> bool:
-        """Wait for its end for so long; say whether it is gone."""
+        """Wait for the child's end for at most limit_s seconds; say whether it has ended."""
         try:
             self._child.wait(limit_s)
         except subprocess.TimeoutExpired:
@@ -104,7 +106,7 @@ class Child:
         return True
 
     def last_words(self) -> str:
-        """Return the last lines of its log and its exit status, as one line."""
+        """Return the last lines of the child's log, and its exit status, as one line."""
         try:
             with open(self.log_path, encoding="utf-8", errors="replace") as file:
                 lines = [line.strip() for line in file.read()[-4096:].splitlines()]
@@ -116,7 +118,7 @@ class Child:
         return "; ".join(said)
 
     def kill(self) -> None:
-        """End it at once and wait for it.  Never raises."""
+        """Kill the child (SIGKILL) and wait for its end.  Never raises."""
         with contextlib.suppress(OSError):
             self._child.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -128,7 +130,7 @@ class Child:
             os.unlink(self.log_path)
 
     def let_go(self) -> None:
-        """Leave the process to itself: it outlives us, and nobody waits for it."""
+        """Leave the child to itself: the child outlives us, and we do not wait for it."""
         if self._child.poll() is None:
-            # Popen's destructor complains of a child that still runs.
+            # Else Popen's destructor would warn of a child that still runs.
             self._child.returncode = 0

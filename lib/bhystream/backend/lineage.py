@@ -1,4 +1,4 @@
-"""Where a process hangs on Linux: what is above it, and which unit of systemd it is in.
+"""The ancestors of a process on Linux, and the unit of systemd that the process is in.
 
 Source: proc_pid_stat(5), proc_pid_cmdline(5), cgroups(7); sd_booted(3), systemctl(1).
 """
@@ -22,11 +22,11 @@ _ARG_START = 48 - 3
 
 @dataclass(frozen=True)
 class Above:
-    """One process above another.
+    """One ancestor of a process.
 
-    command: its command line, "" where that may not be seen.  is_fed: it was
+    command: its command line, "" if we may not see it.  is_fed: the ancestor was
     forked and never called exec, or its standard input is no terminal: a shell
-    without a script in its command line may be running one all the same.
+    without a script in its command line may nevertheless be running a script.
     """
 
     pid: int
@@ -35,7 +35,7 @@ class Above:
 
 
 def above(pid: int) -> list[Above]:
-    """Return the processes above one, its parent first, as far as this PID namespace shows them."""
+    """Return a process's ancestors, its parent first, as far as this PID namespace shows them."""
     found: list[Above] = []
     parent = _parent(_stat(pid))
     while parent > 0:
@@ -46,7 +46,7 @@ def above(pid: int) -> list[Above]:
 
 
 def command_of(pid: int) -> str:
-    """Return the command line of a process, "" where it may not be seen."""
+    """Return the command line of a process, "" if it cannot be read."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return file.read().replace(b"\0", b" ").decode(errors="replace").strip()
@@ -55,7 +55,7 @@ def command_of(pid: int) -> str:
 
 
 def _stat(pid: int) -> list[bytes]:
-    """Return the fields of proc_pid_stat(5) from the third on, none where the process is gone."""
+    """Return the fields of proc_pid_stat(5) from the third on, [] if the process has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
@@ -71,8 +71,9 @@ def _parent(stat: list[bytes]) -> int:
 def _is_copy(pid: int, stat: list[bytes]) -> bool:
     """Say whether a process runs its parent's program because it never called exec.
 
-    Its arguments then lie where the parent's do, which exec would have moved.
-    The kernel tells where only to those who may trace the process, others 0.
+    The process's arguments then lie at the same address as the parent's; exec
+    would have moved them.  The kernel tells this address only to a caller that
+    may trace the process, and 0 to all others.
     """
     if not stat or stat[_ARG_START] == b"0":
         return False
@@ -102,7 +103,11 @@ def _is_fed(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class Unit:
-    """A service or a scope: name: "web1.service".  user: whose manager has it, None: the host's."""
+    """A service or a scope.
+
+    name: "web1.service".  user: the uid whose user manager runs the unit, or
+    None for a unit of the system's manager.
+    """
 
     name: str
     user: int | None = None
@@ -114,7 +119,7 @@ def has_systemd() -> bool:
 
 
 def unit_of(pid: int) -> Unit | None:
-    """Return the unit that a process is in; None where there is none, or no systemd."""
+    """Return the unit that a process is in; None if it is in no unit, or without systemd."""
     if not has_systemd():
         return None
     try:
@@ -125,10 +130,11 @@ def unit_of(pid: int) -> Unit | None:
 
 
 def parse_cgroup(text: str) -> Unit | None:
-    """Return the innermost unit in what proc_pid_cgroup(5) says, None where there is none.
+    """Return the innermost unit that /proc/PID/cgroup names, None if it names no unit.
 
-    systemd's own hierarchy is cgroup v2's, or the one of its name; where both
-    are there, systemd uses both, or the other lies idle.
+    systemd's own hierarchy is cgroup v2's, or the hierarchy "name=systemd"; if
+    the host has both, systemd either uses both, or leaves one of them idle.
+    Source: proc_pid_cgroup(5).
     """
     paths = {}
     for line in text.splitlines():
@@ -148,7 +154,7 @@ def _unit_in(path: str) -> Unit | None:
 
 
 def show(unit: Unit, *names: str) -> Mapping[str, str] | None:
-    """Ask systemd for properties of a unit; None where it does not tell all of them."""
+    """Return properties of a unit from systemctl show; None if any of them is missing."""
     program = shutil.which("systemctl")
     if program is None:
         return None

@@ -1,10 +1,10 @@
-"""The process behind a socket, told apart from its successors.
+"""The process behind a socket, and how to tell it from a later process with its pid.
 
-A guest's identity is its process id and the process's start time: a pid alone
-is reused.  The boot id makes it good across reboots of the host.
+A guest's identity is the pid and the start time of its process, because the
+kernel reuses pids.  The boot id keeps the identity valid across reboots of the host.
 
-Linux is here, FreeBSD in process_freebsd.py, both behind the same functions.
-`what` is how messages call the process: "QEMU", "bhyve".
+The functions here serve Linux, and FreeBSD by process_freebsd.py.  `what`
+names the process in messages: "QEMU", "bhyve".
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _IS_FREEBSD: bool = sys.platform.startswith("freebsd")
 
 
 class EndedError(GuestError):
-    """There is no such process, or no longer."""
+    """There is no such process, or it has ended."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """One process: pid, start time since boot, and the boot.
+    """One process: pid, start time since boot, and the boot's id.
 
-    start_ticks: clock ticks on Linux, seconds on FreeBSD.
+    start_ticks: in clock ticks on Linux, in seconds on FreeBSD.
     """
 
     pid: int
@@ -42,10 +42,11 @@ class Identity:
 
 
 def peer_pid(sock: socket.socket, what: str) -> int:
-    """Return the pid that listens at the other end of a Unix socket.
+    """Return the pid of the process that listens at the other end of a Unix socket.
 
-    Source: unix(7), SO_PEERCRED: the credentials at the time of listen(2);
-    QEMU listens after it has daemonized (seen with 7.2).
+    The kernel returns the credentials at the time of listen(2); QEMU listens
+    after it has daemonized (seen with 7.2).  Source: unix(7), SO_PEERCRED.
+    Raises GuestError if the kernel shows no pid.
     """
     if _IS_FREEBSD:
         pid = process_freebsd.peer_pid(sock)
@@ -58,7 +59,7 @@ def peer_pid(sock: socket.socket, what: str) -> int:
 
 
 def boot_id() -> str:
-    """Return the running kernel's boot id, or "" where there is none."""
+    """Return the running kernel's boot id, or "" if the kernel has none."""
     if _IS_FREEBSD:
         return process_freebsd.boot_id()
     try:
@@ -86,7 +87,7 @@ def _stat(pid: int) -> tuple[str, int] | None:
 
 
 def identify(pid: int, what: str) -> Identity:
-    """Return the identity of a living process.  Raises EndedError if it is gone."""
+    """Return the identity of a living process.  Raises EndedError if the process has ended."""
     found = _stat(pid)
     if found is None:
         raise EndedError(f"cannot find the {what} process {pid}: it has ended")
@@ -94,7 +95,7 @@ def identify(pid: int, what: str) -> Identity:
 
 
 def is_same(one: Identity, other: Identity) -> bool:
-    """Say whether two identities are one process."""
+    """Say whether two identities name the same process."""
     tolerance = process_freebsd.TOLERANCE_S if _IS_FREEBSD else 0
     return (
         one.pid == other.pid
@@ -106,8 +107,9 @@ def is_same(one: Identity, other: Identity) -> bool:
 def is_alive(who: Identity) -> bool:
     """Say whether this very process exists; a zombie does not count.
 
-    On Linux a process whose first thread has ended looks like a zombie while
-    its others still hold its descriptors and memory: it lives until the last.
+    On Linux a process whose first thread has ended looks like a zombie while its
+    other threads still hold its descriptors and memory; such a process counts as
+    alive until its last thread ends.
     """
     found = _stat(who.pid)
     return (
@@ -118,7 +120,7 @@ def is_alive(who: Identity) -> bool:
 
 
 def _has_threads(pid: int) -> bool:
-    """Say whether threads are left beside a zombie's first.  Source: proc_pid_task(5)."""
+    """Say whether a zombie has threads besides its first.  Source: proc_pid_task(5)."""
     if _IS_FREEBSD:
         return False
     try:
@@ -128,10 +130,13 @@ def _has_threads(pid: int) -> bool:
 
 
 class Ending:
-    """The end of one process, to be waited for: on Linux by a pidfd, ours until close()."""
+    """The end of one process, to wait for: on Linux a pidfd, ours until close()."""
 
     def __init__(self, pid: int) -> None:
-        """Raises ProcessLookupError if there is no such process, OSError else."""
+        """Open the pidfd.
+
+        Raises ProcessLookupError if there is no such process, else OSError.
+        """
         self._pidfd = os.pidfd_open(pid)
 
     def fileno(self) -> int:
@@ -139,7 +144,10 @@ class Ending:
         return self._pidfd
 
     def kill(self, number: signal.Signals) -> None:
-        """Send a signal to this process, never to a successor with its pid."""
+        """Send a signal to this process, never to a later process with its pid.
+
+        Raises ProcessLookupError if the process has ended, else OSError.
+        """
         signal.pidfd_send_signal(self._pidfd, number)
 
     def close(self) -> None:
@@ -147,10 +155,11 @@ class Ending:
 
 
 def open_ending(who: Identity) -> Ending | process_freebsd.Ending | None:
-    """Return the end of exactly this process, None where it is gone already.
+    """Return the Ending of exactly this process, None if the process has ended.
 
-    It is opened before the identity is checked, so that no successor with the
-    same pid can be meant.  The caller's to close.
+    The Ending is opened before the identity is checked, so that it cannot belong
+    to a later process with the same pid.  The caller closes the Ending.  Raises
+    GuestError if the process cannot be watched.
     """
     try:
         ending = process_freebsd.Ending(who.pid) if _IS_FREEBSD else Ending(who.pid)
@@ -176,7 +185,10 @@ def _wait_end(fd: int, limit_s: float) -> bool:
 
 
 def await_end(who: Identity, limit_s: float) -> bool:
-    """Wait until this process has ended, for at most limit_s seconds.  True if it is gone."""
+    """Wait until this process has ended, for at most limit_s seconds; say whether it has.
+
+    Raises GuestError if the process cannot be watched.
+    """
     ending = open_ending(who)
     if ending is None:
         return True
@@ -187,7 +199,11 @@ def await_end(who: Identity, limit_s: float) -> bool:
 
 
 def end_process(who: Identity, polite_s: float = 5.0) -> bool:
-    """End exactly this process: SIGTERM, then SIGKILL.  True if it is gone."""
+    """End exactly this process: SIGTERM, then SIGKILL; say whether it has ended.
+
+    polite_s: how long SIGTERM may take.  Returns False also if we may not signal
+    the process.
+    """
     try:
         ending = open_ending(who)
     except GuestError:
@@ -209,9 +225,9 @@ def end_process(who: Identity, polite_s: float = 5.0) -> bool:
 
 
 def kill_process(who: Identity, limit_s: float = 10.0) -> bool:
-    """End exactly this process at once (SIGKILL), also a stopped one.  True if it is gone.
+    """End exactly this process, even a stopped one, by SIGKILL; say whether it has ended.
 
-    Raises GuestError where it cannot be watched.
+    Raises GuestError if the process cannot be watched.
     """
     ending = open_ending(who)
     if ending is None:

@@ -1,18 +1,17 @@
-"""Processes on FreeBSD: the half of process.py that Linux's /proc and pidfds are.
+"""Processes on FreeBSD: the half of process.py for which Linux has /proc and pidfds.
 
-Run on FreeBSD 15.1, by moves of guests; not every branch of it.
-Confirmed in source: the peer's pid is that of the process which called
-listen(2), kept then (sys/kern/uipc_usrreq.c, unp_copy_peercred(), index id
-371788122); struct xucred (freebsd/freebsd-src@00036dad sys/sys/ucred.h);
-kern.boot_id, 16 random bytes (sys/kern/kern_mib.c, 24203022); ps's lstart in
-strftime(3)'s %c (bin/ps/print.c, 1155799689).
+Moves of guests on FreeBSD 15.1 have run this file, but not each of its branches.
+Source, as of all paths below: freebsd/freebsd-src: sys/kern/uipc_usrreq.c,
+unp_copy_peercred(): the peer's pid is that of the process that called listen(2),
+saved then; sys/sys/ucred.h at 00036dad: struct xucred; sys/kern/kern_mib.c:
+kern.boot_id is 16 random bytes; bin/ps/print.c: lstart is strftime(3)'s %c.
 
-A start time is seconds since boot here, and compared with a tolerance: ps(1)
-shows whole seconds of the wall clock, to which the kernel adds its boot time,
-and a step of the clock moves both (Source: sys/kern/kern_proc.c,
-fill_kinfo_proc_only: ki_start = p_start + boottime).  Taken from each other
-they stay, to the second.  The boot itself is told apart by kern.boot_id, which
-no step of the clock changes, as it does kern.boottime.
+A start time is in seconds since boot here, and compared with a tolerance: ps(1)
+shows whole seconds of the wall clock, because the kernel adds its boot time to
+the start time, and a step of the clock moves both.  Their difference stays the
+same, to the second.  Source: sys/kern/kern_proc.c, fill_kinfo_proc_only():
+ki_start = p_start + boottime.  kern.boot_id identifies the boot, because a step
+of the clock changes kern.boottime, but not kern.boot_id.
 """
 
 from __future__ import annotations
@@ -31,24 +30,25 @@ from typing import Any
 from bhystream.errors import GuestError
 
 TOLERANCE_S = 1
-"""How far two readings of one start time may lie apart: two roundings of one second each."""
+"""How far two readings of one start time may differ: each is rounded to a second."""
 
 # struct xucred: version, uid, number of groups, 16 groups, a union of a pointer and the pid.
 # Source: sys/sys/ucred.h; the pid is there since FreeBSD 13 (unix(4)).
 XUCRED = struct.Struct("<IIh2x64x4xi4x")
 SOL_LOCAL = 0  # Source: sys/sys/un.h
-LOCAL_PEERCRED = 1  # Source: sys/sys/un.h, unix(4)
+LOCAL_PEERCRED = 1  # Source: sys/sys/un.h; unix(4)
 
 _LIMIT_S = 10.0
 _BOOTTIME = re.compile(r"\bsec = ([0-9]+)")
-_select: Any = select  # kqueue(2) is not in the type stubs' idea of this platform
+_select: Any = select  # the type stubs have kqueue(2) on BSD only
 
 
 def _run(*argv: str) -> bytes:
-    """Return what a program of the base system printed, b"" where it failed.
+    """Return what a program of the base system printed; b"" if it printed nothing.
 
-    In the C locale and UTC, and without LIBXO_OPTIONS, which would turn ps's
-    text into something else.
+    The program runs in the C locale and UTC, and without LIBXO_OPTIONS, which
+    could make ps print JSON or XML instead of text.  Raises GuestError if the
+    program cannot be run, or does not end in _LIMIT_S seconds.
     """
     try:
         done = subprocess.run(
@@ -65,7 +65,7 @@ def _run(*argv: str) -> bytes:
 
 
 def unpack_xucred(raw: bytes) -> int:
-    """Return the pid in a struct xucred, 0 where it says none."""
+    """Return the pid in a struct xucred, 0 if the structure holds none."""
     if len(raw) < XUCRED.size:
         return 0
     version, _, _, pid = XUCRED.unpack_from(raw)
@@ -73,12 +73,18 @@ def unpack_xucred(raw: bytes) -> int:
 
 
 def peer_pid(sock: socket.socket) -> int:
-    """Return the pid that called listen(2) at the other end, 0 where it is not told."""
+    """Return the pid that called listen(2) at the other end, 0 if the kernel does not tell.
+
+    Raises OSError if getsockopt(2) fails.
+    """
     return unpack_xucred(sock.getsockopt(SOL_LOCAL, LOCAL_PEERCRED, XUCRED.size))
 
 
 def parse_boottime(text: str) -> int:
-    """Return the seconds of `sysctl -n kern.boottime`: "{ sec = 1790798684, usec = 1 } Wed ..."."""
+    """Return the seconds of `sysctl -n kern.boottime`: "{ sec = 1790798684, usec = 1 } Wed ...".
+
+    Raises GuestError if the text has another form.
+    """
     found = _BOOTTIME.search(text)
     if found is None:
         raise GuestError(f"cannot read kern.boottime: {text.strip()!r}")
@@ -89,8 +95,9 @@ def parse_ps(text: str) -> tuple[str, int] | None:
     """Return (state letter, start in seconds since the epoch), or None for no process.
 
     text: of `ps -o state= -o lstart=`, in the C locale and UTC:
-    "Ss   Mon Nov 23 15:38:07 2026".  Source: ps(1).  A zombie is none: ps may
-    have no start time to show for it.
+    "Ss   Mon Nov 23 15:38:07 2026".  Source: ps(1).  Returns None for a zombie
+    too, because ps may have no start time to show for a zombie.  Raises
+    GuestError if the text has another form.
     """
     words = text.split()
     if not words or words[0].startswith("Z"):
@@ -103,7 +110,10 @@ def parse_ps(text: str) -> tuple[str, int] | None:
 
 
 def boot_id() -> str:
-    """Return the running kernel's boot id.  Source: sys/kern/kern_mib.c, sysctl_bootid."""
+    """Return the running kernel's boot id, in hex.  Raises GuestError as _run() does.
+
+    Source: sys/kern/kern_mib.c, sysctl_bootid().
+    """
     return _run("/sbin/sysctl", "-b", "kern.boot_id").hex()
 
 
@@ -113,12 +123,12 @@ def _boottime() -> int:
 
 
 def stat(pid: int) -> tuple[str, int] | None:
-    """Return (state letter, start in seconds since boot), or None for no such process."""
+    """Return (state letter, start in seconds since boot), or None.  Raises GuestError."""
     before = _boottime()
     while True:
         raw = _run("/bin/ps", "-o", "state=", "-o", "lstart=", "-p", str(pid))
         after = _boottime()
-        if before == after:  # no step of the clock in between
+        if before == after:  # the clock made no step while ps ran
             break
         before = after
     found = parse_ps(raw.decode("ascii", "replace"))
@@ -126,10 +136,13 @@ def stat(pid: int) -> tuple[str, int] | None:
 
 
 class Ending:
-    """The end of one process, to be waited for.  As process.Ending, by kqueue(2)."""
+    """The end of one process, to wait for: as process.Ending, by kqueue(2)."""
 
     def __init__(self, pid: int) -> None:
-        """Raises ProcessLookupError if there is no such process."""
+        """Watch the process.
+
+        Raises ProcessLookupError if there is no such process, else OSError.
+        """
         self._pid = pid
         self._queue = _select.kqueue()
         event = _select.kevent(
@@ -150,7 +163,10 @@ class Ending:
         return fd
 
     def kill(self, number: signal.Signals) -> None:
-        """Send a signal: by pid, for there is no pidfd; the caller has just seen it alive."""
+        """Send a signal by pid, for FreeBSD has no pidfd; the caller has just seen it alive.
+
+        Raises ProcessLookupError if the process has ended, else OSError.
+        """
         os.kill(self._pid, number)
 
     def close(self) -> None:
@@ -158,7 +174,10 @@ class Ending:
 
 
 def parent_command(pid: int) -> str:
-    """Return a parent's command line, "" for init's.  Source: ps(1), ppid and args."""
+    """Return the command line of a process's parent, "" for init or if ps(1) shows none.
+
+    Source: ps(1), ppid and args.  Raises GuestError if ps(1) cannot be run.
+    """
     parent = _run("/bin/ps", "-o", "ppid=", "-p", str(pid)).strip()
     if not (parent.isascii() and parent.isdigit()) or int(parent) <= 1:
         return ""

@@ -1,4 +1,4 @@
-"""Run a program of the base system and take what it prints."""
+"""Run programs of the base system and return what they print."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ LIMIT_S = 30.0
 
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end; its status is the caller's to judge.
+    """Run a program to its end, without a shell; the caller judges its exit status.
 
-    argv: the program by its absolute path; no shell.  It sees nothing of our
-    environment: the C locale, UTC, and no LIBXO_OPTIONS, which would turn
-    text into something else.  Raises GuestError where it cannot be run.
+    argv: the program by its absolute path.  The program gets none of our
+    environment, but the C locale, UTC, and no LIBXO_OPTIONS, which could make
+    it print JSON or XML instead of text.  Raises GuestError if the program
+    cannot be run, or does not end in LIMIT_S seconds.
     """
     try:
         return subprocess.run(
@@ -34,15 +35,16 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 def ask(*argv: str) -> str:
-    """Return what a program printed, "" where it failed.  Raises as run() does."""
+    """Return what a program printed, "" if it failed.  Raises GuestError as run() does."""
     done = run(*argv)
     return done.stdout if done.returncode == 0 else ""
 
 
 def do(doing: str, *argv: str) -> None:
-    """Run a program that must succeed.  doing: in the infinitive: "destroy guest web1".
+    """Run a program that must succeed.
 
-    Raises GuestError with the last line it printed to standard error.
+    doing: the purpose, in the infinitive without "to": "destroy guest web1".
+    Raises GuestError, with the program's last line on standard error, if it fails.
     """
     done = run(*argv)
     if done.returncode != 0:

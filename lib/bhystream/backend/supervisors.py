@@ -1,7 +1,7 @@
-"""What may start a hypervisor again that was ended, judged by the command of a process above it.
+"""Whether an ancestor of a hypervisor may start it again, judged by the ancestor's command line.
 
-A guest that has moved is ended at its source.  What starts it again after that
-makes a second copy, so a program is harmless only where it is known to be.
+A guest that has moved is ended at its source.  A program that then starts the
+guest again makes a second copy, so only programs on a list count as harmless.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Collection
 
 
 def words(*lines: str) -> frozenset[str]:
-    """Return the words of these lines."""
+    """Return all the words of some lines."""
     return frozenset(" ".join(lines).split())
 
 
-# Of a hypervisor that was started by hand.
+# The shells and programs above a hypervisor that was started by hand.
 _SHELLS = words("sh ash csh tcsh bash zsh ksh mksh fish dash")
 _HARMLESS = words(
     "SCREEN doas dropbear init login screen script sshd sshd-session su sudo tmux",
@@ -23,10 +23,10 @@ _MAX_SHOWN_CHARS = 60
 
 
 def may_start_again(command: str, harmless: Collection[str] = ()) -> bool:
-    """Say whether a process is more than a terminal's: a script, or a program not known.
+    """Say whether a process is a script, or a program on no list of harmless ones.
 
-    command: its command line; "" is init's.  harmless: programs, and scripts,
-    that are known for one hypervisor.
+    command: the process's command line; "" for init.  harmless: further programs
+    and scripts, known to be harmless to one hypervisor.
     """
     name = program_of(command)
     if name in _SHELLS:
@@ -36,20 +36,27 @@ def may_start_again(command: str, harmless: Collection[str] = ()) -> bool:
 
 
 def is_shell(command: str) -> bool:
-    """Say whether a command line is a shell's."""
+    """Say whether a command line runs a shell."""
     return program_of(command) in _SHELLS
 
 
 def reason(hypervisor: str, command: str) -> str:
-    """Return the reason against a guest whose hypervisor such a process has started."""
+    """Return the reason against a guest whose hypervisor a process of this command started.
+
+    hypervisor: "QEMU" or "bhyve".
+    """
     return (
         f"supervisor: the guest's {hypervisor} was started by"
-        f" {ascii(command)[:_MAX_SHOWN_CHARS]}, which may start it again when it is killed:"
-        " a second copy; end that first, or -f if it does not"
+        f" {ascii(command)[:_MAX_SHOWN_CHARS]}, which may start {hypervisor} again when"
+        f" {hypervisor} is killed: a second copy of the guest; end that program first, or use -f"
+        " if it never does"
     )
 
 
 def program_of(command: str) -> str:
-    """Return the name of a command line's program: also of a login shell, and of a title."""
+    """Return the name of a command line's program.
+
+    A login shell's "-" in front, and the ":" after a process title's name, are dropped.
+    """
     words = command.split()
     return words[0].rpartition("/")[2].lstrip("-").rstrip(":") if words else ""

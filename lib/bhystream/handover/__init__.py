@@ -1,11 +1,11 @@
-"""What both sides know of the protocol: who does what when, and what is recorded of it.
+"""What both programs know of the protocol: which party does what when, and what it records.
 
 handshake.py   the tables
-answers.py     the lines of the way back; the box that they are collected in
+answers.py     the lines of the way back, and the inbox that collects them
 state.py       the state directory: locks and durable records
-standing.py    a recorded guest of the source, and what is done to it
-where.py       where such a guest is, and what to type
-hold.py        -l, --discard, --resume
-leftover.py    what a killed bhyrecv left of a guest
+recorded.py    a recorded guest of the source, and what is done to it
+where.py       where a recorded guest is, and what the operator has to type
+verbs.py       -l, --discard, --resume
+leftover.py    what a killed bhyrecv has left of a guest
 prune.py       records that nobody needs any more
 """

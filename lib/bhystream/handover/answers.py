@@ -1,11 +1,12 @@
 """The way back: answers of the destination, packed, parsed, and collected.
 
 An answer is one line, `bhys1 ID WORD [argument ...]`, specified in
-bhystream(5).  The parser is strict, because what it lets through may resume or
-end a guest: a line that is not an answer of this stream ends the conversation,
-except before the first answer, where a login shell may have talked.
+bhystream(5).  The parser is strict, because an answer may resume or end a guest:
+a line that is not an answer of this stream ends the conversation.  Only before
+the first answer other lines are passed on, since a login shell may print some.
 
-Box is what bhysend looks into: a thread fills it, the main thread waits on it.
+bhysend reads the answers from an Inbox: one thread fills the inbox, and the main
+thread waits on it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bhystream.errors import BhyError, FormatError, GuestError, IncompatibleErro
 MAX_LINE_BYTES = 512
 MAX_NOISE_BYTES = 4096
 
-# The words, and how many arguments each has.
+# The words, and the number of arguments of each.
 WORDS = {
     "HELLO": 2,
     "SEEN": 1,
@@ -45,7 +46,7 @@ _ESCAPE = re.compile(rb"%([0-9a-f]{2})")
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer.  id: of the stream, 32 hex digits.  args: unescaped."""
+    """One answer.  id: the stream's id, 32 hex digits.  args: unescaped."""
 
     id: str
     word: str
@@ -87,7 +88,7 @@ def pack(answer: Answer) -> bytes:
 
 
 def unpack(line: bytes) -> Answer:
-    """Parse a line with its newline.  Raises FormatError."""
+    """Parse a line with its newline.  Raises FormatError if it is not an answer."""
     match = _LINE.fullmatch(line) if len(line) <= MAX_LINE_BYTES else None
     if not match:
         raise FormatError("not an answer")
@@ -126,7 +127,7 @@ class Parser:
     """
 
     def __init__(self, id_: str | None, on_noise: Callable[[bytes], None]) -> None:
-        """id_: of the stream, or None to take the first HELLO's."""
+        """id_: the stream's id, or None to take the id of the first HELLO."""
         self.id = id_
         self.hello: Answer | None = None
         self._on_noise = on_noise
@@ -136,7 +137,7 @@ class Parser:
     def feed(self, data: bytes) -> Iterator[Answer]:
         """Yield the answers that data completes.  Raises FormatError.
 
-        After an error the parser is of no further use.
+        A parser that has raised an error must not be used any more.
         """
         self._rest += data
         while (end := self._rest.find(b"\n") + 1) > 0:
@@ -160,7 +161,7 @@ class Parser:
         return answer
 
     def _take_first(self, line: bytes) -> Answer | None:
-        # A shell may have left its line without an end.
+        # A shell may have printed text without a newline before the answer.
         at = max(line.find(b"bhys1 "), 0)
         try:
             answer = unpack(line[at:])
@@ -181,25 +182,25 @@ class Parser:
 
 
 class LostError(GuestError):
-    """The way back was closed, and nobody has said why yet."""
+    """The other side has closed the way back, and may still say why."""
 
 
-class Box:
-    """What has come back so far.
+class Inbox:
+    """The answers that have come back so far.
 
-    Filled by one thread, through put() and lose(); read by the main thread,
-    which waits.  Only answers of the first host that said HELLO count.
+    One thread fills the inbox through put() and lose(); the main thread reads it
+    and waits.  Only answers of the first host that said HELLO count.
 
-    No lock: a signal may raise anywhere in the main thread, also between
-    taking and giving back.  Each field is set at once, by one thread only, and
-    a byte in a socket wakes the one that waits.
+    The inbox has no lock: a signal may raise anywhere in the main thread, also
+    between taking a lock and releasing it.  Each field is set at once, by one
+    thread only, and a byte in a socket wakes the main thread.
     """
 
     def __init__(self) -> None:
-        """Empty.  seen: the highest n of SEEN.  told: how many answers came but HELLO."""
-        self._bell, self._ear = socket.socketpair()
-        self._bell.setblocking(False)
-        self._ear.setblocking(False)
+        """Make it empty.  seen: the highest n of SEEN.  told: the answers other than HELLO."""
+        self._wake_send, self._wake_recv = socket.socketpair()
+        self._wake_send.setblocking(False)
+        self._wake_recv.setblocking(False)
         self.hello: Answer | None = None
         self.seen = -1
         self.told = 0
@@ -210,7 +211,7 @@ class Box:
         self.is_closed = False
 
     def put(self, hello: Answer, answer: Answer) -> None:
-        """Take an answer that came on a connection with that HELLO."""
+        """Take an answer from the connection that began with this HELLO."""
         if self.hello is None:
             self.hello = hello
         if hello != self.hello:
@@ -224,50 +225,51 @@ class Box:
                 self.nonce = bytes.fromhex(answer.args[0])
             case "REFUSED" | "RUNNING" | "FAILED" | "RAN":
                 self.final = answer
-        # HELLO is what comes where nothing arrives there.
+        # HELLO also comes, again and again, while nothing arrives at the destination.
         self.told += answer.word != "HELLO"
-        self._ring()
+        self._wake()
 
     def lose(self, why: str, *, closed: bool = True) -> None:
-        """Note that nothing more will come.
+        """Note that nothing more will come, and why.
 
-        closed: by the other side, which may say why; else by us.
+        closed: the other side has closed the way back, and may still say why; if
+        false, bhysend has given it up.
         """
         if not self.lost:
             self.is_closed = closed
             self.lost = why
-        self._ring()
+        self._wake()
 
-    def _ring(self) -> None:
-        # Full: it has rung already.
+    def _wake(self) -> None:
+        # A full socket has woken the main thread already.
         with contextlib.suppress(BlockingIOError):
-            self._bell.send(b"\0")
+            self._wake_send.send(b"\0")
 
     def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Wait until a condition on this box holds; False if it does not in time.
+        """Wait until a condition on this inbox holds; return False if it does not in time.
 
-        Returns early, with False, when nothing more will come.
+        Returns False early if nothing more will come.
         """
         end = time.monotonic() + seconds
         while True:
-            # Before the look: what changes after it rings again.
+            # Empty the socket before the check: a later change fills it again.
             with contextlib.suppress(BlockingIOError):
-                while self._ear.recv(4096):
+                while self._wake_recv.recv(4096):
                     pass
             if condition():
                 return True
             left = end - time.monotonic()
             if self.lost or self.final or left <= 0:
                 return False
-            select.select([self._ear], [], [], left)
+            select.select([self._wake_recv], [], [], left)
 
     def close(self) -> None:
-        """Give up its descriptors; nobody may use it then."""
-        self._bell.close()
-        self._ear.close()
+        """Close the sockets; nobody may use the inbox any more."""
+        self._wake_send.close()
+        self._wake_recv.close()
 
     def failure(self) -> BhyError | None:
-        """Return what ends the conversation before GO, None while it goes on."""
+        """Return the error that ends the conversation before GO, None while it goes on."""
         host = self.hello.host if self.hello else "the destination"
         if self.final is not None:
             if self.final.word == "REFUSED":
@@ -278,7 +280,7 @@ class Box:
         return LostError(self.lost) if self.is_closed else GuestError(self.lost)
 
     def check(self) -> None:
-        """Raise what ends the conversation before GO."""
+        """Raise the error that failure() returns, if any."""
         error = self.failure()
         if error is not None:
             raise error

@@ -1,56 +1,59 @@
 """The handshake as data: what each party does, for each thing that can happen.
 
 Four parties act on one move.  bhysend and bhyrecv have a state in memory and
-a durable record; the keeper, and `bhysend -A` where bhysend is gone, act on
-the source's record; `bhyrecv -q` acts on the destination's.
+a durable record; the keeper acts on the source's record, and so does
+`bhysend -A` if bhysend is gone; `bhyrecv -q` acts on the destination's.
 
     source record            destination record
     -------------            ------------------
-    none     it runs         none     not ready, or never heard of
-    PAUSED   GO is not out   READY    may be started, by a GO with our nonce
+    none     guest runs      none     not ready, or not known
+    PAUSED   GO is not out   READY    a GO with this READY's nonce may start it
     GO       GO may be out   STARTED  may have run
-    MOVED    it runs there   DEAD     never ran, and never will
-    HELD     END may be out  LOADED   `bhyrecv -u`: the operator's
+    MOVED    runs at dest.   DEAD     never ran, and never will
+    HELD     END may be out  LOADED   `bhyrecv -u`: the operator decides
              (plain form)
 
 Each table maps (state, event) to (next state, acts).  The acts are done in
-order, and a party may die between any two, so each order is chosen for what
-is found afterwards: what may have happened is recorded before it is done,
-never after.  A record is written durably, or not at all.
+order, and a party may die between any two.  So each order is chosen for what
+the next party finds: an act that may let a guest run is recorded before it is
+done, never after.  A record is written durably, or not at all.
 
-Why this is safe, in four sentences.  The destination runs only from READY, by
-a GO that has the nonce of this very READY, and records STARTED first; the
-source writes GO only after recording GO, and from then on resumes only on a
-FAILED.  FAILED is said only of a guest that never ran, after what would let it
-run was made impossible: DEAD is recorded, and READY -> STARTED is refused.
+Why this is safe.  The destination starts the guest only from READY, by a GO that
+has the nonce of this very READY, and records STARTED first; the source writes
+GO only after recording GO, and from then on resumes the guest only on a FAILED.
+The destination says FAILED only of a guest that never ran, and only after it
+has made a start impossible: DEAD is recorded, and READY -> STARTED is refused.
 The two changes of the destination's record, READY -> STARTED and READY ->
 DEAD, exclude each other by a lock.  An answer counts only if it names this
 stream, and comes from the host and state directory that said READY.
 
-Why somebody always has the guest: a paused guest is a process of its
-hypervisor's, which holds it whoever of ours dies.  Before GO is recorded every
-end of bhysend resumes it, its own or the keeper's, and takes back a pause that
-is asked for and has not come about; afterwards it stands paused and recorded,
-until an answer or the operator decides.  It is ended as it stands, and never
-let run first.  Who kills its hypervisor has ended it, and nothing here mends
-that; nor does it ever make a second copy.
+Why one copy always survives.  A paused guest is a process of the hypervisor,
+which stays whichever of our processes dies.  Before GO is recorded, bhysend or
+the keeper resumes the guest however bhysend ends, and takes back a pause that
+was asked for and has not come about.  After that the guest stands paused and
+recorded until an answer or the operator decides.  A guest that is to be ended is
+ended while paused, and never runs first.  If somebody kills the hypervisor of a
+guest, the guest has ended; nothing here mends that, or makes a second copy.
 
-What others may do to it: somebody else may tell the hypervisor to let the
-paused guest run.  So the hypervisor is asked at the last moment, before END in
-the plain form and before GO in the answered one, and a guest that does not
-stand any more is a FAILURE.  Who lets it run after that makes two of one.
+What others may do to the guest.  Somebody may tell the hypervisor to let the
+paused guest run.  So bhysend asks the hypervisor at the last moment, before END
+in the plain form and before GO in the answered one; if the guest is not paused
+any more, this is a FAILURE.  Whoever lets it run after that makes two copies.
 
 The destination's hypervisor may have been started long before END.  It holds
-the guest, and outlives its bhyrecv, but only bhyrecv lets it run (START), after
-recording STARTED.  So what a killed bhyrecv leaves never runs: the next one on
-that host removes it, and `bhyrecv -q`, where READY is recorded after recording
-DEAD.  Where STARTED is, only -q does, and only of a hypervisor that it finds
-before what lets it go, which nobody is left to give: DEAD is recorded first.
+the guest, and outlives its bhyrecv, but only bhyrecv lets the guest run (START),
+after recording STARTED.  So a guest that a killed bhyrecv has left in READY never
+runs: the next bhyrecv on that host, or `bhyrecv -q`, records DEAD and ends it.
+If the record says STARTED, only -q ends the guest, and only if it finds that the
+hypervisor still waits for its release, which nobody is left to give; -q records
+DEAD first.
 
-tests/handover/test_handshake.py searches everything that this composition can do, with
-kills, cuts, delays and replays, and shows that it goes wrong without the
-nonce, the tombstone (DEAD), the keeper, the stream id, the rule for FAILED,
-the difference between UNKNOWN and FAILED, the question, or the two holds.
+tests/handover/test_handshake.py searches everything that these parties can do
+together, with kills, cuts, delays and replays, and shows that the protocol goes
+wrong without the nonce, the tombstone (DEAD), the keeper, the stream id, the
+rule for FAILED, the difference between UNKNOWN and FAILED, the question to the
+source's hypervisor, the withdrawal of a pause that was asked for, or the rule
+that only bhyrecv lets a hypervisor go that was started early.
 """
 
 from __future__ import annotations
@@ -61,8 +64,8 @@ from typing import Generic, TypeVar
 
 from bhystream.guest import DEAD, GO, LOADED, MOVED, PAUSED, READY, STARTED
 
-# How long each waits, by its monotonic clock.  The source waits longer for the
-# answer to GO than the destination takes one, so that FAILED can still come.
+# How long each side waits, by its monotonic clock.  The source waits longer for
+# the answer to GO than the destination waits for GO, so that FAILED can still come.
 ACCEPT_SECONDS = 60
 READY_SECONDS = 60
 GO_SECONDS = 60
@@ -105,7 +108,7 @@ class Event(Enum):
     RUNNING = "the answer RUNNING"
     FAILED = "the answer FAILED"
     DOUBT = "the answer RAN, no more answers, or the limit"
-    UNSENT = "what was recorded could not be written whole"
+    UNSENT = "END or GO was recorded, and could not be written whole"
     ENDED = "END has verified, and the guest is loaded"
     GO = "GO, with our nonce"
     STARTED = "it runs"
@@ -114,7 +117,7 @@ class Event(Enum):
     ALONE = "bhysend is gone, or has nothing to add"
 
 
-class At(Enum):
+class SourceState(Enum):
     """Where bhysend stands, by what it means for the guest."""
 
     RUNS = "the guest runs"
@@ -122,12 +125,12 @@ class At(Enum):
     OFFERED = "END is out, which starts nothing by itself"
     COMMITTED = "GO may be out: paused, until an answer"
     HELD = "plain form: END may be out: paused, for the operator to decide"
-    RUNS_ON = "over: the guest runs here"
-    GONE = "over: the guest runs at the destination"
+    RUNS_HERE = "over: the guest runs here"
+    RUNS_THERE = "over: the guest runs at the destination"
     DOUBT = "over: the operator has to find out"
 
 
-class There(Enum):
+class DestinationState(Enum):
     """Where bhyrecv stands."""
 
     BUILDING = "nothing of the guest can run yet"
@@ -143,35 +146,45 @@ _TAKE_BACK = (Act.RECORD_PAUSED, Act.RESUME, Act.FORGET)
 _END_HERE = (Act.RECORD_MOVED, Act.DISCARD, Act.FORGET)
 _BURY = (Act.RECORD_DEAD, Act.TEAR_DOWN, Act.SAY_FAILED)
 
-SOURCE: Mapping[tuple[At, Event], tuple[At, tuple[Act, ...]]] = {
-    (At.RUNS, Event.PAUSE): (At.PAUSED, (Act.RECORD_PAUSED, Act.PAUSE)),
-    (At.RUNS, Event.FAILURE): (At.RUNS_ON, ()),
-    (At.PAUSED, Event.COPIED): (At.OFFERED, (Act.WRITE_END,)),
-    (At.PAUSED, Event.COPIED_PLAIN): (At.HELD, (Act.RECORD_HELD, Act.WRITE_END)),
-    (At.PAUSED, Event.COPIED_KEPT): (At.RUNS_ON, _RESUME),
-    (At.PAUSED, Event.FAILURE): (At.RUNS_ON, _RESUME),
-    (At.HELD, Event.UNSENT): (At.RUNS_ON, _TAKE_BACK),
-    (At.OFFERED, Event.READY): (At.COMMITTED, (Act.RECORD_GO, Act.WRITE_GO)),
-    (At.OFFERED, Event.FAILURE): (At.RUNS_ON, _RESUME),
-    (At.COMMITTED, Event.UNSENT): (At.RUNS_ON, _TAKE_BACK),
-    (At.COMMITTED, Event.FAILED): (At.RUNS_ON, _TAKE_BACK),
-    (At.COMMITTED, Event.RUNNING): (At.GONE, _END_HERE),
-    (At.COMMITTED, Event.DOUBT): (At.DOUBT, ()),
+SOURCE: Mapping[tuple[SourceState, Event], tuple[SourceState, tuple[Act, ...]]] = {
+    (SourceState.RUNS, Event.PAUSE): (SourceState.PAUSED, (Act.RECORD_PAUSED, Act.PAUSE)),
+    (SourceState.RUNS, Event.FAILURE): (SourceState.RUNS_HERE, ()),
+    (SourceState.PAUSED, Event.COPIED): (SourceState.OFFERED, (Act.WRITE_END,)),
+    (SourceState.PAUSED, Event.COPIED_PLAIN): (SourceState.HELD, (Act.RECORD_HELD, Act.WRITE_END)),
+    (SourceState.PAUSED, Event.COPIED_KEPT): (SourceState.RUNS_HERE, _RESUME),
+    (SourceState.PAUSED, Event.FAILURE): (SourceState.RUNS_HERE, _RESUME),
+    (SourceState.HELD, Event.UNSENT): (SourceState.RUNS_HERE, _TAKE_BACK),
+    (SourceState.OFFERED, Event.READY): (SourceState.COMMITTED, (Act.RECORD_GO, Act.WRITE_GO)),
+    (SourceState.OFFERED, Event.FAILURE): (SourceState.RUNS_HERE, _RESUME),
+    (SourceState.COMMITTED, Event.UNSENT): (SourceState.RUNS_HERE, _TAKE_BACK),
+    (SourceState.COMMITTED, Event.FAILED): (SourceState.RUNS_HERE, _TAKE_BACK),
+    (SourceState.COMMITTED, Event.RUNNING): (SourceState.RUNS_THERE, _END_HERE),
+    (SourceState.COMMITTED, Event.DOUBT): (SourceState.DOUBT, ()),
 }
 
-DESTINATION: Mapping[tuple[There, Event], tuple[There, tuple[Act, ...]]] = {
-    (There.BUILDING, Event.ENDED): (There.READY, (Act.RECORD_READY, Act.SAY_READY)),
-    (There.BUILDING, Event.FAILURE): (There.NOTHING, (Act.TEAR_DOWN, Act.SAY_FAILED)),
-    (There.READY, Event.GO): (There.STARTING, (Act.RECORD_STARTED, Act.START)),
-    (There.READY, Event.FAILURE): (There.NOTHING, _BURY),
-    (There.STARTING, Event.STARTED): (There.RUNS, (Act.SAY_RUNNING,)),
-    (There.STARTING, Event.NEVER_RAN): (There.NOTHING, _BURY),
-    (There.STARTING, Event.MAY_HAVE_RAN): (There.DOUBT, (Act.SAY_RAN,)),
+DESTINATION: Mapping[tuple[DestinationState, Event], tuple[DestinationState, tuple[Act, ...]]] = {
+    (DestinationState.BUILDING, Event.ENDED): (
+        DestinationState.READY,
+        (Act.RECORD_READY, Act.SAY_READY),
+    ),
+    (DestinationState.BUILDING, Event.FAILURE): (
+        DestinationState.NOTHING,
+        (Act.TEAR_DOWN, Act.SAY_FAILED),
+    ),
+    (DestinationState.READY, Event.GO): (
+        DestinationState.STARTING,
+        (Act.RECORD_STARTED, Act.START),
+    ),
+    (DestinationState.READY, Event.FAILURE): (DestinationState.NOTHING, _BURY),
+    (DestinationState.STARTING, Event.STARTED): (DestinationState.RUNS, (Act.SAY_RUNNING,)),
+    (DestinationState.STARTING, Event.NEVER_RAN): (DestinationState.NOTHING, _BURY),
+    (DestinationState.STARTING, Event.MAY_HAVE_RAN): (DestinationState.DOUBT, (Act.SAY_RAN,)),
 }
 
-# What is done to the source's guest when bhysend is gone, by its record: by the
-# keeper (ALONE, and what still comes back in the command form), and by
-# `bhysend -A`.  What is not here is left as it stands: held, or in doubt.
+# What is done to the source's guest when bhysend is gone, by the guest's record:
+# the keeper does it (on ALONE, and on an answer that still comes back in the
+# command form), and `bhysend -A`.  A guest for which there is no entry is left as
+# it stands: held, or in doubt.
 RECORD: Mapping[tuple[str, Event], tuple[Act, ...]] = {
     (PAUSED, Event.ALONE): _RESUME,
     (PAUSED, Event.FAILED): _RESUME,
@@ -182,9 +195,9 @@ RECORD: Mapping[tuple[str, Event], tuple[Act, ...]] = {
 }
 
 # What `bhyrecv -q` does and answers, by the destination's record.  For STARTED
-# it answers RUNNING instead if it sees the guest running, and FAILED, after
+# -q answers RUNNING instead if it sees the guest running, and FAILED, after
 # RECORD_DEAD, if it sees that bhyrecv was killed before START, and that nobody
-# can do it any more.
+# can start the guest any more.
 QUERY: Mapping[str | None, tuple[tuple[Act, ...], str]] = {
     None: ((), "UNKNOWN"),
     READY: ((Act.RECORD_DEAD,), "FAILED"),
@@ -193,15 +206,15 @@ QUERY: Mapping[str | None, tuple[tuple[Act, ...], str]] = {
     LOADED: ((), "RAN"),
 }
 
-S = TypeVar("S", At, There)
+S = TypeVar("S", SourceState, DestinationState)
 
 
 class Machine(Generic[S]):
     """One party: its state, and the table that moves it.
 
-    at: the state.  It changes before the acts are done, so that where an act
+    at: the state.  The state changes before the acts are done, so that if an act
     fails, the state says what may have happened.  undone: the acts of the last
-    event that were not done, the failed one first.
+    event that were not done, the failed act first.
     """
 
     def __init__(
@@ -210,7 +223,7 @@ class Machine(Generic[S]):
         at: S,
         do: Callable[[Act], None],
     ) -> None:
-        """do: does one act; what it raises comes out of on()."""
+        """do: does one act; on() passes on its exceptions."""
         self._table: Mapping[tuple[S, Event], tuple[S, tuple[Act, ...]]] = table
         self._do = do
         self.at: S = at
@@ -221,7 +234,7 @@ class Machine(Generic[S]):
         return (self.at, event) in self._table
 
     def on(self, event: Event) -> None:
-        """Let an event happen.  Raises KeyError for one that is not expected."""
+        """Let an event happen.  Raises KeyError if it is not expected; what `do` raises."""
         self.at, self.undone = self._table[self.at, event]
         while self.undone:
             self._do(self.undone[0])

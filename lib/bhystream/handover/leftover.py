@@ -1,10 +1,10 @@
-"""What a killed bhyrecv left of a guest that never ran: found by its record, and ended.
+"""Find, by its record, a guest that a killed bhyrecv has left and that never ran; end it.
 
-    READY   it is DEAD first, so that a GO which comes later starts nothing
-    DEAD    its bhyrecv died, or failed, between saying so and the end of the guest
+    READY   DEAD is recorded first, so that a later GO starts nothing
+    DEAD    bhyrecv died, or failed, after recording DEAD and before the guest's end
 
-`bhyrecv -q`, `--discard` and the next bhyrecv for the same guest do it.  Each
-takes the stream's lock, which its own bhyrecv has as long as that lives.
+`bhyrecv -q`, `--discard` and the next bhyrecv for the same guest do this.  Each
+takes the stream's lock, which the stream's bhyrecv has as long as it lives.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pathlib import Path
 
 from bhystream.errors import BhyError
 from bhystream.guest import DEAD, READY
-from bhystream.handover.standing import end_guest
+from bhystream.handover.recorded import end_guest
 from bhystream.handover.state import Lock, Record, Records
 
 
 def lock_stream(base: Path, id_: str) -> Lock:
-    """Take a stream's lock.  Raises GuestError where its bhyrecv lives."""
+    """Take a stream's lock.  Raises GuestError if the stream's bhyrecv still lives."""
     return Lock(base, f"stream-{id_}", f"stream {id_}", once=True)
 
 
 def end_dead(base: Path, record: Record) -> None:
-    """End what is left of a guest that is DEAD.  Nothing is no error.
+    """End what is left of a guest whose record is DEAD; if nothing is left, do nothing.
 
-    Raises GuestError where its bhyrecv lives: that one ends it itself.
+    Raises GuestError if the guest's bhyrecv lives, which then ends the guest itself.
     """
     with lock_stream(base, record.id):
         end_guest(record)
@@ -36,8 +36,9 @@ def sweep(base: Path, records: Records, lock: str) -> None:
     """Make room for a guest: end what is left of earlier ones that never ran.
 
     records: of the destination.  lock: the name of the guest's lock, which the
-    caller has, so that no bhyrecv of theirs lives.  What cannot be ended stays,
-    and is in the way of the guest.  Raises BhyError where DEAD cannot be recorded.
+    caller has, so that no bhyrecv of the earlier guests lives.  A guest that
+    cannot be ended stays, and is in the way of the new one.  Raises AccessError or
+    InputOutputError if DEAD cannot be recorded.
     """
     for record in records.all():
         if record.lock != lock or record.phase not in (READY, DEAD):

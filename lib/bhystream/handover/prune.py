@@ -1,16 +1,16 @@
-"""What is kept of streams that are over, made smaller, so that it does not grow for ever.
+"""Remove what is kept of streams that are over, so that it does not grow for ever.
 
-    record       of a stream that is STARTED or DEAD, where nothing is left of its guest
+    record       of a stream that is STARTED or DEAD, if nothing is left of its guest
                  here: older than 30 days, or beyond the newest 100
-    its .started with it
+    .started     of that record, with it
     lock         of one stream, or of a QEMU: 30 days old, and free
-    *.new        that a cut has left of a file before it got its name: 30 days old
+    *.new        which a power cut has left of a file without its name: 30 days old
 
-What a record is for stays: that its stream was started, or never will be, is a
-line in destination/over, 40 bytes, before the record goes.  A guest that runs,
-stands, or lies in files here keeps its record, and so does one of which that
-cannot be found out.  Done at the end of a bhyrecv, when nobody waits for it;
-of the locks also at the end of a bhysend.
+The fact that a stream was started, or never will be, is kept: it becomes a line
+of 40 bytes in destination/over before the record is removed.  A guest that runs,
+stands paused, or lies in files here keeps its record, and so does a guest about
+which this cannot be found out.  bhyrecv does this at its end, when nobody waits
+for it; bhysend removes only the locks, at its end.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from bhystream.errors import BhyError
 from bhystream.guest import DEAD, STARTED
 from bhystream.handover.state import Lock, Record, Records
 
-KEPT_RECORDS = 100
-KEPT_SECONDS = 30 * 86400
-# To look at one takes a program on FreeBSD.
+MAX_RECORDS = 100
+MAX_AGE_SECONDS = 30 * 86400
+# On FreeBSD each look at a guest runs a program.
 _MOST_AT_ONCE = 50
 _LOCKS = ("stream-*", "qemu-*")
 
 
 def prune(base: Path, records: Records) -> None:
-    """Make what is kept of streams smaller.  records: the destination's.
+    """Remove records, locks and *.new files that are not needed.  records: the destination's.
 
-    Never raises: what cannot be done is done another time.
+    Never raises: a later call tries again what fails.
     """
     with contextlib.suppress(BhyError, OSError):
         _prune_records(base, records)
@@ -49,8 +49,8 @@ def prune(base: Path, records: Records) -> None:
 
 def _prune_records(base: Path, records: Records) -> None:
     over = [record for record in records.all() if record.phase in (STARTED, DEAD)]
-    oldest_ns = time.time_ns() - KEPT_SECONDS * 10**9
-    many = over[: max(0, len(over) - KEPT_RECORDS)]
+    oldest_ns = time.time_ns() - MAX_AGE_SECONDS * 10**9
+    many = over[: max(0, len(over) - MAX_RECORDS)]
     candidates = [record for record in over if record in many or record.time_ns < oldest_ns]
     gone = [record for record in candidates[:_MOST_AT_ONCE] if _is_gone(record)]
     if gone:
@@ -62,7 +62,7 @@ def _prune_records(base: Path, records: Records) -> None:
 
 
 def _is_gone(record: Record) -> bool:
-    """Say whether surely nothing of a guest is here any more."""
+    """Say whether it is certain that nothing of a guest is here any more."""
     with contextlib.suppress(BhyError, OSError):
         paused = hypervisors.open_paused(record.revive)
         try:
@@ -73,7 +73,7 @@ def _is_gone(record: Record) -> bool:
 
 
 def prune_locks(base: Path) -> None:
-    """Remove the files of locks that nobody asks for any more.  Never raises."""
+    """Remove the old files of locks that are free.  Never raises."""
     for pattern in _LOCKS:
         for path in (base / "lock").glob(pattern):
             with contextlib.suppress(BhyError, OSError):
@@ -82,4 +82,4 @@ def prune_locks(base: Path) -> None:
 
 
 def _is_old(path: Path) -> bool:
-    return os.stat(path).st_mtime < time.time() - KEPT_SECONDS
+    return os.stat(path).st_mtime < time.time() - MAX_AGE_SECONDS

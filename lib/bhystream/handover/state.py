@@ -1,6 +1,6 @@
 """What survives the programs: the state directory, its locks and records.
 
-    DIR/host-id            who we are to the other side; random, made once
+    DIR/host-id            the name of this host for the other side; random, made once
     DIR/lock/NAME          one flock(2) per guest, and per stream that is read; the file
                            of a guest stays
     DIR/run/ID             the socket of a stream's third stage
@@ -10,12 +10,12 @@
     DIR/destination/over      streams that were here long ago: a line each, "ID PHASE"
     DIR/log/, DIR/NAME.qmp    the destination's hypervisors
 
-ID is the stream id.  What is recorded is recorded *before* it is done, and
-durably (durable.py): a record says what may have happened, never less, and one
-that cannot be read says the most that it could.
+ID is the stream id.  An act is recorded *before* it is done, and durably
+(durable.py): a record says what may have happened, never less, and a record that
+cannot be read counts as the most that it could say.
 
-Whose record it is matters more than it looks: source and destination may be
-one host (a move to another process, every test), so the two never share a name.
+The records of the two roles have separate names, because source and destination
+may be one host (a move to another process, every test).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from typing import Any, Literal
 from bhystream import durable
 from bhystream.errors import (
     BhyError,
-    BrokenError,
     GuestError,
     IncompatibleError,
+    RecordError,
     UsageError,
     from_oserror,
 )
@@ -58,11 +58,11 @@ class Record:
     """One guest that stands at the end of a stream, or a stream's tombstone.
 
     id: stream id, 32 hex digits.  guest: its name.  operand: as the operator
-    types it.  lock: name of the guest's lock.  phase: one of guest.py's.
-    revive: for the backend's open_paused().  time_ns: of the last change,
-    since the Epoch.  host, directory: at the source, the destination's host id
-    and state directory, as HELLO named them; from GO on.  keeper: its process.
-    ask: the words that run bhyrecv there, where the command form has them.
+    types it.  lock: name of the guest's lock.  phase: one of guest.PHASES.
+    revive: for hypervisors.open_paused().  time_ns: of the last change, since
+    the Epoch.  host, directory: at the source, from GO on, the destination's host
+    id and state directory, as in HELLO.  keeper: the keeper's process id.  ask: in
+    the command form, the words that run bhyrecv at the destination.
     """
 
     id: str
@@ -79,20 +79,20 @@ class Record:
 
     @property
     def there(self) -> str:
-        """Return the destination's name, as it calls itself; "" if it is not recorded."""
+        """Return the host name that the destination gave in HELLO; "" if not recorded."""
         return self.host.partition("/")[0]
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> Record:
-        """Return the record that was written.  Raises ValueError, TypeError."""
+        """Return the record with these fields.  Raises ValueError, TypeError if it is none."""
         made = Record(**fields)
         texts = (made.id, made.guest, made.operand, made.lock, made.phase)
         if made.phase not in PHASES or not all(isinstance(text, str) for text in texts):
-            raise ValueError("it is none of ours")
+            raise ValueError("not a record of bhysend or bhyrecv")
         return made
 
-    def moved(self, phase: str) -> Record:
-        """Return the record with another phase, stamped now."""
+    def with_phase(self, phase: str) -> Record:
+        """Return the record with another phase, and with the time of now."""
         return replace(self, phase=phase, time_ns=time.time_ns())
 
 
@@ -108,9 +108,10 @@ def default_directory() -> Path:
 def directory() -> Path:
     """Return the state directory, absolute, made with mode 0700 if it is not there.
 
-    BHYSEND_STATE_DIR, else default_directory() for root, else under
-    XDG_STATE_HOME.  Raises AccessError, PipeError; UsageError where none can be
-    found; IncompatibleError if it belongs to somebody else or others may enter it.
+    It is BHYSEND_STATE_DIR, else default_directory() for root, else under
+    XDG_STATE_HOME.  Raises UsageError if no home directory is known; AccessError,
+    InputOutputError if it cannot be made; IncompatibleError if it belongs to
+    another user, or others may enter it.
     """
     named = os.environ.get("BHYSEND_STATE_DIR")
     if named:
@@ -120,14 +121,14 @@ def directory() -> Path:
     else:
         path = _home_directory() / "bhysend"
     try:
-        # The keeper and the hypervisor are told this path, and have other directories.
+        # The keeper and the hypervisor get this path, and have other working directories.
         path = path.absolute()
         durable.make_directory(path)
         found = path.stat()
         if found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise IncompatibleError(
                 f"state directory {path}: not ours alone (mode 0700)",
-                "if nobody else could write in it: chmod 700 it; or set BHYSEND_STATE_DIR",
+                f"if nobody else could write in it: chmod 700 {path}; or set BHYSEND_STATE_DIR",
             )
         for name in ("lock", "run", "source", "destination", "log", "told"):
             durable.make_directory(path / name)
@@ -137,9 +138,9 @@ def directory() -> Path:
 
 
 def _home_directory() -> Path:
-    """Return where a user keeps what programs remember.  Raises UsageError.
+    """Return the directory for a user's state.  Raises UsageError if none is known.
 
-    A relative XDG_STATE_HOME counts as none.  Source: XDG Base Directory
+    A relative XDG_STATE_HOME is ignored.  Source: XDG Base Directory
     Specification 0.8.
     """
     named = os.environ.get("XDG_STATE_HOME", "")
@@ -155,10 +156,10 @@ def _home_directory() -> Path:
 
 
 def host_id(base: Path) -> str:
-    """Return the name of this host and state directory, unlike any other's.
+    """Return a unique name of this host and state directory.
 
-    The host's name, for people, and 64 random bits, which a host of the same
-    name does not have.  Raises AccessError, PipeError.
+    It consists of the host's name, for people, and of 64 random bits, which no
+    other host of that name has.  Raises AccessError, InputOutputError.
     """
     path = base / "host-id"
     try:
@@ -171,10 +172,10 @@ def host_id(base: Path) -> str:
 
 
 class Lock:
-    """One lock per guest: held while a descriptor of it is open anywhere.
+    """A lock, such as a guest's: held while any process has its descriptor open.
 
-    The keeper inherits the descriptor, so the guest stays locked when bhysend
-    is killed and the keeper is still at work.
+    The keeper inherits the descriptor, so the guest stays locked if bhysend is
+    killed while the keeper is still at work.
     """
 
     def __init__(
@@ -182,9 +183,9 @@ class Lock:
     ) -> None:
         """Take the lock, or raise GuestError at once.
 
-        name: of the lock.  what: names the guest in the message.  wait: wait
-        for it instead: for one that is never held for long.  once: its file
-        goes when it is released; not for one that another process inherits.
+        name: of the lock.  what: names the locked thing in the message.  wait: wait
+        instead, for a lock that is never held for long.  once: release() removes
+        the lock's file; not for a lock that another process inherits.
         """
         self._path = base / "lock" / _file_name(name)
         self._once = once
@@ -193,7 +194,7 @@ class Lock:
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 while not self._is_ours():
-                    # Who had it has removed the file: it is another one now.
+                    # The last holder has removed the file: the name has another file now.
                     os.close(self.fd)
                     self.fd = self._open()
                     fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -202,7 +203,7 @@ class Lock:
                 if attempt == _ATTEMPTS - 1:
                     os.close(self.fd)
                     raise GuestError(f"{what}: another bhysend or bhyrecv works on it") from error
-            # A listing (-l) holds it for a moment to see whether it is free.
+            # -l takes the lock for a moment, to see whether it is free.
             time.sleep(0.01)
 
     def _open(self) -> int:
@@ -225,7 +226,7 @@ class Lock:
         self.release()
 
     def release(self) -> None:
-        """Close our descriptor; twice is no error."""
+        """Close our descriptor; may be called twice."""
         if self.fd >= 0:
             if self._once:
                 with contextlib.suppress(OSError):
@@ -235,20 +236,20 @@ class Lock:
 
 
 class Told:
-    """What was told of a guest already, and need not be told before every move."""
+    """The warnings that were printed for a guest, and are not repeated before every move."""
 
     def __init__(self, base: Path, name: str) -> None:
-        """name: of the guest's lock."""
+        """base: the state directory.  name: of the guest's lock."""
         self._path = base / "told" / _file_name(name)
 
     def new(self, lines: Sequence[str], *, everything: bool = False) -> list[str]:
-        """Return the lines that were not told yet, or `everything`; they count as told now."""
+        """Return the new lines, or all lines if `everything`; note all lines as printed."""
         before: list[str] = []
         with contextlib.suppress(OSError, ValueError):
             before = self._path.read_text("utf-8", "surrogateescape").splitlines()
         found = [line for line in lines if everything or line not in before]
         if found:
-            # Told once more is no harm.
+            # If this fails, the lines are printed once more, which does no harm.
             with contextlib.suppress(OSError):
                 durable.write(self._path, "".join(f"{line}\n" for line in lines))
         return found
@@ -266,7 +267,7 @@ class Records:
         self._dir = base / role
 
     def write(self, record: Record) -> None:
-        """Write a record durably.  Raises AccessError, PipeError."""
+        """Write a record durably.  Raises AccessError, InputOutputError."""
         path = self._dir / f"{record.id}.json"
         try:
             durable.write(path, json.dumps(asdict(record)))
@@ -274,28 +275,30 @@ class Records:
             raise from_oserror(error, f"record the guest in {path}") from error
 
     def change(self, id_: str, before: str, after: str) -> bool:
-        """Change a record's phase, if it is `before`: one of all who try.  False if not.
+        """Change a record's phase if it is `before`; return False if it is not.
 
-        Raises AccessError, PipeError.
+        If several processes try, only one succeeds.  Raises AccessError,
+        InputOutputError, RecordError.
         """
         with Lock(self._dir.parent, f"record-{self._dir.name}", "the records", wait=True):
             found = self.get(id_)
             if found is None or found.phase != before:
                 return False
-            self.write(found.moved(after))
+            self.write(found.with_phase(after))
             return True
 
     def remove(self, id_: str) -> None:
-        """Remove a record durably; one that is not there is no error."""
+        """Remove a record durably, if it is there.  Raises AccessError, InputOutputError."""
         try:
             durable.remove(self._dir / f"{id_}.json")
         except OSError as error:
             raise from_oserror(error, f"remove the record {id_}") from error
 
     def archive(self, over: Sequence[Record]) -> list[Record]:
-        """Note in one file what became of streams; return the records that the caller may remove.
+        """Note the phases of streams in one file; return the records that the caller may remove.
 
-        Raises BrokenError, AccessError, PipeError.
+        A record that has changed since is left out.  Raises RecordError,
+        AccessError, InputOutputError.
         """
         with Lock(self._dir.parent, f"record-{self._dir.name}", "the records", wait=True):
             taken = [record for record in over if self.get(record.id) == record]
@@ -308,9 +311,9 @@ class Records:
             return taken
 
     def phase(self, id_: str) -> str | None:
-        """Return the last phase of a stream, by its record or what was noted; None if unknown.
+        """Return the last phase of a stream, by its record or archive(); None if unknown.
 
-        Raises BrokenError, AccessError, PipeError.
+        Raises RecordError, AccessError, InputOutputError.
         """
         record = self.get(id_)
         return record.phase if record else self._over().get(id_)
@@ -327,15 +330,18 @@ class Records:
         for line in lines:
             match = _OVER_LINE.fullmatch(line)
             if match is None or match[2] not in PHASES:
-                raise BrokenError(
-                    f"{path} is broken: no stream is known not to have run before",
-                    f"remove from it what is no line of a stream id and a word: {line[:80]!r}",
+                raise RecordError(
+                    f"{path} is broken: any stream may have run here before",
+                    f"remove each line that is not a stream id and a word: {line[:80]!r}",
                 )
             found[match[1]] = match[2]
         return found
 
     def get(self, id_: str) -> Record | None:
-        """Return one record, None if there is none.  Raises BrokenError, AccessError, PipeError."""
+        """Return one record, None if there is none.
+
+        Raises RecordError, AccessError, InputOutputError.
+        """
         return self._read(self._dir / f"{id_}.json")
 
     def all(self) -> list[Record]:
@@ -343,13 +349,14 @@ class Records:
         return sorted(self._survey()[0], key=lambda r: r.time_ns)
 
     def broken(self) -> list[BhyError]:
-        """Return what is wrong with the records that cannot be read."""
+        """Return one error for each record that cannot be read."""
         return self._survey()[1]
 
     def find(self, operand: str) -> list[Record]:
-        """Return the records that an operand names: id, name or operand.
+        """Return the records whose id, guest or operand is `operand`.
 
-        Raises GuestError if none does, but a broken one may.
+        Raises RecordError, AccessError or InputOutputError if there are none, but
+        a record that cannot be read may be one.
         """
         found = [r for r in self.all() if operand in (r.id, r.guest, r.operand)]
         if not found:

@@ -1,4 +1,4 @@
-"""Where a guest of the source is, and what to type: decided in one place, worded in one place.
+"""Where a guest of the source is, and what to type: decided and worded in this one module.
 
     record      acts done        resume failed   discard failed   nothing to do
     ------      ---------        -------------   --------------   -------------
@@ -8,8 +8,8 @@
     MOVED       THERE                                LEFT            LEFT
 
 The acts are those of handshake.SOURCE and handshake.RECORD.  bhysend, its
-keeper, `bhysend -A` and the verbs ask here, so that a guest that stands is
-spoken of in the same words whoever speaks.
+keeper, `bhysend -A` and the verbs all ask here, so that their messages use the
+same words about a guest that stands paused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bhystream.handover.state import Record, default_directory
 
 
 class Where(Enum):
-    """Where the one copy is that may go on."""
+    """Where the copy of the guest is that runs, or may run on."""
 
     HERE = "it runs here"
     THERE = "it runs at the destination, and is gone here"
@@ -43,7 +43,7 @@ def outcome(phase: str, acts: Sequence[Act] = (), undone: Sequence[Act] = ()) ->
     """Return where a recorded guest is.
 
     phase: of the record, before the acts.  acts: what was to be done to the
-    guest.  undone: those of them that were not done, the failed one first.
+    guest.  undone: the acts that were not done, the failed act first.
     """
     if Act.DISCARD in acts:
         return Where.LEFT if Act.DISCARD in undone else Where.THERE
@@ -53,9 +53,9 @@ def outcome(phase: str, acts: Sequence[Act] = (), undone: Sequence[Act] = ()) ->
 
 
 def what_to_type(where: Where, record: Record, base: Path, name: str = "") -> str:
-    """Return the lines that tell the operator what to type, "" where there is nothing to do.
+    """Return the lines that tell the operator what to type, "" if there is nothing to do.
 
-    base: the state directory.  name: to call the guest by; "" for the stream's id.
+    base: the state directory.  name: the guest's name for the lines; "" for the stream id.
     """
     name = name or record.id
     match where:
@@ -74,14 +74,14 @@ def what_to_type(where: Where, record: Record, base: Path, name: str = "") -> st
 
 
 def in_doubt(record: Record, base: Path) -> str:
-    """Return the lines that lead out of doubt, commands as they can be typed."""
+    """Return the lines that lead out of doubt, with commands that can be typed as they are."""
     host = record.there
     words = record.ask or ["ssh", host, "bhyrecv"]
     is_ssh = os.path.basename(words[0]) == "ssh"
     remote: list[str] = []
     if record.directory != str(default_directory()):
         name = f"BHYSEND_STATE_DIR={record.directory}"
-        # ssh(1) hands its words to a shell once more.
+        # ssh(1) passes its words to a shell at the destination.
         remote = ["env", shlex.quote(name) if is_ssh else name]
     at = len(words) - 1 if is_ssh else 0
     there = shlex.join([*words[:at], *remote, *words[at:]])

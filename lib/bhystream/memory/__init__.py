@@ -1,9 +1,9 @@
 """Pages: hashed, compared, copied and placed.
 
-page.pyx batch.pyx   the hot loops; they import nothing of ours but xxh3
+page.pyx batch.pyx   the hot loops; they import no other module of ours but xxh3
 xxh3.py        finds XXH3's C functions in the xxhash package
-extent.py      the packed extent, as it lies in a stream and before the loops
+extent.py      the packed extent, the same in a stream and for the loops
 hole.py        holes of files, found and made
-mapping.py     mappings given up, whoever still looks at them
-target.py      where pages arrive: a file, or the memory of a guest that waits
+mapping.py     mappings released, even if views of them are still in use
+target.py      where pages arrive: a file, or the memory of a waiting guest
 """

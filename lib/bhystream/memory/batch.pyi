@@ -1,6 +1,6 @@
 """Collect changed pages into what one MEMORY section carries.
 
-Buffers, the table, and what is raised for wrong arguments: see page.pyi.
+page.pyi describes the buffers, the table, and the exceptions for wrong arguments.
 """
 
 from typing import final
@@ -13,16 +13,17 @@ from bhystream.memory.page import PageHasher
 class Batch:
     """The list and the pages of one MEMORY section, filled page by page.
 
-    Fill it with collect() and collect_absent(), write list_view() and
-    page_view(), clear() it.  Pages are added in ascending order, also over
-    calls; neighbours of one kind share an extent, also over calls and over the
-    border of two segments.
+    For each section the caller fills the batch with collect() and
+    collect_absent(), writes list_view() and page_view(), and calls clear().  Pages
+    must be added in ascending order.  Adjacent pages of one kind share an extent,
+    even across two calls, or the border of two segments.
 
-    Memory is taken once: max_pages * 4104 + max_extents * 32 bytes, touched
-    only as far as it is used.  64 pages or more run at full speed; up to 256
-    the pages are still in the second-level cache when they are written.
+    The memory is allocated once: max_pages * 4104 + max_extents * 32 bytes, of
+    which only the used part is touched.  A batch of 64 pages or more runs at full
+    speed; in a batch of up to 256, the pages are still in the second-level cache
+    when they are written.
 
-    Not for two threads at once: a call during a collect raises ValueError.
+    A call while another thread collects into the batch raises ValueError.
     """
 
     def __init__(
@@ -35,8 +36,8 @@ class Batch:
         """Make an empty batch.
 
         max_pages: DATA pages; max_extents: extents of either kind; max_count:
-        pages of one extent.  Each within [1, 2**32 - 1].  Raises OSError if
-        there is no such amount of memory.
+        pages of one extent.  Each is within [1, 2**32 - 1].  Raises OSError if
+        there is not enough memory.
         """
 
     @property
@@ -57,7 +58,7 @@ class Batch:
 
     @property
     def full(self) -> bool:
-        """Whether max_pages are held or an extent found no room."""
+        """Whether max_pages are held, or an extent has found no room."""
 
     def collect(
         self,
@@ -70,16 +71,16 @@ class Batch:
     ) -> int:
         """Add the pages [first, end) of a segment that the destination needs.
 
-        segment: bytes, the segment's memory, which may change meanwhile;
-        first, end: counted from its first page, which is the guest's page
-        `base_page`.  everything: round 0, all pages are added.  Otherwise
-        those whose hash differs from the table.  A page that is zero is added
-        to a ZERO extent, any other is copied, and its copy hashed.  The table
-        follows what was added.
+        segment: bytes, the segment's memory, which may change meanwhile.
+        first, end: counted from the segment's first page, which is the guest's
+        page `base_page`.  everything: add all pages, as in round 0; if false, add
+        those whose hash differs from the table.  A zero page is added to a ZERO
+        extent; any other page is copied, and the copy is hashed.  The table gets
+        the hash of each page that was added.
 
         Returns the first page not handled: `end`, or less if the batch is
-        full.  Raises ValueError also for a page before the last one held.
-        Releases the GIL.
+        full.  Raises ValueError also for a page that does not follow the last
+        page held.  Releases the GIL.
         """
 
     def collect_absent(
@@ -87,23 +88,25 @@ class Batch:
     ) -> int:
         """Add pages that are holes at the source, without reading them.
 
-        As collect(): everything, or those whose table entry is not zero_hash,
-        become ZERO extents, their entries zero_hash.  Holding max_pages does
-        not stop it, having no room for an extent does.  Releases the GIL.
+        The arguments, the result and the exceptions are those of collect().  All
+        pages, or those whose table entry is not zero_hash, are added to ZERO
+        extents, and their entries become zero_hash.  A batch that holds max_pages
+        still takes them, a batch without room for an extent does not.  Releases
+        the GIL.
         """
 
     def list_view(self) -> memoryview:
         """Return the extents and after them the hashes, as in the section.
 
-        nextents * 16 + npages * 8 bytes, read-only.  Valid until the next
-        collect(), collect_absent() or clear(); after that the bytes are
-        other pages', though the memory stays readable.
+        The view has nextents * 16 + npages * 8 bytes, read-only.  It is valid until
+        the next collect(), collect_absent() or clear(); after that its memory
+        stays readable, with the bytes of other pages.
         """
 
     def page_view(self) -> memoryview:
         """Return the bytes of the DATA pages: npages * 4096, read-only.
 
-        Page-aligned.  Valid until clear(), as list_view() is.
+        The view is page-aligned, and valid until clear(), as in list_view().
         """
 
     def clear(self) -> None:

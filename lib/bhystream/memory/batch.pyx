@@ -4,12 +4,12 @@ The user's documentation is in batch.pyi.
 
 The guest runs and writes while its memory is read.  So a page that is sent is
 first copied, and the copy is hashed: the hash in the section is then that of
-the bytes in the section, whatever the guest does.  Page by page, so that the
-copy is still in the first-level cache when it is hashed.
+the bytes in the section, whatever the guest does.  The loop goes page by page,
+so that the copy is still in the first-level cache when it is hashed.
 
-Memory is taken once and used for every section.  It is two anonymous
-mappings, which Python's mmap owns: page-aligned, and a view that outlives the
-batch keeps its mapping alive.
+The memory is allocated once, and used for every section.  It consists of two
+anonymous mappings, which Python's mmap owns: they are page-aligned, and a view
+that outlives the batch keeps its mapping alive.
 """
 
 import mmap
@@ -26,7 +26,7 @@ __all__ = ["Batch"]
 
 
 cdef object anonymous(Py_ssize_t nbytes):
-    # mmap's default is MAP_SHARED: a file of the kernel's, slower to fault in.
+    # mmap's default is MAP_SHARED, a file in the kernel, with slower page faults.
     return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
 
 
@@ -36,11 +36,11 @@ cdef class Batch:
     cdef readonly uint64_t max_pages, max_extents
     cdef readonly uint64_t npages, nextents, nzero
     cdef uint64_t max_count
-    # An extent found no room.
+    # An extent has found no room.
     cdef bint overflow
-    # A collect() runs, without the GIL; a second one must not.
+    # A collect() runs without the GIL now; a second call must not run.
     cdef bint busy
-    # Each mapping, and a view that holds it open: nobody can close it.
+    # The two mappings, and a view of each, so that nobody can close the mapping.
     cdef object page_map, list_map
     cdef uint8_t[::1] page_hold, list_hold
     cdef uint8_t *pages
@@ -155,7 +155,7 @@ cdef class Batch:
         cdef const uint8_t *ahead
         while page < end and self.npages < self.max_pages:
             live = segment + page * PAGE_BYTES
-            # Distances measured: one page before a hash, two before a copy.
+            # The best distances, as measured: one page ahead of a hash, two of a copy.
             if everything:
                 ahead = segment + min(page + 2, end - 1) * PAGE_BYTES
             else:
@@ -176,9 +176,9 @@ cdef class Batch:
         word_t *entry,
         bint everything,
     ) noexcept nogil:
-        """Copy one page and state it; False if there is no room for it.
+        """Copy one page and add it; return False if there is no room for it.
 
-        The entry changes last: a page without room is met again as it was.
+        The entry changes last, so a page without room is found changed again.
         """
         cdef uint8_t *copy = self.pages + self.npages * PAGE_BYTES
         cdef bint zero = copy_page(copy, live, ahead)
@@ -186,7 +186,7 @@ cdef class Batch:
         if not zero:
             h = hash_page(self.hasher, copy)
         if not everything and h == entry[0]:
-            return True  # it changed back before it was copied
+            return True  # the page changed back before it was copied
         if self.append(page, 1, ZERO if zero else DATA) == 0:
             return False
         if not zero:
@@ -202,7 +202,7 @@ cdef class Batch:
         cdef uint64_t zero = self.hasher.zero_hash
         cdef uint64_t stop
         while page < end:
-            # A run of entries that all need stating, possibly empty.
+            # A run, possibly empty, of pages that all have to be added.
             stop = page
             while stop < end and (everything or entries[stop] != zero):
                 stop += 1
@@ -219,7 +219,7 @@ cdef class Batch:
     cdef uint64_t append(
         self, uint64_t first, uint64_t count, uint32_t kind
     ) noexcept nogil:
-        """State pages [first, first + count); return how many found room."""
+        """Add the pages [first, first + count); return how many found room."""
         cdef uint64_t left = count, n
         cdef Extent *last = self.extents + self.nextents - 1
         while left > 0:

@@ -1,6 +1,6 @@
-"""The packed extent: the list of a MEMORY section, as the loops make it and take it.
+"""The packed extent, of which the list of a MEMORY section consists.
 
-A section's list lies in memory as it does in the stream; page.pxd has the same
+A list has the same bytes in memory as in the stream; page.pxd declares the same
 structure for the loops.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-# The first page, how many, and what they are.
+# The first page, the number of pages, and their kind.
 EXTENT = struct.Struct("<QII")
 KIND_DATA = 0
 KIND_ZERO = 1

@@ -1,4 +1,4 @@
-"""Holes of files: found, and made, so that memory which was never used is not spent."""
+"""Find and make holes in files, so that memory which was never used takes no room."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from bhystream.guest import PAGE_BYTES
 # Source: Linux, include/uapi/linux/falloc.h.
 _KEEP_SIZE = 0x01
 _PUNCH_HOLE = 0x02
-# Source: FreeBSD 14, fspacectl(2), sys/fcntl.h; bhyve's block_if.c calls it so,
-# blockif_proc() (index id 32672991).  Never run.
+# Source: FreeBSD 14, fspacectl(2), sys/fcntl.h; usr.sbin/bhyve/block_if.c,
+# blockif_proc(), which makes the same call.  This code has never been run.
 _SPACECTL_DEALLOC = 1
 _ZEROS = bytes(1 << 20)
-# The system knows no holes, or the file system does not.
+# The errors of a system, or of a file system, that cannot make holes.
 _NO_HOLES = (errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class _Range(ctypes.Structure):
-    """struct spacectl_range: what is left of it is returned in it."""
+    """struct spacectl_range, in which the call returns the rest of the range."""
 
     _fields_ = (("offset", ctypes.c_int64), ("length", ctypes.c_int64))
 
@@ -65,8 +65,8 @@ elif sys.platform.startswith("freebsd"):
 def punch(fd: int, offset_bytes: int, length_bytes: int) -> None:
     """Make a range of a file zero.
 
-    A hole where the system and the file system make one, else zeros written.
-    The range lies inside the file.  Raises OSError.
+    The range becomes a hole if the system and the file system can make one, else
+    zeros are written.  The range must lie inside the file.  Raises OSError.
     """
     while _deallocate is not None:
         if not _deallocate(fd, offset_bytes, length_bytes):
@@ -86,9 +86,10 @@ def data_extents(
 ) -> Iterator[tuple[int, int]]:
     """Yield the page extents [first, end) of a piece of a file that hold data.
 
-    Counted from the start of the piece, rounded out to whole pages, ascending
-    and disjoint.  no_holes: the errors of a file system that does not know its
-    holes; the whole piece is one extent then.  Raises OSError for any other.
+    The extents are counted from the start of the piece, rounded out to whole
+    pages, ascending and disjoint.  no_holes: the errnos of a file system that does
+    not know its holes; the rest of the piece, all of it if the first lseek(2)
+    fails, is one extent then.  Raises OSError for any other errno.
     """
     at, end, done = offset_bytes, offset_bytes + length_bytes, 0
     while at < end:

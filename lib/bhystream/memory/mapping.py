@@ -1,4 +1,4 @@
-"""Mappings given up, whoever still looks at them."""
+"""Release mappings, even if other code still has views of them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 
 def unmap(views: Iterable[memoryview], mappings: Iterable[mmap.mmap]) -> None:
-    """Release the views and close the mappings that they are of.
+    """Release the views, and close their mappings.
 
-    A view that somebody else still holds keeps its mapping until it is
-    dropped; that is no error here.
+    A mapping of which other code still has a view stays open until that view
+    is dropped; this raises nothing then.
     """
     for view in views:
         with contextlib.suppress(BufferError):

@@ -1,4 +1,4 @@
-"""What batch.pyx needs of page.pyx in C: the hash, the copy, the words."""
+"""What page.pyx and batch.pyx share in C: the hash, the copy, the words."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
@@ -6,9 +6,9 @@ cdef extern from *:
     """
     #include <stdint.h>
     /*
-     * A u64 at any address.  Buffers come from Python and may be misaligned;
-     * through a plain uint64_t pointer the compiler may assume that they are
-     * not, and the vector code that it makes of a loop then traps.
+     * A u64 at any address.  Buffers come from Python and may be misaligned.
+     * The compiler may assume that a plain uint64_t pointer is aligned, and the
+     * vector code that it makes of a loop then traps.
      */
     typedef uint64_t bhys_word __attribute__((aligned(1), may_alias));
     """
@@ -25,7 +25,7 @@ cdef enum:
 ctypedef uint64_t (*hash_t)(const void *, size_t, const void *, size_t) noexcept nogil
 ctypedef void (*make_secret_t)(void *, uint64_t) noexcept nogil
 
-# An extent of bhystream(5); on a little-endian host exactly its bytes.
+# An extent of bhystream(5), which on a little-endian host has exactly these bytes.
 cdef struct Extent:
     uint64_t first
     uint32_t count
@@ -52,7 +52,7 @@ cdef inline uint64_t hash_ahead(
     """Hash a page while `ahead` is fetched into the cache: 1.2 times as fast.
 
     The hardware prefetcher stops at the end of a page.  A prefetch of a page
-    that is not there does nothing, so it allocates no guest memory.
+    that is not there does nothing, so the prefetch allocates no guest memory.
     """
     cdef int line
     for line in range(PAGE_LINES):
@@ -65,9 +65,10 @@ cdef inline bint copy_page(
 ) noexcept nogil:
     """Copy a page and say whether the copy is all zero.
 
-    One loop instead of memcpy(3) and a test that leaves early: it fetches
-    `ahead` meanwhile, and with the hash after it is twice as fast.  The words
-    tested are the words copied, which a running guest could otherwise part.
+    This is one loop, not memcpy(3) and a test that leaves early: the loop fetches
+    `ahead` meanwhile, and copy and hash together are twice as fast.  It tests
+    the very words that it copies; a running guest could change a word between
+    a copy and a separate test.
     """
     cdef word_t *to = <word_t *>copy
     cdef const word_t *words = <const word_t *>page

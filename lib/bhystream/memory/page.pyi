@@ -7,10 +7,10 @@ global page number: the hash of the page as last sent.
 Every buffer must be contiguous; it may lie at any address.  Bytes are format
 "B", words format "Q" (a memoryview's cast("Q"), or an array of type "Q").
 
-Raised by everything here: ValueError for a number out of range or a buffer of
-the wrong size or format; ValueError or BufferError for one that is not
-contiguous, or read-only where it is written; TypeError for what is no buffer
-or no number.
+Every function here raises ValueError for a number out of range or a buffer of
+the wrong size or format; ValueError or BufferError for a buffer that is not
+contiguous, or that is read-only but has to be written; TypeError for an argument
+that is not a buffer or not a number.
 
 Importing fails with ImportError on a big-endian host.
 """
@@ -23,7 +23,7 @@ from typing_extensions import Buffer
 class PageHasher:
     """The hash of one stream: a seed, and the secret made from it once.
 
-    It does not change after it was made, so any number of threads may use it.
+    A hasher never changes, so any number of threads may use one.
     """
 
     def __init__(self, seed: int) -> None:
@@ -63,8 +63,8 @@ def scatter(
     """Write the pages of a MEMORY section that lie in one segment.
 
     The segment is the pages [base_page, base_page + npages) of the guest; its
-    first page is at `offset_bytes` of `fd`.  extents: bytes, the whole list of
-    the section, 16 each, little endian.  pages: bytes, all DATA pages of the
+    first page is at `offset_bytes` of `fd`.  extents: the whole list of the
+    section, 16 bytes each, little endian.  pages: bytes, all DATA pages of the
     section in the order of the list.  ZERO extents are passed over; DATA
     extents are clipped to the segment, so a caller with several segments calls
     once for each with the same two buffers.
@@ -73,11 +73,12 @@ def scatter(
     len(pages) / 4096, unless an extent lies outside the guest.
 
     Each piece is one pwrite(2); a short write is continued and EINTR retried.
-    Raises OSError with its errno, EIO for a write that takes nothing.  Raises
-    ValueError also if an extent's kind is unknown or the counts of the DATA
-    extents do not add up to the pages given; extents before the wrong one have
-    been written by then.  Nothing outside the buffers is read, and nothing
-    outside the segment written, whatever the extents say.  Releases the GIL.
+    Raises OSError with the errno of pwrite(2), or EIO if a write takes no byte.
+    Raises ValueError also if an extent's kind is unknown, or the counts of the
+    DATA extents do not add up to the pages given; the extents before the wrong
+    one have been written by then.  Nothing outside the buffers is read, and
+    nothing outside the segment is written, whatever the extents say.  Releases
+    the GIL.
     """
 
 def scatter_into(
@@ -87,15 +88,17 @@ def scatter_into(
 
     memory: bytes, writable, the whole segment, whose first page is the guest's
     page `base_page`; all zero at first.  placed: words, writable, one bit for
-    each of its pages, all clear at first, then this function's alone: page p of
-    the segment is bit p % 64 of word p / 64.  extents, pages: as in scatter().
+    each page of the segment, all clear at first, and changed by this function
+    only: page p of the segment is bit p % 64 of word p / 64.  extents, pages: as in
+    scatter().
 
     A page of a ZERO extent is made zero if it was placed before; else it is zero
-    already, and is neither read nor written: in a mapping of memory that nobody
-    has touched it stays so.  Returns the number of pages copied.
+    already, and is neither read nor written, so that a mapping that nobody has
+    touched stays untouched.  Returns the number of pages copied.
 
-    The memory has to be there: a mapping that ends before its buffer does is
-    SIGBUS.  Raises ValueError as scatter() does.  Releases the GIL.
+    The whole buffer must have memory behind it: the process gets SIGBUS where the
+    mapped file ends too early.  Raises ValueError as scatter() does.  Releases
+    the GIL.
     """
 
 def mark_changed(
@@ -111,8 +114,8 @@ def mark_changed(
 
     segment: bytes, the segment's memory; [first, end): its pages to look at,
     counted from its own first page, which is the guest's page `base_page`.
-    table, bitmap: words.  Where a page's hash differs, its bit is set (page p
-    is bit p % 64 of word p / 64, by global number) and its entry becomes the
-    new hash; no bit is cleared.  Returns the number of pages that differed.
-    Releases the GIL.
+    table, bitmap: words.  If a page's hash differs from its entry, the page's bit
+    is set (page p is bit p % 64 of word p / 64, by global number) and the entry
+    becomes the new hash; no bit is cleared.  Returns the number of pages that
+    differed.  Releases the GIL.
     """

@@ -1,9 +1,9 @@
 """Hash, compare and place pages: the loops of the MEMORY section.
 
-The user's documentation is in page.pyi.  Here: `def` checks everything, with
-the integers still Python's so that no sum can wrap, then the loop runs
-without the GIL on raw pointers.  Memory may be a running guest's, so no loop
-may depend on reading the same byte twice.
+The user's documentation is in page.pyi.  Each `def` checks all arguments while
+the integers are still Python's, so that no sum can wrap; then the loop runs
+without the GIL on raw pointers.  The memory may be a running guest's, so no
+loop may depend on reading the same byte twice.
 """
 
 import os
@@ -18,7 +18,7 @@ from posix.unistd cimport pwrite
 
 from bhystream.memory import xxh3
 
-# Words, extents and hashes are used as they lie in the stream.
+# Words, extents and hashes are used with the bytes that they have in the stream.
 if sys.byteorder != "little":
     raise ImportError("bhystream needs a little-endian host")
 
@@ -119,8 +119,8 @@ def mark_changed(
     return changed
 
 
-# The segment that is written to: pages [base, end), at offset_bytes of fd, or,
-# where memory is not NULL, there; then placed has a bit for each of its pages.
+# The segment that is written to: pages [base, end).  If memory is NULL, the pages
+# begin at offset_bytes of fd; else at memory, and placed has a bit for each page.
 cdef struct Place:
     int fd
     uint64_t offset_bytes
@@ -130,7 +130,7 @@ cdef struct Place:
     uint64_t end
 
 
-# What scatter() found wrong with its extents; an errno is above 0.
+# The result for extents that do not fit the pages; an errno is above 0.
 cdef enum:
     MALFORMED = -1
 
@@ -147,7 +147,7 @@ cdef int write_at(
                 continue
             return errno
         if n == 0:
-            return EIO  # no file does this, and going on would never end
+            return EIO  # no file does this, and the loop would never end
         source += n
         nbytes -= <uint64_t>n
         offset_bytes += <uint64_t>n
@@ -165,7 +165,7 @@ cdef void put_pages(
 
 
 cdef void clear_pages(const Place *to, uint64_t lo, uint64_t hi) noexcept nogil:
-    """Make pages zero; one that was never placed is zero, and is not touched."""
+    """Make pages zero; a page that was never placed is zero, and is not touched."""
     while lo < hi:
         if to.placed[lo >> 6] == 0:
             lo = (lo | 63) + 1
@@ -199,10 +199,10 @@ cdef int place_extents(
     uint64_t npages,
     uint64_t *written,
 ) noexcept nogil:
-    """Write what lies in the segment; return 0, an errno or MALFORMED.
+    """Place the pages that lie in the segment; return 0, an errno or MALFORMED.
 
-    Extents are checked as they are used, not in a walk of their own before:
-    the buffer is Python's, and another thread could change it in between.
+    Each extent is checked when it is used, not in an earlier walk: the buffer is
+    Python's, and another thread could change it in between.
     """
     cdef Extent extent
     cdef uint64_t lo, hi
@@ -281,7 +281,7 @@ def scatter_into(
 cdef object place(
     const Place *to, const uint8_t[::1] extents, const uint8_t[::1] pages
 ):
-    """Check the two buffers and place what they hold; return the pages written."""
+    """Check the two buffers, place their pages, and return the number placed."""
     cdef uint64_t written = 0
     cdef Py_ssize_t nextents = extents.shape[0] // <Py_ssize_t>sizeof(Extent)
     cdef uint64_t given = <uint64_t>pages.shape[0] // PAGE_BYTES

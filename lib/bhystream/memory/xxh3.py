@@ -29,12 +29,12 @@ from bhystream.errors import InternalError
 # XXH3_SECRET_DEFAULT_SIZE of xxhash.h: what generateSecret_fromSeed writes.
 SECRET_BYTES = 192
 
-# In order of preference.  "dispatch" picks AVX2 or AVX-512 at run time; wheels
-# have it, distributions' packages need not.
+# The names, in order of preference.  "dispatch" picks AVX2 or AVX-512 at run time;
+# wheels have this function, distributions' packages may lack it.
 HASHES = ("XXH3_64bits_withSecret_dispatch", "XXH3_64bits_withSecret")
 MAKE_SECRET = "XXH3_generateSecret_fromSeed"
 
-# Not one byte repeated: a function that reads too little must not pass.
+# A page whose bytes differ, so that a function that reads too few bytes does not pass.
 PROBE = bytes((i * 167 + (i >> 8)) & 0xFF for i in range(4096))
 PROBE_SEED = 0x9E3779B97F4A7C15
 
@@ -51,7 +51,7 @@ class Functions:
     hash_address: uint64_t f(const void *input, size_t input_bytes,
     const void *secret, size_t secret_bytes).  secret_address:
     void f(void *secret, uint64_t seed); it writes SECRET_BYTES bytes.
-    hash_name: the symbol that was taken, for reports.
+    hash_name: the symbol of the hash function, for reports.
     """
 
     hash_name: str
@@ -63,7 +63,7 @@ class Functions:
 def find() -> Functions:
     """Return the functions to use, looked up and checked once per process.
 
-    Raises InternalError, which names the package, if it has none that works.
+    Raises InternalError, which names the package, if no function in it works.
     """
     path = importlib.import_module("xxhash._xxhash").__file__
     try:
@@ -77,8 +77,8 @@ def find() -> Functions:
 def look_up(library: Any, digest: Callable[[bytes, int], int]) -> Functions:
     """Return the first functions of `library` that agree with `digest`.
 
-    library: symbols as attributes, as ctypes.CDLL has them.  digest(bytes,
-    seed): the value that is right.  Raises InternalError if none agrees.
+    library: has symbols as attributes, as a ctypes.CDLL has.  digest(bytes, seed):
+    returns the right value.  Raises InternalError if no function agrees.
     """
     make_secret = getattr(library, MAKE_SECRET, None)
     if make_secret is None:

@@ -1,12 +1,12 @@
-"""bhyrecv(8): one guest rebuilt from a stream, and what is said of it.
+"""bhyrecv(8): rebuild one guest from a stream, and answer its source.
 
 main.py        wiring, and the one error handler
 options.py     the command line
 incoming.py    one guest rebuilt, as a list of steps
-receiving.py   the stream that is received, and what is refused whatever is in it
-building.py    the guest that is made
-arrival.py     what is recorded and answered of it
+receiving.py   the stream to receive, and what is refused whatever it contains
+building.py    the guest that is built
+arrival.py     what is recorded and answered about that guest
 judge.py       -n
-reply.py       the answers given
+reply.py       the answers to the source
 query.py       -q
 """

@@ -1,4 +1,4 @@
-"""bhyrecv(8), where no installed script is at hand: python -m bhystream.recv."""
+"""bhyrecv(8) without an installed script: python -m bhystream.recv."""
 
 import sys
 

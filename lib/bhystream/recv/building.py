@@ -1,4 +1,4 @@
-"""A guest that is being made at the destination, by the verified events of its stream."""
+"""Build a guest at the destination from the verified events of its stream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bhystream.errors import from_oserror
 from bhystream.guest import PAGE_BYTES, READY, Head, State
 from bhystream.handover import leftover
 from bhystream.handover.state import Lock, Record
-from bhystream.recv.receiving import Job, refuse
+from bhystream.recv.receiving import RecvJob, refuse
 from bhystream.report import Progress
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Form, RoundEnd
@@ -20,12 +20,16 @@ from bhystream.stream.verify import Pages
 class Building:
     """One guest, from the verdict to its loaded state.
 
-    name, operand: of the guest here.  sink: makes it; nothing of it runs before
-    Sink.start().  Owned by Incoming, which ends it through the sink.
+    name, operand: of the guest here.  sink: makes the guest, no part of which runs
+    before Sink.start().  Incoming owns the Building, and ends the guest by the sink.
     """
 
-    def __init__(self, job: Job, head: Head) -> None:
-        """Open the sink; nothing is made, nor judged yet.  Raises IncompatibleError, GuestError."""
+    def __init__(self, job: RecvJob, head: Head) -> None:
+        """Open the sink, and lock the guest; nothing is made or judged yet.
+
+        Raises IncompatibleError if the stream's hypervisor or contents are not
+        known here, UsageError, GuestError if the guest is locked.
+        """
         kind = head.host["hypervisor"]
         self._job = job
         self._head = head
@@ -47,11 +51,11 @@ class Building:
 
     @property
     def lock_name(self) -> str:
-        """Return what one lock for each guest at this destination is taken on."""
+        """Return the name of this guest's lock at this destination."""
         return f"to-{self.operand}"
 
     def judge(self) -> None:
-        """Give the verdict.  Raises IncompatibleError with every reason against the guest."""
+        """Raise IncompatibleError with every reason why this host cannot take the guest."""
         job = self._job
         if job.opts.directory is None:
             leftover.sweep(job.base, job.records, self.lock_name)
@@ -60,12 +64,16 @@ class Building:
         job.signals.on_report = self._progress.report
 
     def open(self, plan: bytes) -> None:
-        """Make the empty guest: early, where a rehearsal tells how."""
+        """Make the empty guest.  Raises what Sink.open() raises.
+
+        plan: of the REHEARSAL section, with which the hypervisor can be started
+        early; b"" if there is none.
+        """
         late = self._job.opts.unstarted or self._job.walk.header.form == Form.KEPT
         self._targets = self.sink.open(b"" if late else plan)
 
     def write_pages(self, event: Pages) -> None:
-        """Put pages where they belong.  Raises PipeError, AccessError."""
+        """Write pages into the guest's memory.  Raises InputOutputError, AccessError."""
         if not self._targets:
             self.open(b"")
         layout, at = self._head.layout, event.segment
@@ -78,7 +86,7 @@ class Building:
         self._report_pages(event)
 
     def end_round(self, event: RoundEnd) -> None:
-        """Report a round, with -v; see that the guest that is built is still there."""
+        """Report a round, with -v.  Raises GuestError if the hypervisor has ended."""
         self.sink.require_alive()
         self._progress.enter("round", event.round + 1)
         self._progress.work_total = 0
@@ -89,18 +97,21 @@ class Building:
             )
 
     def take_state(self, state: State) -> None:
-        """Keep a state until all of the stream has verified."""
+        """Keep a state until the whole stream has been verified."""
         self._states.append(state)
 
     def load(self) -> None:
-        """Give the guest its state: when this returns, Sink.start() has only to let it go."""
-        if not self._targets:  # a guest that never wrote a page
+        """Give the guest its states; Sink.start() then has only to let the guest run.
+
+        Raises what Sink.load() raises.
+        """
+        if not self._targets:  # no MEMORY section has come
             self.open(b"")
         self.sink.load(self._states)
         self._states.clear()
 
     def record(self) -> Record:
-        """Return the record of the loaded guest, which nobody has written yet."""
+        """Return the record of the loaded guest, which is not written yet."""
         return Record(
             id=self._job.id,
             guest=self.name,
@@ -111,13 +122,13 @@ class Building:
         )
 
     def _report_pages(self, event: Pages) -> None:
-        """Show progress: how far this round has come, and what it brought."""
+        """Show how far this round has come, and how much it has sent."""
         last = len(event.extents) - fmt.EXTENT.size
         first, count, _ = fmt.EXTENT.unpack_from(event.extents, last)
         progress = self._progress
         progress.done_pages = first + count
         progress.sent_pages += len(event.pages) // PAGE_BYTES
         progress.sent_bytes = self._job.walk.reader.offset_bytes
-        if not progress.round:  # which states every page; later ones what has changed
+        if not progress.round:  # round 0 states every page; later rounds, changed pages
             progress.work_done, progress.work_total = first + count, progress.npages
         progress.tick()

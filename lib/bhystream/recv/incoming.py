@@ -1,19 +1,21 @@
 """One guest, rebuilt from a stream at the destination.
 
 A guest is built from the events of verify.Walk, in the stream's order, and
-nothing of it runs before END has been verified:
+no part of the guest runs before END has been verified:
 
     header   may this stream be started here at all?           answers: HELLO
     head     the verdict, before any memory moves; then an
              empty guest is made                               ACCEPT, REFUSED
     pages    written into its memory, zeros punched out        SEEN
     END      the device state is loaded; in the plain form
-             STARTED is recorded, and it runs                  READY
-    GO       answered form: STARTED is recorded, and it runs   RUNNING, FAILED
+             STARTED is recorded, and the guest started        READY
+    GO       answered form: STARTED is recorded, and the
+             guest started                                     RUNNING, FAILED
 
-Until the hypervisor is told to run it, every failure undoes what was made, and
-the status (64 to 77) says that nothing was started here.  If it was told, and
-what came of it is not known, the guest is left alone and the status is 81.
+Until the hypervisor is told to run the guest, every failure undoes what was
+made, and the status (64 to 77) says that nothing was started here.  If the
+hypervisor was told, and it is not known whether the guest ran, the guest is left
+alone, and the status is 81.
 """
 
 from __future__ import annotations
@@ -29,20 +31,20 @@ from bhystream.handover.handshake import GO_SECONDS
 from bhystream.handover.state import Lock, Record
 from bhystream.recv.arrival import Arrival
 from bhystream.recv.building import Building
-from bhystream.recv.receiving import Job, require_startable
+from bhystream.recv.receiving import RecvJob, require_startable
 from bhystream.stream.format import Form, RoundEnd, Type
-from bhystream.stream.verify import Ended, Event, Go, Pad, Pages, Rehearsal
+from bhystream.stream.verify import Ended, Go, Item, Pad, Pages, Rehearsal
 from bhystream.units import counted, duration, size
 
 
 class Incoming:
     """One guest, rebuilt from standard input.
 
-    is_let_go: it is where it was wanted; what fails after that changes nothing.
+    is_let_go: the guest is where it was wanted; a later failure changes nothing.
     """
 
-    def __init__(self, job: Job) -> None:
-        """Nothing is read yet but the header."""
+    def __init__(self, job: RecvJob) -> None:
+        """Begin; only the header has been read."""
         self._job = job
         self._arrival = Arrival(job)
         self._building: Building | None = None
@@ -54,8 +56,8 @@ class Incoming:
         job = self._job
         job.reply.hello()
         job.source.on_quiet = job.reply.hello if job.is_answered else None
-        # Held to the end: a second bhyrecv of the same stream is refused now,
-        # and finds the record later.
+        # The lock is held to the end: it refuses a second bhyrecv of the same
+        # stream now, and the record refuses one later.
         self._stream_lock = leftover.lock_stream(job.base, job.id)
         if job.walk.is_dry_run:
             raise UsageError("the stream is a dry run (bhysend -n): read it with bhyrecv -n")
@@ -84,32 +86,32 @@ class Incoming:
         self._say_end(building, what, ended, ended_ns)
 
     def undo(self, error: BhyError) -> BhyError:
-        """Leave the host as it was found, and say so with the error.
+        """Leave the host as it was found, and say so in the error's hint.
 
-        A guest that may have run is left alone, and its record with it: only
-        the operator can see whether it runs, and ending it could end the only
-        copy that has gone on.  Returns the error to raise.
+        A guest that may have run is left alone, with its record: only the
+        operator can see whether it runs, and ending it could end the only copy
+        that has run on.  Returns the error to raise.
         """
         building = self._building
         if building and building.sink.may_have_run:
             self._arrival.may_have_run()
             return InDoubtError(
                 f"guest {building.name}: it may run here: {error}",
-                f"look at {building.operand}; until you know, keep the source held",
+                f"see whether {building.operand} runs; until you know, leave the source paused",
             )
         left = self._arrival.fail(str(error))
         error.hint = f"nothing was started here\n{left}\n{error.hint}"
         return error
 
     def close(self) -> None:
-        """Give up the locks, and make what is kept of earlier streams smaller."""
+        """Release the locks, and remove old records of earlier streams."""
         for lock in (self._building.lock if self._building else None, self._stream_lock):
             if lock:
                 lock.release()
         prune.prune(self._job.base, self._job.records)
 
-    def _events(self) -> Iterator[Event]:
-        """Yield what has been read and verified, and answer how far that is."""
+    def _events(self) -> Iterator[Item]:
+        """Yield the verified events, and answer how far the stream has been read."""
         events = self._job.walk.events()
         while True:
             # Reading may be interrupted; acting on what was read may not.
@@ -120,8 +122,8 @@ class Incoming:
             yield event
             self._job.seen(now=isinstance(event, Head | RoundEnd | Pad))
 
-    def _accept(self, events: Iterator[Event]) -> Building:
-        """Read the head, and give the verdict."""
+    def _accept(self, events: Iterator[Item]) -> Building:
+        """Read the head, judge the guest, and answer ACCEPT; return the guest to build."""
         job = self._job
         head = next(event for event in events if isinstance(event, Head))
         building = self._building = Building(job, head)
@@ -133,8 +135,8 @@ class Incoming:
             self._arrival.accept()
         return building
 
-    def _build(self, building: Building, events: Iterator[Event]) -> tuple[Ended, int]:
-        """Build the guest up to END; return that, and when it had been read."""
+    def _build(self, building: Building, events: Iterator[Item]) -> tuple[Ended, int]:
+        """Build the guest up to END; return END, and when END was read, in monotonic ns."""
         while True:
             match next(events):
                 case Rehearsal() as rehearsal:
@@ -148,7 +150,7 @@ class Incoming:
                 case Ended() as ended:
                     return ended, time.monotonic_ns()
 
-    def _await_go(self, record: Record, events: Iterator[Event]) -> None:
+    def _await_go(self, record: Record, events: Iterator[Item]) -> None:
         """Answer READY; start the guest if GO has the nonce of this READY."""
         job = self._job
         nonce = self._arrival.ready(record)
@@ -171,7 +173,10 @@ class Incoming:
         is_moved = job.walk.header.form != Form.KEPT and job.opts.directory is None
         if is_moved and ended.time and ended.time.paused_for_ns:
             total = ended.time.paused_for_ns + here_ns
-            text += f"; paused {duration(total)} and the way of END, {duration(here_ns)} of it here"
+            text += (
+                f"; paused {duration(total)}, {duration(here_ns)} of it here,"
+                " plus the transit of END"
+            )
         job.console.say(text)
         job.console.log(text)
         for notice in building.sink.notices:

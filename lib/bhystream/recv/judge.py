@@ -1,38 +1,45 @@
-"""bhyrecv -n: what a start of this stream would come to, without one.
+"""bhyrecv -n: say whether a stream could be started here, and start nothing.
 
-Two things are said, and one does not stand for the other:
+There are two questions, and the answer to one says nothing about the other:
 
-    is it sound?        the walk verifies every section, and the hypervisor's own
-                        by its Contents, which need no such hypervisor here
-    can it be started?  the verdict of a Sink, which touches nothing, and of the
+    is it sound?        the walk verifies every section, and a Contents those of the
+                        hypervisor, for which this host need not have it
+    can it be started?  a Sink decides, which changes nothing, and so do the
                         records of what was started here
 
-So a stream of a hypervisor that this host lacks is verified as any other, and
-refused in the end.  It is not called sound where its contents could not be
-checked: of a hypervisor that nobody knows here, and of a CONFIG that is on no list.
+So a stream of a hypervisor that this host lacks is verified like any other, and
+refused at the end.  A stream is not called sound if its contents could not be
+checked, because its hypervisor is not known here, or its CONFIG is on no list.
 
-In the answered form the source hears the verdict as soon as the head is read.  A
-whole stream is refused then, since nothing is started: its source may be there.
+In the answered form the source gets the verdict as soon as the head is read.  If
+the stream is a whole move, it is refused then, since -n starts nothing, and the
+source may be waiting for a start.
 """
 
 from __future__ import annotations
 
 from bhystream import hypervisors
 from bhystream.backend.base import Sink
-from bhystream.errors import AbortedError, BhyError, IncompatibleError, PipeError, TruncatedError
+from bhystream.errors import (
+    AbortedError,
+    BhyError,
+    IncompatibleError,
+    InputOutputError,
+    TruncatedError,
+)
 from bhystream.guest import Head
-from bhystream.recv.receiving import Job, refuse, require_startable
-from bhystream.stream.verify import Event, Go, Pages, Rehearsal
+from bhystream.recv.receiving import RecvJob, refuse, require_startable
+from bhystream.stream.verify import Go, Item, Pages, Rehearsal
 from bhystream.units import size
 
-_DRY_HERE = "-n: a dry run here starts nothing, and this stream is none (bhysend -n)"
+_DRY_HERE = "-n starts nothing, and this stream is a move, not a dry run (bhysend -n)"
 
 
 class Judge:
     """One stream, judged."""
 
-    def __init__(self, job: Job) -> None:
-        """Nothing is read yet but the header."""
+    def __init__(self, job: RecvJob) -> None:
+        """Begin; only the header has been read."""
         self._job = job
         self._answer = ""
         self._name = "?"
@@ -43,7 +50,7 @@ class Judge:
         self._has_go = False
 
     def run(self) -> None:
-        """Read the stream to its end.  Returns where a start would be taken; raises BhyError."""
+        """Read the stream to its end.  Raises BhyError if it could not be started here."""
         reply = self._job.reply
         reply.hello()
         self._job.source.on_quiet = reply.hello if self._job.is_answered else None
@@ -51,8 +58,8 @@ class Judge:
             if self._job.is_answered:
                 self._job.opts.refuse_answered()
             self._read()
-        except (AbortedError, TruncatedError, PipeError) as error:
-            # A source that was refused goes away.
+        except (AbortedError, TruncatedError, InputOutputError) as error:
+            # A refused source closes the stream: report the refusal.
             if self._answer == "REFUSED":
                 refuse(self._reasons or [_DRY_HERE], self._name)
             self._fail(error)
@@ -76,7 +83,7 @@ class Judge:
             with self._job.signals.interruptible():
                 self._job.walk.expect_end_of_input()
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: Item) -> None:
         match event:
             case Head():
                 self._take_head(event)
@@ -126,15 +133,15 @@ class Judge:
             reply.say("ACCEPT")
 
     def _fail(self, error: BhyError) -> None:
-        """Answer that the stream broke, as bhystream(5) has it: REFUSED before ACCEPT, else FAILED.
+        """Answer that the stream broke, by bhystream(5): REFUSED before ACCEPT, else FAILED.
 
-        One that was refused has its answer.
+        A stream that was refused has its answer already.
         """
         if self._answer != "REFUSED":
             self._job.reply.try_to_say("FAILED" if self._answer else "REFUSED", str(error))
 
     def _report(self) -> None:
-        """Say what was found; raise IncompatibleError where it could not be started here."""
+        """Say what was found; raise IncompatibleError if the stream could not be started here."""
         what = "the head" if self._job.walk.is_dry_run else "the stream"
         told = f"guest {self._name}: {what} is sound"
         if not self._is_understood:
@@ -145,5 +152,5 @@ class Judge:
             refuse(self._reasons, self._name)
         if self._job.is_answered and not self._job.walk.is_dry_run:
             why = "the source gave it up" if not self._has_go else "it is over"
-            told += f"; it is of a move with answers, which starts nothing again: {why}"
+            told += f"; it is a move in the answered form, which starts nothing again: {why}"
         self._job.console.say(f"{told}; this host can take the guest")

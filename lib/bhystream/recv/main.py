@@ -1,6 +1,6 @@
 """bhyrecv(8): options, wiring, and its one error handler.
 
-The guest is built by incoming.py; what -n says of a stream is judge.py's.
+incoming.py builds the guest; judge.py does what -n asks for.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 
 from bhystream import commandline, inherited
-from bhystream.errors import OK, BhyError, UsageError, as_error
-from bhystream.handover import hold, state
+from bhystream.errors import EXIT_OK, BhyError, UsageError, as_error
+from bhystream.handover import state, verbs
 from bhystream.recv import query
 from bhystream.recv.incoming import Incoming
 from bhystream.recv.judge import Judge
 from bhystream.recv.options import Options, parse_options
-from bhystream.recv.receiving import Job
+from bhystream.recv.receiving import RecvJob
 from bhystream.recv.reply import Reply, Silence, TimedInput
 from bhystream.report import Console
 from bhystream.signals import Signals
@@ -27,7 +27,7 @@ _STDIN = 0
 
 
 def receive(opts: Options, console: Console) -> int:
-    """Read a stream from standard input."""
+    """Receive the stream on standard input; return the exit status.  Raises BhyError."""
     commandline.refuse_closed(_STDIN, "standard input", os.O_WRONLY)
     if os.isatty(_STDIN):
         raise UsageError("standard input is a terminal: a stream comes from a pipe or a file")
@@ -44,10 +44,10 @@ def receive(opts: Options, console: Console) -> int:
     is_answered = walk.header.form == Form.ANSWERED
     reply = Reply(base, walk.header.stream_id.hex()) if is_answered else Silence()
     records = state.Records(base, "destination")
-    job = Job(opts, walk, source, base, console, signals, records, reply)
+    job = RecvJob(opts, walk, source, base, console, signals, records, reply)
     if opts.dry_run:
         Judge(job).run()
-        return OK
+        return EXIT_OK
     incoming = Incoming(job)
     try:
         incoming.run()
@@ -55,19 +55,23 @@ def receive(opts: Options, console: Console) -> int:
         signals.forget()
         error = as_error(raised)
         if incoming.is_let_go:
-            # The guest is where it was wanted; what failed came after that.
+            # The guest is where it was wanted; what failed came later.
             console.fail(error)
-            return OK
+            return EXIT_OK
         raise incoming.undo(error) from raised
     finally:
         incoming.close()
     if is_answered:
         source.drain()
-    return OK
+    return EXIT_OK
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run bhyrecv(8); return its exit status.  argv: as bhysend's main() has it."""
+    """Run bhyrecv(8); return its exit status.
+
+    argv: the words after the program's name; None to take them from sys.argv, and
+    to set what the process has inherited.
+    """
     console = Console("bhyrecv", show_host=True)
     try:
         if argv is None:
@@ -82,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str], console: Console) -> int:
     parsed = parse_options(argv)
-    if isinstance(parsed, hold.Verb):
+    if isinstance(parsed, verbs.Verb):
         if parsed.name == "-q":
             return query.run(parsed.guest or "", console)
-        return hold.run(parsed, "destination", console)
+        return verbs.run(parsed, "destination", console)
     return receive(parsed, console)

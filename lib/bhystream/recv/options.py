@@ -10,7 +10,7 @@ from bhystream import commandline, hypervisors, inherited
 from bhystream.backend.base import Sink
 from bhystream.errors import IncompatibleError, UsageError
 from bhystream.guest import Head
-from bhystream.handover import hold
+from bhystream.handover import verbs
 from bhystream.stream.format import Form
 from bhystream.stream.verify import Walk
 
@@ -38,21 +38,22 @@ class Options:
     directory: str | None = None
 
     def refuse_answered(self) -> None:
-        """Refuse what leaves a guest of the answered form without an answer to GO."""
+        """Raise IncompatibleError for an option that the answered form does not allow.
+
+        Its source waits for an answer to GO, and -u and -S start nothing.
+        """
         for option, given in (("-u", self.unstarted), ("-S", self.directory)):
             if given:
-                raise IncompatibleError(
-                    f"{option}: a guest of the answered form is started, or not taken"
-                )
+                raise IncompatibleError(f"{option}: the answered form always starts the guest")
 
     def reasons(self, sink: Sink, head: Head) -> list[str]:
-        """Return what speaks against the guest: the sink's reasons, and what would end it here."""
+        """Return the reasons against the guest: the sink's, and a limit that would end it here."""
         found = list(sink.check(head))
         limit = inherited.deadly_limit() if self.directory is None else ""
         return [*found, limit] if limit else found
 
     def receiving(self, base: Path, walk: Walk) -> hypervisors.Receiving:
-        """Return what hypervisors.open_sink() wants to know."""
+        """Return what hypervisors.open_sink() needs to know."""
         return hypervisors.Receiving(
             self.guest,
             base,
@@ -66,13 +67,13 @@ class Options:
         )
 
 
-def parse_options(argv: Sequence[str]) -> Options | hold.Verb:
+def parse_options(argv: Sequence[str]) -> Options | verbs.Verb:
     """Parse the command line.  Raises UsageError."""
     found, operands = commandline.parse(
         argv, "flno:PqS:uvx:", ["again", "discard", "resume"], USAGE
     )
     names = [name for name, _ in found]
-    verb = hold.parse_verb(names, operands, USAGE)
+    verb = verbs.parse_verb(names, operands, USAGE)
     if verb:
         return verb
     if len(operands) > 1:
@@ -91,7 +92,7 @@ def parse_options(argv: Sequence[str]) -> Options | hold.Verb:
         if name == "-o":
             key, equals, text = value.partition("=")
             if not equals or key in opts.resources:
-                # Not its value, which may be a password.
+                # The value is left out, because it may be a password.
                 raise UsageError(f"-o {key}: not a key=value, or given twice", USAGE)
             opts.resources[key] = text
         elif name == "-x":
@@ -102,7 +103,7 @@ def parse_options(argv: Sequence[str]) -> Options | hold.Verb:
 
 
 def _refuse_mixtures(names: Sequence[str]) -> None:
-    """Refuse options that mean something to a guest only, where files are made."""
+    """Raise UsageError for -S with an option that has a meaning only for a started guest."""
     for name in ("-o", "-u", "-x", "--again"):
         if "-S" in names and name in names:
             raise UsageError(f"-S makes files and starts nothing: not with {name}", USAGE)

@@ -1,8 +1,8 @@
 """bhyrecv -q: what became of a stream here.
 
-The answer goes to standard output, for `bhysend -A` at the source.  Asking may
-change something: a guest that waits for GO is given up first, for good, so
-that FAILED is true whatever still is on its way.
+The answer goes to standard output, for `bhysend -A` at the source.  The question
+may change something: a guest that waits for GO is first given up for good, so
+that FAILED is true even if GO is still on its way.
 """
 
 from __future__ import annotations
@@ -13,22 +13,26 @@ import time
 from pathlib import Path
 
 from bhystream import hypervisors
-from bhystream.errors import OK, BhyError, BrokenError, GuestError, InDoubtError, UsageError
+from bhystream.errors import EXIT_OK, BhyError, GuestError, InDoubtError, RecordError, UsageError
 from bhystream.guest import DEAD, READY, STARTED
 from bhystream.handover import leftover, state
 from bhystream.handover.handshake import QUERY, Act
-from bhystream.handover.standing import open_alive
+from bhystream.handover.recorded import open_alive
 from bhystream.handover.state import Record, Records
 from bhystream.recv.reply import Reply
 from bhystream.report import Console, host_name
 from bhystream.signals import Interrupts
 
-# Of a bhyrecv that has got GO and starts the guest now.
+# How long -q waits for a bhyrecv that has read GO and starts the guest now.
 _START_SECONDS = 40.0
 
 
 def run(id_: str, console: Console) -> int:
-    """Answer for one stream; return the exit status.  Raises BhyError."""
+    """Answer for one stream; return the exit status.
+
+    Raises UsageError if id_ is not a stream id, InDoubtError if the record cannot
+    be read, GuestError if the stream was never ready here; InputOutputError.
+    """
     if not re.fullmatch("[0-9a-f]{32}", id_):
         raise UsageError(f"-q {id_}: not a stream id, 32 hexadecimal digits")
     Interrupts()
@@ -39,7 +43,7 @@ def run(id_: str, console: Console) -> int:
     try:
         word = _ask(base, records, id_, console)
         record = records.get(id_)
-    except BrokenError as error:
+    except RecordError as error:
         reply.say("RAN")
         raise InDoubtError(str(error), error.hint) from error
     if record and record.phase == DEAD:
@@ -52,7 +56,7 @@ def run(id_: str, console: Console) -> int:
     if word == "UNKNOWN":
         raise GuestError(f"no stream {id_} was ever ready on {host_name()}")
     console.say(f"stream {id_}: {word}")
-    return OK
+    return EXIT_OK
 
 
 def _ask(base: Path, records: Records, id_: str, console: Console) -> str:
@@ -72,7 +76,7 @@ def _ask(base: Path, records: Records, id_: str, console: Console) -> str:
 
 
 def _is_starting(base: Path, record: Record) -> bool:
-    """Wait for the bhyrecv that starts the guest; say whether it still does."""
+    """Wait for the bhyrecv that starts the guest; say whether it still lives after 40 s."""
     deadline = time.monotonic() + _START_SECONDS
     while True:
         with contextlib.suppress(GuestError), leftover.lock_stream(base, record.id):
@@ -93,13 +97,13 @@ def _runs(record: Record, console: Console) -> bool:
         finally:
             paused.close()
     except BhyError as error:
-        # Its hypervisor may be busy with another client: that decides nothing.
+        # The hypervisor may be busy with another client, which decides nothing.
         console.fail(error)
         return False
 
 
 def _tidy(record: Record) -> None:
-    """Remove the files of which a guest was started by a bhyrecv that was killed meanwhile."""
+    """Remove the files of a running guest's start, which a killed bhyrecv has left."""
     with contextlib.suppress(BhyError):
         paused = hypervisors.open_paused(record.revive)
         paused.clear()
@@ -107,10 +111,10 @@ def _tidy(record: Record) -> None:
 
 
 def _never_ran(base: Path, records: Records, record: Record) -> bool:
-    """Say whether a guest that was to be started never ran, and never will: then it is DEAD now.
+    """Say whether a guest that was to be started never ran, and never will; record DEAD then.
 
-    Its bhyrecv was killed between the record and the release, and nobody else
-    releases it.
+    Its bhyrecv was killed after it had recorded STARTED and before it released the
+    guest, and nobody else releases the guest.
     """
     with contextlib.suppress(BhyError), leftover.lock_stream(base, record.id):
         if hypervisors.was_never_released(record.revive):

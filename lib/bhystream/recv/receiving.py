@@ -1,4 +1,4 @@
-"""What one bhyrecv is asked to receive, and what it refuses whatever is in the stream."""
+"""What one bhyrecv has to receive, and what it refuses whatever the stream contains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bhystream.errors import IncompatibleError
 from bhystream.guest import LOADED
-from bhystream.handover import hold, state
+from bhystream.handover import state, verbs
 from bhystream.recv.options import Options
 from bhystream.recv.reply import Reply, Silence, TimedInput
 from bhystream.report import Console
@@ -18,12 +18,11 @@ from bhystream.stream.verify import Walk
 
 
 @dataclass(frozen=True)
-class Job:
+class RecvJob:
     """One stream that is to be received.
 
-    walk: at the beginning of its events, which come from source.  base: the
-    state directory.  records: of this destination.  reply: to the source, or a
-    Silence.
+    walk: has yielded no event yet; reads from source.  base: the state directory.
+    records: of this destination.  reply: the answers to the source, or a Silence.
     """
 
     opts: Options
@@ -46,24 +45,25 @@ class Job:
         return self.walk.header.form == Form.ANSWERED
 
     def seen(self, *, now: bool) -> None:
-        """Answer how far the stream is read, if that is due, or now."""
+        """Answer how far the stream has been read, if that is due, or `now`."""
         reader = self.walk.reader
         self.reply.seen(reader.sequence - 1, reader.offset_bytes, now=now)
 
 
 def require_startable(opts: Options, walk: Walk, records: state.Records) -> None:
-    """Refuse a stream that may not be started here, whatever is in it.  Raises IncompatibleError.
+    """Raise IncompatibleError if a stream may not be started here, whatever it contains.
 
-    records: of this destination.
+    records: of this destination.  Raises RecordError, AccessError,
+    InputOutputError if a record cannot be read.
     """
     is_answered = walk.header.form == Form.ANSWERED
     if is_answered:
         opts.refuse_answered()
     if opts.directory is not None:
-        return  # files start nothing, and may be made of a stream again
+        return  # snapshot files start nothing, and may be made from a stream again
     id_ = walk.header.stream_id.hex()
     record = records.get(id_)
-    if record and record.phase == LOADED and hold.is_alive(record):
+    if record and record.phase == LOADED and verbs.is_alive(record):
         raise IncompatibleError(
             f"stream {id_} stands loaded on this host, as {record.operand}",
             f"bhyrecv --resume {id_}, or bhyrecv --discard {id_}",

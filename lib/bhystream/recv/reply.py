@@ -1,8 +1,8 @@
 """The answered forms at the destination: bhyrecv's answers, and when they are due.
 
-Reply writes them to standard output.  Decisive ones are written whatever it
-takes; SEEN only when the pipe has room, so that a way back that nobody reads
-never stops the way in.
+Reply writes the answers to standard output.  It waits until a decisive answer is
+written, but writes SEEN only if the pipe has room, so that a way back that
+nobody reads never stops the stream.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ class Reply:
     """The answers to one stream."""
 
     def __init__(self, base: Path, id_: str) -> None:
-        """base: the state directory, absolute.  id_: of the stream.
+        """base: the state directory, absolute.  id_: the stream's id.
 
-        Raises IncompatibleError for a directory that HELLO has no room for, or
-        that is no text: the source could not say what to type.
+        Raises IncompatibleError if HELLO has no room for the directory, or the
+        directory is not plain text: the source could not print what to type.
+        Raises AccessError, InputOutputError if the host id cannot be read.
         """
         self._id = id_
         self._hello = (host_id(base), str(base))
@@ -46,30 +47,31 @@ class Reply:
         if not is_told:
             raise IncompatibleError(
                 f"state directory {base}: the answers cannot name it: too long, or no plain text",
-                "set BHYSEND_STATE_DIR to another one",
+                "set BHYSEND_STATE_DIR to another directory",
             )
         self._bytes = 0
         self._seen_ns = 0
 
     def hello(self) -> None:
-        """Say who answers."""
+        """Answer HELLO, which names this host.  Raises InputOutputError."""
         self.say("HELLO", *self._hello)
 
     def say(self, word: str, *args: str) -> None:
-        """Answer.  Raises PipeError."""
+        """Answer.  Raises InputOutputError."""
         write_all(_STDOUT, pack(Answer(self._id, word, args)), "write the answers")
 
     def try_to_say(self, word: str, *args: str) -> None:
-        """Answer if anybody listens."""
+        """Answer; do nothing if nobody reads the answers."""
         try:
             self.say(word, *args)
         except BhyError:
             return
 
     def seen(self, sequence: int, offset_bytes: int, *, now: bool) -> None:
-        """Say what has been read, if it is time for that, or `now`; never wait.
+        """Answer SEEN if that is due, or `now`; never wait.
 
-        sequence: of the last section.  offset_bytes: where it ended.
+        sequence: of the last section that was read, -1 for none.  offset_bytes:
+        the end of that section.
         """
         time_ns = time.monotonic_ns()
         is_due = offset_bytes - self._bytes >= _SEEN_BYTES or time_ns - self._seen_ns >= _SEEN_NS
@@ -84,30 +86,30 @@ class Reply:
 
 
 class Silence:
-    """The answers to a stream that is not answered: none."""
+    """A Reply for a stream that is not answered: it says nothing."""
 
     def hello(self) -> None:
-        """As Reply's."""
+        """Do nothing."""
 
     def say(self, word: str, *args: str) -> None:
-        """As Reply's."""
+        """Do nothing."""
 
     def try_to_say(self, word: str, *args: str) -> None:
-        """As Reply's."""
+        """Do nothing."""
 
     def seen(self, sequence: int, offset_bytes: int, *, now: bool) -> None:
-        """As Reply's."""
+        """Do nothing."""
 
 
 class TimedInput:
-    """A descriptor as verify.Walk reads it, with something to do while nothing comes.
+    """The input of a verify.Walk: a descriptor whose reads call back, or end, in time.
 
-    on_quiet: called every 10 s that a read waits, or None.  deadline: on the
-    monotonic clock, in seconds; then GuestError `why`.
+    on_quiet: called every 10 s while a read waits, or None.  deadline: seconds of
+    the monotonic clock, after which a read raises GuestError(why), or None.
     """
 
     def __init__(self, fd: int) -> None:
-        """The descriptor stays the caller's."""
+        """fd: stays the caller's."""
         self._fd = fd
         self._poller = select.poll()
         self._poller.register(fd, select.POLLIN)
@@ -116,14 +118,14 @@ class TimedInput:
         self.why = ""
 
     def readinto(self, buffer: memoryview, /) -> int:
-        """Read once.  Raises OSError, GuestError."""
+        """Read once; return the bytes read, 0 at the end.  Raises OSError, GuestError."""
         while self.on_quiet or self.deadline is not None:
             left = _HELLO_SECONDS
             if self.deadline is not None:
                 left = min(left, max(self.deadline - time.monotonic(), 0.0))
             is_ready = self._poller.poll(left * 1000)
-            # Also where bytes are there: a source that sends PAD for ever, or
-            # a GO that lay there while we were stopped.
+            # The deadline counts even if bytes are there: a source may send PAD
+            # for ever, or a GO may have come while bhyrecv was stopped.
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 raise GuestError(self.why)
             if is_ready:
@@ -134,11 +136,11 @@ class TimedInput:
             try:
                 return os.readv(self._fd, [buffer])
             except BlockingIOError:
-                # A process that shares the descriptor has made it so again.
+                # Another process has made the shared descriptor non-blocking again.
                 self._poller.poll()
 
     def drain(self) -> None:
-        """Read to the end, for a while: filters before us complain of a pipe that breaks."""
+        """Read to the end, for at most 10 s: the filters before bhyrecv expect a reader."""
         deadline = time.monotonic() + _DRAIN_SECONDS
         with contextlib.suppress(OSError):
             while (left := deadline - time.monotonic()) > 0:

@@ -1,20 +1,21 @@
-"""bhysend(8): one move at the source, from the command line to what becomes of the guest.
+"""bhysend(8): one move at the source, from the command line to the exit status.
 
-main.py        wiring, and the one error handler
-options.py     the command line
-outgoing.py    one move, as a list of steps
-job.py         what it is about, and what has begun
-custody.py     the guest from its pause on: what is done to it, and what a failure means
-stopwatch.py   its pause, measured and told
-rounds.py      the rounds of one move
-transfer.py    one round: from a mapping through the hash table to MEMORY sections
-precopy.py     when to go on, stop or give up: pure functions
-dryrun.py      -n
-cold.py        snapshot files
-hook.py        -p
-conversation.py  the way there and back, and what is waited for
-  push.py      what a pipeline holds back, pressed through
-  rendezvous.py  where answers come in
-keeper.py      acts for a bhysend that died: a process of its own
-third.py       -A; settle.py: what it does where no bhysend lives
+main.py          the wiring, and the one error handler
+options.py       the command line
+outgoing.py      one move, as a list of steps
+job.py           what all parts of one move share
+custody.py       the guest from its pause on: the acts on it, and what a failure means
+stopwatch.py     the pause, measured and reported
+rounds.py        the rounds of one move
+transfer.py      one round: from a mapping through the hash table to MEMORY sections
+precopy.py       when to go on, stop or give up: pure functions
+dryrun.py        -n
+cold.py          snapshot files
+hook.py          -p
+conversation.py  the stream's way out, and the wait for the answers
+  flush.py       the push through what a pipeline holds back
+  rendezvous.py  the socket and the pipe that answers come in by
+keeper.py        a process of its own that acts for a bhysend that died
+third_stage.py   -A
+  recovery.py    what -A does if no bhysend lives
 """

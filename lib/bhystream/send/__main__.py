@@ -1,4 +1,4 @@
-"""bhysend(8), where no installed script is at hand: python -m bhystream.send."""
+"""bhysend(8) as `python -m bhystream.send`, for use without the installed script."""
 
 import sys
 

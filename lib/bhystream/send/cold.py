@@ -1,26 +1,25 @@
 """bhysend of a guest that does not run: a kept stream of its snapshot files.
 
-What Outgoing does, without what only a running guest needs: nothing is paused, so
-there is nothing to record, to keep or to bring back, and one walk sends all of
-the memory.  The stream has the kept form: whoever has it may start the guest
-from it, as from the files themselves.
+send() takes the steps of Outgoing, without those that only a running guest needs:
+bhysend pauses nothing, so it records nothing, starts no keeper and resumes no
+guest, and one walk sends all of the memory.  The stream has the kept form: anyone
+who has the stream may start the guest from it, as from the files themselves.
 """
 
 from __future__ import annotations
 
-import secrets
 import time
 
 from bhystream import commandline
 from bhystream.backend.base import Snapshot
-from bhystream.errors import OK, UsageError, as_error
+from bhystream.errors import EXIT_OK, UsageError, as_error
 from bhystream.guest import Head
 from bhystream.report import Console, Progress
 from bhystream.send.options import SendOptions
-from bhystream.send.transfer import Transfer, write_head
+from bhystream.send.transfer import Transfer, new_header, write_head
 from bhystream.signals import Signals
 from bhystream.stream import format as fmt
-from bhystream.stream.format import Feature, Form, Header, Type
+from bhystream.stream.format import Form, Type
 from bhystream.stream.writer import Writer
 from bhystream.units import duration, size
 
@@ -30,8 +29,9 @@ _STDOUT = 1
 def send(source: Snapshot, opts: SendOptions, console: Console, signals: Signals) -> int:
     """Write a snapshot to standard output; return the exit status.
 
-    The source stays the caller's.  On any error the stream ends with ABORT,
-    or inside a section, and the error is raised; the files are as they were.
+    source stays the caller's.  Raises UsageError if opts does not suit a snapshot,
+    GuestError if the files changed meanwhile, and any other error that ends the
+    stream, which then ends with ABORT, or inside a section; the files stay as they were.
     """
     if opts.answered or opts.command:
         raise UsageError("a snapshot goes as a kept stream: -a and a command are for a live guest")
@@ -41,12 +41,11 @@ def send(source: Snapshot, opts: SendOptions, console: Console, signals: Signals
     for warning in source.warnings():
         console.say(f"guest {source.name}: {warning}")
     commandline.widen_pipe(_STDOUT)
-    features = Feature.ZSTD if opts.level is not None else Feature(0)
-    stream_id = secrets.token_bytes(fmt.STREAM_ID_BYTES)
-    console.log(f"guest {source.name}: stream {stream_id.hex()} begins, of a snapshot")
+    header = new_header(Form.KEPT, opts.features)
+    console.log(f"guest {source.name}: stream {header.stream_id.hex()} begins, of a snapshot")
     start_ns = time.monotonic_ns()
     with signals.interruptible():
-        writer = Writer(_STDOUT, Header(Form.KEPT, features, stream_id, secrets.randbits(64)))
+        writer = Writer(_STDOUT, header)
     try:
         with signals.interruptible():
             write_head(writer, head)
@@ -74,13 +73,13 @@ def send(source: Snapshot, opts: SendOptions, console: Console, signals: Signals
     )
     console.say(text)
     console.log(text)
-    return OK
+    return EXIT_OK
 
 
 def _write_guest(
     source: Snapshot, head: Head, opts: SendOptions, writer: Writer, progress: Progress
 ) -> None:
-    """Write the memory and the states, and that no guest was paused for them."""
+    """Write the memory, the states, and a TIME of zeros, because no guest was paused."""
 
     def show(done_pages: int, sent_pages: int) -> None:
         progress.done_pages, progress.sent_pages = done_pages, sent_pages
@@ -90,7 +89,7 @@ def _write_guest(
 
     transfer = Transfer(source, head.layout, writer, level=opts.level, on_batch=show)
     transfer.round(last=True, rate_bytes=opts.limits.rate_bytes)
-    # Behind the memory: the source sees then whether the files are still the same.
+    # The states follow the memory: states() raises if the files have changed meanwhile.
     for state in source.states():
         writer.state(state)
     writer.section(Type.TIME, fmt.TIME.pack(0, 0))

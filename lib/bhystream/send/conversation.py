@@ -1,12 +1,13 @@
-"""The answered forms at the source: a stream goes out, and its answers are waited for.
+"""The answered forms at the source: bhysend writes a stream, and waits for the answers to it.
 
-    -a        stream on standard output; answers through `bhysend -A`
-    command   bhysend runs it: stream on its standard input, answers from its
-              standard output
+    -a        the stream goes to standard output; the answers come through `bhysend -A`
+    command   bhysend runs the command: the stream goes to the command's standard
+              input, and the answers come from the command's standard output
 
-A Route is both ways, from before the first byte to the status of the third
-stage.  A Conversation is what is said on it, from the head on.  handshake.py
-says what the answers mean; here is how they are waited for, and how long.
+A Route is the way there and the way back, from before the first byte until the
+third stage has its status.  A Conversation is the exchange on a Route, from the
+head on.  handshake.py defines what the answers mean; this file defines how bhysend
+waits for them, and for how long.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from io import FileIO
 from pathlib import Path
 
 from bhystream.errors import (
-    IN_DOUBT,
-    OK,
+    EXIT_IN_DOUBT,
+    EXIT_OK,
     BhyError,
     GuestError,
-    PipeError,
+    InputOutputError,
     ReaderGoneError,
     as_error,
     ending,
 )
 from bhystream.guest import SLOW_BYTES_PER_SECOND
-from bhystream.handover.answers import Answer, Box, LostError
+from bhystream.handover.answers import Answer, Inbox, LostError
 from bhystream.handover.handshake import ACCEPT_SECONDS, ANSWER_SECONDS, READY_SECONDS, Event
-from bhystream.handover.standing import EVENTS
+from bhystream.handover.recorded import EVENTS
 from bhystream.report import Console
+from bhystream.send.flush import Flush
 from bhystream.send.options import AS_IT_IS
-from bhystream.send.push import Push
 from bhystream.send.rendezvous import Rendezvous
 from bhystream.signals import Signals
 from bhystream.stream.writer import Writer
@@ -50,21 +51,24 @@ _HELLO_STALL_S = 60.0
 _LAST_WORDS_S = 5.0
 _END_SECONDS = 10.0
 _SHORT_SECONDS = 0.5
-# A Ctrl-C or a closed terminal must not cut the way back at the worst moment;
-# what is to end, we end, by closing its standard input.
+# The command ignores these signals: a Ctrl-C or a closed terminal must not cut the
+# way back while GO may be out.  bhysend ends the command, by closing its standard input.
 _IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP)
 
 
 class Command:
-    """The command of the command form, a child of ours."""
+    """The command of the command form: a child process, which the caller must end()."""
 
     def __init__(self, argv: Sequence[str], umask: int = AS_IT_IS) -> None:
-        """Start it.  umask: the operator's.  Raises GuestError.
+        """Start the command.  umask: the operator's, for the command.
 
-        No thread may have been started yet.
+        The caller must not have started a thread yet, because preexec_fn is not safe
+        beside threads.  Raises GuestError if the command cannot be run.
         """
         self.words = shlex.join(argv)
         try:
+            # Popen gives the child copies of its ends, so `theirs` closes them here in
+            # any case; `ours` closes bhysend's ends only if a step fails.
             with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
                 stdin, self._stream = _pipe(theirs, ours)
                 self._answers, stdout = _pipe(ours, theirs)
@@ -78,19 +82,22 @@ class Command:
         self.answer_fd = self._answers.fileno()
 
     def hang_up(self) -> None:
-        """Close its standard input: it gets EOF.  Twice is no error."""
+        """Close the command's standard input: the command reads EOF.  May be called twice."""
         with contextlib.suppress(OSError):
             self._stream.close()
 
     def ends_within(self, seconds: float) -> int | None:
-        """Return its status if it ends by itself; None while it goes on."""
+        """Return the command's status if the command ends in that time, else None."""
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
 
     def end(self, seconds: float) -> int | None:
-        """Wait for its end, then kill it; return its status, None if it was killed."""
+        """Close the command's standard input and wait; kill the command after `seconds`.
+
+        Returns the command's status, or None if it was killed.
+        """
         self.hang_up()
         try:
             return self._process.wait(seconds)
@@ -101,7 +108,7 @@ class Command:
 
 
 def _pipe(reading: contextlib.ExitStack, writing: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
-    """Return both ends of a pipe, each closed with its stack.  Raises OSError."""
+    """Return both ends of a pipe; each stack owns and closes its end.  Raises OSError."""
     read_fd, write_fd = os.pipe()
     return (
         reading.enter_context(FileIO(read_fd, "r")),
@@ -125,8 +132,8 @@ class Ready:
 class Route:
     """The way of one stream to its destination, and the way back.
 
-    stream_fd: where the stream goes.  box: what has come back.  Owned by who
-    opens it; close() ends it, with the status for the third stage.
+    stream_fd: the descriptor that the stream goes to.  inbox: the answers so far.
+    The caller owns the Route, and must close() it, with the status for the third stage.
     """
 
     def __init__(
@@ -138,16 +145,17 @@ class Route:
         command: Sequence[str] = (),
         umask: int = AS_IT_IS,
     ) -> None:
-        """Open both ways; on any failure nothing is left.
+        """Open both ways; on any failure close() what was opened, and end the command.
 
-        base: the state directory.  names: the guest's, and its operand.  id_:
-        of the stream.  command: of the command form, empty for -a; umask: for
-        it.  Raises GuestError, UsageError, PipeError, AccessError.
+        base: the state directory.  names: the guest's name, and its operand.  id_:
+        of the stream.  command: the words of the command form, empty for -a.  umask:
+        for the command.  Raises GuestError if the command cannot be run; UsageError,
+        InputOutputError or AccessError if bhysend cannot listen for third stages.
         """
         self._console = console
         self.who = f"guest {names[0]}"
-        self.box = Box()
-        self._rendezvous = Rendezvous(self.box, id_, names, self._noise)
+        self.inbox = Inbox()
+        self._rendezvous = Rendezvous(self.inbox, id_, names, self._noise)
         self._command: Command | None = None
         self.stream_fd = _STDOUT
         self._is_closed = False
@@ -159,41 +167,42 @@ class Route:
                 self._rendezvous.read(self._command.answer_fd)
             self._rendezvous.listen(base)
         except BaseException as raised:
-            self.close(as_error(raised).status if isinstance(raised, Exception) else OK)
+            self.close(as_error(raised).status if isinstance(raised, Exception) else EXIT_OK)
             raise
 
     def start(self) -> None:
-        """Begin to take answers, in a thread: no process is started after that."""
+        """Start the thread that takes answers.  No Command may be started after that."""
         self._rendezvous.start()
 
     @property
     def answer_fd(self) -> int:
-        """Return where a command's answers come from, -1 for -a: the keeper gets it too."""
+        """Return the descriptor of a command's answers, -1 for -a.  The keeper inherits it."""
         return self._command.answer_fd if self._command else -1
 
     @property
     def host(self) -> str:
-        """Return the destination as it calls itself."""
-        return self.box.hello.host if self.box.hello else "the destination"
+        """Return the destination's name from HELLO, "the destination" before HELLO."""
+        return self.inbox.hello.host if self.inbox.hello else "the destination"
 
     def hint(self) -> str:
-        """Return what may be missing where nobody answers, "" where that is not known."""
-        if self.box.hello is not None or self._command:
+        """Return what may be missing in the pipeline if no answer comes, "" if not known."""
+        if self.inbox.hello is not None or self._command:
             return ""
         return "; is there a `| bhysend -A` at the end?"
 
     def explain(self, error: BhyError) -> BhyError:
-        """Return why the stream or the way back broke, if anybody says it; else the error.
+        """Return the reason why the stream or the way back broke, if one is known, else `error`.
 
-        What we have found ourselves is its own explanation, and so is what
-        broke while the command lives: its end is only what we make of it.
+        The reason is the destination's last answer, or else the command's status, each
+        awaited for _LAST_WORDS_S.  What bhysend itself has found needs no explanation.  A
+        command that still lives gives none: it will end only because bhysend ends its input.
         """
         if not isinstance(error, ReaderGoneError | LostError):
             return error
-        if self.box.hello is not None:
-            self.box.wait(lambda: False, _LAST_WORDS_S)
-        if self.box.final is not None:
-            return self.box.failure() or error
+        if self.inbox.hello is not None:
+            self.inbox.wait(lambda: False, _LAST_WORDS_S)
+        if self.inbox.final is not None:
+            return self.inbox.failure() or error
         status = self._command.ends_within(_LAST_WORDS_S) if self._command else None
         if self._command and status is not None:
             self._is_explained = True
@@ -201,104 +210,115 @@ class Route:
         return error
 
     def close(self, status: int) -> None:
-        """End the conversation.  Twice is no error."""
+        """Tell third stages the status, and end the command.  May be called twice."""
         if self._is_closed:
             return
         self._is_closed = True
         self._rendezvous.close(status)
-        self.box.close()
+        self.inbox.close()
         if self._command:
-            # One that waits for a password does not hear that its input ends.
-            hurry = self.box.hello is None or status == IN_DOUBT
+            # A command may not see EOF: before HELLO it may be asking for a password,
+            # and in doubt its link may be dead.  Then kill it soon.
+            hurry = self.inbox.hello is None or status == EXIT_IN_DOUBT
             ended = self._command.end(_SHORT_SECONDS if hurry else _END_SECONDS)
-            if ended and not self._is_explained and self.box.final is None:
+            if ended and not self._is_explained and self.inbox.final is None:
                 self._console.say(f"{self._command.words}: it {ending(ended)}")
 
     def _noise(self, line: bytes) -> None:
-        """Show what a login shell said before the first answer."""
+        """Show a line that a login shell has said before the first answer."""
         self._console.say(line.decode("utf-8", "replace").rstrip("\n"))
 
 
 class Conversation:
-    """What bhysend says to one destination, and waits to hear."""
+    """The exchange with one destination: what bhysend waits for, and for how long."""
 
     def __init__(self, route: Route, writer: Writer, console: Console, signals: Signals) -> None:
-        """route, writer: stay the caller's; the head is written."""
+        """Begin after the head is written.  route and writer stay the caller's."""
         self.route = route
-        self._box = route.box
+        self._inbox = route.inbox
         self._console = console
         self._signals = signals
-        self._push = Push(writer, route.box)
+        self._flush = Flush(writer, route.inbox)
         self._deadline = 0.0
 
     @property
     def host(self) -> str:
-        """Return the destination as it calls itself."""
+        """Return the destination's name, as Route.host has it."""
         return self.route.host
 
     @property
     def trip_ns(self) -> int:
-        """Return how long one way there and back took last, with its push."""
-        return self._push.trip_ns
+        """Return how long the last push took, there and back, in ns."""
+        return self._flush.trip_ns
 
     def check(self) -> None:
-        """Raise what ends the conversation before GO."""
-        self._box.check()
+        """Raise the error that ends the conversation before GO, if one has come.
+
+        Raises IncompatibleError for a refusal, else GuestError.
+        """
+        self._inbox.check()
 
     def await_accept(self) -> None:
         """Wait until the destination has read the head and accepted it.
 
-        Without a limit for HELLO: somebody may be typing a password.  Raises
-        IncompatibleError, GuestError, UsageError, PipeError.
+        HELLO has no time limit while writes block, because an operator may be typing
+        a password.  Raises IncompatibleError if the destination refuses the guest,
+        GuestError if it fails or is late, UsageError if the pipeline holds the stream
+        back until EOF, and InputOutputError if the stream cannot be written.
         """
         self.route.start()
         with self._saying("waiting for the destination", self.route.hint):
-            self._push.until(lambda: self._box.hello is not None, _HELLO_STALL_S)
-            # That shows how long it took to start, not what the pipeline holds.
-            self._push.held_bytes = 0
-            self._push.through()
-            self._await(lambda: self._box.accepted, ACCEPT_SECONDS, "ACCEPT")
+            self._flush.until(lambda: self._inbox.hello is not None, _HELLO_STALL_S)
+            # The PAD until HELLO shows how long the destination took to start, and not
+            # how much the pipeline holds back, so forget it.
+            self._flush.held_bytes = 0
+            self._flush.through()
+            self._await(lambda: self._inbox.accepted, ACCEPT_SECONDS, "ACCEPT")
 
     def settle(self) -> None:
         """Wait until the destination has read all that was written.
 
-        What the pipeline holds back is then known, and trip_ns is the time
-        that the way takes with it.  What was only found out now is tried
-        again from nothing: the link may just have hesitated.  Raises as
-        await_accept().
+        The call measures how much the pipeline holds back, and then trip_ns, the time
+        there and back with so much PAD.  If the amount has grown, the call measures it
+        again from nothing, and keeps the smaller one, because the link may only have
+        hesitated.  Raises what await_accept() raises.
         """
-        before = self._push.held_bytes
-        self._push.through()
-        found = self._push.held_bytes
+        before = self._flush.held_bytes
+        self._flush.through()
+        found = self._flush.held_bytes
         if found > before:
-            self._push.held_bytes = 0
-            self._push.through()
-            self._push.held_bytes = min(found, self._push.held_bytes)
-            self._push.through()
+            self._flush.held_bytes = 0
+            self._flush.through()
+            self._flush.held_bytes = min(found, self._flush.held_bytes)
+            self._flush.through()
 
     def refuse_early_ready(self) -> None:
-        """Raise GuestError where READY came before END."""
-        if self._box.nonce is not None:
+        """Raise GuestError if READY has come before END is written."""
+        if self._inbox.nonce is not None:
             raise GuestError(f"{self.host}: READY came before END")
 
     def await_ready(self, memory_bytes: int) -> Ready:
-        """Wait for READY, after END.
+        """Wait for READY, after END; return the destination that has said READY.
 
-        memory_bytes: of the guest, which a destination that could not start
-        early loads now.  Raises as await_accept().
+        memory_bytes: the guest's memory size.  A destination that could not start
+        early loads that memory now, so the limit grows with it.  Raises what
+        await_accept() raises.
         """
         limit_s = READY_SECONDS + memory_bytes // SLOW_BYTES_PER_SECOND
         with self._saying(f"waiting until {self.host} is ready", limit_s=limit_s):
-            self._push.through()
-            self._await(lambda: self._box.nonce is not None, limit_s, "READY")
-        # It may have been given up since.
-        self._box.check()
-        if self._box.nonce is None or self._box.hello is None:
+            self._flush.through()
+            self._await(lambda: self._inbox.nonce is not None, limit_s, "READY")
+        # The destination may have failed since READY.
+        self._inbox.check()
+        if self._inbox.nonce is None or self._inbox.hello is None:
             raise GuestError(f"{self.host}: READY came without HELLO")
-        return Ready(self._box.hello, self._box.nonce)
+        return Ready(self._inbox.hello, self._inbox.nonce)
 
     def commit(self) -> None:
-        """Say from here on what a signal hears: GO is on its way, and only the answer counts."""
+        """Start the time limit of the answer to GO; from here on say that a signal is too late.
+
+        Called just before bhysend records and writes GO: from then on only the answer counts.
+        """
         self._deadline = time.monotonic() + ANSWER_SECONDS
         self._signals.on_deferred = lambda name: self._console.say(
             f"{name}: too late, GO is out; waiting for the answer of {self.host}, "
@@ -306,45 +326,48 @@ class Conversation:
         )
 
     def await_outcome(self) -> tuple[Event, str]:
-        """Wait for the answer to GO; return what it means, and why if it is doubt.
+        """Wait for the answer to GO; return its event, and the reason for FAILED and DOUBT.
 
-        commit() came before.  Nothing is raised: GO is out, and only the answer counts.
+        Called after commit().  Raises no BhyError: GO is out, and only the answer counts.
         """
         with (
             contextlib.suppress(BhyError),
             self._saying(f"waiting for the answer of {self.host}", limit_s=ANSWER_SECONDS),
         ):
-            # Given up pushing, we still wait: the way there may be gone, as it
-            # is when bhyrecv has ended, and the way back still work.
+            # Wait on even if the push fails: when bhyrecv has ended, the way there is
+            # gone, but the way back may still bring bhyrecv's answer.
             with contextlib.suppress(BhyError):
-                self._push.until(lambda: self._box.final is not None)
-            self._box.wait(lambda: self._box.final is not None, self._deadline - time.monotonic())
-        final = self._box.final
+                self._flush.until(lambda: self._inbox.final is not None)
+            self._inbox.wait(
+                lambda: self._inbox.final is not None, self._deadline - time.monotonic()
+            )
+        final = self._inbox.final
         if final is not None and final.word in EVENTS:
             return EVENTS[final.word], final.text
         if final is not None:
             return Event.DOUBT, f"{self.host} cannot say whether the guest ran there"
-        return Event.DOUBT, self._box.lost or f"no answer came for {ANSWER_SECONDS} s"
+        return Event.DOUBT, self._inbox.lost or f"no answer came for {ANSWER_SECONDS} s"
 
     def _await(self, condition: Callable[[], bool], seconds: int, word: str) -> None:
-        if not self._box.wait(condition, seconds):
-            self._box.check()
+        if not self._inbox.wait(condition, seconds):
+            self._inbox.check()
             raise GuestError(f"{self.host}: no {word} came for {seconds} s")
 
     @contextlib.contextmanager
     def _saying(
         self, what: str, hint: Callable[[], str] = lambda: "", limit_s: float = math.inf
     ) -> Iterator[None]:
-        """Say every 10 s what we wait for.
+        """Print every 10 s what bhysend waits for.
 
-        A write(2) that is blocked for longer than limit_s is ended with PipeError.
+        Raises InputOutputError, also out of a blocked write(2), at the first of these
+        times that is later than limit_s.
         """
         start = time.monotonic()
 
         def say() -> None:
             seconds = time.monotonic() - start
             if seconds > limit_s:
-                raise PipeError(f"{what}: given up after {seconds:.0f} s")
+                raise InputOutputError(f"{what}: given up after {seconds:.0f} s")
             self._console.say(f"{self.route.who}: {what}, for {seconds:.0f} s now{hint()}")
 
         with self._signals.ticking(say, _SAY_SECONDS):

@@ -1,48 +1,75 @@
-"""A guest in bhysend's custody: what is done to it, and what becomes of it on a failure.
+"""A guest in bhysend's custody: the acts on the guest, and what a failure means for the guest.
 
-handshake.SOURCE says which acts an event means; each act is done here, on the
-guest, on its record and on the stream.  What may have happened is on disk
-before it is done, so if this process dies, the keeper acts on the record.
+handshake.SOURCE says which acts an event needs; Custody does each act, on the
+guest, on its record or on the stream.  The record is on disk before the act that
+it speaks of, so if bhysend dies at any point, the keeper can act on the record.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from bhystream import hypervisors
-from bhystream.errors import BhyError, GoneError, GuestError, HeldError, InDoubtError, as_error
+from bhystream.backend.base import Paused
+from bhystream.errors import (
+    BhyError,
+    GuestEndedError,
+    GuestError,
+    HeldError,
+    InDoubtError,
+    InternalError,
+    as_error,
+)
 from bhystream.guest import GO, HELD, MOVED, PAUSED, State
 from bhystream.handover import handshake
-from bhystream.handover.handshake import Act, At, Event, Machine
-from bhystream.handover.standing import with_peer
+from bhystream.handover.handshake import Act, Event, Machine, SourceState
+from bhystream.handover.recorded import with_peer
 from bhystream.handover.state import Record, Records
 from bhystream.handover.where import Where, outcome, what_to_type
 from bhystream.send.conversation import Ready
 from bhystream.send.hook import Hook
-from bhystream.send.job import Begun, Job
+from bhystream.send.job import Begun, SendJob
 from bhystream.send.keeper import Keeper
 from bhystream.send.stopwatch import Stopwatch
 from bhystream.stream.format import Type
 from bhystream.units import duration
 
-# What may have failed, where the table has brought the guest.
-_ACTS_OF = {At.GONE: (Act.DISCARD,), At.RUNS_ON: (Act.RESUME,)}
+# The act on the guest that leads to this state, and that may have failed.
+_ACTS_OF = {SourceState.RUNS_THERE: (Act.DISCARD,), SourceState.RUNS_HERE: (Act.RESUME,)}
+_PHASES = {Act.RECORD_HELD: HELD, Act.RECORD_GO: GO}
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The outcome of recover().
+
+    instead: the error to report instead of the failure, if the guest does not
+    simply run here; None if the guest runs here, or has ended.
+    where: the line that says where the guest is; "" if the error says so.
+    """
+
+    where: str = ""
+    instead: BhyError | None = None
 
 
 class Custody:
     """One guest, from before its pause until it runs here again, stands held, or is gone.
 
-    record: of the guest, as it was written last.  states, reasons: of the
-    paused guest, as Paused has them; empty before.
+    record: the guest's record, in its latest form.  states, reasons: of the paused
+    guest, as Paused has them; empty before the pause.
+
+    Custody owns the keeper, which watches this process, and the -p command.
+    hold(), release() and settle() end the keeper, and so does recover(), unless
+    the guest still needs the keeper.
     """
 
-    def __init__(self, job: Job, begun: Begun, record: Record, watch: Stopwatch) -> None:
-        """Start the keeper: long before the pause, or pages change while it starts.
+    def __init__(self, job: SendJob, begun: Begun, record: Record, watch: Stopwatch) -> None:
+        """Start the keeper, long before the pause: pages change while the keeper starts.
 
-        record: with phase PAUSED, and not written yet.  The rest stays the
-        caller's.  Raises GuestError.
+        record: with phase PAUSED, and not written yet.  job, begun and watch stay the
+        caller's.  Raises GuestError if the keeper does not start; the guest runs on.
         """
         self._job = job
         self._begun = begun
@@ -53,27 +80,22 @@ class Custody:
         self.reasons: Sequence[str] = ()
         self._keeper = self._start_keeper()
         self._hook: Hook | None = None
-        self._go_is_out = False
+        self._paused: Paused | None = None
         self._has_stood = False
-        self._ask_whether_paused: Callable[[], None] = self._is_not_paused
-        self._resume: Callable[[], None] = self._find_and_resume
-        self._machine = Machine(handshake.SOURCE, At.RUNS, self._do)
-        # The pause and READY add what they make possible.
-        self._acts: dict[Act, Callable[[], None]] = {
-            Act.RECORD_PAUSED: self._record_paused,
-            Act.RECORD_HELD: lambda: self._record(HELD),
-            Act.RECORD_GO: lambda: self._record(GO),
-            Act.RECORD_MOVED: self._record_moved,
-            Act.FORGET: lambda: self._records.remove(self.record.id),
-            Act.PAUSE: self._pause,
-            Act.RESUME: self._let_run_on,
-            Act.WRITE_END: self._write_end,
-        }
+        self._nonce = b""
+        self._go_is_out = False
+        self._machine = Machine(handshake.SOURCE, SourceState.RUNS, self._do)
 
     # What happens to the guest, in this order.
 
     def pause(self) -> None:
-        """Record what is coming, and pause the guest with its state taken."""
+        """Record PAUSED, pause the guest, and take its state.
+
+        Raises GuestError if no keeper starts, AccessError or InputOutputError if PAUSED
+        cannot be recorded, and what require_described() and Source.pause() raise.
+        recover() then undoes what was done, a half-done pause included.
+        """
+        # Without a keeper nobody would resume the guest if bhysend died.
         if not self._keeper.is_alive():
             self._keeper = self._start_keeper()
         self._job.source.require_described()
@@ -81,104 +103,142 @@ class Custody:
         self._machine.on(Event.PAUSE)
 
     def require_paused(self) -> None:
-        """Ask the hypervisor whether it holds the guest still.  Raises GuestError if not."""
-        self._ask_whether_paused()
+        """Ask the hypervisor whether the guest is still paused.
+
+        Raises GuestEndedError if the guest has ended, and another GuestError if the
+        guest runs or its hypervisor fails.
+        """
+        self._stands().require_paused()
 
     def wait_for_hook(self) -> None:
-        """Wait until the -p command has ended well.  Raises GuestError."""
+        """Wait until the -p command has ended.  Raises GuestError unless its status is 0."""
         if self._hook:
             self._hook.wait()
+            # If wait() raises, _hook stays set, so that recover() kills the command's group.
             self._hook = None
             self._keeper.tell_hook(0)
 
     def release(self) -> None:
-        """Let a kept guest run on: its copy is complete."""
+        """Let a kept guest run on: its last pages are sent, and bhysend has its state.
+
+        Raises what require_paused() and Paused.resume() raise, and InputOutputError.
+        """
         self.require_paused()
         self._machine.on(Event.COPIED_KEPT)
+        self._keeper.dismiss()
 
     def hold(self) -> None:
-        """Write END of the plain form: the guest is the operator's to end or to resume."""
+        """Record HELD and write END of the plain form.
+
+        From END on the destination may start the guest, so only the operator ends or
+        resumes it here.  If END is not written whole, recover() resumes the guest.
+        Raises what require_paused() raises, AccessError and InputOutputError.
+        """
         self.require_paused()
         self._machine.on(Event.COPIED_PLAIN)
+        self._begun.writer.sync()
+        self._keeper.dismiss()
 
     def offer(self) -> None:
-        """Write END of the answered form, which starts nothing by itself."""
+        """Write END of the answered form.  Raises InputOutputError.
+
+        END starts nothing by itself, so the guest is still resumed on any failure.
+        """
         self._machine.on(Event.COPIED)
 
     def go(self, ready: Ready) -> None:
-        """Record GO, and write it."""
+        """Record GO and the destination's name, then write GO.
+
+        From the record on, recover() resumes the guest only if GO is not written
+        whole, and settle() only on FAILED.  Raises AccessError, InputOutputError.
+        """
         self.record = with_peer(self.record, ready.hello)
-        self._acts[Act.WRITE_GO] = lambda: self._write_go(ready.nonce)
+        self._nonce = ready.nonce
         self._machine.on(Event.READY)
 
     def settle(self, event: Event) -> None:
-        """Do what the answer to GO means: RUNNING, FAILED, or DOUBT."""
-        self._machine.on(event)
+        """Do what the answer to GO means.
 
-    def dismiss_keeper(self) -> None:
-        """End the keeper: the record says all, or nothing, from here on.  Twice is no error."""
+        event: RUNNING ends the guest here, FAILED resumes the guest, and DOUBT leaves
+        the guest paused, and its record in GO.  Raises what an act raises; the keeper
+        then stays alive until recover().
+        """
+        self._machine.on(event)
+        # The record says all that is known, or is gone: the keeper has nothing left to do.
         self._keeper.dismiss()
 
     # What a failure means.
 
-    def recover(self, error: BhyError) -> str:
-        """Bring the guest back, as far as the move has come; return where it is.
+    def recover(self, error: BhyError) -> Recovered:
+        """Bring the guest back, if the state of the move allows that; return the outcome.
 
-        Raises what is to be told instead of the error, where the guest does
-        not simply run here: the keeper is still there then, and goes on trying
-        when this process has ended, where it cannot be resumed or ended.
+        If an act fails (to resume or end the guest, to remove the record), the keeper
+        stays alive, and goes on trying after bhysend has ended.
         """
         who = self._job.who
-        if self._machine.at == At.HELD and self._begun.writer.ended:
-            raise HeldError(str(error), f"{who}: held here\n{error.hint}")
+        if self._machine.at == SourceState.HELD and self._begun.writer.ended:
+            # END is out, so the destination may run the guest: leave the guest paused.
+            return Recovered(instead=HeldError(str(error), f"{who}: held here\n{error.hint}"))
         if self._hook:
+            # The command belongs to a move that is over; end it before the guest runs.
             self._hook.kill()
-        gone = self._undo(error)
+        try:
+            ended = self._undo(error)
+        except Exception as raised:  # any kind: the guest may stand paused
+            # The keeper is not dismissed: it acts on the record when bhysend ends.
+            return Recovered(instead=self._stuck(error, as_error(raised)))
+        self._keeper.dismiss()
         if isinstance(error, InDoubtError):
-            raise error
-        if self._machine.at == At.DOUBT:
-            raise self.doubt(str(error))
-        if gone:
-            return "" if str(error) == str(gone) else str(gone)
-        stood = f"; it stood for {duration(self._watch.pause_ns)}" if self._has_stood else ""
-        return f"{who}: it runs here{stood}"
+            return Recovered(instead=error)
+        if self._machine.at == SourceState.DOUBT:
+            return Recovered(instead=self.doubt(str(error)))
+        if ended:
+            return Recovered("" if str(error) == str(ended) else str(ended))
+        stood = f"; it was paused for {duration(self._watch.pause_ns)}" if self._has_stood else ""
+        return Recovered(f"{who}: it runs here{stood}")
 
     def doubt(self, why: str) -> InDoubtError:
-        """Return the error for a guest that may run at the destination."""
+        """Return the error for a guest that may run at the destination, and what to type."""
         hint = what_to_type(Where.DOUBT, self.record, self._job.base)
         return InDoubtError(f"{self._job.who}: in doubt: {why}", hint)
 
-    def _undo(self, error: BhyError) -> GoneError | None:
-        """Do what the table has for a failure.
+    def _undo(self, error: BhyError) -> GuestEndedError | None:
+        """Do what the table says for a failure.
 
-        Returns what says that the guest is gone: nobody can bring it back, and
-        nobody has to.  Raises what is to be told where even that failed.
+        Returns the error that says that the guest has ended, else None: nobody can
+        bring an ended guest back.  Raises what an act raises, and `error` again if
+        an act of the last event has raised it.
         """
-        gone = error if isinstance(error, GoneError) else None
+        ended = error if isinstance(error, GuestEndedError) else None
         try:
-            if self._machine.at in (At.GONE, At.RUNS_ON) and self._machine.undone:
-                # The failure is that of the last act itself.
+            if (
+                self._machine.at in (SourceState.RUNS_THERE, SourceState.RUNS_HERE)
+                and self._machine.undone
+            ):
+                # An act of the last event has raised `error`: the table has no other act.
                 raise error
             if self._machine.expects(event := self._event_of_failure()):
                 self._machine.on(event)
-        except GoneError as found:
-            gone = found
+        except GuestEndedError as found:
+            ended = found
+            # If the record stays, the next bhysend finds its guest gone, and removes it.
             with contextlib.suppress(BhyError):
                 self._records.remove(self.record.id)
-        except Exception as raised:  # whatever it is, the guest may stand paused
-            raise self._stuck(error, as_error(raised)) from raised
-        self.dismiss_keeper()
-        return gone
+        return ended
 
     def _event_of_failure(self) -> Event:
-        """Return what a failure is, after what was recorded: could it be acted on there?"""
+        """Return the event that a failure is, by what may have reached the destination.
+
+        UNSENT: HELD or GO is recorded, but what it announces was not written whole, so
+        the destination cannot act on it.  DOUBT: GO is out.  FAILURE: anything else.
+        """
         at = self._machine.at
-        if at == At.HELD or (at == At.COMMITTED and not self._go_is_out):
+        if at == SourceState.HELD or (at == SourceState.COMMITTED and not self._go_is_out):
             return Event.UNSENT
-        return Event.DOUBT if at == At.COMMITTED else Event.FAILURE
+        return Event.DOUBT if at == SourceState.COMMITTED else Event.FAILURE
 
     def _stuck(self, error: BhyError, second: BhyError) -> BhyError:
-        """Return what to say where the last act failed: the keeper takes over when we end."""
+        """Return the error to report if an act failed: the keeper goes on when bhysend ends."""
         who, undone = self._job.who, self._machine.undone
         acts = _ACTS_OF[self._machine.at]
         where = outcome(self.record.phase, acts, undone)
@@ -205,7 +265,33 @@ class Custody:
     # The acts of handshake.SOURCE.
 
     def _do(self, act: Act) -> None:
-        self._acts[act]()
+        match act:
+            case Act.RECORD_PAUSED:
+                self._record_paused()
+            case Act.RECORD_HELD | Act.RECORD_GO:
+                self._record(_PHASES[act])
+            case Act.RECORD_MOVED:
+                self._record_moved()
+            case Act.FORGET:
+                self._records.remove(self.record.id)
+            case Act.PAUSE:
+                self._pause()
+            case Act.RESUME:
+                self._resume()
+            case Act.DISCARD:
+                self._stands().discard(self.record.there)
+            case Act.WRITE_END:
+                self._write_end()
+            case Act.WRITE_GO:
+                self._write_go()
+            case _:
+                raise InternalError(f"bhysend cannot {act.value}")
+
+    def _stands(self) -> Paused:
+        """Return the paused guest.  Raises GuestError if the guest is not paused."""
+        if self._paused is None:
+            raise GuestError(f"{self._job.who}: it is not paused")
+        return self._paused
 
     def _start_keeper(self) -> Keeper:
         talk = self._begun.talk
@@ -213,20 +299,22 @@ class Custody:
         return Keeper(self._job.base, self.record, self._job.lock, answers)
 
     def _record(self, phase: str) -> None:
-        self.record = replace(self.record.moved(phase), keeper=self._keeper.pid)
+        self.record = replace(self.record.with_phase(phase), keeper=self._keeper.pid)
         self._records.write(self.record)
 
     def _record_paused(self) -> None:
-        if self._machine.at == At.PAUSED:
-            return self._record(PAUSED)
-        # If bhysend dies now, its keeper has to find PAUSED.  If this write
-        # fails, bhysend resumes the guest all the same.
-        with contextlib.suppress(BhyError):
+        if self._machine.at == SourceState.PAUSED:
+            # If this write fails, the guest is not paused.
             self._record(PAUSED)
-        return None
+        else:
+            # If bhysend dies now, its keeper has to find PAUSED.  If this write
+            # fails, bhysend resumes the guest all the same.
+            with contextlib.suppress(BhyError):
+                self._record(PAUSED)
 
     def _record_moved(self) -> None:
-        # Only for a keeper that has to end the guest in our place.
+        # MOVED is for a keeper that has to end the guest in bhysend's place.  If this
+        # write fails, bhysend ends the guest all the same.
         with contextlib.suppress(BhyError):
             self._record(MOVED)
 
@@ -234,30 +322,29 @@ class Custody:
         self._job.log(f"pausing, stream {self.record.id}, to {self._begun.host}")
         self._watch.start()
         self._has_stood = True
-        paused = self._job.source.pause()
-        self._ask_whether_paused = paused.require_paused
-        self._resume = paused.resume
-        self._acts[Act.DISCARD] = lambda: paused.discard(self.record.there)
+        # If pause() raises, _paused stays None, and _resume() finds the guest by its record.
+        paused = self._paused = self._job.source.pause()
         self.states, self.reasons = paused.states(), paused.reasons
         self._watch.state_ns = self._watch.elapsed_ns()
         hook = self._job.opts.hook
         if hook is not None:
-            # Not before: until then the guest writes to its disks.
+            # Start the command only now: until the pause the guest writes to its disks.
+            # recover() kills the command, or the keeper does if bhysend dies.
             name, umask = self._job.source.name, self._job.opts.umask
             self._hook = Hook(hook, name, self.record.id, umask)
             self._keeper.tell_hook(self._hook.group)
 
-    def _is_not_paused(self) -> None:
-        raise GuestError(f"{self._job.who}: it is not paused")
-
-    def _let_run_on(self) -> None:
-        self._resume()
+    def _resume(self) -> None:
+        if self._paused:
+            self._paused.resume()
+        else:
+            self._find_and_resume()
         if self._has_stood:
             self._watch.stop()
 
     def _find_and_resume(self) -> None:
-        """Resume a guest whose pause failed, and may not have been undone."""
-        # The hypervisor may serve one client at a time.
+        """Resume a guest whose pause() failed, and may have left the guest paused."""
+        # A hypervisor may serve only one client at a time: give up the source's connection.
         self._job.source.close()
         paused = hypervisors.open_paused(self.record.revive)
         try:
@@ -269,7 +356,8 @@ class Custody:
         self._begun.writer.end()
         self._watch.stop()
 
-    def _write_go(self, nonce: bytes) -> None:
-        self._begun.writer.section(Type.GO, nonce)
+    def _write_go(self) -> None:
+        self._begun.writer.section(Type.GO, self._nonce)
+        # If section() raises, GO is cut, and no destination acts on it: UNSENT.
         self._go_is_out = True
         self._job.log(f"GO, stream {self.record.id}, to {self.record.there}")

@@ -1,12 +1,12 @@
 """bhysend -n: what a move would be like, without touching the guest.
 
-Two scans over the pages that the guest has touched, a second apart, give its
-size and how fast it changes; the policy then says how many rounds that takes
-on a link of a given rate.  The guest runs on, nothing is paused, and memory
-that it never touched is not read, so it stays unallocated.
+Two scans over the pages that the guest has touched, a second apart, give the
+guest's size and its rate of change; from these the policy forecasts the rounds on
+a link of a given rate.  The guest runs on, and nothing is paused.  Memory that the
+guest has never touched is not read, so that this memory stays unallocated.
 
-Into a pipe goes a stream with a head and no memory, for `bhyrecv -n` at the
-other end, which gives the destination's verdict.
+Into a pipe bhysend writes a stream with a head and no memory, for a `bhyrecv -n` at
+the other end, which gives the destination's verdict.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bhystream.backend.base import Described, Readable
-from bhystream.errors import OK, BhyError, InternalError
+from bhystream.errors import EXIT_OK, BhyError, InternalError
 from bhystream.guest import PAGE_BYTES, Head
 from bhystream.memory.page import PageHasher, mark_changed
 from bhystream.report import Console
 from bhystream.send.conversation import Conversation, Route
 from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits, forecast
-from bhystream.send.transfer import spans, write_head
+from bhystream.send.transfer import new_header, spans, write_head
 from bhystream.signals import Signals
-from bhystream.stream import format as fmt
-from bhystream.stream.format import Feature, Form, Header
+from bhystream.stream.format import Feature, Form
 from bhystream.stream.writer import Writer, write_all
 from bhystream.units import NS, counted, duration, size
 
@@ -39,11 +38,12 @@ _LINKS = (("1 Gbit/s", 10**9 / 8), ("10 Gbit/s", 10**10 / 8), ("25 Gbit/s", 25 *
 
 @dataclass(frozen=True)
 class Survey:
-    """What two scans found.
+    """The result of two scans.
 
     touched_pages: allocated at the source.  data_pages: other than zero.
-    changed_pages in changed_extents: between the scans, exposure_ns apart.
-    scan_ns: of the second scan.
+    changed_pages: changed between the scans, in changed_extents runs of pages.
+    exposure_ns: from the start of one scan to that of the other.  scan_ns: the time
+    that the second scan took.
     """
 
     npages: int
@@ -56,12 +56,12 @@ class Survey:
 
     @property
     def dirty_bytes(self) -> float:
-        """Bytes changed a second."""
+        """Return the bytes that the guest changes per second."""
         return self.changed_pages * PAGE_BYTES * NS / max(self.exposure_ns, 1)
 
 
 class _Scanner:
-    """Repeated scans of one guest, through one hash table."""
+    """Repeated scans of one guest, against one hash table.  bits: the pages that changed."""
 
     def __init__(self, source: Readable, head: Head) -> None:
         self._source = source
@@ -74,7 +74,7 @@ class _Scanner:
         self.bits = memoryview(bytearray(8 * (self.npages // 64 + 1))).cast("Q")
 
     def scan(self) -> tuple[int, int]:
-        """Return (touched pages, pages that differ from the last scan)."""
+        """Return (touched pages, pages that differ from the last scan, or at first from zero)."""
         touched = changed = 0
         for span in spans(self._layout, self._source.touched()):
             if span.present:
@@ -96,16 +96,20 @@ class _Scanner:
 
 
 def places(bits: memoryview) -> int:
-    """Count the runs of ones in a bitmap of little-endian words: each one begins above a zero.
+    """Count the runs of ones in a bitmap of little-endian words.
 
-    In one number of all its bits: 20 ms for a guest of 64 GiB, whose scan takes seconds.
+    A run begins at each one above a zero.  With all bits in one integer, the count takes
+    20 ms for a guest of 64 GiB, whose scan takes seconds.
     """
     ones = int.from_bytes(bits, "little")
     return (ones & ~(ones << 1)).bit_count()
 
 
 def survey(source: Readable, head: Head) -> Survey:
-    """Scan twice.  Takes a second and the time of the scans."""
+    """Scan the guest twice, which takes a second and the time of the scans.
+
+    Raises what the methods of Readable raise.
+    """
     scanner = _Scanner(source, head)
     first_ns = time.monotonic_ns()
     _, data = scanner.scan()
@@ -127,11 +131,10 @@ def survey(source: Readable, head: Head) -> Survey:
 def run(
     source: Described, opts: SendOptions, base: Path, console: Console, signals: Signals
 ) -> int:
-    """Survey a guest, report, and write the stream of a dry run into a pipe.
+    """Survey a guest, report, and write the stream of a dry run into a pipe; return 0.
 
-    With -P standard output is the report's.  The verdict says whether the rate
-    (-B), or else the slowest link that is shown, suffices; in the answered
-    forms also whether the destination takes the guest.
+    With -P the report goes to standard output.  The report forecasts the move at the
+    rate of -B, or else at each rate of _LINKS.  Raises what ask() and survey() raise.
     """
     head = source.head()
     is_read = opts.form == Form.ANSWERED or not (opts.machine or os.isatty(_STDOUT))
@@ -140,22 +143,25 @@ def run(
             ask(source, head, opts, base, console, signals)
         found = survey(source, head)
     _report(source, head, found, opts, console)
-    return OK
+    return EXIT_OK
 
 
 def ask(
     source: Described, head: Head, opts: SendOptions, base: Path, console: Console, signals: Signals
 ) -> None:
-    """Write the stream of a dry run; in the answered forms, wait for the verdict."""
-    stream_id = secrets.token_bytes(fmt.STREAM_ID_BYTES)
-    header = Header(opts.form, Feature.NO_MEMORY, stream_id, secrets.randbits(64))
+    """Write the stream of a dry run; in the answered forms, wait for the verdict.
+
+    The route is opened and closed here.  Raises InputOutputError, and in the answered
+    forms what Route() and Conversation.await_accept() raise: IncompatibleError for a refusal.
+    """
+    header = new_header(opts.form, Feature.NO_MEMORY)
     if opts.form != Form.ANSWERED:
         writer = Writer(_STDOUT, header)
         write_head(writer, head)
         writer.end()
         return
     names = (source.name, opts.guest)
-    route = Route(console, base, names, stream_id.hex(), opts.command, opts.umask)
+    route = Route(console, base, names, header.stream_id.hex(), opts.command, opts.umask)
     status = InternalError.status
     try:
         writer = Writer(route.stream_fd, header)
@@ -163,7 +169,7 @@ def ask(
         writer.end()
         Conversation(route, writer, console, signals).await_accept()
         console.say(f"guest {source.name}: {route.host} can take it")
-        status = OK
+        status = EXIT_OK
     except BhyError as raised:
         error = route.explain(raised)
         status = error.status
@@ -175,7 +181,7 @@ def ask(
 def _report(
     source: Described, head: Head, found: Survey, opts: SendOptions, console: Console
 ) -> None:
-    """Report for people, or with -P for machines."""
+    """Print the report for people, or with -P write the one for programs."""
     limits = opts.limits
     links = [("-B", float(limits.rate_bytes))] if limits.rate_bytes else list(_LINKS)
     if opts.machine:

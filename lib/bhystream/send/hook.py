@@ -1,8 +1,9 @@
 """The operator's command at the pause (bhysend -p).
 
-It begins with the pause and must have ended with status 0 before END is
-recorded: to flush or snapshot storage, to move an address.  It runs beside the
-last round, so what it needs is not simply added to the downtime.
+The command starts when the guest is paused, and must end with status 0 before
+bhysend writes END, or lets a kept guest run on.  The command may flush or snapshot
+storage, or move an address.  The command runs beside the last round, so its time
+is not simply added to the downtime.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ _STDERR = 2
 
 
 class Hook:
-    """One run of the command."""
+    """One run of the command, a child process.  The caller must wait() for it or kill() it."""
 
     def __init__(self, command: str, guest: str, stream_id: str, umask: int = AS_IT_IS) -> None:
-        """Start it, in a process group of its own.  umask: the operator's.
+        """Start the command, in a process group of its own.
 
-        Its standard input is empty and its standard output is our standard
-        error: standard output carries the stream.  Raises GuestError.
+        command: for sh -c.  guest, stream_id: for the command's environment.  umask: the
+        operator's.  The command's standard input is empty, and its standard output is
+        bhysend's standard error, because bhysend's standard output carries the stream.
+        Raises GuestError if the shell cannot be started.
         """
         self._guest = guest
         try:
@@ -45,17 +48,17 @@ class Hook:
 
     @property
     def group(self) -> int:
-        """Return its process group."""
+        """Return the command's process group."""
         return self._process.pid
 
     def wait(self) -> None:
-        """Wait for its end.  Raises GuestError unless its status is 0."""
+        """Wait until the command ends.  Raises GuestError unless its status is 0."""
         status = self._process.wait()
         if status:
             raise GuestError(f"guest {self._guest}: the -p command {ending(status)}")
 
     def kill(self) -> None:
-        """End it and what it started, as far as we may.  Never raises."""
+        """Kill the command and its process group, as far as bhysend may.  Never raises."""
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(_END_SECONDS)

@@ -1,4 +1,4 @@
-"""What one move of bhysend is about, from the command line on: the same for all its parts."""
+"""What all parts of one move share: SendJob from the command line on, Begun from the head on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bhystream.stream.writer import Writer
 
 
 @dataclass(frozen=True)
-class Job:
-    """One guest that is to be sent.
+class SendJob:
+    """One guest to send.
 
-    base: the state directory.  source, lock: of the guest, the caller's.
+    base: the state directory.  source, lock: the guest's, open; main.send() closes both.
     """
 
     opts: SendOptions
@@ -34,19 +34,19 @@ class Job:
         return f"guest {self.source.name}"
 
     def say(self, text: str) -> None:
-        """Say something of the guest."""
+        """Print a line about the guest."""
         self.console.say(f"{self.who}: {text}")
 
     def log(self, text: str) -> None:
-        """Write something of the guest to syslog."""
+        """Write a line about the guest to syslog."""
         self.console.log(f"{self.who}: {text}")
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A stream whose head is written, and accepted where it is answered.
+    """A stream whose head is written and, in the answered forms, accepted.
 
-    talk: with the destination, None in the forms without answers.
+    talk: the conversation with the destination; None in the forms without answers.
     """
 
     writer: Writer
@@ -59,5 +59,5 @@ class Begun:
 
     @property
     def host(self) -> str:
-        """Return the destination as messages name it."""
+        """Return the destination as messages name it: "a pipe" if it does not answer."""
         return self.talk.host if self.talk else "a pipe"

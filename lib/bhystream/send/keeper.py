@@ -1,28 +1,28 @@
-"""The keeper: a small process that acts for bhysend when it dies.
+"""The keeper: a small process that acts for bhysend if bhysend dies.
 
     bhysend                            keeper (own session, signals ignored)
-       | starts it, before the pause      |
+       | starts the keeper                |
        |------- what to keep ------------>|  loads all that it may need
        |<------ ready --------------------|
        | records PAUSED, pauses           |
        | ...                              |  waits
-       | the guest runs again, or stands  |
-       | held, or is gone: recorded       |
+       | the guest runs again, is held,   |
+       | or is gone; the record says so   |
        |------- done -------------------->|  ends
        X killed: the socket closes ------>|  reads the record, and acts on it
 
-What it does depends on the record alone, which is on disk before anything is
-done, and stands in handshake.RECORD: a guest that is PAUSED is resumed, one
-that has MOVED is ended here; HELD and GO are left as they stand, in their
-hypervisor, because only an answer or the operator can tell.  In the command
-form the answers come through a pipe that it has too: after GO it goes on
-reading them in bhysend's place.  With `bhysend -A` the third stage acts
-itself, when it gets the lock.
+The keeper acts on the record alone, which is on disk before bhysend does what the
+record speaks of, and follows handshake.RECORD: it resumes a guest that is PAUSED,
+and ends a guest that has MOVED.  The keeper leaves a guest in HELD or GO paused in
+its hypervisor, because only an answer or the operator can decide.  In the command
+form the keeper also has the pipe that the answers come through, and after GO goes
+on reading them in bhysend's place.  With `bhysend -A` the third stage acts itself,
+when it gets the lock.
 
-It inherits the guest's lock, so no second bhysend can come between.  It is a
-new program, not a fork: bhysend has mappings and an event loop that a child
-must not share.  Its connection to the hypervisor is opened only when bhysend's
-has closed, as a hypervisor may serve one client at a time.
+The keeper inherits the guest's lock, so no second bhysend can act in between.  The
+keeper is a new program, not a fork: bhysend has mappings and an event loop that a
+child must not share.  The keeper connects to the hypervisor only after bhysend's
+connection has closed, because a hypervisor may serve only one client at a time.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from typing import Any
 from bhystream import inherited
 from bhystream.backend.base import Paused
 from bhystream.backend.process import Identity, identify, is_stopped, kill_process
-from bhystream.errors import BhyError, FormatError, GoneError, GuestError, as_error
+from bhystream.errors import BhyError, FormatError, GuestEndedError, GuestError, as_error
 from bhystream.guest import GO, PAUSED
 from bhystream.handover.answers import MAX_LINE_BYTES, unpack
 from bhystream.handover.handshake import ANSWER_SECONDS, RECORD, Event
-from bhystream.handover.standing import EVENTS, Standing
+from bhystream.handover.recorded import EVENTS, RecordedGuest
 from bhystream.handover.state import Lock, Record, Records
 from bhystream.handover.where import Where, outcome, what_to_type
 from bhystream.report import Console
@@ -61,26 +61,30 @@ _START_SECONDS = 30
 _END_SECONDS = 10
 _RESUME_SECONDS = 120
 _RETRY_SECONDS = 0.2
-# On FreeBSD it takes a run of ps(1) to look.
+# On FreeBSD each look runs ps(1), so the keeper looks less often there.
 _LOOK_SECONDS = 5.0 if sys.platform.startswith("freebsd") else 1.0
 _STOPPED_SECONDS = 10.0
-# What ends or stops a process that does not ask for it, and can be ignored.
+# The signals that would end or stop the keeper, and that a process can ignore.
 _IGNORED = ("SIGINT", "SIGHUP", "SIGTERM", "SIGQUIT", "SIGTSTP", "SIGUSR1", "SIGUSR2", "SIGINFO")
 
 
 class Keeper:
-    """The keeper's parent side, in bhysend."""
+    """The keeper as bhysend sees it: a child process, and a socket to it.
+
+    The caller owns both, and must dismiss() the keeper unless it has to act.
+    """
 
     def __init__(self, base: Path, record: Record, lock: Lock, answers: int = -1) -> None:
-        """Start a keeper for the guest of this record and wait until it is ready.
+        """Start a keeper for the guest of this record, and wait until the keeper is ready.
 
-        answers: the descriptor that a command's answers come from, or -1.
-        Nothing is paused or recorded yet.  Raises GuestError if it does not
-        get ready, and then none is left.
+        answers: the descriptor that a command's answers come from, or -1.  The keeper
+        inherits it and the lock; the caller keeps its own.  Nothing is paused or recorded
+        yet.  Raises GuestError if the keeper does not get ready; no keeper is left then.
         """
         kept = [lock.fd] if answers < 0 else [lock.fd, answers]
         ours, theirs = socket.socketpair()
         try:
+            # Close bhysend's copy of the keeper's end: each side reads EOF if the other dies.
             with theirs:
                 self._process = subprocess.Popen(
                     [*inherited.program("send.keeper"), str(theirs.fileno())],
@@ -109,8 +113,8 @@ class Keeper:
             raise
 
     def dismiss(self) -> None:
-        """End the keeper: the guest runs again, or is held.  Twice is no error."""
-        # A keeper that is dead already cannot do anything.
+        """End the keeper, because the guest no longer needs it.  May be called twice."""
+        # If this fails, the keeper is dead already, and cannot act either.
         with contextlib.suppress(OSError):
             self._socket.sendall(_DONE)
         self._socket.close()
@@ -121,22 +125,25 @@ class Keeper:
             self._process.wait()
 
     def tell_hook(self, group: int) -> None:
-        """Say which process group the -p command is, or 0: it is over.  Never raises."""
+        """Tell the keeper the -p command's process group, to kill if bhysend dies; 0: none.
+
+        Never raises.
+        """
         with contextlib.suppress(OSError):
             self._socket.sendall(b"hook %d\n" % group)
 
     @property
     def pid(self) -> int:
-        """Return its process id."""
+        """Return the keeper's process id."""
         return self._process.pid
 
     def is_alive(self) -> bool:
-        """Say whether it is still there to take over."""
+        """Say whether the keeper is still there to take over."""
         return self._process.poll() is None
 
 
 def _receive(peer: socket.socket, size: int) -> bytes:
-    """Receive exactly `size` bytes, fewer at the end of the connection."""
+    """Receive exactly `size` bytes, or fewer if the connection ends before."""
     data = b""
     while len(data) < size:
         more = peer.recv(size - len(data))
@@ -147,27 +154,30 @@ def _receive(peer: socket.socket, size: int) -> bytes:
 
 
 def main(argv: list[str]) -> int:
-    """Keep one guest: argv[1] is the number of the socket to bhysend."""
+    """Keep one guest, as the keeper's process; return the exit status.
+
+    argv[1]: the number of the descriptor of the socket to bhysend.
+    """
     for name in _IGNORED:
-        if hasattr(signal, name):  # SIGINFO is FreeBSD's
+        if hasattr(signal, name):  # Linux has no SIGINFO
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     with contextlib.suppress(OSError):
-        # The last to be killed when memory runs out; only root may say so.
+        # Linux then kills the keeper last when memory runs out; only root may set this.
         Path("/proc/self/oom_score_adj").write_bytes(b"-900")
     with socket.socket(fileno=int(argv[1])) as peer, peer.makefile("rb", buffering=0) as lines:
         line = lines.readline()
         if not line:
-            return 0  # killed before it could say what to keep
+            return 0  # bhysend was killed before it could say what to keep
         order = json.loads(line)
         record = Record(**order["record"])
-        # Loaded now: later the file system may be what fails.
+        # Load this now: later the file system may be what has failed.
         from bhystream import hypervisors
 
         paused = hypervisors.open_paused(record.revive)
-        # Only now: a relative PYTHONPATH is of bhysend's directory.
+        # Only after the imports: a relative PYTHONPATH counts from bhysend's directory.
         os.chdir("/")
         guard = Guard(os.getppid(), Records(Path(order["base"]), "source"), record.id)
-        with contextlib.suppress(OSError):  # killed meanwhile
+        with contextlib.suppress(OSError):  # bhysend may have been killed meanwhile
             peer.sendall(_READY)
         hook = 0
         while (line := _listen(peer, lines, guard)).startswith(_HOOK):
@@ -175,22 +185,21 @@ def main(argv: list[str]) -> int:
         if line == _DONE:
             return 0
     if hook:
-        # What it does belongs to a move that is over.
+        # bhysend is dead, and the -p command belongs to a move that is over.
         with contextlib.suppress(OSError):
             os.killpg(hook, signal.SIGKILL)
     return take_over(order, record, paused)
 
 
 class Guard:
-    """Ends a bhysend that was stopped (SIGSTOP) while its guest is paused.
+    """The watch on a bhysend that may be stopped (SIGSTOP) while its guest is paused.
 
-    Stopped, it would keep the guest paused for ever; left alive, it might go
-    on one day and write END.  So it is killed first, and then the guest is
-    resumed.
+    A stopped bhysend would keep the guest paused for ever, and might go on one day
+    and write END.  So the guard kills bhysend first; the keeper then resumes the guest.
     """
 
     def __init__(self, pid: int, records: Records, id_: str) -> None:
-        """pid: of bhysend, our parent."""
+        """Watch bhysend, the keeper's parent.  pid: of bhysend.  id_: of the stream."""
         self._records = records
         self._id = id_
         self._since: float | None = None
@@ -199,7 +208,7 @@ class Guard:
             self._who = identify(pid, "bhysend")
 
     def look(self) -> None:
-        """Look once, and act when it has been stopped for too long."""
+        """Look once; kill a bhysend that has been stopped for 10 s while its guest is PAUSED."""
         if self._who is None or not is_stopped(self._who):
             self._since = None
             return
@@ -213,14 +222,18 @@ class Guard:
 
 
 def _listen(peer: socket.socket, lines: socket.SocketIO, guard: Guard) -> bytes:
-    """Return the next line that bhysend says, nothing when it has died."""
+    """Return the next line that bhysend says, b"" if bhysend has died."""
     while not select.select([peer], [], [], _LOOK_SECONDS)[0]:
         guard.look()
     return lines.readline()
 
 
 def take_over(order: dict[str, Any], record: Record, paused: Paused) -> int:
-    """Do what bhysend cannot do any more; return the exit status."""
+    """Do what bhysend can no longer do; return the exit status.
+
+    order: as bhysend sent it.  record: from the order, so its phase may be out of date.
+    Raises BhyError if the record on disk stays unreadable.
+    """
     console = Console("bhysend")
     base = Path(order["base"])
     records = Records(base, "source")
@@ -228,29 +241,31 @@ def take_over(order: dict[str, Any], record: Record, paused: Paused) -> int:
         os.unlink(path_of(base, record.id))
     found = _read(records, record, console)
     if found is None:
+        # Without a record the guest was never paused, or bhysend has settled the move.
         paused.clear()
         return 0
     command = order["answers"]
     event = Event.ALONE
     if found.phase == GO and command >= 0:
         event = _await_answer(command, found.id)
-    standing = Standing(records, found, paused)
+    recorded = RecordedGuest(records, found, paused)
     try:
-        status = _settle(standing, event, base, console)
-    except GoneError as gone:
+        status = _settle(recorded, event, base, console)
+    except GuestEndedError as gone:
         console.fail(gone)
-        standing.forget()
+        recorded.forget()
         return 0
     if status == 0:
-        # With `bhysend -A` a third stage finds the way out of doubt.
+        # Without a command, `bhysend -A` itself says what leads out of doubt.
         _tell(console, found, event, base if command >= 0 else None)
     return status
 
 
 def _read(records: Records, record: Record, console: Console) -> Record | None:
-    """Read the record, trying again: the disk may fail just now, and the guest stands paused.
+    """Return the record, None if there is none.
 
-    Raises BhyError when it stays unreadable.
+    Tries again if the read fails, because the guest may stand paused and the disk may
+    recover.  Raises BhyError if the record stays unreadable for _RESUME_SECONDS.
     """
     deadline = time.monotonic() + _RESUME_SECONDS
     while True:
@@ -265,10 +280,10 @@ def _read(records: Records, record: Record, console: Console) -> Record | None:
 
 
 def _await_answer(fd: int, id_: str) -> Event:
-    """Return the final answer that a command still brings, or ALONE.
+    """Return the event of the final answer that a command still brings, or ALONE.
 
-    bhysend has read the first part, perhaps within a line, so what is no
-    answer of this stream is let pass.
+    bhysend has read the first answers, perhaps up to the middle of a line, so a line
+    that is no answer of this stream is skipped.
     """
     deadline = time.monotonic() + ANSWER_SECONDS
     rest = b""
@@ -287,23 +302,23 @@ def _await_answer(fd: int, id_: str) -> Event:
     return Event.ALONE
 
 
-def _settle(standing: Standing, event: Event, base: Path, console: Console) -> int:
-    """Act on the record, trying again while the hypervisor does not answer.
+def _settle(recorded: RecordedGuest, event: Event, base: Path, console: Console) -> int:
+    """Act on the record, and try again while the act fails; return the exit status.
 
-    Returns the exit status.  Given up, the guest stands paused in its
-    hypervisor, where the operator finds it.  Raises GoneError.
+    After _RESUME_SECONDS the keeper gives up: the guest stands paused in its hypervisor,
+    where the operator finds it.  Raises GuestEndedError if the guest has ended.
     """
     deadline = time.monotonic() + _RESUME_SECONDS
     while True:
         try:
-            standing.settle(event)
+            recorded.settle(event)
             return 0
-        except GoneError:
+        except GuestEndedError:
             raise
-        except Exception as raised:  # whatever it is, the guest stands paused
+        except Exception as raised:  # any kind: the guest stands paused
             if time.monotonic() > deadline:
                 error = as_error(raised)
-                record = standing.record
+                record = recorded.record
                 console.fail(error)
                 acts = RECORD.get((record.phase, event), ())
                 hint = what_to_type(outcome(record.phase, acts, acts), record, base)
@@ -313,16 +328,16 @@ def _settle(standing: Standing, event: Event, base: Path, console: Console) -> i
 
 
 def _tell(console: Console, found: Record, event: Event, base: Path | None) -> None:
-    """Say what was done, on bhysend's standard error and to syslog.
+    """Say what the keeper did, on bhysend's standard error and to syslog.
 
-    base: the state directory, where it is ours to say what leads out of doubt.
+    base: the state directory, if the keeper has to say what leads out of doubt, else None.
     """
     where = outcome(found.phase, RECORD.get((found.phase, event), ()))
     text = f"guest {found.guest}: bhysend is gone; "
     match where:
         case Where.HERE:
             stood = duration(max(time.time_ns() - found.time_ns, 0))
-            text += f"the guest runs on here; it stood for {stood}"
+            text += f"the guest runs on here; it was paused for {stood}"
         case Where.THERE:
             text += f"the guest runs on {found.there}, and is gone here"
         case Where.DOUBT:

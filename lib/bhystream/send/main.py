@@ -1,6 +1,6 @@
-"""bhysend(8): options, wiring, and its one error handler.
+"""bhysend(8): the options, the wiring, and the one error handler.
 
-The move itself is in outgoing.py.
+outgoing.py makes the move.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 
 from bhystream import commandline, hypervisors, inherited
 from bhystream.errors import UsageError, as_error
-from bhystream.handover import hold, prune, state
+from bhystream.handover import prune, state, verbs
 from bhystream.report import Console
-from bhystream.send import cold, third
-from bhystream.send.job import Job
+from bhystream.send import cold, third_stage
+from bhystream.send.job import SendJob
 from bhystream.send.options import AS_IT_IS, SendOptions, parse_options
 from bhystream.send.outgoing import Outgoing
 from bhystream.signals import Signals
@@ -25,29 +25,34 @@ _STDOUT = 1
 
 
 def send(opts: SendOptions, console: Console) -> int:
-    """Send one guest, or say what sending it would mean."""
+    """Send one guest, or say what sending it would mean (-n); return the exit status.
+
+    The source and the guest's lock are opened and closed here.  Raises UsageError for a
+    standard output that takes no stream, GuestError for a guest that is held or busy,
+    and whatever the move or the dry run raises.
+    """
     if not opts.command:
         commandline.refuse_closed(_STDOUT, "standard output", os.O_RDONLY)
         if os.isatty(_STDOUT) and (opts.answered or not opts.dry_run):
             raise UsageError("standard output is a terminal: a stream goes into a pipe or a file")
     signals = Signals()
     base = state.directory()
-    hold.refuse_held(base, opts.guest)
+    verbs.refuse_held(base, opts.guest)
     what = hypervisors.Sending(opts.guest, base, config=opts.config, force=opts.limits.finish)
     if what.is_cold:
         return send_cold(what, opts, base, console, signals)
     source = hypervisors.open_source(what)
     try:
         with state.Lock(base, source.lock_name, f"guest {source.name}") as lock:
-            hold.refuse_held(base, opts.guest, source.lock_name)
+            verbs.refuse_held(base, opts.guest, source.lock_name)
             if opts.dry_run:
                 from bhystream.send import dryrun
 
                 status = dryrun.run(source, opts, base, console, signals)
-                if not opts.machine:  # its report has them all
+                if not opts.machine:  # the report for people contains every warning
                     state.Told(base, source.lock_name).new(source.warnings(), everything=True)
                 return status
-            return move(Job(opts, base, console, signals, source, lock))
+            return move(SendJob(opts, base, console, signals, source, lock))
     finally:
         source.close()
         prune.prune_locks(base)
@@ -56,7 +61,10 @@ def send(opts: SendOptions, console: Console) -> int:
 def send_cold(
     what: hypervisors.Sending, opts: SendOptions, base: Path, console: Console, signals: Signals
 ) -> int:
-    """Send snapshot files, or say what sending them would mean."""
+    """Send snapshot files, or say what sending them would mean; return the exit status.
+
+    The snapshot is opened and closed here.  Raises what cold.send() and dryrun.run() raise.
+    """
     snapshot = hypervisors.open_snapshot(what)
     try:
         if opts.dry_run:
@@ -68,13 +76,17 @@ def send_cold(
         snapshot.close()
 
 
-def move(job: Job) -> int:
-    """Move a guest; on a failure bring it back, and say where it is."""
+def move(job: SendJob) -> int:
+    """Move a guest; return the exit status.
+
+    On a failure, brings the guest back and raises the error that says where the guest
+    is.  The third stage gets the status last, once nothing can change it.
+    """
     outgoing = Outgoing(job)
     try:
         status = outgoing.run()
     except Exception as raised:
-        # A signal that comes from here on finds the guest being brought back.
+        # Drop a pending signal: bhysend brings the guest back now in any case.
         job.signals.forget()
         error = outgoing.recover(as_error(raised))
         outgoing.close(error.status)
@@ -86,8 +98,8 @@ def move(job: Job) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run bhysend(8); return its exit status.
 
-    argv: the command line, in a process that is set already; None: this
-    process is the program.
+    argv: the command line, in a process that has called inherited.take() already; None
+    if this process is the program.
     """
     console = Console("bhysend")
     try:
@@ -103,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str], console: Console, umask: int) -> int:
     parsed = parse_options(argv)
-    if isinstance(parsed, hold.Verb):
+    if isinstance(parsed, verbs.Verb):
         if parsed.name == "-A":
-            return third.run(parsed.guest, console)
-        return hold.run(parsed, "source", console)
+            return third_stage.run(parsed.guest, console)
+        return verbs.run(parsed, "source", console)
     return send(replace(parsed, umask=umask), console)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from bhystream import commandline
 from bhystream.errors import UsageError
-from bhystream.handover import hold
+from bhystream.handover import verbs
 from bhystream.send.precopy import Limits
-from bhystream.stream.format import Form
+from bhystream.stream.format import Feature, Form
 from bhystream.units import rate_bytes, time_ns
 
 USAGE = """\
@@ -20,7 +20,7 @@ usage: bhysend [-afknPv] [-B rate] [-C config] [-d time] [-p hook] [-r rounds]
        bhysend --discard guest
        bhysend --resume [--in-doubt] guest"""
 
-# As subprocess has it: a child's umask is ours.
+# The umask argument by which subprocess leaves a child the umask of bhysend.
 AS_IT_IS = -1
 
 
@@ -28,8 +28,9 @@ AS_IT_IS = -1
 class SendOptions:
     """The command line of bhysend, parsed.
 
-    command: of the command form, empty without one.  hook: -p.  config: -C.
-    umask: of whoever started us, for the command and the hook; or AS_IT_IS.
+    guest: the operand.  command: the words of the command form, else empty.  hook: -p.
+    level: -z, 1 to 19.  config: -C.  umask: of the process that started bhysend, for the
+    command and the hook; or AS_IT_IS.
     """
 
     guest: str
@@ -52,14 +53,19 @@ class SendOptions:
             return Form.KEPT
         return Form.ANSWERED if self.answered or self.command else Form.PLAIN
 
+    @property
+    def features(self) -> Feature:
+        """Return the features of a stream with memory."""
+        return Feature.ZSTD if self.level is not None else Feature(0)
 
-def parse_options(argv: Sequence[str]) -> SendOptions | hold.Verb:
-    """Parse the command line.  Raises UsageError."""
+
+def parse_options(argv: Sequence[str]) -> SendOptions | verbs.Verb:
+    """Parse the command line of a move or of a verb.  Raises UsageError if it is wrong."""
     found, operands = commandline.parse(
         argv, "AaB:C:d:fklnPp:r:T:vz:", ["discard", "in-doubt", "resume"], USAGE
     )
     given = dict(found)
-    verb = hold.parse_verb([name for name, _ in found], operands, USAGE)
+    verb = verbs.parse_verb([name for name, _ in found], operands, USAGE)
     if verb:
         return verb
     if not operands:
@@ -90,7 +96,7 @@ def parse_options(argv: Sequence[str]) -> SendOptions | hold.Verb:
 
 
 def _refuse_mixtures(given: Mapping[str, str], is_command: bool) -> None:
-    """Refuse options that exclude each other."""
+    """Refuse options that exclude each other.  Raises UsageError."""
     answered = ["-a"] if "-a" in given else []
     answered += ["a command"] if is_command else []
     if len(answered) > 1:
@@ -99,5 +105,7 @@ def _refuse_mixtures(given: Mapping[str, str], is_command: bool) -> None:
         raise UsageError(f"-k and {answered[0]} exclude each other", USAGE)
     if "-k" in given and "-n" in given:
         raise UsageError("-k and -n exclude each other", USAGE)
+    if {"-a", "-n", "-P"} <= given.keys():
+        raise UsageError("-n -P reports on standard output, and -a sends a stream there", USAGE)
     if "--in-doubt" in given:
         raise UsageError("--in-doubt goes with --resume only", USAGE)

@@ -1,39 +1,40 @@
 """One move at the source, from beginning to end.
 
-It is one flat list of steps, in Outgoing.run():
+Outgoing.run() is one flat list of steps:
 
     begin     the head, and the destination's verdict              Begun
     prepare   what the pause needs, while the guest runs
     rounds    the memory, while the guest runs                     rounds.py
-    pause     the keeper watches; the guest stands from here on    custody.py
+    pause     the keeper watches; the guest is paused from here    custody.py
     rest      the last pages, the state, the -p command
-    ending    END, and in the answered form GO: one for each form
+    ending    END, and in the answered form GO: one step for each form
 
-What a failure means for the guest depends on how far the move has come, not on
-what failed: Custody.recover(), by handshake.SOURCE.
+main.py owns the source and the guest's lock, Outgoing owns the route, and Custody
+owns the keeper, the -p command and the record.  No step cleans up after itself: the
+caller calls recover().  What a failure means for the guest depends on how far the
+move has come, and not on what has failed: Custody.recover(), by handshake.SOURCE.
 """
 
 from __future__ import annotations
 
-import secrets
 import time
 
 from bhystream import commandline
-from bhystream.errors import HELD, OK, BhyError, GoneError, GuestError
+from bhystream.errors import EXIT_HELD, EXIT_OK, BhyError, GuestEndedError, GuestError
 from bhystream.guest import PAUSED, Head
 from bhystream.handover.handshake import Event
-from bhystream.handover.standing import asking
+from bhystream.handover.recorded import asking
 from bhystream.handover.state import Record, Told
 from bhystream.handover.where import Where, what_to_type
 from bhystream.report import Progress
 from bhystream.send.conversation import Conversation, Route
 from bhystream.send.custody import Custody
-from bhystream.send.job import Begun, Job
+from bhystream.send.job import Begun, SendJob
 from bhystream.send.rounds import STALL_SECONDS, Rounds
 from bhystream.send.stopwatch import Stopwatch
-from bhystream.send.transfer import write_head
+from bhystream.send.transfer import new_header, write_head
 from bhystream.stream import format as fmt
-from bhystream.stream.format import Feature, Form, Header, Type
+from bhystream.stream.format import Form, Header, Type
 from bhystream.stream.writer import Writer
 from bhystream.units import NS
 
@@ -41,22 +42,22 @@ _STDOUT = 1
 
 
 class Outgoing:
-    """One guest, sent to a pipe."""
+    """One move of one guest into a pipe."""
 
-    def __init__(self, job: Job) -> None:
-        """Nothing is opened yet."""
+    def __init__(self, job: SendJob) -> None:
+        """Open nothing yet.  job stays the caller's."""
         self._job = job
         self._watch = Stopwatch()
-        # How far it has come, for recover().
+        # How far the move has come, for recover().
         self._route: Route | None = None
         self._writer: Writer | None = None
         self._custody: Custody | None = None
 
     def run(self) -> int:
-        """Send the guest; return the exit status.
+        """Send the guest; return the exit status: 0, or EXIT_HELD in the plain form.
 
-        The caller calls recover() on any exception, and close() in the end.
-        Raises BhyError.
+        On any exception the caller must call recover(), and in any case then close().
+        Raises whatever ends the move, usually a BhyError.
         """
         job, signals = self._job, self._job.signals
         head = job.source.head()
@@ -68,17 +69,19 @@ class Outgoing:
             machine=job.opts.machine,
         )
         signals.on_report = progress.report
-        stream_id = secrets.token_bytes(fmt.STREAM_ID_BYTES)
-        if job.opts.form == Form.ANSWERED:
-            self._route = self._open_route(stream_id.hex())
+        header = new_header(job.opts.form, job.opts.features)
+        if header.form == Form.ANSWERED:
+            self._route = self._open_route(header.stream_id.hex())
         with signals.interruptible():
-            begun = self._begin(stream_id, head)
+            begun = self._begin(header, head)
             record, plan = self._prepare(begun)
             rounds = Rounds(job, head, begun, progress, self._watch)
+        # A keeper watches from here on: if bhysend dies, the keeper acts on the record.
         custody = self._custody = Custody(job, begun, record, self._watch)
         deadline_s = time.monotonic() + job.opts.limits.time_ns / NS
         with signals.until(deadline_s, rounds.out_of_time):
             rounds.precopy(plan)
+        # The guest is paused from here on; until END or GO is out, recover() resumes it.
         custody.pause()
         progress.enter("paused, round", rounds.live)
         with signals.watching(rounds.done, STALL_SECONDS):
@@ -98,43 +101,47 @@ class Outgoing:
         return self._finish(begun, custody, rounds)
 
     def recover(self, error: BhyError) -> BhyError:
-        """Do what a failure means for the guest; return the error, with where the guest is."""
-        # One that has ended says so itself.
-        where = "" if isinstance(error, GoneError) else f"{self._job.who}: it runs here"
+        """Do what a failure means for the guest; return the error, with where the guest is.
+
+        The guest comes first, then ABORT for the destination, then the reason of a break.
+        """
+        # Without Custody the guest was never paused.  GuestEndedError needs no such line.
+        where = "" if isinstance(error, GuestEndedError) else f"{self._job.who}: it runs here"
         if self._custody:
-            try:
-                where = self._custody.recover(error)
-            except BhyError as final:
-                return final
+            recovered = self._custody.recover(error)
+            if recovered.instead:
+                return recovered.instead
+            where = recovered.where
         if self._writer:
             self._writer.abort(error.status, str(error))
         if self._route:
-            # Only now: the guest does not wait for it.
+            # explain() may wait for seconds, so call it only after the guest is back.
             error = self._route.explain(error)
         error.hint = f"{where}\n{error.hint}"
         return error
 
     def close(self, status: int) -> None:
-        """End the conversation, in the answered forms, with this exit status."""
+        """End the conversation of the answered forms; the third stage gets this status."""
         if self._route:
             self._route.close(status)
 
     def _open_route(self, id_: str) -> Route:
-        """Open the way there and back.  A signal waits, or it would leave the command behind."""
+        """Open the way there and the way back.
+
+        Not interruptible: a signal that raised in between would leave the command behind.
+        """
         job, opts = self._job, self._job.opts
         names = (job.source.name, opts.guest)
         return Route(job.console, job.base, names, id_, opts.command, opts.umask)
 
-    def _begin(self, stream_id: bytes, head: Head) -> Begun:
-        """Write the head, and wait until the destination has accepted it."""
-        job, opts = self._job, self._job.opts
+    def _begin(self, header: Header, head: Head) -> Begun:
+        """Write the head; in the answered forms, wait until the destination has accepted it."""
+        job = self._job
         fd = self._route.stream_fd if self._route else _STDOUT
         commandline.widen_pipe(fd)
-        features = Feature.ZSTD if opts.level is not None else Feature(0)
-        header = Header(opts.form, features, stream_id, secrets.randbits(64))
         writer = self._writer = Writer(fd, header)
         write_head(writer, head)
-        job.log(f"stream {stream_id.hex()} begins")
+        job.log(f"stream {header.stream_id.hex()} begins")
         if self._route is None:
             return Begun(writer, None)
         talk = Conversation(self._route, writer, job.console, job.signals)
@@ -143,12 +150,13 @@ class Outgoing:
         return Begun(writer, talk)
 
     def _prepare(self, begun: Begun) -> tuple[Record, bytes]:
-        """Let the backend see that the guest can be paused; know how it is found again.
+        """Have the backend check that the guest can be paused; return its record and the plan.
 
-        Not before the destination's verdict: a move that is refused leaves the
-        guest alone.  Returns the record, and the plan by which a destination
-        may start early: none for one whose disks come with the pause (-p), and
-        for a kept stream, which is started when somebody wants it.
+        Called only after the destination's verdict, because a refused move must leave the
+        guest alone.  The record, from which the keeper finds the guest, is not written yet.
+        By the plan a destination may start its hypervisor early.  The plan is b"" with -p,
+        because the disks then come only with the pause, and for a kept stream, which the
+        operator starts later.  source.close() undoes prepare() if the guest is never paused.
         """
         job, opts = self._job, self._job.opts
         prepared = job.source.prepare(begun.id)
@@ -167,13 +175,13 @@ class Outgoing:
         return record, prepared.plan if opts.hook is None and not opts.keep else b""
 
     def _say_reasons(self, custody: Custody) -> None:
-        """Say what of the guest the state does not have."""
-        self._job.console.clear()  # the destination's lines often come to the same terminal
+        """Say which parts of the guest the state lacks, and why."""
+        self._job.console.clear()  # the destination often writes to the same terminal
         for reason in custody.reasons:
             self._job.say(reason)
 
     def _write_state(self, writer: Writer, custody: Custody) -> None:
-        """Write the state sections and the time."""
+        """Write the state sections and TIME: the guest is paused, or if kept runs again."""
         for state in custody.states:
             writer.state(state)
         watch = self._watch
@@ -181,61 +189,67 @@ class Outgoing:
         writer.section(Type.TIME, fmt.TIME.pack(watch.paused_at_ns, paused_for_ns))
 
     def _finish(self, begun: Begun, custody: Custody, rounds: Rounds) -> int:
-        """Write END, in the forms without answers: the guest is held here, or runs again."""
+        """Write END in the forms without answers; return the exit status.
+
+        Plain form: hold() records HELD before END, and the operator decides from then on.
+        Kept form: the guest runs again already, so a failure costs only the stream.
+        """
         keep = self._job.opts.keep
         console, name = self._job.console, self._job.source.name
         self._job.signals.on_deferred = lambda signal: console.say(
             f"{signal}: too late, END is on its way; waiting until it is written"
         )
+        # A full disk fails here, before END, while recover() can still resume the guest.
         begun.writer.sync()
         if keep:
             begun.writer.end()
+            begun.writer.sync()
         else:
             custody.hold()
-        begun.writer.sync()
-        custody.dismiss_keeper()
         self._job.signals.forget()
         self._say_end("kept, it runs on here" if keep else "held here", begun, rounds)
         if keep:
-            return OK
+            return EXIT_OK
         for line in what_to_type(Where.HELD, custody.record, self._job.base, name).splitlines():
             console.say(line)
-        return HELD
+        return EXIT_HELD
 
     def _hand_over(self, begun: Begun, talk: Conversation, custody: Custody, rounds: Rounds) -> int:
-        """Write END; on READY write GO; on RUNNING end the guest here.
+        """Write END; after READY write GO; after RUNNING end the guest here; return 0.
 
-        Returns 0, or raises what the answer to GO means for the guest.
+        Raises GuestError after FAILED, when the guest runs here again, and InDoubtError if
+        the answer to GO leaves doubt: the guest then stays paused, and its record in GO.
         """
         start_ns = time.monotonic_ns()
         talk.refuse_early_ready()
         custody.require_paused()
+        # END starts nothing here: until GO any failure or signal resumes the guest.
         with self._job.signals.interruptible():
             custody.offer()
             ready = talk.await_ready(rounds.memory_bytes)
         try:
             custody.require_paused()
-        except GoneError as gone:
-            # What waits there is the only copy now.
-            self._job.console.say(f"{gone}; {talk.host} has all of it, so it goes on there")
-        # Before GO: a signal that comes right behind it is told so too.
+        except GuestEndedError as gone:
+            # The destination's copy is the only one now, so the move goes on.
+            self._job.console.say(f"{gone}; {talk.host} has all of the guest, so it goes on there")
+        # commit() comes first, so that a signal right after GO is told that it is too late.
         talk.commit()
+        # From here on only the answer decides, unless GO is not written whole.
         custody.go(ready)
         event, why = talk.await_outcome()
         self._watch.stop()
         self._watch.answers_ns = time.monotonic_ns() - start_ns
         try:
             custody.settle(event)
-        except GoneError as gone:
-            raise GoneError(f"{talk.host}: {why}; and here: {gone}") from gone
-        custody.dismiss_keeper()
+        except GuestEndedError as gone:
+            raise GuestEndedError(f"{talk.host}: {why}; and here: {gone}") from gone
         self._job.signals.forget()
         if event == Event.FAILED:
             raise GuestError(f"{talk.host}: {why}")
         if event == Event.DOUBT:
             raise custody.doubt(f"it was to start on {talk.host}, and {why}")
         self._say_end(f"it runs on {talk.host}, and is gone here", begun, rounds)
-        return OK
+        return EXIT_OK
 
     def _say_end(self, what: str, begun: Begun, rounds: Rounds) -> None:
         is_answered = begun.talk is not None

@@ -1,19 +1,19 @@
 """The pre-copy policy: go on, stop and copy, or give up.
 
-Pure functions of statistics.  The engine measures, this decides, and a test
-can ask what would be decided without a guest.
+Pure functions of statistics: the engine measures, these functions decide, and
+a test can ask for a decision without a guest.
 
-Pre-copy pays when the pages that change during a round are fewer than the
-round sent.  What is left for the pause after round n is estimated from what
-round n found: D pages had changed since round n-1 began, an exposure of
-E seconds; the last walk begins now, an exposure of e seconds after round n
-began, so about D * e / E pages will be found.  The working set saturates, so
-the estimate errs to the large side, and the guest is stopped later rather than
-too early.
+Pre-copy pays if fewer pages change during a round than the round sent.  The
+policy estimates what is left for the pause after round n from what round n
+found: D pages had changed since round n-1 began, an exposure of E seconds.  The
+last walk begins now, an exposure of e seconds after round n began, so the walk
+will find about D * e / E pages.  The working set saturates, so the estimate errs
+on the large side, and bhysend stops the guest rather too late than too early.
 
-Only the transfer of that set is held against the limit (-d).  The rest of the
-pause (the last scan, the device state, the destination's load) does not get
-shorter by another round, so it is predicted and shown, and decides nothing.
+The policy compares only the time to transfer this last set with the limit (-d).
+The rest of the pause (the last scan, the device state, the destination's load)
+does not get shorter by another round, so it is predicted and shown, but decides
+nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bhystream.units import NS
 
 
 class Decision(Enum):
-    """What comes after a round."""
+    """What bhysend does after a live round."""
 
     GO_ON = "go on"
     STOP = "stop and copy"
@@ -38,10 +38,10 @@ class Decision(Enum):
 class Limits:
     """What the operator allows.
 
-    downtime_ns: for the last dirty set.  rounds: live rounds after which it
-    is decided without another.  time_ns: the same for the time since the
-    start.  finish: stop the guest at those limits rather than give up.
-    rate_bytes: bytes a second that the live rounds may use, or None.
+    downtime_ns: time to send the last dirty set.  rounds: how many live rounds
+    bhysend may send before it stops the guest or gives up.  time_ns: how long the
+    live rounds may take, likewise.  finish: at these two limits stop the guest
+    instead of giving up.  rate_bytes: bytes per second of the live rounds, or None.
     """
 
     downtime_ns: int = 300_000_000
@@ -55,10 +55,10 @@ class Limits:
 class Round:
     """What one live round measured.
 
-    start_ns, end_ns: monotonic clock.  data_pages: sent with bytes;
-    zero_pages: stated as zero.  sent_bytes: stream bytes.  write_ns: part of
-    the round spent in write(2), in compressing, and in waiting for -B: what
-    grows with the pages sent, not with the guest.
+    start_ns, end_ns: monotonic clock.  data_pages: sent with bytes.
+    zero_pages: stated as zero.  sent_bytes: stream bytes.  write_ns: the time of
+    the round in write(2), in compressing, and in waiting for -B, which grows with
+    the number of pages sent, not with the size of the guest.
     """
 
     start_ns: int
@@ -73,8 +73,8 @@ class Round:
 class Outlook:
     """What a stop now would mean.
 
-    last_pages: expected in the last dirty set.  copy_ns: to send them.
-    scan_ns: to find them.
+    last_pages: the pages expected in the last dirty set.  copy_ns: the time to send
+    these pages.  scan_ns: the time to find them.
     """
 
     last_pages: int
@@ -83,10 +83,10 @@ class Outlook:
 
 
 def bandwidth_bytes(rounds: Sequence[Round], limits: Limits) -> float:
-    """Return the bytes a second that the transport takes, 0.0 if unknown.
+    """Return the bytes per second that the transport takes, 0.0 if unknown.
 
-    Over all rounds, not the last: a short round fits into pipes and socket
-    buffers and is "sent" at the speed of memory.  With -B, no more than that.
+    The mean of all rounds, not the rate of the last: a short round fits into pipes
+    and socket buffers, and is "sent" at the speed of memory.  At most the rate of -B.
     """
     sent = sum(r.sent_bytes for r in rounds)
     spent_ns = sum(r.write_ns for r in rounds)
@@ -97,7 +97,7 @@ def bandwidth_bytes(rounds: Sequence[Round], limits: Limits) -> float:
 
 
 def page_cost_bytes(rounds: Sequence[Round]) -> float:
-    """Return what a page with bytes takes of the stream: less than a page with -z."""
+    """Return the stream bytes that a page with bytes takes: with -z fewer than a page has."""
     pages = sum(r.data_pages for r in rounds)
     sent = sum(r.sent_bytes for r in rounds)
     return min(sent / pages, float(PAGE_BYTES)) if pages else float(PAGE_BYTES)
@@ -106,9 +106,9 @@ def page_cost_bytes(rounds: Sequence[Round]) -> float:
 def outlook(rounds: Sequence[Round], npages: int, limits: Limits) -> Outlook:
     """Estimate the last dirty set and the pause that it costs.
 
-    rounds: what has been done, not empty.  npages: the guest's size.  After
-    round 0 alone nothing is known of the rate of change, so all pages that
-    round 0 sent are expected.
+    rounds: the live rounds so far, not empty.  npages: the guest's size.  After
+    round 0 alone the rate of change is unknown, so all pages that round 0 sent are
+    expected.
     """
     last = rounds[-1]
     scan_ns = max(last.end_ns - last.start_ns - last.write_ns, 0)
@@ -125,15 +125,15 @@ def outlook(rounds: Sequence[Round], npages: int, limits: Limits) -> Outlook:
 
 
 def decide(rounds: Sequence[Round], npages: int, limits: Limits, now_ns: int) -> Decision:
-    """Decide after a live round.
+    """Decide what comes after a live round.
 
-    rounds: what has been done, not empty (with -r 0 there is no live round, and
-    this is not asked).  now_ns: since the start of round 0.
+    rounds: the live rounds so far, not empty; with -r 0 there is none, and nobody
+    calls decide().  npages: the guest's size.  now_ns: since the start of round 0.
     """
     at_limit = len(rounds) >= limits.rounds or now_ns >= limits.time_ns
     fits = outlook(rounds, npages, limits).copy_ns <= limits.downtime_ns
     # After round 0 alone the outlook is a guess on the large side: a second
-    # round makes the pause shorter even where the guess would fit.
+    # round makes the pause shorter even if the guess fits the limit.
     if fits and (len(rounds) > 1 or at_limit or not rounds[0].data_pages):
         return Decision.STOP
     if at_limit:
@@ -146,9 +146,9 @@ def forecast(
 ) -> tuple[int, int] | None:
     """Forecast a move before it begins: (live rounds, copy_ns of the last set).
 
-    touched_pages: to be sent in round 0.  dirty_bytes: changed a second.
-    scan_ns: one scan.  rate: bytes a second of the transport.  None if it
-    would be given up at the limits.
+    touched_pages: the pages that round 0 sends.  dirty_bytes: the bytes that the guest
+    changes per second.  scan_ns: the time of one scan.  rate: bytes per second that the
+    transport takes.  Returns None if bhysend would give up at the limits.
     """
     size = touched_pages * PAGE_BYTES
     pending = float(size)
@@ -159,7 +159,7 @@ def forecast(
         round_ns = scan_ns + pending * NS / rate
         spent_ns += round_ns
         pending = min(dirty_bytes * round_ns / NS, size)
-        # The same as decide(), which knows no rate of change after round 0.
+        # The rule of decide(), which does not know the rate of change after round 0.
         at_limit = count == limits.rounds or spent_ns >= limits.time_ns
         expected = pending if count > 1 else size
         fits = expected * NS / rate <= limits.downtime_ns

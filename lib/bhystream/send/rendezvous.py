@@ -4,15 +4,15 @@
         |                               |
         '---- DIR/run/ID (a socket) ----'
 
-The third stage hands on the lines that it reads, and is told the status to end
-with; so the pipeline's exit status is the move's.  In the command form the
-command's standard output is read directly.  One thread serves all of them and
-fills a Box.  It never blocks on what it reads, and reads on when the main
-thread is blocked in write(2): so both directions may be full, and neither
-waits for the other.
+The third stage hands on the answers that it reads, and bhysend tells it the
+status to end with, so the pipeline's exit status is that of the move.  In the
+command form bhysend reads the command's standard output directly.  One thread
+serves all of these and fills an Inbox.  The thread never blocks on a read, and
+reads on while the main thread is blocked in write(2): so both directions may be
+full, and neither waits for the other.
 
-The state directory is ours alone (0700): whoever can connect may speak for
-the destination.
+Only bhysend's user may enter the state directory (mode 0700), because any process
+that can connect may speak for the destination.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from functools import partial
 from pathlib import Path
 
 from bhystream.errors import FormatError, UsageError, from_oserror
-from bhystream.handover.answers import Answer, Box, Parser
+from bhystream.handover.answers import Answer, Inbox, Parser
 
-# sizeof(sockaddr_un.sun_path) less its NUL, where it is smallest (FreeBSD).
+# sizeof(sockaddr_un.sun_path) without its NUL, on FreeBSD, where it is smallest.
 _MAX_PATH_BYTES = 103
 READ_BYTES = 65536
 _GREETING_SECONDS = 30.0
@@ -39,7 +39,7 @@ _JOIN_SECONDS = 5.0
 
 
 def path_of(base: Path, id_: str) -> str:
-    """Return the socket of a stream.  Raises UsageError if it is too long for one."""
+    """Return the path of a stream's socket.  Raises UsageError if it is too long for a socket."""
     path = str(base / "run" / id_)
     if len(os.fsencode(path)) > _MAX_PATH_BYTES:
         raise UsageError(f"BHYSEND_STATE_DIR {base}: too long for a socket in it")
@@ -47,9 +47,10 @@ def path_of(base: Path, id_: str) -> str:
 
 
 def connect(base: Path, id_: str) -> tuple[socket.socket, list[str]] | None:
-    """Connect to the bhysend of a stream; None if there is none here.
+    """Connect to the bhysend of a stream; return None if there is none here.
 
-    Returns the connection and the names of its guest.
+    Returns the connection, which the caller must close, and the name and the operand
+    of bhysend's guest.  Raises UsageError as path_of() does.
     """
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -59,7 +60,7 @@ def connect(base: Path, id_: str) -> tuple[socket.socket, list[str]] | None:
             names = json.loads(file.readline())
         peer.settimeout(None)
     except ConnectionRefusedError:
-        # Of a bhysend that was killed.
+        # The socket's file is that of a bhysend that was killed.
         peer.close()
         with contextlib.suppress(OSError):
             os.unlink(path_of(base, id_))
@@ -71,17 +72,21 @@ def connect(base: Path, id_: str) -> tuple[socket.socket, list[str]] | None:
 
 
 class Rendezvous:
-    """The answers of one stream, from wherever they come.
+    """The way in of one stream's answers: third stages, and a command's pipe.
 
-    It must be closed, with the status that the third stage is to end with.
+    The caller must close() the Rendezvous, with the status for the third stages.
     """
 
     def __init__(
-        self, box: Box, id_: str, names: tuple[str, str], on_noise: Callable[[bytes], None]
+        self, inbox: Inbox, id_: str, names: tuple[str, str], on_noise: Callable[[bytes], None]
     ) -> None:
-        """Nothing is opened yet.  names: the guest's, and its operand: a third stage asks."""
+        """Listen and read nothing yet.
+
+        names: the guest's name, and its operand, for a third stage that was given either.
+        on_noise: called in the thread, with each line before HELLO.  inbox: the caller's.
+        """
         self._greeting = json.dumps(names).encode() + b"\n"
-        self._box = box
+        self._inbox = inbox
         self._id = id_
         self._on_noise = on_noise
         self._selector = selectors.DefaultSelector()
@@ -94,7 +99,11 @@ class Rendezvous:
         self._thread = threading.Thread(target=self._serve, name="answers", daemon=True)
 
     def listen(self, base: Path) -> None:
-        """Wait for third stages at the socket of the stream.  Raises UsageError, PipeError."""
+        """Listen for third stages on the socket of the stream.
+
+        Raises UsageError if its path is too long, and InputOutputError or AccessError if
+        bhysend cannot listen there; close() then removes what was made.
+        """
         path = path_of(base, self._id)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listening.callback(_stop_listening, listener, path)
@@ -107,14 +116,14 @@ class Rendezvous:
         self._selector.register(listener, selectors.EVENT_READ, accept)
 
     def read(self, fd: int) -> None:
-        """Take answers from a command's standard output, which stays the caller's."""
+        """Take answers from a descriptor, which stays the caller's."""
         self._parsers[fd] = Parser(self._id, self._on_noise)
         self._selector.register(fd, selectors.EVENT_READ, partial(self._take, fd))
 
     def start(self) -> None:
-        """Begin: the first thread of the program.
+        """Start the thread, the first one of the program beside the main thread.
 
-        It takes no signal: one is to end what the main thread is blocked in.
+        The thread blocks all signals, so that a signal interrupts the main thread.
         """
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
@@ -123,7 +132,10 @@ class Rendezvous:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self, status: int) -> None:
-        """End; the third stages are told the status.  Twice is no error."""
+        """End the thread, tell the third stages the status, and stop listening.
+
+        May be called twice.
+        """
         if self._waker.fileno() < 0:
             return
         with contextlib.suppress(OSError):
@@ -144,7 +156,7 @@ class Rendezvous:
         try:
             self._read_on()
         finally:
-            self._box.lose("the answers are not read any more")
+            self._inbox.lose("the answers are not read any more")
 
     def _read_on(self) -> None:
         while True:
@@ -157,7 +169,8 @@ class Rendezvous:
         try:
             peer, _ = listener.accept()
         except OSError:
-            # Out of descriptors, say: it would be ready again at once, for ever.
+            # If, say, no descriptor is free, the listener would be ready again at once,
+            # for ever.  So accept nobody any more.
             self._selector.unregister(listener)
             return
         self._peers.append(peer)
@@ -166,14 +179,14 @@ class Rendezvous:
             self.read(peer.fileno())
 
     def _take(self, fd: int) -> None:
-        """Read what has come from one of them."""
+        """Read what has come from one descriptor."""
         parser = self._parsers[fd]
         why, closed = "the way back was closed", True
         try:
             data = os.read(fd, READ_BYTES)
             for answer in parser.feed(data):
-                # The first one is its HELLO.
-                self._box.put(self._hellos.setdefault(fd, answer), answer)
+                # The first answer of a connection is its HELLO.
+                self._inbox.put(self._hellos.setdefault(fd, answer), answer)
         except OSError:
             data = b""
         except FormatError as error:
@@ -181,8 +194,9 @@ class Rendezvous:
         if not data:
             self._selector.unregister(fd)
             del self._parsers[fd]
+            # While another connection is left, an answer may still come.
             if not self._parsers:
-                self._box.lose(why, closed=closed)
+                self._inbox.lose(why, closed=closed)
 
 
 def _stop_listening(listener: socket.socket, path: str) -> None:

@@ -1,7 +1,8 @@
 """The memory of one move: live rounds while the guest runs, and the last one.
 
-transfer.py sends a round, precopy.py decides what comes after it.  Here the
-rounds of one move are made and measured, and broken off when -T is over.
+transfer.py sends a round, and precopy.py decides what comes after the round.
+Rounds makes and measures the rounds of one move, and breaks off when the time of
+-T is over.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from bhystream.errors import DowntimeError, PipeError
+from bhystream.errors import DowntimeError, InputOutputError
 from bhystream.guest import PAGE_BYTES, Head
 from bhystream.report import Progress
-from bhystream.send.job import Begun, Job
+from bhystream.send.job import Begun, SendJob
 from bhystream.send.precopy import Decision, Outlook, Round, decide, outlook
 from bhystream.send.stopwatch import Stopwatch
 from bhystream.send.transfer import Transfer
 from bhystream.stream.format import Type
 from bhystream.units import counted, duration, size
 
-# Of a transport that takes nothing while the guest is paused.
+# How long a transport may take nothing: while the guest is paused, and after -T with -f.
 STALL_SECONDS = 30
 # How long a section under way may still take when -T is over.
 _BORDER_SECONDS = 1.0
@@ -30,9 +31,9 @@ class Rounds:
     """The rounds of one move."""
 
     def __init__(
-        self, job: Job, head: Head, begun: Begun, progress: Progress, watch: Stopwatch
+        self, job: SendJob, head: Head, begun: Begun, progress: Progress, watch: Stopwatch
     ) -> None:
-        """All stay the caller's.  Nothing is read yet."""
+        """Read nothing yet.  All arguments stay the caller's."""
         self._job = job
         self._begun = begun
         self._limits = job.opts.limits
@@ -56,14 +57,15 @@ class Rounds:
         return self._transfer.npages * PAGE_BYTES
 
     def done(self) -> int:
-        """Return a count that grows with what is read of the guest and what is written."""
+        """Return a count that grows with the pages read and the bytes written."""
         return self._transfer.walked_pages + self._begun.writer.offset_bytes
 
     def precopy(self, plan: bytes) -> None:
-        """Send rounds while the guest runs, until the last set is small enough.
+        """Send rounds while the guest runs, until the last dirty set is small enough.
 
-        plan: of Source.prepare(), for the destination, or b"".  Raises
-        DowntimeError where the limits do not let it become so.
+        plan: of Source.prepare(), for the destination, or b"".  Raises DowntimeError if
+        the limits come first, InputOutputError if a write fails, and what ends the
+        conversation: the destination's failure, or a pipeline that holds the stream back.
         """
         if plan:
             self._begun.writer.section(Type.REHEARSAL, plan)
@@ -86,30 +88,31 @@ class Rounds:
                     _MORE,
                 )
         if self._begun.talk and self._found:
-            # Wait until the destination has read everything: the pipeline is empty at the pause.
+            # Wait until the destination has read all, so the pipeline is empty at the pause.
             self._begun.talk.settle()
             self._look_ahead()
 
     def last(self) -> None:
-        """Send what changed since the last look; the guest is paused."""
-        self._is_late = False  # -T was over as the last live round ended, and that was soon enough
+        """Send the pages that changed since the last round.  Called while the guest is paused."""
+        self._is_late = False  # if -T ended in the last live round, that round was still in time
         found = self._transfer.round(last=True)
         self._watch.last_ns = found.end_ns - found.start_ns
 
     def out_of_time(self) -> float:
-        """Give up, as -T is over; with -f only when nothing is taken any more.
+        """Give up, because the time of -T is over; with -f only if the transport takes nothing.
 
-        Returns in how many seconds to look again.  Raises DowntimeError, PipeError.
+        Called by Signals.until().  Returns in how many seconds to call again.  Raises
+        DowntimeError, or with -f InputOutputError.
         """
         if not self._limits.finish:
             if self._is_late or self._begun.writer.at_border:
                 raise self._late()
-            # The destination would be told nothing by a stream that ends inside a section.
+            # Let the section end first: inside a section no ABORT can tell the destination why.
             self._is_late = True
             return _BORDER_SECONDS
         before, self._done_at_limit = self._done_at_limit, self.done()
         if self._done_at_limit == before:
-            raise PipeError(
+            raise InputOutputError(
                 f"-T {duration(self._limits.time_ns)} is over, and "
                 f"nothing was taken from the stream for {STALL_SECONDS} s"
             )
@@ -123,10 +126,10 @@ class Rounds:
         )
 
     def _rehearse(self) -> None:
-        """Learn, in the answered forms, what the pipeline holds back, and what it carries.
+        """Measure, in the answered forms, what the pipeline holds back, and its rate.
 
-        What write(2) took in round 0 may lie in buffers; when the destination
-        has read it all, the time of the way is that of the round.
+        The bytes that write(2) took in round 0 may still be in buffers.  So wait until the
+        destination has read them all, and count that time and the PAD as part of round 0.
         """
         if self._begun.talk is None:
             return
@@ -143,7 +146,7 @@ class Rounds:
         )
 
     def _look_ahead(self) -> Outlook:
-        """Note the pause that is to be expected, with the ways of END and of GO."""
+        """Return the outlook, and set the predicted pause, with the trips of END and GO."""
         view = outlook(self._found, self._transfer.npages, self._limits)
         trips_ns = 2 * self._begun.talk.trip_ns if self._begun.talk else 0
         found_ns = view.copy_ns + view.scan_ns + trips_ns + self._job.source.fixed_ns()

@@ -1,4 +1,4 @@
-"""The pause of one move, measured in its parts, and the line that tells of them."""
+"""The pause of one move, measured in parts, and the closing line that reports the parts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from bhystream.units import counted, duration, size
 
 @dataclass
 class Stopwatch:
-    """One pause.  All in ns; what has not been measured is 0.
+    """One pause.  All values are in ns; a value that is not measured yet is 0.
 
-    predicted_ns: of the whole, before it.  paused_at_ns: the wall clock when it
-    began.  state_ns: to stop the guest and take its state.  last_ns: the last
-    round.  answers_ns: from END to the answer to GO.  pause_ns: the whole, as
-    far as it is known.
+    predicted_ns: the whole pause, as predicted before.  paused_at_ns: the wall clock at
+    the start of the pause.  state_ns: the time to stop the guest and take its state.
+    last_ns: the time of the last round.  answers_ns: from END to the answer to GO.
+    pause_ns: the whole pause, as far as it is known.
     """
 
     predicted_ns: int = 0
@@ -28,7 +28,7 @@ class Stopwatch:
     _start_ns: int = 0
 
     def start(self) -> None:
-        """Begin: the guest is about to be paused."""
+        """Start the measurement, just before the guest is paused."""
         self.paused_at_ns = time.time_ns()
         self._start_ns = time.monotonic_ns()
 
@@ -37,11 +37,11 @@ class Stopwatch:
         return time.monotonic_ns() - self._start_ns
 
     def stop(self) -> None:
-        """Take the pause as over now; it may be taken so again, later."""
+        """Take the pause as over now.  A later call takes the later time."""
         self.pause_ns = self.elapsed_ns()
 
     def line(self, what: str, writer: Writer, *, is_answered: bool, is_predicted: bool) -> str:
-        """Return the closing line: what became of the guest, and what its pause was made of."""
+        """Return the closing line: what became of the guest, and the parts of its pause."""
         parts = [f"state {duration(self.state_ns)}", f"last pages {duration(self.last_ns)}"]
         if is_answered:
             parts.append(f"answers {duration(self.answers_ns)}")

@@ -5,22 +5,23 @@ The data flow of the sending side, all in one thread:
     mapping -> (compare with the hash table) -> copy -> hash the copy
             -> list + pages -> write(2) -> the pipe
 
-One thread, because a second one loses on small machines: measured with a C
-prototype, a scanner or hasher thread beside the writer was slower in every
-combination on two cores, as the two programs of a pipeline fill those.  The
-work on a page costs about a tenth of its way through a pipe, and the kernels
-release the GIL, so a thread can still be put here when a machine shows a gain.
+There is one thread, because a second one loses on small machines: measured with a
+C prototype on two cores, a scanner or hasher thread beside the writer was slower in
+every combination, because the two programs of a pipeline fill both cores.  The work
+on a page costs about a tenth of the page's way through a pipe, and the Cython kernels
+release the GIL, so a thread can still be added here if a machine shows a gain.
 
-The batch is small (256 KiB of pages) so that a page is copied, hashed and
-written while it is in the second-level cache.
+The batch is small (256 KiB of pages), so that a page is copied, hashed and written
+while the page is in the second-level cache.
 
-The hash table has 8 bytes a page: what the destination has of that page, as
-the hash of what was last sent, or the hash of the zero page.  It is the only
+The hash table has 8 bytes per page: the hash of the page that the destination has,
+which is the page as it was last sent, or else the zero page.  The table is the only
 memory here that grows with the guest.
 """
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,17 +35,17 @@ from bhystream.memory.batch import Batch
 from bhystream.memory.page import PageHasher
 from bhystream.send.precopy import Round
 from bhystream.stream import format as fmt
-from bhystream.stream.format import Type
+from bhystream.stream.format import Feature, Form, Header, Type
 from bhystream.stream.writer import Writer
 from bhystream.strict_json import pack_json
 from bhystream.units import NS
 
 BATCH_PAGES = 64
-# zstd finds more in a larger window, and its speed, not the cache, is the limit.
+# zstd saves more in a larger window, and the speed of zstd, not the cache, is the limit.
 ZSTD_BATCH_PAGES = 256
-# Of one kernel call: bounds how long a signal waits, costs nothing.
+# The pages of one kernel call: this bounds how long a signal waits, and costs nothing.
 _STRIDE_PAGES = 1 << 15
-# A frame is kept if it saves a sixteenth; else the pages go as they are.
+# A zstd frame is sent if it saves more than a sixteenth; else the pages as they are.
 _WORTH = 15 / 16
 
 
@@ -52,7 +53,8 @@ _WORTH = 15 / 16
 class Span:
     """A piece of one segment, in pages of that segment: [first, end).
 
-    present: its pages may be other than zero and may be read.
+    base_page: the segment's first page, in global pages.  present: the pages of the
+    span may be other than zero, and may be read.
     """
 
     segment: int
@@ -63,10 +65,10 @@ class Span:
 
 
 def spans(layout: Layout, touched: Iterator[tuple[int, int]]) -> Iterator[Span]:
-    """Cover the whole guest, in order, with touched and untouched spans.
+    """Yield spans that cover the whole guest in order, touched and untouched.
 
-    touched: extents [first, end) in global pages, ascending, none across a
-    segment border.  Empty spans are left out.
+    touched: extents [first, end) in global pages, which ascend; none crosses a segment
+    border.  No span is empty.
     """
     pending = next(touched, None)
     for index, (base, border) in enumerate(layout.extents()):
@@ -83,7 +85,12 @@ def spans(layout: Layout, touched: Iterator[tuple[int, int]]) -> Iterator[Span]:
 
 
 class Transfer:
-    """The memory of one source, sent round by round."""
+    """The memory of one source, sent round by round.
+
+    walked_pages: the pages looked at so far, in all rounds.  work_pages: of the pages of
+    this round that may be other than zero, (how many are done, how many there are, as far
+    as that is known).
+    """
 
     def __init__(
         self,
@@ -94,13 +101,10 @@ class Transfer:
         level: int | None = None,
         on_batch: Callable[[int, int], None] = lambda done, pages: None,
     ) -> None:
-        """Prepare to send; nothing is read yet.
+        """Prepare to send; read nothing yet.  source and writer stay the caller's.
 
-        walked_pages, an attribute, counts the pages looked at, over all rounds;
-        work_pages holds those of this round that may be other than zero, and
-        how many the round has, as far as that is known.
-        level: of zstd, or None.  on_batch(done, sent): called after each
-        section with the pages walked and sent in this round so far.
+        level: of zstd, 1 to 19, or None.  on_batch(done, sent): called after each section
+        with the pages walked and sent in this round so far; what it raises ends the round.
         """
         self._source = source
         self._layout = layout
@@ -118,21 +122,21 @@ class Transfer:
         self.work_pages = (0, 0)
 
     def round(self, *, last: bool = False, rate_bytes: int | None = None) -> Round:
-        """Send one round: in the first every page, later what changed.
+        """Send one round: in the first round every page, later the pages that changed.
 
-        last: the guest is paused.  rate_bytes: bytes a second, not exceeded
-        over the round.  Raises PipeError, and whatever a signal raises.
+        last: the guest is paused.  rate_bytes: bytes per second that the round as a whole
+        does not exceed.  Raises InputOutputError, and what on_batch or a signal raises.
         """
         everything = self._writer.rounds == 0
         way = _UnderWay(everything, rate_bytes, self._writer.offset_bytes)
-        # What the guest touched hardly changes from round to round.
+        # The number of touched pages hardly changes from round to round: count them once.
         done, known = self.work_pages
         total = known or sum(end - first for first, end in self._source.touched())
         self.work_pages = (0, max(done, total))
         segment = 0
         for span in self._spans(everything):
             if span.segment != segment:
-                # All extents of a section lie in one segment.
+                # All extents of a section must lie in one segment: write the batch first.
                 self._flush(way, span.base_page)
                 segment = span.segment
             self._walk(way, span)
@@ -142,8 +146,8 @@ class Transfer:
         return way.over(self._writer.offset_bytes)
 
     def _spans(self, everything: bool) -> Iterator[Span]:
-        """Return what to look at in this round: all of it, or what the host saw written."""
-        # Asked also in round 0: the log begins anew before the first page is read.
+        """Return the spans to look at in this round: all, or those that the host saw written."""
+        # Call this in round 0 too, so that the log begins anew before the first page is read.
         changed = self._source.changed()
         if everything or changed is None:
             return spans(self._layout, self._source.touched())
@@ -169,7 +173,10 @@ class Transfer:
                 way.brake(self._writer.offset_bytes)
 
     def _flush(self, way: _UnderWay, done: int) -> None:
-        """Write the batch as one MEMORY section, if there is anything in it."""
+        """Write the batch as one MEMORY section, unless the batch is empty.
+
+        done: the global page up to which the round has walked.
+        """
         batch = self._batch
         if not batch.nextents:
             return
@@ -191,10 +198,10 @@ class Transfer:
 
 
 class _UnderWay:
-    """One round that is being sent, counted and held back to its rate."""
+    """One round under way: its counts, and the brake that keeps the round to its rate."""
 
     def __init__(self, everything: bool, rate_bytes: int | None, start_bytes: int) -> None:
-        """start_bytes: the offset in the stream where it begins."""
+        """Begin the round now.  start_bytes: the stream's offset at which the round begins."""
         self.everything = everything
         self.write_ns = self.data_pages = self.zero_pages = 0
         self._rate_bytes = rate_bytes
@@ -202,7 +209,7 @@ class _UnderWay:
         self._start_ns = time.monotonic_ns()
 
     def brake(self, offset_bytes: int) -> None:
-        """Sleep until the bytes up to this offset are due."""
+        """Sleep until the bytes up to this offset of the stream are due."""
         if not self._rate_bytes:
             return
         now_ns = time.monotonic_ns()
@@ -213,7 +220,7 @@ class _UnderWay:
             self.write_ns += time.monotonic_ns() - now_ns
 
     def over(self, offset_bytes: int) -> Round:
-        """Return what it has measured."""
+        """Return what the round has measured."""
         return Round(
             start_ns=self._start_ns,
             end_ns=time.monotonic_ns(),
@@ -227,8 +234,16 @@ class _UnderWay:
 PROGRAM = f"bhysend {__version__}"
 
 
+def new_header(form: Form, features: Feature) -> Header:
+    """Return the header of a new stream, with an id and a seed that no other stream has."""
+    return Header(form, features, secrets.token_bytes(fmt.STREAM_ID_BYTES), secrets.randbits(64))
+
+
 def write_head(writer: Writer, head: Head, program: str = PROGRAM) -> None:
-    """Write HOST to HEAD_END: all that cannot change while the guest runs."""
+    """Write HOST to HEAD_END: all that cannot change while the guest runs.
+
+    Raises InputOutputError.
+    """
     host = {**head.host, "program": program}
     writer.section(Type.HOST, pack_json(host))
     writer.section(Type.LAYOUT, fmt.pack_layout(head.layout))

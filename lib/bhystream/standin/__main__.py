@@ -1,10 +1,12 @@
-"""Start a guest, as bhyve is started: options, exit statuses, order of events.
+"""Run a guest as bhyve does: the same options, exit statuses and order of events.
 
-Exit status: bhyve(8)'s.  0 rebooted (SIGUSR1 has the guest do it); 1 powered
-off, command line errors, and a snapshot that cannot be restored; 4 error; 5
-suspended; 65 kernel structures, 71 socket or time of a restore.
+The exit statuses are those of bhyve(8): 0 if the guest rebooted (SIGUSR1 makes
+the guest reboot); 1 if the guest powered off, the command line is wrong, or a
+snapshot cannot be restored; 4 for an error; 5 if the guest was suspended; 65 if
+kernel structures, 71 if the socket or the clock of a restored guest failed.
 
-As bhyve does, it lets SIGPIPE end it: a FIFO that it writes into must keep a reader.
+SIGPIPE ends the stand-in, as it ends bhyve: a FIFO that the stand-in writes
+into must keep a reader.
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ _FBUF_GPA, _FBUF_BYTES = 0xC0000000, 16 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a guest to its end; return the exit status."""
+    """Run a guest to its end; return the exit status.
+
+    argv: without the program's name; None stands for the process's own.
+    """
     directory = os.environ.get(VMM_DIR)
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
@@ -86,7 +91,7 @@ class Machine:
             guest = self._build()
             server = self._prepare(guest)
         except (BhyError, OSError) as error:
-            # Whatever ends bhyve but a suspend or a power-off leaves its VM.
+            # An error leaves the VM: only the end of a guest that ran destroys it, as in bhyve.
             sys.stderr.write(f"{error}\n")
             return error.exit_status if isinstance(error, RestoreError) else ERROR
         run_guest = guest.resume_vcpus if self._snapshot else guest.start_vcpus
@@ -98,10 +103,11 @@ class Machine:
         return self._watch(guest)
 
     def _build(self) -> Guest:
-        """Make the VM, its memory and its devices, nothing of which runs yet.
+        """Make the VM, its memory and its devices; none of them runs yet.
 
-        That its memory is mapped shows in its map; that its vCPUs are there,
-        suspended, shows there when its devices are.
+        NAME.map shows the progress: its list of maps is written when the memory
+        is mapped, and is_active is set when the devices are made and the vCPUs
+        exist, suspended.
         """
         if not self._name:
             raise UsageError("virtual machine name must be given")
@@ -125,7 +131,11 @@ class Machine:
         return guest
 
     def _restored_size(self, snapshot: Snapshot) -> tuple[int, tuple[int, int, int]]:
-        """Return memory and topology of a snapshot, which come before the configuration's."""
+        """Return the memory size in bytes and the topology of a restored guest.
+
+        The snapshot's memory size and number of vCPUs override the
+        configuration's.  Raises RestoreError if either of them is invalid.
+        """
         if snapshot.ncpus < 1:
             raise RestoreError(f"Invalid guest vCPUs ({snapshot.ncpus})")
         if snapshot.memsize_bytes < 1 or snapshot.memsize_bytes % PAGE_BYTES:
@@ -136,10 +146,11 @@ class Machine:
         return snapshot.memsize_bytes, topology
 
     def _take_vm(self) -> None:
-        """Create the VM, or take the one that a loader made.  Raises GuestError.
+        """Create the VM, or take the VM that a loader made.
 
-        One whose vCPUs were activated and never stopped by the guest itself
-        is not taken.  Source: sys/dev/vmm/vmm_vm.c, vm_reinit(), FreeBSD 15.1, read.
+        Raises GuestError if the VM cannot be taken: a VM whose vCPUs were
+        activated and not stopped by the guest itself is refused.
+        Source: sys/dev/vmm/vmm_vm.c, vm_reinit(), FreeBSD 15.1, read.
         """
         rom = self._config.get("bootrom") or self._config.get("lpc.bootrom")
         if not node.node_path(self._directory, self._name).exists():
@@ -163,7 +174,7 @@ class Machine:
         return found
 
     def _prepare(self, guest: Guest) -> CheckpointServer:
-        """Fill the guest; then the socket appears.  No vCPU runs before run() lets it."""
+        """Fill the guest and bind the checkpoint socket.  No vCPU runs until run() starts it."""
         if self._snapshot is None:
             guest.boot(boot_parameters(self._config, guest.ncpus, guest.memory.npages))
             guest.prepare()
@@ -197,7 +208,10 @@ class Machine:
             time.sleep(0.005)
 
     def _look(self, guest: Guest) -> None:
-        """End where the VM is gone: bhyve's vCPU threads, suspended, ask every millisecond."""
+        """Raise GuestError if the VM is gone.
+
+        bhyve's suspended vCPU threads notice that too: they try VM_RUN every millisecond.
+        """
         if not guest.memory.is_current():
             raise GuestError("vm_run error -1, errno 6")
 
@@ -219,16 +233,18 @@ class Machine:
         return server
 
     def _end_suspended(self, guest: Guest) -> None:
-        """End in the middle of the handler, as bhyve does: no reply, only EOF."""
-        self._is_suspended = True  # or _watch() would take it for somebody else's destruction
+        """End the process inside the handler, as bhyve does: the client gets EOF and no reply."""
+        # Without this flag, _watch() would report that another process destroyed the VM.
+        self._is_suspended = True
         self._destroy(guest)
         os._exit(SUSPENDED)
 
     def _watch(self, guest: Guest) -> int:
-        """Wait for the power-off, or for somebody to destroy the VM.
+        """Wait until the guest ends or another process destroys the VM; return the exit status.
 
-        bhyve's vCPU threads notice that, by VM_RUN; while a checkpoint has
-        paused them they do not.  Where the host's directory is gone, the play is over.
+        bhyve's vCPU threads notice by VM_RUN that the VM is gone, but not while a
+        checkpoint has paused the threads.  The stand-in ends even then if the
+        host's vmm directory is gone.
         """
         while True:
             try:
@@ -244,7 +260,7 @@ class Machine:
             return status
 
     def _destroy(self, guest: Guest) -> None:
-        """Destroy the VM, unless somebody did and the name is another's by now."""
+        """Destroy the VM, unless the VM is gone: its name may belong to another VM by now."""
         if guest.memory.is_current():
             node.destroy(self._directory, self._name)
 

@@ -1,9 +1,9 @@
 """Open a file below a directory as a process in capability mode does.
 
-openat(2) is strict-relative there: absolute paths, absolute symlinks and ".."
-that leaves the directory are refused; a relative symlink that stays below is
-followed, a mount point crossed.  Source: FreeBSD vfs_lookup.c,
-NI_LCF_STRICTREL (dossier, section 3.6).
+In capability mode openat(2) refuses absolute paths, absolute symlinks and a
+".." that leaves the directory; it follows a relative symlink that stays below
+the directory, and crosses mount points.  Source: FreeBSD
+sys/kern/vfs_lookup.c, nameicap_check_dotdot(), NI_LCF_STRICTREL.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 def open_below(directory_fd: int, path: str, flags: int, mode: int) -> int:
     """Open a path relative to a directory and return the descriptor.
 
-    Raises OSError; EPERM stands for FreeBSD's ENOTCAPABLE.
+    flags, mode: as for open(2).  Raises OSError if the open fails; EPERM
+    stands for FreeBSD's ENOTCAPABLE.
     """
     walk = [os.dup(directory_fd)]
     parts = _split(path)
@@ -55,7 +56,7 @@ def _split(path: str) -> list[str]:
 
 
 def _link(directory_fd: int, name: str) -> str | None:
-    """Return what a symlink points to; None for anything else."""
+    """Return a symlink's target, or None if the name is no symlink or does not exist."""
     try:
         return os.readlink(name, dir_fd=directory_fd)
     except OSError as error:

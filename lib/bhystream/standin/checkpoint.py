@@ -1,9 +1,10 @@
 """The checkpoint socket: one connection after the other, one request on each.
 
-What the backend stands on: a descriptor that came with a request, also one
+The backend relies on this: every descriptor that came with a request, even
 under a key that bhyve does not know, stays open in bhyve's process until the
-handler has returned and the connection is closed.  The connection's end is all
-that G4 answers; G5 replies with a list before it: empty, or with "error".
+handler has returned and the connection is closed.  A G4 bhyve (see Settings)
+answers only by closing the connection; a G5 bhyve first sends a reply list,
+which is empty or contains "error".
 
 Source: usr.sbin/bhyve/snapshot.c, checkpoint_thread() and handle_message(),
 FreeBSD 15.1 (G4), run there; freebsd/freebsd-src@04811d46 usr.sbin/bhyve/ipc.c
@@ -29,15 +30,15 @@ from .settings import Settings, read_settings
 
 _BACKLOG = 10
 _SUN_PATH_BYTES = 103  # FreeBSD's sys/un.h, without the NUL
-# FreeBSD's words for what nvlist_recv(3) leaves in errno.
+# FreeBSD's text for the errno of nvlist_recv(3) if the connection ends before its first byte.
 _NOT_CONNECTED = "Socket is not connected"
 
 
 class CheckpointServer:
-    """Serves the socket of one guest in a thread.
+    """The thread that serves the checkpoint socket of one guest.
 
-    end: called in a suspend when all is saved; destroys the VM and ends the
-    process.  memflags: for the meta file.
+    end: called when a suspend has saved everything; destroys the VM and ends
+    the process.  memflags: for FILE.meta, bits of vmmapi.h.
     """
 
     def __init__(
@@ -57,7 +58,11 @@ class CheckpointServer:
         self._busy = threading.Lock()
 
     def start(self) -> None:
-        """Bind the socket and serve it.  A path that is too long is cut.  Raises OSError."""
+        """Bind the socket and start the thread.
+
+        A path longer than _SUN_PATH_BYTES is cut.  Raises OSError if the socket
+        cannot be bound, or if the cut would fall inside the directory's path.
+        """
         whole = os.fsencode(self._directory / "run" / self._name)
         path = Path(os.fsdecode(whole[:_SUN_PATH_BYTES]))
         if path.parent != self._directory / "run":
@@ -77,7 +82,7 @@ class CheckpointServer:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Keep every request waiting."""
+        """Keep every request waiting until the with block ends."""
         with self._busy:
             yield
 
@@ -88,7 +93,7 @@ class CheckpointServer:
                 self._serve_one(connection)
 
     def _serve_one(self, connection: socket.socket) -> None:
-        """Serve one connection, close it, and then what came over it: in this order."""
+        """Serve one connection, close it, and then close the descriptors that came over it."""
         request: dict[str, nvlist.Value] = {}
         try:
             with connection:
@@ -106,14 +111,14 @@ class CheckpointServer:
             threading.Event().wait()
         error = self._handle(request, settings)
         if settings.generation == 5:
-            # Without a command the list comes back, as it was, with the error in it.
+            # bhyve sends a request without a command back, with the error added to the list.
             echo = {} if "cmd" in request else _without_descriptors(request)
             reply, _ = nvlist.pack({**echo, "error": error} if error else {})
-            with suppress(OSError):  # of a client that is gone already
+            with suppress(OSError):  # the client may be gone already
                 connection.sendall(reply, socket.MSG_NOSIGNAL)
 
     def _handle(self, request: Mapping[str, nvlist.Value], settings: Settings) -> str:
-        """Do what is asked; return "" or the error."""
+        """Serve a request; return "" or the text of the error."""
         command = request.get("cmd")
         if not isinstance(command, str):
             return "missing command name"
@@ -133,7 +138,7 @@ class CheckpointServer:
 
 
 def _receive(connection: socket.socket) -> dict[str, nvlist.Value]:
-    """Return a request, {} for none that could be read: bhyve's words say why."""
+    """Return a request; if none can be read, print bhyve's message and return {}."""
     try:
         request = nvlist.receive(connection)
     except FormatError:
@@ -152,7 +157,7 @@ def _without_descriptors(request: Mapping[str, nvlist.Value]) -> dict[str, nvlis
 
 
 def _close(request: dict[str, nvlist.Value], but: str = "") -> None:
-    """Close the descriptors of a request but one, and take them out of it."""
+    """Close and remove the descriptors of a request, except the one under the key `but`."""
     for key, value in [*request.items()]:
         if isinstance(value, nvlist.Descriptor) and key != but:
             os.close(value.fd)

@@ -1,8 +1,8 @@
 """The configuration of a guest: bhyve_config(5), from bhyve's command line.
 
-Source: facts of bhyve(8) and bhyve_config(5): -k FILE and -o key=value are
-taken in the order of the command line, the last one wins; -s, -l and the
-flags are other ways to write keys.
+-k FILE and -o key=value take effect in the order of the command line, and the
+last value of a key wins; -s, -l and the flags are other ways to write keys.
+Source: bhyve(8), bhyve_config(5).
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ NET = frozenset({"virtio-net", "e1000"})
 
 
 def parse_bytes(text: str) -> int:
-    """Return a number of bytes: digits and one of B, K, M, G, T.  Raises UsageError."""
+    """Return the number of bytes in a text: digits and at most one of B, K, M, G, T.
+
+    The units are powers of 1024.  Raises UsageError if the text is no size.
+    """
     found = re.fullmatch(r"(\d+)([BKMGT]?)", text.strip().upper())
     if not found:
         raise UsageError(f"not a size: {text!r}")
@@ -51,10 +54,10 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_memory(text: str) -> int:
-    """Return memory.size in bytes; a plain number below 1 MiB is in MiB.
+    """Return memory.size in bytes; a plain number below 1 MiB counts MiB.
 
-    Source: vmmapi.c, vm_parse_memsize().  Raises UsageError for what is no
-    positive multiple of a page.
+    Raises UsageError if the size is not a positive multiple of a page (4096).
+    Source: FreeBSD lib/libvmmapi/vmmapi.c, vm_parse_memsize().
     """
     size = parse_bytes(text)
     if text.strip().isdigit() and size < 1 << 20:
@@ -66,14 +69,18 @@ def parse_memory(text: str) -> int:
 
 @dataclass
 class Config:
-    """A guest's configuration.  keys: expanded, in the order in which they first came."""
+    """A guest's configuration.
+
+    keys: full names and values, in the order in which each key first appeared.
+    snapshot: the FILE of -r.
+    """
 
     keys: dict[str, str] = field(default_factory=dict)
     snapshot: Path | None = None
 
     @property
     def name(self) -> str:
-        """The guest's name, "" where none was given."""
+        """The guest's name, "" if none was given."""
         return self.keys.get("name", "")
 
     def get(self, key: str, default: str = "") -> str:
@@ -86,15 +93,18 @@ class Config:
         return value
 
     def is_set(self, key: str) -> bool:
-        """Return a boolean key; absent is false."""
+        """Return the value of a boolean key, False if the key is absent."""
         return self.get(key).lower() in ("true", "on", "yes", "1")
 
     def memsize_bytes(self) -> int:
-        """Return memory.size.  Raises UsageError."""
+        """Return memory.size in bytes.  Raises UsageError if the value is no memory size."""
         return parse_memory(self.get("memory.size", _DEFAULT_MEMORY))
 
     def topology(self) -> tuple[int, int, int]:
-        """Return sockets, cores and threads; of cpus alone, that many sockets."""
+        """Return (sockets, cores, threads); cpus without sockets decides the sockets.
+
+        Raises UsageError if a number is not positive, or if cpus is not the product.
+        """
         sockets, cores, threads = (self._count(k) for k in ("sockets", "cores", "threads"))
         if "cpus" in self.keys and "sockets" not in self.keys:
             sockets = max(1, self._count("cpus") // (cores * threads))
@@ -103,12 +113,12 @@ class Config:
         return sockets, cores, threads
 
     def ncpus(self) -> int:
-        """Return the number of vCPUs."""
+        """Return the number of vCPUs.  Raises UsageError as topology() does."""
         sockets, cores, threads = self.topology()
         return sockets * cores * threads
 
     def devices(self) -> list[tuple[str, str]]:
-        """Return (emulation, "B.S.F") of each PCI device, ascending by slot."""
+        """Return (emulation, "bus.slot.function") of each PCI device, ascending."""
         found = []
         for key in self.keys:
             words = key.split(".")
@@ -125,10 +135,10 @@ class Config:
 
 
 def parse(argv: Sequence[str]) -> Config:
-    """Return the configuration that a command line makes.
+    """Return the configuration that a command line describes.
 
-    argv: without the program's name.  Raises UsageError for what is wrong
-    with it, GuestError for a file that cannot be read.
+    argv: without the program's name.  Raises UsageError if the command line is
+    wrong or asks for help (-h), GuestError if a file cannot be read.
     """
     try:
         options, operands = getopt.getopt(list(argv), "AaCDeHhPSuWwxYc:K:k:l:m:o:r:s:U:")
@@ -138,7 +148,7 @@ def parse(argv: Sequence[str]) -> Config:
     for option, value in options:
         _take(config, option, value)
     if len(operands) > 1:
-        raise UsageError("one name, not several", hint=USAGE)
+        raise UsageError("only one name may be given", hint=USAGE)
     if operands:
         config.keys["name"] = operands[0]
     return config
@@ -220,7 +230,7 @@ def _take_slot(keys: dict[str, str], text: str) -> None:
 
 
 def _slot_key(kind: str, word: str, index: int) -> tuple[str, str]:
-    """Return the key that a word of -s writes, below its device, and the value."""
+    """Return the key below the device, and the value, that one word of -s stands for."""
     port, colon, path = word.partition(":")
     if kind == "ahci" and colon and port in ("hd", "cd"):
         return f"port.{index}.path", path

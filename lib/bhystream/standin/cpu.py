@@ -1,18 +1,18 @@
 """The vCPUs of a guest as vmm knows them: DIR/vmm/NAME.cpu.
 
-A file, mapped by the stand-in and by whoever opens the VM: registers, hidden
-parts, FPU, and whether the vCPU may run.  The stand-in's guest keeps its FPU
-here and nowhere else, and no blob of a snapshot holds it: as in bhyve a restore
-loses it, unless somebody carries it.
+The stand-in and every process that opens the VM map this file.  For each vCPU
+the file has registers, hidden parts and FPU, and says whether the vCPU may run.
+The guest's FPU is in this file only, and in no blob of a snapshot: as in bhyve,
+a restore loses the FPU unless the backend carries it over.
 
     0       u64 ncpus, u64 seconds given to VM_RTC_SETTIME
     4096    one vCPU after the other, STRIDE_BYTES each:
       0       registers, u64 each, by vmm's numbers
       0x200   hidden parts of ES to GDTR: u64 base, u32 limit, u32 access
-      0x300   what vmm and the CPU know beside that, u64 each, by NAMES
+      0x300   further state of vmm and of the CPU, u64 each, in the order of NAMES
       0x1000  the FPU: an XSAVE image of standard format
 
-A lock on the file plays vmm's rule that one ioctl at a time has a vCPU.
+A lock on the file plays vmm's rule that only one ioctl at a time uses a vCPU.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ NAMES = (
     *("suspended", "event_1", "event_2", "entry_event", "pending_debug"),
     *("nmi_pending", "nmi_blocked", "nmi_after", "cpl", "xcr0", "cr0_shadow", "cr4_shadow"),
 )
-"""nmi_after: an NMI comes when this many instructions are done, 0 for none.
+"""nmi_after: the number of instructions until an NMI arrives, 0 for no NMI.
 
-entry_event, pending_debug, the shadows: of an Intel CPU's VMCS.
+entry_event, pending_debug and the shadows are fields of an Intel CPU's VMCS.
 """
 
 CR0_MASK, CR4_MASK = 0x60000020, 0x2000  # NW, CD, NE; VMXE
@@ -52,7 +52,7 @@ _HIDDEN = struct.Struct("<QII")
 _HIDDEN_AT, _NAMES_AT, _FPU_AT = 0x200, 0x300, 0x1000
 _PLACES = {name: _NAMES_AT + 8 * index for index, name in enumerate(NAMES)}
 
-# FCW and MXCSR as after a reset; XMM and the rest are zero.
+# FCW and MXCSR have their values after a reset; XMM and the rest are zero.
 _RESET_FPU = struct.pack("<H22xII", 0x37F, 0x1F80, 0xFFFF)
 
 
@@ -65,7 +65,10 @@ class Cpu:
         self._is_intel = is_intel
 
     def __getitem__(self, number: int) -> int:
-        """Return a register.  Source: vmx.c, vmx_getreg(); svm.c, svm_getreg()."""
+        """Return a register, by vmm's number.  Raises GuestError if vmm cannot read the register.
+
+        Source: sys/amd64/vmm: intel/vmx.c, vmx_getreg(); amd/svm.c, svm_getreg().
+        """
         fields = {
             reg.VMCS_ENTRY_INTR_INFO: "entry_event",
             reg.VMCS_PENDING_DEBUG: "pending_debug",
@@ -82,7 +85,11 @@ class Cpu:
         return self._word(number * 8)
 
     def __setitem__(self, number: int, value: int) -> None:
-        """Set a register.  Source: vmx.c, vmx_setreg(), vmcs_fix_regval(); svm.c, svm_setreg()."""
+        """Set a register, by vmm's number.  Raises GuestError if vmm cannot set the register.
+
+        Source: sys/amd64/vmm: intel/vmx.c, vmx_setreg(); intel/vmcs.c,
+        vmcs_fix_regval(); amd/svm.c, svm_setreg().
+        """
         forces_shadow = number == reg.INTR_SHADOW and value and self._is_intel
         if not 0 <= number < reg.LAST or number in (reg.GDTR, reg.IDTR) or forces_shadow:
             raise GuestError(f"cannot set register {number}: Invalid argument")
@@ -95,38 +102,38 @@ class Cpu:
         self._put_word(number * 8, value)
 
     def hidden(self, number: int) -> SegmentDescriptor:
-        """Return the hidden part of a segment register."""
+        """Return the hidden part of a segment register.  Raises GuestError if it has none."""
         return SegmentDescriptor(*_HIDDEN.unpack_from(self._mapping, self._hidden_at(number)))
 
     def put_hidden(self, number: int, value: SegmentDescriptor) -> None:
-        """Set the hidden part of a segment register."""
+        """Set the hidden part of a segment register.  Raises GuestError if it has none."""
         at = self._hidden_at(number)
         _HIDDEN.pack_into(self._mapping, at, value.base, value.limit, value.access)
 
     def get(self, name: str) -> int:
-        """Return one of NAMES."""
+        """Return the value of one of NAMES."""
         return self._word(_PLACES[name])
 
     def put(self, name: str, value: int) -> None:
-        """Set one of NAMES."""
+        """Set the value of one of NAMES."""
         self._put_word(_PLACES[name], value)
 
     def fpu(self, at: int, length_bytes: int) -> bytes:
-        """Return bytes of the FPU."""
+        """Return bytes of the FPU.  at: an offset in the XSAVE image."""
         start = self._at + _FPU_AT + at
         return self._mapping[start : start + length_bytes]
 
     def put_fpu(self, at: int, data: bytes) -> None:
-        """Set bytes of the FPU."""
+        """Set bytes of the FPU.  at: an offset in the XSAVE image."""
         start = self._at + _FPU_AT + at
         self._mapping[start : start + len(data)] = data
 
     def state(self) -> bytes:
-        """Return registers and hidden parts, to be compared."""
+        """Return registers and hidden parts as bytes, for a comparison."""
         return self._mapping[self._at : self._at + _NAMES_AT]
 
     def reset(self) -> None:
-        """Make it a vCPU that was never started."""
+        """Set the state of a vCPU that was never started."""
         self._mapping[self._at : self._at + STRIDE_BYTES] = bytes(STRIDE_BYTES)
         self.put_fpu(0, _RESET_FPU)
         self.put("xcr0", 1)
@@ -135,9 +142,10 @@ class Cpu:
         self[reg.RIP], self[reg.CS] = 0xFFF0, 0xF000
 
     def start(self, index: int) -> None:
-        """Make it a vCPU in the middle of 64-bit code; not its FPU.
+        """Set the state of a vCPU in the middle of 64-bit code, except the FPU.
 
-        Every other one in user mode; their registers are all different.
+        index: the vCPU's number.  A vCPU with an odd number is in user mode, and
+        no two vCPUs have the same registers.
         """
         cpl = 3 if index % 2 else 0
         for number in range(reg.LAST):
@@ -170,10 +178,10 @@ class Cpu:
 
 
 class Cpus:
-    """The file, open.  Threads that exclude each other have one each."""
+    """The open file of vCPUs.  Each thread that must exclude others needs an object of its own."""
 
     def __init__(self, path: Path, *, is_intel: bool) -> None:
-        """Open it.  Raises GuestError where the VM has none yet."""
+        """Open the file.  Raises GuestError if the VM has no vCPUs yet."""
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -183,7 +191,7 @@ class Cpus:
         self._cpus = [Cpu(self._mapping, n, is_intel=is_intel) for n in range(self.ncpus)]
 
     def __getitem__(self, index: int) -> Cpu:
-        """Return a vCPU.  Raises GuestError where there is none of that number."""
+        """Return a vCPU.  Raises GuestError if no vCPU has that number."""
         if not 0 <= index < self.ncpus:
             raise GuestError(f"no vCPU {index}: Invalid argument")
         return self._cpus[index]
@@ -193,7 +201,7 @@ class Cpus:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep everybody else away."""
+        """Lock the file until the with block ends; other callers of locked() wait."""
         fcntl.flock(self._fd, fcntl.LOCK_EX)
         try:
             yield
@@ -202,7 +210,7 @@ class Cpus:
 
     @property
     def rtc_seconds(self) -> int:
-        """What the clock was set to last, 0 if never."""
+        """The seconds since the Epoch that the clock was set to last, 0 if never."""
         found: int = _WORD.unpack_from(self._mapping, 8)[0]
         return found
 
@@ -211,7 +219,7 @@ class Cpus:
         _WORD.pack_into(self._mapping, 8, seconds)
 
     def close(self) -> None:
-        """Give up the file."""
+        """Close the file.  A second call does nothing."""
         if self._fd >= 0:
             self._mapping.close()
             os.close(self._fd)
@@ -219,7 +227,10 @@ class Cpus:
 
 
 def create(path: Path, ncpus: int, *, is_intel: bool) -> Cpus:
-    """Make the file of vCPUs that were never started, and open it.  Raises OSError."""
+    """Make and open the file of vCPUs that were never started.
+
+    Raises OSError if the file cannot be made.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         os.truncate(fd, HEAD_BYTES + ncpus * STRIDE_BYTES)

@@ -1,17 +1,17 @@
 """The emulated devices, and their blobs.
 
-Three kinds write guest memory by themselves, as DMA does:
+Three kinds of device write guest memory by themselves, as DMA does:
 
-* those with a pause callback (virtio-net, virtio-blk, ahci): a thread counts
-  ticks and writes a page of that count; the count in the blob and the page
+* a device with a pause callback (virtio-net, virtio-blk, ahci): a thread counts
+  ticks and fills a page with that count; the count in the blob and the page
   must agree after a restore;
-* e1000, which has none: its thread goes on until the process is gone, also
-  after memory and blobs were saved.  Memory may be ahead of its blob, never
-  behind it;
-* the UART behind lpc: it counts the bytes that it was given, and the guest
+* e1000, which has no pause callback: its thread goes on until the process ends,
+  even after memory and blobs were saved.  Memory may be ahead of the blob, never
+  behind the blob;
+* the UART behind lpc: the UART counts the bytes that it was given, and the guest
   counts in memory the bytes that it sent.
 
-The others only carry their name and the clock.
+The blobs of the other devices carry only the device's name and the clock.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .kernel import StandinHost
 from .node import Memory
 from .proof import DEVICE_PAGE, UART_PAGE, page_bytes
 
-# Source: dossier, section 11.1.
+# Source: FreeBSD usr.sbin/bhyve/pci_*.c, struct pci_devemu, pe_snapshot and pe_pause.
 PAUSABLE = frozenset({"virtio-net", "virtio-blk", "ahci", "ahci-hd", "ahci-cd"})
 UNSAVED = frozenset(
     {
@@ -55,9 +55,10 @@ _COUNTER = struct.Struct("<Q")
 
 
 class Device:
-    """A device that only carries its name.  name: as pi_name, "virtio-blk@pci.0.3.0".
+    """A device whose blob carries only name and clock.
 
-    constants: what a blob must have like this device, or its restore fails.
+    name: bhyve's pi_name, such as "virtio-blk@pci.0.3.0".  constants: a blob
+    with other constants cannot be restored.
     """
 
     def __init__(self, name: str, kind: str) -> None:
@@ -68,48 +69,48 @@ class Device:
 
     @property
     def can_be_saved(self) -> bool:
-        """Whether it has a snapshot callback."""
+        """Whether the device has a snapshot callback."""
         return self.kind not in UNSAVED
 
     def fields(self) -> dict[str, Any]:
-        """Return what its blob holds beside name and clock."""
+        """Return the fields that the blob has beside name, clock and constants."""
         return {}
 
     def take(self, fields: dict[str, Any]) -> None:
-        """Take over what a blob held."""
+        """Take over the fields of a blob."""
 
     def save(self, clock: int) -> bytes:
-        """Return its blob."""
+        """Return the device's blob.  clock: the guest's."""
         fields = {"constants": self.constants, **self.fields()}
         return pack_blob(self.name, self.kind, clock, fields)
 
     def load(self, blob: bytes) -> bool:
-        """Take over a blob; what is wrong with it, complaints() says later.
+        """Take over a blob; return False if the blob's constants differ from the device's.
 
-        Returns False for one with other constants.  Source: usr.sbin/bhyve/virtio.c,
-        vi_pci_snapshot_consts(), FreeBSD 15.1, read.
+        complaints() later yields every other fault of the blob.  Source:
+        usr.sbin/bhyve/virtio.c, vi_pci_snapshot_consts(), FreeBSD 15.1, read.
         """
         self._restored = unpack_blob(blob)
         self.take(self._restored)
         return not self.constants or self._restored.get("constants") == self.constants
 
     def complaints(self, clock: int) -> Iterator[str]:
-        """Yield what is wrong with the blob that was loaded, now that memory is there."""
+        """Yield the faults of the loaded blob.  The guest's memory must have been restored."""
         if self._restored is None:
             return
         yield from blob_complaints(self.name, self._restored, clock)
         yield from self.memory_complaints()
 
     def memory_complaints(self) -> Iterator[str]:
-        """Yield where the blob and guest memory do not agree."""
+        """Yield the contradictions between the blob and guest memory."""
         yield from ()
 
     def start(self) -> None:
-        """Start its threads."""
+        """Start the device's threads."""
 
 
 def blob_complaints(name: str, fields: dict[str, Any], clock: int) -> Iterator[str]:
-    """Yield what a blob's own name and clock give away."""
+    """Yield the faults that a blob's own name and clock show."""
     if fields.get("name") != name:
         yield f"blob {name}: expected {name} found {fields.get('name', 'no name')}"
     if fields.get("clock") != clock:
@@ -117,7 +118,7 @@ def blob_complaints(name: str, fields: dict[str, Any], clock: int) -> Iterator[s
 
 
 class Ticker(Device):
-    """Counts ticks, and writes each into its page.  gate: that which pauses it."""
+    """A device that counts ticks and fills its page with the count.  gate: pauses its thread."""
 
     def __init__(self, name: str, kind: str, memory: Memory, page: int, gate: Gate) -> None:
         super().__init__(name, kind)
@@ -156,10 +157,10 @@ class Ticker(Device):
 
 
 class Unpaused(Device):
-    """e1000: no pause callback, so its thread writes until the process is gone.
+    """e1000: a device without pause callback, whose thread writes until the process ends.
 
-    Its blob is as new as the moment in which it is saved, which is after
-    memory was: a memory image taken before the process ended is too old.
+    The blob is as new as the moment at which bhyve saves the blob, which is after
+    bhyve saved the memory.  So a memory image taken before that is too old.
     """
 
     def __init__(self, name: str, kind: str, memory: Memory, page: int) -> None:
@@ -197,10 +198,10 @@ class Unpaused(Device):
 
 
 class Uart(Device):
-    """lpc, with the UART of com1: what it is given, it appends to its file at once."""
+    """lpc with the UART of com1, which appends each line to its file at once."""
 
     def __init__(self, name: str, kind: str, memory: Memory, path: str) -> None:
-        """path: of lpc.com1.path, "" for nowhere.  Raises GuestError."""
+        """path: lpc.com1.path, "" for no file.  Raises GuestError if the file cannot be opened."""
         super().__init__(name, kind)
         self.sent_bytes = 0
         self._memory = memory
@@ -214,7 +215,7 @@ class Uart(Device):
                 raise GuestError(f"unable to open {path} for com1: {error}") from error
 
     def write(self, line: str) -> None:
-        """Print a line: the guest counts it in memory, the UART in itself."""
+        """Print a line; count its bytes in guest memory and in the UART."""
         data = line.encode() + b"\n"
         with self._lock:
             self.sent_bytes += len(data)
@@ -235,10 +236,10 @@ class Uart(Device):
 
 
 def make_devices(config: Config, memory: Memory, gate: Gate, directory: Path) -> list[Device]:
-    """Return the devices of a configuration, ascending by slot, and last atkbdc.
+    """Return the devices of a configuration, ascending by slot, then atkbdc.
 
-    Raises GuestError for a device that is not known, or whose host resource
-    is not there.
+    Raises GuestError if a device is unknown or its host resource cannot be
+    opened.
     """
     devices: list[Device] = []
     for index, (kind, place) in enumerate(config.devices()):
@@ -259,14 +260,14 @@ def make_devices(config: Config, memory: Memory, gate: Gate, directory: Path) ->
 
 
 def uart_of(devices: Sequence[Device]) -> Uart | None:
-    """Return the UART that the guest prints to."""
+    """Return the UART that the guest prints to, None if the guest has no lpc."""
     return next((device for device in devices if isinstance(device, Uart)), None)
 
 
 def _open(config: Config, kind: str, key: str, directory: Path) -> Mapping[str, bool]:
-    """Open what a device has on the host, for as long as bhyve lives; return its constants.
+    """Open a device's host resources until bhyve ends; return the device's constants.
 
-    Raises GuestError.  Source: usr.sbin/bhyve/block_if.c, blockif_open();
+    Raises GuestError if one cannot be opened.  Source: usr.sbin/bhyve/block_if.c, blockif_open();
     pci_virtio_block.c, pci_vtblk_init(); pci_virtio_net.c, pci_vtnet_init(),
     FreeBSD 15.1, read.
     """
@@ -290,7 +291,7 @@ def _open(config: Config, kind: str, key: str, directory: Path) -> Mapping[str, 
 
 
 def _open_disk(key: str, path: str) -> None:
-    """Open a disk, to be read where it cannot be written: bhyve says no word of that."""
+    """Open a disk read-write, or read-only if that fails: bhyve does so without a message."""
     for flags in (os.O_RDWR, os.O_RDONLY):
         try:
             os.open(path, flags | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""Where threads of the guest stop when it is paused."""
+"""The gate at which threads of the guest stop when the guest is paused."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import time
 
 
 class Gate:
-    """Parks a known number of threads, and says when all of them stand.
+    """A gate that parks a known number of threads and knows when all of them stand.
 
-    A thread calls rest() wherever it may be stopped: between two steps, never
-    inside one.  `is_closed` may be read without the lock, to leave a batch.
+    A thread calls rest() wherever the gate may stop it: between two steps, never
+    inside a step.  `is_closed` may be read without the lock, to leave a batch early.
     """
 
     def __init__(self) -> None:
-        """A gate is made closed: nothing runs before open()."""
+        """Make a closed gate: no thread passes before open()."""
         self._changed = threading.Condition()
         self._members = 0
         self._parked = 0
         self.is_closed = True
 
     def join(self, run: threading.Thread) -> None:
-        """Start one more thread; it comes to its first rest() by itself."""
+        """Start one more thread, which must call rest() before its first step."""
         self._members += 1
         run.start()
 
     def rest(self, seconds: float = 0.0) -> None:
-        """Sleep; stand still from when the gate closes until it is open."""
+        """Sleep for `seconds`; if the gate is or gets closed, stand still until the gate opens."""
         if not seconds and not self.is_closed:
             return
         with self._changed:
@@ -46,7 +46,7 @@ class Gate:
             self._changed.wait_for(lambda: self._parked == self._members)
 
     def open(self) -> None:
-        """Let every thread run on; return when none stands any more."""
+        """Let every thread run on; return when no thread stands any more."""
         with self._changed:
             self.is_closed = False
             self._changed.notify_all()

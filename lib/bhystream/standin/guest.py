@@ -1,17 +1,19 @@
-"""The guest: vCPUs, kernel structures and devices over one memory.
+"""The guest: vCPUs, kernel structures and devices that share one memory.
 
-A guest is made paused.  boot() fills it and start_vcpus() lets it run; or
-load_*() take over a snapshot's state and resume_vcpus() does.  Its console is
-com1.
+A new Guest is paused.  Either boot() fills its memory and start_vcpus() lets
+the guest run, or load_kernel() and Device.load() take over a snapshot's state
+and resume_vcpus() lets the guest run.
 
-A vCPU that the guest never started waits in bhyve, but whoever resumes the
-guest after a checkpoint or a restore resumes all of them: it runs then, from a
-state that nobody gave it.  Source: vm_vcpu_resume() and main(), FreeBSD 15.1,
-run there.
+bhyve keeps a vCPU waiting that the guest never started.  But after a checkpoint
+or a restore bhyve resumes all vCPUs: such a vCPU then runs from a state that the
+guest never set.  Source: usr.sbin/bhyve/snapshot.c, vm_vcpu_resume();
+bhyverun.c, main(), FreeBSD 15.1, run there.
 
-    beat N                     every 100 ms; no gap, also over a move
+The guest prints on its console, com1:
+
+    beat N                     every 100 ms, without a gap, also across a move
     sweep N pages P wrong W    every vCPU has checked all its pages once more
-    WRONG what: expected .. found ..    at once, when something is
+    WRONG what: expected .. found ..    at once, when the guest finds a fault
 """
 
 from __future__ import annotations
@@ -58,10 +60,10 @@ KERNEL_STRUCTS = (
     "vpmtmr",
     "vrtc",
 )
-"""In the order of FILE.kern.  Source: dossier, section 3.4, G4."""
+"""In the order of FILE.kern, G4.  Source: usr.sbin/bhyve/snapshot.c, snapshot_kern_structs."""
 
 _BEAT_S = 0.1
-_TRY_S = 0.001  # vmexit.c, vmexit_debug()
+_TRY_S = 0.001  # as in usr.sbin/bhyve/amd64/vmexit.c, vmexit_debug()
 _TOLD_LIMIT = 50
 _STRAYS_A_SLICE = 2048
 _CLOCK = struct.Struct("<Q")
@@ -69,9 +71,9 @@ _DEFAULTS = {"touched": "64M", "working_set": "16M", "rate": "24M", "sweep_rate"
 
 
 def boot_parameters(config: Config, ncpus: int, npages: int) -> Boot:
-    """Return the boot parameters of a configuration, cut to the memory that there is.
+    """Return the boot parameters of a configuration, limited to npages of memory.
 
-    Raises UsageError.
+    Raises UsageError if a standin.* key has an invalid value.
     """
     asked = {k: parse_bytes(config.get(f"standin.{k}", v)) for k, v in _DEFAULTS.items()}
     touched = max(min(asked["touched"] // 4096, (npages - FIRST_PAGE) // 16 * 16), ncpus)
@@ -85,8 +87,7 @@ def boot_parameters(config: Config, ncpus: int, npages: int) -> Boot:
 class Guest:
     """A guest, paused until start_vcpus() or resume_vcpus().
 
-    gate: parks the devices that have a pause callback; it is the one that they
-    were made with.
+    gate: the gate that the devices with a pause callback were made with.
     """
 
     def __init__(
@@ -99,8 +100,8 @@ class Guest:
         self.memory = memory
         self.devices = devices
         self.ncpus = ncpus
-        # No CPU enters a guest whose registers are all 0.  Source: the AMD64 manual,
-        # volume 2, 15.5.1: EFER.SVME 0; the Intel manual, volume 3, 26.3: CR4.VMXE 0.
+        # A CPU does not enter a guest whose registers are all 0.  Source: the AMD64 manual,
+        # volume 2, 15.5.1 (EFER.SVME is 0); the Intel manual, volume 3, 26.3 (CR4.VMXE is 0).
         self.can_enter = True
         self._unstarted: range = range(0)
         self._gate = gate
@@ -127,9 +128,10 @@ class Guest:
         self._is_let_go = threading.Event()
 
     def hold_vcpus(self) -> None:
-        """Let each vCPU's thread try VM_RUN, in vain while it is suspended, until they all run.
+        """Start one thread for each vCPU that tries VM_RUN again and again until prepare().
 
-        What bhyve's do while a snapshot is read.
+        bhyve's vCPU threads do so while bhyve reads a snapshot.  VM_RUN runs
+        nothing while the vCPU is suspended.
         """
         for index in range(self.ncpus):
             thread = threading.Thread(target=self._try_to_run, args=(index,), daemon=True)
@@ -152,7 +154,7 @@ class Guest:
             own.close()
 
     def boot(self, boot: Boot) -> None:
-        """Fill a new guest's memory."""
+        """Fill a new guest's memory, as the boot parameters ask."""
         self.memory.write(BOOT_PAGE, boot.pack())
         self._advance_clock()
         self._make_vcpus(boot)
@@ -160,9 +162,10 @@ class Guest:
             vcpu.boot()
 
     def prepare(self) -> None:
-        """Start every thread; devices run then, vCPUs stand until they are resumed.
+        """Start every thread: the devices run, the vCPUs stand until they are started or resumed.
 
-        What a snapshot's state says and memory does not is kept until then.
+        A snapshot's state is first compared with memory; the guest prints the
+        differences when it runs.
         """
         if self._restored:
             self._take_state()
@@ -190,12 +193,12 @@ class Guest:
         self._gate.open()
 
     def start_vcpus(self) -> None:
-        """Let those run that the guest starts: bhyve the first, the guest's firmware the others."""
+        """Let the vCPUs run that bhyve (the first) or the guest's firmware (the others) starts."""
         self._let_wait(self._unstarted)
         self._cpus.open()
 
     def resume_vcpus(self) -> None:
-        """Let every vCPU run, paused or not: also one that the guest never started."""
+        """Let every vCPU run, paused or not, and even a vCPU that the guest never started."""
         for index in self._unstarted:
             self._complaints.append(f"vcpu {index}: ran without a SIPI")
         self._unstarted = range(0)
@@ -208,7 +211,7 @@ class Guest:
         return self._cpus.is_closed
 
     def _let_wait(self, waiting: Collection[int]) -> None:
-        """Show which vCPUs wait in bhyve (VM_DEBUG_CPUS)."""
+        """Mark the vCPUs that wait in bhyve (VM_DEBUG_CPUS), and no others, as suspended."""
         for index, cpu in enumerate(self._cpu_file):
             cpu.put("suspended", int(index in waiting))
 
@@ -236,7 +239,7 @@ class Guest:
         return device.save(self._clock)
 
     def load_kernel(self, name: str, blob: bytes) -> None:
-        """Take over the blob of a kernel structure; checked when the guest starts."""
+        """Take over the blob of a kernel structure; prepare() checks the blob."""
         if name == "vmcx" and not any(blob):
             self.can_enter = False
         self._restored[name] = unpack_blob(blob)
@@ -270,7 +273,7 @@ class Guest:
         self._strays = self._find_strays()
 
     def _find_strays(self) -> Iterator[None]:
-        """Look at the pages that the guest never wrote, one for each turn: they are zero."""
+        """Check that the pages which the guest never wrote are zero, one page for each yield."""
         known = {page for vcpu in self._vcpus for page in vcpu.plan.working + vcpu.plan.static}
         for page in self.memory.allocated():
             if page >= FIRST_PAGE and page not in known:
@@ -299,7 +302,7 @@ class Guest:
             )
 
     def _keep_house(self) -> None:
-        """What vCPU 0 does between two batches: the clock, and the console."""
+        """Advance the clock and print on the console; vCPU 0 does so between two batches."""
         self._advance_clock()
         while self._complaints:
             self._tell(self._complaints.pop(0))

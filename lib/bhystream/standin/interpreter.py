@@ -1,13 +1,13 @@
 """VM_RUN of the stand-in: an interpreter of the instructions of backend/bhyve/stub.py.
 
-No others: what else a vCPU comes upon is refused loudly, as a fault of ours.
-What they rest on is played as the CPU does it, so that a wrong table, selector
-or flag shows: four levels of page tables with their U and W bits, SMEP and
-SMAP, gates and their DPL, the TSS's RSP0, far returns with and without a
-change of CPL, IOPL, #NM, #UD, #GP, and NMIs between any two instructions.
+Every other instruction is a fault of the stub, and raises GuestError.  The
+interpreter plays everything that the instructions depend on as a CPU does, so
+that a wrong table, selector or flag shows: four levels of page tables with their
+U and W bits, SMEP and SMAP, gates and their DPL, the TSS's RSP0, far returns
+with and without a change of CPL, IOPL, #NM, #UD, #GP, and NMIs between any two
+instructions.
 
-On the CPL: as on AMD it is a field of its own, which nobody but the vCPU
-changes.
+The CPL is a field of its own, as on AMD, and only the vCPU changes that field.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _UD, _NMI, _NM, _DF, _GP, _PF = 6, 2, 7, 8, 13, 14
 _WITH_ERROR = frozenset({_DF, _GP, _PF})
 _MXCSR_MASK = 0xFFFF
 _XCR0_ALLOWED = 0x7
-# Standard format: x87 and SSE in the legacy region, AVX behind the header.
+# The standard format has x87 and SSE in the legacy region, and AVX behind the header.
 _AVX_AT, _AVX_BYTES = 576, 256
 _LEGACY_BYTES, _HEADER_BYTES = 512, 64
-# What FXSAVE leaves to software.  Source: SDM, FXSAVE.
+# FXSAVE leaves the bytes from here to the end to software.  Source: SDM, FXSAVE.
 _SOFTWARE_AT = 464
 
 
 class Fault(Exception):
-    """An exception of the vCPU's."""
+    """An exception that the vCPU raises."""
 
     def __init__(self, vector: int, error: int = 0) -> None:
         super().__init__(f"vector {vector}")
@@ -55,15 +55,15 @@ class Exit(Exception):
 
 
 class Interpreter:
-    """One vCPU over its guest's lowmem."""
+    """An interpreter for one vCPU, whose memory is the guest's lowmem."""
 
     def __init__(self, cpu: Cpu, lowmem: mmap.mmap) -> None:
         self._cpu = cpu
         self._lowmem = lowmem
         self._rip = 0
         self._table: tuple[tuple[bytes, int, Callable[[int, int], None]], ...] = (
-            # Opcode; bytes that follow: 1 imm8, 4 an address relative to RIP, 5 both; what it does,
-            # with that address and that byte.
+            # The opcode; the number of bytes that follow (1: imm8, 4: an address relative to RIP,
+            # 5: both); the function that executes the instruction, given the address and the imm8.
             (b"\xcd", 1, lambda _, vector: self._interrupt(vector)),
             (b"\xc6\x05", 5, lambda at, value: self._write(at, bytes((value,)))),
             (b"\xe6", 1, lambda _, port: self._out()),
@@ -91,10 +91,11 @@ class Interpreter:
         )
 
     def run(self) -> int:
-        """Run some instructions; return the exit code.  The vCPU may be suspended at any time.
+        """Run at most _BATCH instructions; return the exit code.
 
-        Raises GuestError for an instruction that is none of the stub's, and
-        for what would reset a CPU.
+        The vCPU may get suspended at any time.  Raises GuestError if an
+        instruction is none of the stub's, in a triple fault, which would reset a
+        CPU, and outside of long mode.
         """
         for _ in range(_BATCH):
             if self._cpu.get("suspended"):
@@ -169,7 +170,7 @@ class Interpreter:
                 gpa = self._translate(address + len(found), is_fetch=is_fetch, cpl=cpl)
             except Fault:
                 if is_fetch and found:
-                    return found  # an instruction at the end of the last page
+                    return found  # the instruction may end before the page that is not mapped
                 raise
             found += self._lowmem[gpa : gpa + part]
         return found
@@ -184,7 +185,7 @@ class Interpreter:
     def _translate(
         self, address: int, *, is_write: bool = False, is_fetch: bool = False, cpl: int = -1
     ) -> int:
-        """Return where a linear address lies.  Raises Fault.  cpl: other than the vCPU's."""
+        """Return the gpa of a linear address.  Raises Fault.  cpl: -1 stands for the vCPU's."""
         cpu = self._cpu
         cpl = cpu.get("cpl") if cpl < 0 else cpl
         cr4 = cpu[reg.CR4]
@@ -216,7 +217,7 @@ class Interpreter:
         return table + address % 4096
 
     def _descriptor(self, selector: int) -> SegmentDescriptor:
-        """Return what the GDT says of a selector.  Raises Fault."""
+        """Return the GDT's descriptor of a selector.  Raises Fault."""
         gdt = self._cpu.hidden(reg.GDTR)
         at = selector & ~7
         if not at or selector & 4 or at + 7 > gdt.limit:
@@ -230,7 +231,7 @@ class Interpreter:
     # Control.
 
     def _interrupt(self, vector: int) -> None:
-        """INT: the gate must be open to the CPL."""
+        """Execute INT.  Raises Fault: among others, if the gate's DPL is below the CPL."""
         idt = self._cpu.hidden(reg.IDTR)
         if vector * 16 + 15 > idt.limit:
             raise Fault(_GP, vector * 8 + 2)
@@ -240,7 +241,7 @@ class Interpreter:
         self._deliver(vector, self._cpu[reg.RIP])
 
     def _deliver(self, vector: int, rip: int, error: int | None = None) -> None:
-        """Go through a 64-bit interrupt gate.  Source: SDM, 6.14.  Raises Fault."""
+        """Enter a 64-bit interrupt gate.  Source: SDM, 6.14.  Raises Fault."""
         cpu = self._cpu
         idt = cpu.hidden(reg.IDTR)
         if vector * 16 + 15 > idt.limit:
@@ -273,7 +274,7 @@ class Interpreter:
         cpu[reg.RIP] = low | middle << 16 | high << 32
 
     def _return(self, *, is_interrupt: bool) -> None:
-        """LRETQ and IRETQ.  Source: SDM.  Raises Fault."""
+        """Execute LRETQ or IRETQ.  Source: SDM.  Raises Fault."""
         cpu = self._cpu
         stack = cpu[reg.RSP]
         count = 5 if is_interrupt else 2
@@ -313,7 +314,7 @@ class Interpreter:
         cpu.put_hidden(reg.SS, hidden)
 
     def _drop_inner(self, cpl: int) -> None:
-        """Load null into data segments that the outer CPL may not have."""
+        """Load a null selector into the data segments that the outer CPL may not use."""
         for number in (reg.DS, reg.ES, reg.FS, reg.GS):
             hidden = self._cpu.hidden(number)
             if not hidden.access & 0x10000 and hidden.access >> 5 & 3 < cpl:
@@ -361,7 +362,7 @@ class Interpreter:
         self._cpu[reg.RAX], self._cpu[reg.RDX] = xcr0 & 0xFFFFFFFF, xcr0 >> 32
 
     def _xsetbv(self) -> None:
-        """As vmx.c, vmx_emulate_xsetbv()."""
+        """Execute XSETBV as vmm does.  Source: sys/amd64/vmm/intel/vmx.c, vmx_emulate_xsetbv()."""
         if not self._cpu[reg.CR4] & reg.CR4_XSAVE:
             raise Fault(_UD)
         value = self._pair()

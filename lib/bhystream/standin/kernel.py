@@ -1,6 +1,6 @@
-"""The host half of the stand-in: what the bhyve backend asks of FreeBSD, from files.
+"""The host half of the stand-in, which plays from files what the bhyve backend asks of FreeBSD.
 
-StandinHost keeps the protocol of backend/bhyve/host.py; its VMs are vm.py's.
+StandinHost implements Host of backend/bhyve/host.py; vm.py implements its VMs.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _MTU = 1500
 
 
 class StandinTrace:
-    """A stand-in that is started: it waits a while before it reads, and is not stopped."""
+    """A stand-in that was started.  The stand-in waits before it reads, and is never stopped."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
 
     def run_until(self, is_ready: Callable[[], bool], limit_s: float) -> bool:
-        """Wait for a condition; False where the process has ended, or the time is over."""
+        """Wait until a condition holds; return False if the process ended or limit_s is over."""
         end = time.monotonic() + limit_s
         while not is_ready():
             flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -45,33 +45,36 @@ class StandinTrace:
         return True
 
     def let_go(self) -> None:
-        """Do nothing: it runs."""
+        """Do nothing: the stand-in was not stopped."""
 
 
 class StandinHost:
-    """The host that a stand-in's directory plays."""
+    """The host that a stand-in's directory plays.
+
+    Every method that reads host.json raises GuestError if that file is invalid.
+    """
 
     kind = "standin"
 
     def __init__(self, directory: Path) -> None:
-        """directory: BHYSEND_VMM_DIR.  Nothing is touched."""
+        """directory: the value of BHYSEND_VMM_DIR.  Nothing in it is touched."""
         self._directory = directory.absolute()
         self.run_dir = self._directory / "run"
 
     def environment(self) -> Mapping[str, str]:
-        """Return what hypervisors.open_host() needs to find this host again."""
+        """Return the variables that hypervisors.open_host() needs to find this host again."""
         return {VMM_DIR: str(self._directory)}
 
     def sysctl(self, name: str) -> str | None:
-        """Return a value of host.json, else a plausible one."""
+        """Return host.json's value, else a plausible value, None if the name is not known."""
         return sysctl(self._directory, name)
 
     def swap_used_bytes(self) -> int:
-        """Return how much swap host.json says is in use."""
+        """Return the swap in use according to host.json."""
         return read_settings(self._directory).swap_used_bytes
 
     def free_memory_bytes(self) -> int:
-        """Return what host.json says, else what this system has."""
+        """Return host.json's value, else the available memory of this system."""
         given = read_settings(self._directory).free_memory_bytes
         if given is not None:
             return given
@@ -82,11 +85,11 @@ class StandinHost:
         return inherited.program("standin")
 
     def trace(self, pid: int) -> StandinTrace:
-        """Return what looks at a stand-in that is started."""
+        """Return the trace of a stand-in that was started."""
         return StandinTrace(pid)
 
     def program_hash(self) -> str:
-        """Return what host.json says, else a hash of the stand-in's own modules."""
+        """Return host.json's value, else a hash of the stand-in's own modules."""
         given = read_settings(self._directory).program_hash
         if given is not None:
             return given
@@ -94,15 +97,18 @@ class StandinHost:
         return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
 
     def can_snapshot(self) -> bool | None:
-        """Return what host.json says."""
+        """Return host.json's value."""
         return read_settings(self._directory).can_snapshot
 
     def module_hash(self) -> str:
-        """Return what host.json says."""
+        """Return host.json's value."""
         return read_settings(self._directory).module_hash
 
     def disk(self, path: str) -> Disk | None:
-        """Return what a regular file is as a disk, changed by what host.json says of it."""
+        """Return a regular file as a disk, with host.json's fields for its path.
+
+        Returns None if the path is not a readable regular file.
+        """
         try:
             found = os.stat(path)
         except OSError:
@@ -113,13 +119,13 @@ class StandinHost:
         return replace(disk, **read_settings(self._directory).disks.get(path, {}))
 
     def mtu(self, interface: str) -> int | None:
-        """Return what host.json says of a tap that exists, else 1500."""
+        """Return host.json's MTU of a tap, else 1500; None if there is no such tap."""
         if not self.has_tap(interface):
             return None
         return read_settings(self._directory).mtus.get(interface, _MTU)
 
     def cpu_vendor(self) -> str:
-        """Return what host.json says."""
+        """Return host.json's value."""
         return read_settings(self._directory).cpu_vendor
 
     def exists(self, name: str) -> bool:
@@ -127,7 +133,11 @@ class StandinHost:
         return node.node_path(self._directory, name).exists()
 
     def node_id(self, name: str) -> str:
-        """Return the node's inode, "" where there is none.  Its times change with its memory."""
+        """Return the node's device and inode, "" if there is no node.
+
+        The node's times would not do: they change with the guest's memory.
+        Raises AccessError or InputOutputError if the node cannot be looked at.
+        """
         try:
             found = os.stat(node.node_path(self._directory, name))
         except FileNotFoundError:
@@ -137,22 +147,26 @@ class StandinHost:
         return f"{found.st_dev}:{found.st_ino}"
 
     def open_vm(self, name: str, *, is_writable: bool = False) -> StandinVm:
-        """Open a VM.  Raises GuestError where there is none."""
+        """Open a VM.  Raises GuestError if there is none, else as StandinVm does."""
         return StandinVm(self._directory, name, is_writable=is_writable)
 
     def create(self, name: str) -> None:
-        """Create an empty VM."""
+        """Create an empty VM.  Raises GuestError if the VM exists."""
         node.create(self._directory, name)
 
     def destroy(self, name: str) -> None:
-        """Destroy a VM; one that is gone already is no error."""
+        """Destroy a VM, unless it is gone.  Raises AccessError, InputOutputError if that fails."""
         try:
             node.destroy(self._directory, name)
         except OSError as error:
             raise from_oserror(error, f"destroy VM {name}") from error
 
     def mount_null(self, directory: Path) -> None:
-        """Bind /dev/null over directory/null; on Linux root may.  Raises GuestError."""
+        """Bind /dev/null over directory/null, which on Linux needs root.
+
+        Raises GuestError if the mount fails, AccessError or InputOutputError if
+        the file cannot be made.
+        """
         target = directory / "null"
         try:
             target.touch(0o600)
@@ -164,12 +178,12 @@ class StandinHost:
             raise GuestError(f"cannot mount the null device: {error_text}")
 
     def unmount_null(self, directory: Path) -> None:
-        """Undo mount_null()."""
+        """Undo mount_null().  Never raises."""
         target = directory / "null"
         _run("umount", str(target))
         try:
             target.unlink(missing_ok=True)
-        except OSError:  # still mounted, or not ours: it stays
+        except OSError:  # the file stays if it is still mounted, or belongs to another user
             return
 
     def is_memory(self, directory: Path) -> bool:
@@ -188,7 +202,7 @@ class StandinHost:
         return kind == "tmpfs"
 
     def bridge_of(self, tap: str) -> str | None:
-        """Return the bridge that a tap belongs to."""
+        """Return the bridge that a tap belongs to, None if there is none."""
         try:
             return (self._directory / "net" / tap).read_text().strip() or None
         except OSError:
@@ -199,7 +213,7 @@ class StandinHost:
         return (self._directory / "net" / tap).exists()
 
     def make_tap(self, tap: str, bridge: str | None) -> None:
-        """Create a tap.  Raises GuestError where there is one."""
+        """Create a tap.  Raises GuestError if the tap exists or cannot be made."""
         path = self._directory / "net" / tap
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,11 +223,11 @@ class StandinHost:
             raise GuestError(f"cannot create {tap}: {error.strerror}") from error
 
     def parent_command(self, pid: int) -> str:
-        """Return what host.json says."""
+        """Return host.json's value."""
         return read_settings(self._directory).parent_command
 
     def knows_suspending_lock(self) -> bool:
-        """Return what host.json says; the stand-in's own supervisor knows it."""
+        """Return host.json's value, by default true: the stand-in's supervisor knows the lock."""
         return read_settings(self._directory).knows_suspending_lock
 
     def datastores(self) -> Sequence[Path]:
@@ -223,7 +237,7 @@ class StandinHost:
 
 
 def _available_bytes() -> int:
-    """Return the memory that can be had without swapping; where that is not told, all there is."""
+    """Return the memory available without swapping, all memory if the system does not tell."""
     try:
         found = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
     except OSError:
@@ -234,7 +248,7 @@ def _available_bytes() -> int:
 
 
 def _run(*command: str) -> str:
-    """Run a command; return "" or what it complained of, in one line."""
+    """Run a command; return "", or the first line of its complaint if the command fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     except OSError as error:

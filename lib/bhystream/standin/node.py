@@ -1,9 +1,9 @@
-"""The memory node of a guest: DIR/vmm/NAME, and what stands beside it.
+"""The memory node of a guest, DIR/vmm/NAME, and the files beside the node.
 
-A sparse file whose offset is the guest physical address: lowmem from 0,
-highmem from 4 GiB, nothing between.  The map beside it says what a real
-kernel answers to VM_MMAP_GETNEXT and VM_GET_TOPOLOGY.  A destroyed VM is an
-unlinked node: mappings live on, as those of /dev/vmm/NAME do.
+The node is a sparse file whose offset is the guest physical address: lowmem
+from 0, highmem from 4 GiB, nothing between.  NAME.map says what a real kernel
+answers to VM_MMAP_GETNEXT and VM_GET_TOPOLOGY.  To destroy a VM is to unlink
+its node: mappings live on, as mappings of /dev/vmm/NAME do.
 """
 
 from __future__ import annotations
@@ -24,20 +24,27 @@ _PROT_ALL = 7
 
 
 def node_path(directory: Path, name: str) -> Path:
-    """Return the node's path.  Raises GuestError for what cannot be a VM's name."""
+    """Return the node's path.  Raises GuestError if the name cannot be a VM's name."""
     if not name or "/" in name or name in (".", "..") or name.endswith(_SUFFIXES[1:]):
         raise GuestError(f"not a VM's name: {name!r}")
     return directory / "vmm" / name
 
 
 def beside(directory: Path, name: str, what: str) -> Path:
-    """Return the path of one of the files beside the node: "map", "dirty", "swapped", "cpu"."""
+    """Return the path of a file beside the node.  Raises GuestError as node_path() does.
+
+    what: "map", "dirty", "swapped" or "cpu".
+    """
     path = node_path(directory, name)
     return path.with_name(f"{path.name}.{what}")
 
 
 def create(directory: Path, name: str) -> None:
-    """Create an empty VM.  Raises GuestError where there is one."""
+    """Create an empty VM.
+
+    Raises GuestError if the VM exists, AccessError or InputOutputError if its
+    files cannot be made.
+    """
     path = node_path(directory, name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +57,7 @@ def create(directory: Path, name: str) -> None:
 
 
 def destroy(directory: Path, name: str) -> None:
-    """Destroy a VM; one that is gone already is no error."""
+    """Destroy a VM, unless it is gone already.  Raises OSError if a file cannot be removed."""
     path = node_path(directory, name)
     for suffix in _SUFFIXES:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
@@ -58,10 +65,10 @@ def destroy(directory: Path, name: str) -> None:
 
 @dataclass(frozen=True)
 class Map:
-    """What stands in NAME.map.
+    """The content of NAME.map.
 
-    topology: sockets, cores, threads.  is_active: its vCPUs were activated
-    once, so that no second bhyve can be started on it.
+    topology: sockets, cores, threads.  is_active: the VM's vCPUs were activated
+    once, so that no second bhyve can be started on the VM.
     """
 
     maps: tuple[MemoryMap, ...]
@@ -70,7 +77,7 @@ class Map:
 
 
 def read_map(directory: Path, name: str) -> Map:
-    """Return a VM's map.  Raises GuestError where there is no such VM."""
+    """Return a VM's map.  Raises GuestError if there is no such VM."""
     try:
         found = json.loads(beside(directory, name, "map").read_bytes())
     except (OSError, ValueError) as error:
@@ -81,7 +88,7 @@ def read_map(directory: Path, name: str) -> Map:
 
 
 def write_map(directory: Path, name: str, written: Map) -> None:
-    """Write a VM's map, at once whole.  Raises OSError."""
+    """Replace a VM's map atomically.  Raises OSError if the map cannot be written."""
     path = beside(directory, name, "map")
     new = path.with_name(f".{path.name}.new")
     new.write_text(json.dumps(asdict(written)))
@@ -89,7 +96,10 @@ def write_map(directory: Path, name: str, written: Map) -> None:
 
 
 def sizes(memsize_bytes: int) -> tuple[int, int]:
-    """Return the bytes of lowmem and of highmem.  Source: vmmapi.c, vm_setup_memory()."""
+    """Return the bytes of lowmem and of highmem.
+
+    Source: FreeBSD lib/libvmmapi/vmmapi.c, vm_setup_memory().
+    """
     low = min(memsize_bytes, LOWMEM_LIMIT_BYTES)
     return low, memsize_bytes - low
 
@@ -106,9 +116,9 @@ def memory_maps(
 
 
 def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the byte ranges [first, end) of a file that are no hole, inside one range.
+    """Yield the byte ranges [first, stop) of a file, inside [start, end), that are not holes.
 
-    Allocates nothing; a file system that knows no holes has one extent.
+    Allocates nothing.  On a file system without holes there is one extent.
     """
     while start < end:
         try:
@@ -123,14 +133,17 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 class Memory:
-    """A guest's memory, mapped to be written; pages count through lowmem and highmem.
+    """A guest's memory, mapped for writing.  Page numbers go through lowmem, then highmem.
 
-    Whatever writes a page marks it in the dirty log after it wrote it, so that
-    a reader who clears a mark and then reads the page misses nothing.
+    A writer marks a page in the dirty log after writing the page, so that a
+    reader who clears the mark and then reads the page misses nothing.
     """
 
     def __init__(self, directory: Path, name: str, memsize_bytes: int, *, has_log: bool) -> None:
-        """Give the VM its memory and map it.  Raises OSError."""
+        """Give the VM its memory and map it.  Raises OSError if that fails.
+
+        has_log: whether the host keeps a dirty log.
+        """
         self.path = node_path(directory, name)
         self.low_bytes, self.high_bytes = sizes(memsize_bytes)
         self.low_pages = self.low_bytes // PAGE_BYTES
@@ -147,7 +160,7 @@ class Memory:
             self._log = _map_log(beside(directory, name, "dirty"), self.npages)
 
     def segments(self) -> list[tuple[int, mmap.mmap]]:
-        """Return (gpa, mapping) of lowmem and, where there is any, of highmem."""
+        """Return (gpa, mapping) of lowmem and, if there is any, of highmem."""
         found = [(0, self._low)]
         if self.high_bytes:
             found.append((HIGHMEM_BASE_GPA, self._high))
@@ -162,7 +175,7 @@ class Memory:
         return self._high[at : at + PAGE_BYTES]
 
     def write(self, page: int, data: bytes, at: int = 0) -> None:
-        """Write into a page, at a byte offset, and mark it in the log."""
+        """Write data into a page, at a byte offset, and mark the page in the log."""
         if page < self.low_pages:
             start = page * PAGE_BYTES + at
             self._low[start : start + len(data)] = data
@@ -173,7 +186,7 @@ class Memory:
             self._log[page] = 1
 
     def allocated(self) -> Iterator[int]:
-        """Yield the pages that are no hole, ascending."""
+        """Yield the numbers of the pages that are not in a hole, ascending."""
         low = range(self.low_bytes)
         high = range(HIGHMEM_BASE_GPA, HIGHMEM_BASE_GPA + self.high_bytes)
         for part, base in ((low, 0), (high, self.low_pages)):
@@ -182,7 +195,7 @@ class Memory:
                 yield from range(first, first + -(-(end - start) // PAGE_BYTES))
 
     def is_current(self) -> bool:
-        """Say whether the node is still there: nobody destroyed the VM."""
+        """Say whether the node is still there, which means that the VM was not destroyed."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self.fd))
         except FileNotFoundError:

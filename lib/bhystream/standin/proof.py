@@ -1,22 +1,23 @@
-"""How a guest knows what each of its pages, and each vCPU's FPU, has to hold.
+"""How a guest knows what each of its pages, and each vCPU's FPU, must contain.
 
-The content of a page is a function of its number and its *generation*, other
-in all of its 4096 bytes from one generation to the next.  Static pages have
-generation 0 for ever.  The working set is shared out among the vCPUs, each of
-which rewrites its own pages in a fixed order, over and over, and counts its
-steps in a register: from that count alone follows the generation of each of
-its pages.  So a page that was lost, is old, or was torn while it was copied is
-found by the vCPU that owns it, and a register that went back in time looks
-like pages from the future.
+The content of a page is a function of the page's number and *generation*; nearly
+all of the 4096 bytes change from one generation to the next.  Static pages have
+generation 0 for ever.  Each vCPU has its own share of the working set, rewrites
+these pages in a fixed order, over and over, and counts its steps in a register:
+the generation of each page follows from that count alone.  So the vCPU that owns
+a page finds out whether the page was lost, is old, or was torn while it was
+copied; and after a register went back in time, the pages look like pages from
+the future.
 
-Every eighth generation of a page is zero: pages go from data to zero and back
-while they are moved.  Pages of the guest that are in no plan stay untouched.
+Every eighth generation of a page is zero, so that pages go from data to zero and
+back while the guest moves.  Pages of the guest that are in no plan stay untouched.
 
-The FPU of a vCPU holds a function of its number and of the steps it has made, in
-x87, XMM and the upper halves of YMM, new at each step: registers that were lost,
-or of another moment, or another vCPU's, are found at the next one.
+The content of a vCPU's FPU (x87, XMM and the upper halves of YMM) is a function
+of the vCPU's number and step count, and changes at each step: at its next step
+the vCPU finds registers that were lost, are of another moment, or are another
+vCPU's.
 
-The boot parameters live in the boot page of guest memory, so that a restored
+The boot parameters are in the boot page of guest memory, so that a restored
 guest needs none of them on its command line.
 """
 
@@ -31,7 +32,7 @@ from bhystream.guest import PAGE_BYTES
 
 ZERO = bytes(PAGE_BYTES)
 
-# Control pages, below 1 MiB; the plan's pages begin above.
+# Control pages lie below 1 MiB; the pages of the plans begin above.
 BOOT_PAGE = 1
 CLOCK_PAGE = 2
 TIMER_PAGE = 3
@@ -39,16 +40,17 @@ UART_PAGE = 4
 DEVICE_PAGE = 64
 FIRST_PAGE = 256
 
-# 17 bytes, so that no piece of 64, 512 or 2048 bytes fits at another place of its page.
+# The content repeats after 17 bytes, so that no piece of 64, 512 or 2048 bytes fits at
+# another place in its page.
 _PERIOD = 17
 _REPEATS = -(-PAGE_BYTES // _PERIOD)
 _PAIR = struct.Struct("<QQ")
 _NEARBY = 4096
 
-# Pages lie in clusters, as an allocator leaves them, and not each by itself.
+# Touched pages lie in clusters, as an allocator leaves them, and not each by itself.
 _CLUSTER = 16
 
-# Of an XSAVE image of standard format: x87 and XMM, the header's XSTATE_BV, the upper halves.
+# Places in a standard XSAVE image: x87 and XMM; the header's XSTATE_BV; upper halves of YMM.
 X87_AT, _X87_BYTES = 32, 384
 XSTATE_AT, _XSTATE = 512, (7).to_bytes(8, "little")
 AVX_AT, _AVX_BYTES = 576, 256
@@ -66,13 +68,13 @@ def content(page: int, generation: int) -> bytes:
 
 
 def page_bytes(page: int, number: int) -> bytes:
-    """Return 4096 bytes, never zero, other in nearly all of them for another number."""
+    """Return 4096 bytes, never all zero; for another number nearly all bytes are different."""
     digest: bytes = xxhash.xxh3_128_digest(_PAIR.pack(page, number), 0x5354414E)
     return ((digest + bytes(((number & 0x7F) + 1,))) * _REPEATS)[:PAGE_BYTES]
 
 
 def describe(page: int, found: bytes, expected_generation: int) -> str:
-    """Say what a page holds instead: a generation nearby, zero, two torn halves, or unknown."""
+    """Say what a wrong page contains: zero, a generation nearby, a torn page, or unknown bytes."""
     if found == ZERO:
         return "zero"
     first = max(0, expected_generation - _NEARBY)
@@ -87,7 +89,7 @@ def describe(page: int, found: bytes, expected_generation: int) -> str:
 
 
 def fpu_registers(vcpu: int, step: int) -> tuple[tuple[int, bytes], ...]:
-    """Return what the FPU holds after so many steps: places in an XSAVE image, and bytes."""
+    """Return the FPU's content after a step: (offset in an XSAVE image, bytes) of each part."""
     digest: bytes = xxhash.xxh3_128_digest(_PAIR.pack(vcpu, step), 0x465055)
     repeats = _X87_BYTES // len(digest), _AVX_BYTES // len(digest)
     return (
@@ -98,7 +100,7 @@ def fpu_registers(vcpu: int, step: int) -> tuple[tuple[int, bytes], ...]:
 
 
 def describe_fpu(vcpu: int, found: bytes, expected_step: int) -> str:
-    """Say what x87 and XMM hold instead: nothing, a step nearby, or unknown."""
+    """Say what wrong x87 and XMM registers contain: nothing, a step nearby, or unknown bytes."""
     if not any(found):
         return "nothing, as after a reset"
     first = max(0, expected_step - _NEARBY_STEPS)
@@ -112,11 +114,11 @@ def describe_fpu(vcpu: int, found: bytes, expected_step: int) -> str:
 class Boot:
     """The parameters of a guest.
 
-    ncpus, npages: of the machine.  touched_pages: written once at boot.
-    working_pages: of these, rewritten over and over.  rate: bytes a second
-    that all vCPUs together rewrite, 0 as fast as they can.  sweep_rate: bytes
-    a second that they check of the others.  waiting: the last of the vCPUs,
-    which the guest never starts.
+    ncpus, npages: vCPUs and memory of the machine.  touched_pages: pages written
+    once at boot.  working_pages: touched pages that are rewritten over and over.
+    rate: bytes a second that all vCPUs together rewrite, 0 for as many as they
+    can.  sweep_rate: bytes a second that all vCPUs together check in sweeps.
+    waiting: the number of vCPUs, the last ones, that the guest never starts.
     """
 
     ncpus: int
@@ -129,7 +131,7 @@ class Boot:
 
     @property
     def started(self) -> int:
-        """How many vCPUs the guest starts."""
+        """The number of vCPUs that the guest starts."""
         return self.ncpus - self.waiting
 
     def pack(self) -> bytes:
@@ -148,7 +150,7 @@ class Boot:
 
 
 def unpack_boot(data: bytes) -> Boot | None:
-    """Return the parameters of a boot page; None for one that is not as pack() made it."""
+    """Return the parameters of a boot page, None if the page is not as pack() made it."""
     magic, *numbers = _BOOT.unpack_from(data)
     boot = Boot(*numbers)
     return boot if magic == _MAGIC and boot.pack() == data else None
@@ -158,25 +160,28 @@ def unpack_boot(data: bytes) -> Boot | None:
 class Plan:
     """The pages of one vCPU.
 
-    working: in the order in which they are rewritten.  static: never written
-    again.
+    working: page numbers, in the order of rewriting.  static: numbers of pages
+    that are never rewritten.
     """
 
     working: tuple[int, ...]
     static: tuple[int, ...]
 
     def at(self, step: int) -> tuple[int, int]:
-        """Return what a step rewrites: the page, and the generation that it has before."""
+        """Return the page that a step rewrites, and the page's generation before that step."""
         generation, index = divmod(step, len(self.working))
         return self.working[index], generation
 
     @property
     def npages(self) -> int:
-        """How many pages there are, static and working."""
+        """The number of pages, static and working."""
         return len(self.static) + len(self.working)
 
     def held(self, index: int, step: int) -> tuple[int, int]:
-        """Return a page and its generation before a step; index: static first, then working."""
+        """Return a page and its generation before a step.
+
+        index: counts through the static pages, then the working pages.
+        """
         if index < len(self.static):
             return self.static[index], 0
         generation, done = divmod(step, len(self.working))
@@ -185,7 +190,10 @@ class Plan:
 
 
 def make_plans(boot: Boot) -> list[Plan]:
-    """Return the plan of each vCPU that is started; it has at least one working page."""
+    """Return the plan of each vCPU that the guest starts.
+
+    Each plan has at least one working page.
+    """
     pages = _scatter(boot.npages, boot.touched_pages)
     every = max(1, len(pages) // boot.working_pages)
     working = pages[::every][: boot.working_pages]
@@ -209,5 +217,5 @@ def _scatter(npages: int, touched: int) -> list[int]:
 
 
 def _shuffled(pages: list[int]) -> list[int]:
-    """Return the pages in an order of no pattern, the same each time."""
+    """Return the pages in an order without a pattern, which is the same each time."""
     return sorted(pages, key=lambda page: xxhash.xxh3_64_intdigest(_PAIR.pack(page, 0), 7))

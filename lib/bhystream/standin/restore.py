@@ -1,16 +1,16 @@
-"""`-r FILE`: a snapshot's three files, and how they come into a new VM.
+"""`-r FILE`: a snapshot's three files, and how bhyve loads them into a new VM.
 
-What bhyve promises in it, and bhyrecv's early start stands on: FILE's size is
-looked at when it is opened, and not again; FILE.kern is mapped then, shared,
-and read from the mapping when the memory is there; a read of 0 bytes from FILE
-is taken for progress to come, so that bhyve goes round at the end of a file
-that was cut, and reads on when it has grown.  What it has read of FILE, data
-or hole, is in the VM's memory: it reads once, from the start to the end.
+bhyrecv's early start relies on the way in which bhyve reads them.  bhyve looks
+at FILE's size only once, when opening FILE.  At the same time bhyve maps
+FILE.kern, shared, and reads that mapping after the memory is loaded.  A read of
+0 bytes from FILE is no error: at the end of a FILE that was cut, bhyve tries
+again and again, and reads on when FILE has grown.  bhyve reads FILE once, from
+the start to the end: every part that was read, data or hole, is in the VM's memory.
 
-Holes cost nothing here: they are made zero only where the VM has something.
+Holes cost nothing here: a hole of FILE is zeroed only where the VM has data.
 
 Source: usr.sbin/bhyve/snapshot.c, load_restore_file(), vm_snapshot_mem_part(),
-lookup_check_dev(), FreeBSD 15.1; read, and the hold in the read was run there.
+lookup_check_dev(), FreeBSD 15.1; read, and the wait in the read was run there.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from .saving import abort, complain
 EX_DATAERR = 65
 _PIECE_BYTES = 4 << 20
 _ROUND_S = 0.001  # bhyve does not sleep
-# What bhyve needs at least from the mapping of its memory to the end of the
-# read: for its devices, and for every page, holes too.
+# bhyve needs at least this time from the mapping of its memory to the end of the
+# read: for its devices, and for every page, even in a hole.
 _WHOLE_READ_S = 0.25
 _EINVAL = 22
 _TAIL_BYTES = 2 * PAGE_BYTES
 
 
 class RestoreError(BhyError):
-    """A snapshot that cannot be restored.  exit_status: bhyve's."""
+    """The snapshot cannot be restored.  exit_status: the status with which bhyve ends."""
 
     def __init__(self, text: str, exit_status: int = 1) -> None:
         super().__init__(text)
@@ -49,13 +49,13 @@ class RestoreError(BhyError):
 
 
 class Snapshot:
-    """An open snapshot: FILE and FILE.kern by descriptor and mapping, FILE.meta parsed.
+    """An open snapshot: a descriptor of FILE, a mapping of FILE.kern, the parsed FILE.meta.
 
-    memory_bytes: of FILE when it was opened.  tail: its last pages then.
+    memory_bytes, tail: the size and the last pages of FILE when it was opened.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open the three, in bhyve's order.  Raises RestoreError."""
+        """Open the three files, in bhyve's order.  Raises RestoreError if one cannot be read."""
         try:
             self.memory_fd, self.memory_bytes = _open(path, "restore file", "Restore file")
         except RestoreError as error:
@@ -77,25 +77,25 @@ class Snapshot:
 
     @property
     def name(self) -> str:
-        """The guest's name, "" where the text has none."""
+        """The guest's name, "" if FILE.meta has none."""
         found = self._basic().get("vmname")
         return found if isinstance(found, str) else ""
 
     @property
     def ncpus(self) -> int:
-        """The number of vCPUs, 0 where the text has none."""
+        """The number of vCPUs, 0 if FILE.meta has none."""
         return self._number("ncpus")
 
     @property
     def memsize_bytes(self) -> int:
-        """The memory that the VM gets, 0 where the text says none."""
+        """The bytes of memory that the VM gets, 0 if FILE.meta does not say."""
         return self._number("memsize")
 
     def blob(self, kind: str, name: str) -> bytes | None:
-        """Return a blob by its list and name, None where the text does not list it.
+        """Return a blob by its list and name, None if FILE.meta does not list the blob.
 
-        Ends the process where it lies outside of the mapping, as bhyve's
-        assertion does; and so does SIGBUS where FILE.kern was cut meanwhile.
+        If the blob lies outside of the mapping, the process ends, as by bhyve's
+        assertion; if FILE.kern was cut meanwhile, SIGBUS ends the process.
         """
         entries = self._meta.get(kind)
         for entry in entries if isinstance(entries, list) else ():
@@ -110,12 +110,12 @@ class Snapshot:
 
     @property
     def is_cut(self) -> bool:
-        """Whether FILE has become shorter."""
+        """Whether FILE has become shorter since it was opened."""
         return os.fstat(self.memory_fd).st_size < self.memory_bytes
 
     @property
     def is_kern_cut(self) -> bool:
-        """Whether FILE.kern has become shorter."""
+        """Whether FILE.kern has become shorter since it was opened."""
         return os.fstat(self._kern_fd).st_size < len(self._kern)
 
     def close(self) -> None:
@@ -138,8 +138,8 @@ def load_memory(
 ) -> None:
     """Read FILE into the VM's memory, from the start to the end.
 
-    look: called in each round of a read that brings nothing; it may raise.
-    fail: words of FAILURES.  Raises RestoreError.
+    look: called in each round in which a read brings nothing; may raise.  fail:
+    words of FAILURES.  Raises RestoreError if FILE is not of the memory's size.
     """
     memory = guest.memory
     total = memory.low_bytes + memory.high_bytes
@@ -147,7 +147,7 @@ def load_memory(
         complain(f"vm_snapshot_mem: mem size mismatch: {total} vs {snapshot.memory_bytes}")
         raise RestoreError("Failed to restore VM memory.")
     if "late-cut" in fail:
-        # ftruncate(2) waits for a read that has begun, so that one has brought the end too.
+        # ftruncate(2) waits for a read(2) that has begun, so that read(2) has the end as well.
         _await_cut(lambda: snapshot.is_kern_cut, look)
         return _write_end(memory, snapshot.tail)
     _await_cut(lambda: snapshot.is_cut, look)
@@ -168,7 +168,7 @@ def load_memory(
 
 
 def _write_end(memory: Memory, data: bytes) -> None:
-    """Write the last bytes of the memory, page by page; the last one is there first."""
+    """Write the last bytes of the memory page by page, beginning with the last page."""
     npages = len(data) // PAGE_BYTES
     for page in reversed(range(npages)):
         piece = data[page * PAGE_BYTES : (page + 1) * PAGE_BYTES]
@@ -176,7 +176,7 @@ def _write_end(memory: Memory, data: bytes) -> None:
 
 
 def _await_cut(is_cut: Callable[[], bool], look: Callable[[], None]) -> None:
-    """Take the time that the read takes bhyve, or as much of it as nobody cuts the file."""
+    """Wait for as long as bhyve's read would take, or until the file is cut."""
     end = time.monotonic() + _WHOLE_READ_S
     while not is_cut() and time.monotonic() < end:
         look()
@@ -184,10 +184,11 @@ def _await_cut(is_cut: Callable[[], bool], look: Callable[[], None]) -> None:
 
 
 def _read(fd: int, base: int, node: int, gpa: int, mapping: mmap.mmap, done: int, end: int) -> int:
-    """Read on in FILE, as far as it is one hole, or data; return the bytes.
+    """Read on in FILE up to the end of one hole or piece of data; return the count of bytes.
 
-    base: where the segment begins in FILE.  node, gpa: where it is in the
-    VM.  done, end: what of it is read, and can be.
+    base: offset of the segment in FILE.  node, gpa: file and address of the
+    segment in the VM.  done, end: offsets in the segment of the first byte not
+    yet read, and of the end of what can be read.
     """
     start, stop = next(data_extents(fd, base + done, base + end), (base + end, base + end))
     start, stop = start - base, stop - base
@@ -200,7 +201,10 @@ def _read(fd: int, base: int, node: int, gpa: int, mapping: mmap.mmap, done: int
 
 
 def load_devices(snapshot: Snapshot, guest: Guest) -> None:
-    """Restore the devices.  Raises RestoreError: for a constant that differs, too."""
+    """Restore the devices.
+
+    Raises RestoreError if a blob is missing, empty, or has other constants.
+    """
     for device in guest.devices:
         blob = snapshot.blob("devices", device.name)
         if blob is None:
@@ -215,7 +219,7 @@ def load_devices(snapshot: Snapshot, guest: Guest) -> None:
 
 
 def load_kernel(snapshot: Snapshot, guest: Guest) -> None:
-    """Restore the kernel structures.  Raises RestoreError."""
+    """Restore the kernel structures.  Raises RestoreError if a blob is missing or empty."""
     for name in KERNEL_STRUCTS:
         blob = snapshot.blob("kern_structs", name)
         if blob is None:
@@ -235,7 +239,7 @@ def _unread(path: Path, error: RestoreError, what: str) -> RestoreError:
 
 
 def _open(path: Path, what: str, subject: str) -> tuple[int, int]:
-    """Return a descriptor and the size; what has none is refused.  Raises RestoreError."""
+    """Return a descriptor and the size.  Raises RestoreError if the file is missing or empty."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:

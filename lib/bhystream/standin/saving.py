@@ -1,15 +1,14 @@
-"""vm_checkpoint(): the guest is paused, saved into three files, and runs again.
+"""vm_checkpoint(): pause the guest, save it into three files, and let it run again.
 
-What bhyve promises in it, and bhysend's hold stands on, in this order: the
-files are opened, FILE.kern, FILE, FILE.meta; vCPUs and devices are paused;
-memory, kernel structures and devices are written; FILE.meta in one flush after
-all of them, at which a full FIFO keeps bhyve standing; then devices and all
-vCPUs go on.  That is also the end of a checkpoint that fails, even of one that
-paused nothing; and then what there is of FILE.meta's text is flushed after
-the guest runs again (xo.py).
+bhysend's hold relies on the order of bhyve's steps.  bhyve opens FILE.kern, FILE
+and FILE.meta; pauses vCPUs and devices; writes memory, kernel structures and
+devices; then writes FILE.meta in one flush, in which a full FIFO keeps bhyve
+standing; and lets devices and all vCPUs go on.  A checkpoint that fails ends
+with the same last step, even if it paused nothing; after the guest runs again,
+bhyve flushes what there is of FILE.meta's text (xo.py).
 
-Source: usr.sbin/bhyve/snapshot.c, vm_checkpoint(), FreeBSD 15.1; the held
-flush was run there, the rest is read.
+Source: usr.sbin/bhyve/snapshot.c, vm_checkpoint(), FreeBSD 15.1; the flush into
+a full FIFO was run there, the rest was read.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ _ENOTSUP = 45  # FreeBSD's
 
 
 class _FailedError(Exception):
-    """The checkpoint ends here.  The text: what G5 replies, "" where bhyve keeps silent."""
+    """The checkpoint has failed.  The text is G5's reply, "" if bhyve reports no error."""
 
 
 class Saving:
     """One checkpoint.
 
-    end: called in a suspend when all is saved; destroys the VM and ends the
-    process.  memflags: for FILE.meta.
+    end: called when a suspend has saved everything; destroys the VM and ends
+    the process.  memflags: for FILE.meta, bits of vmmapi.h.
     """
 
     def __init__(
@@ -70,9 +69,10 @@ class Saving:
         self._at = 0
 
     def run(self, fddir: int, filename: str, *, suspend: bool) -> str:
-        """Save the guest into files of a directory; return "" or what is wrong.
+        """Save the guest into files of a directory; return "" or the text of the error.
 
-        fddir: the caller's.  The guest runs on, unless a suspend succeeded.
+        fddir: descriptor of the directory, which the caller closes.  filename:
+        FILE, below fddir.  The guest runs on, unless a suspend succeeded.
         """
         if len(os.fsencode(f"{filename}.kern")) > _NAME_MAX:
             complain("Filename exceeds maximum length.")
@@ -98,7 +98,7 @@ class Saving:
         return error
 
     def _open(self, fddir: int, filename: str) -> tuple[int, int, int]:
-        """Open the three, in bhyve's order.  A FIFO waits for its reader in open(2)."""
+        """Open the three files, in bhyve's order.  If FILE.meta is a FIFO, wait for its reader."""
         for suffix, flags, what in (
             (".kern", os.O_WRONLY, "Failed to open kernel data snapshot file."),
             ("", os.O_RDWR, "Failed to create checkpoint file"),
@@ -108,7 +108,7 @@ class Saving:
                 fd = open_below(fddir, f"{filename}{suffix}", flags | _FLAGS, _MODE)
             except OSError as error:
                 complain(f"{what}: {error.strerror}")
-                # Of FILE.meta bhyve tells no error.
+                # bhyve reports no error of FILE.meta.
                 told = "" if suffix == ".meta" else f"failed to open a snapshot file: {error}"
                 raise _FailedError(told) from None
             self._fds.append(fd)
@@ -172,7 +172,7 @@ class Saving:
         return self._failed("Failed to snapshot device state.", why)
 
     def _write_blob(self, xo: Xo, fd: int, name: str, blob: bytes) -> None:
-        """Write a blob by one write(2), as bhyve does; a short one fails."""
+        """Write a blob with one write(2), as bhyve does.  A short write fails the checkpoint."""
         try:
             count = os.write(fd, blob)
             if count != len(blob):
@@ -192,26 +192,26 @@ class Saving:
         return _FailedError(f"failed to snapshot: {error.strerror}")
 
     def _stand(self) -> None:
-        """The FIFO has its first byte: from here on, a full one holds bhyve."""
+        """Play held-die: the FIFO has its first byte, and keeps bhyve standing if it is full."""
         if "held-die" in self._settings.fail:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _plays(self, what: str, *, everywhere: bool = True) -> bool:
-        """Say whether a failure is to be played: in every checkpoint, or in a hold only."""
+        """Say whether to play a failure: in every checkpoint if `everywhere`, or in a hold only."""
         fail = self._settings.fail
         return (everywhere and what in fail) or (self._is_hold and f"hold-{what}" in fail)
 
 
 def write_memory(guest: Guest, fd: int, *, clamp: bool) -> None:
-    """Write lowmem, and highmem directly behind it.  Raises OSError.
+    """Write lowmem, and highmem directly behind it.  Raises OSError if a write fails.
 
-    clamp: a device takes no more than INT_MAX bytes at once, and bhyve writes
-    each segment with one write(2).
+    clamp: whether a device takes no more than INT_MAX bytes at once; then a
+    larger segment fails, because bhyve writes each segment with one write(2).
 
-    From the mapping, as bhyve does; but a page that the guest never touched
-    becomes a hole in a regular file, so that a large guest stays a small file.
+    Like bhyve, write from the mapping.  But in a regular file a page that the
+    guest never touched becomes a hole, so that a large guest makes a small file.
     """
-    os.lseek(fd, 0, os.SEEK_SET)  # a FIFO is refused here
+    os.lseek(fd, 0, os.SEEK_SET)  # fails if FILE is a FIFO
     is_file = stat.S_ISREG(os.fstat(fd).st_mode)
     memory = guest.memory
     base = 0
@@ -235,13 +235,13 @@ def _write(fd: int, view: memoryview) -> None:
 
 
 def complain(text: str) -> None:
-    """Print a line on standard error."""
+    """Print a line on standard error.  Never raises."""
     with suppress(OSError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
 
 
 def abort() -> NoReturn:
-    """End as bhyve does where it does not know on, by SIGABRT; without a core file."""
+    """End the process by SIGABRT, as bhyve does after a fatal error, but without a core file."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.abort()

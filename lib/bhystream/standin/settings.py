@@ -1,4 +1,4 @@
-"""What a stand-in's host is like: DIR/host.json, read anew each time it is asked."""
+"""The properties of a stand-in's host: DIR/host.json, which every question reads anew."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from bhystream.errors import GuestError
 
 FAILURES = frozenset(
     {
-        # The checkpoint socket.  A checkpoint whose FILE.meta is a FIFO is a hold, no rehearsal.
+        # Checkpoints.  A checkpoint is a hold if its FILE.meta is a FIFO, else a rehearsal.
         "hang",  # no request is ever served
         "die",  # bhyve is killed in the middle of FILE.kern
         "no-anchor",  # descriptors under keys that bhyve does not know are closed at once
         "hold-die",  # bhyve is killed in the middle of FILE.kern, in a hold
-        "hold-hang",  # all is saved and FILE.meta is never written
-        "hold-grow",  # the last device has more to save than it had
-        "hold-fail",  # the last device cannot be saved
-        "held-die",  # bhyve is killed as soon as it is held
-        # A restore.
-        "restore-early",  # it ends when the memory is mapped, before any is read
-        "slow-read",  # it waits for DIR/release before it reads the memory
-        "late-cut",  # the read has ended when FILE is cut
-        "short-read",  # it takes a read of 0 bytes for the end of FILE, and ends
-        "restore",  # it ends when memory and devices are there
-        "slow-restore",  # it waits for DIR/release then; or for ever
-        "restore-late",  # it ends when the socket is there
+        "hold-hang",  # all is saved, but FILE.meta is never written, in a hold
+        "hold-grow",  # the last device has more to save in a hold than in a rehearsal
+        "hold-fail",  # the last device cannot be saved in a hold
+        "held-die",  # bhyve is killed when FILE.meta has its first byte, in a hold
+        # Restores.
+        "restore-early",  # bhyve ends when the memory is mapped, before the memory is read
+        "slow-read",  # bhyve waits for DIR/release, without limit, before it reads the memory
+        "late-cut",  # bhyve has read all of FILE when FILE is cut
+        "short-read",  # bhyve takes a read of 0 bytes for the end of FILE, and ends
+        "restore",  # bhyve ends when memory and devices are restored
+        "slow-restore",  # bhyve then waits for DIR/release, without limit
+        "restore-late",  # bhyve ends when the socket is there
     }
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The keys of host.json.  Every one has a default.
+    """The keys of host.json, each with its default.
 
-    generation: of the checkpoint interface: 4, of FreeBSD 14 and 15, or 5, of
-    16; the sysctls of the release follow it.  fail: words of FAILURES.
-    free_memory_bytes, program_hash: None: this system's own.  parent_command:
-    of whoever started bhyve.  knows_suspending_lock: vm-bhyve is 1.7.0 or later.
-    can_snapshot: of vmm; null: none is loaded.  module_hash: of vmm.ko.
-    disks: by path, fields of host.Disk that differ from the file's own.  mtus:
-    by tap.
+    generation: of the checkpoint interface, 4 (FreeBSD 14 and 15) or 5 (16); it
+    decides the sysctls of the release.  fail: words of FAILURES.
+    free_memory_bytes, program_hash: null for this system's own.  parent_command:
+    the command that started bhyve.  knows_suspending_lock: vm-bhyve is 1.7.0 or
+    later.  can_snapshot: vmm has snapshots; null if no vmm is loaded.
+    module_hash: of vmm.ko.  disks: by path, the fields of host.Disk that differ
+    from the file's own.  mtus: by tap.  sysctl: values by name.
     """
 
     generation: int = 5
@@ -68,9 +68,9 @@ class Settings:
 
 
 def read_settings(directory: Path) -> Settings:
-    """Return the settings of a stand-in's directory, the defaults where it has none.
+    """Return the settings of a stand-in's directory, the defaults if it has no host.json.
 
-    Raises GuestError for what is not a setting.
+    Raises GuestError if host.json is invalid or cannot be read.
     """
     path = directory / "host.json"
     try:

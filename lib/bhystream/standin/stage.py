@@ -1,13 +1,14 @@
-"""Two hosts of stand-ins in one temporary directory, and the end of all that runs in them.
+"""Two hosts of stand-ins in one temporary directory, and the end of every process in them.
 
     DIR/NAME.conf        a guest's bhyve_config(5)
-    DIR/a/, DIR/b/       the hosts; each is a stand-in's directory (__init__.py) and has beside that
-        var/             its state directory
-        disk rom console what the guest's configuration names
+    DIR/a/, DIR/b/       the hosts; each is a stand-in's directory (__init__.py), with in addition
+        var/             the host's state directory
+        disk rom console the files that the guest's configuration names
 
 Nothing outside of DIR is touched.  A stand-in ends by itself when its node is
-gone, one that is held when vmm/ is, and whatever a program leaves behind on
-Linux becomes our child, so when the stage closes no process of it lives on.
+gone, a stand-in paused by a checkpoint when vmm/ is gone.  On Linux, every process
+that a program leaves behind becomes our child.  So no process of the stage lives
+on when the stage has closed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .kernel import StandinHost
 _PR_SET_CHILD_SUBREAPER = 36  # Source: prctl(2), linux/prctl.h
 _BASES = ("/dev/shm", "/tmp")
 _POLL_S = 0.01
-_POLITE_S = 10.0  # a bhysend that was interrupted brings its guest back first
+_POLITE_S = 10.0  # a bhysend that was interrupted brings its guest back before it ends
 _END_S = 5.0
 _TAP = "tap0"
 _UUID = "6d6f7665-6420-6c69-7665-000000000001"
@@ -82,8 +83,8 @@ class PlayedHost:
 class Stage:
     """The directory with two hosts, `here` and `there`; a context manager.
 
-    needed_bytes: room for all that the guests will write.  Raises GuestError
-    where no directory has it.
+    needed_bytes: space for all that the guests will write.  Raises GuestError
+    if no directory has that much space.
     """
 
     def __init__(self, needed_bytes: int) -> None:
@@ -134,9 +135,9 @@ class Stage:
         return path
 
     def start_guest(self, name: str, config: Path, options: Sequence[str] = ()) -> None:
-        """Start a stand-in on the host `here`; what it complains of goes to DIR/NAME.log.
+        """Start a stand-in on the host `here`; its standard error goes to DIR/NAME.log.
 
-        options: further ones of its command line.
+        options: further options of the command line.
         """
         with (self.directory / f"{name}.log").open("wb") as log:
             subprocess.Popen(
@@ -157,9 +158,9 @@ class Stage:
     def start_program(
         self, words: Sequence[str], variables: dict[str, str], stderr: int
     ) -> subprocess.Popen[bytes]:
-        """Start a program that a Ctrl-C at the terminal reaches too.
+        """Start a program that a Ctrl-C at the terminal also reaches.
 
-        variables: beside the environment's.  stderr: a descriptor, the caller's.
+        variables: added to the environment.  stderr: a descriptor; the caller closes it.
         """
         program = subprocess.Popen(
             words,
@@ -174,7 +175,7 @@ class Stage:
     def close(self) -> None:
         """End every process of the stage and remove its directory.  Bounded; never raises."""
         with _undisturbed():
-            # The programs first: one that is interrupted brings its guest back,
+            # End the programs first: an interrupted bhysend brings its guest back,
             # and the guest is ended after that.
             for program in self._programs:
                 if program.poll() is None:
@@ -184,16 +185,17 @@ class Stage:
             for vmm in self.directory.glob("?/vmm"):
                 shutil.rmtree(vmm, ignore_errors=True)
             _end_children()
-            for mounted in self.directory.glob("?/*/dev/null"):  # of a bhysend that was killed
+            # A bhysend that was killed leaves its null device mounted.
+            for mounted in self.directory.glob("?/*/dev/null"):
                 StandinHost(self.directory).unmount_null(mounted.parent)
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _roomy(needed_bytes: int) -> Path:
-    """Return a directory with room, in memory if there is one.
+    """Return a directory with enough space, in memory if possible.
 
-    Names in it must be short: an AF_UNIX path has 104 bytes on FreeBSD, 108 on
-    Linux.  A container's /dev/shm often has 64 MiB.
+    Its path must be short: an AF_UNIX path has at most 104 bytes on FreeBSD, 108
+    on Linux.  A container's /dev/shm often has only 64 MiB.
     """
     for name in (*_BASES, tempfile.gettempdir()):
         path = Path(name)
@@ -201,11 +203,11 @@ def _roomy(needed_bytes: int) -> Path:
             found = os.statvfs(path)
             if found.f_bavail * found.f_frsize >= needed_bytes:
                 return path
-    raise GuestError(f"{needed_bytes >> 20} MiB are needed in /dev/shm or /tmp, and not free there")
+    raise GuestError(f"{needed_bytes >> 20} MiB are needed, but not free in /dev/shm or /tmp")
 
 
 def adopt_orphans() -> None:
-    """Become the parent of what our children leave behind, where the system can do that."""
+    """Become the parent of every process that our children leave behind.  Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -222,7 +224,7 @@ def _end_children() -> None:
             continue
         waited_s = time.monotonic() - start
         if waited_s >= 2 * _END_S:
-            return  # one that not even SIGKILL ends
+            return  # SIGKILL does not end the children that are left
         for child in _children() if waited_s >= _END_S else ():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
@@ -240,7 +242,7 @@ def _children() -> list[int]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let no signal end us in between."""
+    """Ignore the signals that would end this process, until the with block ends."""
     numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:

@@ -2,21 +2,24 @@
 
     python -m bhystream.standin.supervisor [-t TAP:BRIDGE]... NAME -- ARGUMENT...
 
-The arguments are those of the stand-in, without the name.  A program called
-`bhyve` that comes first in PATH is run instead of the stand-in, as vm-bhyve
-runs the bare word.  Exit status 1 where vm-bhyve would refuse the start.
+The arguments are those of the stand-in, without the name.  If PATH has a program
+called `bhyve`, the supervisor runs that program instead of the stand-in, because
+vm-bhyve runs the bare word.  The exit status is 1 if vm-bhyve would refuse the
+start.
 
-Source: freebsd/vm-bhyve lib/vm-run, vm::run, vm::lock, vm::handle_exit: a
-run.lock of another host or a VM that exists refuse the start; after each exit
-suspending.lock ends the loop, from 1.7.0 on; else the status decides:
+vm-bhyve refuses the start if there is a run.lock of another host, or if the VM
+exists.  After each exit of bhyve, suspending.lock ends the loop, from 1.7.0 on;
+without suspending.lock, bhyve's status decides:
 
     0        on_restart of NAME.conf, by default restart, which is without -r
     1, 2     the guest is off: the loop ends
     others   on_fault, by default shutdown.  So a bhyve that was killed (137)
              ends the loop, but not with on_fault=restart
 
-At the end taps, VM and locks go, in this order.  What bhyve says on its
+At the end the supervisor removes taps, VM and locks, in this order.  bhyve's
 standard error goes to bhyve.log, as with debug=yes.
+
+Source: freebsd/vm-bhyve lib/vm-run, vm::run, vm::lock, vm::handle_exit.
 """
 
 from __future__ import annotations
@@ -47,7 +50,10 @@ _USAGE = "usage: supervisor [-t tap:bridge]... name -- argument ...\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Supervise one guest; return 0 when its loop has ended."""
+    """Supervise one guest; return 0 when its loop has ended, 1 if that fails.
+
+    argv: without the program's name; None stands for the process's own.
+    """
     directory = os.environ.get(VMM_DIR)
     try:
         if not directory:
@@ -56,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         own, arguments = _split(words)
         options, operands = getopt.getopt(own, "t:", ["tap="])
         if len(operands) != 1:
-            raise UsageError("one name", hint=_USAGE)
+            raise UsageError("one name is needed", hint=_USAGE)
         taps = [value for _, value in options]
         Supervisor(StandinHost(Path(directory)), operands[0], arguments).run(taps)
     except (BhyError, OSError, getopt.GetoptError) as error:
@@ -67,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
     if "--" not in words:
-        raise UsageError("no -- and arguments", hint=_USAGE)
+        raise UsageError("-- and the arguments are missing", hint=_USAGE)
     at = words.index("--")
     return words[:at], words[at + 1 :]
 
@@ -85,9 +91,10 @@ class Supervisor:
         self._has_rom = bool(self._config.get("lpc.bootrom"))
 
     def run(self, taps: Sequence[str]) -> None:
-        """Start the guest, again and again, until it is to end.  Raises GuestError.
+        """Start the guest again and again, until its loop ends.
 
-        taps: "tap0:bridge0" each, made now and destroyed at the end.
+        taps: each "tap0:bridge0"; made now and destroyed at the end.  Raises
+        GuestError if the guest runs already, or a tap cannot be made.
         """
         self._confirm_stopped()
         self._guest.mkdir(parents=True, exist_ok=True)
@@ -124,7 +131,10 @@ class Supervisor:
         (self._guest / CONSOLE).write_text(text)
 
     def _confirm_stopped(self) -> None:
-        """Refuse a guest that runs somewhere.  Source: vm::confirm_stopped."""
+        """Raise GuestError if the guest runs, here or on another host.
+
+        Source: freebsd/vm-bhyve lib/vm-run, vm::confirm_stopped.
+        """
         lock = self._guest / RUN_LOCK
         holder = lock.read_text().partition("\n")[0].strip() if lock.exists() else ""
         if holder and holder != os.uname().nodename:
@@ -158,7 +168,7 @@ class Supervisor:
         return self._asked("on_fault", "shutdown") == "restart"
 
     def _asked(self, key: str, default: str) -> str:
-        """Return a key of NAME.conf, which is the guest's for vm-bhyve."""
+        """Return the value of a key in NAME.conf, vm-bhyve's configuration of the guest."""
         path = self._guest / f"{self._name}.conf"
         found = default
         for line in path.read_text().splitlines() if path.exists() else ():
@@ -168,7 +178,7 @@ class Supervisor:
         return found
 
     def _run_guest(self, arguments: list[str]) -> int:
-        """Run bhyve once; return its exit status, 128 and the signal for a death by one."""
+        """Run bhyve once; return its exit status, or 128 plus the signal that killed bhyve."""
         found = shutil.which("bhyve")
         program = [found] if found else self._host.program()
         with (self._guest / "bhyve.log").open("ab") as log:

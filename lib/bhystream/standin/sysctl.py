@@ -1,4 +1,4 @@
-"""What sysctl(8) says on a stand-in: host.json, else a plausible FreeBSD."""
+"""The values of sysctl(8) on a stand-in: from host.json, else of a plausible FreeBSD."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SYSCTL = {
     "machdep.tsc_freq": "2500000000",
     "vm.mincore_mapped": "0",
 }
-# By generation of the checkpoint interface.
+# The key is the generation of the checkpoint interface.
 _RELEASE = {
     4: {"kern.osreldate": "1501000", "kern.osrelease": "15.1-STANDIN"},
     5: {"kern.osreldate": "1600000", "kern.osrelease": "16.0-STANDIN"},
@@ -30,7 +30,10 @@ _RELEASE = {
 
 
 def sysctl(directory: Path, name: str) -> str | None:
-    """Return a value of host.json, else a plausible one; None for one that is not known."""
+    """Return host.json's value, else a plausible value, None if the name is not known.
+
+    Raises GuestError if host.json is invalid.
+    """
     settings = read_settings(directory)
     given = settings.sysctl.get(name)
     if given is None and name == "kern.hostuuid":

@@ -1,8 +1,8 @@
-"""A vCPU: a thread that rewrites its working set, and checks every page before.
+"""A vCPU: a thread that rewrites its working set, and checks each page before that.
 
-Its registers are the step count and how far its sweep of all of its pages has
-come; they travel in the vmcx blob and nowhere in memory.  Its FPU is in the
-file of vCPUs (cpu.py), and travels in no blob.
+The vCPU's registers are the step count and the progress of the sweep over all
+of its pages; they travel in the vmcx blob and are nowhere in memory.  The vCPU's
+FPU is in the file of vCPUs (cpu.py), and travels in no blob.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .proof import X87_AT, Plan, content, describe, describe_fpu, fpu_registers
 
 _SLICE_S = 0.005
 _BATCH_PAGES = 64
-# What was not done in this time is not caught up: a pause is no debt.
+# A vCPU that stood for longer catches up on this much only: a pause is not made up for.
 _DEBT_S = 0.05
 
 
 @dataclass
 class Registers:
-    """What a vCPU knows that memory does not.
+    """The state of a vCPU that is not in memory.
 
     step: pages of the working set rewritten since boot.  swept: pages, static
     and working, checked in this sweep.  sweeps: full sweeps since boot.
@@ -45,7 +45,7 @@ class Registers:
 
 
 def read_registers(fields: Any) -> Registers:
-    """Return the registers of a blob, each 0 that is missing."""
+    """Return the registers of a blob.  A register that is missing is 0."""
     if not isinstance(fields, dict):
         return Registers()
     return Registers(**{name: number(fields, name) for name in Registers().fields()})
@@ -54,10 +54,10 @@ def read_registers(fields: Any) -> Registers:
 class Vcpu:
     """One vCPU and its program.
 
-    rate, sweep_rate: bytes a second of this vCPU; a rate of 0 is as fast as
-    it can.  index, cpu: its number, and what vmm knows of it.  tell: prints a
-    line about what is wrong.  every_slice: called between two batches, about
-    every 5 ms.
+    rate, sweep_rate: bytes a second that this vCPU rewrites and checks; at a rate
+    of 0 it rewrites as fast as it can.  index, cpu: the vCPU's number and its
+    state in vmm.  tell: prints a line about a fault.  every_slice: called
+    between two batches, about every 5 ms.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Vcpu:
         self._write_fpu()
 
     def start(self, name: str) -> None:
-        """Start the thread; it runs when the gate opens."""
+        """Start the thread, which runs when the gate opens."""
         self._state = self._cpu.state()
         self._gate.join(threading.Thread(target=self._run, name=name, daemon=True))
 
@@ -129,7 +129,7 @@ class Vcpu:
             self._cpu.put_fpu(at, data)
 
     def _check_cpu(self) -> None:
-        """Say that the FPU or a register is wrong, once; the next step writes the FPU anew."""
+        """Tell once if the FPU or a register is wrong; the next step writes the FPU anew."""
         step = self.registers.step
         expected = fpu_registers(self._index, step)
         if any(self._cpu.fpu(at, len(data)) != data for at, data in expected):
@@ -151,7 +151,7 @@ class Vcpu:
             registers.swept = 0
 
     def _check(self, page: int, generation: int) -> bool:
-        """Say whether a page is wrong; a line is printed then."""
+        """Return whether a page is wrong, and tell if it is."""
         found = self._memory.read(page)
         if found == content(page, generation):
             return False

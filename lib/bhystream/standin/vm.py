@@ -1,4 +1,4 @@
-"""One VM of the stand-in, as the bhyve backend sees it: host.Vm, from files."""
+"""One VM of the stand-in, as the bhyve backend sees it: host.Vm, implemented with files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,17 @@ from .sysctl import sysctl
 
 
 class StandinVm:
-    """One VM of a stand-in, opened to be read, or changed too."""
+    """One VM of a stand-in, opened for reading, or also for changes.
+
+    The methods that use vCPUs raise GuestError if there is no such vCPU.
+    """
 
     def __init__(self, directory: Path, name: str, *, is_writable: bool = False) -> None:
-        """Open the node.  Raises GuestError, AccessError."""
+        """Open the node.
+
+        Raises GuestError if there is no such VM, AccessError or InputOutputError
+        if the node cannot be opened.
+        """
         self._directory = directory
         self._name = name
         self._read = node.read_map(directory, name)
@@ -45,7 +52,10 @@ class StandinVm:
         return self._read.topology
 
     def map(self, gpa: int, length_bytes: int, *, is_writable: bool = False) -> mmap.mmap:
-        """Map one entry of system memory."""
+        """Map one entry of system memory.
+
+        Raises GuestError if there is no entry at gpa, or if it cannot be mapped.
+        """
         if not any(m.segid == 0 and m.gpa == gpa for m in self._read.maps):
             raise GuestError(f"VM {self._name} has no system memory at {gpa:#x}")
         prot = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
@@ -56,7 +66,7 @@ class StandinVm:
 
     @cached_property
     def _cpus(self) -> Cpus:
-        """The file of its vCPUs, of which an empty VM has none."""
+        """The file of the VM's vCPUs.  An empty VM has no such file."""
         is_intel = read_settings(self._directory).cpu_vendor == "intel"
         cpus = Cpus(node.beside(self._directory, self._name, "cpu"), is_intel=is_intel)
         self._opened.callback(cpus.close)
@@ -74,12 +84,12 @@ class StandinVm:
         return frozenset(n for n, cpu in enumerate(self._cpus) if cpu.get("suspended"))
 
     def registers(self, vcpu: int, numbers: Sequence[int]) -> list[int]:
-        """Return registers' values."""
+        """Return the values of registers.  Raises GuestError if one cannot be read."""
         with self._cpus.locked():
             return [self._cpus[vcpu][number] for number in numbers]
 
     def set_register(self, vcpu: int, number: int, value: int) -> None:
-        """Set one register."""
+        """Set one register.  Raises GuestError if the register cannot be set."""
         with self._cpus.locked():
             self._cpus[vcpu][number] = value
 
@@ -94,16 +104,19 @@ class StandinVm:
             self._cpus[vcpu].put_hidden(number, value)
 
     def pending_event(self, vcpu: int) -> tuple[int, int]:
-        """Return the two words."""
+        """Return the two words of VM_GET_INTINFO."""
         with self._cpus.locked():
             return self._cpus[vcpu].get("event_1"), self._cpus[vcpu].get("event_2")
 
     def inject_nmi(self, vcpu: int) -> None:
-        """Let an NMI wait."""
+        """Let an NMI wait to be delivered to a vCPU."""
         self._cpus[vcpu].put("nmi_pending", 1)
 
     def resume_cpu(self, vcpu: int) -> None:
-        """Let a vCPU be run.  Source: vmm_vm.c, vm_resume_cpu()."""
+        """Let a vCPU be run.  Raises GuestError if the vCPU is not suspended.
+
+        Source: sys/dev/vmm/vmm_vm.c, vm_resume_cpu().
+        """
         if not self._cpus[vcpu].get("suspended"):
             raise GuestError(f"cannot resume vCPU {vcpu}: Invalid argument")
         self._cpus[vcpu].put("suspended", 0)
@@ -113,20 +126,23 @@ class StandinVm:
         self._cpus[vcpu].put("suspended", 1)
 
     def run(self, vcpu: int) -> int:
-        """Run a vCPU until it leaves the guest; return the exit code."""
+        """Run a vCPU until it leaves the guest; return the exit code.
+
+        Raises GuestError as Interpreter.run() does.
+        """
         lowmem = self._lowmem
         with self._cpus.locked():
             return Interpreter(self._cpus[vcpu], lowmem).run()
 
     def set_rtc(self, seconds: int) -> None:
-        """Set the guest's clock, which is only remembered."""
+        """Remember what the guest's clock is set to: seconds since the Epoch."""
         self._cpus.rtc_seconds = seconds
 
     def resident(self, mapping: mmap.mmap, gpa: int) -> bytes:
-        """Return one byte a page, other than 0 where it has data and is not swapped.
+        """Return one byte a page: not 0 if the page has data and is not swapped out.
 
-        With vm.mincore_mapped other than 0, mincore(2) reports only what the
-        caller's mapping has touched: nothing.
+        If vm.mincore_mapped is not 0, mincore(2) reports only the pages that the
+        caller's mapping has touched, which are none.
         """
         npages = len(mapping) // PAGE_BYTES
         marks = bytearray(npages)
@@ -139,7 +155,11 @@ class StandinVm:
         return bytes(marks)
 
     def dirty(self, lengths_bytes: Sequence[int]) -> list[bytes] | None:
-        """Return the dirty log of each segment and clear what was seen; or None."""
+        """Return the dirty log of each segment, and clear the marks that were returned.
+
+        Returns None if there is no log.  Raises GuestError if the log's size is
+        wrong, AccessError or InputOutputError if the log cannot be opened.
+        """
         if not read_settings(self._directory).dirty_log:
             return None
         npages = [length // PAGE_BYTES for length in lengths_bytes]
@@ -153,7 +173,7 @@ class StandinVm:
             raise from_oserror(error, "open the dirty log") from error
         try:
             if os.fstat(fd).st_size != sum(npages):
-                raise GuestError("the dirty log is not of this layout")
+                raise GuestError("the dirty log has another size than the guest's memory")
             with mmap.mmap(fd, sum(npages)) as log:
                 seen = log[:]
                 _clear_seen(log, seen)
@@ -166,7 +186,7 @@ class StandinVm:
         return parts
 
     def close(self) -> None:
-        """Give up the node."""
+        """Close the node."""
         self._opened.close()
 
     def _unmark_swapped(self, marks: bytearray, gpa: int) -> None:
@@ -182,7 +202,7 @@ class StandinVm:
 
 
 def _clear_seen(log: mmap.mmap, seen: bytes) -> None:
-    """Clear the bytes that were seen set, and no other: the guest marks meanwhile."""
+    """Clear only the bytes that were seen set: meanwhile the guest marks other pages."""
     start = seen.find(1)
     while start >= 0:
         end = seen.find(0, start)

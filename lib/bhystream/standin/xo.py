@@ -1,14 +1,14 @@
-"""The text of FILE.meta, and when it is written: libxo's pretty JSON, in a handle's buffer.
+"""The text of FILE.meta, libxo's pretty JSON in a handle's buffer, and when it is written.
 
-Nothing reaches the file before flush(): that of finish(), that of destroy(),
-and one in between where the text grows beyond HIGH_WATER_BYTES.  A checkpoint
-that fails flushes in destroy() what it has collected, which bhyve calls when
-its guest runs again.  Source: contrib/libxo/libxo/libxo.c, xo_do_emit_fields(),
+Text reaches the file only in flush(), which is called by finish(), by destroy(),
+and in between if the text grows beyond HIGH_WATER_BYTES.  bhyve calls destroy()
+when its guest runs again: if the checkpoint failed, the text that was collected
+is flushed then.  Source: contrib/libxo/libxo/libxo.c, xo_do_emit_fields(),
 xo_finish_h(), xo_destroy(), xo_flush_h(), FreeBSD 15.1, read.
 
-FreeBSD's pipes take bytes one by one: one free byte of a full FIFO is taken,
-and the rest of the write(2) waits.  Linux takes as much as PIPE_BUF whole or
-not at all, so the first byte goes by itself here.
+A pipe of FreeBSD takes bytes one by one: if a FIFO has one free byte, a write(2)
+fills that byte and waits with the rest.  Linux takes up to PIPE_BUF bytes as a
+whole or not at all, so flush() writes the first byte by itself.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ HIGH_WATER_BYTES = 8 * 1024 - 512
 
 
 class Xo:
-    """A handle on a file.  fd: the caller's.
+    """A handle on a file.
 
-    between: called after the first byte of a write into a FIFO, before the rest.
+    fd: the file's descriptor, which the caller closes.  between: called after
+    the first byte of a write into a FIFO, before the rest.
     """
 
     def __init__(self, fd: int, between: Callable[[], None]) -> None:
@@ -37,7 +38,7 @@ class Xo:
         self._has_members = [False]
 
     def open_container(self, key: str) -> None:
-        """Begin an object: a member of the one that is open."""
+        """Begin an object, as a member of the open object."""
         self._member(f"{json.dumps(key)}: {{")
         self._has_members.append(False)
 
@@ -47,18 +48,18 @@ class Xo:
         self._has_members.append(False)
 
     def open_instance(self) -> None:
-        """Begin an object of the list that is open."""
+        """Begin an object in the open list."""
         self._member("{")
         self._has_members.append(False)
 
     def emit(self, key: str, value: str | int) -> None:
-        """Write a value; here, and nowhere else, a text that is too long is flushed."""
+        """Add a value.  Only this method flushes the text if it grows too long."""
         self._member(f"{json.dumps(key)}: {json.dumps(value)}")
         if len(self._text) > HIGH_WATER_BYTES:
             self.flush()
 
     def close(self, bracket: str) -> None:
-        """End what was opened last.  bracket: "}" or "]"."""
+        """End the object or list that was opened last.  bracket: "}" or "]"."""
         self._has_members.pop()
         self._text += f"\n{self._indent()}{bracket}"
 
@@ -69,11 +70,11 @@ class Xo:
         self.flush()
 
     def destroy(self) -> None:
-        """Flush what is left."""
+        """Flush the text that is left."""
         self.flush()
 
     def flush(self) -> None:
-        """Write what there is.  What cannot be written is lost, and bhyve does not notice."""
+        """Write the text.  Text that cannot be written is lost, and bhyve does not notice."""
         data, self._text = self._text.encode(), ""
         with suppress(OSError):
             if self._is_fifo and data:

@@ -3,6 +3,6 @@
 format.py      every constant and structure
 writer.py      sections onto a descriptor
 reader.py      sections off one: frames, caps, checksums, order
-verify.py      a strict walk of what they say
-contents.py    what a hypervisor has to say of its own sections
+verify.py      a strict walk of the sections' contents
+contents.py    the checks of a hypervisor's own sections
 """

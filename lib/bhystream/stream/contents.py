@@ -1,4 +1,4 @@
-"""What a walk of a stream asks of those who know its hypervisor: Contents."""
+"""Contents: the checks of a hypervisor's own sections, which a walk of the stream calls."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from bhystream.guest import Json, Layout, State
 
 
 class Contents(Protocol):
-    """What a hypervisor's own sections of a stream say, checked on any host.
+    """The checks of a hypervisor's own sections of one stream, on any host.
 
-    One for each stream, asked in its order, by verify.Walk: so what a Sink is
-    given has passed here, and a stream is verified where no Sink can be had.
-    What is raised names no place: the walk adds it.
+    verify.Walk calls them in the stream's order.  So a Sink is given only what
+    has passed here, and a host that has no Sink can still verify the stream.
+    The errors name no place; the walk adds the place.
     """
 
     def config(self, config: Json) -> None:
-        """Check CONFIG.  Raises IncompatibleError: what is not known may be of a later version."""
+        """Check CONFIG.  Raises IncompatibleError: an unknown key may be a later version's."""
 
     def layout(self, layout: Layout) -> None:
-        """Check LAYOUT.  Raises IncompatibleError where it is not CONFIG's."""
+        """Check LAYOUT.  Raises IncompatibleError if it does not fit CONFIG."""
 
     def devices(self, devices: tuple[str, ...]) -> None:
-        """Check DEVICES.  Raises IncompatibleError where they are not CONFIG's."""
+        """Check DEVICES.  Raises IncompatibleError if they do not fit CONFIG."""
 
     def plan(self, plan: bytes) -> None:
         """Check REHEARSAL.  Raises FormatError."""
 
     def state(self, state: State) -> None:
-        """Check one state, whole.  Raises FormatError."""
+        """Check one whole state.  Raises FormatError."""
 
     def end(self) -> None:
         """Check that no state is missing.  Raises FormatError."""

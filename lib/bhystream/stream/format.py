@@ -1,12 +1,12 @@
 """Every constant and structure of bhystream(5), and nothing else.
 
-Pure functions between bytes and values: no I/O, no state, no policy.  What a
-single structure demands of its own bytes is checked here, as FormatError
-without a place; the reader adds the section and the offset.  What one section
-demands of another (order, rounds, totals) is verify.py's.
+Pure functions between bytes and values: no I/O, no state, no policy.  The
+functions check what a structure demands of its own bytes, and raise FormatError
+without a place; the reader adds the section and the offset.  reader.py and
+verify.py check what one section demands of another (order, rounds, totals).
 
 The writer uses pack_*, the reader unpack_*; both read the same tables, so a
-change of the format is one change here, one in the page, and a new golden
+change of the format is one change here, one in bhystream(5), and a new golden
 stream.
 """
 
@@ -43,7 +43,7 @@ END = struct.Struct("<IIQQQQQ16s")
 ABORT_HEAD = struct.Struct("<II")
 
 ALIGN_BYTES = 8
-CHECKED_HEADER_BYTES = 24  # what the section checksum covers of the section header
+CHECKED_HEADER_BYTES = 24  # the part of a section header that the section checksum covers
 HASH_BYTES = 8
 STREAM_ID_BYTES = 16
 NONCE_BYTES = 16
@@ -60,7 +60,7 @@ MAX_ABORT_TEXT_BYTES = 1016
 MAX_DEVICES = 1024
 GPA_UNSTATED = (1 << 64) - 1
 
-MAX_NAME_CHARS = 128  # of a device, a hypervisor, a program
+MAX_NAME_CHARS = 128  # in the name of a device, a hypervisor or a program
 _TOKEN = re.compile(rb"[\x21-\x7e]+")
 
 
@@ -79,11 +79,11 @@ class Feature(IntFlag):
     NO_MEMORY = 2
 
 
-# An int: ~ of an IntFlag has only the bits of its members, so none unknown.
+# A plain int, because ~ of an IntFlag has only known bits, and would hide the unknown ones.
 KNOWN_FEATURES = int(Feature.ZSTD | Feature.NO_MEMORY)
 
 
-OPTIONAL = 1 << 31  # in a type: who does not know it skips the section
+OPTIONAL = 1 << 31  # in a type: a reader that does not know the type skips the section
 OPTIONAL_CAP = 1 << 20
 
 
@@ -108,7 +108,7 @@ class Type(IntEnum):
     REHEARSAL = OPTIONAL | 0x0E
 
 
-_STATE_NAME_CAP = STATE_HEAD.size + 256  # with what fills the name up
+_STATE_NAME_CAP = STATE_HEAD.size + 256  # the name and its padding
 
 CAPS: dict[int, int] = {
     Type.HOST: 1 << 16,
@@ -168,14 +168,14 @@ class RoundEnd:
 
 @dataclass(frozen=True)
 class Time:
-    """When the source paused, in ns since the Epoch, and how long ago, in ns."""
+    """When the source paused the guest, in ns since the Epoch, and for how long so far, in ns."""
 
     paused_at_ns: int
     paused_for_ns: int
 
 
 class End(NamedTuple):
-    """The trailer: totals over everything before it, and the digest; in the order of END."""
+    """The trailer: the totals of all sections before END, and the digest; in END's order."""
 
     what: int
     rounds: int
@@ -208,7 +208,7 @@ def type_name(type_: int) -> str:
 
 
 def end_flags(form: Form, features: Feature) -> int:
-    """Return what END's `what` field must be in a stream of this form."""
+    """Return the value that END's `what` field must have in such a stream."""
     if features & Feature.NO_MEMORY:
         return END_NO_MEMORY
     return 0 if form == Form.ANSWERED else END_MAY_START
@@ -233,8 +233,8 @@ def unpack_header(data: bytes) -> tuple[Header, int]:
     """Unpack 72 bytes into the header and its checksum.
 
     Raises FormatError for another magic, version, form, or mandatory feature.
-    The caller has compared the checksum before it believes the rest, but the
-    magic comes first: a stream mangled as text is called that.
+    The caller compares the checksum before, but only if the magic is right: a
+    wrong magic has to show whether a transport in text mode mangled the stream.
     """
     magic, version, form, features, _, stream_id, seed, reserved, checksum = HEADER.unpack(data)
     if magic != MAGIC:
@@ -251,7 +251,7 @@ def unpack_header(data: bytes) -> tuple[Header, int]:
 
 
 def _refuse_magic(magic: bytes) -> NoReturn:
-    """Tell a stream in text mode from something that is no stream."""
+    """Raise FormatError, which tells a stream mangled as text from what is no stream."""
     if magic[1:4] == MAGIC[1:4]:
         raise FormatError("the transport changed line ends or the high bit: it is in text mode")
     raise FormatError("this is not a bhystream(5)")
@@ -263,7 +263,7 @@ def pack_section(type_: int, flags: int, length: int, sequence: int, checksum: i
 
 
 def unpack_host(data: bytes) -> dict[str, Any]:
-    """Unpack HOST: an object with the strings hypervisor and program."""
+    """Unpack HOST: an object with the strings hypervisor and program.  Raises FormatError."""
     value = _unpack_object(data)
     for key in ("hypervisor", "program"):
         if not _is_name(value.get(key)):
@@ -280,7 +280,7 @@ def _is_name(value: Any) -> bool:
 
 
 def unpack_config(data: bytes) -> dict[str, Any]:
-    """Unpack CONFIG: an object with the guest's name."""
+    """Unpack CONFIG: an object with the guest's name.  Raises FormatError."""
     value = _unpack_object(data)
     name = value.get("name")
     if not isinstance(name, str) or not GUEST_NAME.fullmatch(name):
@@ -296,7 +296,7 @@ def _unpack_object(data: bytes) -> dict[str, Any]:
 
 
 def unpack_devices(data: bytes) -> tuple[str, ...]:
-    """Unpack DEVICES: an array of names."""
+    """Unpack DEVICES: an array of names.  Raises FormatError."""
     value = unpack_json(data)
     if not isinstance(value, list) or len(value) > MAX_DEVICES:
         raise FormatError(f"not an array of at most {MAX_DEVICES} names")
@@ -316,7 +316,7 @@ def pack_layout(layout: Layout) -> bytes:
 
 
 def unpack_layout(data: bytes) -> Layout:
-    """Unpack LAYOUT into 1 to 64 segments."""
+    """Unpack LAYOUT into 1 to 64 segments.  Raises FormatError."""
     if len(data) < LAYOUT_HEAD.size:
         raise FormatError("length is too small")
     page_bytes, count = LAYOUT_HEAD.unpack_from(data)
@@ -369,12 +369,15 @@ def pack_state(name: str, part: int, data: memoryview | bytes) -> bytes:
 
 
 def pack_state_zeros(name: str, part: int, count: int) -> bytes:
-    """Pack the payload of one STATE_ZEROS section, of `count` bytes."""
+    """Pack the payload of one STATE_ZEROS section, which stands for `count` zero bytes."""
     return pack_state(name, part, STATE_COUNT.pack(count))
 
 
 def unpack_state(data: bytes) -> tuple[str, int, bytes]:
-    """Unpack STATE or STATE_OPTIONAL into the state's name, the part number and bytes."""
+    """Unpack STATE or STATE_OPTIONAL into the state's name, the part number and the bytes.
+
+    Raises FormatError.
+    """
     name, part, rest = _unpack_part(data)
     if len(rest) > MAX_STATE_PART_BYTES:
         raise FormatError(f"a part has more than {MAX_STATE_PART_BYTES} bytes")
@@ -382,7 +385,10 @@ def unpack_state(data: bytes) -> tuple[str, int, bytes]:
 
 
 def unpack_state_zeros(data: bytes) -> tuple[str, int, int]:
-    """Unpack STATE_ZEROS into the state's name, the part number and a count of 1 to 2^64 - 1."""
+    """Unpack STATE_ZEROS into the state's name, the part number and a count of 0 to 2^64 - 1.
+
+    Raises FormatError.
+    """
     name, part, rest = _unpack_part(data)
     if len(rest) != STATE_COUNT.size:
         raise FormatError(f"length does not fit a name of {len(name)} characters and a count")
@@ -406,14 +412,14 @@ def _unpack_part(data: bytes) -> tuple[str, int, bytes]:
 
 
 def pack_abort(status: int, text: str, room_bytes: int = MAX_ABORT_TEXT_BYTES) -> bytes:
-    """Pack ABORT; text is cut to room_bytes, and to what the section holds."""
+    """Pack ABORT; the text is cut to room_bytes, and to MAX_ABORT_TEXT_BYTES."""
     raw = text.encode("utf-8", "replace")[: min(room_bytes, MAX_ABORT_TEXT_BYTES)]
     clean = "".join(c if c.isprintable() else "?" for c in raw.decode("utf-8", "ignore"))
     return ABORT_HEAD.pack(status, 0) + (clean or "?").encode()
 
 
 def unpack_abort(data: bytes) -> tuple[int, str]:
-    """Unpack ABORT into the sender's exit status and its words."""
+    """Unpack ABORT into the sender's exit status and its words.  Raises FormatError."""
     if len(data) <= ABORT_HEAD.size:
         raise FormatError("length is too small")
     status, reserved = ABORT_HEAD.unpack_from(data)

@@ -1,9 +1,9 @@
 """Sections read from a descriptor: exact reads, caps, checksums, order.
 
-The lower half of a strict reader.  It turns bytes into sections whose frame is
-beyond doubt: complete, of a type that may stand here, within its cap, in
-sequence, padded with zeros, and with the right checksum.  What the contents
-say is the upper half's affair, verify.py.
+This is the lower half of a strict reader.  It turns bytes into sections whose
+frame has been checked: each is complete, of a type that may stand here, within
+its cap, in sequence, padded with zeros, and has the right checksum.  The upper
+half, verify.py, checks the contents.
 
 Memory is bounded by the caps of bhystream(5): two buffers, for the list of a
 MEMORY section (or any other payload) and for its page bytes, are reused from
@@ -25,14 +25,14 @@ from bhystream.stream.format import Feature, Form, Header, Type
 
 
 class RawInput(Protocol):
-    """What is read from: io.FileIO over a descriptor, or io.BytesIO."""
+    """The input of a Reader: recv's TimedInput, io.FileIO over a descriptor, or io.BytesIO."""
 
     def readinto(self, buffer: memoryview, /) -> int | None:
         """Fill up to len(buffer) bytes; return how many, 0 at the end."""
 
 
-# What may follow what.  PAD, ABORT and unknown optional sections are not in
-# the table: see _misplaced().
+# The types that may follow each type.  PAD, ABORT and unknown optional sections
+# are not in the table: see _misplaced().
 HEAD = (Type.HOST, Type.LAYOUT, Type.CONFIG, Type.DEVICES, Type.HEAD_END)
 _ROUNDS = frozenset({Type.MEMORY, Type.ROUND_END})
 _STATES = frozenset({Type.STATE, Type.STATE_ZEROS, Type.STATE_OPTIONAL, Type.TIME})
@@ -57,8 +57,8 @@ class Section:
     """One section.
 
     payload: the payload; in a MEMORY section only its head, extents and
-    hashes.  body: there, the page bytes or the zstd frame; else empty.
-    Both are views of the reader's buffers, good until its next read.
+    hashes.  body: the page bytes or the zstd frame of a MEMORY section, else
+    empty.  Both are views of the reader's buffers, valid until its next read.
     """
 
     type: int
@@ -79,12 +79,12 @@ def place(sequence: int, type_: int | None, offset_bytes: int) -> str:
 class Reader:
     """The sections of one stream, in order.
 
-    The input is read and never closed: it stays the caller's.  After an error
-    the reader is of no further use.
+    The input stays the caller's: the reader never closes it.  A reader that has
+    raised an error must not be used any more.
     """
 
     def __init__(self, raw: RawInput) -> None:
-        """Read the header.  Raises StreamError; PipeError if a read fails."""
+        """Read the header.  Raises StreamError; InputOutputError if a read fails."""
         self._raw = raw
         self.offset_bytes = 0
         self.sequence = 0
@@ -119,8 +119,8 @@ class Reader:
     def next(self) -> Section | None:
         """Read and check one section; None at the end of the input.
 
-        Raises StreamError with the section and its offset; PipeError if a
-        read fails.  None says nothing of completeness: END does.
+        Raises StreamError with the section and its offset; InputOutputError if a
+        read fails.  None does not say that the stream is complete; END says that.
         """
         start = self.offset_bytes
         got = self._fill(self._head)
@@ -188,7 +188,7 @@ class Reader:
         return f"it may not follow {before}"
 
     def _allowed(self) -> frozenset[Type]:
-        """Return the types that may come now, by the last one that counted."""
+        """Return the types that may come now, by the last section that the table knows."""
         if self._last == Type.HEAD_END and self.header.features & Feature.NO_MEMORY:
             return frozenset({Type.END})
         if self._last == Type.ROUND_END and self._last_round_seen:
@@ -215,8 +215,7 @@ class Reader:
         """Read a MEMORY section: its head and list first, then the body.
 
         The counts are capped and compared with the length before the list is
-        read; the list's contents are verify.py's, and it sees them before it
-        looks at a page.
+        read.  verify.py checks the list's contents, before it looks at a page.
         """
         head = self._list[: fmt.MEMORY_HEAD.size]
         if length < len(head):

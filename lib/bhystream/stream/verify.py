@@ -1,16 +1,16 @@
-"""A strict walk of a stream: what the sections say, and whether it adds up.
+"""A strict walk of a stream: what the sections say, and whether their counts agree.
 
-The upper half of the reader, and the only one: `bhyrecv` builds a guest from
-what this walk yields, and `bhyrecv -n` lets it run to the end and builds
-nothing.  So there is no lenient path.  It shares format.py with the writer and
-no other line.  What a hypervisor demands of its own sections is its Contents's to
-say, and is asked here too (understand()), so that a fault in them has a place.
+This is the upper half of the reader, and the only one: `bhyrecv` builds a guest
+from what this walk yields, and `bhyrecv -n` walks to the end and builds nothing.
+So there is no lenient path.  The walk shares only format.py with the writer.  A
+Contents checks what a hypervisor demands of its own sections; the walk calls
+the Contents (understand()), and adds the place to an error.
 
 Each event is yielded after every check that bhystream(5) demands of its
 section.  Page bytes are checked against their hashes before they are yielded,
-in a buffer that nothing else writes, so what reaches the guest's memory is
-what was hashed.  A state is an event of its own, when it is whole: who builds a
-guest keeps it, who only verifies has one at a time in memory.
+in a buffer that nothing else writes, so the guest's memory gets the bytes that
+were hashed.  Each whole state is an event: a caller that builds a guest keeps
+the states, a caller that only verifies has one at a time in memory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Pages:
 
     segment: index of the segment that all extents lie in.  extents: the packed
     extents, 16 bytes each, as in the section.  pages: the bytes of the DATA
-    extents.  Both are views, good until the next event.
+    extents.  Both are views, valid until the next event.
     """
 
     segment: int
@@ -53,7 +53,7 @@ class Pages:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What the state will look like, told before any memory."""
+    """The plan of the state to come, which the source sends before any memory."""
 
     plan: bytes
 
@@ -68,22 +68,22 @@ class Ended:
 
 @dataclass(frozen=True)
 class Pad:
-    """A PAD section, which has no contents: the source waits for a word."""
+    """A PAD section, which has no contents: the source waits for an answer."""
 
 
 @dataclass(frozen=True)
 class Go:
-    """GO, with the nonce that the destination answered."""
+    """GO, with the nonce that the destination has sent in READY."""
 
     nonce: bytes
 
 
-Event = Header | Head | Rehearsal | Pages | RoundEnd | Pad | State | Ended | Go
+Item = Header | Head | Rehearsal | Pages | RoundEnd | Pad | State | Ended | Go
 
 
 @dataclass
 class _States:
-    """The names of the states of one kind that are whole, and the bytes of all their parts."""
+    """The states of one kind: the names of the whole ones, and the bytes of all parts so far."""
 
     what: str
     max_bytes: int
@@ -107,8 +107,8 @@ class _Tally:
         default_factory=lambda: _States("optional states", fmt.MAX_OPTIONAL_STATE_BYTES)
     )
     parts: int = 0
-    # Not a list of parts: a part may be a byte, and an object is not.  Not a
-    # bytearray: this gives its bytes away without a copy.
+    # A list of parts could take far more memory than their bytes, since a part
+    # may be one byte.  Unlike a bytearray, BytesIO returns its bytes without a copy.
     open_bytes: io.BytesIO = field(default_factory=io.BytesIO)
     open_state: str = ""
     open_kind: _States | None = None
@@ -122,7 +122,7 @@ class Walk:
     """
 
     def __init__(self, raw: RawInput) -> None:
-        """Read the header.  Raises StreamError, PipeError."""
+        """Read the header.  Raises StreamError, InputOutputError."""
         self.reader = Reader(raw)
         self.header = self.reader.header
         self._hasher = PageHasher(self.header.seed)
@@ -133,7 +133,7 @@ class Walk:
         self._ended = False
         self._contents: Contents | None = None
         self._places: dict[int, str] = {}
-        self._takers: dict[int, Callable[[Section], Event | None]] = {
+        self._takers: dict[int, Callable[[Section], Item | None]] = {
             Type.PAD: lambda section: Pad(),
             Type.MEMORY: self._take_memory,
             Type.ROUND_END: self._take_round_end,
@@ -147,12 +147,13 @@ class Walk:
             Type.ABORT: self._take_abort,
         }
 
-    def events(self) -> Iterator[Event]:
+    def events(self) -> Iterator[Item]:
         """Yield the header, the head, a rehearsal, pages, round ends, PAD, states, END, perhaps GO.
 
         Ends after END in the plain and kept forms, without looking at what
         follows, and at the end of the input in the answered form.  Raises
-        StreamError (section, offset), AbortedError with the sender's words.
+        StreamError with the section and its offset, AbortedError with the sender's
+        words, InputOutputError if a read fails.
         """
         yield self.header
         while True:
@@ -174,10 +175,10 @@ class Walk:
             raise TruncatedError(f"{where}: the stream ends here, without an END section")
 
     def understand(self, contents: Contents, head: Head) -> None:
-        """Check the head by a hypervisor's rules, and what follows it when it comes.
+        """Check the head by a hypervisor's rules, and each later section when it comes.
 
-        Raises IncompatibleError with the section and its offset; then what
-        follows is not checked so.
+        Raises IncompatibleError with the section and its offset; the later
+        sections are then not checked by those rules.
         """
         checks: dict[Type, Callable[[], None]] = {
             Type.CONFIG: lambda: contents.config(head.config),
@@ -192,18 +193,18 @@ class Walk:
         self._contents = contents
 
     def place(self, type_: Type) -> str:
-        """Name the last section of a type that was read, as messages do."""
+        """Name the last section of a type, which was read before, as messages do."""
         return self._places[type_]
 
     def expect_end_of_input(self) -> None:
         """Read on after END, up to the end of the input.
 
-        Raises StreamError if anything follows that may not.
+        Raises StreamError if anything follows that may not, InputOutputError.
         """
         while self.reader.next() is not None:
             pass
 
-    def _take(self, section: Section) -> Event | None:
+    def _take(self, section: Section) -> Item | None:
         """Check the contents of one section; return its event, if it has one.
 
         Raises FormatError without a place.  Unknown optional sections have no
@@ -240,7 +241,7 @@ class Walk:
     def _take_memory(self, section: Section) -> Pages:
         round_, nextents, npages, _ = fmt.MEMORY_HEAD.unpack_from(section.payload)
         if round_ != self._tally.round:
-            raise FormatError(f"round {round_} where round {self._tally.round} is under way")
+            raise FormatError(f"round {round_}, but round {self._tally.round} is under way")
         start = fmt.MEMORY_HEAD.size
         hashes_at = start + nextents * fmt.EXTENT.size
         extents = section.payload[start:hashes_at]
@@ -289,9 +290,9 @@ class Walk:
     def _decompress(self, frame: memoryview, npages: int) -> bytes:
         """Return the pages of one zstd frame.
 
-        The frame's own header is looked at first: one call decompresses a
-        frame whose content fits the room without regard to its window, and
-        makes the room that the content size claims.
+        The frame's own header is checked first: decompress() allocates the
+        content size that the header claims, and ignores the window size of a
+        frame whose content fits in that.
         """
         size = npages * PAGE_BYTES
         try:
@@ -311,7 +312,7 @@ class Walk:
         if reserved:
             raise FormatError("reserved field is not zero")
         if round_ != tally.round:
-            raise FormatError(f"round {round_} where round {tally.round} is under way")
+            raise FormatError(f"round {round_}, but round {tally.round} is under way")
         if (data, zero) != (tally.data_pages, tally.zero_pages):
             raise FormatError(
                 f"counts {data} data and {zero} zero pages, but the round had "
@@ -339,7 +340,7 @@ class Walk:
         if not count:
             raise FormatError(f"state {name}: part {part} is empty")
         self._begin_part(section, name, part, count)
-        # A write behind the end fills up with zeros, which are nowhere before.
+        # A write past the end makes BytesIO fill the gap with zeros, without a copy of them.
         self._tally.open_bytes.seek(count - 1, io.SEEK_CUR)
         self._tally.open_bytes.write(b"\0")
         return self._end_part(section, name)
@@ -349,10 +350,10 @@ class Walk:
         return self._tally.optional if is_optional else self._tally.needed
 
     def _begin_part(self, section: Section, name: str, part: int, nbytes: int) -> None:
-        """Check that this part may come now, and count its bytes, before they are kept."""
+        """Check that this part may come now, and count its bytes before they are kept."""
         tally, kind = self._tally, self._kind(section)
         if part != tally.parts:
-            raise FormatError(f"state {name}: part {part} where part {tally.parts} is next")
+            raise FormatError(f"state {name}: part {part}, but part {tally.parts} is next")
         if part and name != tally.open_state:
             raise FormatError(f"state {name} begins before {tally.open_state} is complete")
         if part and kind is not tally.open_kind:
@@ -385,7 +386,7 @@ class Walk:
             raise FormatError(f"state {self._tally.open_state} is not complete")
         time = Time(*fmt.TIME.unpack(section.payload))
         if time.paused_for_ns and not time.paused_at_ns:
-            raise FormatError("paused for a time, but at none")
+            raise FormatError("the pause has a duration, but no time")
         self._tally.time = time
 
     def _take_end(self, section: Section) -> Ended:
@@ -423,7 +424,7 @@ class Walk:
 
     @property
     def is_dry_run(self) -> bool:
-        """Say whether the stream has a head only."""
+        """Say whether the stream has only a head."""
         return bool(self.header.features & Feature.NO_MEMORY)
 
 

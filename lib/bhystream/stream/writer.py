@@ -1,13 +1,13 @@
 """Sections written to a descriptor: whole writes, checksums, totals, digest.
 
-The writer knows the frame and the totals; what goes into a section comes from
-its caller.  It never seeks and never reads.  A section is written in two
+The writer knows the frame and the totals; its caller gives the contents of a
+section.  The writer never seeks and never reads.  A section is written in two
 calls, the header with what the checksum covers and then the page bytes: one
 writev(2) of both is slower, because the kernel then copies page bytes at odd
 offsets into its pipe pages.
 
-SIGPIPE is ignored by the programs, so a receiver that is gone is EPIPE here,
-a PipeError, and the source guest resumes.
+The programs ignore SIGPIPE.  If the receiver has exited, write(2) fails with
+EPIPE, the writer raises ReaderGoneError, and bhysend resumes the guest.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from bhystream.stream.format import End, Header, Type
 
 Bytes = bytes | bytearray | memoryview
 _EMPTY = b""
-# A device's buffers are mostly zero: what of a state is a STATE_ZEROS section.
+# A device's buffers are mostly zero: the blocks of a state like this one go into
+# STATE_ZEROS sections.
 _ZEROS = bytes(4096)
-# A pipe that poll(2) calls writable takes PIPE_BUF bytes without blocking, on
-# some systems 512: what that leaves for the text of ABORT.
+# The room for the text of ABORT: a pipe that poll(2) calls writable takes
+# PIPE_BUF bytes without blocking, which are 512 on some systems.
 _ABORT_ROOM_BYTES = select.PIPE_BUF - fmt.SECTION.size - fmt.ABORT_HEAD.size
 
 
 def write_all(fd: int, data: Bytes, what: str = "write the stream") -> None:
     """Write every byte of data to fd.
 
-    what: is done by that, for the message.  Raises PipeError, ReaderGoneError
-    where nobody reads any more.  A signal handler
-    may raise between two partial writes; the stream is then cut inside a
-    section, which no reader accepts.
+    what: is done by the write, for the message, in the infinitive without "to".
+    Raises ReaderGoneError if nobody reads any more, else InputOutputError.  A
+    signal handler may raise between two partial writes; the stream then ends
+    inside a section, and no reader accepts it.
     """
     view = memoryview(data)
     try:
@@ -57,7 +58,7 @@ def write_all(fd: int, data: Bytes, what: str = "write the stream") -> None:
 
 
 def _wait_for_room(fd: int) -> None:
-    """Wait as write(2) does: a process that shares the descriptor may have made it so again."""
+    """Wait as write(2) would: another process may have made the shared fd non-blocking again."""
     poller = select.poll()
     poller.register(fd, select.POLLOUT)
     poller.poll()
@@ -66,8 +67,9 @@ def _wait_for_room(fd: int) -> None:
 def _parts(state: State) -> Iterator[tuple[int, int, bool]]:
     """Yield the parts [first, end) of a state, in bytes, and whether each is a run of zeros.
 
-    A block of 4096 bytes, counted from the state's beginning, is zeros or is
-    not; what is left behind the last one is not.  An empty state has one part.
+    A run of zeros consists of whole blocks of 4096 bytes, counted from the
+    state's beginning; a shorter rest does not count as zeros, and an optional
+    state has no such run.  An empty state has one part.
     """
     data, step = state.data, len(_ZEROS)
 
@@ -93,11 +95,11 @@ class Writer:
     Totals are public because the report shows them: offset_bytes written,
     sequence (sections so far), data_pages, zero_pages, rounds, and state_bytes,
     the bytes of the states that are not optional.
-    at_border: the last section was written whole.  ended: END was.
+    at_border: the last section was written whole.  ended: END was written whole.
     """
 
     def __init__(self, fd: int, header: Header) -> None:
-        """Write the header.  Raises PipeError."""
+        """Write the header.  Raises InputOutputError."""
         self._fd = fd
         self.header = header
         self.offset_bytes = 0
@@ -118,9 +120,9 @@ class Writer:
     ) -> None:
         """Write one section.
 
-        payload: what the checksum covers.  body: page bytes, which follow and
-        are covered by the hashes in the payload, or, with FLAG_ZSTD, a frame,
-        which the checksum covers too.  Raises PipeError.
+        payload: the bytes that the checksum covers.  body: the page bytes, which
+        follow the payload and are covered by the hashes in it; or, with FLAG_ZSTD,
+        a frame, which the checksum covers too.  Raises InputOutputError.
         """
         length = len(payload) + len(body)
         head = fmt.pack_section(type_, flags, length, self.sequence, 0)
@@ -141,11 +143,14 @@ class Writer:
         self.sequence += 1
         if type_ != Type.END:
             self._digest.update(checksum)
-        # Last: a signal's exception before it leaves abort() nothing to do.
+        # This comes last: if a signal raises before, abort() must write nothing.
         self.at_border = True
 
     def round_end(self, data_pages: int, zero_pages: int, *, last: bool) -> None:
-        """End a round of so many stated pages; last: the guest was paused in it."""
+        """End a round that stated so many pages.  Raises InputOutputError.
+
+        last: the guest was paused during the round.
+        """
         payload = fmt.ROUND_END.pack(self.rounds, 0, data_pages, zero_pages)
         self.section(Type.ROUND_END, payload, flags=fmt.FLAG_LAST if last else 0)
         self.rounds += 1
@@ -153,9 +158,9 @@ class Writer:
         self.zero_pages += zero_pages
 
     def state(self, state: State) -> None:
-        """Write one named state, in as many parts as it needs; long zeros as their count.
+        """Write one named state in as many parts as needed; a run of zeros as its length.
 
-        The optional states come last.  Raises PipeError.
+        The caller writes the optional states last.  Raises InputOutputError.
         """
         name, view = state.name, memoryview(state.data)
         for part, (first, end, is_zero) in enumerate(_parts(state)):
@@ -170,10 +175,10 @@ class Writer:
             self.state_bytes += len(view)
 
     def end(self) -> End:
-        """Write the trailer, in one write(2) where the descriptor allows it.
+        """Write END, in one write(2) if the descriptor allows that; return END.
 
-        Returns it.  When this returns, write(2) has taken its last byte: the
-        destination may start the guest.
+        When this returns, write(2) has taken the last byte of END, and the
+        destination may start the guest.  Raises InputOutputError.
         """
         end = End(
             what=fmt.end_flags(self.header.form, self.header.features),
@@ -190,7 +195,7 @@ class Writer:
         return end
 
     def sync(self) -> None:
-        """Make a stream in a file durable; a pipe cannot be.  Raises PipeError."""
+        """Sync a stream that is a file; leave a pipe alone.  Raises InputOutputError."""
         try:
             if stat.S_ISREG(os.fstat(self._fd).st_mode):
                 os.fsync(self._fd)
@@ -198,11 +203,11 @@ class Writer:
             raise from_oserror(error, "write the stream") from error
 
     def abort(self, status: int, text: str) -> None:
-        """Tell the reader why the stream ends here, if that can be told at once.
+        """Write ABORT, which tells the reader why the stream ends here, or write nothing.
 
-        Nothing is written inside a section, after END, nor to a pipe that would
-        block: a receiver that does not read must not hold up a source that
-        gives up.  Never raises.
+        Nothing is written inside a section, after END, or to a pipe that would
+        block: a receiver that does not read must not delay a source that gives
+        up.  Never raises.
         """
         if self.ended or not self.at_border:
             return

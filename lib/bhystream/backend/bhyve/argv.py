@@ -1,13 +1,14 @@
 """bhyve's command line, turned into bhyve_config(5) keys.
 
-For guests whose manager recorded the argv of the last start.  Options are read
-as getopt(3) reads them: letters may stand together ("-AHPw"), an argument may
-be glued to its letter, and the first word without "-" is the guest's name.
-The later of two settings wins, also between -s, -o and -k.
+This module serves guests whose manager recorded the argv of the last start.
+Options are read as getopt(3) reads them: letters may stand together ("-AHPw"),
+an argument may follow its letter without a space, and the first word without
+"-" is the guest's name.  The later of two settings wins, also between -s, -o
+and -k.
 
 Source: usr.sbin/bhyve/amd64/bhyverun_machdep.c, bhyve_optparse(), and bhyverun.c,
 bhyve_topology_parse(), bhyve_pincpu_parse(), bhyve_numa_parse(), FreeBSD 15.1;
--M and -N are 16's.  Read, not run.
+-M and -N belong to FreeBSD 16.  Read, not run.
 """
 
 from __future__ import annotations
@@ -38,24 +39,26 @@ _SWITCHES = {
     "Y": ("x86.mptable", "false"),
 }
 _VALUES = {"m": "memory.size", "K": "keyboard.layout", "U": "uuid"}
-_IGNORED = {"I", "N"}  # an I/O APIC is always there; -N matters to -M only
+_IGNORED = {"I", "N"}  # bhyve always has an I/O APIC (-I); -N changes only what -M does
 _WITH_ARGUMENT = frozenset("cfGklmnopKrsU")
 _REFUSED = {
     "f": "fw_cfg files name files of the host and are not in bhyve's snapshot",
-    "h": "it starts no guest",
+    "h": "with it, bhyve starts no guest",
 }
 
 
 def parse_argv(words: Sequence[str]) -> dict[str, str]:
-    """Return the keys that an argv (without the program) sets, with "name" where it has one.
+    """Return the keys that an argv sets, with the key "name" if the argv names the guest.
 
-    Raises IncompatibleError naming the first option that is not known.
-    Reads the files that -k names.
+    words: the argv without the program.  Reads the files that -k names.
+    Raises IncompatibleError, which names the first option that is unknown,
+    wrong or refused; AccessError or InputOutputError if a file of -k cannot
+    be read.
     """
     reader = _Reader()
     rest = reader.run(words)
     if len(rest) > 1:
-        raise refuse("a word stands behind the guest's name: a second name")
+        raise refuse("a word follows the guest's name: a second name")
     if rest:
         reader.keys["name"] = rest[0]
     return reader.keys
@@ -73,12 +76,12 @@ class _Reader:
             "n": self._on_domain,
             "o": self._on_setting,
             "p": self._on_pin,
-            "r": lambda text: None,  # the state that it was resumed from is no configuration
+            "r": lambda text: None,  # the snapshot of an earlier restore is no configuration
             "s": self._on_slot,
         }
 
     def run(self, words: Sequence[str]) -> list[str]:
-        """Take all options; return the words behind them."""
+        """Take all options; return the words that follow the options."""
         queue = iter(words)
         for word in queue:
             if word == "--":
@@ -114,7 +117,7 @@ class _Reader:
             self._with_argument[letter](value)
 
     def _on_topology(self, text: str) -> None:
-        """-c [[cpus=]N][,sockets=N][,cores=N][,threads=N]; nothing is one CPU."""
+        """Take -c [[cpus=]N][,sockets=N][,cores=N][,threads=N]; an empty argument is one CPU."""
         if not text:
             self.keys |= dict.fromkeys(("cpus", "sockets", "cores", "threads"), "1")
             return
@@ -127,7 +130,7 @@ class _Reader:
             self.keys[key] = value
 
     def _on_domain(self, text: str) -> None:
-        """-n id=N[,size=S][,cpus=LIST][,domain_policy=P]; a comma ends a list of CPUs."""
+        """Take -n id=N[,size=S][,cpus=LIST][,domain_policy=P]; a comma ends a list of CPUs."""
         pairs = dict(part.partition("=")[::2] for part in text.split(","))
         domain = pairs.pop("id", "")
         if not re.fullmatch(r"[0-7]", domain):
@@ -159,7 +162,7 @@ class _Reader:
         self.keys |= {f"{slot}.{key}": value for key, value in pairs.items()}
 
     def _on_pin(self, text: str) -> None:
-        """-p vcpu:hostcpu; several for one vCPU add up."""
+        """Take -p vcpu:hostcpu; several options for one vCPU make one list."""
         found = re.fullmatch(r"([0-9]{1,5}):([0-9]{1,5})", text)
         if not found:
             raise refuse(f"option -p {shown(text)}: say vcpu:hostcpu")
@@ -168,7 +171,7 @@ class _Reader:
         self.keys[key] = before + found[2]
 
     def _on_gdb(self, text: str) -> None:
-        """-G [w][address:]port."""
+        """Take -G [w][address:]port."""
         if text.startswith("w"):
             self.keys["gdb.wait"] = "true"
             text = text[1:]

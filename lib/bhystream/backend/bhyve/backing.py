@@ -1,16 +1,17 @@
 """What stands behind a guest's disks and network cards, as far as its saved state depends on it.
 
     source        described()   each disk's and card's facts here -> CONFIG, "disks" and "nets"
-                  missing()     what is not there at all
-    destination   reasons()     the same of the resources lent there, compared
+                  missing()     the resources that are not there at all
+    destination   reasons()     the facts of the resources lent there, compared with CONFIG's
 
-A disk's facts are those that bhyve finds when it opens it, with the guest's
-own keys taken into account: "ro" makes any disk read-only, "sectorsize" gives
-its sectors, "nodelete" takes a device's deletion away.  They matter because a
-restore trusts the state: the capacity of a virtio-blk disk comes from it, so a
-smaller one is written beyond its end; whether it offers DISCARD is compared,
-so a zvol is not restored on a file that cannot delete; and a disk that may not
-be written is opened read-only without a word.
+A disk's facts are what bhyve finds when bhyve opens the disk, changed by the
+guest's keys: "ro" makes any disk read-only, "sectorsize" gives the disk's
+sectors, "nodelete" takes a device's deletion away.  The facts matter because
+bhyve's restore trusts the saved state.  The capacity of a virtio-blk disk comes
+from the state, so the guest would write beyond the end of a smaller disk.
+bhyve compares whether the disk offers DISCARD, so a zvol is not restored on a
+file that cannot delete.  A disk that may not be written is opened read-only,
+and bhyve says nothing about it.
 
 Source: usr.sbin/bhyve/block_if.c, blockif_open(); virtio.c, vi_pci_snapshot_consts();
 pci_virtio_block.c, pci_vtblk_snapshot(); pci_ahci.c; FreeBSD 15.1, read.
@@ -28,22 +29,23 @@ from bhystream.backend.bhyve.host import Disk, Host
 from bhystream.backend.files import Lent, identity_of
 
 _PATHS = ("bootrom", "bootvars")
-# Of a serial port.  Source: usr.sbin/bhyve/uart_backend.c, uart_tty_open().
+# Values of a serial port's path.  Source: usr.sbin/bhyve/uart_backend.c, uart_tty_open().
 _NO_PATHS = ("stdio",)
 _TCP = "tcp="
 
 Reasons = tuple[list[str], list[str]]
 
-# Their backends are no interfaces of the host.
+# The types of cards whose backend is no network interface of the host.
 _WITHOUT_INTERFACE = ("netgraph", "slirp")
 _NETGRAPH_NEEDS = ("path", "peerhook")  # Source: net_backend_netgraph.c, ng_init()
 
 
 def described(host: Host, config: GuestConfig) -> dict[str, Any]:
-    """Return the CONFIG section with what stands behind disks and cards here.
+    """Return the CONFIG section with the facts of what stands behind disks and cards here.
 
-    What cannot be found out is left out: an image that was ejected, a backend
-    that is no interface.  Raises what the host raises.
+    A resource whose facts cannot be found out is left out: an image that was
+    ejected, a backend that is no interface.  Raises what host.disk() and
+    host.mtu() raise.
     """
     section = config.section
     disks: dict[str, Any] = {}
@@ -64,10 +66,12 @@ def described(host: Host, config: GuestConfig) -> dict[str, Any]:
 
 
 def missing(host: Host, config: GuestConfig) -> list[str]:
-    """Say what a running guest's configuration names that cannot be what it runs with.
+    """Return one line for each resource that a running guest's bhyve cannot be using.
 
-    bhyve has them open: a path that is relative, or not there, is a fault of
-    the configuration.  A CD may have been ejected, and its image be gone.
+    bhyve has the guest's resources open, so a path that is relative, or that
+    does not exist, is a fault of the configuration.  The image of a CD may be
+    gone, because the CD may have been ejected.  Raises what host.has_tap() and
+    host.disk() raise.
     """
     out = []
     for word, key in config.section["resources"].items():
@@ -91,14 +95,14 @@ def missing(host: Host, config: GuestConfig) -> list[str]:
 
 
 def _is_terminal(word: str, path: str) -> bool:
-    """Say whether a path is a terminal's, which the host makes when it is opened: nmdm(4)."""
+    """Say whether a path is a terminal's.  The host makes an nmdm(4) when bhyve opens it."""
     return word.startswith("com") and os.path.dirname(path) == "/dev"
 
 
 def _facts(keys: Mapping[str, str], disk: str, found: Disk) -> dict[str, Any]:
-    """Return a disk's facts as the guest sees them.  disk: its key, without ".path"."""
+    """Return a disk's facts as the guest sees them.  disk: the disk's key, without ".path"."""
     sectors = keys.get(f"{disk}.sectorsize")
-    # bhyve heeds nodelete only on a device.
+    # bhyve obeys nodelete only on a device.
     keeps = found.is_device and keys.get(f"{disk}.nodelete") == "true"
     return {
         "mediasize": found.size_bytes,
@@ -109,16 +113,17 @@ def _facts(keys: Mapping[str, str], disk: str, found: Disk) -> dict[str, Any]:
 
 
 def _is_interface(whole: Mapping[str, str], key: str, value: str) -> bool:
-    """Say whether a card's backend is a network interface.  key: of its backend."""
+    """Say whether a card's backend is a network interface.  key: the backend's key."""
     kind = whole.get(f"{key.removesuffix('backend')}type", value)
     return not kind.startswith(_WITHOUT_INTERFACE)
 
 
 def reasons(host: Host, section: Mapping[str, Any], values: Mapping[str, str]) -> Reasons:
-    """Say why the resources lent here cannot stand in for the source's: (hard, soft).
+    """Return why the resources lent here cannot stand in for the source's: (hard, soft).
 
-    section: a validated CONFIG section, without what -x names.  values: of
-    resources.Resolved.  A resource that is not lent at all is reported there.
+    section: a validated CONFIG section, without what -x names.  values: those
+    of resources.Resolved, which reports a resource that is not lent at all.
+    Raises what host.has_tap(), host.disk() and host.mtu() raise.
     """
     hard: list[str] = []
     soft: list[str] = []
@@ -134,7 +139,7 @@ def reasons(host: Host, section: Mapping[str, Any], values: Mapping[str, str]) -
         elif word in _PATHS:
             more = _file_reasons(word, value)
         else:
-            more = [], []  # bhyve makes com ports, and listens itself
+            more = [], []  # bhyve makes com ports, and listens for vnc by itself
         if before := lent.again(
             word,
             _identities(values, key, value),
@@ -147,7 +152,7 @@ def reasons(host: Host, section: Mapping[str, Any], values: Mapping[str, str]) -
 
 
 def _identities(values: Mapping[str, str], key: str, value: str) -> list[str]:
-    """Return what a resource is, whatever it is called; nothing of what may be shared."""
+    """Return a resource's identities, the same for every name; [] for what may be shared."""
     if key.endswith(".backend"):
         if _is_interface(values, key, value):
             return [f"interface {value}"]
@@ -182,7 +187,7 @@ def _disk_reasons(host: Host, section: Mapping[str, Any], word: str, value: str)
     if found.is_device and here["sectorsize"] % found.sector_bytes:
         hard.append(
             f"{word}: {value}: its sectors have {found.sector_bytes} bytes, the guest's"
-            f" {here['sectorsize']}; bhyve refuses it: lend one with smaller sectors"
+            f" {here['sectorsize']}; bhyve refuses the disk: lend one with smaller sectors"
         )
     theirs = section.get("disks", {}).get(word)
     if theirs is not None:
@@ -199,13 +204,13 @@ def _disk_reasons(host: Host, section: Mapping[str, Any], word: str, value: str)
 def _differences(
     theirs: Mapping[str, Any], here: Mapping[str, Any], is_virtio: bool
 ) -> Iterator[tuple[str, bool, str]]:
-    """Yield (key, whether it is hard, what helps) for each that differs."""
+    """Yield (key, whether the reason is hard, what helps) for each fact that differs."""
     if here["mediasize"] < theirs["mediasize"]:
-        yield "mediasize", True, "the guest would write beyond its end: lend one of that size"
+        yield "mediasize", True, "the guest would write beyond the end: lend a disk of that size"
     elif here["mediasize"] > theirs["mediasize"]:
         yield "mediasize", False, "it may be another disk; -f overrules"
     if here["sectorsize"] != theirs["sectorsize"]:
-        yield "sectorsize", True, "the guest counts in its own: lend one with the same sectors"
+        yield "sectorsize", True, "the guest counts sectors of the source's size: lend such a disk"
     if here["candelete"] != theirs["candelete"]:
         if is_virtio:
             yield (
@@ -214,10 +219,10 @@ def _differences(
                 "bhyve's restore refuses that: lend a file for a file, a zvol for a zvol",
             )
         else:
-            yield "candelete", False, "the guest has found the other; -f overrules"
+            yield "candelete", False, "the guest has found the source's value; -f overrules"
     if here["writable"] != theirs["writable"]:
         if theirs["writable"]:
-            yield "writable", True, "the guest's writes would fail: lend one that may be written"
+            yield "writable", True, "the guest's writes would fail: lend a writable disk"
         else:
             yield "writable", False, "the guest could write where it could not; -f overrules"
 
@@ -225,7 +230,7 @@ def _differences(
 def _cd_differences(
     theirs: Mapping[str, Any], here: Mapping[str, Any], is_virtio: bool
 ) -> Iterator[tuple[str, bool, str]]:
-    """As _differences(), of a CD: the guest writes nothing to it, and asks for its size anew."""
+    """Do as _differences() for a CD: the guest never writes to a CD, and asks for its size anew."""
     if here["mediasize"] != theirs["mediasize"]:
         yield "mediasize", False, "it is another image; -f overrules"
 
@@ -247,7 +252,7 @@ def _net_reasons(
         return [f"{word}: {value}: there is no such interface"], []
     theirs = section.get("nets", {}).get(word)
     if theirs is None or f"{net}.mtu" not in section["keys"]:
-        return [], []  # a guest that was told no MTU has none to rely on
+        return [], []  # bhyve told the guest no MTU, so the guest relies on none
     mtu = host.mtu(value)
     if mtu is None or mtu == theirs["mtu"]:
         return [], []

@@ -1,41 +1,42 @@
-"""The client of bhyve's checkpoint socket: one request, and what comes of it.
+"""The client of bhyve's checkpoint socket: one request, and its outcome.
 
     generation   a request ends with                  success or failure
-    G4           EOF, when the handler has returned   not told: the files say it
+    G4           EOF, when the handler has returned   not told: the files show it
     G5           a reply, then EOF                    "error" in the reply
-    both         nothing, while FILE.meta is a FIFO   held: the FIFO says it
+    both         nothing, while FILE.meta is a FIFO   held: the FIFO shows it
                  that takes no more (fifo.py)
 
-bhyve serves one connection after the other, and one request on each.  So any
-answer on a later connection proves that all requests before it have been
-served: settle() asks with a command that does not exist.  A connection that
-is closed without a word leaves a line in the guest's log, so each one asks.
+bhyve serves one connection after the other, and one request on each.  So an
+answer on a later connection proves that bhyve has served all earlier requests:
+settle() asks with a command that does not exist.  bhyve writes a line into the
+guest's log for a connection that is closed without a request, so each
+connection makes a request.
 
-Two descriptors go along that no command of bhyve's knows.  bhyve keeps what
-came with a request until it has been served, so what they are open at does not
-end with us:
+Each request carries up to two descriptors that no command of bhyve's uses.
+bhyve keeps a request's descriptors until the request has been served, so the
+FIFO and the connection stay open even if bhysend is killed:
 
-    bhysend        the FIFO: without a reader bhyve's write to it would be SIGPIPE
-    bhysend-reply  our end of this connection: so would be G5's reply
+    bhysend        the FIFO: without a reader, bhyve's write to the FIFO raises SIGPIPE
+    bhysend-reply  our end of this connection: without it, G5's reply raises SIGPIPE
 
-bhyve does not ignore that signal; it would be the guest's end.
+bhyve does not ignore SIGPIPE, which would end bhyve, and the guest with it.
 
-Whether the process lives is never concluded from the socket.  A refused
-connection says that nobody listens, but on FreeBSD also that the queue of
-those who wait is full; only the process's own identity decides.
+The socket never decides whether the process lives.  A refused connection means
+that nobody listens or, on FreeBSD, that the queue of waiting connections is
+full; only the process's own identity decides.
 
 - Run on FreeBSD 15.1, emulated AMD: a request with the FIFO, held and released;
   G4's EOF; the line in the log.
-- Read: usr.sbin/bhyve/snapshot.c, checkpoint_thread() and vm_checkpoint() (15.1,
-  and 14's); usr.sbin/bhyve/ipc.c, ipc_thread() (16-CURRENT), which destroys the
-  request behind the reply; lib/libnv/msgio.c, buf_send(), which sends without
+- Read: usr.sbin/bhyve/snapshot.c, checkpoint_thread() and vm_checkpoint() (15.1
+  and 14); usr.sbin/bhyve/ipc.c, ipc_thread() (16-CURRENT), which destroys the
+  request after the reply; lib/libnv/msgio.c, buf_send(), which sends without
   MSG_NOSIGNAL, and buf_recv(), which waits for a request without a limit.
-- Read: the loop ends with the first accept(2) that fails, which a client that is
-  gone already does not cause.
-- Read: the queue holds 10, and a full one refuses: sys/kern/uipc_usrreq.c,
-  unp_connectat().
+- Read: bhyve's loop ends with the first accept(2) that fails.  A client that
+  has gone already does not make accept(2) fail.
+- Read: the queue holds 10 connections, and a full queue refuses the next:
+  sys/kern/uipc_usrreq.c, unp_connectat().
 
-What the reply to a checkpoint holds in 16 was not found.
+What the reply to a checkpoint holds in FreeBSD 16 was not found.
 """
 
 from __future__ import annotations
@@ -65,11 +66,11 @@ from bhystream.errors import AccessError, FormatError, GuestError
 
 _CONNECT_S = 10.0
 _POLL_S = 0.05
-# A reply is a few bytes that bhyve sends at once; it may be cut off by its end.
+# A reply is a few bytes that bhyve sends at once; the end of bhyve may cut the reply off.
 _REPLY_S = 10.0
-# From the end of the connection, which a process that ends closes first, to its own end.
+# The time from the end of the connection to that of its process, which closes it first.
 _MOMENT_S = 0.2
-_HOLD_POLL_S = 0.001  # of the guest's pause
+_HOLD_POLL_S = 0.001  # this time is part of the guest's pause
 
 
 class Outcome(Enum):
@@ -82,29 +83,31 @@ class Outcome(Enum):
 
 
 class NobodyListensError(GuestError):
-    """There is no socket, or nobody accepts on it: no proof that the process is gone."""
+    """There is no socket, or nobody accepts on it.  The process may live all the same."""
 
 
 class RefusedError(GuestError):
-    """bhyve replied with an error; the text is its own."""
+    """bhyve replied with an error; the text is bhyve's."""
 
 
 class UnansweredError(GuestError):
-    """The request was not served within its time: it may be yet."""
+    """bhyve did not serve the request in time, and may still serve it."""
 
 
 class Checkpoint:
     """One connection to a guest's bhyve, for one request.
 
-    identity: the process that listens.  served_ns: when the request was seen
-    to have ended, of the monotonic clock.
+    identity: the process that listens.  served_ns: when await_outcome() saw
+    the end of the request, by the monotonic clock.
     """
 
     def __init__(self, run_dir: Path, name: str, who: str, limit_s: float = _CONNECT_S) -> None:
-        """Connect.  who: for messages, "guest web1".  limit_s: for a queue that is full.
+        """Connect to the socket `name` in run_dir.
 
-        Raises NobodyListensError, AccessError for a forbidden socket, and
-        GuestError else, all of which name the socket.
+        who: the guest, as messages name it: "guest web1".  limit_s: how long
+        to wait while the queue is full.  Raises NobodyListensError, AccessError
+        if the socket may not be used, and GuestError otherwise; each error
+        names the socket.
         """
         self._who = who
         self._path = run_dir / name
@@ -113,7 +116,7 @@ class Checkpoint:
         self._has_asked = False
         try:
             self.identity: Identity = identify(peer_pid(self._socket, "bhyve"), "bhyve")
-            # Now: to look for a process takes time, and later the guest stands.
+            # To look for a process takes time, and later that time would lengthen the pause.
             self._ending = open_ending(self.identity)
         except EndedError as error:
             self._socket.close()
@@ -125,9 +128,10 @@ class Checkpoint:
     def request(self, directory_fd: int, filename: str, fifo_fd: int | None = None) -> None:
         """Ask for a checkpoint into files of a directory.
 
-        directory_fd: the caller's; bhyve gets a copy.  filename: the memory
-        file's last path component.  fifo_fd: FILE.meta, where that is a FIFO;
-        the caller's too.  Raises GuestError.
+        directory_fd: stays the caller's; bhyve gets a copy.  filename: the
+        memory file's last path component.  fifo_fd: FILE.meta if that is a
+        FIFO; stays the caller's too.  Raises GuestError if the request cannot
+        be sent.
         """
         pairs: dict[str, nvlist.Value] = {
             "cmd": "checkpoint",
@@ -140,7 +144,10 @@ class Checkpoint:
         self._send(pairs)
 
     def sync(self) -> None:
-        """Ask for a command that does not exist, to be answered when all before it is served."""
+        """Ask for a command that does not exist: bhyve answers after all earlier requests.
+
+        Raises GuestError if the request cannot be sent.
+        """
         self._send(SYNC)
 
     def _send(self, pairs: Mapping[str, nvlist.Value]) -> None:
@@ -153,12 +160,13 @@ class Checkpoint:
     def await_outcome(self, limit_s: float, is_held: Callable[[], bool] | None = None) -> Outcome:
         """Wait for the end of the request, for at most limit_s seconds.
 
-        is_held: says whether bhyve stands in it and goes no further; asked often.
+        is_held: says whether bhyve waits in the request and goes no further;
+        called every millisecond.
 
-        The end of the connection may be that of the process, seen a moment
-        earlier: CLOSED means that it lives on, as far as that moment shows it.
-        Raises UnansweredError at the limit, and RefusedError for an error that
-        a living bhyve replies.
+        A process that ends closes the connection a moment before its own end.
+        CLOSED means that the process still lived after that moment (0.2 s).
+        Raises UnansweredError at the limit, and RefusedError if a bhyve that
+        still lives replies with an error.
         """
         if self._ending is None:
             return Outcome.EXITED
@@ -178,38 +186,39 @@ class Checkpoint:
         if reply is not None and not is_alive(self.identity):
             return Outcome.EXITED
         if reply and "error" in reply:
-            # ascii(): it goes to a terminal.
+            # ascii() because the text may go to a terminal.
             raise RefusedError(f"{self._who}: its bhyve refused: {ascii(reply['error'])[1:-1]}")
         return Outcome.CLOSED if reply is None else Outcome.REPLIED
 
     def _receive(self) -> dict[str, nvlist.Value] | None:
-        """Return the reply, None where the connection ended or what came makes no sense."""
+        """Return the reply, or None if the connection ended or the bytes are no nvlist."""
         if not _is_readable([self._socket.fileno()], _MOMENT_S):
-            return None  # the process has ended; somebody else holds a copy of the socket
+            return None  # bhyve has ended, and another process has a copy of its socket
         self._socket.settimeout(_REPLY_S)
         try:
             reply = nvlist.receive(self._socket)
         except (OSError, FormatError):
-            # Cut off by the process's end, or reset by it: what is left decides.
+            # The end of the process may cut the reply off, or reset the connection.
             return None
         finally:
             self._socket.settimeout(None)
         for value in (reply or {}).values():
             if isinstance(value, Descriptor):
-                os.close(value.fd)  # nobody asked for it
+                os.close(value.fd)  # we asked for no descriptor
         return reply
 
     def is_settled(self, limit_s: float) -> bool:
-        """Ask for nothing, see that it was served; say whether the process lives then.
+        """Wait until bhyve has served an empty request; say whether the process lives then.
 
-        Raises UnansweredError at the limit, and GuestError.
+        Raises UnansweredError at the limit, and GuestError if the request
+        cannot be sent while the process lives.
         """
         end = time.monotonic() + limit_s
         try:
             self.sync()
         except GuestError:
-            # It let go of us before we asked: it ends.  One that lives after all
-            # has served nothing of ours.
+            # bhyve closed the connection before we asked, so bhyve is about to end.
+            # A bhyve that lives after all has served nothing on this connection.
             if await_end(self.identity, max(0.0, end - time.monotonic())):
                 return False
             raise
@@ -219,7 +228,7 @@ class Checkpoint:
             return is_alive(self.identity)
 
     def close(self) -> None:
-        """End the connection, with a word if none was said.  Twice is no error."""
+        """End the connection, with a request if none was made.  Twice is no error."""
         if not self._has_asked:
             with contextlib.suppress(GuestError):
                 self.sync()
@@ -235,17 +244,17 @@ def settle(
     """Wait until every request made so far has been served; say whether a process lives.
 
     A connection of our own that is still open counts as a request: close it
-    first.  process: the guest's, where it is known.  It decides where nobody
-    listens; without it that counts as its end.  Raises GuestError or
-    AccessError where neither is certain after limit_s seconds: a request may
-    still be under way.
+    first.  process: the guest's process if it is known.  If nobody listens, the
+    process decides; if the process is not known either, the guest has ended.
+    Raises GuestError or AccessError if neither is certain after limit_s
+    seconds: bhyve may still be serving a request.
     """
     end = time.monotonic() + limit_s
     while True:
         try:
             sync = Checkpoint(run_dir, name, who, max(0.0, end - time.monotonic()))
         except NobodyListensError:
-            # It is about to end, or its queue is full.
+            # The process is about to end, or its queue is full.
             if process is None or await_end(process, _POLL_S):
                 return False
             if time.monotonic() >= end:
@@ -266,7 +275,7 @@ def _is_readable(fds: list[int], limit_s: float) -> bool:
 
 
 def _connect(path: Path, who: str, limit_s: float) -> socket.socket:
-    """Return a connected socket, blocking; the caller's to close."""
+    """Return a connected, blocking socket, which the caller closes."""
     end = time.monotonic() + limit_s
     while True:
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -277,7 +286,7 @@ def _connect(path: Path, who: str, limit_s: float) -> socket.socket:
             return made
         except OSError as error:
             made.close()
-            # Linux says that a queue is full at once where a limit is set.
+            # With a time limit set, Linux reports a full queue at once.
             if isinstance(error, BlockingIOError) and time.monotonic() < end:
                 time.sleep(_POLL_S)
                 continue
@@ -285,7 +294,7 @@ def _connect(path: Path, who: str, limit_s: float) -> socket.socket:
 
 
 def _unconnected(path: Path, who: str, error: OSError) -> GuestError | AccessError:
-    # AF_UNIX path too long carries no errno.
+    # An OSError for an AF_UNIX path that is too long has no errno, and so no strerror.
     text = f"{who}: cannot connect to {path}: {error.strerror or error}"
     if isinstance(error, PermissionError):
         return AccessError(text)

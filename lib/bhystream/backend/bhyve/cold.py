@@ -2,14 +2,15 @@
 
     FILE FILE.kern FILE.meta --SnapshotSource--> stream --FilesSink--> the same three files
 
-Byte for byte: a file that bhyve made here is the file that bhyve reads there,
-and holes stay holes.  FILE.fpu goes with them, where the stream was one of a
-running guest: bhyve's own files do not have the FPU.  Nothing here needs a
-bhyve, a vmm(4) or root, so a snapshot can be packed and unpacked on any host.
+The files arrive byte for byte: bhyve at the destination reads the same file that
+bhyve made at the source, and holes stay holes.  FILE.fpu goes with the files if
+the stream was one of a running guest, because bhyve's own files do not have the
+FPU.  Nothing here needs a bhyve, a vmm(4) or root, so a snapshot can be packed
+and unpacked on any host.
 
-The files that arrive are made in a hidden directory beside their place, and get
-their names when they are complete and on the disk, FILE.meta last; by link(2),
-which overwrites nothing, also if something came there in the meantime.
+FilesSink makes the files in a hidden directory beside their final place.  The
+files get their names when all are complete and on the disk, FILE.meta last, by
+link(2), which never overwrites a file that has appeared in the meantime.
 """
 
 from __future__ import annotations
@@ -36,20 +37,21 @@ from bhystream.memory import hole
 from bhystream.memory.mapping import unmap
 from bhystream.memory.target import FileTarget
 
-# A file system that does not know its holes.  Source: lseek(2).
+# The errors of a file system that does not know its holes.  Source: lseek(2).
 _NO_HOLES = (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP)
 
 
 class SnapshotSource:
-    """Snapshot files that are to be sent.  They are read, and nothing else."""
+    """Snapshot files that are to be sent.  The files are only read."""
 
     def __init__(self, path: Path, config: Json | None, host_section: Json) -> None:
-        """Open the snapshot and look at all that can be seen without reading the memory.
+        """Open the snapshot and check all that can be checked without reading the memory.
 
-        path: of FILE.  config: the CONFIG section, or None for what FILE.meta
-        tells.  host_section: the HOST section.  Raises GuestError, which names
-        the file that is missing, truncated, or does not fit the others;
-        AccessError, UsageError.
+        path: FILE's.  config: the CONFIG section, or None to make one from
+        FILE.meta.  host_section: the HOST section.  Raises GuestError, which
+        names the file that is missing, truncated, or does not fit the others;
+        AccessError if a file may not be read; UsageError if FILE's name cannot
+        be that of a snapshot file.
         """
         self.files = Files(path.parent, path.name)
         self._host = host_section
@@ -83,22 +85,22 @@ class SnapshotSource:
             raise GuestError(f"{self.files.meta} is not of this configuration: {differences[0]}")
 
     def _look(self) -> list[tuple[int, ...]]:
-        """Return what changes when somebody writes one of the files, or replaces it."""
+        """Return stamps that differ if one of the files has been written to or replaced."""
         stamps: list[tuple[int, ...]] = []
         for path in (self.files.memory, self.files.kern, self.files.meta, self.files.fpu):
-            with contextlib.suppress(OSError):  # opening it says why
+            with contextlib.suppress(OSError):  # the open of the file reports the error
                 found = path.stat()
                 stamps.append((found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
         return stamps
 
     @property
     def name(self) -> str:
-        """Return the guest's name: of the configuration, else of FILE.meta."""
+        """Return the guest's name: the configuration's, or FILE.meta's if none is given."""
         return str(self._config["name"])
 
     @property
     def lock_name(self) -> str:
-        """Return what tells FILE from any other, whatever its path."""
+        """Return a name that only FILE has on this host, the same for every path to FILE."""
         found = os.fstat(self._fd)
         return f"snapshot-{found.st_dev}-{found.st_ino}"
 
@@ -112,9 +114,12 @@ class SnapshotSource:
         return [f"{word}=" for word in self._config.get("resources", {})]
 
     def warnings(self) -> Sequence[str]:
-        """Say it where the stream will not tell how to start the guest."""
+        """Return a warning if the stream will not tell how to start the guest."""
         if set(self._config.get("keys", {})) <= {"cpus", "memory.size"}:
-            return ["no configuration goes with it: whoever starts it has to know its own (-C)"]
+            return [
+                "no configuration goes with the snapshot: the destination's operator has to know"
+                " the guest's (-C)"
+            ]
         return []
 
     def memory(self) -> Sequence[memoryview]:
@@ -130,7 +135,7 @@ class SnapshotSource:
         return self._views
 
     def touched(self) -> Iterator[tuple[int, int]]:
-        """Yield the page extents of FILE that are no holes."""
+        """Yield the page extents [first, end) of FILE that are no holes.  Raises GuestError."""
         size = self._meta.memory_bytes
         for base, (_, offset, length) in zip(
             layout_of(size).starts, memory_spans(size), strict=True
@@ -139,13 +144,14 @@ class SnapshotSource:
                 yield base + first, base + end
 
     def changed(self) -> None:
-        """Return None: nothing changes, and nobody asks a second time."""
+        """Return None: the files do not change, and the engine asks only once."""
 
     def states(self) -> Sequence[State]:
         """Read FILE.kern and FILE.meta, and FILE.fpu if there is one.
 
-        Called after the memory was sent: raises GuestError if one of the files
-        is no longer what it was when they were opened.
+        Called after the memory was sent.  Raises GuestError if a file is not
+        sound, or if any file has changed since the snapshot was opened;
+        AccessError if a file may not be read.
         """
         _, states = snapshotfiles.read_states(self.files, self._meta.memory_bytes)
         states += snapshotfiles.read_fpu(self.files)
@@ -154,16 +160,17 @@ class SnapshotSource:
         return states
 
     def close(self) -> None:
-        """Give up the mapping and the descriptor.
+        """Give up the mapping and the descriptor.  Twice is no error.
 
-        A view that the engine still holds keeps the mapping until it is dropped.
+        A view that the engine still refers to keeps the mapping until the
+        engine drops the view.
         """
         self._opened.close()
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """Files that can be made here."""
+    """The files can be made here: check() has found no reason against them."""
 
     MISSING: ClassVar[str] = "check() was not called, or refused the guest"
     memory_bytes: int
@@ -171,7 +178,7 @@ class _Checked:
 
 @dataclass(frozen=True)
 class _Made(_Checked):
-    """Files in a hidden directory.  fd: of FILE."""
+    """The files are in a hidden directory.  fd: FILE's descriptor."""
 
     MISSING = "open() was not called"
     files: Files
@@ -180,7 +187,7 @@ class _Made(_Checked):
 
 @dataclass(frozen=True)
 class _Complete(_Made):
-    """All of them, on the disk."""
+    """All of the files are complete and on the disk."""
 
     MISSING = "load() was not called"
     has_fpu: bool
@@ -190,27 +197,29 @@ _Stage = TypeVar("_Stage", bound=_Checked)
 
 
 class FilesSink:
-    """Snapshot files being made of a stream (bhyrecv -S).  No guest ever runs."""
+    """Snapshot files that are made from a stream (bhyrecv -S).  No guest ever runs."""
 
     may_have_run = False
     notices: Sequence[str] = ()
 
     def __init__(self, directory: Path, name: str, *, force: bool = False) -> None:
-        """Prepare; touches nothing.
+        """Prepare; touch nothing on the host.
 
-        name: of FILE in the directory.  force: overrule the check for room,
-        which does not know how much of the memory is holes.  Raises UsageError.
+        name: FILE's, in the directory.  force: overrule the check for free
+        space, which does not know how much of the memory is holes.  Raises
+        UsageError if the name cannot be that of a snapshot file.
         """
         self.on_wait: Callable[[], None] = lambda: None
         self._files = Files(directory, name)
         self._force = force
         self._stage: _Checked | None = None
-        # The hidden directory; and the names that were given, until the last one is.
+        # What abort() undoes: the hidden directory, and the names that start() has given
+        # to some of the files.
         self._hidden = contextlib.ExitStack()
         self._placed = contextlib.ExitStack()
 
     def _at(self, stage: type[_Stage]) -> _Stage:
-        """Return how far it has come.  Raises InternalError where that is not far enough."""
+        """Return the stage that was reached.  Raises InternalError if `stage` was not."""
         if not isinstance(self._stage, stage):
             raise InternalError(f"FilesSink: {stage.MISSING}")
         return self._stage
@@ -227,11 +236,11 @@ class FilesSink:
         return reasons
 
     def late_reasons(self) -> list[str]:
-        """Return nothing: what can be made is made without a plan."""
+        """Return no reason: files that can be made need no plan."""
         return []
 
     def _reasons_of_place(self, size: int) -> list[str]:
-        """Look at the directory, and for room and names in it."""
+        """Return what is wrong with the directory, with the names in it, or with its space."""
         files = self._files
         if not files.directory.is_dir() or not os.access(files.directory, os.W_OK | os.X_OK):
             return [f"-S: {files.directory} is not a directory that can be written to"]
@@ -244,7 +253,11 @@ class FilesSink:
         return reasons
 
     def open(self, plan: bytes) -> Sequence[FileTarget]:
-        """Make the memory file, one hole, in a hidden directory.  plan: not needed."""
+        """Make the memory file, one hole, in a hidden directory.  plan: not used.
+
+        Raises AccessError, InputOutputError if the system refuses; InternalError
+        if check() was not called, or refused the guest.
+        """
         files, size = self._files, self._at(_Checked).memory_bytes
         try:
             prefix = f".{files.name}.partial-"
@@ -260,12 +273,14 @@ class FilesSink:
         return [FileTarget(fd, offset) for _, offset, _ in memory_spans(size)]
 
     def require_alive(self) -> None:
-        """Do nothing: nothing was started."""
+        """Do nothing: no hypervisor was started."""
 
     def load(self, states: Sequence[State]) -> None:
-        """Write the other files, and see all of them on the disk.
+        """Write the other files, and flush all of the files to the disk.
 
-        Here and not in start(), which has to be quick.
+        The flush is here because start() has to be quick.  Raises FormatError
+        if the states are not those of a snapshot; AccessError,
+        InputOutputError; InternalError if open() was not called.
         """
         made = self._at(_Made)
         _, text, kern = snapshot.join(states)
@@ -281,7 +296,11 @@ class FilesSink:
         self._stage = _Complete(made.memory_bytes, made.files, made.fd, bool(fpu))
 
     def start(self) -> None:
-        """Give the files their names, FILE.meta last, when the others are there for good."""
+        """Give the files their names, FILE.meta last, after the other names are on the disk.
+
+        Raises IncompatibleError if a name is in use by now; AccessError,
+        InputOutputError; InternalError if load() was not called.
+        """
         complete, files = self._at(_Complete), self._files
         made = complete.files
         try:
@@ -298,7 +317,7 @@ class FilesSink:
         self._hidden.close()
 
     def leave_paused(self) -> None:
-        """Do as start(): what lies in files does not run."""
+        """Do as start(), and raise what start() raises: a guest in files does not run."""
         self.start()
 
     def _place(self, made: Path, path: Path) -> None:
@@ -309,11 +328,11 @@ class FilesSink:
         self._placed.callback(_unlink, path)
 
     def record(self) -> Json:
-        """Return nothing: there is no guest to find again."""
+        """Return an empty record: there is no guest to find again."""
         return {}
 
     def abort(self) -> None:
-        """Remove what was made."""
+        """Remove all files that were made."""
         self._placed.close()
         self._hidden.close()
 
@@ -324,13 +343,13 @@ def _unlink(path: Path) -> None:
 
 
 def _minimal(meta: Meta) -> Json:
-    """Return the configuration that FILE.meta alone tells."""
+    """Return the configuration that can be made from FILE.meta alone."""
     keys = {"cpus": str(meta.ncpus), "memory.size": str(meta.memory_bytes)}
     return {"name": meta.vmname, "keys": keys, "resources": {}}
 
 
 def _differences(config: Json, meta: Meta) -> list[str]:
-    """Compare what a configuration and FILE.meta both say."""
+    """Return one line for each key that a configuration and FILE.meta say differently."""
     said, found = config["keys"], {"memory.size": meta.memory_bytes, "cpus": meta.ncpus}
     return [
         f"{key} is {said.get(key)} in the configuration, {count} in meta"
@@ -340,9 +359,11 @@ def _differences(config: Json, meta: Meta) -> list[str]:
 
 
 def data_extents(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """Yield the page extents of a piece of a file that are no holes, counted from its start.
+    """Yield the page extents [first, end) of a piece of a file that are no holes.
 
-    A file system that does not know its holes has one extent, the whole piece.
+    offset, length: the piece, in bytes.  Pages are counted from the start of
+    the piece.  If the file system does not know its holes, the whole piece is
+    one extent.  Raises GuestError if the file cannot be walked.
     """
     try:
         yield from hole.data_extents(fd, offset, length, _NO_HOLES)
@@ -351,12 +372,12 @@ def data_extents(fd: int, offset: int, length: int) -> Iterator[tuple[int, int]]
 
 
 def _create(path: Path) -> int:
-    """Create a file, mode 0600; return its descriptor, the caller's.  Raises OSError."""
+    """Create a file, mode 0600; return a descriptor, which the caller closes.  Raises OSError."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
 
 def _write(path: Path, pieces: Sequence[bytes]) -> None:
-    """Make a file of these pieces and see it on the disk.  Raises OSError."""
+    """Make a file of these pieces and flush it to the disk.  Raises OSError."""
     with open(_create(path), "wb") as file:
         file.writelines(pieces)
         file.flush()

@@ -1,20 +1,21 @@
-"""Configuration -> what bhyve is started with.
+"""Configuration -> the file and the argv that start bhyve.
 
-Everything is handed over in a bhyve_config(5) file, `bhyve -k FILE`: it has no
-quoting, and no value of it can become another option.
+bhyve gets the whole configuration in a bhyve_config(5) file, `bhyve -k FILE`.
+Such a file has no quoting, and no value in it can become another option.
 
-A boot ROM and its variables are written under both their names: 14 knows
-lpc.bootrom and passes over bootrom, 15.1 takes bootrom, and complains of
-lpc.bootrom only where it stands alone.
+The file names a boot ROM and its variables by both of their names.  FreeBSD 14
+knows lpc.bootrom and ignores bootrom; 15.1 takes bootrom, and complains of
+lpc.bootrom only if bootrom is missing.
 Source: bhyverun_machdep.c, end of bhyve_optparse(), FreeBSD 15.1, read; the
-complaint was seen there.
+complaint was seen on 15.1.
 
-Confirmed in source, never run: -k is read where it stands, -r is only noted;
-then the snapshot's name is set, then the command line's over it.  The
-topology comes from -k and must multiply to its cpus; ncpus and memsize of the
-snapshot replace cpus and memory.size, memory.wired stays the configuration's.
+Confirmed in source, never run: bhyve reads the file of -k as soon as it meets
+the option, and only notes -r.  bhyve then sets the snapshot's name, and after
+that the command line's, which wins.  The topology comes from -k and must
+multiply to the cpus of -k.  The snapshot's ncpus and memsize replace cpus and
+memory.size; memory.wired stays the configuration's.
 Source: fel1x-developer/freebsd-src@2d614aa2 usr.sbin/bhyve/bhyverun.c, main();
-revytechinc/freebsd-src-nested-vm@02c13c93, the same.
+the same in revytechinc/freebsd-src-nested-vm@02c13c93.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ _TWO_NAMES = {"lpc.bootrom": "bootrom", "lpc.bootvars": "bootvars"}
 def config_file(keys: Mapping[str, str]) -> str:
     """Return the text of a bhyve_config(5) file.
 
-    keys: the whole configuration, this host's resources too.
-    An interface whose name begins with no backend's prefix gets type=tap:
-    bhyve infers the type from the name.  Source: net_backends.c, netbe_init().
-    Raises IncompatibleError for what cannot stand in such a file.
+    keys: the whole configuration, with this host's resources.
+    An interface whose name begins with no backend's prefix gets type=tap,
+    because bhyve infers the type from the name.  Source: net_backends.c,
+    netbe_init().  Raises IncompatibleError for a key or value that cannot stand
+    in such a file.
     """
     whole = dict(keys)
     for key, value in list(whole.items()):
@@ -51,9 +53,10 @@ def config_file(keys: Mapping[str, str]) -> str:
 def argv(program: Sequence[str], name: str, config_path: str, snapshot_path: str) -> list[str]:
     """Return the argv that restores a guest.
 
-    program: the words that run bhyve.  name: the guest's here.  config_path:
-    of config_file()'s text.  snapshot_path: the memory file of a snapshot,
-    with .kern and .meta beside it.  The name on the command line wins over the snapshot's.
+    program: the words that run bhyve.  name: the guest's name here, which wins
+    over the snapshot's.  config_path: a file with config_file()'s text.
+    snapshot_path: the memory file of a snapshot, with .kern and .meta beside
+    it.  Raises IncompatibleError if the name cannot be a guest's.
     """
     if not NAME.fullmatch(name):
         raise refuse(f"name: {shown(name)} cannot be a guest's")

@@ -1,9 +1,10 @@
 """Two configurations of a guest, and how they differ.
 
 bhyve loads a snapshot into a machine with another topology, or another serial
-number, without a word, and the guest breaks later.  So where the destination
-has a description of its own (vm-bhyve's guest of that name) only its resources
-are used, and the rest is compared with the stream key by key.
+number, without a complaint, and the guest breaks later.  So if the destination
+has its own description of the guest (vm-bhyve's guest of that name), bhyrecv
+uses only the description's resources, and compares its other keys with the
+stream's one by one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 _NONE = "nothing"
-# Source: bhyve_config(5), freebsd/freebsd-src@0487408a.  acpi_tables has changed its default.
+# Source: bhyve_config(5), freebsd/freebsd-src@0487408a.  acpi_tables is missing because
+# its default has changed.
 _DEFAULTS = {
     "memory.wired": "false",
     "memory.guest_in_core": "false",
@@ -28,7 +30,7 @@ _DEFAULTS = {
     "lpc.fwcfg": "bhyve",
     "lpc.pc-testdev": "false",
 }
-# What the guest never sees of its devices.
+# The keys of a disk that the guest never sees.
 _DISK_DEFAULTS = dict.fromkeys(("nocache", "nodelete", "sync", "direct", "ro"), "false")
 
 
@@ -38,10 +40,10 @@ def differences(
     """Return one line for each key that differs; [] means the same machine.
 
     ours: the stream's section.  theirs: the section of this host's own
-    description.  computed: keys of theirs that only bhyve's defaults gave
-    (GuestConfig.computed): the stream's values are used in their place.
-    The name and the resources' values are not compared; whether there is a
-    resource is.
+    description.  computed: the keys of theirs that nobody set and bhyve's
+    defaults gave (GuestConfig.computed), for which the stream's values are used.
+    The name and the values of the resources are not compared.  A resource that
+    only one section has is a difference.
     """
     left, right = dict(ours["keys"]), dict(theirs["keys"])
     lines = []

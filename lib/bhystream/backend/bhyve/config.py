@@ -1,15 +1,15 @@
-"""A bhyve guest's configuration: bhyve_config(5) text, and the CONFIG section made of it.
+"""A bhyve guest's configuration: bhyve_config(5) text, and the CONFIG section made from it.
 
-The snapshot holds no configuration in any version of bhyve, and the argv of a
-running bhyve is lost (setproctitle), so the configuration comes from a file, a
-manager's log (vmbhyve.py), or a command line (argv.py), and always ends up
-here as a flat mapping of keys.  Two halves of it are kept apart:
+No version of bhyve stores the configuration in the snapshot, and the argv of a
+running bhyve is lost (setproctitle).  So the configuration comes from a file, a
+manager's log (vmbhyve.py), or a command line (argv.py), and always becomes a
+flat mapping of keys here.  GuestConfig has the configuration in two forms:
 
-    full      the source's own, with its paths and taps
+    full      the source's own, with the source's paths and taps
     section   {"name", "keys", "resources"}: what travels; no path, tap or address.
               backing.py adds "disks" and "nets": what stands behind the resources
 
-What bhyve expands when it reads a value, %(name), is expanded here first.
+bhyve expands %(name) when bhyve reads a value; this module expands it before.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from bhystream.backend.bhyve.keys import refuse, shown, told
 MAX_FILE_BYTES = 256 << 10
 _MAX_DEPTH = 16
 _MAX_VALUE = 1023
-# Later versions know both names and prefer the new one; all know the old one, which
-# is the one that travels (command.py writes what each wants to read).
+# New name -> old name.  Later versions of bhyve know both names and prefer the new one.
+# All versions know the old name, so the old name travels; command.py writes both.
 # Source: usr.sbin/bhyve/amd64/bhyverun_machdep.c, end of bhyve_optparse(), FreeBSD
-# 15.1; virtio.msix of 16.
+# 15.1; virtio.msix is from FreeBSD 16.
 _RENAMED = {
     "bootrom": "lpc.bootrom",
     "bootvars": "lpc.bootvars",
@@ -38,11 +38,11 @@ _RENAMED = {
 
 @dataclass(frozen=True)
 class GuestConfig:
-    """One guest's configuration, both halves.
+    """One guest's configuration, in both forms.
 
-    name: [A-Za-z0-9._-]{1,64}.  full: every key with its value, no default
-    left that depends on the host.  section: the CONFIG section.  computed:
-    the keys of full that bhyve's defaults gave and nobody set.
+    name: [A-Za-z0-9._-]{1,64}.  full: every key with its value, so that no
+    default depends on the host.  section: the CONFIG section.  computed: the
+    keys of full that nobody set and bhyve's defaults gave.
     """
 
     name: str
@@ -51,17 +51,18 @@ class GuestConfig:
     computed: frozenset[str] = field(default=frozenset())
 
     def resources(self) -> dict[str, str]:
-        """Return the resource keys with their values here: paths, taps, addresses."""
+        """Return the resource keys with the values of this host: paths, taps, addresses."""
         wanted = self.section["resources"].values()
         return {key: self.full[key] for key in wanted if key in self.full}
 
 
 def parse(text: str) -> dict[str, str]:
-    """Return the keys of a bhyve_config(5) file, the last of each one, not expanded.
+    """Return the keys of a bhyve_config(5) file, each with its last value, not expanded.
 
-    Raises IncompatibleError with the line's number.
+    Raises IncompatibleError, with the line's number, for a line that is wrong,
+    and for a text longer than MAX_FILE_BYTES or with too many keys.
     Source: freebsd/freebsd-src@0040b685 usr.sbin/bhyve/bhyverun.c, parse_simple_config_file():
-    a line is a comment only where "#" is its first character, and no space is removed.
+    a line is a comment only if "#" is its first character, and no space is removed.
     """
     if len(text) > MAX_FILE_BYTES:
         raise refuse(f"the file is longer than {MAX_FILE_BYTES} bytes")
@@ -81,11 +82,11 @@ def parse(text: str) -> dict[str, str]:
 
 
 def expand(keys: Mapping[str, str]) -> dict[str, str]:
-    """Return the keys with every %(key) replaced, as bhyve does when it reads them.
+    """Return the keys with every %(key) replaced, as bhyve does when bhyve reads the values.
 
-    Refuses by name a value that refers to a key that is not set, that runs in
-    a circle, that grows beyond 1,023 characters, or that holds another "%":
-    bhyve's manual page and its code differ there.
+    Raises IncompatibleError, which names the key, if a value refers to a key
+    that is not set, runs in a circle, grows beyond 1,023 characters, or has any
+    other "%", on which bhyve's manual page and bhyve's code differ.
     """
     return {key: _expanded(keys, key, keys[key], 0) for key in keys}
 
@@ -115,17 +116,18 @@ def _expanded(keys: Mapping[str, str], key: str, value: str, depth: int) -> str:
 def read(text: str, name: str) -> GuestConfig:
     """Return the configuration of a bhyve_config(5) file.
 
-    name: the guest's, which wins over the file's.  Raises IncompatibleError.
+    name: the guest's name, which wins over the file's.  Raises what parse()
+    and split() raise.
     """
     return split(parse(text), name)
 
 
 def split(keys: Mapping[str, str], name: str | None = None) -> GuestConfig:
-    """Part a source's keys: its resources stay, what describes the guest travels.
+    """Part a source's keys: resources stay here, and keys that describe the guest travel.
 
     keys: as parse() or argv.parse_argv() returns them.  name: wins over the
-    key "name".  Raises IncompatibleError naming the first key or device that
-    cannot travel.
+    key "name".  Raises IncompatibleError, which names the first key or device
+    that cannot travel.
     """
     if name is not None:
         keys = {**keys, "name": _guest_name(name)}
@@ -151,10 +153,11 @@ def _guest_name(name: str) -> str:
 
 
 def _settle(full: dict[str, str]) -> None:
-    """Remove what only matters while bhyve starts, and make one key of two names.
+    """Remove the keys that only matter while bhyve starts, and rename keys with two names.
 
-    A monitor (16, bhyve -M) is the source host's: it starts the guest again
-    on a reset, and no other end of it, so it is in no move's way (D53731).
+    A monitor (FreeBSD 16, bhyve -M) belongs to the source host.  A monitor
+    starts the guest again after a reset only, so a monitor does not disturb a
+    move, which kills bhyve (D53731).
     """
     for key in ("config.dump", "monitor", "monitor.enabled", "monitor.no_reboot"):
         full.pop(key, None)
@@ -181,8 +184,8 @@ def _refuse_unsaved(full: Mapping[str, str], devices: Mapping[known.Slot, str]) 
 def _refuse_other_nets(full: Mapping[str, str], devices: Mapping[known.Slot, str]) -> None:
     """Refuse backends whose offloads the card has offered to the guest: netmap, vale.
 
-    A restore compares what a virtio-net card offers with its saved state.
-    Source: usr.sbin/bhyve/virtio.c, vi_pci_snapshot_consts(), FreeBSD 15.1.
+    bhyve's restore compares what a virtio-net card offers with the card's saved
+    state.  Source: usr.sbin/bhyve/virtio.c, vi_pci_snapshot_consts(), FreeBSD 15.1.
     """
     for net in known.nets(devices):
         kind = full.get(f"{net}.type", full.get(f"{net}.backend", "tap"))
@@ -195,7 +198,7 @@ def _refuse_other_nets(full: Mapping[str, str], devices: Mapping[known.Slot, str
 def _sort(
     full: Mapping[str, str], devices: Mapping[known.Slot, str]
 ) -> tuple[dict[str, str], set[str]]:
-    """Return the guest's keys, clean, and the names of the resource keys."""
+    """Return the guest's keys with cleaned values, and the names of the resource keys."""
     guest: dict[str, str] = {}
     resources = set()
     for key, value in sorted(full.items()):
@@ -214,10 +217,10 @@ def _sort(
 
 
 def devices(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the devices that .meta names, in its order, for the DEVICES section.
+    """Return the devices that FILE.meta names, in FILE.meta's order, for the DEVICES section.
 
-    config: a CONFIG section.  PCI devices by bus, slot and function as
-    "virtio-blk@pci.0.3.0", then "atkbdc", which every amd64 bhyve has.
+    config: a CONFIG section.  PCI devices come first, by bus, slot and function,
+    in the form "virtio-blk@pci.0.3.0"; then "atkbdc", which every amd64 bhyve has.
     Source: fel1x-developer/freebsd-src@2d614aa2 usr.sbin/bhyve/snapshot.c,
     vm_snapshot_devices(), and pci_emul.c; the order is inferred from pci_next().
     """

@@ -1,8 +1,8 @@
-"""What a stream says of a guest of bhyve, checked on any host: contents.Contents.
+"""What a stream says of a bhyve guest, checked on any host: contents.Contents.
 
-bhystream(5), GUESTS OF BHYVE.  Each section is checked by itself, and against
-those before it: CONFIG is what LAYOUT, DEVICES, REHEARSAL and the states have to
-fit.  Whether a host can take such a guest is verdict.py's to say.
+The rules are in bhystream(5), GUESTS OF BHYVE.  Each section is checked by
+itself, and against the sections before it: LAYOUT, DEVICES, REHEARSAL and the
+states have to fit CONFIG.  verdict.py says whether a host can take such a guest.
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ class BhyveContents:
         self._order = snapshot.Order()
 
     def config(self, config: Json) -> None:
-        """Check CONFIG."""
+        """Check CONFIG.  Raises IncompatibleError for what validate.py does not allow."""
         self._section = validate(config, may_be_bare=True)
 
     def layout(self, layout: Layout) -> None:
-        """Compare LAYOUT with CONFIG."""
+        """Compare LAYOUT with CONFIG.  Raises IncompatibleError if the two differ."""
         size = int(self._section["keys"]["memory.size"])
         if layout != snapshot.layout_of(size):
             raise IncompatibleError(f"the segments are not those of memory.size={size}")
 
     def devices(self, devices: tuple[str, ...]) -> None:
-        """Compare DEVICES with CONFIG, where that names any."""
+        """Compare DEVICES with CONFIG, if CONFIG names any device.
+
+        Raises IncompatibleError if the two differ.
+        """
         self._devices = devices
         if is_bare(self._section):
             return
@@ -51,12 +54,15 @@ class BhyveContents:
             )
 
     def plan(self, plan: bytes) -> None:
-        """Compare REHEARSAL with CONFIG and DEVICES."""
+        """Compare REHEARSAL with CONFIG and DEVICES.  Raises FormatError if they differ."""
         self._planned = snapshot.parse(plan)
         self._require_ours(self._planned)
 
     def state(self, state: State) -> None:
-        """Check that a state is one of those that meta lists, and meta itself."""
+        """Check that a state is meta, or the next state that meta lists; check meta itself.
+
+        An optional state is checked if it is a vCPU's FPU.  Raises FormatError.
+        """
         if not state.is_optional:
             self._order.take(state)
             if state.name == snapshot.META and self._order.meta is not None:
@@ -67,11 +73,11 @@ class BhyveContents:
             self._require_fpu(state)
 
     def end(self) -> None:
-        """Check that all that meta lists has come."""
+        """Check that every state that meta lists has come.  Raises FormatError."""
         self._order.end()
 
     def _require_ours(self, meta: Meta) -> None:
-        """Compare a FILE.meta with the head."""
+        """Compare a FILE.meta with the head.  Raises FormatError if the two differ."""
         keys = self._section["keys"]
         if meta.memory_bytes != int(keys["memory.size"]):
             raise FormatError(f"meta: memsize is {meta.memory_bytes}, not memory.size")
@@ -91,9 +97,9 @@ class BhyveContents:
 
 
 def _difference(some: Iterable[str], others: Iterable[str]) -> str:
-    """Return a device that only one of two lists has, to be shown; "" for none.
+    """Return a device that only one of two lists has, in printable form; "" if there is none.
 
-    14's bhyve may leave hostbridge out: it has nothing of its own to save.
+    FreeBSD 14's bhyve may leave hostbridge out, which has no state to save.
     """
     a, b = (
         Counter(name for name in names if not name.startswith("hostbridge@"))

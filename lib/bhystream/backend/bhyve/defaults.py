@@ -1,21 +1,22 @@
-"""Values that bhyve makes up where none is configured, made explicit before a guest moves.
+"""Values that bhyve makes up if none is configured, made explicit before a guest moves.
 
-They are in the guest's sight and depend on the host or on a path, so at
+The guest sees these values, which depend on the host or on a path.  So on
 another host, or with a disk under another path, the guest would find another
-machine.  Computed here only where the rule was read, else refused with the
-cure.
+machine.  A value is computed here if bhyve's rule for the value was read;
+otherwise the guest is refused, with a hint.
 
     mac   00:a0:98 and the first three bytes of MD5("SLOT-FUNC-NAME"), decimal; NAME is the
           guest's.  Source: freebsd/freebsd-src@1ff57e3a usr.sbin/bhyve/net_utils.c, net_genmac()
     ser   "BHYVE-" and the first six bytes of MD5(path), as XXXX-XXXX-XXXX, for virtio-blk and
           each AHCI port.  Source: freebsd/freebsd-src@03ccfdd2 usr.sbin/bhyve/pci_ahci.c; the
           same in pci_virtio_block.c, whose buffer holds 20 characters and the NUL
-    uuid  not computable: the MD5 goes over the whole hostname buffer, also behind its NUL.
+    uuid  not computable: the MD5 covers the whole hostname buffer, also the bytes after the NUL.
           Source: freebsd/freebsd-src@04f55b5b usr.sbin/bhyve/smbiostbl.c
-    sockets = cpus, cores = threads = 1; cpus = sockets * cores * threads where only those are
+    sockets = cpus, cores = threads = 1; cpus = sockets * cores * threads if cpus is not
           given.  Source: freebsd/freebsd-src@0040b685 usr.sbin/bhyve/bhyverun.c
-    memory.size 256M.  Source: bhyve_config(5); with memory domains, whose sizes win, their sum
-    domains.N.size an equal share of memory.size, for all of them, where one has none.
+    memory.size 256M, or the sum of the memory domains' sizes, which win.
+          Source: bhyve_config(5)
+    domains.N.size an equal share of memory.size for every domain, if any domain has no size.
           Source: bhyverun.c, calc_mem_affinity(), FreeBSD 15.1
 
 Read, not run.
@@ -39,7 +40,7 @@ _TOPOLOGY = ("sockets", "cores", "threads")
 
 
 def default_mac(slot: Slot, name: str) -> str:
-    """Return the MAC address of a card without a mac key."""
+    """Return the MAC address of a card without a mac key.  name: the guest's."""
     seed = f"{slot.slot}-{slot.func}-{name}"[:79]
     digest = hashlib.md5(os.fsencode(seed), usedforsecurity=False).digest()
     return ":".join(f"{octet:02x}" for octet in b"\x00\xa0\x98" + digest[:3])
@@ -52,10 +53,10 @@ def default_serial(path: str) -> str:
 
 
 def memory_bytes(size: str) -> int:
-    """Return the bytes of a memory.size as bhyve reads it.
+    """Return the bytes of a memory.size as bhyve reads the text.
 
-    A number without a suffix below 1 MiB counts MiB.  Raises
-    IncompatibleError where it is no size, or no multiple of a page.
+    A number without a suffix, and below 1048576, counts MiB.  Raises
+    IncompatibleError if the text is no size, or the size no multiple of a page.
     Source: freebsd/freebsd-src lib/libvmmapi/vmmapi.c, vm_parse_memsize(); expand_number(3).
     """
     found = _SIZE.fullmatch(size)
@@ -76,7 +77,8 @@ def memory_bytes(size: str) -> int:
 def topology(keys: Mapping[str, str]) -> dict[str, str]:
     """Return cpus, sockets, cores and threads, all explicit.
 
-    Raises IncompatibleError where they do not agree: bhyve would not start.
+    Raises IncompatibleError if a number is out of range, or if the numbers do
+    not agree: bhyve would not start.
     """
     given: dict[str, int] = {}
     for key in ("cpus", *_TOPOLOGY):
@@ -98,10 +100,10 @@ def topology(keys: Mapping[str, str]) -> dict[str, str]:
 
 
 def domains(keys: Mapping[str, str]) -> dict[str, str]:
-    """Return domains.N.size of each memory domain, and memory.size, their sum; bytes.
+    """Return domains.N.size of each memory domain, and memory.size, their sum; in bytes.
 
-    {} where there are none.  Raises IncompatibleError for domains that bhyve
-    would not start, or would pass over.
+    Returns {} if there are no domains.  Raises IncompatibleError for domains
+    with which bhyve would not start, or which bhyve would ignore.
     Source: bhyverun.c, calc_mem_affinity() and set_vcpu_affinities(), FreeBSD 15.1.
     """
     found = sorted({int(domain[1]) for domain in map(known.DOMAIN.fullmatch, keys) if domain})
@@ -124,10 +126,10 @@ def domains(keys: Mapping[str, str]) -> dict[str, str]:
 
 
 def explicit(keys: Mapping[str, str], devices: Mapping[Slot, str], name: str) -> dict[str, str]:
-    """Return what has to be added to the keys so that no default depends on the host.
+    """Return the keys to add to `keys` so that no default depends on the host.
 
-    keys: the source's own, with its resources.  Raises IncompatibleError for
-    a default that cannot be computed.
+    keys: the source's own, with the source's resources.  name: the guest's.
+    Raises IncompatibleError for a default that cannot be computed.
     """
     added = {key: value for key, value in topology(keys).items() if key not in keys}
     added |= {} if "memory.size" in keys else {"memory.size": "256M"}

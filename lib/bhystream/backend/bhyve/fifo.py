@@ -1,26 +1,26 @@
-"""The FIFO that holds a checkpoint: bhyve stands in its last write, until somebody reads.
+"""The FIFO that holds a checkpoint: bhyve waits in its last write until a process reads.
 
-    make()   a FIFO, and how many bytes it takes
-    arm()    full but for one byte, so that bhyve's write of FILE.meta begins and does not end
-    full     bhyve stands in that write: FIONREAD says so
-    drain()  the write ends, and the guest runs on; at its end bhyve has closed it
+    make()   makes a FIFO, and tells how many bytes the FIFO takes
+    arm()    fills all but one byte, so bhyve's write of FILE.meta begins and does not end
+    full     bhyve waits in that write: FIONREAD shows it
+    drain()  ends the write, so the guest runs on; drain() ends when bhyve has closed the FIFO
 
-What is in a FIFO lives as long as somebody has it open.  bhyve has it open
-twice: as its own FILE.meta, and as the descriptor that the request brought
-(checkpoint.py), which it keeps until its handler has returned.  So:
+The bytes in a FIFO stay as long as a process has the FIFO open.  bhyve has the
+FIFO open twice: as FILE.meta, and as the descriptor that came with the request
+(checkpoint.py), which bhyve keeps until its handler has returned.  So:
 
-    it is full                 bhyve lives, and stands in the write
-    nobody has it open to read  no request that brought it is waiting or being served
+    the FIFO is full                  bhyve lives, and waits in the write
+    no process has it open to read    no request with the FIFO is waiting or being served
 
-Both are asked of the FIFO alone, by any process, and cost a system call each.
-The second needs a process that does not have it open itself: nothing here
-leaves it open but arm(), whose caller closes it.
+Any process can ask the FIFO for both, with a few system calls each.  A process
+that has the FIFO open itself cannot ask for the second: only arm() leaves the
+FIFO open, and arm()'s caller closes it.
 
 Run on FreeBSD 15.1, emulated AMD: the hold, and the release by any reader.
 Read: sys/fs/fifofs/fifo_vnops.c, fifo_open() (ENXIO) and fifo_close();
-sys/kern/sys_pipe.c, pipe_write(): a write of up to PIPE_BUF bytes is put in
-whole or not at all, and one of PIPE_MINDIRECT or more may wait for an empty
-pipe, so that neither fills it.
+sys/kern/sys_pipe.c, pipe_write(): a write of up to PIPE_BUF bytes goes in whole
+or not at all, and a write of PIPE_MINDIRECT bytes or more may wait for an empty
+pipe, so neither of the two fills the FIFO.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from pathlib import Path
 # Source: sys/sys/syslimits.h, PIPE_BUF; sys/sys/pipe.h, PIPE_MINDIRECT.
 ATOMIC_BYTES = 512
 DIRECT_BYTES = 8192
-# JSON passes over it.
+# A reader of JSON skips spaces.
 _FILLER = b" "
 _BLOCK_BYTES = 64 << 10
 _INT = struct.Struct("=i")
 
 
 def make(path: Path) -> int:
-    """Make a FIFO, mode 0600; return how many bytes it takes.  Raises OSError."""
+    """Make a FIFO, mode 0600; return how many bytes the FIFO takes.  Raises OSError."""
     os.mkfifo(path, 0o600)
     fd = _open(path, os.O_RDWR)
     try:
@@ -58,9 +58,10 @@ def make(path: Path) -> int:
 
 
 def arm(path: Path, full_bytes: int) -> int:
-    """Leave room for one byte; return the FIFO, open, the caller's to close.
+    """Fill a FIFO but for one byte; return its descriptor, which the caller closes.
 
-    Raises OSError: ENOBUFS where it does not take what it took before.
+    full_bytes: what make() returned.  Raises OSError: ENOBUFS if the FIFO takes
+    fewer bytes than make() found.
     """
     fd = _open(path, os.O_RDWR)
     try:
@@ -74,7 +75,7 @@ def arm(path: Path, full_bytes: int) -> int:
 
 
 def pending(path: Path) -> int:
-    """Return how many bytes are in a FIFO; 0 where it is not there, or is none.  Raises OSError."""
+    """Return how many bytes are in a FIFO; 0 if there is no FIFO there.  Raises OSError."""
     try:
         fd = _open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -86,17 +87,18 @@ def pending(path: Path) -> int:
 
 
 def pending_in(fd: int) -> int:
-    """Return how many bytes are in an open FIFO (FIONREAD)."""
+    """Return how many bytes are in an open FIFO (FIONREAD).  Raises OSError."""
     count: int = _INT.unpack(fcntl.ioctl(fd, termios.FIONREAD, bytes(_INT.size)))[0]
     return count
 
 
 def drain(path: Path, limit_s: float) -> tuple[bytes, bool]:
-    """Read a FIFO until nobody has it open to write: (what was in it, whether that was so).
+    """Read a FIFO until no process has it open to write: (bytes read, whether it came to that).
 
-    limit_s: how long to wait for more.  bhyve's copy of what the request
-    brought is open to write too.  Where nobody has it open at first, that is
-    not seen on FreeBSD: ask has_reader() before.  Raises OSError.
+    limit_s: how long to wait for more bytes.  bhyve's copy of the request's
+    descriptor is open to write too.  If no process has the FIFO open to write
+    at the start, FreeBSD does not show that: ask has_reader() before.  Raises
+    OSError.
     """
     found = bytearray()
     fd = _open(path, os.O_RDONLY)
@@ -112,7 +114,10 @@ def drain(path: Path, limit_s: float) -> tuple[bytes, bool]:
 
 
 def has_reader(path: Path) -> bool:
-    """Say whether anybody has a FIFO open to read it, or is sent it.  Raises OSError."""
+    """Say whether a process has a FIFO open to read, or is being sent its descriptor.
+
+    Returns False if there is no FIFO.  Raises OSError.
+    """
     try:
         os.close(_open(path, os.O_WRONLY))
     except FileNotFoundError:
@@ -136,7 +141,7 @@ def _write(fd: int, data: bytes) -> int:
 
 
 def _read_into(found: bytearray, fd: int) -> bool:
-    """Read until a FIFO is empty; say whether nobody has it open to write."""
+    """Read until a FIFO is empty; say whether no process has it open to write."""
     try:
         while part := os.read(fd, _BLOCK_BYTES):
             found += part

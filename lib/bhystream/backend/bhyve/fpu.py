@@ -1,38 +1,39 @@
 """The guest's FPU registers, which bhyve's snapshots leave out: optional states "fpu/N".
 
-bhyve saves no vcpu->guestfpu (sys/amd64/vmm/vmm.c, vm_snapshot_vcpus()), so a
-guest that was restored finds its FPU as after a reset.  Run on FreeBSD 15.1,
-emulated AMD: the loss is real, and what is done here mends it.  While the
-guest stands held, each vCPU in turn runs a few instructions of ours (stub.py)
-that store its FPU, or load it; then registers and memory are as they were.
+bhyve does not save vcpu->guestfpu (sys/amd64/vmm/vmm.c, vm_snapshot_vcpus()),
+so a restored guest finds its FPU as after a reset.  Run on FreeBSD 15.1,
+emulated AMD: the loss is real, and this module prevents it.  While the guest
+stands held, each vCPU in turn runs a few instructions of ours (stub.py) that
+store or load the vCPU's FPU.  Afterwards registers and memory are put back.
 
     save    at the source.  bhyve's vCPU threads wait in user space
-            (checkpoint_cpu_resume()), so VM_RUN is ours.
+            (checkpoint_cpu_resume()), so only we call VM_RUN.
     load    at the destination, before bhyve restores the registers.  bhyve's
-            own threads try VM_RUN each millisecond and find their vCPU
-            suspended (vmexit_debug()); VM_RESUME_CPU lets one in.
+            vCPU threads try VM_RUN every millisecond and find their vCPUs
+            suspended (vmexit_debug()); VM_RESUME_CPU lets one thread in.
 
-What it costs if it fails: nothing.  A vCPU whose registers cannot be saved is
-left as it is, and the reason is told.  Not so registers or memory that cannot
-be put back: then the guest must not run, and NotPutBackError says it.
+A failure to save does no harm: the vCPU stays as it was, and save() reports the
+reason.  But if registers or memory cannot be put back, the guest must not run,
+and NotPutBackError is raised.
 
-Left alone, each for a reason that is told:
+save() leaves these vCPUs alone, and reports the reason for each:
 
-- a vCPU that is not in long mode: one that was never started, a boot loader's,
-  a 32-bit system's.  EFER, and on Intel the PDPTEs, would have to go there and
-  back for the sake of systems that hardly exist.  64-bit systems are carried
-  whole, also where they run 32-bit programs; of x87's last instruction its
-  segment (FCS, FDS) is lost, as in any 64-bit XSAVE.
-- one to which an event is about to be delivered: VM_RUN would deliver it to
-  the stub.  VM_GET_INTINFO tells of one; on Intel the VMCS may hold another,
-  since vmx_run() injects before it looks whether the vCPU is suspended.
-- one that single-steps, or stands in an interrupt shadow.  A shadow that a HLT
-  has left is over (RIP has moved on, so svm_inj_interrupts() and
-  vmx_inject_interrupts() drop it), and not restored.  Nor could one be: both
-  drop it once RIP was elsewhere.
+- a vCPU that is not in long mode: a vCPU that was never started, or that runs
+  a boot loader or a 32-bit system.  EFER, and on Intel the PDPTEs, would have to
+  be changed and changed back for systems that hardly exist.  64-bit systems are
+  carried whole, with their 32-bit programs; only the segments of x87's last
+  instruction (FCS, FDS) are lost, as in any 64-bit XSAVE.
+- a vCPU to which an event is about to be delivered: VM_RUN would deliver the
+  event to the stub.  VM_GET_INTINFO reports such an event; on Intel the VMCS may
+  hold another, since vmx_run() injects before it tests whether the vCPU is
+  suspended.
+- a vCPU that single-steps, or stands in an interrupt shadow.  A shadow that a
+  HLT has left is over (RIP has moved on, so svm_inj_interrupts() and
+  vmx_inject_interrupts() drop the shadow), and is not restored.  No shadow could
+  be restored: both functions drop a shadow if RIP has moved in the meantime.
 
-The kernel leaves HLT when a vCPU is suspended (vm_handle_hlt()): RIP stands
-behind it, and the guest sees one wake-up that nobody sent.
+The kernel leaves HLT when a vCPU is suspended (vm_handle_hlt()): RIP then
+points past the HLT, and the guest sees one wake-up without a cause.
 
 Unverified: Intel, and any machine that is not emulated.
 """
@@ -48,25 +49,25 @@ from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve import stub
 from bhystream.backend.bhyve.host import Vm
 from bhystream.backend.bhyve.journal import Journal
-from bhystream.backend.bhyve.kept import kept_registers, vmcs_fields
 from bhystream.backend.bhyve.lent import LIMIT_S, NotPutBackError, flag, lent, run_to_end
 from bhystream.backend.bhyve.physical import ADDRESS, Lowmem, Physical
+from bhystream.backend.bhyve.savedvcpu import saved_registers, vmcs_fields
 from bhystream.backend.bhyve.snapshot import FPU_NAME
 from bhystream.errors import AccessError, GuestError
 from bhystream.guest import PAGE_BYTES, State
 
 STATE_PREFIX = "fpu/"
 STATE_LIMIT_BYTES = 16 << 10
-"""Of one state.  Payload: u64 XCR0, the FXSAVE64 image, the XSAVE64 image without zeros at its end.
+"""The limit of one state.  Payload: u64 XCR0, FXSAVE64 image, XSAVE64 image without final zeros.
 
-XCR0 is 0, and there is no XSAVE image, where the vCPU has not enabled XSAVE.
+If the vCPU has not enabled XSAVE, XCR0 is 0, and there is no XSAVE image.
 """
 
 _POLL_S = 0.0002
 _HEAD = struct.Struct("<Q")
 _LEAST_BYTES = _HEAD.size + stub.FXSAVE_BYTES
 _LEAST_XSAVE_BYTES = 512 + 64  # legacy region and header
-_VALID = 1 << 31  # of an event in the VMCS
+_VALID = 1 << 31  # the VMCS holds an event
 _HLT = b"\xf4"
 
 
@@ -74,8 +75,8 @@ _HLT = b"\xf4"
 class Saved:
     """What save() found.
 
-    states: one of each vCPU that could be saved.  reasons: one line of each
-    that could not.
+    states: one for each vCPU that could be saved.  reasons: one line for each
+    vCPU that could not.
     """
 
     states: tuple[State, ...]
@@ -83,9 +84,10 @@ class Saved:
 
 
 def carriable(vm: Vm, ncpus: int) -> list[str]:
-    """Return why vCPUs of a running guest cannot be carried, as far as that is known early.
+    """Return why FPU registers of a running guest cannot be carried, as far as known so early.
 
-    Costs each vCPU one exit.  Raises GuestError.
+    Returns one line for each such vCPU.  Costs each vCPU one exit.  Raises
+    GuestError, or AccessError if vmm may not be asked.
     """
     waiting = vm.waiting_vcpus()
     reasons = []
@@ -100,10 +102,11 @@ def carriable(vm: Vm, ncpus: int) -> list[str]:
 def save(vm: Vm, memory: Lowmem, ncpus: int, journal: Journal) -> Saved:
     """Save the FPU registers of every vCPU of a guest that stands held at the source.
 
-    vm: opened to be changed.  memory: lowmem at gpa 0, writable; it is as it
-    was when this returns, so read pages before or after, but not meanwhile.
-    journal: for whoever finds the guest when we are killed in here.
-    What cannot be saved is a reason.  Raises NotPutBackError.
+    vm: opened to be changed.  memory: lowmem at gpa 0, writable; save() changes
+    the memory and puts it back, so read no pages in the meantime.  journal: the
+    process that finds the guest after we were killed in save() puts back what
+    the journal says.  A vCPU that cannot be saved becomes a reason.  Raises
+    NotPutBackError.
     """
     states, reasons = [], []
     with Physical(vm, memory) as physical:
@@ -123,17 +126,18 @@ def load(
 ) -> None:
     """Load FPU registers into the vCPUs of a guest whose bhyve waits to restore it.
 
-    vm, memory: as save()'s.  states: the optional ones of its name, not to be
-    trusted.  bhyve's threads must run, not be stopped.  has_ended: says whether
-    bhyve has, so that nobody waits for it.  Raises GuestError where
-    the registers cannot be had here, NotPutBackError.
+    vm, memory: as save()'s.  states: the optional states "fpu/N", not trusted.
+    bhyve's threads must run, not be stopped.  has_ended: says whether bhyve has
+    ended, so that load() waits no longer.  Raises GuestError if a state is
+    wrong or the registers cannot be loaded here, AccessError if vmm may not be
+    asked, and NotPutBackError.
     """
     waiting = vm.waiting_vcpus()
     parsed = [parse(state) for state in states]
     for vcpu, xcr0, image in parsed:
         if vcpu not in waiting or sum(one[0] == vcpu for one in parsed) > 1:
             raise GuestError(f"state {STATE_PREFIX}{vcpu}: no vCPU waits for it")
-        before = kept_registers(vm, vcpu)
+        before = saved_registers(vm, vcpu)
         slot = stub.free_slot(bytes(PAGE_BYTES)) or 0
         made = stub.make(_cpl(before), slot, is_save=False, has_xsave=bool(xcr0))
         pages = bytearray(made.pages)
@@ -152,8 +156,8 @@ def load(
 
 
 def _save(vm: Vm, memory: Lowmem, physical: Physical, vcpu: int, journal: Journal) -> bytes:
-    """Return a vCPU's payload.  Raises GuestError with the reason, NotPutBackError."""
-    before = kept_registers(vm, vcpu)
+    """Return a vCPU's payload.  Raises GuestError with the reason, or NotPutBackError."""
+    before = saved_registers(vm, vcpu)
     slot = _require_carriable(vm, physical, vcpu, before)
     has_xsave = bool(before[reg.CR4] & reg.CR4_XSAVE)
     made = stub.make(_cpl(before), slot, is_save=True, has_xsave=has_xsave)
@@ -172,7 +176,7 @@ def _save(vm: Vm, memory: Lowmem, physical: Physical, vcpu: int, journal: Journa
 
 
 def _require_carriable(vm: Vm, physical: Physical, vcpu: int, before: Mapping[int, int]) -> int:
-    """Return a PML4 slot for the stub.  Raises GuestError where the vCPU is to be left alone."""
+    """Return a PML4 slot for the stub.  Raises GuestError if the vCPU is to be left alone."""
     if not before[reg.EFER] & reg.EFER_LMA:
         raise GuestError("it is not in long mode")
     if before[reg.CR4] & reg.CR4_LA57:
@@ -194,7 +198,7 @@ def _require_carriable(vm: Vm, physical: Physical, vcpu: int, before: Mapping[in
 
 
 def _cpl(values: Mapping[int, int]) -> int:
-    """Return a vCPU's CPL: CS.RPL, but in real mode and in virtual 8086 mode."""
+    """Return a vCPU's CPL: CS.RPL, except in real mode (0) and in virtual 8086 mode (3)."""
     if not values[reg.CR0] & reg.CR0_PE:
         return 0
     return 3 if values[reg.RFLAGS] & reg.RFLAGS_VM else values[reg.CS] & 3
@@ -205,7 +209,7 @@ def _reason(vcpu: int, why: str) -> str:
 
 
 def parse(state: State) -> tuple[int, int, bytes]:
-    """Return vCPU, XCR0 and both images.  Raises GuestError for what save() never made."""
+    """Return vCPU, XCR0 and both images.  Raises GuestError for a state that save() never makes."""
     named = FPU_NAME.fullmatch(state.name)
     size = len(state.data)
     if not named or not _LEAST_BYTES <= size <= STATE_LIMIT_BYTES:

@@ -1,10 +1,10 @@
-"""The guest's FPU as states of the hold: what fpu.py does, with the directory's journal.
+"""The FPU of a held guest, as states: what fpu.py does, with the directory's journal.
 
 bhyve's snapshot leaves the FPU out.  fpu.py lets each vCPU of the held guest
-store its own, in pages and with registers of the guest that it puts back
-afterwards.  A guest whose registers were not put back must not be let go, also
-not by one who finds it when we were killed in between: he finds the journal,
-and puts them back.
+store its own FPU, and for that borrows pages and registers of the guest, which
+fpu.py puts back afterwards.  A guest whose registers were not put back must not
+be let go.  If we are killed in between, the process that finds the guest finds
+the journal too, and puts the registers back first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from bhystream.guest import State
 
 
 def reasons(host: Host, name: str, ncpus: int) -> list[str]:
-    """Return why the FPU of a running guest's vCPUs cannot be carried, as far as that is known."""
+    """Return why FPU registers of a running guest cannot be carried, as far as is known so early.
+
+    Raises GuestError if the VM cannot be opened, AccessError if it may not be.
+    """
     vm = host.open_vm(name)
     try:
         return fpu.carriable(vm, ncpus)
@@ -36,7 +39,7 @@ def reasons(host: Host, name: str, ncpus: int) -> list[str]:
 def save(
     host: Host, name: str, ncpus: int, directory: SnapshotDir
 ) -> tuple[Sequence[State], Sequence[str]]:
-    """Store the FPU of a held guest; return its states, and why each part that is missing is.
+    """Store the FPU of a held guest; return the states, and the reason for each missing state.
 
     Raises NotPutBackError: then the guest must not be let go, and the
     directory's journal says so.
@@ -52,9 +55,10 @@ def save(
 
 
 def put_back(host: Host, name: str, directory: SnapshotDir) -> None:
-    """Put back what a guest that stands held has lent to one who was killed.
+    """Put back the registers and pages that a process borrowed before it was killed.
 
-    Raises GuestError, AccessError: then it must not be let go.
+    The guest stands held.  Raises GuestError, AccessError: then the guest must
+    not be let go.
     """
     with _opened(host, name) as (vm, memory):
         lent.put_back(vm, memory, directory.journal)
@@ -62,7 +66,7 @@ def put_back(host: Host, name: str, directory: SnapshotDir) -> None:
 
 @contextmanager
 def _opened(host: Host, name: str) -> Iterator[tuple[Vm, Lowmem]]:
-    """Open a VM, and its lowmem, to be changed."""
+    """Open a VM to be changed, and map its lowmem, writable."""
     vm = host.open_vm(name, is_writable=True)
     try:
         lowmem = system_memory(vm.maps(), f"guest {name}")[0]

@@ -1,10 +1,10 @@
 """The FreeBSD host: host.Host over sysctls, the base system's programs and /dev/vmm.
 
-Run on FreeBSD 15.1, but for what bears "not run" below and in freebsd_disk.py and
-freebsd_kld.py.  Every fact names where it was read.
+Run on FreeBSD 15.1, except for what is marked "not run" here, in freebsd_disk.py
+and in freebsd_kld.py.  Every fact names its source.
 
-Programs are run by absolute path, with an argument vector and no shell, and
-no name that begins with "-" or leads out of a directory reaches one.
+Programs are run by absolute path, with an argument vector and without a shell.
+No name that begins with "-" or leads out of a directory reaches a program.
 """
 
 from __future__ import annotations
@@ -61,33 +61,34 @@ def _hash(path: str) -> str:
 
 
 class FreeBsdHost:
-    """host.Host on FreeBSD.  It keeps nothing open."""
+    """host.Host on FreeBSD.  The object keeps nothing open."""
 
     kind = "bhyve"
 
     def __init__(self) -> None:
-        """Raises NoBhyveError on another system."""
+        """Raise NoBhyveError on any other system."""
         if os.uname().sysname != "FreeBSD":
             raise NoBhyveError("there is no bhyve here: this is no FreeBSD host")
         self.run_dir = Path(_RUN_DIR)
 
     def environment(self) -> Mapping[str, str]:
-        """As host.Host's: nothing, the host is this one."""
+        """See host.Host.  Empty: no variable is needed to find this host again."""
         return {}
 
     def sysctl(self, name: str) -> str | None:
-        """As host.Host's."""
+        """See host.Host."""
         return libc.sysctl(name)
 
     def swap_used_bytes(self) -> int:
-        """As host.Host's."""
+        """See host.Host."""
         return freebsd_text.swap_used_bytes(programs.ask(_SWAPINFO, "-k"))
 
     def free_memory_bytes(self) -> int:
-        """As host.Host's: free and inactive pages, and what ZFS's cache gives back when asked.
+        """See host.Host.  Counts free and inactive pages, and what ZFS's cache can give back.
 
-        Source: sys/vm/vm_meter.c, vm.stats.vm; kstat.zfs.misc.arcstats as read
-        by node_exporter (index id 312657467), where ZFS is loaded.
+        Source: sys/vm/vm_meter.c, vm.stats.vm; for kstat.zfs.misc.arcstats,
+        which exists if ZFS is loaded, prometheus/node_exporter
+        collector/zfs_freebsd.go, NewZFSCollector().
         """
         npages = self._count("vm.stats.vm.v_free_count", "vm.stats.vm.v_inactive_count")
         cache_bytes = self._count("kstat.zfs.misc.arcstats.size")
@@ -96,44 +97,44 @@ class FreeBsdHost:
         return npages * page_bytes + max(0, cache_bytes - least_bytes)
 
     def _count(self, *names: str) -> int:
-        """Return the sum of sysctls, 0 for one that is not there."""
+        """Return the sum of sysctls.  A sysctl that does not exist counts 0."""
         return sum(int(self.sysctl(name) or 0) for name in names)
 
     def program(self) -> list[str]:
-        """As host.Host's."""
+        """See host.Host."""
         return [BHYVE]
 
     def trace(self, pid: int) -> Trace:
-        """As host.Host's."""
+        """See host.Host."""
         return Trace(pid)
 
     def program_hash(self) -> str:
-        """As host.Host's: XXH3-128 of the program's file, hex."""
+        """See host.Host.  Returns the XXH3-128 of the program's file, hex."""
         return _hash(BHYVE)
 
     def can_snapshot(self) -> bool | None:
-        """As host.Host's.  Not run."""
+        """See host.Host.  Not run."""
         return freebsd_kld.can_snapshot()
 
     def module_hash(self) -> str:
-        """As host.Host's: XXH3-128, hex, of the file that vmm.ko was loaded from.
+        """See host.Host.  Returns the XXH3-128, hex, of the file that vmm.ko was loaded from.
 
-        A file that was replaced since is not noticed.  Not run.
+        If the file was replaced after it was loaded, nothing shows that.  Not run.
         """
         file = freebsd_kld.file_id(freebsd_kld.VMM)
         path = freebsd_kld.path(file) if file else ""
         return _hash(path) if path else ""
 
     def disk(self, path: str) -> Disk | None:
-        """As host.Host's.  Not run."""
+        """See host.Host.  Not run."""
         return freebsd_disk.disk(path)
 
     def mtu(self, interface: str) -> int | None:
-        """As host.Host's.  Not run."""
+        """See host.Host.  Not run."""
         return freebsd_disk.mtu(_checked(interface, _INTERFACE, "an interface"))
 
     def cpu_vendor(self) -> str:
-        """As host.Host's."""
+        """See host.Host."""
         return freebsd_text.vendor(
             self.sysctl("hw.model") or "", self.sysctl("hw.vmm.vmx.initialized")
         )
@@ -144,15 +145,16 @@ class FreeBsdHost:
         return f"{_NODES}/{_checked(name, _NAME, 'a guest')}"
 
     def exists(self, name: str) -> bool:
-        """As host.Host's."""
+        """See host.Host."""
         return os.path.exists(self._node(name))
 
     def node_id(self, name: str) -> str:
-        """As host.Host's: the inode, and the time of the last change, which is that of its making.
+        """See host.Host.  Returns the node's device, inode number, and time of the last change.
 
-        The inode alone may be given again.  Opening and reading it changes
-        neither.  Unverified.  Source: sys/fs/devfs/devfs_vnops.c,
-        devfs_getattr().
+        The inode number alone may be used again for a later node.  The last
+        change is the node's creation: opening and reading the node change
+        neither number nor time.  Unverified.
+        Source: sys/fs/devfs/devfs_vnops.c, devfs_getattr().
         """
         try:
             found = os.stat(self._node(name))
@@ -163,37 +165,37 @@ class FreeBsdHost:
         return f"{found.st_dev}:{found.st_ino}:{found.st_ctime_ns}"
 
     def open_vm(self, name: str, *, is_writable: bool = False) -> FreeBsdVm:
-        """As host.Host's."""
+        """See host.Host."""
         return FreeBsdVm(name, self._node(name), is_writable=is_writable)
 
     def create(self, name: str) -> None:
-        """As host.Host's.  Source: bhyvectl(8)."""
+        """See host.Host.  Source: bhyvectl(8)."""
         node = self._node(name)
         if os.path.exists(node):
             raise GuestError(f"guest {name}: {node} exists already")
         programs.do(f"create guest {name}", _BHYVECTL, "--create", f"--vm={name}")
 
     def destroy(self, name: str) -> None:
-        """As host.Host's.  Source: bhyvectl(8)."""
+        """See host.Host.  Source: bhyvectl(8)."""
         if not self.exists(name):
             return
         try:
             programs.do(f"destroy guest {name}", _BHYVECTL, "--destroy", f"--vm={name}")
         except GuestError:
-            if self.exists(name):  # else somebody else was faster
+            if self.exists(name):  # if it is gone, another process has destroyed it
                 raise
 
     # Directories.
 
     def mount_null(self, directory: Path) -> None:
-        """As host.Host's: a devfs on the directory, with all the host's devices.
+        """See host.Host.  Mounts a devfs on the directory, with all the host's devices.
 
-        bhyve opens the file in capability mode: a relative name below a
-        directory may cross a mount point, a symbolic link out of it may not.
-        A mount outside of a jail has no ruleset, so null is in it.
-        Confirmed in source, never run: sys/kern/vfs_lookup.c, NI_LCF_STRICTREL
-        (index id 24501488); sys/fs/devfs/devfs_vfsops.c, devfs_mount()
-        (18298537849).
+        bhyve opens the memory file in capability mode.  There, a relative name
+        below a directory may cross a mount point, but a symbolic link may not
+        lead out of the directory.  A devfs mounted outside a jail has no
+        ruleset, so null is in it.
+        Confirmed in source, never run: sys/kern/vfs_lookup.c, NI_LCF_STRICTREL;
+        sys/fs/devfs/devfs_vfsops.c, devfs_mount().
         """
         programs.do(f"mount devfs on {directory}", _MOUNT, "-t", "devfs", "devfs", str(directory))
         try:
@@ -206,7 +208,7 @@ class FreeBsdHost:
             raise GuestError(f"cannot use {directory}/null: it is no device")
 
     def unmount_null(self, directory: Path) -> None:
-        """As host.Host's.  Forced where it is busy: nothing of ours is behind it."""
+        """See host.Host.  A busy mount is unmounted by force: it has no data of ours."""
         with contextlib.suppress(GuestError):
             if programs.run(_UMOUNT, str(directory)).returncode != 0:
                 programs.run(_UMOUNT, "-f", str(directory))
@@ -215,7 +217,7 @@ class FreeBsdHost:
         return freebsd_text.mounts(programs.ask(_MOUNT, "-p"))
 
     def is_memory(self, directory: Path) -> bool:
-        """As host.Host's: the file system that it lies in is mounted as tmpfs."""
+        """See host.Host.  True if the file system of the directory is a tmpfs."""
         try:
             device = os.stat(directory).st_dev
         except OSError as error:
@@ -228,18 +230,18 @@ class FreeBsdHost:
         return False
 
     def parent_command(self, pid: int) -> str:
-        """As host.Host's."""
+        """See host.Host."""
         return process_freebsd.parent_command(pid)
 
     def knows_suspending_lock(self) -> bool:
-        """As host.Host's.  Source: freebsd/vm-bhyve@0c93a8fb lib/vm-run; the port's PREFIX/lib."""
+        """See host.Host.  Source: freebsd/vm-bhyve@0c93a8fb lib/vm-run; the port's PREFIX/lib."""
         try:
             return "suspending.lock" in _VM_RUN.read_text("utf-8", "replace")
         except OSError:
             return False
 
     def datastores(self) -> Sequence[Path]:
-        """As host.Host's.  Source: vm-bhyve lib/vm-datastore; sysrc(8) for rc.conf's vm_dir."""
+        """See host.Host.  Source: vm-bhyve lib/vm-datastore; sysrc(8) for rc.conf's vm_dir."""
         spec = programs.ask(_SYSRC, "-n", "vm_dir").strip()
         table = self._mounts() if spec else []
         default = freebsd_text.store_path(spec, table)
@@ -259,7 +261,7 @@ class FreeBsdHost:
     # The network.  Source: ifconfig(8), tap(4).
 
     def has_tap(self, tap: str) -> bool:
-        """As host.Host's."""
+        """See host.Host."""
         if _NG_DEVICE.fullmatch(tap):
             return os.path.exists(f"/dev/{tap}")
         return programs.run(_IFCONFIG, _checked(tap, _INTERFACE, "an interface")).returncode == 0

@@ -1,7 +1,7 @@
-"""What FreeBSD tells of a disk and of a network interface, asked as bhyve asks.
+"""Facts of a disk and of a network interface on FreeBSD, found as bhyve finds them.
 
-A disk is opened as bhyve opens it, to be written, or else to be read, and
-closed at once: nothing is written.
+A disk is opened as bhyve opens the disk: for writing, or only for reading if
+writing is not allowed.  The disk is closed at once, and nothing is written.
 
 Not run on FreeBSD.
 Source: usr.sbin/bhyve/block_if.c, blockif_open(), FreeBSD 15.1.
@@ -26,7 +26,10 @@ _CAN_DELETE = b"GEOM::candelete"
 
 
 class Attribute(ctypes.Structure):
-    """struct diocgattr_arg: its union has 256 bytes, and an int.  Source: sys/sys/disk.h."""
+    """struct diocgattr_arg: the union `value` has 256 bytes, and an int in it.
+
+    Source: sys/sys/disk.h.
+    """
 
     _fields_ = (
         ("name", ctypes.c_char * 64),
@@ -39,15 +42,15 @@ class Attribute(ctypes.Structure):
 DIOCGSECTORSIZE = number(IOC_OUT, "d", 128, 4)
 DIOCGMEDIASIZE = number(IOC_OUT, "d", 129, 8)
 DIOCGATTR = number(IOC_IN | IOC_OUT, "d", 142, ctypes.sizeof(Attribute))
-# Source: sys/sys/sockio.h; sys/net/if.h, struct ifreq: 16 bytes of name, 16 of a union.
+# Source: sys/sys/sockio.h; sys/net/if.h, struct ifreq: a name and a union, 16 bytes each.
 _IFREQ = struct.Struct("<16si12x")
 SIOCGIFMTU = number(IOC_IN | IOC_OUT, "i", 51, _IFREQ.size)
 
 
 def disk(path: str) -> Disk | None:
-    """As host.Host.disk()."""
+    """See host.Host.disk()."""
     with contextlib.suppress(OSError):
-        # Not a FIFO, whose open waits; nor a directory, which bhyve would open.
+        # The open of a FIFO would wait.  bhyve would open a directory, but it is no disk.
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
             return None
@@ -63,7 +66,10 @@ def disk(path: str) -> Disk | None:
 
 
 def _look(fd: int, is_writable: bool) -> Disk | None:
-    """Return what is behind a descriptor.  Raises OSError for a device that is no disk."""
+    """Return the disk behind a descriptor, None if bhyve would refuse the disk's size.
+
+    Raises OSError for a device that is no disk.
+    """
     found = os.fstat(fd)
     if stat.S_ISREG(found.st_mode):
         can_delete = False
@@ -73,7 +79,7 @@ def _look(fd: int, is_writable: bool) -> Disk | None:
     (size,) = struct.unpack("<q", fcntl.ioctl(fd, DIOCGMEDIASIZE, bytes(8)))
     (sector,) = struct.unpack("<I", fcntl.ioctl(fd, DIOCGSECTORSIZE, bytes(4)))
     if size <= 0 or sector == 0:
-        return None  # bhyve ends on it
+        return None  # bhyve ends if it meets such a disk
     asked = Attribute(name=_CAN_DELETE, len=4)
     can_delete = False
     with contextlib.suppress(OSError):
@@ -83,7 +89,7 @@ def _look(fd: int, is_writable: bool) -> Disk | None:
 
 
 def mtu(interface: str) -> int | None:
-    """As host.Host.mtu()."""
+    """See host.Host.mtu()."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as any_socket:
             asked = _IFREQ.pack(os.fsencode(interface), 0)

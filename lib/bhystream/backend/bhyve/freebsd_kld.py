@@ -1,8 +1,8 @@
-"""What FreeBSD's kernel linker tells of vmm: its symbols, and where vmm.ko came from.
+"""What FreeBSD's kernel linker knows about vmm: vmm's symbols, and the path of vmm.ko.
 
-All of bhyve's snapshot code in the kernel is in vmm.ko, which may be built
-with it and loaded into a kernel without: the kernel's own configuration
-(kern.conftxt) and build (kern.build_id) say nothing of it.
+All of bhyve's snapshot code in the kernel is in vmm.ko.  A vmm.ko with that code
+can be loaded into a kernel that was built without the code, so the kernel's own
+configuration (kern.conftxt) and build (kern.build_id) say nothing about it.
 Source: sys/modules/vmm/Makefile, sys/amd64/vmm/vmm.c, vm_snapshot_req(), FreeBSD 15.1.
 
 Not run on FreeBSD.
@@ -17,7 +17,8 @@ from typing import Any
 
 VMM = "vmm.ko"
 SNAPSHOT_SYMBOL = "vm_snapshot_req"
-# Every vmm.ko has this symbol.  If kldsym(2) does not find it, kldsym(2) finds no module's.
+# Every vmm.ko has this symbol.  If kldsym(2) does not find it, kldsym(2) finds no symbol
+# of any module.
 ANY_SYMBOL = "vm_get_topology"
 
 _MAXPATHLEN = 1024  # Source: sys/sys/param.h, syslimits.h
@@ -54,16 +55,16 @@ def _libc() -> Any:
 
 
 def file_id(name: str, libc: Any = None) -> int:
-    """Return the id of a loaded file, 0 where none of that name is.  Source: kldfind(2)."""
+    """Return the id of a loaded file, 0 if no file of that name is loaded.  Source: kldfind(2)."""
     found: int = (libc or _libc()).kldfind(name.encode())
     return max(found, 0)
 
 
 def has_symbol(file: int, symbol: str, libc: Any = None) -> bool | None:
-    """Say whether a loaded file has a symbol; None where that may not be asked.
+    """Say whether a loaded file has a symbol; None if the kernel does not answer.
 
-    file: an id, 0 for any file.  Symbols of a module are local, and found as
-    long as debug.link_elf_obj_leak_locals is 1, its default.
+    file: an id, 0 for any file.  A module's symbols are local.  kldsym(2) finds
+    local symbols if debug.link_elf_obj_leak_locals is 1, the default.
     Source: kldsym(2); sys/kern/kern_linker.c, sys_kldsym(); link_elf_obj.c.
     """
     lookup = SymLookup(version=ctypes.sizeof(SymLookup), symname=symbol.encode())
@@ -74,7 +75,7 @@ def has_symbol(file: int, symbol: str, libc: Any = None) -> bool | None:
 
 
 def path(file: int, libc: Any = None) -> str:
-    """Return the path that a file was loaded from, "" where it is not told.
+    """Return the path that a file was loaded from, "" if the kernel does not tell it.
 
     Source: kldstat(2); sys/kern/kern_linker.c, kern_kldstat().
     """
@@ -85,7 +86,10 @@ def path(file: int, libc: Any = None) -> str:
 
 
 def can_snapshot(libc: Any = None) -> bool | None:
-    """As host.Host.can_snapshot(): also of a vmm that is part of the kernel."""
+    """See host.Host.can_snapshot().  Works also if vmm is part of the kernel.
+
+    libc: for tests; the C library if None.
+    """
     file = file_id(VMM, libc)
     found = has_symbol(file, SNAPSHOT_SYMBOL, libc)
     if found is False and not has_symbol(file, ANY_SYMBOL, libc):

@@ -1,6 +1,7 @@
-"""What programs and files of a FreeBSD host say, read: pure functions of text.
+"""Parsers of what programs and files of a FreeBSD host say: pure functions of text.
 
-Their formats were read in manual pages and recorded output, named at each.
+The formats were read in manual pages and in recorded output, named at each
+function.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 
 @dataclass(frozen=True)
 class Mount:
-    """One line of the mount table.  special: a device, a dataset, or a word as "tmpfs"."""
+    """One line of the mount table.  special: a device, a dataset, or a word like "tmpfs"."""
 
     special: str
     directory: str
@@ -24,11 +25,12 @@ class Mount:
 
 
 def swap_used_bytes(text: str) -> int:
-    """Return the swap in use.  text: of `swapinfo -k`.
+    """Return the bytes of swap in use.  text: the output of `swapinfo -k`.
 
-    One line a device below a headline, used KiB in the third column, and a
-    line "Total" from two devices on.  Source: swapinfo(8), usr.sbin/pstat;
-    recorded on 14.4.
+    The output has a headline, then one line per device with the used KiB in
+    the third column, and a line "Total" if there are two devices or more.
+    Raises GuestError if the text cannot be read.
+    Source: swapinfo(8), usr.sbin/pstat; recorded on FreeBSD 14.4.
     """
     lines = text.splitlines()
     if not lines or "Used" not in lines[0].split():
@@ -44,9 +46,10 @@ def swap_used_bytes(text: str) -> int:
 
 
 def mounts(text: str) -> list[Mount]:
-    r"""Return the mount table.  text: of `mount -p`, in the form of fstab(5), spaces as \040.
+    r"""Return the mount table.  text: the output of `mount -p`.
 
-    Source: mount(8), fstab(5); recorded on 14.4.
+    The output has the form of fstab(5), with spaces in names as \040.
+    Source: mount(8), fstab(5); recorded on FreeBSD 14.4.
     """
     found = []
     for line in text.splitlines():
@@ -57,10 +60,10 @@ def mounts(text: str) -> list[Mount]:
 
 
 def store_path(spec: str, table: Sequence[Mount]) -> str | None:
-    """Return the directory of a datastore, None for one that holds no guests.
+    """Return the directory of a datastore, None for a datastore without guests.
 
-    spec: a directory, "zfs:DATASET", "iso:DIRECTORY" or "img:DIRECTORY".  A
-    dataset is where it is mounted now.
+    spec: a directory, "zfs:DATASET", "iso:DIRECTORY" or "img:DIRECTORY".
+    table: the mount table, which tells the directory of a dataset.
     Source: vm-bhyve lib/vm-datastore, datastore::__resolve_path.
     """
     kind, colon, rest = spec.partition(":")
@@ -72,9 +75,10 @@ def store_path(spec: str, table: Sequence[Mount]) -> str | None:
 
 
 def more_stores(config: Mapping[str, str], table: Sequence[Mount]) -> list[str]:
-    """Return the directories of the datastores beside the default one.
+    """Return the directories of all datastores but the default one.
 
-    config: of vm_dir/.config/system.conf: datastore_list, and path_NAME each.
+    config: the keys of vm_dir/.config/system.conf: datastore_list, and
+    path_NAME for each datastore.  table: the mount table.
     Source: vm-bhyve lib/vm-datastore, datastore::get_guest.
     """
     found = []
@@ -88,8 +92,9 @@ def more_stores(config: Mapping[str, str], table: Sequence[Mount]) -> list[str]:
 def vendor(model: str, vmx: str | None) -> str:
     """Return "intel", "amd", or the first word of another CPU's name, in lower case.
 
-    model: hw.model.  vmx: hw.vmm.vmx.initialized, which is 1 where bhyve uses
-    VT-x: it decides where the name, as a hypervisor below us may give it, does not.
+    model: hw.model.  vmx: hw.vmm.vmx.initialized, which is 1 if bhyve uses
+    VT-x.  vmx decides if model does not name the vendor, as under a hypervisor
+    that gives the CPU another name.
     """
     lower = model.lower()
     for word in ("intel", "amd"):

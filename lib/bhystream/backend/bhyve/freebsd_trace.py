@@ -1,22 +1,21 @@
-"""A bhyve that we start, stopped at the moment before it reads its memory file: ptrace(2).
+"""A bhyve that we start, stopped just before it reads its memory file: ptrace(2).
 
-bhyve reads all of lowmem by one read(2), and that call holds a lock on its
-range of the file, for which ftruncate(2) waits: a file that is to be cut has to
-be cut before the read begins.  Source: sys/kern/vfs_vnops.c, vn_io_fault() and
-vn_truncate(); read.  Between the moment in which the VM's memory shows and the
-read there are the devices, which may be next to nothing.  So it is not raced:
-bhyve is traced from before it is run, and stopped at each system call, until
-it is about to seek in the file and the VM has its memory.
+bhyve reads all of lowmem with one read(2), which locks its range of the file,
+and ftruncate(2) waits for that lock.  So bhyrecv has to cut the file before the
+read begins.  Source: sys/kern/vfs_vnops.c, vn_io_fault() and vn_truncate();
+read.  Between the moment when the VM's memory appears and the read, bhyve only
+makes its devices, which may take hardly any time.  So bhyrecv does not race
+bhyve: bhyrecv traces the process before it becomes bhyve, and stops it at each
+system call, until bhyve is about to seek in the file and the VM has its memory.
 
-Who misses that moment misses it badly.  A bhyve that restores a FILE.kern of
-zeros gives its vCPUs an XCR0 of 0, and the next VM_RUN loads that: a general
-protection fault in the host's kernel.  Run on FreeBSD 15.1, emulated AMD: it
-panics.  Source: sys/amd64/vmm/vmm.c, vm_snapshot_vcpus() and
-restore_guest_fpustate().
+To miss that moment is fatal.  A bhyve that restores a FILE.kern of zeros gives
+its vCPUs an XCR0 of 0, and the next VM_RUN loads that XCR0: a general protection
+fault in the host's kernel.  Run on FreeBSD 15.1, emulated AMD: the host panics.
+Source: sys/amd64/vmm/vmm.c, vm_snapshot_vcpus() and restore_guest_fpustate().
 
-The kernel kills what is traced when its tracer dies (kern.kill_on_debugger_exit,
-1 by default), so nothing is left of a bhyve whose bhyrecv was killed before it
-was held.
+The kernel kills a traced process when its tracer dies
+(kern.kill_on_debugger_exit, 1 by default).  So if bhyrecv is killed while it
+traces bhyve, no bhyve is left.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _PT_ATTACH, _PT_DETACH, _PT_LWPINFO, _PT_TO_SCE = 10, 11, 13, 20
 _PL_FLAG_SCE = 0x04
 _SYS_LSEEK = 478
 _WTRAPPED = 32  # Source: sys/sys/wait.h
-_NEXT = 1  # the address that means: where it was stopped
+_NEXT = 1  # for ptrace(2), this address means: continue from the place of the stop
 _POLL_S = 0.0002
 
 
@@ -66,10 +65,10 @@ def _ptrace(request: int, pid: int, address: object, data: int) -> None:
 
 
 class Trace:
-    """host.Trace over ptrace(2): a child of ours, stopped until run_until() lets it run."""
+    """host.Trace over ptrace(2): a child of ours, which is stopped until run_until()."""
 
     def __init__(self, pid: int) -> None:
-        """Attach to a child that has not ended.  Raises GuestError."""
+        """Attach to a child of ours, and stop it.  Raises GuestError if that fails."""
         self._pid = pid
         self._is_attached = False
         try:
@@ -80,10 +79,11 @@ class Trace:
             raise GuestError(f"cannot trace process {pid}: {error.strerror}") from None
 
     def run_until(self, is_ready: Callable[[], bool], limit_s: float) -> bool:
-        """Let it run until it is about to seek in a file, and a condition holds.
+        """Let the child run until it is about to seek in a file, and a condition holds.
 
-        It is stopped when this returns True.  False where it has ended, which
-        is left to its parent to see, or where limit_s is over.
+        The child is stopped when this method returns True.  Returns False if
+        the child has ended, or after limit_s seconds; the child's exit status
+        is left for its parent to collect.
         """
         end = time.monotonic() + limit_s
         number = 0
@@ -98,13 +98,13 @@ class Trace:
                 time.sleep(_POLL_S)
             if found < 0:
                 return False
-            # What is no stop of ours is a signal, and the process's.
+            # SIGTRAP and SIGSTOP come from the trace; any other signal is passed to the child.
             number = 0 if found in (signal.SIGTRAP, signal.SIGSTOP) else found
             if found == signal.SIGTRAP and self._seeks() and is_ready():
                 return True
 
     def _stopped(self) -> int | None:
-        """Return the signal that it stands at; None while it runs, -1 where it has ended."""
+        """Return the signal that has stopped the child; None if it runs, -1 if it has ended."""
         found = os.waitid(os.P_PID, self._pid, os.WEXITED | _WTRAPPED | os.WNOHANG | os.WNOWAIT)
         if found is None:
             return None
@@ -120,7 +120,7 @@ class Trace:
         return bool(info.flags & _PL_FLAG_SCE) and info.syscall_code == _SYS_LSEEK
 
     def let_go(self) -> None:
-        """Trace it no more; it runs on.  Twice is no error, nor is one that has ended."""
+        """Stop tracing the child, which runs on.  No error if done twice, or if it has ended."""
         if self._is_attached:
             self._is_attached = False
             with contextlib.suppress(OSError):

@@ -1,12 +1,12 @@
 """What the bhyve backend asks of its host: the device half, as protocols.
 
-Two things keep them: freebsd.py, with the ioctls, sysctls and system calls of
-a FreeBSD host, and bhystream.standin.kernel, with the files of a stand-in.
-Everything else of the backend is the same code over both.
+Two modules implement the protocols: freebsd.py, with the ioctls, sysctls and
+system calls of a FreeBSD host, and bhystream.standin.kernel, with the files of
+a stand-in.  The rest of the backend is the same code over both.
 
-The stand-in is used where BHYSEND_VMM_DIR names its directory, and nowhere
-else; its streams and records say hypervisor "standin", and neither of the two
-takes the other's.
+The stand-in is used only if BHYSEND_VMM_DIR names the stand-in's directory.
+Streams and records of the stand-in say hypervisor "standin"; bhyve's code
+refuses those, and the stand-in's refuses bhyve's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class NoBhyveError(GuestError):
 class MemoryMap:
     """One entry of a guest's memory map.  Source: vmm_dev.h, struct vm_memmap.
 
-    gpa: guest physical address, bytes.  length_bytes: multiple of 4096.
+    gpa: guest physical address, in bytes.  length_bytes: a multiple of 4096.
+    segid, offset_bytes: the memory segment, and the entry's place in it.
     is_wired: VM_MEMMAP_F_WIRED.
     """
 
@@ -56,12 +57,13 @@ class SegmentDescriptor:
 
 @dataclass(frozen=True)
 class Disk:
-    """What of a disk's backing a guest's saved state depends on.
+    """The facts of a disk's backing on which a guest's saved state depends.
 
-    size_bytes, sector_bytes: as bhyve finds them.  can_delete: DISCARD is
-    offered to the guest (GEOM::candelete; of a file, _PC_DEALLOC_PRESENT).
-    is_writable: bhyve falls back to read-only without a word where it is not.
-    is_device: it is no regular file; the key nodelete means such only.
+    size_bytes, sector_bytes: as bhyve finds them.  can_delete: bhyve offers
+    DISCARD to the guest (GEOM::candelete; for a file, _PC_DEALLOC_PRESENT).
+    is_writable: if False, bhyve opens the disk read-only and says nothing.
+    is_device: the backing is no regular file; the key nodelete works on a
+    device only.
     """
 
     size_bytes: int
@@ -72,30 +74,31 @@ class Disk:
 
 
 class Vm(Protocol):
-    """One VM of the kernel's.  Opening it changes nothing.
+    """One VM of the kernel.  To open a VM changes nothing.
 
-    All methods raise GuestError, or AccessError where it may not be asked.
-    Registers go by vmm's own numbers (vmm.h, enum vm_reg_name).  What changes
-    a vCPU is for a guest that stands held, and for none else.
+    All methods raise GuestError if vmm fails, or AccessError if vmm may not be
+    asked.  Registers are named by vmm's numbers (vmm.h, enum vm_reg_name).  A
+    method that changes a vCPU may be called only while the guest stands held.
     """
 
     def maps(self) -> Sequence[MemoryMap]:
-        """Return the memory map, ascending by gpa: also boot ROM and framebuffer."""
+        """Return the memory map, ascending by gpa, with boot ROM and framebuffer."""
 
     def topology(self) -> tuple[int, int, int]:
-        """Return (sockets, cores, threads), each for the one before."""
+        """Return (sockets, cores per socket, threads per core)."""
 
     def map(self, gpa: int, length_bytes: int, *, is_writable: bool = False) -> mmap.mmap:
-        """Map one entry of system memory, shared, to be read, or written too.
+        """Map one range of system memory, shared, to be read, or to be written too.
 
-        The caller's; it keeps the memory when the VM and its process are gone.
+        gpa, length_bytes: multiples of 4096.  The caller closes the mapping,
+        which keeps the memory even after the VM and its process are gone.
         """
 
     def waiting_vcpus(self) -> frozenset[int]:
         """Return the vCPUs that wait in bhyve (VM_DEBUG_CPUS): never started, or suspended."""
 
     def registers(self, vcpu: int, numbers: Sequence[int]) -> list[int]:
-        """Return registers' values."""
+        """Return the values of registers, in the order of the numbers."""
 
     def set_register(self, vcpu: int, number: int, value: int) -> None:
         """Set one register."""
@@ -107,13 +110,13 @@ class Vm(Protocol):
         """Set the hidden part of a segment register."""
 
     def pending_event(self, vcpu: int) -> tuple[int, int]:
-        """Return VM_GET_INTINFO's two words: (0, 0) where no event waits to be delivered."""
+        """Return VM_GET_INTINFO's two words: (0, 0) if no event waits to be delivered."""
 
     def inject_nmi(self, vcpu: int) -> None:
-        """Let an NMI wait to be delivered to a vCPU (VM_INJECT_NMI)."""
+        """Queue an NMI for a vCPU (VM_INJECT_NMI)."""
 
     def resume_cpu(self, vcpu: int) -> None:
-        """Let a vCPU be run again (VM_RESUME_CPU): by bhyve's own thread, or by run()."""
+        """Allow a vCPU to be run again (VM_RESUME_CPU): by bhyve's thread, or by run()."""
 
     def suspend_cpu(self, vcpu: int) -> None:
         """Undo resume_cpu() (VM_SUSPEND_CPU)."""
@@ -125,120 +128,131 @@ class Vm(Protocol):
         """Set the guest's real time clock (VM_RTC_SETTIME): seconds since the Epoch."""
 
     def resident(self, mapping: mmap.mmap, gpa: int) -> bytes:
-        """Return one byte a page: other than 0 where mincore(2) says it is resident.
+        """Return one byte per page: not 0 if mincore(2) says that the page is resident.
 
-        mapping: of map(), at gpa.
+        mapping: what map() returned for gpa.
         """
 
     def dirty(self, lengths_bytes: Sequence[int]) -> list[bytes] | None:
-        """Return one byte a page for each of lowmem and highmem, and begin anew; or None.
+        """Return the dirty log of each segment, and start a new log; None if there is no log.
 
-        Other than 0 where it may have been written since the last call.  None
-        where the kernel keeps no such log.
+        lengths_bytes: lowmem's, and highmem's if there is one.  A log has one
+        byte per page: not 0 if the page may have been written since the last
+        call.  None: the kernel keeps no such log.
         """
 
     def close(self) -> None:
-        """Give up the node; mappings stay."""
+        """Close the node; mappings stay.  Twice is no error."""
 
 
 class Trace(Protocol):
-    """A bhyve of ours that is about to be run, to be stopped before it reads its memory file."""
+    """A child of ours that becomes a bhyve, to be stopped before it reads its memory file."""
 
     def run_until(self, is_ready: Callable[[], bool], limit_s: float) -> bool:
-        """Let it run until a condition holds and it has not read yet, and stop it there.
+        """Let the child run until a condition holds, and stop it there, before it reads.
 
-        Returns False where it has ended, or limit_s is over.
+        Returns False if the child has ended, or after limit_s seconds.
         """
 
     def let_go(self) -> None:
-        """Let it run on.  Twice is no error."""
+        """Let the child run on, without a trace.  Twice is no error."""
 
 
 class Host(Protocol):
-    """The host."""
+    """The host.
+
+    A method that says nothing else raises GuestError or InputOutputError if
+    the host fails, and AccessError if the host refuses.
+    """
 
     kind: str
     """What streams and records call the hypervisor: "bhyve" or "standin"."""
 
     run_dir: Path
-    """Where checkpoint sockets are."""
+    """The directory of the checkpoint sockets."""
 
     def environment(self) -> Mapping[str, str]:
-        """Return what hypervisors.open_host() needs to find this host again, for records."""
+        """Return the variables that hypervisors.open_host() needs to find this host again.
+
+        They are kept in records.
+        """
 
     def sysctl(self, name: str) -> str | None:
-        """Return a value as sysctl -n prints it, None where there is none of that name."""
+        """Return a value as sysctl -n prints it, None if there is no sysctl of that name."""
 
     def swap_used_bytes(self) -> int:
-        """Return how much swap is in use."""
+        """Return how many bytes of swap are in use."""
 
     def free_memory_bytes(self) -> int:
-        """Return how much memory can be had."""
+        """Return how many bytes of memory can be had."""
 
     def program(self) -> list[str]:
         """Return the words that run bhyve."""
 
     def trace(self, pid: int) -> Trace:
-        """Take a child of ours, which runs nothing yet, by the hand.  Raises GuestError."""
+        """Trace a child of ours that has not become bhyve yet.  Raises GuestError on failure."""
 
     def program_hash(self) -> str:
-        """Return what tells one build of bhyve from another."""
+        """Return a hash that differs between builds of bhyve."""
 
     def can_snapshot(self) -> bool | None:
-        """Say whether the vmm that is loaded has snapshots; None where that is not seen.
+        """Say whether the loaded vmm has snapshots; None if that cannot be seen.
 
-        None: no vmm is loaded, or the kernel shows no symbols of modules.
-        Asks for a symbol (kldsym(2), vm_snapshot_req), never by an ioctl: that
-        one stops a running guest's vCPUs.
+        None: no vmm is loaded, or the kernel shows no symbols of modules.  The
+        host asks for a symbol (kldsym(2), vm_snapshot_req), never with an
+        ioctl, which would stop a running guest's vCPUs.
         """
 
     def module_hash(self) -> str:
-        """Return what tells one build of vmm.ko from another, "" where none is loaded."""
+        """Return a hash that differs between builds of vmm.ko, "" if none is loaded."""
 
     def disk(self, path: str) -> Disk | None:
-        """Return what a disk's backing is like; None where it is no disk that bhyve could open."""
+        """Return the facts of a disk's backing; None if bhyve could not open the path as a disk."""
 
     def mtu(self, interface: str) -> int | None:
-        """Return an interface's MTU, None where there is no such interface."""
+        """Return an interface's MTU in bytes, None if there is no such interface."""
 
     def cpu_vendor(self) -> str:
-        """Return "intel", "amd", or what else the CPU calls itself."""
+        """Return "intel", "amd", or the name that any other CPU has."""
 
     def exists(self, name: str) -> bool:
-        """Say whether the VM's node exists; its process may be gone."""
+        """Say whether the VM's node exists.  The VM's process may be gone all the same."""
 
     def node_id(self, name: str) -> str:
-        """Return what tells a VM's node from a later one of that name, "" where there is none."""
+        """Return an id that no later node of that name has, "" if there is no such VM."""
 
     def open_vm(self, name: str, *, is_writable: bool = False) -> Vm:
-        """Open a VM, to be read, or to be changed too.  Raises GuestError where there is none."""
+        """Open a VM, to be read, or to be changed too.  Raises GuestError if there is none."""
 
     def create(self, name: str) -> None:
-        """Create an empty VM, as a loader does before bhyve is started."""
+        """Create an empty VM, as a loader does before bhyve is started.
+
+        Raises GuestError, also if a VM of that name exists.
+        """
 
     def destroy(self, name: str) -> None:
-        """Destroy a VM; one that is gone already is no error."""
+        """Destroy a VM.  It is no error if the VM is gone already."""
 
     def mount_null(self, directory: Path) -> None:
-        """Make directory/null the null device, without a name that leads out of directory.
+        """Make directory/null the null device, without a link that leads out of directory.
 
-        Raises GuestError where that is not possible.  unmount_null() undoes it.
+        Raises GuestError if that is not possible.  unmount_null() undoes it.
         """
 
     def unmount_null(self, directory: Path) -> None:
         """Undo mount_null().  Never raises."""
 
     def is_memory(self, directory: Path) -> bool:
-        """Say whether files in a directory live in memory (tmpfs)."""
+        """Say whether the files of a directory are in memory (tmpfs)."""
 
     def has_tap(self, tap: str) -> bool:
         """Say whether a network interface, or an ng_device(4) of a guest, exists."""
 
     def parent_command(self, pid: int) -> str:
-        """Return the command line of a process's parent, "" for init's."""
+        """Return the command line of a process's parent, "" if the parent is init."""
 
     def knows_suspending_lock(self) -> bool:
-        """Say whether this host's vm-bhyve is one that suspending.lock stops: 1.7.0 or later."""
+        """Say whether suspending.lock stops this host's vm-bhyve, which is so from 1.7.0 on."""
 
     def datastores(self) -> Sequence[Path]:
-        """Return vm-bhyve's datastores, the default one first; none where it is not used."""
+        """Return vm-bhyve's datastores, the default one first; () if vm-bhyve is not used."""

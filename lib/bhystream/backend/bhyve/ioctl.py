@@ -1,10 +1,10 @@
 """The ioctls of /dev/vmm/NAME that are used here: their numbers and structures.
 
-A number is computed from its structure, as <sys/ioccom.h> does, so that the
-two cannot disagree; the tests compare both with what was read in FreeBSD's
-headers.  amd64 only.  VM_MMAP_GETNEXT and VM_GET_TOPOLOGY have run on FreeBSD
-15.1; the numbers of the vCPUs' were only read (14 and 15 agree), though C
-programs with the same headers have used them all on 15.1.
+Each number is computed from its structure, as <sys/ioccom.h> does, so that the
+two cannot disagree.  The tests compare the numbers and structures with what was
+read in FreeBSD's headers.  amd64 only.  VM_MMAP_GETNEXT and VM_GET_TOPOLOGY
+have run on FreeBSD 15.1.  The numbers of the vCPU ioctls were only read (14 and
+15 agree), but C programs with the same headers have used all of them on 15.1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CPUSET_BYTES = 128
 """The largest cpuset that VM_GET_CPUS takes.  Source: sys/sys/_cpuset.h, CPU_MAXSIZE / NBBY."""
 
 VM_EXIT_BYTES = 4096
-"""What VM_RUN gets to write its struct vm_exit of about 200 bytes into, which grows."""
+"""The buffer for VM_RUN's struct vm_exit, which has about 200 bytes now, and may grow."""
 
 
 def number(direction: int, group: str, nr: int, length_bytes: int) -> int:
@@ -34,9 +34,9 @@ def number(direction: int, group: str, nr: int, length_bytes: int) -> int:
 
 
 class VmMemmap(ctypes.Structure):
-    """struct vm_memmap.  Source: vmm_dev.h; the same in 12 to 15.
+    """struct vm_memmap.  Source: vmm_dev.h; the same in FreeBSD 12 to 15.
 
-    gpa, len and segoff in bytes.  VM_MMAP_GETNEXT takes gpa as where to begin.
+    gpa, len, segoff: in bytes.  VM_MMAP_GETNEXT begins its search at gpa.
     """
 
     _fields_ = (
@@ -61,7 +61,7 @@ class VmCpuTopology(ctypes.Structure):
 
 
 class VmRegister(ctypes.Structure):
-    """struct vm_register.  regnum below 0: a field of the VMCS or VMCB, to be read only."""
+    """struct vm_register.  regnum below 0: a field of the VMCS or VMCB, which is read-only."""
 
     _fields_ = (
         ("cpuid", ctypes.c_int),
@@ -71,7 +71,7 @@ class VmRegister(ctypes.Structure):
 
 
 class VmRegisterSet(ctypes.Structure):
-    """struct vm_register_set.  regnums: count of c_int.  regvals: count of c_uint64."""
+    """struct vm_register_set.  regnums: `count` c_ints.  regvals: `count` c_uint64s."""
 
     _fields_ = (
         ("cpuid", ctypes.c_int),
@@ -102,9 +102,9 @@ class VmSegDesc(ctypes.Structure):
 
 
 class VmRun(ctypes.Structure):
-    """struct vm_run of 14 and 15.  cpuset: cpusetsize bytes.  vm_exit: VM_EXIT_BYTES.
+    """struct vm_run of FreeBSD 14 and 15.  cpuset: cpusetsize bytes.  vm_exit: VM_EXIT_BYTES.
 
-    13's has the vm_exit in itself, and another number.
+    FreeBSD 13's contains the struct vm_exit, and VM_RUN has another number there.
     """
 
     _fields_ = (
@@ -116,7 +116,7 @@ class VmRun(ctypes.Structure):
 
 
 class VmCpuset(ctypes.Structure):
-    """struct vm_cpuset.  cpus: cpusetsize bytes, vCPU 0 in the lowest bit of the first."""
+    """struct vm_cpuset.  cpus: cpusetsize bytes; vCPU 0 is the lowest bit of the first byte."""
 
     _fields_ = (
         ("which", ctypes.c_int),
@@ -154,9 +154,9 @@ class Segment(ctypes.Structure):
 
 
 class DirtyPageList(ctypes.Structure):
-    """The argument of VM_GET_DIRTY_PAGE_LIST, which no stock kernel has.
+    """The argument of VM_GET_DIRTY_PAGE_LIST, an ioctl that no stock kernel has.
 
-    page_list: num_pages bytes, 1 = dirty, lowmem's pages first.
+    page_list: num_pages bytes, one per page, 1 = dirty, lowmem's pages first.
     Source: FreeBSD-UPB/freebsd-src, sys/amd64/include/vmm_dev.h and
     vmm_migration.h; the order of the pages and the unit of the segments are
     inferred.

@@ -1,16 +1,18 @@
-"""What is to be put back into a held guest, in a file, while its FPU is stored.
+"""The file of what must be put back into a paused guest after its FPU registers were saved.
 
-We may be killed with a vCPU of the guest's in the stub, and its registers are
-then nowhere but here: so the file is there, whole, before the first of them is
-changed, and goes when all has been put back and was compared.  Whoever finds it
-puts all back (lent.py, put_back()) before the guest is let go.
+bhysend may be killed while a vCPU of the guest runs the stub.  The vCPU's own
+registers are then in this file and nowhere else.  So bhysend completes the file
+before it changes the first register, and removes the file after it has put all
+back and compared it.  A bhysend that finds the file puts all back (lent.py,
+put_back()) before it lets the guest run.
 
     head     magic, version, phase
-    kept     the vCPU, its registers, their hidden parts, twelve pages (kept.py)
+    saved    the vCPU, its registers, their hidden parts, twelve pages (savedvcpu.py)
 
-It is made under another name and renamed.  It need not outlive the host, on
-which the guest ends too, so nothing waits for a disk.  The phase is one byte,
-written in its place: a SIGKILL leaves the old one or the new one.
+The file is written under another name and renamed.  The file need not outlive
+the host, because the guest ends with the host, so nothing is synced to a disk.
+The phase is one byte, overwritten in place: a SIGKILL leaves the old phase or
+the new one.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import struct
 from enum import IntEnum
 from pathlib import Path
 
-from bhystream.backend.bhyve.kept import PACKED_BYTES, Kept
+from bhystream.backend.bhyve.savedvcpu import PACKED_BYTES, SavedVcpu
 from bhystream.errors import GuestError
 
 _HEAD = struct.Struct("<8sIB3x")
@@ -31,12 +33,12 @@ _PHASE_AT = 12
 
 
 class Phase(IntEnum):
-    """How far it has come.
+    """How far the vCPU's run of the stub has come.
 
-    SET: registers and memory are being made the stub's; nothing has run.
+    SET: the stub's registers and memory are being set; the vCPU has not run.
     RUNS: the vCPU may be anywhere in the stub, at a CPL that is not its own.
-    BACK: it is not in the stub any more; BACK_NMI: and the stub has swallowed
-    an NMI of its.
+    BACK: the vCPU has left the stub.  BACK_NMI: the vCPU has left the stub, and
+    the stub has swallowed an NMI that was meant for the guest.
     """
 
     SET = 0
@@ -46,19 +48,19 @@ class Phase(IntEnum):
 
 
 class Journal:
-    """The file.  It holds one vCPU's at a time."""
+    """The file.  It describes one vCPU at a time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._new = path.with_name(f"{path.name}.new")
 
     def exists(self) -> bool:
-        """Say whether something is to be put back."""
+        """Say whether the file exists, so that a vCPU must be put back."""
         return self._path.exists()
 
-    def write(self, kept: Kept) -> None:
-        """Note what is to be put back.  Raises GuestError: then there is no journal."""
-        data = _HEAD.pack(_MAGIC, _VERSION, Phase.SET) + kept.pack()
+    def write(self, saved: SavedVcpu) -> None:
+        """Write what must be put back.  Raises GuestError if it cannot; then no file is left."""
+        data = _HEAD.pack(_MAGIC, _VERSION, Phase.SET) + saved.pack()
         try:
             fd = os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
@@ -73,7 +75,7 @@ class Journal:
             raise self._error(error, "write") from None
 
     def mark(self, phase: Phase) -> None:
-        """Note how far it has come.  Raises GuestError."""
+        """Write the phase into the file.  Raises GuestError if it cannot be written."""
         try:
             fd = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
             try:
@@ -83,22 +85,25 @@ class Journal:
         except OSError as error:
             raise self._error(error, "write") from None
 
-    def read(self) -> tuple[Kept, Phase]:
-        """Return what is to be put back.  Raises GuestError for a file that is none of ours."""
+    def read(self) -> tuple[SavedVcpu, Phase]:
+        """Return what must be put back, and the phase.
+
+        Raises GuestError if the file cannot be read, or if write() did not make it.
+        """
         try:
             with self._path.open("rb") as file:
                 data = file.read(_HEAD.size + PACKED_BYTES + 1)
             magic, version, phase = _HEAD.unpack_from(data)
             if magic != _MAGIC or version != _VERSION or any(data[_PHASE_AT + 1 : _HEAD.size]):
                 raise ValueError(f"version {version}")
-            return Kept.unpack(data[_HEAD.size :]), Phase(phase)
+            return SavedVcpu.unpack(data[_HEAD.size :]), Phase(phase)
         except OSError as error:
             raise self._error(error, "read") from None
         except (ValueError, struct.error) as error:
             raise GuestError(f"cannot read {self._path}: {error}") from None
 
     def remove(self) -> None:
-        """Note that all has been put back; twice is no error.  Raises GuestError."""
+        """Remove the file, if it exists: all was put back.  Raises GuestError if it cannot."""
         try:
             self._path.unlink(missing_ok=True)
         except OSError as error:

@@ -1,20 +1,20 @@
-"""Every bhyve_config(5) key that is known, by device type, and what becomes of it.
+"""Every bhyve_config(5) key that is known, by device type, and the role of each key.
 
     guest       travels in the CONFIG section: it describes the guest's hardware
     resource    stays; the destination's operator gives its value with -o
     host        stays, and nobody has to give it: gdb, CPU pinning, a VNC password
 
-A key that is not here is refused by name at both ends.  bhyve itself ignores
-keys that it does not know, so an unknown one may be anything from a comment to
-a device that our list forgot, and a guest whose configuration is not known
-could not be started again, here or there.
+Both programs refuse a key that is not listed here, and name it.  bhyve itself
+ignores keys that it does not know, so an unknown key may be anything from a
+comment to a device that this list lacks, and a guest whose configuration is
+not known could not be started again, at the source or at the destination.
 
-To add a key: know what bhyve does with a hostile value of it.  A key that
-takes a path, an address or an interface is never a guest's.
+Before you add a key, find out what bhyve does with a hostile value of that key.
+A key that takes a path, an address or an interface never has the role "guest".
 
-Source: usr.sbin/bhyve/bhyve_config.5 and every get_config_*() of usr.sbin/bhyve, FreeBSD
-15.1, read.  Which devices bhyve saves: the tables of its pci_*.c.  Of 16, read in part:
-virtio.msix, monitor.
+Source: usr.sbin/bhyve/bhyve_config.5 and every get_config_*() of usr.sbin/bhyve,
+FreeBSD 15.1, read; for the devices that bhyve saves, the tables of its pci_*.c.
+FreeBSD 16 was read in part: virtio.msix, monitor.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from dataclasses import dataclass
 from bhystream.errors import IncompatibleError
 
 Clean = Callable[[str], str | None]
-"""Returns the value in the one form that travels, None for what is not allowed."""
+"""Returns the value in the one form that travels, or None if the value is not allowed."""
 
-# Not "." and "..": it becomes a file name; no "-" in front: getopt(3) would take it.
+# A name becomes a file name, so "." and ".." are excluded, and so is a "-" in front, which
+# getopt(3) would take for an option.
 NAME = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9._][A-Za-z0-9._-]{0,63}")
 KEY = re.compile(r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64}){0,7}")
-# What can stand in a configuration file: "%" begins a reference, and bhyve's
-# manual page and its code do not agree on how to escape one.
+# A value that can stand in a configuration file.  "%" is excluded: it begins a reference, and
+# bhyve's manual page and its code do not agree on how to escape one.
 VALUE = re.compile(r"[^\x00-\x1f\x7f%]{1,1023}")
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-# Python's \d has the digits of all scripts, and int() reads them; bhyve does not.
+# Python's \d matches the digits of all scripts, and int() reads them; bhyve does not.
 _PCI = re.compile(r"pci\.(0|[1-9][0-9]{0,2})\.(0|[1-9][0-9]?)\.([0-7])(?:\.(.+))?")
 _PORT = re.compile(r"port\.(0|[1-9][0-9]?)\.([a-z]+)")
 _USB_SLOT = re.compile(r"slot\.[1-8]\.device")
@@ -58,18 +59,21 @@ _VNC = re.compile(r"(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}:|\[[0-9A-Fa-f:.]{2,45}\]:)?
 _VNC_SOCKET = re.compile(r"unix:(/.{1,102})")  # sun_path has 104 bytes with its NUL
 
 BACKENDS = ("tap", "vmnet", "ngd", "netgraph", "slirp")
-"""Backends of network cards by the prefix of their names, all alike in a guest's sight.
+"""Backends of network cards, by the prefix of their names; a guest cannot tell them apart.
 
-Each offers the guest nothing (get_cap() is 0), so a card that was saved over
-one is restored over another.  netmap and vale offer offloads, and the card's
-saved state has them.
+Each of these backends offers no offload to the guest (get_cap() is 0), so a
+card that was saved with one backend can be restored with another.  netmap and
+vale offer offloads, which are part of the card's saved state.
 Source: usr.sbin/bhyve/net_backends.c, netbe_init(); net_backend_*.c, FreeBSD 15.1, read.
 """
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of a key.  role: "guest", "resource" or "host"."""
+    """What becomes of a key.
+
+    role: "guest", "resource" or "host".  clean: the check of the key's value.
+    """
 
     role: str
     clean: Clean
@@ -98,9 +102,9 @@ def boolean(value: str) -> str | None:
 
 
 def strtol(digits: str) -> int | None:
-    """Return a number as strtol(3) with base 0 reads it, None where it stops before the end.
+    """Return a number as strtol(3) with base 0 reads it, or None if strtol(3) stops early.
 
-    digits: hexadecimal ones behind 0x, or decimal ones.
+    digits: hexadecimal digits behind 0x, or decimal digits.
     """
     if digits[:2].lower() == "0x":
         return int(digits, 16)
@@ -110,7 +114,7 @@ def strtol(digits: str) -> int | None:
 
 
 def number(low: int, high: int) -> Clean:
-    """Return a Clean for numbers as strtol(3) reads them, made decimal."""
+    """Return a Clean for numbers from low to high, read as strtol(3) does and made decimal."""
 
     def clean(value: str) -> str | None:
         found = strtol(value) if _NUMBER.fullmatch(value) else None
@@ -120,13 +124,13 @@ def number(low: int, high: int) -> Clean:
 
 
 def text(pattern: str) -> Clean:
-    """Return a Clean for a pattern; letters keep their case."""
+    """Return a Clean for values that match a pattern; letters keep their case."""
     compiled = re.compile(pattern)
     return lambda value: value if compiled.fullmatch(value) else None
 
 
 def one_of(*words: str) -> Clean:
-    """Return a Clean for a few words."""
+    """Return a Clean that allows these words only."""
     return lambda value: value if value in words else None
 
 
@@ -135,7 +139,10 @@ def _lower(pattern: re.Pattern[str]) -> Clean:
 
 
 def mac(value: str) -> str | None:
-    """Return a unicast MAC address in lower case.  Source: net_utils.c, net_parsemac()."""
+    """Return a unicast MAC address in lower case, two digits per octet, or None.
+
+    Source: usr.sbin/bhyve/net_utils.c, net_parsemac(), FreeBSD 15.1.
+    """
     found = re.fullmatch(r"([0-9a-f]{1,2})(:[0-9a-f]{1,2}){5}", value.lower())
     octets = [int(part, 16) for part in value.split(":")] if found else []
     if not any(octets) or octets[0] & 1:
@@ -144,17 +151,17 @@ def mac(value: str) -> str | None:
 
 
 def absolute_path(value: str) -> str | None:
-    """Return a path that begins with a slash."""
+    """Return a path if it begins with a slash, else None."""
     return value if value.startswith("/") else None
 
 
 def tap(value: str) -> str | None:
-    """Return a network interface's name."""
+    """Return a network interface's name, or None if no interface can have it."""
     return value if _TAP.fullmatch(value) and value not in (".", "..") else None
 
 
 def address(value: str) -> str | None:
-    """Return [IP:]port or unix:/path, as fbuf's rfb takes them.
+    """Return [IP:]port or unix:/path, as fbuf's rfb key takes them, else None.
 
     Source: usr.sbin/bhyve/pci_fbuf.c, pci_fbuf_parse_config(), FreeBSD 15.1.
     """
@@ -165,7 +172,10 @@ def address(value: str) -> str | None:
 
 
 def cpuset(value: str) -> str | None:
-    """Return a list of CPUs as "0,2-3", decimal.  Source: bhyverun.c, parse_cpuset()."""
+    """Return a list of CPUs like "0,2-3" in decimal, or None.
+
+    Source: usr.sbin/bhyve/bhyverun.c, parse_cpuset(), FreeBSD 15.1.
+    """
     parts = []
     for part in value.split(","):
         ends = [number(0, 65535)(end) for end in part.split("-")]
@@ -177,14 +187,17 @@ def cpuset(value: str) -> str | None:
 
 
 def sectors(value: str) -> str | None:
-    """Return one number, or two with a slash between them: the sectors of a disk, in bytes."""
+    """Return a disk's sector sizes in bytes, one number or two with a slash between, or None."""
     parts = [number(1, 9_999_999)(part) for part in value.split("/")]
     known = [part for part in parts if part is not None]
     return "/".join(known) if len(known) == len(parts) <= 2 else None
 
 
 def _hex16(value: str) -> str | None:
-    """Return the digits of a register as they are; "host" is the host's."""
+    """Return a PCI register's value with its digits unchanged, or None.
+
+    The word "host" is not allowed: it means the value of the host's own device.
+    """
     return value.replace("X", "x") if _REGISTER.fullmatch(value) else None
 
 
@@ -195,7 +208,7 @@ _yes = Rule("guest", boolean)
 
 
 def _no(value: str) -> str | None:
-    """Return "false" for what is false: of what a guest may be told that it has not."""
+    """Return "false" for a false value, else None: the guest must not have the device."""
     return "false" if boolean(value) == "false" else None
 
 
@@ -204,13 +217,13 @@ _GLOBAL: dict[str, Rule] = {
     "sockets": Rule("guest", number(1, 65535)),
     "cores": Rule("guest", number(1, 65535)),
     "threads": Rule("guest", number(1, 65535)),
-    # Bytes, as config.py makes it of whatever bhyve was given.
+    # In bytes: config.py converts whatever form bhyve was given.
     "memory.size": Rule("guest", number(1 << 20, 1 << 46)),
     "uuid": Rule("guest", _lower(UUID)),
-    # A file below /usr/share/bhyve/kbdlayout: a word, so that it stays there.
+    # The name of a file below /usr/share/bhyve/kbdlayout; a word cannot lead out of there.
     "keyboard.layout": Rule("guest", text(r"[A-Za-z0-9_]{1,32}")),
     "lpc.fwcfg": Rule("guest", one_of("bhyve", "qemu")),
-    # Its memory is in no snapshot: config.py refuses a guest that has one.
+    # No snapshot contains its memory, so config.py refuses a guest that has a pc-testdev.
     "lpc.pc-testdev": Rule("guest", _no),
     "gdb.address": Rule("host", _anything),
     "gdb.port": Rule("host", _anything),
@@ -237,10 +250,10 @@ _GLOBAL |= {
     for field in fields.split()
 }
 _DOMAIN_RULES = {
-    # Bytes, as memory.size.
+    # In bytes, like memory.size.
     "size": Rule("guest", number(4096, 1 << 46)),
     "cpus": Rule("guest", cpuset),
-    # Which memory of the host, and how.
+    # Says which memory of the host is used, and how.
     "domain_policy": Rule("host", _anything),
 }
 _REGISTERS = {
@@ -259,7 +272,8 @@ _NET: dict[str, Rule] = {
     "backend": Rule("resource", tap),
     "type": Rule("host", one_of(*BACKENDS)),
     "mac": Rule("guest", mac),
-    # netgraph's four and slirp's two.  Source: net_backend_netgraph.c, slirp-helper.c.
+    # netgraph has four keys, slirp two.
+    # Source: usr.sbin/bhyve/net_backend_netgraph.c, usr.sbin/bhyve/slirp/slirp-helper.c.
 } | dict.fromkeys(
     ("path", "peerhook", "socket", "hook", "hostfwd", "open"), Rule("host", _anything)
 )
@@ -271,7 +285,7 @@ _AHCI_PORT = _BLOCK | {
 }
 
 SAVED: dict[str, dict[str, Rule]] = {
-    # Older bhyve: vendor, devid; newer: pcireg.
+    # An older bhyve knows vendor and devid, a newer one pcireg.
     "hostbridge": _REGISTERS | {"vendor": Rule("guest", _hex16), "devid": Rule("guest", _hex16)},
     "lpc": _REGISTERS | {"fwcfg": Rule("guest", one_of("bhyve", "qemu"))},
     "virtio-blk": _BLOCK | {"serial": Rule("guest", _serial)},
@@ -285,19 +299,19 @@ SAVED: dict[str, dict[str, Rule]] = {
         "w": Rule("guest", number(0, 65535)),
         "h": Rule("guest", number(0, 65535)),
         "vga": Rule("guest", one_of("io", "on", "off")),
-        # A restored guest that waits for a viewer stands still.
+        # With "wait", a restored guest would stand still until a VNC viewer connects.
         "wait": Rule("host", boolean),
         "password": Rule("host", _anything),
     },
 }
-"""What bhyve's snapshot holds, with the keys of each type besides "device"."""
+"""The devices that bhyve's snapshot contains, each with its keys besides "device"."""
 
 UNSAVED = _words("nvme passthru virtio-console virtio-9p virtio-scsi virtio-input hda uart")
-"""Devices without a save function: one of them, and the whole checkpoint fails (ENOTSUP)."""
+"""Devices without a save function: a single one makes the whole checkpoint fail (ENOTSUP)."""
 
 
 def where(key: str) -> tuple[Slot, str] | None:
-    """Split a key into its PCI slot and the rest, None for a key that has no slot."""
+    """Split a key into its PCI slot and the rest; return None if the key has no slot."""
     found = _PCI.fullmatch(key)
     if not found:
         return None
@@ -318,9 +332,9 @@ def pci_devices(keys: Mapping[str, str]) -> dict[Slot, str]:
 
 
 def rule_of(key: str, devices: Mapping[Slot, str]) -> Rule | None:
-    """Return what becomes of a key, None where it is not known.
+    """Return what becomes of a key, or None if the key is not known.
 
-    devices: of pci_devices(); a device's keys depend on its type.
+    devices: from pci_devices(); a device's keys depend on its type.
     """
     if key in _GLOBAL:
         return _GLOBAL[key]
@@ -371,8 +385,8 @@ def words(
 ) -> dict[str, str]:
     """Return the -o words of the resources: {"disk0": "pci.0.3.0.path", ...}.
 
-    present: resource keys that the guest has; disks and the framebuffer's
-    address are resources whether or not they are in it.
+    present: the resource keys that the guest has.  The disks and the
+    framebuffer's address are resources even if they are not in present.
     """
     out = {f"disk{at}": f"{disk}.path" for at, disk in enumerate(disks(keys, devices))}
     backends = [f"{net}.backend" for net in nets(devices) if f"{net}.backend" in present]
@@ -386,9 +400,9 @@ def words(
 
 
 def shape_of(keys: Mapping[str, str], devices: Mapping[Slot, str]) -> None:
-    """Refuse what bhyve would not start, or would start as something else.
+    """Check a configuration for what bhyve would not start, or would start as something else.
 
-    Raises IncompatibleError by name.
+    Raises IncompatibleError, which names the key or the slot.
     """
     for device in ("lpc", "fbuf"):
         slots = [slot for slot, kind in devices.items() if kind == device]
@@ -408,16 +422,16 @@ def refuse(what: str, hint: str = "") -> IncompatibleError:
 
 
 def shown(value: object) -> str:
-    """Return text that may be hostile for a message: ASCII, quoted, short.
+    """Return possibly hostile text in a form fit for a message: ASCII, quoted, short.
 
-    What stands behind the word "password" in it is left out.
+    The text after the word "password" is left out.
     """
     quoted = ascii(_SECRET.sub(r"\1...", value) if isinstance(value, str) else value)
     return quoted if len(quoted) <= 80 else quoted[:77] + "..."
 
 
 def told(key: str, value: object) -> str:
-    """Return a key and its value for a message; of one that holds a password only the key."""
+    """Return a key and its value for a message; only the key if the value is a password."""
     return f"{key}: its value" if _SECRET_KEY.search(key) else f"{key}: {shown(value)}"
 
 

@@ -1,27 +1,29 @@
-"""What holds a `bhyve -r` in its read: the last page of FILE, which is not there.
+"""The missing last page of FILE, which keeps a `bhyve -r` in its read of FILE.
 
-bhyve takes FILE's size when it opens it, and later reads FILE into the VM's
-memory with `while (rem > 0)`, where a read of 0 bytes counts as progress to
-come.  So a FILE that lost its last page in between keeps it there, for as long
-as one likes, before it has restored anything; and the page lets it go.
+bhyve takes FILE's size when it opens FILE, and later reads FILE into the VM's
+memory in a loop, `while (rem > 0)`, which does not end at a read of 0 bytes.
+If FILE has lost its last page in between, bhyve stays in the loop, and has
+restored nothing.  bhyve leaves the loop when the last page is written to FILE.
 
-    arm       a mark at the end of FILE's last page but one, another in its last;
-              zeros in FILE.kern, as many as there will be bytes
-    cut       FILE to all but its last page, FILE.kern to nothing
-    is_read   the first mark shows in the VM's memory: all before it is there too
-    settle    the true bytes in place of the marks, in FILE and in the memory
-    fill      FILE.kern's true bytes, at the place of those that bhyve has mapped
-    give      the last page, from the VM's memory
+    arm       writes a mark at the end of FILE's last page but one and another
+              into FILE's last page; makes FILE.kern of zeros, in its final size
+    cut       cuts the last page off FILE, and FILE.kern to 0 bytes
+    is_read   says whether the first mark is in the VM's memory; if so, all
+              bytes before the mark are there too
+    settle    replaces the marks with the true bytes, in FILE and in the memory
+    fill      writes FILE.kern's true bytes into the file that bhyve has mapped
+    give      writes FILE's last page, from the VM's memory
 
-A bhyve that was faster than cut(), which waits for a read that has begun, has
-read the second mark, and is not held: is_read_whole().  It finds SIGBUS in
-FILE.kern, or zeros, and a restore of zeros panics the host: so on FreeBSD it is
-stopped before the read (freebsd_trace.py).  Source: usr.sbin/bhyve/snapshot.c,
-load_vmmem_file(), load_kdata_file(), vm_snapshot_mem_part(); run on FreeBSD
-15.1, emulated AMD, FILE on tmpfs.
+cut() waits for a read that has begun.  A bhyve that was faster than cut() has
+read the second mark and does not wait: is_read_whole().  Such a bhyve gets a
+SIGBUS in FILE.kern, or finds zeros there, and a restore of zeros panics the
+host.  On FreeBSD, therefore, bhyve is stopped before the read (freebsd_trace.py).
+Source: usr.sbin/bhyve/snapshot.c, load_vmmem_file(), load_kdata_file(),
+vm_snapshot_mem_part(); run on FreeBSD 15.1, emulated AMD, FILE on tmpfs.
 
-FILE may be the guest's only copy.  So its two pages are in FILE.tail before they
-are marked, and arm() puts them back first, whatever became of an earlier attempt.
+FILE may be the guest's only copy.  So FILE's last two pages are saved in
+FILE.tail before they are marked, and arm() first puts them back from there,
+however an earlier attempt ended.
 """
 
 from __future__ import annotations
@@ -42,11 +44,12 @@ _TAIL_BYTES = 2 * PAGE_BYTES
 
 @dataclass(frozen=True)
 class LastPage:
-    """The files of one guest that is to be held, marked.  All methods raise OSError.
+    """The marked files of one guest whose bhyve is to wait.  All methods raise OSError.
 
-    memory_bytes: of the guest, and of FILE; more than one page.  tail: the true
-    bytes of its last two pages.  marks: what stands in each of the two instead.
-    The memory of a method: one writable view for each of memory_spans().
+    memory_bytes: size of the guest's memory, and of FILE; more than one page.
+    tail: the true bytes of FILE's last two pages.  marks: the mark in the last
+    page but one, and the mark in the last page.
+    Each method's memory argument: one writable view for each of memory_spans().
     """
 
     files: Files
@@ -55,7 +58,7 @@ class LastPage:
     marks: tuple[bytes, bytes]
 
     def cut(self) -> None:
-        """Cut the files.  Where a read is under way, it is waited for."""
+        """Cut the files.  Waits for a read of FILE that is under way."""
         os.truncate(self.files.memory, self.memory_bytes - PAGE_BYTES)
         os.truncate(self.files.kern, 0)
 
@@ -65,11 +68,14 @@ class LastPage:
         return bytes(page[PAGE_BYTES - _MARK_BYTES :]) == self.marks[0]
 
     def is_read_whole(self, memory: Sequence[memoryview]) -> bool:
-        """Say whether the last page has been read, too: bhyve was faster than cut()."""
+        """Say whether the last page has been read too, because bhyve was faster than cut()."""
         return bytes(self._page(memory, 1)[:_MARK_BYTES]) == self.marks[1]
 
     def settle(self, memory: Sequence[memoryview]) -> bool:
-        """Put the true bytes in; bhyve stands.  False where it has read the last page too."""
+        """Replace the marks with the true bytes, while bhyve is stopped.
+
+        Returns False, and replaces nothing, if bhyve has read the last page too.
+        """
         last_but_one, last = self._page(memory, 0), self._page(memory, 1)
         if self.is_read_whole(memory):
             return False
@@ -80,9 +86,9 @@ class LastPage:
         return True
 
     def fill(self, kern: Sequence[bytes]) -> None:
-        """Write FILE.kern where bhyve has it mapped: the same file, of the size that it had.
+        """Write FILE.kern's true bytes into the same file, which bhyve has mapped.
 
-        kern: its pieces.
+        kern: the pieces of FILE.kern, as many bytes in all as arm() made.
         """
         at = 0
         with open(self.files.kern, "r+b", buffering=0) as file:
@@ -91,14 +97,14 @@ class LastPage:
                 at += len(piece)
 
     def give(self, memory: Sequence[memoryview]) -> None:
-        """Write the last page as the memory has it."""
+        """Write FILE's last page, taken from the memory."""
         page = bytes(self._page(memory, 1))
         with open(self.files.memory, "r+b", buffering=0) as file:
             _write(file.fileno(), page, self._at + PAGE_BYTES)
 
     @property
     def _at(self) -> int:
-        """Return where the last page but one begins."""
+        """Return the offset of the last page but one, in bytes."""
         return self.memory_bytes - _TAIL_BYTES
 
     def _page(self, memory: Sequence[memoryview], which: int) -> memoryview:
@@ -114,6 +120,7 @@ def arm(files: Files, memory_bytes: int, kern_bytes: int) -> LastPage:
     """Mark FILE, and make FILE.kern of kern_bytes zeros.  Raises OSError.
 
     memory_bytes: size of the guest's memory, and of FILE; more than one page.
+    If FILE.tail is left from an earlier attempt, FILE is first made whole from it.
     """
     at, saved = memory_bytes - _TAIL_BYTES, Path(f"{files.memory}.tail")
     with open(files.memory, "r+b", buffering=0) as file:
@@ -135,7 +142,7 @@ def arm(files: Files, memory_bytes: int, kern_bytes: int) -> LastPage:
 
 
 def _write(fd: int, data: bytes, offset_bytes: int) -> None:
-    """Write all of it."""
+    """Write all bytes of data at an offset, however often pwrite(2) writes only some."""
     view = memoryview(data)
     while view:
         done = os.pwrite(fd, view, offset_bytes)

@@ -1,13 +1,13 @@
 """bhyve's -s and -l options in their own syntax, turned into bhyve_config(5) keys.
 
-Each emulation parses what follows its name itself; what it makes of it is
-what would have been written into the configuration.  An alias ("ahci-hd") is
-stored under the name of the emulation that it stands for.
+In bhyve each device emulation parses the text after its own name, and stores
+the result as configuration keys; the functions here make the same keys.  An
+alias ("ahci-hd") is stored under the name of the emulation that it stands for.
 
-Source: freebsd/freebsd-src usr.sbin/bhyve: pci_emul.c pci_parse_slot() and
-pci_parse_legacy_config(), block_if.c blockif_legacy_config(), net_backends.c
-netbe_legacy_config(), pci_ahci.c, pci_xhci.c, pci_nvme.c, pci_virtio_console.c,
-pci_virtio_9p.c, pci_passthru.c, pci_hostbridge.c, amd64/pci_lpc.c@031fb30f
+Source: freebsd/freebsd-src, usr.sbin/bhyve: pci_emul.c, pci_parse_slot() and
+pci_parse_legacy_config(); block_if.c, blockif_legacy_config(); net_backends.c,
+netbe_legacy_config(); pci_ahci.c, pci_xhci.c, pci_nvme.c, pci_virtio_console.c,
+pci_virtio_9p.c, pci_passthru.c, pci_hostbridge.c; amd64/pci_lpc.c@031fb30f,
 lpc_device_parse().  Read, not run.
 """
 
@@ -25,9 +25,9 @@ _AHCI_NEXT = re.compile(r",(?=(?:hd|cd):)")
 
 
 def slot_option(text: str) -> tuple[Slot, Pairs]:
-    """Take a -s argument apart: its slot, and the keys below it with "device".
+    """Parse a -s argument; return the slot, and the slot's keys, of which "device" is one.
 
-    Raises IncompatibleError naming what is not known.
+    Raises IncompatibleError, which names the part that is not known.
     """
     place, comma, rest = text.partition(",")
     device, _, options = rest.partition(",")
@@ -44,7 +44,10 @@ def slot_option(text: str) -> tuple[Slot, Pairs]:
 
 
 def lpc_option(text: str) -> Pairs:
-    """Take a -l argument apart.  Returns whole keys.  Raises IncompatibleError by name."""
+    """Parse a -l argument; return whole keys.
+
+    Raises IncompatibleError, which names the part that is not known.
+    """
     device, _, rest = text.partition(",")
     what = f"option -l {shown(text)}"
     name = device.lower()
@@ -67,7 +70,7 @@ def lpc_option(text: str) -> Pairs:
 
 
 def _bootrom(rest: str, what: str) -> Pairs:
-    """bootrom,ROM[,VARS][,key=value...]: the second word is VARS where it has no "="."""
+    """Parse ROM[,VARS][,key=value...]: the second word is VARS if it has no "="."""
     rom, _, rest = rest.partition(",")
     if not rom:
         raise refuse(f"{what}: its path is missing")
@@ -80,7 +83,7 @@ def _bootrom(rest: str, what: str) -> Pairs:
 
 
 def _options(text: str, what: str) -> Iterator[tuple[str, str]]:
-    """Yield the pairs of "key=value,switch,..."; a switch is "true"."""
+    """Yield the pairs of "key=value,switch,..."; a switch has the value "true"."""
     for option in text.split(",") if text else ():
         key, equals, value = option.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", key) or (equals and not value):
@@ -112,13 +115,13 @@ def _block(device: str, text: str, what: str) -> Pairs:
 
 
 def _amd_hostbridge(device: str, text: str, what: str) -> Pairs:
-    """Give the registers under the names of both generations; bhyve ignores the other's."""
+    """Return the registers under both the old and the new keys; bhyve ignores those unknown."""
     registers = {"pcireg.vendor": "0x1022", "pcireg.device": "0x7432"}
     return {"device": "hostbridge", "vendor": "0x1022", "devid": "0x7432"} | registers
 
 
 def _ahci(device: str, text: str, what: str) -> Pairs:
-    """hd:PATH[,options][,cd:PATH[,options]]...; ports are counted from 0."""
+    """Parse hd:PATH[,options][,cd:PATH[,options]]...; ports are counted from 0."""
     pairs = {"device": "ahci"}
     for port, part in enumerate(_AHCI_NEXT.split(text) if text else ()):
         kind, colon, rest = part.partition(":")
@@ -139,7 +142,7 @@ def _ahci_port(port: int, kind: str, text: str, what: str) -> Pairs:
 
 
 def _xhci(device: str, text: str, what: str) -> Pairs:
-    """tablet[=option],...: USB slots are counted from 1."""
+    """Parse tablet[=option],...; USB slots are counted from 1."""
     pairs = {"device": device}
     for number, part in enumerate(text.split(",") if text else (), 1):
         name, _, option = part.partition("=")

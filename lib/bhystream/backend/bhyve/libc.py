@@ -1,7 +1,7 @@
-"""System calls that Python has no word for: mincore(2), sysctl(3), and mmap(2) with MAP_FIXED.
+"""Calls that Python's library lacks: mincore(2), sysctl(3), and mmap(2) with MAP_FIXED.
 
-All but sysctl are the same on Linux, where their tests run; mincore and sysctl
-were run on FreeBSD 15.1.
+All except sysctl are the same on Linux, where their tests run; mincore and
+sysctl were run on FreeBSD 15.1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INCORE = 0x1  # MINCORE_INCORE.  Source: sys/sys/mman.h; Linux has only this bit
 _MINCORE_TRIES = 8
 _ONLY_INCORE = bytes(value & INCORE for value in range(256))
 
-# Source: sys/sys/sysctl.h, CTLTYPE_*; signed and unsigned, by size.
+# Source: sys/sys/sysctl.h, CTLTYPE_*.  The formats are struct's, by size and sign.
 _CTLTYPE_MASK = 0xF
 _CTLTYPE_STRING = 3
 _INTEGERS = {
@@ -47,7 +47,7 @@ _CTL_MAXNAME = 24
 
 
 class _Buffer(ctypes.Structure):
-    """Py_buffer.  Source: Python's C API, "Buffer structure"."""
+    """Python's Py_buffer.  Source: Python's C API, "Buffer structure"."""
 
     _fields_ = (
         ("buf", ctypes.c_void_p),
@@ -65,13 +65,16 @@ class _Buffer(ctypes.Structure):
 
 
 def _call(function: Any, *arguments: Any) -> int:
-    """Call and return errno, 0 for success."""
+    """Call a C function; return 0 if it succeeded, else errno."""
     ctypes.set_errno(0)
     return 0 if function(*arguments) == 0 else ctypes.get_errno()
 
 
 def mincore(address: int, length_bytes: int, marks: Any) -> int:
-    """Call mincore(2); return errno, 0 for success.  marks: a ctypes array, a byte a page."""
+    """Call mincore(2); return 0 if it succeeded, else errno.
+
+    marks: a ctypes array with one byte per page.
+    """
     call = ctypes.CDLL(None, use_errno=True).mincore
     call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
     call.restype = ctypes.c_int
@@ -81,27 +84,29 @@ def mincore(address: int, length_bytes: int, marks: Any) -> int:
 def resident(
     mapping: mmap.mmap, ask: Callable[[int, int, ctypes.Array[ctypes.c_char]], int] = mincore
 ) -> bytes:
-    """Return one byte a page of a mapping: 1 where mincore(2) says it is resident, else 0.
+    """Return one byte per page of a mapping: 1 if mincore(2) says "resident", else 0.
 
-    Its first page is read for that, and so is resident.  ask: as mincore().
-    Raises GuestError.  Only the bit INCORE is kept.
+    ask: mincore(), or a stand-in with the same arguments.  Only the bit INCORE
+    counts.  Raises GuestError if mincore(2) fails.
 
-    FreeBSD's mincore(2) loses answers.  When another thread of the process
+    FreeBSD's mincore(2) loses answers.  If another thread of the process
     changes the address space during the call, as malloc(3) and free(3) may,
-    the kernel looks up where it was, goes on there, and writes 0 for every
-    page before: for pages that hold data.  The first page is always among
-    those, and its answer is known, so a call without it is made again; after
-    the last try all pages count as resident, which is always right.
-    On FreeBSD 15.1, 37 of 40 calls for 65,536 pages lost some beside a thread
-    that mapped and unmapped a MiB each ms.
-    Source: sys/vm/vm_mmap.c, kern_mincore(): after RestartScan, addr is not
-    set back, and lastvecindex is; if the scan was at its end, there may be no
-    entry to look up, which is ENOMEM.
+    the kernel goes on at the page that it had reached, but writes 0 for every
+    page before that page, also for pages that contain data.  The mapping's
+    first page is always among the lost ones.  So the first page is read before
+    each call, which makes it resident, and an answer that calls the first page
+    not resident is asked again.  After the last try all pages count as
+    resident, which is always safe.
+    On FreeBSD 15.1, 37 of 40 calls for 65,536 pages lost answers while another
+    thread mapped and unmapped one MiB every millisecond.
+    Source: sys/vm/vm_mmap.c, kern_mincore(): after RestartScan, lastvecindex
+    is set back but addr is not; if the scan was at its end, there may be no
+    map entry to look up, and the call fails with ENOMEM.
     """
     npages = -(-len(mapping) // PAGE_BYTES)
     marks = ctypes.create_string_buffer(npages)
-    # A read-only mapping does not give its address to ctypes.from_buffer().
-    # While the buffer is held, the mapping cannot be closed.
+    # ctypes.from_buffer() does not take a read-only mapping, so the address comes from
+    # PyObject_GetBuffer().  The mapping cannot be closed until the buffer is released.
     held = _Buffer()
     ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(mapping), ctypes.byref(held), 0)
     try:
@@ -119,11 +124,12 @@ def resident(
 
 
 def map_pieces(fd: int, pieces: Sequence[tuple[int, int]], *, is_writable: bool) -> mmap.mmap:
-    """Map pieces of a file behind each other in memory, shared; the mapping is the caller's.
+    """Map pieces of a file one after another in memory, shared; the caller owns the mapping.
 
-    pieces: (offset, length) each, bytes, multiples of a page.  mmap(2) of a
-    VM's node takes no range over two entries of its memory map, and a guest
-    with memory domains (bhyve -n) has several.  Raises OSError.
+    pieces: (offset, length) of each, in bytes, multiples of a page.  Pieces are
+    needed because mmap(2) of a VM's node takes no range that crosses two entries
+    of the VM's memory map, and a guest with memory domains (bhyve -n) has
+    several entries.  Raises OSError.
     Source: mmap(2); sys/dev/vmm/vmm_dev.c, vmmdev_mmap_single().
     """
     prot = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
@@ -162,8 +168,8 @@ def _map_over(address: int, length: int, prot: int, fd: int, offset: int) -> Non
 def show(kind: int, raw: bytes) -> str | None:
     """Return a sysctl's value as `sysctl -n` prints it.
 
-    kind: as the kernel tells it with the format.  None for a node, a
-    structure, or a value of another size than its kind's.
+    kind: the kernel's CTLTYPE_* and flags.  Returns None for a node, for a
+    structure, and for a value whose size does not fit its kind.
     """
     ctltype = kind & _CTLTYPE_MASK
     if ctltype == _CTLTYPE_STRING:
@@ -175,9 +181,9 @@ def show(kind: int, raw: bytes) -> str | None:
 
 
 def _read(libc: Any, mib: list[int]) -> bytes | None:
-    """Return the raw value at a MIB, None where it cannot be had."""
+    """Return the raw value at a MIB, or None if sysctl(3) fails."""
     name = (ctypes.c_int * len(mib))(*mib)
-    for _ in range(4):  # it may grow between the two calls
+    for _ in range(4):  # the value may grow between the two calls
         length = ctypes.c_size_t(0)
         if _call(libc.sysctl, name, len(mib), None, ctypes.byref(length), None, 0):
             return None
@@ -191,10 +197,10 @@ def _read(libc: Any, mib: list[int]) -> bytes | None:
 
 
 def sysctl(name: str) -> str | None:
-    """Return a value as `sysctl -n` prints it, None where there is none of that name.
+    """Return a value as `sysctl -n` prints it, or None if no value has that name.
 
-    Source: sysctl(3), sysctlnametomib; the type is asked for as sysctl(8)
-    does (sbin/sysctl/sysctl.c, oidfmt).
+    Source: sysctl(3), sysctlnametomib(); sbin/sysctl/sysctl.c, oidfmt(), for
+    how to ask for the type.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     mib = (ctypes.c_int * _CTL_MAXNAME)()

@@ -1,8 +1,8 @@
-"""Who listens at a guest's checkpoint socket, and how it is spoken to.
+"""The process that listens at a guest's checkpoint socket, and requests to that process.
 
 bhyve prints a line into the guest's log for each connection that is closed
-without a message (run on FreeBSD 15.1, emulated AMD), so each one that is made
-says a word: a command that bhyve does not know, and passes over.
+without a message (run on FreeBSD 15.1, emulated AMD).  So each connection made
+here sends a command that bhyve does not know and passes over.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bhystream.backend.process import EndedError, Identity, identify, peer_pid
 from bhystream.errors import GuestError
 
 SYNC: Mapping[str, nvlist.Value] = {"cmd": "bhysend-sync"}
-"""What bhyve does not know, and serves when all before it has been served."""
+"""A command that bhyve does not know, and reaches only after all earlier requests."""
 
 _PROBE_S = 5.0
 
@@ -29,7 +29,7 @@ def listens(host: Host, name: str) -> bool:
         try:
             probe.connect(str(host.run_dir / name))
         except (TimeoutError, BlockingIOError):
-            return True  # its queue is full: somebody is there
+            return True  # the socket's queue is full, so a process listens
         except OSError:
             return False
         _say_a_word(probe)
@@ -37,9 +37,9 @@ def listens(host: Host, name: str) -> bool:
 
 
 def listener(host: Host, name: str) -> Identity | None:
-    """Return the process that listens at a guest's checkpoint socket, None where none does.
+    """Return the process that listens at a guest's checkpoint socket, or None if none does.
 
-    Raises GuestError where its queue is full, so that it cannot be seen.
+    Raises GuestError if the socket's queue is full, so that the process cannot be identified.
     """
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(_PROBE_S)
@@ -56,10 +56,10 @@ def listener(host: Host, name: str) -> Identity | None:
 
 
 def ask(connection: socket.socket, pairs: Mapping[str, nvlist.Value]) -> None:
-    """Send a request, and with it the connection itself.  Raises OSError.
+    """Send a request, and with it our end of the connection.  Raises OSError.
 
-    bhyve has that end of it then until it has answered, so that it never
-    writes to a connection which nobody has.
+    bhyve then has our end open too until it has answered, so bhyve never
+    writes to a connection whose other end is closed.
     """
     nvlist.send(connection, {**pairs, "bhysend-reply": nvlist.Descriptor(connection.fileno())})
 

@@ -1,15 +1,17 @@
-"""A guest of the destination, found again by its record: it runs, is held, or lies in files.
+"""A guest at the destination, found again by its record: it runs, waits, or lies in files.
 
-    runs       its bhyve, the very process that was started, listens at its socket
-    held       its bhyve lives and stands before its last page (restore.py): its vCPUs
-               never ran.  Of a bhyrecv that was killed between READY and the start
-    in files   left by `bhyrecv -u`; --resume starts it
+    runs       the guest's bhyve, the very process that was started, listens at
+               the guest's checkpoint socket
+    waits      the guest's bhyve lives and waits for FILE's last page (restore.py);
+               the vCPUs never ran.  A bhyrecv that is killed between READY and
+               the start leaves such a guest
+    in files   `bhyrecv -u` left the guest; --resume starts it
 
-A guest is known by its process and its VM, not by its name: what else has that
-name is not touched, and counts for nothing.
+A guest is known by its process and its VM, not by its name.  Another process
+or VM of the same name is left alone and decides nothing.
 
-One in files whose start failed when the vCPUs may have run is not started
-again: its disks may have gone on, and its state not.
+If the start of a guest in files fails after its vCPUs may have run, the guest
+is not started again: its disks may have changed since, but its state has not.
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ from pathlib import Path
 from bhystream import durable
 from bhystream.backend.bhyve import snapshot, snapshotfiles
 from bhystream.backend.bhyve.command import config_file
-from bhystream.backend.bhyve.heldrestore import HeldRestore
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.locks import Locks
-from bhystream.backend.bhyve.place import Place, Started
 from bhystream.backend.bhyve.restore import Restore
+from bhystream.backend.bhyve.restoredguest import RestoredGuest, Started
 from bhystream.backend.bhyve.restoring import TooLateError
 from bhystream.backend.bhyve.snapshotfiles import Files
+from bhystream.backend.bhyve.waitingrestore import WaitingRestore
 from bhystream.backend.process import is_same, is_stopped
-from bhystream.errors import BhyError, GoneError, GuestError, TakenError, from_oserror
+from bhystream.errors import BhyError, GuestEndedError, GuestError, StaleError, from_oserror
 from bhystream.guest import SLOW_BYTES_PER_SECOND, Json, State
 
-# Words in run.lock that are no host's, so that vm-bhyve starts nothing.
+# A word in run.lock that names no host, so that vm-bhyve does not start the guest.
 HELD = "held-by-bhysend"
 ATTEMPTS = 3
 _SETTLE_S = 60.0
@@ -44,184 +46,200 @@ _POLL_S = 0.01
 
 
 def open_loaded(record: Json, host_of: Callable[[str], Host]) -> BhyveLoaded:
-    """Return the guest of a record made by Place.to_json().  Raises GuestError.
+    """Return the guest of a record that RestoredGuest.to_json() made.
 
-    host_of: returns the host of a record by its vmm_dir.
+    host_of: returns the host of a record by its vmm_dir.  Raises GuestError if
+    the record cannot be read.
     """
-    place = Place.from_json(record)
-    return BhyveLoaded(host_of(place.vmm_dir), place)
+    guest = RestoredGuest.from_json(record)
+    return BhyveLoaded(host_of(guest.vmm_dir), guest)
 
 
-def held(
+def start_waiting(
     host: Host,
-    place: Place,
+    guest: RestoredGuest,
     files: Files,
     kern_bytes: int,
     on_wait: Callable[[], None] = lambda: None,
-) -> HeldRestore:
-    """Start a bhyve for a guest's files, and return it held.
+) -> WaitingRestore:
+    """Start a bhyve for a guest's files; return it when it waits for the last page.
 
-    on_wait: as Restore's.  One that was faster than we is ended, and started
-    again.  Raises BhyError.
+    on_wait: as in Restore.  If bhyve reads all of FILE before FILE is cut,
+    bhyve is ended and started again, up to ATTEMPTS times in all.  Raises
+    BhyError, TooLateError of it if bhyve was too fast each time.
     """
-    restore = Restore(host, place, files, on_wait)
+    restore = Restore(host, guest, files, on_wait)
     for _ in range(ATTEMPTS - 1):
         with contextlib.suppress(TooLateError):
             return restore.hold(kern_bytes)
     return restore.hold(kern_bytes)
 
 
-def keep_files(place: Place, states: Sequence[State]) -> None:
-    """Complete the files of a guest that is left loaded, all of them on the disk.
+def keep_files(guest: RestoredGuest, states: Sequence[State]) -> None:
+    """Complete the files of a guest that is left loaded (-u), and sync them to the disk.
 
-    FILE is there.  Raises FormatError, PipeError, AccessError.
+    FILE exists already.  Raises FormatError if the states are not a whole
+    snapshot, InputOutputError or AccessError if a file cannot be written.
     """
     _, text, kern = snapshot.join(states)
-    files = place.files
+    files = guest.files
     texts = {files.kern: kern, files.meta: [text]}
     texts[files.fpu] = [snapshotfiles.pack_fpu(snapshot.fpu_states(states))]
     try:
         for path, pieces in texts.items():
             with path.open("wb") as file:
                 file.writelines(pieces)
-        kept = Path(place.kept)
+        kept = Path(guest.kept)
         for path in (*kept.iterdir(), kept, kept.parent):
             durable.sync(path)
-        durable.write(_synced(place), "")
+        durable.write(_synced(guest), "")
     except OSError as error:
-        raise from_oserror(error, f"write {place.kept}") from None
+        raise from_oserror(error, f"write {guest.kept}") from None
 
 
-def _synced(place: Place) -> Path:
-    """Return the file that says that all others are complete, and on the disk."""
-    return Path(place.kept, "synced")
+def _synced(guest: RestoredGuest) -> Path:
+    """Return the path of the file whose existence says that all others are on the disk."""
+    return Path(guest.kept, "synced")
 
 
 class BhyveLoaded:
-    """base.Paused for the destination's guests of bhyve and its stand-in."""
+    """base.Paused for the destination's guests of bhyve and of bhyve's stand-in."""
 
     reasons: Sequence[str] = ()
 
-    def __init__(self, host: Host, place: Place) -> None:
-        """place: as it was recorded, of this host."""
-        self.place = place
-        self._who = f"guest {place.name}"
+    def __init__(self, host: Host, guest: RestoredGuest) -> None:
+        """Take a guest of this host, as it was recorded."""
+        self.guest = guest
+        self._who = f"guest {guest.name}"
         self._host = host
         self._locks: Locks | None = None
-        if place.manager:
-            self._locks = Locks(place.name, Path(place.manager), socket.gethostname())
+        if guest.manager:
+            self._locks = Locks(guest.name, Path(guest.manager), socket.gethostname())
 
-    # Where it is.
+    # Questions.
 
     def runs(self) -> bool:
-        """Say whether it runs; wait while its bhyve restores it.  Raises GuestError."""
-        started = self.place.started()
+        """Say whether the guest runs; wait while its bhyve restores it.
+
+        Raises GuestError if bhyve restores for longer than it should.
+        """
+        started = self.guest.started()
         if started is None:
             return False
-        end = time.monotonic() + _SETTLE_S + self.place.memory_bytes / SLOW_BYTES_PER_SECOND
+        end = time.monotonic() + _SETTLE_S + self.guest.memory_bytes / SLOW_BYTES_PER_SECOND
         while not self._listens(started):
             if not started.is_alive() or self._is_held(started):
                 return False
             if time.monotonic() > end:
                 raise GuestError(
-                    f"{self._who}: its bhyve -r does not end", f"its log: {self.place.log_path}"
+                    f"{self._who}: its bhyve -r does not end", f"its log: {self.guest.log_path}"
                 )
             time.sleep(_POLL_S)
         return True
 
     def _listens(self, started: Started) -> bool:
-        """Say whether this very bhyve has made its socket: then it runs, or is about to."""
+        """Say whether this very bhyve has made its socket: the guest runs, or is about to."""
         if not started.is_alive():
             return False
-        found = listener(self._host, self.place.name)
+        found = listener(self._host, self.guest.name)
         return found is not None and started.process is not None and is_same(found, started.process)
 
     def _is_held(self, started: Started) -> bool:
-        """Say whether it stands, or goes round, before its last page."""
+        """Say whether bhyve is stopped, or loops in its read because FILE has no last page."""
         if started.process is not None and is_stopped(started.process):
             return True
         return self._lacks_last_page()
 
     def _lacks_last_page(self) -> bool:
-        """Say whether FILE is there, and cut short."""
+        """Say whether FILE exists and lacks its last page."""
         with contextlib.suppress(OSError):
-            return self.place.files.memory.stat().st_size < self.place.memory_bytes
+            return self.guest.files.memory.stat().st_size < self.guest.memory_bytes
         return False
 
     def was_never_released(self) -> bool:
-        """Say whether nobody can let its bhyve run any more: FILE has no last page.
+        """Say whether the guest's bhyve waits and nobody can release it: FILE has no last page.
 
-        Asked where the bhyrecv that would have given it is gone.  Without that
-        page no signal lets bhyve go on, so there is no race with anybody.  One
-        that has its page and stands stopped never ran either, but a SIGCONT from
-        anywhere would let it run just when it is ended: that one is left in doubt.
+        The caller knows that the bhyrecv that would have written the page is
+        gone.  Without that page no signal lets bhyve go on, so there is no race
+        with any other process.  A stopped bhyve that has its page never ran
+        either, but a SIGCONT from any process could let it run at the moment in
+        which it is ended: such a guest is left in doubt.
         """
-        started = self.place.started()
+        started = self.guest.started()
         return started is not None and started.is_alive() and self._lacks_last_page()
 
     def lies_in_files(self) -> bool:
-        """Say whether it lies in files from which it can be started."""
-        return _synced(self.place).exists()
+        """Say whether the guest lies in files from which it can be started."""
+        return _synced(self.guest).exists()
 
     def is_alive(self) -> bool:
-        """Say whether it runs, is held, or lies in files."""
-        started = self.place.started()
+        """Say whether the guest runs, waits, or lies in files."""
+        started = self.guest.started()
         return (started is not None and started.is_alive()) or self.lies_in_files()
 
     def require_paused(self) -> None:
-        """Raise TakenError where it runs, GoneError where nothing is left of it."""
+        """Raise StaleError if the guest runs, GuestEndedError if neither bhyve nor files exist."""
         if self.runs():
-            raise TakenError(f"{self._who}: it runs here")
+            raise StaleError(f"{self._who}: it runs here")
         if not self.is_alive():
-            raise GoneError(f"{self._who}: nothing is left of it here")
+            raise GuestEndedError(f"{self._who}: nothing is left of it here")
 
     def states(self) -> Sequence[State]:
-        """Return the state of a guest in files.  Raises GuestError, AccessError."""
-        _, found = snapshotfiles.read_states(self.place.files, self.place.memory_bytes)
-        return [*found, *snapshotfiles.read_fpu(self.place.files)]
+        """Return the state of a guest in files.
 
-    # What is done to it.
+        Raises GuestError if a file is missing or incomplete, AccessError if it cannot be read.
+        """
+        _, found = snapshotfiles.read_states(self.guest.files, self.guest.memory_bytes)
+        return [*found, *snapshotfiles.read_fpu(self.guest.files)]
+
+    # Actions.
 
     def resume(self) -> None:
-        """Let it run: it does already, or it is started from its files.  Raises GoneError."""
+        """Start the guest from its files, unless it runs already.
+
+        Raises GuestEndedError if there are no files, StaleError if the guest may
+        have run, and BhyError if it cannot be started.
+        """
         if not self.runs():
             self._require_startable()
             self._start()
-        self.place.remove()
+        self.guest.remove()
         if self._locks:
-            # It runs, whatever becomes of a note for vm-bhyve.
+            # The guest runs, so an error in the note for vm-bhyve is ignored.
             with contextlib.suppress(BhyError):
-                started = self.place.started()
+                started = self.guest.started()
                 who = started.process if started else None
-                self._locks.runs_here(config_file(self.place.keys), who)
+                self._locks.runs_here(config_file(self.guest.keys), who)
 
     def _require_startable(self) -> None:
-        """End what an earlier start left; refuse a guest that may have run by it."""
-        started = self.place.started()
+        """End the bhyve that an earlier start left; refuse a guest that may have run since."""
+        started = self.guest.started()
         if started is not None:
-            may_have_run = started.may_have_run(self._host.run_dir, self.place.name)
+            may_have_run = started.may_have_run(self._host.run_dir, self.guest.name)
             if may_have_run and not started.is_alive():
                 why = "its bhyve -r has ended"
                 if not started.is_known:
-                    why = f"{self.place.started_path} cannot be read"
+                    why = f"{self.guest.started_path} cannot be read"
                 raise self._has_run(f"{self._who}: {why}")
             self._end(started)
         if not self.lies_in_files():
-            raise GoneError(f"{self._who}: its bhyve has ended, and left nothing to go on from")
+            raise GuestEndedError(
+                f"{self._who}: its bhyve has ended, and there are no files to start it from"
+            )
 
-    def _has_run(self, why: str) -> TakenError:
-        return TakenError(
+    def _has_run(self, why: str) -> StaleError:
+        return StaleError(
             f"{why}; it may have run by then, so its state is not resumed again",
             "start it from its disks, as after a power cut, and --discard this;\n"
-            f"if it surely did not run: rm {self.place.started_path}",
+            f"if it surely did not run: rm {self.guest.started_path}",
         )
 
     def _start(self) -> None:
-        """Start it from its files, which stay as they are until it runs."""
+        """Start the guest from its files, which stay as they are until the guest runs."""
         states = self.states()
         meta, _, kern = snapshot.join(states)
         files = self._linked()
-        restore = held(self._host, self.place, files, meta.kern_bytes)
+        restore = start_waiting(self._host, self.guest, files, meta.kern_bytes)
         try:
             restore.load(kern, snapshot.fpu_states(states))
         except BaseException:
@@ -238,12 +256,12 @@ class BhyveLoaded:
         restore.close()
 
     def _linked(self) -> Files:
-        """Return the same memory and text under other names: FILE.kern is written anew there."""
-        files = Files(Path(self.place.kept), "start")
+        """Link FILE and FILE.meta to other names, beside which FILE.kern is written anew."""
+        files = Files(Path(self.guest.kept), "start")
         try:
             for old, new in (
-                (self.place.files.memory, files.memory),
-                (self.place.files.meta, files.meta),
+                (self.guest.files.memory, files.memory),
+                (self.guest.files.meta, files.meta),
             ):
                 new.unlink(missing_ok=True)
                 os.link(old, new)
@@ -252,38 +270,44 @@ class BhyveLoaded:
         return files
 
     def discard(self, there: str) -> None:
-        """End it for good: its bhyve, its VM, its files.  One that runs is refused."""
+        """End the guest for good: its bhyve, its VM, its files.
+
+        there: not used.  Raises GuestError if the guest runs, or if its bhyve does not end.
+        """
         if self.runs():
             raise GuestError(f"{self._who}: it runs, so it is not ended here")
         self._spoil()
-        if started := self.place.started():
+        if started := self.guest.started():
             self._end(started)
-        self.place.remove()
-        is_left_loaded = self.place.staging == self.place.kept
+        self.guest.remove()
+        is_left_loaded = self.guest.staging == self.guest.kept
         if self._locks and is_left_loaded and self._locks.holder() == HELD:
             self._locks.release()
 
     def _spoil(self) -> None:
-        """See that its files are not started any more, before that of a start is forgotten.
+        """Make sure that nobody starts the files any more, before the earlier start is forgotten.
 
         Never raises.
         """
         with contextlib.suppress(OSError):
             if self.lies_in_files():
-                durable.remove(_synced(self.place))
+                durable.remove(_synced(self.guest))
 
     def _end(self, started: Started) -> None:
-        started.end(self._host, self.place.name)
-        self.place.forget_started()
+        started.end(self._host, self.guest.name)
+        self.guest.forget_started()
 
     def clear(self) -> None:
-        """Remove the files of a start; also its bhyve, where that never ran."""
+        """Remove the files of a start, and end its bhyve if the guest does not run.
+
+        Never raises a BhyError.
+        """
         with contextlib.suppress(BhyError):
-            started = self.place.started()
+            started = self.guest.started()
             if started is not None and not self.runs():
                 self._spoil()
                 self._end(started)
-            self.place.remove()
+            self.guest.remove()
 
     def close(self) -> None:
         """Do nothing: nothing is open."""

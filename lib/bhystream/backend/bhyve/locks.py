@@ -1,31 +1,31 @@
-"""vm-bhyve's locks of one guest, and how a move goes around them.
+"""vm-bhyve's locks of one guest, and what a move does with them.
 
-    run.lock         one line: the host that runs the guest.  Another host's name, or any other
-                     word, makes `vm start`, `vm startall` and `vm destroy` refuse
-    suspending.lock  its existence ends the supervisor's loop after bhyve has exited
-    NAME.save        its existence alone makes the next `vm start` resume it, and nothing
-                     removes it then: after a reboot in the guest it would be resumed again
+    run.lock         one line: the host that runs the guest.  If it is another host's name, or
+                     any other word, `vm start`, `vm startall` and `vm destroy` refuse
+    suspending.lock  if it exists, the supervisor's loop ends after bhyve has exited
+    NAME.save        if it exists, the next `vm start` resumes that state, and nothing
+                     removes the file: after a reboot of the guest it would be resumed again
 
-A guest that was started by bhyrecv has no supervisor, and its start is in no
-log of vm-bhyve's.  Its run.lock has a second line, of which vm-bhyve reads
-nothing ("head -n 1"), and beside it is
+A guest that bhyrecv started has no supervisor, and no log of vm-bhyve records
+the start.  The guest's run.lock has a second line, which vm-bhyve does not read
+("head -n 1"), and beside run.lock is
 
-    bhysend.conf     the bhyve_config(5) text that it was started with; which process that
-                     was stands in its first line, a comment
+    bhysend.conf     the bhyve_config(5) text that the guest was started with; the first
+                     line, a comment, names the process that was started
 
-At the source nothing is written while the guest stands held: its process and
-its lock are what they were.  Where it has moved: before_kill(), the kill,
-supervisor_gone(), then gone_to(destination) or held(word).  The supervisor
-unlinks run.lock, suspending.lock and console when it ends, so nothing else of
-ours is written before that.
+At the source bhysend writes nothing while the guest stands paused: its process
+and its lock stay what they were.  After a move bhysend calls before_kill(),
+kills bhyve, and calls supervisor_gone(), then gone_to(destination) or
+held(word).  The supervisor unlinks run.lock, suspending.lock and console when
+it ends, so bhysend writes nothing but suspending.lock before that.
 
-To the supervisor a bhyve that was killed has failed: on_fault decides, which is
-"restart" only where somebody has set it, and which suspending.lock overrules.
-vm-bhyve older than 1.7.0 does not know that lock.
+The supervisor takes a killed bhyve for a failed one, and acts by on_fault,
+which is "restart" only if the operator has set it.  suspending.lock overrules
+on_fault.  vm-bhyve older than 1.7.0 does not know suspending.lock.
 
-Read: freebsd/vm-bhyve@0c93a8fb lib/vm-run, vm::run() and vm::handle_exit():
-after bhyve's exit with suspending.lock its taps are destroyed, then the VM's
-node, if it is there, then vm::unlock() removes the three files.
+Source: freebsd/vm-bhyve@0c93a8fb, lib/vm-run, vm::run() and vm::handle_exit(),
+read: after bhyve has exited, and if suspending.lock exists, they destroy the
+taps, then the VM's node if it exists, then vm::unlock() removes the three files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +51,10 @@ _PROCESS = re.compile(r"# process ([0-9]{1,10}) (-?[0-9]{1,20}) ([0-9A-Za-z-]{1,
 
 @dataclass(frozen=True)
 class Ours:
-    """A start of ours.  config: bhyve_config(5) text.  process: of its bhyve, None if not known."""
+    """A guest's start by bhyrecv.
+
+    config: bhyve_config(5) text.  process: the guest's bhyve, None if not known.
+    """
 
     config: str
     process: Identity | None
@@ -62,8 +64,7 @@ class Ours:
 class Locks:
     """The locks in one guest's directory.  hostname: this host's, as hostname(1) prints it.
 
-    All methods raise GuestError, AccessError or PipeError for files that
-    cannot be read or written.
+    All methods raise AccessError or InputOutputError if a file cannot be read or written.
     """
 
     name: str
@@ -83,28 +84,24 @@ class Locks:
         return self.directory / "bhysend.conf"
 
     def holder(self) -> str | None:
-        """Return run.lock's first line, None where there is no run.lock."""
+        """Return run.lock's first line, or None if there is no run.lock."""
         lines = _read(self._run, _MAX_LOCK_BYTES)
         return None if lines is None else lines.partition("\n")[0].strip()
 
-    def reasons(self, allowed: Collection[str] = ()) -> list[str]:
-        """Return why the guest must not be moved from or to here, one line each.
-
-        allowed: other hosts that may hold run.lock: at a destination on
-        shared storage, the source.
-        """
+    def reasons(self) -> list[str]:
+        """Return why the guest must not be moved from or to this host, one line each."""
         out = []
-        if held := self._held_by_another(allowed):
+        if held := self._held_by_another():
             out.append("; ".join(held))
         save = self.directory / f"{self.name}.save"
         if os.path.lexists(save):
             out.append(f"{save} exists: vm-bhyve would resume that state again; run vm discard")
         return out
 
-    def _held_by_another(self, allowed: Collection[str]) -> tuple[str, str] | None:
-        """Return whose the guest is, if not ours, and what helps where that is no longer true."""
+    def _held_by_another(self) -> tuple[str, str] | None:
+        """Return (which other host has the guest, the cure if that is no longer true), or None."""
         holder = self.holder()
-        if holder is None or holder == self.hostname or holder in allowed:
+        if holder is None or holder == self.hostname:
             return None
         if not holder:
             return (
@@ -121,13 +118,13 @@ class Locks:
             "if it surely does not run there: remove that file",
         )
 
-    def require_free(self, allowed: Collection[str] = ()) -> None:
+    def require_free(self) -> None:
         """Raise IncompatibleError with the first of reasons(); the cure is its hint."""
-        if held := self._held_by_another(allowed):
+        if held := self._held_by_another():
             error = refuse(held[0])
             error.hint = held[1]
             raise error
-        for reason in self.reasons(allowed):
+        for reason in self.reasons():
             raise refuse(reason)
 
     def is_supervised(self) -> bool:
@@ -139,9 +136,9 @@ class Locks:
         return (_read(self._run, _MAX_LOCK_BYTES) or "").split("\n") == [self.hostname, _OURS, ""]
 
     def started_with(self) -> Ours | None:
-        """Return what a guest was started with that we started here, None for any other.
+        """Return what bhyrecv started the guest with, or None if bhyrecv did not start it.
 
-        It may have ended since: nobody looks after it.
+        The guest may have ended since, because no supervisor looks after it.
         """
         text = _read(self._conf, MAX_CONF_BYTES) if self._is_ours() else None
         if not text:
@@ -150,17 +147,17 @@ class Locks:
         return Ours(text, Identity(int(found[1]), int(found[2]), found[3]) if found else None)
 
     def before_kill(self) -> None:
-        """Tell the supervisor that the coming exit is no fault: it will not start it again."""
+        """Tell the supervisor that bhyve's coming exit is no fault, so it starts no bhyve again."""
         self._write(self._suspending, self.hostname)
 
     def take_back(self) -> None:
-        """Undo before_kill(): the guest runs on, and its next exit is its own."""
+        """Undo before_kill(): the guest runs on, and the supervisor is to judge its next exit."""
         self._remove(self._suspending)
 
     def supervisor_gone(self, limit_s: float) -> bool:
-        """Wait until the supervisor has ended, which it shows by unlinking run.lock.
+        """Wait until the supervisor has ended, which shows in that it unlinks run.lock.
 
-        limit_s: seconds at most.  Returns False where it still holds it then.
+        limit_s: seconds at most.  Returns False if the supervisor still has run.lock then.
         """
         end = time.monotonic() + limit_s
         while self.is_supervised():
@@ -172,26 +169,30 @@ class Locks:
     def gone_to(self, host: str) -> None:
         """Lock the guest for another host, durably: `vm list` says Locked (host).
 
-        host: a hostname.  Raises GuestError while the supervisor has not ended.
+        host: a hostname.  Raises GuestError if the supervisor has not ended or
+        the name cannot stand in run.lock, InternalError if host is this host.
         """
         self._take(host)
 
     def held(self, word: str) -> None:
-        """Lock the guest with a word that is no host's, durably, so that no `vm start` runs it."""
+        """Lock the guest with a word that names no host, durably, so that `vm start` refuses.
+
+        Raises what gone_to() raises.
+        """
         self._take(word)
 
     def runs_here(self, config: str, who: Identity | None) -> None:
-        """Lock the guest for this host, durably: we started it, without a supervisor.
+        """Lock the guest for this host, durably: bhyrecv started it, without a supervisor.
 
-        config: the bhyve_config(5) text that it was started with.  who: its
-        bhyve; where that is not known, the next move of this guest needs -C.
+        config: the bhyve_config(5) text that the guest was started with.  who:
+        the guest's bhyve; if it is None, the next move of this guest needs -C.
         """
         head = f"# process {who.pid} {who.start_ticks} {who.boot_id}\n" if who else ""
-        self._write(self._conf, head + config.removesuffix("\n"), 0o600)  # may hold a VNC password
+        self._write(self._conf, head + config.removesuffix("\n"), 0o600)  # may have a VNC password
         self._write(self._run, f"{self.hostname}\n{_OURS}")
 
     def release(self) -> None:
-        """Undo gone_to() and held().  A lock of a supervisor of this host stays."""
+        """Undo gone_to() and held().  The lock of a supervisor of this host stays."""
         if not self.is_supervised():
             self._remove(self._run)
 
@@ -205,7 +206,7 @@ class Locks:
         self._write(self._run, word)
 
     def _write(self, path: Path, text: str, mode: int = 0o644) -> None:
-        """Replace a file, whole and durable; a newline is added."""
+        """Replace a file as a whole, durably, by the text and a newline."""
         try:
             durable.write(path, f"{text}\n", mode)
         except OSError as error:
@@ -219,7 +220,7 @@ class Locks:
 
 
 def _read(path: Path, limit: int) -> str | None:
-    """Return a file's first bytes as text, None where there is no such file."""
+    """Return a file's first `limit` bytes as text, or None if there is no such file."""
     try:
         with path.open("rb") as file:
             return file.read(limit).decode("utf-8", "surrogateescape")

@@ -1,12 +1,13 @@
-"""A guest's memory, mapped: what the source reads.
+"""A guest's memory, mapped so that the source can read it.
 
     /dev/vmm/NAME --VM_MMAP_GETNEXT--> lowmem, highmem --mmap(2)--> one view each
 
-bhyve writes no memory for us (snapshotdir.py): all pages come from here, the
-last ones too, while the guest stands held.  Devices without a pause callback
-go on then, and what they write is here as well.
+bhysend takes no memory from bhyve's snapshot (snapshotdir.py): it reads all
+pages from this mapping, also the last ones, while the guest stands paused.
+Devices without a pause callback go on meanwhile, and the mapping shows what
+they write.
 
-Pages that were never touched are not read: reading one allocates it.
+bhysend does not read pages that were never touched: reading one allocates it.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ def system_memory(maps: Sequence[MemoryMap], who: str) -> list[MemoryMap]:
     """Return the maps of system memory: lowmem, and highmem if there is any.
 
     Boot ROM and framebuffer lie between the two.  The memory domains of a
-    guest (bhyve -n) are maps that adjoin: they become one, with the first
-    one's segment and offset.  Raises IncompatibleError where memory lies
-    elsewhere.  Source: lib/libvmmapi/vmmapi.c, vm_setup_memory_domains(),
-    FreeBSD 15.1.
+    guest (bhyve -n) are adjoining maps; they are joined into one map with the
+    segment and the offset of the first.  who: the guest, as messages name it.
+    Raises IncompatibleError if the guest has memory at any other address.
+    Source: lib/libvmmapi/vmmapi.c, vm_setup_memory_domains(), FreeBSD 15.1.
     """
     found: list[MemoryMap] = []
     for one in maps:
@@ -54,13 +55,18 @@ def system_memory(maps: Sequence[MemoryMap], who: str) -> list[MemoryMap]:
 
 
 class Memory:
-    """The memory of one guest: lowmem, then highmem, in pages and in the snapshot's order.
+    """The memory of one guest: lowmem, then highmem, in the snapshot's order.
 
-    layout: the segments of the LAYOUT section.  Owns the open VM and the mappings until close().
+    layout: the segments of the LAYOUT section, in pages.  topology: (sockets,
+    cores, threads).  The object owns the open VM and the mappings until close().
     """
 
     def __init__(self, host: Host, name: str) -> None:
-        """Map the memory of a VM.  Raises GuestError, AccessError or IncompatibleError."""
+        """Map the memory of a VM.
+
+        Raises GuestError if there is no such VM, AccessError if it may not be
+        used, IncompatibleError as system_memory().
+        """
         self._host = host
         self._name = name
         self._vm: Vm = host.open_vm(name)
@@ -80,43 +86,43 @@ class Memory:
 
     @property
     def size_bytes(self) -> int:
-        """Return the guest's memory size."""
+        """Return the guest's memory size in bytes."""
         return self.layout.size_bytes
 
     @property
     def is_wired(self) -> bool:
-        """Say whether all of it is wired, so that none is swapped out.
+        """Say whether all of the memory is wired, so that no page is swapped out.
 
-        The pages are wired by the VM, which unwires them when it is destroyed,
-        after its node has gone.  Source: vmm_mem.c, vm_mmap_memseg() and
-        vm_free_memmap(); vmm_dev.c, vmmdev_lookup_and_destroy().
+        The VM wires the pages, and unwires them when the VM is destroyed, after
+        its node has gone; so the node must still exist.  Source: vmm_mem.c,
+        vm_mmap_memseg() and vm_free_memmap(); vmm_dev.c, vmmdev_lookup_and_destroy().
         """
         return all(one.is_wired for one in self._maps) and self._host.exists(self._name)
 
     def touched(self) -> Iterator[tuple[int, int]]:
-        """Return the extents of pages that may be other than zero; all, where that is not known."""
+        """Return the extents of pages that may be other than zero; all pages if that is unknown."""
         if believes_mincore(self._host, self.is_wired)[0]:
             found = [
                 self._vm.resident(mapping, one.gpa)
                 for mapping, one in zip(self._mappings, self._maps, strict=True)
             ]
-            # Something may have been swapped out while we asked.
+            # A page may have been swapped out during the calls, so ask about that again.
             if believes_mincore(self._host, self.is_wired)[0]:
                 pairs = zip(found, self.layout.starts, strict=True)
                 return chain.from_iterable(extents(marks, base) for marks, base in pairs)
         return self.layout.extents()
 
     def waiting_vcpus(self) -> frozenset[int]:
-        """Return the vCPUs that wait in bhyve."""
+        """Return the vCPUs that wait in bhyve: never started, or suspended."""
         return self._vm.waiting_vcpus()
 
     def changed(self) -> Iterator[tuple[int, int]] | None:
-        """Return the extents written since the last call, None where the kernel has no log."""
+        """Return the extents written since the last call, or None if the kernel has no log."""
         log = self._vm.dirty([one.length_bytes for one in self._maps])
         return None if log is None else dirty_extents(log, self.layout.starts)
 
     def close(self) -> None:
-        """Give up the VM and the mappings.  Twice is no error."""
+        """Close the VM and release the mappings.  May be called twice."""
         unmap(self.views, self._mappings)
         self.views, self._mappings = [], []
         self._vm.close()

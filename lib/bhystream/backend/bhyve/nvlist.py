@@ -1,12 +1,12 @@
-"""libnv's wire format: what bhyve's checkpoint socket speaks.
+"""libnv's wire format, in which bhyve's checkpoint socket takes and gives messages.
 
-A list is a header, then one pair after the other; the descriptors that it
-names follow in a message of their own, one byte of data that carries them.
-Only the types that bhyve's commands use are here: no nested lists, no arrays.
+A list is a header and then one pair after the other.  The descriptors that the
+pairs name follow in a separate message, whose data is a single byte.
+Only the types that bhyve's commands use are implemented: no nested lists, no arrays.
 
-Both sides are strict.  bhyve's libnv refuses what does not fit, and the other
-end of a socket is never believed: a size is capped before it is read, and a
-descriptor that no pair claims is closed, not kept.
+Both sides are strict.  bhyve's libnv refuses a malformed list.  The functions
+here never trust the other end of a socket: they check a size against its cap
+before they read so many bytes, and close a descriptor that no pair claims.
 
 Source: FreeBSD sys/contrib/libnv/nvlist.c and bsd_nvpair.c (header, pairs),
 lib/libnv/msgio.c (the descriptors' message), nv(9).
@@ -27,10 +27,10 @@ SIZE_CAP_BYTES = 64 << 10
 """The largest list read or written; a checkpoint request has about 150 bytes."""
 
 DESCRIPTOR_CAP = 16
-"""Far below what libnv puts into one message (84), so one is always enough."""
+"""Far below the number that libnv puts into one message (84), so one message is always enough."""
 
 NAME_CAP_BYTES = 2048
-"""NV_NAME_MAX, with the NUL."""
+"""The longest name with its NUL: libnv's NV_NAME_MAX."""
 
 _MAGIC = 0x6C
 _VERSION = 0
@@ -46,7 +46,7 @@ _INT = array.array("i").itemsize
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A file descriptor as a value.  Whose it is, pack() and receive() say."""
+    """A file descriptor as a value; pack() and receive() say who owns the descriptor."""
 
     fd: int
 
@@ -69,7 +69,7 @@ def _pack_value(value: Value, fds: list[int]) -> tuple[int, bytes]:
     """Return (type, data); a descriptor is appended to `fds`."""
     if value is None:
         return _NULL, b""
-    if isinstance(value, bool):  # before int, of which it is one
+    if isinstance(value, bool):  # tested before int, because a bool is also an int
         return _BOOL, bytes([value])
     if isinstance(value, int):
         if not 0 <= value < 1 << 64:
@@ -86,11 +86,11 @@ def _pack_value(value: Value, fds: list[int]) -> tuple[int, bytes]:
 
 
 def pack(pairs: Mapping[str, Value]) -> tuple[bytes, list[int]]:
-    """Return the list as bytes, and the descriptors that have to follow it.
+    """Return the list as bytes, and the descriptors that have to follow the list.
 
-    The descriptors stay the caller's.  Raises FormatError for what the format
-    cannot say: a NUL in a string, a number that is negative or above 64 bits,
-    an empty binary value, a name or a list over its cap.
+    The descriptors stay the caller's.  Raises FormatError if the format cannot
+    express the list: a NUL in a string, a number that is negative or longer than
+    64 bits, an empty binary value, a name or a list over its cap.
     """
     fds: list[int] = []
     out = bytearray()
@@ -139,7 +139,10 @@ def _fixed(data: bytes, size_bytes: int, name: str) -> bytes:
 
 
 def _unpack_value(kind: int, data: bytes, name: str, unclaimed: dict[int, int]) -> Value:
-    """Return a value.  unclaimed: index to descriptor; what the value takes leaves it."""
+    """Return a value.
+
+    unclaimed: index to descriptor; a descriptor that the value takes is removed.
+    """
     if kind == _NULL:
         _fixed(data, 0, name)
         return None
@@ -166,7 +169,7 @@ def _unpack_value(kind: int, data: bytes, name: str, unclaimed: dict[int, int]) 
 
 
 def _unpack_pair(data: memoryview, at: int, unclaimed: dict[int, int]) -> tuple[str, Value, int]:
-    """Return (name, value, offset behind it) of the pair at an offset in bytes."""
+    """Return the pair at an offset in bytes: (name, value, offset of the pair's end)."""
     if len(data) - at < PAIR.size:
         raise _broken("it is cut in a pair's header")
     kind, name_bytes, data_bytes, nitems = PAIR.unpack_from(data, at)
@@ -186,9 +189,9 @@ def _unpack_pair(data: memoryview, at: int, unclaimed: dict[int, int]) -> tuple[
 def unpack(data: bytes, fds: Sequence[int]) -> dict[str, Value]:
     """Return the pairs of one whole list, header included.
 
-    fds: the descriptors that came with it, in order.  They stay the caller's
-    when this raises, and are the values' when it returns: every one of them
-    belongs to exactly one pair.  Raises FormatError for anything else.
+    fds: the descriptors that came with the list, in order.  If unpack() raises,
+    they stay the caller's; if it returns, each belongs to exactly one value.
+    Raises FormatError if the bytes or the descriptors are not those of one list.
     """
     if len(data) < HEADER.size:
         raise _broken("it is cut in its header")
@@ -212,16 +215,16 @@ def unpack(data: bytes, fds: Sequence[int]) -> dict[str, Value]:
 
 
 def send(sock: socket.socket, pairs: Mapping[str, Value]) -> None:
-    """Send one list over a Unix stream socket.  Its descriptors stay the caller's.
+    """Send one list over a Unix stream socket.  The list's descriptors stay the caller's.
 
     Raises FormatError as pack() does, and OSError as the socket does
-    (TimeoutError where it has a time limit).
+    (TimeoutError if the socket has a time limit).
     """
     message, fds = pack(pairs)
     sock.sendall(message)
     if fds:
-        # One control message per descriptor, as libnv sends them, on one
-        # byte of its own: the receiver reads exactly that.
+        # One control message per descriptor, all with a single byte of data, as libnv sends
+        # them; the receiver reads exactly this byte.
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd])) for fd in fds]
         sock.sendmsg([b"\0"], rights)
 
@@ -229,7 +232,7 @@ def send(sock: socket.socket, pairs: Mapping[str, Value]) -> None:
 def _read(sock: socket.socket, size_bytes: int) -> bytes:
     """Read up to size_bytes, fewer at the end of the connection.
 
-    Descriptors that came along are not asked for, so the kernel closes them.
+    recv(2) takes no descriptors, so the kernel closes any that arrive with these bytes.
     """
     got = bytearray()
     while len(got) < size_bytes:
@@ -241,7 +244,10 @@ def _read(sock: socket.socket, size_bytes: int) -> bytes:
 
 
 def _receive_fds(sock: socket.socket, nfds: int) -> list[int]:
-    """Receive the descriptors' message; they are the caller's.  Room for one too many."""
+    """Receive the message with nfds descriptors, which are then the caller's.
+
+    The buffer has room for one more, so that one too many is noticed.
+    """
     room_bytes = (nfds + 1) * socket.CMSG_SPACE(_INT)
     data, control, flags, _ = sock.recvmsg(1, room_bytes, socket.MSG_CMSG_CLOEXEC)
     fds: list[int] = []
@@ -264,10 +270,10 @@ def _close(fds: Sequence[int]) -> None:
 def receive(sock: socket.socket) -> dict[str, Value] | None:
     """Receive one list from a Unix stream socket.
 
-    Returns None where the connection ends before its first byte.  Descriptors
-    in it are the caller's to close, and close on exec; when this raises, none
-    is left open.  Raises FormatError for anything malformed, a connection that
-    ends inside a list included, and OSError as the socket does.
+    Returns None if the connection ends before the first byte.  The caller has
+    to close the descriptors in the list; they are close-on-exec.  If receive()
+    raises, no descriptor is left open.  Raises FormatError if the list is
+    malformed or the connection ends inside it, and OSError as the socket does.
     """
     header = _read(sock, HEADER.size)
     if not header:

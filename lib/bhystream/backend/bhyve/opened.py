@@ -1,7 +1,7 @@
-"""A running bhyve guest that was opened: which one it is, what it is made of, its memory.
+"""A running bhyve guest that was opened: its process, its configuration, its memory.
 
-All of it is known when open_guest() returns, or the guest was refused and
-nothing is left open.  Nothing of the guest is changed, and nothing is made.
+open_guest() either returns all of these, or refuses the guest and leaves
+nothing open.  It changes nothing in the guest and makes nothing on the host.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 from bhystream.backend.process import Identity, is_alive, is_same
-from bhystream.errors import AccessError, BhyError, GoneError, GuestError, IncompatibleError
+from bhystream.errors import AccessError, BhyError, GuestEndedError, GuestError, IncompatibleError
 
 _SYNC_S = 10.0
 
 
 @dataclass(frozen=True)
 class Opened:
-    """One guest.
+    """One opened guest.
 
-    manager: what vm-bhyve has of it, None where it is not vm-bhyve's.  process:
-    who serves its checkpoint socket.  config: what it runs with.  memory: ours to close.
+    manager: vm-bhyve's guest, None if vm-bhyve does not manage it.  process: the
+    one that serves the guest's checkpoint socket.  config: the configuration that
+    the guest runs with.  memory: to be closed by the object's owner.
     """
 
     host: Host
@@ -40,18 +41,19 @@ class Opened:
 
     @property
     def who(self) -> str:
-        """Return what messages call it."""
+        """Return what messages call the guest."""
         return f"guest {self.name}"
 
     @property
     def ncpus(self) -> int:
-        """Return how many vCPUs it has."""
+        """Return how many vCPUs the guest has."""
         return int(self.config.section["keys"]["cpus"])
 
     def connect(self) -> Checkpoint:
-        """Connect to the same process: another guest's memory is not what we have mapped.
+        """Connect to the process that was opened, whose memory is mapped, and to no other.
 
-        Raises GoneError, and what Checkpoint() raises.
+        Raises GuestEndedError if that process has ended, or if another one
+        listens, and what Checkpoint() raises.
         """
         try:
             made = _connect(self.host, self.name)
@@ -61,14 +63,15 @@ class Opened:
         if is_same(made.identity, self.process):
             return made
         made.close()
-        raise GoneError(f"{self.who}: another guest has its name now")
+        raise GuestEndedError(f"{self.who}: another guest has its name now")
 
     def require_started(self) -> None:
         """Refuse a guest with vCPUs that were never started.
 
-        bhyve ends every checkpoint with letting all vCPUs run, and one that
-        the guest has not started runs from wherever its registers say.  Run on
-        FreeBSD 15.1, emulated AMD: from address 0.
+        At the end of every checkpoint bhyve lets all vCPUs run, and a vCPU that
+        the guest has not started would run from wherever its registers say: on
+        FreeBSD 15.1, emulated AMD, it ran from address 0.
+        Raises IncompatibleError if a vCPU waits, GuestEndedError if bhyve has ended.
         """
         try:
             waiting = sorted(self.memory.waiting_vcpus())
@@ -85,14 +88,15 @@ class Opened:
 
     def _require_alive(self) -> None:
         if not is_alive(self.process):
-            raise GoneError(f"{self.who}: its bhyve has ended meanwhile")
+            raise GuestEndedError(f"{self.who}: its bhyve has ended meanwhile")
 
 
 def open_guest(host: Host, name: str, config_path: str | None, *, force: bool) -> Opened:
     """Open a guest.
 
-    config_path: of -C, or None for what vm-bhyve knows.  force: overrule soft
-    reasons.  Raises GuestError, IncompatibleError, AccessError.
+    config_path: the file of -C, or None to use what vm-bhyve knows.  force:
+    overrule soft reasons.  Raises GuestError if the guest is not here or does
+    not answer, IncompatibleError if it cannot be sent, or AccessError.
     """
     manager = vmbhyve.find(host.datastores(), name, socket.gethostname())
     if not host.exists(name):
@@ -120,7 +124,10 @@ def open_guest(host: Host, name: str, config_path: str | None, *, force: bool) -
 def _teller(
     path: str | None, manager: VmBhyveGuest | None, name: str
 ) -> Callable[[Identity], GuestConfig]:
-    """Return what tells the configuration of a process: -C, read now, or vm-bhyve, or bhyrecv."""
+    """Return a function that returns a process's configuration.
+
+    The configuration is the file of -C, read now, or comes from vm-bhyve or bhyrecv.
+    """
     if path is not None:
         given = read_config(path, name)
         return lambda process: given
@@ -133,14 +140,14 @@ def _teller(
 
 
 def _listener(host: Host, name: str) -> Identity:
-    """Return the process that serves the guest's checkpoint socket, and has said so."""
+    """Return the process that serves the guest's checkpoint socket, once it has answered there."""
     connection = _connect(host, name)
     try:
         if connection.is_settled(_SYNC_S):
             return connection.identity
     finally:
         connection.close()
-    raise GoneError(f"guest {name}: its bhyve has just ended")
+    raise GuestEndedError(f"guest {name}: its bhyve has just ended")
 
 
 def _connect(host: Host, name: str) -> Checkpoint:
@@ -148,21 +155,25 @@ def _connect(host: Host, name: str) -> Checkpoint:
 
 
 def _compare(opened: Opened) -> None:
-    """Compare the configuration with what the kernel knows of the guest."""
+    """Compare the configuration with the memory size and topology that the kernel reports.
+
+    Raises IncompatibleError if they differ.
+    """
     keys, memory = opened.config.section["keys"], opened.memory
     names = ("memory.size", "sockets", "cores", "threads")
     for key, b in zip(names, (memory.size_bytes, *memory.topology), strict=True):
         if (a := int(keys[key])) != b:
             raise IncompatibleError(
                 f"{opened.who}: {key}: the configuration says {a}, the running guest has {b}",
-                "it was started with another configuration: give it with -C",
+                "the guest was started with another configuration: give that one with -C",
             )
 
 
 def read_config(path: str, name: str) -> GuestConfig:
-    """Read a bhyve_config(5) file (-C).  name: the guest's; wins over the file's.
+    """Read a bhyve_config(5) file (-C).  name: the guest's; it overrides the name in the file.
 
-    Raises GuestError, AccessError; IncompatibleError for what cannot travel.
+    Raises GuestError or AccessError if the file cannot be read, and
+    IncompatibleError if the configuration cannot travel.
     """
     try:
         text = Path(path).read_text("utf-8", "surrogateescape")

@@ -20,10 +20,10 @@ _SHIFTS = (39, 30, 21, 12)
 
 
 class Physical:
-    """The memory of a guest that stands still, to be read.  The mappings are its own."""
+    """The memory of a paused guest, to be read.  Each object owns the mappings that it makes."""
 
     def __init__(self, vm: Vm, lowmem: Lowmem) -> None:
-        """lowmem: of the guest, at gpa 0; the caller's."""
+        """Map nothing yet.  lowmem: the guest's memory at gpa 0; it stays the caller's."""
         self._vm = vm
         self._lowmem = lowmem
         self._mapped: dict[int, mmap.mmap] = {}
@@ -42,7 +42,7 @@ class Physical:
         self._mapped.clear()
 
     def read(self, gpa: int, length_bytes: int) -> bytes:
-        """Return bytes.  Raises GuestError where no system memory is."""
+        """Return the bytes at an address.  Raises GuestError if no system memory is there."""
         if gpa + length_bytes <= len(self._lowmem):
             return bytes(self._lowmem[gpa : gpa + length_bytes])
         for entry in self._vm.maps():
@@ -54,7 +54,11 @@ class Physical:
         raise GuestError(f"it has no memory at {gpa:#x}")
 
     def translate(self, cr3: int, address: int) -> int | None:
-        """Return where a linear address lies, by page tables of four levels; None for nowhere."""
+        """Return the physical address of a linear one, or None if it is not mapped.
+
+        cr3: of the vCPU; its page tables have four levels.  Raises GuestError if
+        a page table lies outside of system memory.
+        """
         table = cr3 & ADDRESS
         for shift in _SHIFTS:
             entry = int.from_bytes(self.read(table + (address >> shift & 0x1FF) * 8, 8), "little")

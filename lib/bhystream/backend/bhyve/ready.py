@@ -1,10 +1,10 @@
-"""A bhyve guest of which all is ready that its pause needs; and the pause.
+"""All that a bhyve guest's pause needs, made ready beforehand; and the pause.
 
-make_ready   the directory, with the null device as memory file; the rehearsal:
-             a checkpoint, which bhyve ends by itself; then the FIFO
-pause        the same checkpoint, which stands in its last write (fifo.py), so
-             that the guest stands held (held.py); FILE.kern is its state, with
-             the rehearsal's FILE.meta, and the FPU beside it
+make_ready   makes the directory, with the null device as memory file; rehearses,
+             that is, runs a checkpoint that bhyve ends by itself; makes the FIFO
+pause        asks for the same checkpoint, in whose last write bhyve blocks
+             (fifo.py), so that the guest stands paused (paused.py).  The state is
+             FILE.kern, the rehearsal's FILE.meta, and the saved FPU registers
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 from bhystream.backend.bhyve import fifo, fpustate, snapshot, verdict
 from bhystream.backend.bhyve.checkpoint import Checkpoint, Outcome
-from bhystream.backend.bhyve.held import BhyveHeld, HeldRecord
 from bhystream.backend.bhyve.host import VMM_DIR
 from bhystream.backend.bhyve.opened import Opened
+from bhystream.backend.bhyve.paused import BhyvePaused, PausedRecord
 from bhystream.backend.bhyve.rehearsal import UNSAVED, MemoryFileError, Rehearsal, changes, rehearse
 from bhystream.backend.bhyve.snapshot import FILE
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir, clamped
-from bhystream.errors import BhyError, FormatError, GoneError, GuestError, from_oserror
+from bhystream.errors import BhyError, FormatError, GuestEndedError, GuestError, from_oserror
 
 _HOLD_S = 30.0
 _STATE_BYTES = 64 << 20  # room for FILE.kern and FILE.meta, before their sizes are known
@@ -31,28 +31,29 @@ _STATE_BYTES = 64 << 20  # room for FILE.kern and FILE.meta, before their sizes 
 class Ready:
     """One guest that can be paused.
 
-    directory: the guest's from pause() on; until then the caller's to remove.
-    record: by which the guest is found when it stands held.  warning: why the
-    memory file could not be left out, "" where it is.
+    directory: removed by the caller until pause() is called, and by the paused
+    guest from then on.  record: what a process needs to find the paused guest.
+    warning: why bhyve writes a memory file, "" if it writes to the null device.
     """
 
     opened: Opened
     directory: SnapshotDir
     rehearsal: Rehearsal
-    record: HeldRecord
+    record: PausedRecord
     warning: str
 
-    def pause(self) -> BhyveHeld:
-        """Hold the guest in a checkpoint, and take its state.
+    def pause(self) -> BhyvePaused:
+        """Pause the guest in a checkpoint, and take its state.
 
-        Where that fails, the guest is let go; a request that was not served
-        is taken back.
+        If that fails, the guest is resumed, and a request that bhyve has not
+        served is withdrawn.  Raises GuestError if the guest cannot be paused or
+        saved, and what Opened.require_started() and Opened.connect() raise.
         """
         self.opened.require_started()
         kern_bytes = self.rehearsal.meta.kern_bytes
         _require_room(self.opened, self.directory, kern_bytes, self.warning)
         checkpoint = self.opened.connect()
-        held = BhyveHeld(self.opened.host, self.record)
+        held = BhyvePaused(self.opened.host, self.record)
         try:
             self._hold(checkpoint, held)
             return self._with_state()
@@ -63,8 +64,8 @@ class Ready:
         finally:
             checkpoint.close()
 
-    def _hold(self, checkpoint: Checkpoint, held: BhyveHeld) -> None:
-        """Ask for the checkpoint; return when the guest stands in it, all of it saved."""
+    def _hold(self, checkpoint: Checkpoint, held: BhyvePaused) -> None:
+        """Ask for the checkpoint; return when the guest stands paused, with all its state saved."""
         files, full_bytes = self.directory.files, self.record.full_bytes
         try:
             fd = fifo.arm(files.meta, full_bytes)
@@ -80,7 +81,7 @@ class Ready:
                 _limit_s(self.opened, self.directory), lambda: fifo.pending_in(fd) == full_bytes
             )
         finally:
-            os.close(fd)  # bhyve has it now, or nobody: see fifo.has_reader()
+            os.close(fd)  # only bhyve may have the FIFO open: see fifo.has_reader()
         if outcome == Outcome.EXITED:
             raise self._gone()
         if outcome != Outcome.HELD:
@@ -89,18 +90,18 @@ class Ready:
         if not held.stands() or kern_bytes != self.rehearsal.meta.kern_bytes:
             raise self._failed(checkpoint, held)
 
-    def _failed(self, checkpoint: Checkpoint, held: BhyveHeld) -> GuestError:
-        """Let go of a checkpoint that is not what was rehearsed; return how it differs.
+    def _failed(self, checkpoint: Checkpoint, held: BhyvePaused) -> GuestError:
+        """Release a checkpoint that does not match the rehearsal; return how it differs.
 
-        Raises RefusedError with G5's own words.
+        Raises RefusedError, with bhyve's own words, if bhyve replies with an error (G5).
         """
         text = held.release()
         if checkpoint.await_outcome(_HOLD_S) == Outcome.EXITED:
             return self._gone()
         return self._unsaved(changes(self.rehearsal.meta, text))
 
-    def _gone(self) -> GoneError:
-        return GoneError(f"{self.opened.who}: its bhyve has ended in the pause")
+    def _gone(self) -> GuestEndedError:
+        return GuestEndedError(f"{self.opened.who}: its bhyve has ended in the pause")
 
     def _unsaved(self, why: str) -> GuestError:
         if why:
@@ -109,13 +110,13 @@ class Ready:
                 "send it again when its devices stay as they are",
             )
         return GuestError(
-            f"{self.opened.who}: its bhyve saved it at the rehearsal, and now did not; it logs"
+            f"{self.opened.who}: its bhyve saved it at the rehearsal, but not now; bhyve logs"
             " the reason itself",
             f"{UNSAVED}, or a full disk",
         )
 
-    def _with_state(self) -> BhyveHeld:
-        """Return the guest that stands held, with its state read and its FPU stored."""
+    def _with_state(self) -> BhyvePaused:
+        """Return the paused guest with its state, which is read here, and its saved FPU."""
         path, guest = self.directory.files.kern, self.opened
         try:
             states = snapshot.cut(self.rehearsal.text, path.read_bytes())
@@ -124,13 +125,14 @@ class Ready:
         except FormatError as error:
             raise GuestError(f"{guest.who}: {path}: {error}") from None
         saved, reasons = fpustate.save(guest.host, guest.name, guest.ncpus, self.directory)
-        return BhyveHeld(guest.host, self.record, [*states, *saved], reasons)
+        return BhyvePaused(guest.host, self.record, [*states, *saved], reasons)
 
 
 def make_ready(opened: Opened, directory: SnapshotDir) -> Ready:
     """Make the directory, rehearse, make the FIFO.
 
-    Where this raises, SnapshotDir.remove() undoes what was made.
+    Raises what rehearse() raises, and GuestError, InputOutputError or AccessError
+    if something cannot be made; then SnapshotDir.remove() undoes what was made.
     """
     host, size = opened.host, opened.memory.size_bytes
     directory.make()
@@ -140,7 +142,7 @@ def make_ready(opened: Opened, directory: SnapshotDir) -> Ready:
         full_bytes = fifo.make(directory.files.meta)
     except OSError as error:
         raise from_oserror(error, f"make {directory.files.meta}") from None
-    record = HeldRecord(
+    record = PausedRecord(
         kind=host.kind,
         vmm_dir=host.environment().get(VMM_DIR, ""),
         name=opened.name,
@@ -154,9 +156,9 @@ def make_ready(opened: Opened, directory: SnapshotDir) -> Ready:
 
 
 def _rehearse(opened: Opened, directory: SnapshotDir, warning: str) -> tuple[Rehearsal, str]:
-    """Rehearse; once more with a memory file where bhyve may not write to the device.
+    """Rehearse; if bhyve cannot write to the null device, rehearse again with a memory file.
 
-    warning: why the memory file cannot be left out, so far.  Returns it as it is then.
+    warning: as Ready's, so far as it is known.  Returns the rehearsal and the final warning.
     """
     _require_room(opened, directory, _STATE_BYTES, warning)
     try:
@@ -164,7 +166,7 @@ def _rehearse(opened: Opened, directory: SnapshotDir, warning: str) -> tuple[Reh
     except MemoryFileError as error:
         if not directory.has_sink():
             raise
-        warning = f"it cannot write it to the null device ({error})"
+        warning = f"bhyve cannot write it to the null device ({error})"
         directory.drop_sink(opened.host)
         _require_room(opened, directory, _STATE_BYTES, warning)
         return _rehearse_once(opened, directory), warning
@@ -179,7 +181,7 @@ def _rehearse_once(opened: Opened, directory: SnapshotDir) -> Rehearsal:
 
 
 def _require_room(opened: Opened, directory: SnapshotDir, state_bytes: int, warning: str) -> None:
-    """Refuse while the guest runs what would end in a full disk."""
+    """Raise GuestError if the checkpoint would fill the disk, while the guest still runs."""
     path, needed = directory.path, state_bytes + _written_bytes(opened, directory)
     try:
         found = os.statvfs(path)
@@ -191,10 +193,10 @@ def _require_room(opened: Opened, directory: SnapshotDir, state_bytes: int, warn
 
 
 def _limit_s(opened: Opened, directory: SnapshotDir) -> float:
-    """Return how long a checkpoint may take."""
+    """Return how long a checkpoint may take, in seconds."""
     return _HOLD_S + _written_bytes(opened, directory) / snapshot.SLOW_BYTES_PER_SECOND
 
 
 def _written_bytes(opened: Opened, directory: SnapshotDir) -> int:
-    """Return how much memory a checkpoint writes to a file."""
+    """Return how many bytes of memory a checkpoint writes to a file."""
     return 0 if directory.has_sink() else opened.memory.size_bytes

@@ -1,7 +1,7 @@
-"""The numbers of a vCPU's registers, and the bits of them that are used here.
+"""The numbers of a vCPU's registers, and the bits of the registers that are used here.
 
 Source: FreeBSD 15.1, sys/amd64/include/vmm.h, enum vm_reg_name and enum
-vm_exitcode (14 the same up to EFER); sys/x86/include/specialreg.h.
+vm_exitcode (up to EFER the same in FreeBSD 14); sys/x86/include/specialreg.h.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ INTR_SHADOW = 38
 LAST = 49
 
 SEGMENTS = (ES, CS, SS, DS, FS, GS, LDTR, TR)
-"""What has a selector and a hidden part; IDTR and GDTR have only the latter."""
+"""The registers with a selector and a hidden part; IDTR and GDTR have only a hidden part."""
 
 # Exit codes of VM_RUN.
 EXIT_INOUT = 0
@@ -34,11 +34,11 @@ RFLAGS_TF, RFLAGS_IF, RFLAGS_VM = 0x100, 0x200, 0x20000
 
 
 def vmcs(encoding: int) -> int:
-    """Return the number under which a field of an Intel CPU's VMCS is read.
+    """Return the register number under which vmm reads a field of an Intel CPU's VMCS.
 
-    It cannot be written.  On AMD's the number is refused: there it would be a
-    VMCB field of 0 bytes.  Source: sys/amd64/vmm/intel/vmcs.c, vmcs_getreg();
-    vmx.c, vmx_setreg(); amd/vmcb.c, vmcb_access(), FreeBSD 15.1, read.
+    The field cannot be written.  On AMD vmm refuses the number, which would
+    mean a VMCB field of 0 bytes.  Source: FreeBSD 15.1, sys/amd64/vmm/intel/vmcs.c,
+    vmcs_getreg(); vmx.c, vmx_setreg(); sys/amd64/vmm/amd/vmcb.c, vmcb_access(), read.
     """
     return encoding - 0x80000000
 

@@ -1,9 +1,9 @@
-"""The rehearsal: a checkpoint that bhyve ends by itself, and what is learned from it.
+"""The rehearsal: a checkpoint that bhyve ends by itself, and what bhysend learns from it.
 
-FILE.meta is a regular file in it, so nothing holds the guest but the time that
-the checkpoint takes.  Its text is the plan: the names, order and sizes of what
-the pause will find in FILE.kern.  They are those of every checkpoint of one
-configuration; where they are not, changes() says how.
+In the rehearsal FILE.meta is a regular file, so the guest stands paused only as
+long as the checkpoint takes.  The text of FILE.meta is the plan: the names, order
+and sizes of the blobs that the pause will find in FILE.kern.  These are the same
+in every checkpoint of one configuration; if they are not, changes() says how.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bhystream.backend.bhyve import fifo, snapshot, snapshotfiles
 from bhystream.backend.bhyve.checkpoint import Checkpoint, Outcome, RefusedError
 from bhystream.backend.bhyve.snapshot import FILE, Meta
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
-from bhystream.errors import BhyError, FormatError, GoneError, GuestError, IncompatibleError
+from bhystream.errors import BhyError, FormatError, GuestEndedError, GuestError, IncompatibleError
 
 UNSAVED = "a device that cannot be saved is the usual reason"
 _MAX_SHOWN = 3
@@ -24,7 +24,10 @@ _MAX_SHOWN = 3
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a checkpoint has shown.  text: of FILE.meta.  took_ns: from asking to its end."""
+    """The result of a rehearsal.
+
+    text, meta: FILE.meta, as it is and parsed.  took_ns: time from request to end.
+    """
 
     text: bytes
     meta: Meta
@@ -32,17 +35,18 @@ class Rehearsal:
 
 
 class MemoryFileError(GuestError):
-    """The checkpoint came to its end before anything was saved: at its memory file, most likely."""
+    """The checkpoint failed before it saved any state, most likely at its memory file."""
 
 
 def rehearse(
     checkpoint: Checkpoint, directory: SnapshotDir, who: str, memory_bytes: int, limit_s: float
 ) -> Rehearsal:
-    """Let bhyve save the guest, which runs on; remove what it has written.
+    """Let bhyve save the guest, which then runs on; remove the files that bhyve has written.
 
-    memory_bytes: of the guest.  limit_s: how long that may take.  Raises
-    GuestError where the guest cannot be saved, MemoryFileError of them, and
-    GoneError where it has ended.
+    memory_bytes: size of the guest's memory.  limit_s: how long the checkpoint
+    may take.  Raises GuestError if the guest cannot be saved (MemoryFileError if
+    nothing was saved), GuestEndedError if bhyve has ended, and IncompatibleError
+    if FILE.meta is too short or too long for the FIFO.
     """
     files = directory.files
     fd = directory.open()
@@ -55,7 +59,7 @@ def rehearse(
     finally:
         os.close(fd)
     if outcome == Outcome.EXITED:
-        raise GoneError(f"{who}: its bhyve has ended in a checkpoint")
+        raise GuestEndedError(f"{who}: its bhyve has ended in a checkpoint")
     try:
         meta, text = snapshotfiles.read_meta(files)
         snapshotfiles.check_size(files.kern, _size(directory), meta.kern_bytes, files.meta)
@@ -66,15 +70,15 @@ def rehearse(
         raise GuestError(f"{who}: it was saved with {meta.memory_bytes} bytes of memory")
     if not fifo.ATOMIC_BYTES < len(text) < fifo.DIRECT_BYTES:
         raise IncompatibleError(
-            f"{who}: what bhyve says of its state has {len(text)} bytes, and holds a guest"
-            f" only between {fifo.ATOMIC_BYTES} and {fifo.DIRECT_BYTES}"
+            f"{who}: bhyve's description of its state has {len(text)} bytes, and can pause a guest"
+            f" only if it has more than {fifo.ATOMIC_BYTES} and fewer than {fifo.DIRECT_BYTES}"
         )
     directory.drop_files()
     return Rehearsal(text, meta, checkpoint.served_ns - start_ns)
 
 
 def _size(directory: SnapshotDir) -> int:
-    """Return how much bhyve has saved of kernel and devices."""
+    """Return how many bytes of kernel and device state bhyve has saved."""
     try:
         return directory.files.kern.stat().st_size
     except OSError:
@@ -82,16 +86,17 @@ def _size(directory: SnapshotDir) -> int:
 
 
 def _unsaved(directory: SnapshotDir, said: str) -> GuestError:
-    """Return why the guest was not saved.  The memory is written first, FILE.kern behind it."""
+    """Return why the guest was not saved.  bhyve writes the memory first, then FILE.kern."""
     kind = GuestError if _size(directory) else MemoryFileError
     directory.drop_files()
     return kind(said, UNSAVED)
 
 
 def changes(before: Meta, text: bytes) -> str:
-    """Say how a checkpoint's FILE.meta differs from the rehearsal's, "" where that is not seen.
+    """Say how a checkpoint's FILE.meta differs from the rehearsal's.
 
-    text: "" or a part of it too.
+    text: FILE.meta, or a part of it, or b"".  Returns "" if text cannot be
+    parsed, or if the two do not differ.
     """
     try:
         after = snapshot.parse(text)

@@ -1,21 +1,21 @@
-"""Which pages were ever touched: when mincore(2) may be asked, and its answer as extents.
+"""The pages that a guest ever touched: when mincore(2) tells them, and its answer as extents.
 
-A page that was never touched is zero, and reading it through our mapping would
-allocate it: the source host would pay for the whole guest.  mincore(2) can
-tell, but lies in three ways:
+A page that was never touched is zero, but reading it through our mapping would
+allocate it, and the source host would need memory for the whole guest.
+mincore(2) tells which pages were touched, but it is wrong in three cases:
 
-- with vm.mincore_mapped at 1, its default, it looks at the pages that *we*
-  have mapped, so that all are missing at first.  At 0 it looks at the memory
-  object.
-- a page in swap is as little resident as one never touched.  Taken for zero it
-  would be lost.  A guest that is wired, and whose VM is still there, is not
-  swapped, and where no swap is in use nothing of it is there.
+- If vm.mincore_mapped is 1, its default, mincore(2) looks at the pages that our
+  process has mapped in, and at first that is none of them.  If it is 0,
+  mincore(2) looks at the memory object.
+- A page in swap is not resident, like a page that was never touched; if it were
+  taken for zero, it would be lost.  No page of a guest is in swap if the guest is
+  wired and its VM still exists, or if no swap is in use at all.
+- A call loses answers if the process's address space changes during the call;
+  libc.resident() notices that and asks again.
 
-- a call loses answers when the process's address space changes meanwhile,
-  which libc.resident() sees and asks again.
-
-So it is believed only if the first two are excluded; otherwise every page is
-read, which is always right.  We never set the sysctl: it is the whole host's.
+So mincore(2) is believed only if the first two cases are excluded; otherwise
+every page is read, which is always right.  The programs never set the sysctl,
+because it applies to the whole host.
 
 Source: sys/vm/vm_mmap.c, kern_mincore(): at 0, a page that is not in our page
 tables is looked up in the mapping's own object, if that is of swap (OBJ_SWAP),
@@ -37,11 +37,11 @@ _MARKS = b"\0" + b"\1" * 255
 def believes_mincore(host: Host, is_wired: bool) -> tuple[bool, str]:
     """Say whether pages that mincore(2) does not call resident are zero, and if not, why.
 
-    is_wired: every map of the guest's system memory is.  The reason is one
-    line that begins with its key, or "".
+    is_wired: whether every map of the guest's system memory is wired.  The
+    reason is one line that begins with its key, or "".
 
-    Swap may come into use at any time: ask once more after the answer of
-    mincore(2) is there, and believe that answer only if both say True.
+    Swap may come into use at any time, so call this function before and after
+    mincore(2), and believe mincore(2) only if both calls return True.
     """
     mapped = host.sysctl(_MINCORE_MAPPED)
     if mapped is None:
@@ -65,11 +65,11 @@ def believes_mincore(host: Host, is_wired: bool) -> tuple[bool, str]:
 def extents(marks: bytes, base_page: int) -> Iterator[tuple[int, int]]:
     """Yield the extents [first, end) of pages whose byte is other than 0.
 
-    marks: one byte a page.  base_page: the page that marks[0] stands for.
-    Ascending, disjoint, none touches the next.
+    marks: one byte per page.  base_page: the page that marks[0] stands for.
+    The extents ascend, are disjoint, and do not touch each other.
 
-    The walk is two memchr(3) an extent, after one pass that makes every mark
-    the same: a vector of 2 MiB, which is a guest of 8 GiB, takes 2 ms if it is
+    The walk takes two memchr(3) per extent, after one pass that makes every mark
+    the same: a vector of 2 MiB, for a guest of 8 GiB, takes 2 ms if it is
     mostly empty or mostly full, and 0.2 s if every other page is marked.
     """
     marks = marks.translate(_MARKS)
@@ -83,10 +83,11 @@ def extents(marks: bytes, base_page: int) -> Iterator[tuple[int, int]]:
 
 
 def dirty_extents(log: Sequence[bytes], base_pages: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield the extents of a dirty log: one vector for each segment, as Vm.dirty() returns.
+    """Yield the extents of a dirty log.
 
-    base_pages: the first page of each.  No extent crosses from one to the
-    next.  Raises ValueError, before the walk, if the two are not equally many.
+    log: one vector for each segment, as Vm.dirty() returns them.  base_pages:
+    the first page of each segment.  No extent crosses into the next segment.
+    Raises ValueError, before the walk, if log and base_pages differ in length.
     """
     pairs = list(zip(log, base_pages, strict=True))
     return chain.from_iterable(extents(marks, base_page) for marks, base_page in pairs)

@@ -1,18 +1,18 @@
-"""What the destination lends a guest: the operator's -o WORD=value, and -x key.
+"""The destination's resources for a guest: the operator's -o WORD=value, and -x KEY.
 
     disk0=PATH disk1=PATH    block devices and CD images, in slot order
-    net0=TAP                 an interface; made where it does not exist
+    net0=TAP                 an interface; it is made if it does not exist
     com1=PATH                a character device, usually an nmdm(4)
     bootrom=PATH bootvars=PATH
     vnc=[ADDRESS:]PORT       where the framebuffer listens; or unix:PATH
     pci.0.3.0.path=PATH      the same as disk0=, by its key
 
--x KEY leaves a key, or with a device's prefix a whole device, out of the
-stream's configuration: -x pci.0.30.0, -x lpc.com2.  A configured device that
-gets no resource and is not left out is a reason to refuse, never a guess.
+-x KEY removes a key, or with a device's prefix a whole device, from the
+stream's configuration: -x pci.0.30.0, -x lpc.com2.  If a configured device gets
+no resource and is not removed, the guest is refused; nothing is guessed.
 
-Nothing here ever comes from a stream.  Whether a file exists is the verdict's
-to find out.
+None of these values ever comes from a stream.  The verdict checks whether a
+file exists.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ _CHECKS = {
 
 @dataclass(frozen=True)
 class Resolved:
-    """What the wishes come to for one guest.
+    """The wishes, applied to one guest.
 
-    section: the CONFIG section without what -x names.  values: resource key
-    -> value.  reasons: why the guest cannot be started so, one line each.
+    section: the CONFIG section without the keys that -x removes.  values:
+    resource key -> value.  reasons: why the guest cannot be started with these
+    resources, one line each.
     """
 
     section: Mapping[str, Any]
@@ -54,14 +55,17 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Wishes:
-    """The checked -o and -x options.  values: by word or full key.  dropped: of -x."""
+    """The checked -o and -x options.
+
+    values: of -o, by word or full key.  dropped: the keys of -x.
+    """
 
     values: Mapping[str, str]
     dropped: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, given: Mapping[str, str], dropped: Sequence[str] = ()) -> Wishes:
-        """Check words and the shape of values.  Raises UsageError by name."""
+        """Check the words and the form of the values.  Raises UsageError, which names the word."""
         values = {}
         for word, value in given.items():
             found = _WORD.fullmatch(word)
@@ -83,7 +87,7 @@ class Wishes:
         return cls(values, tuple(dropped))
 
     def resolve(self, section: Mapping[str, Any]) -> Resolved:
-        """Lend these resources to a guest.  section: as validate() returned it."""
+        """Apply these wishes to a guest.  section: as validate() returned it."""
         reasons: list[str] = []
         left = self._drop(section, reasons)
         values = self._lend(section, left, reasons)
@@ -115,7 +119,7 @@ class Wishes:
     def _lend(
         self, whole: Mapping[str, Any], left: Mapping[str, Any], reasons: list[str]
     ) -> dict[str, str]:
-        """Return the values by key; what fits nothing becomes a reason."""
+        """Return the values by key; add a reason for each value that fits no resource."""
         devices = known.pci_devices(left["keys"])
         lent = set(left["resources"].values())
         values: dict[str, str] = {}
@@ -138,7 +142,7 @@ class Wishes:
 
 
 def missing(section: Mapping[str, Any]) -> list[str]:
-    """Return the -o words that a section needs, ready to paste: "disk0="."""
+    """Return the -o words that a section needs, each ready to paste: "disk0="."""
     return [f"{word}=" for word in section["resources"]]
 
 

@@ -1,23 +1,24 @@
-"""`bhyve -r`, started by us and held in its read of the memory.
+"""`bhyve -r`, started by bhyrecv and made to wait in its read of the memory.
 
-    new        files of the guest, as far as they are known
+    new        the guest's files exist, as far as they are known
     reading    bhyve runs, creates devices, and reads FILE into the VM's memory
-    held       it has read all but the last page, and stands (SIGSTOP): its disks, taps
-               and consoles are open, and the VM's memory is ours to write
-    released   FILE and FILE.kern are whole; it restores devices, then the kernel's
+    waiting    bhyve has read all but the last page, and is stopped (SIGSTOP): its disks,
+               taps and consoles are open, and bhyrecv may write the VM's memory
+    released   FILE and FILE.kern are whole; bhyve restores devices, then the kernel's
                structures, makes its checkpoint socket, and lets the vCPUs run
 
-Here is what leads from new to held; heldrestore.py has the rest.
+This module leads from new to waiting; waitingrestore.py has the rest.
 
-How it is held, and that it cannot run before: lastpage.py; on FreeBSD, that the
-files are cut in time: freebsd_trace.py.  Of its VM a file speaks as soon as it
-is there, of its process before that is bhyve: a shell waits for it, and without
-us runs nothing.  bhyve is in a session of its own, so our death wakes it neither
-(sys/kern/kern_proc.c, fixjobc_kill(), read).
+lastpage.py says how bhyve is made to wait, and why it cannot run the guest
+before.  On FreeBSD, freebsd_trace.py makes sure that the files are cut in time.
+A file names the VM as soon as the VM exists, and the process before it becomes
+bhyve: the process is first a shell that waits for bhyrecv's word, and ends if
+bhyrecv dies.  bhyve is in a session of its own, so the death of bhyrecv does not
+continue a stopped bhyve (sys/kern/kern_proc.c, fixjobc_kill(), read).
 
-The VM is made by us, so that it is known whose it is.  A bhyve with a boot ROM
-takes over one that is there (VM_REINIT), one without needs it.  Source:
-usr.sbin/bhyve/bhyverun.c, do_open(); sys/dev/vmm/vmm_vm.c, vm_reinit(), read.
+bhyrecv makes the VM, so that the VM's owner is known.  A bhyve with a boot ROM
+takes over an existing VM (VM_REINIT); a bhyve without one needs an existing VM.
+Source: usr.sbin/bhyve/bhyverun.c, do_open(); sys/dev/vmm/vmm_vm.c, vm_reinit(), read.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from pathlib import Path
 
 from bhystream.backend.bhyve import lastpage
 from bhystream.backend.bhyve.command import argv, config_file
-from bhystream.backend.bhyve.heldrestore import HeldRestore
 from bhystream.backend.bhyve.host import (
     HIGHMEM_BASE_GPA,
     LOWMEM_LIMIT_BYTES,
@@ -40,16 +40,17 @@ from bhystream.backend.bhyve.host import (
 )
 from bhystream.backend.bhyve.lastpage import LastPage
 from bhystream.backend.bhyve.listening import listens
-from bhystream.backend.bhyve.place import Place, Started
+from bhystream.backend.bhyve.restoredguest import RestoredGuest, Started
 from bhystream.backend.bhyve.restoring import Bhyve, Mapped, map_memory, writing
 from bhystream.backend.bhyve.snapshotfiles import Files
+from bhystream.backend.bhyve.waitingrestore import WaitingRestore
 from bhystream.backend.launch import Child
 from bhystream.backend.process import identify
 from bhystream.errors import BhyError, GuestError, from_oserror
 from bhystream.guest import SLOW_BYTES_PER_SECOND
 
 _LIMIT_S = 60.0
-# The shell gets a line when it may become bhyve, and the end of the input if we died before.
+# The shell reads a line when it may become bhyve, or the end of its input if bhyrecv has died.
 _GATE = ("/bin/sh", "-c", 'read -r _ && exec "$@" </dev/null', "sh")
 
 
@@ -57,27 +58,33 @@ class Restore:
     """One guest that is to be started from its files."""
 
     def __init__(
-        self, host: Host, place: Place, files: Files, on_wait: Callable[[], None] = lambda: None
+        self,
+        host: Host,
+        guest: RestoredGuest,
+        files: Files,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> None:
-        """Nothing is started.  files: FILE of the guest's size, and FILE.meta.
+        """Start nothing yet.
 
-        on_wait: called often while bhyve is waited for.
+        files: FILE, in the guest's size, and FILE.meta must exist.  on_wait:
+        called often during waits for bhyve.
         """
         self._host = host
-        self._name = place.name
-        self._who = f"guest {place.name}"
-        self._place = place
+        self._name = guest.name
+        self._who = f"guest {guest.name}"
+        self._guest = guest
         self._files = files
         self._on_wait = on_wait
-        self._limit_s = _LIMIT_S + place.memory_bytes / SLOW_BYTES_PER_SECOND
+        self._limit_s = _LIMIT_S + guest.memory_bytes / SLOW_BYTES_PER_SECOND
 
-    def hold(self, kern_bytes: int) -> HeldRestore:
-        """Start it, and return it held.  kern_bytes: the size of FILE.kern.
+    def hold(self, kern_bytes: int) -> WaitingRestore:
+        """Start bhyve, and return it when it waits.  kern_bytes: the size of FILE.kern.
 
-        Raises BhyError; TooLateError may be tried again.  Then nothing of it is left.
+        Raises BhyError if that fails; then neither the process nor the VM is left.
+        After a TooLateError the caller may try again.
         """
         with ExitStack() as undo:
-            undo.callback(self._place.forget_started)
+            undo.callback(self._guest.forget_started)
             self._require_free()
             last = self._write_files(kern_bytes)
             bhyve, started, trace = self._launch(undo)
@@ -92,9 +99,9 @@ class Restore:
             with self._writing():
                 if not last.settle(views):
                     raise bhyve.too_late()
-            return HeldRestore(
+            return WaitingRestore(
                 self._host,
-                self._place,
+                self._guest,
                 bhyve,
                 started,
                 mapped,
@@ -104,7 +111,7 @@ class Restore:
             )
 
     def _require_free(self) -> None:
-        """Refuse where the name is in use; remove a socket that nobody listens at."""
+        """Raise GuestError if the name is in use; remove a socket at which nobody listens."""
         if listens(self._host, self._name):
             raise GuestError(f"{self._who}: a bhyve of that name runs here")
         if self._host.exists(self._name):
@@ -120,36 +127,36 @@ class Restore:
         return Path(f"{self._files.memory}.conf")
 
     def _write_files(self, kern_bytes: int) -> LastPage:
-        text = config_file(self._place.keys)
+        text = config_file(self._guest.keys)
         with self._writing():
             fd = os.open(self._config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(text)  # may hold a VNC password
-            return lastpage.arm(self._files, self._place.memory_bytes, kern_bytes)
+                file.write(text)  # may contain a VNC password
+            return lastpage.arm(self._files, self._guest.memory_bytes, kern_bytes)
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         return writing(self._files.directory)
 
     def _launch(self, undo: ExitStack) -> tuple[Bhyve, Started, Trace]:
-        """Make the VM and the process, write down which they are, and let bhyve begin.
+        """Make the VM and the process, record them, and let bhyve begin.
 
-        undo: ends both.
+        undo: gets the callbacks that end both.
         """
         self._host.create(self._name)
         node = self._host.node_id(self._name)
         undo.callback(self._destroy, node)
-        self._place.write_started(Started(None, node))
+        self._guest.write_started(Started(None, node))
         words = argv(self._host.program(), self._name, str(self._config), str(self._files.memory))
         gate, opener = os.pipe()
         try:
-            # Our own environment may be that of an operator's --resume.
+            # Not our own environment, which may be that of an operator's --resume.
             child = Child(
-                [*_GATE, *words], self._place.log_path, self._host.environment(), stdin=gate
+                [*_GATE, *words], self._guest.log_path, self._host.environment(), stdin=gate
             )
             undo.callback(child.remove_log)
             undo.callback(child.kill)
             started = Started(identify(child.pid, "bhyve"), node)
-            self._place.write_started(started)
+            self._guest.write_started(started)
             trace = self._host.trace(child.pid)
             undo.callback(trace.let_go)
             os.write(opener, b"\n")
@@ -159,17 +166,20 @@ class Restore:
         return Bhyve(self._who, child, self._on_wait), started, trace
 
     def _destroy(self, node: str) -> None:
-        """Destroy the VM that we have made."""
+        """Destroy the VM that _launch() made, unless it is gone already."""
         with contextlib.suppress(BhyError):
             if node and self._host.node_id(self._name) == node:
                 self._host.destroy(self._name)
 
     def _await_maps(self, bhyve: Bhyve, trace: Trace) -> None:
-        """Let it run until the VM has all its memory, and no further: it has opened its files."""
+        """Let bhyve run until the VM has all its memory, and no further.
+
+        By then bhyve has opened its files.  Raises GuestError if it has ended or takes too long.
+        """
 
         def has_memory() -> bool:
             self._on_wait()
-            return sum(one.length_bytes for one in self._maps()) == self._place.memory_bytes
+            return sum(one.length_bytes for one in self._maps()) == self._guest.memory_bytes
 
         if not trace.run_until(has_memory, _LIMIT_S):
             if bhyve.child.has_ended():
@@ -177,11 +187,11 @@ class Restore:
             raise GuestError(f"{self._who}: bhyve -r: its VM has no memory after {_LIMIT_S:.0f} s")
 
     def _maps(self) -> list[MemoryMap]:
-        """Return what there is of the system memory's maps."""
+        """Return the maps of system memory that the VM has by now."""
         try:
             vm = self._host.open_vm(self._name)
         except GuestError:
-            return []  # it has ended, which is seen next
+            return []  # bhyve has ended, which _await_maps() sees
         try:
             maps = vm.maps()
         finally:
@@ -189,7 +199,7 @@ class Restore:
         return [m for m in maps if m.gpa < LOWMEM_LIMIT_BYTES or m.gpa >= HIGHMEM_BASE_GPA]
 
     def _map(self, undo: ExitStack) -> Mapped:
-        """Return the VM's memory.  undo: gives it up."""
+        """Map the VM's memory.  undo: gets the callback that releases it."""
         mapped = map_memory(self._host, self._name, self._who)
         undo.callback(mapped.close)
         return mapped
@@ -207,5 +217,5 @@ class Restore:
 
 
 def _was_too_fast(bhyve: Bhyve, last: LastPage, memory: Sequence[memoryview]) -> bool:
-    """Say whether it had read all: it found an empty FILE.kern, or restored zeros."""
+    """Say whether bhyve read all of FILE, and so found an empty FILE.kern or restored zeros."""
     return bhyve.found_no_kern() or last.is_read_whole(memory)

@@ -1,6 +1,6 @@
-"""The process of one `bhyve -r`, and what of the host is ours while it restores a guest.
+"""The process of one `bhyve -r`, and its VM's memory, while bhyve restores a guest.
 
-Shared by restore.py, which starts it, and heldrestore.py, which lets it go.
+restore.py, which starts bhyve, and waitingrestore.py, which releases it, share this module.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _POLL_S = 0.002
 
 
 class TooLateError(GuestError):
-    """bhyve had read all the memory before the file was cut: it is not held."""
+    """bhyve had read all the memory before the file was cut, and so does not wait."""
 
 
 @dataclass(frozen=True)
 class Bhyve:
-    """A child of ours.
+    """A bhyve that is our child.
 
-    who: as messages call the guest.  on_wait: called often while it is waited
-    for.  Where it has ended, `was_too_fast` of a method says why: it had read all
-    the memory before it was held.
+    who: the guest, as messages name it.  on_wait: called often during waits for
+    bhyve.  A method's was_too_fast: returns whether bhyve has read all the memory
+    before it could be made to wait; called if bhyve has ended.
     """
 
     who: str
@@ -46,7 +46,12 @@ class Bhyve:
         limit_s: float,
         was_too_fast: Callable[[], bool],
     ) -> None:
-        """Wait for a condition.  Raises GuestError where it has ended, or the time is over."""
+        """Wait until a condition holds.
+
+        what: says what has not happened when the time is over.  limit_s: in
+        seconds.  Raises GuestError if bhyve has ended (TooLateError if it was
+        too fast), or if the time is over.
+        """
         end = time.monotonic() + limit_s
         while not is_done():
             if self.child.has_ended():
@@ -57,49 +62,49 @@ class Bhyve:
             time.sleep(_POLL_S)
 
     def stop(self, was_too_fast: Callable[[], bool]) -> None:
-        """Stop it.  Raises GuestError where it has ended, or hangs."""
+        """Stop bhyve (SIGSTOP).  Raises GuestError if it has ended, or does not stop."""
         if not self.child.stop(_STOP_S):
             if self.child.has_ended():
                 raise self.ended(was_too_fast)
             raise GuestError(f"{self.who}: bhyve -r cannot be stopped")
 
     def ended(self, was_too_fast: Callable[[], bool]) -> GuestError:
-        """Return why it has ended."""
+        """Return the error that says why bhyve has ended."""
         if was_too_fast():
             return self.too_late()
         return GuestError(f"{self.who}: bhyve -r: {self.child.last_words()}")
 
     def too_late(self) -> TooLateError:
-        """Return why it is not held, where it was faster than we."""
+        """Return the error for a bhyve that was too fast."""
         return TooLateError(
-            f"{self.who}: bhyve -r had read the memory before it could be held",
+            f"{self.who}: bhyve -r had read the memory before it could be stopped",
             "try again; a host with less to do, or a guest with more memory, gives more time",
         )
 
     def found_no_kern(self) -> bool:
-        """Say whether it ended by SIGBUS, which is where FILE.kern is empty."""
+        """Say whether bhyve ended by SIGBUS, as it does if FILE.kern is empty."""
         return self.child.status == -signal.SIGBUS
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """An open VM, to be changed, and its memory, writable: a view for each segment."""
+    """A VM, opened for writing, and its memory: one writable view for each segment."""
 
     vm: Vm
     views: list[memoryview]
     _opened: contextlib.ExitStack
 
     def close(self) -> None:
-        """Give up the VM and its memory.  Twice is no error.
+        """Close the VM and release its memory.  May be called twice.
 
-        A view that a target still holds keeps its mapping until it is dropped.
+        While a target still has a view, the mapping of that view stays.
         """
         self.views.clear()
         self._opened.close()
 
 
 def map_memory(host: Host, name: str, who: str) -> Mapped:
-    """Open a VM and map its memory.  Raises BhyError; then nothing is open."""
+    """Open a VM and map its memory.  Raises BhyError if that fails, and leaves nothing open."""
     with contextlib.ExitStack() as opened:
         vm = host.open_vm(name, is_writable=True)
         opened.callback(vm.close)
@@ -114,7 +119,10 @@ def map_memory(host: Host, name: str, who: str) -> Mapped:
 
 @contextlib.contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """Raise PipeError or AccessError for an OSError: files there are written."""
+    """Turn an OSError of this block, which writes files there, into its BhyError.
+
+    Raises InputOutputError or AccessError.
+    """
     try:
         yield
     except OSError as error:

@@ -1,20 +1,22 @@
 """BhyveSink: a bhyve guest being rebuilt, as base.Sink.
 
-            early (a plan)                        late (none)                  left loaded (-u)
-    check   the verdict; touches nothing
-    open    FILE a hole, FILE.meta the plan;      FILE a hole                  FILE a hole, on disk
-            bhyve -r held, its memory ours
-    pages   into the VM's memory                  into FILE                    into FILE
-    load    FILE.kern; the FPU                    the other files; bhyve -r    the other files
-                                                  held; FILE.kern; the FPU
-    start   the last page: bhyve restores and runs
+            early (with a plan)                   late (without one)           left loaded (-u)
+    check   judges the guest; changes nothing
+    open    makes FILE a hole, FILE.meta the      makes FILE a hole            makes FILE a hole,
+            plan; starts bhyve -r, which waits                                 on disk
+    pages   go into the VM's memory               go into FILE                 go into FILE
+    load    writes FILE.kern; loads the FPU       writes the other files;      writes the other
+                                                  starts bhyve -r, which       files
+                                                  waits; then as early
+    start   writes the last page: bhyve restores the guest and runs it
 
-So READY says of both: the guest's memory is in its VM, its devices are there,
-and only the release is left.  How a bhyve is held: restore.py.  Until its
-socket appears the vCPUs never ran, and a failure undoes everything.
+So in both ways READY means that the guest's memory is in its VM, its devices
+exist, and only the release is left.  restore.py says how bhyve is made to wait.
+Until bhyve's socket appears the vCPUs never ran, and a failure undoes everything.
 
-Early, because the pause then has no part that grows with the memory.  Late
-where the disks may have to come first (bhysend -p), or nobody waits (-k).
+The early way exists because the pause then has no part that grows with the
+memory.  The late way is taken if the disks may have to come first (bhysend -p),
+or if nobody waits for the guest (-k).
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ from bhystream import durable
 from bhystream.backend.base import Target
 from bhystream.backend.bhyve import snapshot, vmbhyve
 from bhystream.backend.bhyve.command import config_file
-from bhystream.backend.bhyve.heldrestore import HeldRestore
 from bhystream.backend.bhyve.host import Host
-from bhystream.backend.bhyve.loaded import HELD, held, keep_files
-from bhystream.backend.bhyve.place import Place
+from bhystream.backend.bhyve.loaded import HELD, keep_files, start_waiting
 from bhystream.backend.bhyve.resources import Wishes
+from bhystream.backend.bhyve.restoredguest import RestoredGuest
 from bhystream.backend.bhyve.validate import validate
+from bhystream.backend.bhyve.waitingrestore import WaitingRestore
 from bhystream.backend.bhyve.wanted import Wanted
 from bhystream.errors import BhyError, IncompatibleError, InternalError, from_oserror
 from bhystream.guest import Head, Json, State
@@ -46,36 +48,36 @@ from bhystream.memory.target import FileTarget, MappedTarget
 class Checked:
     """A guest that this host can take."""
 
-    place: Place
+    guest: RestoredGuest
 
     def record(self) -> Json:
-        """Return what open_loaded() needs."""
-        return self.place.to_json()
+        """Return the record from which open_loaded() finds the guest."""
+        return self.guest.to_json()
 
-    def held(self) -> HeldRestore:
-        """Return its bhyve.  Raises InternalError where there is none yet."""
+    def waiting(self) -> WaitingRestore:
+        """Return the guest's bhyve.  Raises InternalError if it was not started yet."""
         raise InternalError("BhyveSink: there is no bhyve to be let go")
 
 
 @dataclass(frozen=True)
-class Held(Checked):
-    """One whose bhyve is held."""
+class Waiting(Checked):
+    """A guest whose bhyve waits for the last page."""
 
-    restore: HeldRestore
+    restore: WaitingRestore
 
     def record(self) -> Json:
-        """Return what open_loaded() needs."""
-        return self.place.to_json(self.restore.started)
+        """Return the record from which open_loaded() finds the guest."""
+        return self.guest.to_json(self.restore.started)
 
-    def held(self) -> HeldRestore:
-        """Return its bhyve."""
+    def waiting(self) -> WaitingRestore:
+        """Return the guest's bhyve."""
         return self.restore
 
 
 class BhyveSink:
     """A guest being built.
 
-    may_have_run, notices, on_wait: as base.Sink's.
+    may_have_run, notices, on_wait: as in base.Sink.
     """
 
     def __init__(
@@ -91,12 +93,12 @@ class BhyveSink:
         is_kept: bool = False,
         unstarted: bool = False,
     ) -> None:
-        """Prepare; touches nothing.
+        """Prepare; change nothing on the host.
 
-        name: of the guest here.  resources: the -o words.  dropped: the -x
-        keys.  base: the state directory.  id_: of the stream.  is_kept: the
-        stream is, so it has no plan.  unstarted: leave_paused() is to come, not
-        start().  Raises UsageError.
+        name: the guest's name on this host.  resources: the -o words.  dropped:
+        the -x keys.  base: the state directory.  id_: of the stream.  is_kept:
+        the stream was kept (-k), so it has no plan.  unstarted: leave_paused()
+        will be called, not start().  Raises UsageError if a word or key is wrong.
         """
         self.may_have_run = False
         self.notices: list[str] = []
@@ -113,7 +115,7 @@ class BhyveSink:
         )
         self._force = force
         self._stage: Checked | None = None
-        # What is open, and what was made: abort() gives up both, load() the first.
+        # load() closes what is open; abort() closes that, and undoes what was made.
         self._opened = contextlib.ExitStack()
         self._made = contextlib.ExitStack()
 
@@ -125,17 +127,17 @@ class BhyveSink:
         if kind != host.kind:
             return [f"hypervisor: the guest runs under {ascii(kind)[:40]}, not {host.kind}"]
         try:
-            hard, soft, place = self._wanted.judge(head, validate(head.config))
+            hard, soft, guest = self._wanted.judge(head, validate(head.config))
         except (BhyError, OSError) as error:
             return [str(error)]
         reasons = hard if self._force else hard + soft
         if not reasons:
-            self._stage = Checked(place)
+            self._stage = Checked(guest)
         return reasons
 
     @property
     def _checked(self) -> Checked:
-        """Return how far it has come.  Raises InternalError where check() did not let it."""
+        """Return the guest that check() has accepted.  Raises InternalError if there is none."""
         if self._stage is None:
             raise InternalError("BhyveSink: check() was not called, or refused the guest")
         return self._stage
@@ -143,78 +145,87 @@ class BhyveSink:
     # ---- open
 
     def late_reasons(self) -> list[str]:
-        """Return why there is no room for its memory in a file; check() asked it of a kept one."""
+        """Return why there is no room for the memory in a file.
+
+        For a kept stream check() has found that out already.
+        """
         is_asked = not self._wanted.is_kept and not self._force
-        return self._wanted.room(self._checked.place, is_late=True) if is_asked else []
+        return self._wanted.room(self._checked.guest, is_late=True) if is_asked else []
 
     def open(self, plan: bytes) -> Sequence[Target]:
-        """Make the files, and with a plan the guest's bhyve, held."""
-        place = self._checked.place
+        """Make the files; with a plan, also start the guest's bhyve, which then waits.
+
+        Raises IncompatibleError if there is no room, BhyError if something cannot be made.
+        """
+        guest = self._checked.guest
         planned = snapshot.parse(plan) if plan and not self._wanted.is_unstarted else None
         if planned is None and (why := self.late_reasons()):
-            raise IncompatibleError(f"guest {place.name}: {why[0]}")
-        directory = Path(place.kept).parent
+            raise IncompatibleError(f"guest {guest.name}: {why[0]}")
+        directory = Path(guest.kept).parent
         try:
             durable.make_directory(directory)
         except OSError as error:
             raise from_oserror(error, f"make {directory}") from None
-        self._wanted.remove_leftovers(place)
-        self._wanted.note_directory(place)
-        place.make_staging()
-        self._made.callback(place.forget_started)
-        self._made.callback(place.remove)
-        fd = self._make_memory_file(place)
+        self._wanted.remove_leftovers(guest)
+        self._wanted.note_directory(guest)
+        guest.make_staging()
+        self._made.callback(guest.forget_started)
+        self._made.callback(guest.remove)
+        fd = self._make_memory_file(guest)
         if planned is None:
-            spans = snapshot.memory_spans(place.memory_bytes)
+            spans = snapshot.memory_spans(guest.memory_bytes)
             return [FileTarget(fd, offset) for _, offset, _ in spans]
         self._opened.close()
-        _write(place.files.meta, plan)
-        restore = self._hold(place, planned.kern_bytes)
+        _write(guest.files.meta, plan)
+        restore = self._hold(guest, planned.kern_bytes)
         return [MappedTarget(view) for view in restore.memory]
 
-    def _make_memory_file(self, place: Place) -> int:
-        """Return FILE's descriptor, ours: one hole, of the guest's size."""
-        path = place.files.memory
+    def _make_memory_file(self, guest: RestoredGuest) -> int:
+        """Make FILE as one hole of the guest's size; return its descriptor, which load() closes."""
+        path = guest.files.memory
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             self._opened.callback(os.close, fd)
-            os.ftruncate(fd, place.memory_bytes)
+            os.ftruncate(fd, guest.memory_bytes)
         except OSError as error:
             raise from_oserror(error, f"make {path}") from None
         return fd
 
-    def _hold(self, place: Place, kern_bytes: int) -> HeldRestore:
-        """Start the guest's bhyve; return it held."""
-        restore = held(self._wanted.host, place, place.files, kern_bytes, self.on_wait)
+    def _hold(self, guest: RestoredGuest, kern_bytes: int) -> WaitingRestore:
+        """Start the guest's bhyve; return it when it waits for the last page."""
+        restore = start_waiting(self._wanted.host, guest, guest.files, kern_bytes, self.on_wait)
         self._made.callback(restore.undo)
-        self._stage = Held(place, restore)
+        self._stage = Waiting(guest, restore)
         return restore
 
     # ---- load and start
 
     def require_alive(self) -> None:
-        """Raise GuestError where its bhyve has ended."""
-        if isinstance(self._stage, Held):
+        """Raise GuestError if the guest's bhyve was started and has ended."""
+        if isinstance(self._stage, Waiting):
             self._stage.restore.require_held()
 
     def load(self, states: Sequence[State]) -> None:
-        """Complete the guest: its bhyve is held then, with all but the last page."""
+        """Complete the guest: its bhyve then waits, and lacks only the last page.
+
+        With -u, write the files instead.  Raises BhyError if that fails.
+        """
         stage = self._checked
         self._opened.close()
         if self._wanted.is_unstarted:
-            keep_files(stage.place, states)
+            keep_files(stage.guest, states)
             return
         meta, text, kern = snapshot.join(states)
-        if isinstance(stage, Held):
+        if isinstance(stage, Waiting):
             restore = stage.restore
         else:
-            _write(stage.place.files.meta, text)
-            restore = self._hold(stage.place, meta.kern_bytes)
+            _write(stage.guest.files.meta, text)
+            restore = self._hold(stage.guest, meta.kern_bytes)
         restore.load(kern, snapshot.fpu_states(states))
 
     def start(self) -> None:
-        """Let bhyve restore the guest and run it; it is nobody's then."""
-        place, restore = self._checked.place, self._checked.held()
+        """Let bhyve restore the guest and run it, independent of bhyrecv.  Raises BhyError."""
+        guest, restore = self._checked.guest, self._checked.waiting()
         try:
             restore.release()
         except BaseException:
@@ -227,27 +238,30 @@ class BhyveSink:
         except BhyError as error:
             self.notices.append(f"its clock chip is not set: {error}")
         restore.close()
-        place.remove()
-        place.forget_started()  # the record names it
+        guest.remove()
+        guest.forget_started()  # the record names it
         if self._wanted.manager:
-            # It runs, whatever becomes of a note for vm-bhyve, which does not
-            # start it as long as its VM is there.
+            # The guest runs, so an error in the note for vm-bhyve is ignored.  vm-bhyve does not
+            # start the guest as long as its VM exists.
             with contextlib.suppress(BhyError):
                 locks = self._wanted.manager.locks
-                locks.runs_here(config_file(place.keys), restore.started.process)
+                locks.runs_here(config_file(guest.keys), restore.started.process)
 
     def leave_paused(self) -> None:
-        """Let go of the guest, which lies in files on disk; its record finds it again."""
+        """Leave the guest in its files on disk; open_loaded() finds it by its record.
+
+        Raises BhyError if vm-bhyve's lock cannot be written.
+        """
         self._made.pop_all()
         if self._wanted.manager:
             self._wanted.manager.locks.held(HELD)
 
     def record(self) -> Json:
-        """Return what open_loaded() needs."""
+        """Return the record from which open_loaded() finds the guest."""
         return self._checked.record()
 
     def abort(self) -> None:
-        """Undo open(): bhyve ends, its VM and the files go."""
+        """Undo open(): end bhyve, destroy its VM, remove the files.  Never raises."""
         self._opened.close()
         if not self.may_have_run:
             self._made.close()

@@ -4,21 +4,21 @@ A snapshot is three files in one directory:
 
     FILE         the guest's memory: lowmem, highmem directly behind it
     FILE.kern    opaque blobs back to back: structures of the kernel, then devices
-    FILE.meta    JSON by libxo: whose it is, and where in FILE.kern each blob lies
+    FILE.meta    JSON by libxo: the guest's name, and the place of each blob in FILE.kern
 
 A stream carries the last two as states: "meta", the text as it is, and then
 every blob in the order of the file, "kern/vmcx", "dev/virtio-blk@pci.0.3.0".
-Both ways are byte for byte, so the destination's bhyve reads what the
-source's wrote; what is in a blob only a bhyve and a kernel of the same build
-know.
+Both cut() and join() keep every byte, so the destination's bhyve reads what the
+source's bhyve wrote; only a bhyve and a kernel of the same build know what a
+blob contains.
 
-The FPU of the vCPUs, which bhyve does not save, are optional states, "fpu/0";
-in files they are a fourth one, FILE.fpu, which is ours and not bhyve's: JSON,
-a state's name and its bytes in base64.
+The FPU registers of the vCPUs, which bhyve does not save, are optional states,
+"fpu/0".  On disk they are a fourth file, FILE.fpu, which bhyve does not know:
+JSON, each state's name with its bytes in base64.
 
-The text may come out of a stream, so nothing in it is believed before it is
-checked.  Source: usr.sbin/bhyve/snapshot.c, FreeBSD 14 and 15.1; run on 15.1,
-emulated AMD.
+FILE.meta's text may come out of a stream, so nothing in it is believed before
+it is checked.  Source: usr.sbin/bhyve/snapshot.c, FreeBSD 14 and 15.1; run on
+15.1, emulated AMD.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from bhystream.errors import FormatError
 from bhystream.guest import MAX_GUEST_PAGES, MAX_STATE_BYTES, PAGE_BYTES, Layout, Segment, State
 from bhystream.strict_json import unpack_json
 
-# What FILE is called where we name it.
+# FILE's name in the directories that bhysend and bhyrecv make.
 FILE = "ckp"
 META = "meta"
 MAX_META_BYTES = 1 << 20
-# Source: snapshot.c, the buffer of one blob in FreeBSD 14.
+# The size of bhyve's buffer for one blob.  Source: snapshot.c, FreeBSD 14.
 MAX_BLOB_BYTES = 40 << 20
-# The text and the blobs become states of one stream.
+# The text and the blobs become states of one stream, so the stream's limit applies.
 MAX_ALL_BYTES = MAX_STATE_BYTES
 MAX_MEMORY_BYTES = MAX_GUEST_PAGES * PAGE_BYTES
 MAX_ITEMS = 1024
 MAX_VCPUS = 1 << 16
-SLOW_BYTES_PER_SECOND = 100 << 20  # of a slow disk: how long a memory file may take
-# What FreeBSD 14 saves of the kernel, and what no kernel can do without.
+SLOW_BYTES_PER_SECOND = 100 << 20  # a slow disk's speed, which limits the time for a memory file
+# The kernel structures that FreeBSD 14 saves, and those that every kernel needs.
 _KERNEL_14 = frozenset(
     ("vhpet", "vm", "vioapic", "vlapic", "vmcx", "vatpit", "vatpic", "vpmtmr", "vrtc")
 )
 _KERNEL_ALWAYS = frozenset(("vm", "vlapic", "vmcx"))
-# Its own words first; FreeBSD 13's behind them.
+# Names in FILE.meta: the present ones first, then those of FreeBSD 13.
 _KERNEL_LISTS = ("kern_structs", "structs")
 _NAME_KEYS = ("device", "debug_name", "snapshot_req")
-# Printable, no space (a state's name has none), no slash.
+# Printable, without a slash and, because a state's name has none, without a space.
 _NAME = re.compile(r"[\x21-\x2e\x30-\x7e]{1,100}")
 FPU_NAME = re.compile(r"fpu/(0|[1-9][0-9]{0,4})", re.ASCII)
 _VMNAME = re.compile(r"[\x21-\x2e\x30-\x7e]{1,229}")
@@ -62,7 +62,7 @@ _VMNAME = re.compile(r"[\x21-\x2e\x30-\x7e]{1,229}")
 
 @dataclass(frozen=True)
 class Item:
-    """One blob of FILE.kern.  offset_bytes: of its first byte there."""
+    """One blob of FILE.kern.  offset_bytes: of the blob's first byte in FILE.kern."""
 
     kind: Literal["kern", "dev"]
     name: str
@@ -71,13 +71,13 @@ class Item:
 
     @property
     def state_name(self) -> str:
-        """Return the name that its state has in a stream."""
+        """Return the name that the blob's state has in a stream."""
         return f"{self.kind}/{self.name}"
 
 
 @dataclass(frozen=True)
 class Meta:
-    """What FILE.meta says.  items: in the order of FILE.kern, which they fill."""
+    """The contents of FILE.meta.  items: in the order of FILE.kern, which they fill completely."""
 
     vmname: str
     ncpus: int
@@ -87,12 +87,12 @@ class Meta:
 
     @property
     def kern_bytes(self) -> int:
-        """Return the size that FILE.kern has."""
+        """Return the size of FILE.kern in bytes."""
         return sum(item.size_bytes for item in self.items)
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Return the names of the devices, in their order."""
+        """Return the names of the devices, in the order of FILE.kern."""
         return tuple(item.name for item in self.items if item.kind == "dev")
 
 
@@ -109,7 +109,7 @@ def memory_spans(memory_bytes: int) -> list[tuple[int, int, int]]:
 
 
 def layout_of(memory_bytes: int) -> Layout:
-    """Return the segments of a guest with so much memory."""
+    """Return the segments of a guest with this much memory."""
     names = ("lowmem", "highmem")
     spans = memory_spans(memory_bytes)
     return Layout(
@@ -121,10 +121,11 @@ def layout_of(memory_bytes: int) -> Layout:
 
 
 def parse(text: bytes) -> Meta:
-    """Parse FILE.meta.  Raises FormatError, which says what in it is wrong.
+    """Parse FILE.meta.
 
-    Keys that are not known are passed over.  The lists may stand in any order;
-    what counts is where the blobs lie.
+    Unknown keys are ignored.  The lists may stand in any order; the items are
+    sorted by their offsets.  Raises FormatError, which says what is wrong in the
+    text.
     """
     if len(text) > MAX_META_BYTES:
         raise FormatError(f"meta: {len(text)} bytes are more than {MAX_META_BYTES}")
@@ -157,7 +158,7 @@ def _object(value: Any, what: str) -> Mapping[str, Any]:
 
 def _number(of: Mapping[str, Any], key: str, low: int, high: int, where: str = "") -> int:
     value = of.get(key)
-    # bool is an int to Python, not to us.
+    # Python's bool is an int, but true and false are no numbers here.
     if type(value) is not int:
         raise FormatError(f"meta: {where}{key} is missing or not a number")
     if not low <= value <= high:
@@ -166,7 +167,7 @@ def _number(of: Mapping[str, Any], key: str, low: int, high: int, where: str = "
 
 
 def _items(top: Mapping[str, Any], room_bytes: int) -> tuple[Item, ...]:
-    """Return the blobs in the order of the file, which they fill without a gap."""
+    """Return the blobs in the order of FILE.kern, which they fill without a gap."""
     kernel = [key for key in _KERNEL_LISTS if key in top]
     if len(kernel) != 1:
         raise FormatError(f"meta: {len(kernel)} lists of kernel structures where there is one")
@@ -208,9 +209,10 @@ def _list(top: Mapping[str, Any], key: str, kind: Literal["kern", "dev"]) -> lis
 
 
 def _check_kernel(names: set[str]) -> None:
-    """Refuse a snapshot without the state of the vCPUs.
+    """Raise FormatError if a snapshot lacks kernel structures that it needs.
 
-    A kernel that saves what we have not heard of may have moved the rest there.
+    A kernel that saves a structure which is not known here may have moved others
+    into that one, so then only those of _KERNEL_ALWAYS are needed.
     """
     needed = _KERNEL_ALWAYS if names - _KERNEL_14 else _KERNEL_14
     missing = sorted(needed - names)
@@ -221,8 +223,8 @@ def _check_kernel(names: set[str]) -> None:
 def cut(meta_text: bytes, kern: bytes | memoryview) -> list[State]:
     """Cut a snapshot into the states of a stream: "meta", then every blob.
 
-    Copies each blob once.  Raises FormatError for a text that is none, and
-    for a FILE.kern of another size.
+    Copies each blob once.  Raises FormatError if the text is not a FILE.meta,
+    or if FILE.kern has another size than the text says.
     """
     meta = parse(meta_text)
     view = memoryview(kern)
@@ -236,9 +238,10 @@ def cut(meta_text: bytes, kern: bytes | memoryview) -> list[State]:
 
 
 class Order:
-    """The states of a stream as they come: meta, then those that it lists, in its order.
+    """The check of a stream's states as they come: meta, then those that meta lists, in order.
 
-    meta: what it says, when it has come.  Optional states are not its affair.
+    meta: the parsed state meta, None before it has come.  take() must not be
+    called for optional states.
     """
 
     def __init__(self) -> None:
@@ -247,7 +250,7 @@ class Order:
         self._came = 0
 
     def take(self, state: State) -> None:
-        """Check the next state.  Raises FormatError."""
+        """Check the next state.  Raises FormatError if it is not the one that must come next."""
         if self.meta is None:
             if state.name != META:
                 raise FormatError("state meta is missing, or not the first")
@@ -268,7 +271,7 @@ class Order:
         self._came += 1
 
     def end(self) -> Meta:
-        """Return what meta says, if all have come.  Raises FormatError."""
+        """Return the parsed meta.  Raises FormatError if a state has not come."""
         if self.meta is None:
             raise FormatError("state meta is missing, or not the first")
         if self._came < len(self._names):
@@ -277,11 +280,11 @@ class Order:
 
 
 def join(states: Sequence[State]) -> tuple[Meta, bytes, list[bytes]]:
-    """Put the states of a stream together: (what meta says, its text, FILE.kern in pieces).
+    """Join the states of a stream: (parsed meta, meta's text, FILE.kern in pieces).
 
-    The inverse of cut(), without a copy; optional states are passed over.  Raises FormatError
-    for states that are not those which the text lists, in its order, each of
-    its size.
+    The inverse of cut(), without a copy; optional states are ignored.  Raises
+    FormatError unless the states are those that meta lists, in that order and
+    of those sizes.
     """
     needed = [state for state in states if not state.is_optional]
     order = Order()
@@ -292,10 +295,10 @@ def join(states: Sequence[State]) -> tuple[Meta, bytes, list[bytes]]:
 
 
 def require_same(planned: Meta, found: Meta) -> None:
-    """Raise FormatError where a guest's state is not shaped as its rehearsal said.
+    """Raise FormatError if a guest's state is not laid out as its rehearsal said.
 
-    bhyve has read the rehearsal's text: it takes each blob from where that
-    says it lies.
+    bhyve has read the rehearsal's text, and takes each blob from the place that
+    this text names.
     """
     for what in ("ncpus", "memory_bytes"):
         a, b = getattr(planned, what), getattr(found, what)
@@ -315,12 +318,12 @@ def require_same(planned: Meta, found: Meta) -> None:
             )
     other = next(iter(sizes), None)
     raise FormatError(
-        f"state meta: {other} is one that the rehearsal had not"
+        f"state meta: {other} was not in the rehearsal"
         if other
         else "state meta: its order is not that of the rehearsal"
     )
 
 
 def fpu_states(states: Sequence[State]) -> list[State]:
-    """Return the optional states that we know: the FPU of each vCPU."""
+    """Return the optional states that are known: the FPU registers of each vCPU."""
     return [state for state in states if state.is_optional and FPU_NAME.fullmatch(state.name)]

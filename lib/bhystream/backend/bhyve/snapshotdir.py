@@ -1,17 +1,18 @@
-"""The directory of a guest that is to be held: STATE_DIR/held/ID, mode 0700.
+"""The directory of a guest that is to be paused: STATE_DIR/held/ID, mode 0700.
 
-    ckp        bhyve's memory file: a link to dev/null, or a file where that cannot be had
-    ckp.kern   what bhyve saves of kernel and devices
+    ckp        bhyve's memory file: a link to dev/null, or a file if the link cannot be used
+    ckp.kern   the state of kernel and devices that bhyve saves
     ckp.meta   a regular file in the rehearsal; the FIFO afterwards
     dev/       the null device, mounted
-    journal    while the guest's registers are not its own: what they were
+    journal    while a vCPU has the stub's registers: the guest's own registers
 
-It is handed to bhyve as a descriptor, so it also takes a request back: a
-directory in the place of ckp.kern, which bhyve opens first, refuses it.
-mkdir(2) decides which of the two came first.
+bhyve gets the directory as a descriptor, and opens ckp.kern there first.  So
+bhysend withdraws a request by a directory of that name: bhyve's open(2) fails,
+and bhyve refuses the request.  mkdir(2) shows which of the two came first.
 
-Nothing in it is the guest: whoever removes it loses what was measured and
-saved, and the way to let a guest run that stands held.
+The directory contains nothing of the guest itself.  If it is removed, the
+measurements and the saved state are lost, and so is the FIFO that releases a
+paused guest.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.journal import Journal
 from bhystream.backend.bhyve.snapshot import FILE, memory_spans
 from bhystream.backend.bhyve.snapshotfiles import Files
-from bhystream.errors import AccessError, GuestError, PipeError, from_oserror
+from bhystream.errors import AccessError, GuestError, InputOutputError, from_oserror
 
 _NULL_DIR = "dev"
 _SINK = f"{_NULL_DIR}/null"
@@ -40,10 +41,11 @@ _CLAMP_BYTES = (1 << 31) - 1
 def clamped(host: Host, memory_bytes: int) -> str:
     """Return why bhyve cannot write a guest's memory to a device, or "".
 
-    bhyve writes lowmem, and then highmem, with one write(2) each, unless a
-    terminal is its standard input; devfs answers EINVAL beyond INT_MAX bytes,
-    and the checkpoint fails.  Run on FreeBSD 15.1.  Source: snapshot.c,
-    vm_snapshot_mem_part(); sys/fs/devfs/devfs_vnops.c, devfs_write_f().
+    bhyve writes lowmem, and then highmem, with one write(2) each, unless its
+    standard input is a terminal.  If a write has more than INT_MAX bytes, devfs
+    returns EINVAL, and the checkpoint fails.  Run on FreeBSD 15.1.
+    Source: usr.sbin/bhyve/snapshot.c, vm_snapshot_mem_part();
+    sys/fs/devfs/devfs_vnops.c, devfs_write_f().
     """
     longest = max(length for _, _, length in memory_spans(memory_bytes))
     value = (host.sysctl(_CLAMP) or "0").strip()
@@ -67,7 +69,7 @@ class SnapshotDir:
         return Files(self.path, FILE)
 
     def make(self) -> None:
-        """Make it.  Raises PipeError, AccessError."""
+        """Make the directory.  Raises InputOutputError or AccessError if it cannot be made."""
         try:
             self.path.parent.mkdir(0o700, exist_ok=True)
             self.path.mkdir(0o700)
@@ -75,20 +77,23 @@ class SnapshotDir:
             raise from_oserror(error, f"make {self.path}") from None
 
     def open(self) -> int:
-        """Return it as a descriptor for a request, the caller's.  Raises PipeError, AccessError."""
+        """Return the directory as a descriptor for a request; the descriptor is the caller's.
+
+        Raises InputOutputError or AccessError if it cannot be opened.
+        """
         try:
             return os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise from_oserror(error, f"open {self.path}") from None
 
     def sweep(self, host: Host, lock: Path, records: Path) -> None:
-        """Remove the directory of one who was killed before anybody knew of it.
+        """Remove the directory that a bhysend left which was killed before it wrote a record.
 
-        lock: the guest's lock file, which the caller holds; it names the last
-        directory that was made under it, from now on ours.  records: the
-        source's; a directory that one of them speaks of stays, and so does
-        one in whose FIFO something is: whoever stands in it needs it.  Never
-        raises.
+        lock: the guest's lock file, which the caller has locked.  The file names
+        the last directory that was made under the lock; sweep() writes the name
+        of this directory into it.  records: the directory of the source's records.
+        The earlier directory stays if a record names it, or if its FIFO contains
+        bytes, because then a guest may stand paused in it.  Never raises.
         """
         with contextlib.suppress(OSError, ValueError):
             left = Path(lock.read_text("utf-8", "surrogateescape"))
@@ -102,14 +107,14 @@ class SnapshotDir:
     # The memory file.
 
     def make_sink(self, host: Host) -> str:
-        """Let the memory file be the null device; return "", or why that cannot be had.
+        """Make the memory file the null device; return "", or why that is not possible.
 
-        It is believed only when it is seen: a memory file that is no device
-        would be one without the guest's memory.
+        The result is checked with stat(2): if the memory file were no device,
+        bhyve would write the whole memory into a file.
 
-        bhyve opens it with openat(2) below the directory's descriptor, which
-        follows a relative link and crosses a mount also in capability mode.
-        Run on FreeBSD 15.1, emulated AMD.
+        bhyve opens the memory file with openat(2) relative to the directory's
+        descriptor, which follows a relative link and crosses a mount also in
+        capability mode.  Run on FreeBSD 15.1, emulated AMD.
         """
         directory = self.path / _NULL_DIR
         try:
@@ -121,7 +126,7 @@ class SnapshotDir:
         except OSError as error:
             self.drop_sink(host)
             return error.strerror or str(error)
-        except (GuestError, AccessError, PipeError) as error:  # and not an interrupt
+        except (GuestError, AccessError, InputOutputError) as error:  # an interrupt is not caught
             self.drop_sink(host)
             return str(error)
         return ""
@@ -135,7 +140,7 @@ class SnapshotDir:
         return stat.S_ISCHR(found.st_mode) and found.st_rdev == null.st_rdev
 
     def drop_sink(self, host: Host) -> None:
-        """Undo make_sink().  Never raises; twice is no error."""
+        """Undo make_sink().  Never raises; may be called twice."""
         directory = self.path / _NULL_DIR
         if self.files.memory.is_symlink():
             with contextlib.suppress(OSError):
@@ -143,23 +148,24 @@ class SnapshotDir:
         if directory.exists():
             host.unmount_null(directory)
             with contextlib.suppress(OSError):
-                # A stand-in's, or an empty one; a mount that stays keeps it.
+                # The directory is empty, or the stand-in's.  If it is still mounted, this fails.
                 shutil.rmtree(directory)
 
     # The request.
 
     def drop_files(self) -> None:
-        """Remove what a checkpoint that was served has written.  Never raises."""
+        """Remove the files that a finished checkpoint has written.  Never raises."""
         files = self.files
         for path in (files.kern, files.meta, *(() if self.has_sink() else (files.memory,))):
             with contextlib.suppress(OSError):
                 path.unlink()
 
     def withdraw(self) -> bool:
-        """Make sure that no request begins to use the directory any more; False if one may have.
+        """Make sure that bhyve begins no request in the directory any more.
 
-        Read: open(2) of a directory to write fails with EISDIR, before
-        anything is paused (snapshot.c, vm_checkpoint()).
+        Returns False if bhyve may have begun one before.  Source: snapshot.c,
+        vm_checkpoint(), read: bhyve's open(2) of a directory for writing fails
+        with EISDIR, before bhyve pauses anything.
         """
         try:
             self.files.kern.mkdir(0o700)
@@ -167,7 +173,7 @@ class SnapshotDir:
             return True
         except FileExistsError:
             return self.files.kern.is_dir()
-        except OSError:  # no room for a name
+        except OSError:  # for instance, no room for another name
             return False
         return True
 
@@ -175,15 +181,15 @@ class SnapshotDir:
 
     @property
     def journal(self) -> Journal:
-        """Return what is to be put back into the guest before it is let go."""
+        """Return the journal of what must be put back into the guest before it runs."""
         return Journal(self.path / "journal")
 
     def remove(self, host: Host) -> None:
-        """Remove it with its mount.  Never raises; twice is no error."""
+        """Remove the directory with its mount.  Never raises; may be called twice."""
         if not self.path.is_dir():
             return
         self.withdraw()
         self.drop_sink(host)
-        # A second time for a file that a late request has made meanwhile.
+        # The second time is for a file that a late request has made meanwhile.
         for _ in range(2):
             shutil.rmtree(self.path, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""bhyve's snapshot files on the disk: where they are, and what is read of them.
+"""bhyve's snapshot files on the disk: their paths, and how they are read.
 
-What is in them is snapshot.py's to say.
+snapshot.py describes their contents.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from bhystream.errors import AccessError, FormatError, GuestError, UsageError
 from bhystream.guest import MAX_OPTIONAL_STATE_BYTES, State
 from bhystream.strict_json import unpack_json
 
-_MAX_FPU_TEXT_BYTES = 2 * MAX_OPTIONAL_STATE_BYTES  # base64 makes 4 of 3
+_MAX_FPU_TEXT_BYTES = 2 * MAX_OPTIONAL_STATE_BYTES  # base64 makes 4 bytes of 3
 _MAX_COMPONENT_BYTES = 255  # NAME_MAX
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where a snapshot is.  name: FILE's, without its directory."""
+    """The paths of a snapshot's files.  name: FILE's name, without its directory."""
 
     directory: Path
     name: str
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a name that is none, or too long with its extension."""
+        """Raise UsageError if the name is no file name, or is too long with ".kern"."""
         if self.name in ("", ".", "..") or "/" in self.name or "\0" in self.name:
             raise UsageError(f"{self.name!r}: not the name of a snapshot file")
         if len(os.fsencode(self.kern.name)) > _MAX_COMPONENT_BYTES:
@@ -53,7 +53,7 @@ class Files:
 
     @property
     def fpu(self) -> Path:
-        """Return FILE.fpu, which need not be there."""
+        """Return FILE.fpu, which need not exist."""
         return self.directory / f"{self.name}.fpu"
 
 
@@ -64,7 +64,10 @@ def pack_fpu(states: Sequence[State]) -> bytes:
 
 
 def read_fpu(files: Files) -> list[State]:
-    """Read FILE.fpu; [] where there is none.  Raises GuestError, AccessError."""
+    """Read FILE.fpu; return [] if there is none.
+
+    Raises GuestError if the file is incomplete or not ours, AccessError if it cannot be read.
+    """
     if not os.path.lexists(files.fpu):
         return []
     text = _read_text(files.fpu, _MAX_FPU_TEXT_BYTES)
@@ -82,12 +85,13 @@ def read_fpu(files: Files) -> list[State]:
 
 
 def open_file(path: Path) -> tuple[int, int]:
-    """Open one file of a snapshot to read it: (descriptor, the caller's; its size in bytes).
+    """Open one file of a snapshot for reading; return (descriptor, size in bytes).
 
-    Raises AccessError; GuestError if it is not there, no regular file, or empty.
+    The descriptor is the caller's.  Raises GuestError if the file does not
+    exist, is no regular file, or is empty, and AccessError if it may not be read.
     """
     try:
-        # A FIFO would block until somebody writes to it.
+        # Without O_NONBLOCK, the open(2) of a FIFO would wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except PermissionError as error:
         raise AccessError(f"cannot open {path}: {error.strerror}") from None
@@ -102,7 +106,10 @@ def open_file(path: Path) -> tuple[int, int]:
 
 
 def read_meta(files: Files) -> tuple[Meta, bytes]:
-    """Read FILE.meta: what it says, and its text.  Raises GuestError, AccessError."""
+    """Read FILE.meta; return it parsed, and its text.
+
+    Raises GuestError if the file is incomplete or not bhyve's, and what open_file() raises.
+    """
     text = _read_text(files.meta, MAX_META_BYTES)
     try:
         return parse(text), text
@@ -111,10 +118,11 @@ def read_meta(files: Files) -> tuple[Meta, bytes]:
 
 
 def read_states(files: Files, memory_bytes: int) -> tuple[Meta, list[State]]:
-    """Read FILE.kern and FILE.meta of a guest with so much memory, as states.
+    """Read FILE.kern and FILE.meta, as states.  memory_bytes: size of the guest's memory.
 
-    FILE itself is not looked at: it need not hold the memory.  Complete and
-    consistent, or GuestError, which names the file; AccessError.
+    FILE itself is not read: it need not contain the memory.  Raises GuestError,
+    which names the file, if the two are not complete and consistent, and
+    AccessError if one may not be read.
     """
     meta, text = read_meta(files)
     if meta.memory_bytes != memory_bytes:
@@ -145,7 +153,7 @@ def check_size(path: Path, size_bytes: int, wanted_bytes: int, meta: Path) -> No
 
 
 def _read_text(path: Path, limit_bytes: int) -> bytes:
-    """Return what is in a file of a snapshot.  Raises GuestError, AccessError."""
+    """Return the contents of one file of a snapshot, at most limit_bytes bytes."""
     fd, size = open_file(path)
     try:
         if size > limit_bytes:
@@ -156,7 +164,7 @@ def _read_text(path: Path, limit_bytes: int) -> bytes:
 
 
 def _read(fd: int, size: int, offset: int, path: Path) -> bytes:
-    """Read so many bytes at an offset, in one copy: a pread(2) of a regular file is whole."""
+    """Read `size` bytes at an offset with one pread(2), which a regular file serves completely."""
     try:
         data = os.pread(fd, size, offset)
     except OSError as error:

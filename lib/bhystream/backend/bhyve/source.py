@@ -1,19 +1,20 @@
 """BhyveSource: a running bhyve guest as base.Source.
 
-    open      the VM, its memory mapped; its configuration; who listens at its
-              checkpoint socket (opened.py)
-    prepare   a rehearsal of the checkpoint, and all that the pause needs (ready.py)
-    pause     the checkpoint, in which the guest stands held
+    open      opens the VM, maps its memory, reads its configuration, and finds the
+              process that listens at its checkpoint socket (opened.py)
+    prepare   rehearses the checkpoint, and makes all that the pause needs (ready.py)
+    pause     runs the checkpoint, in which the guest stands paused
 
-bhyve has no pause that can be taken back, but its checkpoint is one, as long as
-it lasts: vCPUs and devices are paused before the state is saved and resumed
-behind it, and what it writes last tells nothing that another checkpoint of the
-same guest does not tell: names, order and sizes.  So that can be known before.
-The rehearsal shows too that every device can be saved, and how long it takes.
+bhyve has no command to pause a guest and resume it later, but a checkpoint
+pauses the guest as long as it lasts: bhyve pauses vCPUs and devices before it
+saves the state, and resumes them afterwards.  bhyve writes FILE.meta last, and
+bhysend knows its contents (names, order and sizes) from an earlier checkpoint of
+the same guest, the rehearsal.  The rehearsal also shows that every device can be
+saved, and how long that takes.
 
-The memory is not written by bhyve but read from our mapping.
+bhysend reads the memory from its own mapping, not from a file that bhyve writes.
 
-Run on FreeBSD 15.1, emulated AMD: rehearsal, hold, release and discard.
+Run on FreeBSD 15.1, emulated AMD: rehearsal, pause, resume and discard.
 """
 
 from __future__ import annotations
@@ -25,37 +26,37 @@ from pathlib import Path
 from bhystream.backend.base import Prepared
 from bhystream.backend.bhyve import backing, fpustate, identity, verdict
 from bhystream.backend.bhyve.config import devices
-from bhystream.backend.bhyve.held import BhyveHeld
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.opened import open_guest
+from bhystream.backend.bhyve.paused import BhyvePaused
 from bhystream.backend.bhyve.ready import Ready, make_ready
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir, clamped
 from bhystream.errors import InternalError
 from bhystream.guest import Head
 
-# Where nothing has been measured: to stop and to save; and to load, elsewhere.
+# Times to assume before a measurement: to pause and save, and to load at the destination.
 _SAVE_NS = 150_000_000
 _LOAD_NS = 100_000_000
-_WRITE_BYTES_PER_SECOND = 1 << 30  # of a memory file in memory
+_WRITE_BYTES_PER_SECOND = 1 << 30  # the speed of a memory file on a tmpfs
 
 
 class BhyveSource:
-    """A running guest, named by its name."""
+    """A running guest, given by its name."""
 
     def __init__(
         self, host: Host, name: str, base: Path, config_path: str | None, *, force: bool
     ) -> None:
         """Open the guest.
 
-        base: the state directory.  config_path: of -C, or None for what
-        vm-bhyve knows.  force: overrule soft reasons.  Raises GuestError,
-        IncompatibleError, AccessError.
+        base: the state directory.  config_path: the file of -C, or None to use
+        what vm-bhyve knows.  force: overrule soft reasons.  Raises what
+        open_guest() raises: GuestError, IncompatibleError, AccessError.
         """
         self._base = base
         self._opened = open_guest(host, name, config_path, force=force)
         self._ready: Ready | None = None
         self._was_asked = False
-        # close() removes the directory by this, unless pause() was called.
+        # close() removes the directory through this stack, unless pause() was called.
         self._made = contextlib.ExitStack()
 
     @property
@@ -65,7 +66,7 @@ class BhyveSource:
 
     @property
     def lock_name(self) -> str:
-        """Return the hypervisor and the name: there is one guest of a name on a host."""
+        """Return the hypervisor and the name, which is unique on a host."""
         return f"{self._opened.host.kind}-{self._opened.name}"
 
     def head(self) -> Head:
@@ -80,7 +81,7 @@ class BhyveSource:
         return [f"{word}=" for word in self._opened.config.section["resources"]]
 
     def warnings(self) -> Sequence[str]:
-        """Return what no tool can mend, and why the memory file cannot be left out."""
+        """Return what no program can repair, and why bhyve writes a memory file, if it does."""
         guest = self._opened
         is_wired = guest.memory.is_wired
         found = verdict.warnings(guest.config.section, guest.host, is_wired=is_wired)
@@ -102,17 +103,18 @@ class BhyveSource:
         return self._opened.memory.touched()
 
     def changed(self) -> Iterator[tuple[int, int]] | None:
-        """Yield what the kernel saw written since the last call, where it keeps such a log.
+        """Yield the extents that the kernel's log says were written since the last call.
 
-        None in the hold: some devices go on, and the log is of vCPUs.
+        Returns None if the kernel has no such log, and also during the pause:
+        some devices go on writing then, and the log covers only the vCPUs.
         """
         return None if self._was_asked else self._opened.memory.changed()
 
     def require_described(self) -> None:
-        """Do nothing: bhyve's devices and disks stay what they were at its start."""
+        """Do nothing: a bhyve's devices and disks never change after its start."""
 
     def fixed_ns(self) -> int:
-        """Return what the rehearsal took, and what to load it may take elsewhere."""
+        """Return the time that the rehearsal took, plus that to load the state, in ns."""
         if self._ready:
             return self._ready.rehearsal.took_ns + _LOAD_NS
         size = self._opened.memory.size_bytes
@@ -120,7 +122,7 @@ class BhyveSource:
         return _SAVE_NS + _LOAD_NS + written * 10**9 // _WRITE_BYTES_PER_SECOND
 
     def prepare(self, id_: str) -> Prepared:
-        """Make the directory, rehearse, make the FIFO."""
+        """Make the directory, rehearse, make the FIFO.  Raises what make_ready() raises."""
         guest, base = self._opened, self._base
         guest.require_started()
         directory = SnapshotDir(base / "held" / id_)
@@ -129,20 +131,20 @@ class BhyveSource:
         self._ready = ready = make_ready(guest, directory)
         return Prepared(ready.record.to_json(), ready.rehearsal.text)
 
-    def pause(self) -> BhyveHeld:
-        """Hold the guest in a checkpoint, and take its state.
+    def pause(self) -> BhyvePaused:
+        """Pause the guest in a checkpoint, and take its state.
 
-        Where that fails, the guest is let go; a request that was not served
-        is taken back.
+        If that fails, the guest is resumed, and a request that bhyve has not
+        served is withdrawn.  Raises what Ready.pause() raises.
         """
         if self._ready is None:
             raise InternalError("BhyveSource: prepare() was not called")
-        # From here on the directory is the paused guest's to remove, asked or not.
+        # From here on the paused guest removes the directory, even if the request fails.
         self._was_asked = True
         self._made.pop_all()
         return self._ready.pause()
 
     def close(self) -> None:
-        """Give up the mappings; what prepare() made too, if the guest was never asked."""
+        """Release the mappings, and undo prepare() if pause() was never called."""
         self._made.close()
         self._opened.memory.close()

@@ -1,8 +1,8 @@
 """The few instructions with which a vCPU saves or loads its own FPU registers.
 
-A stock vmm has no other way to them.  Each vCPU runs the stub once, while the
-guest stands held, in a world of its own: page tables, GDT, IDT and TSS, in
-twelve pages of the guest's memory that are put back afterwards (fpu.py).
+A stock vmm offers no other way to these registers.  Each vCPU runs the stub once,
+while the guest stands paused, in an environment of its own: page tables, GDT, IDT
+and TSS, in twelve pages of the guest's memory that are put back afterwards (lent.py).
 
     at the vCPU's own CPL                at CPL 0, by a gate of our IDT
     int $0x80 ------------------------->  XGETBV, XSAVE64, FXSAVE64
@@ -10,36 +10,38 @@ twelve pages of the guest's memory that are put back afterwards (fpu.py).
     out %al, $0xf4     (save only)
     spin
 
-Why the vCPU keeps its CPL outside of the gate: on AMD the CPL is a field of
-the VMCB of its own, loaded by VMRUN, and vmm lets nobody write it (svm.c,
+Why the vCPU keeps its CPL outside of the gate: on AMD the CPL is a separate
+field of the VMCB, loaded by VMRUN, and vmm lets nobody write that field (svm.c,
 svm_setreg()).  A guest that was stopped in user mode begins at CPL 3 whatever
 CS and SS say, and must end there.  So the stub's pages are user pages, IOPL is
 3, the gate is open to CPL 3, and a far return leads back.
 
 Why a far return and no IRET: an IRET ends the blocking of NMIs (svm.c,
 clear_nmi_blocking(); VMX's virtual NMIs), also for a guest that stands in its
-NMI handler.  An NMI that comes while the stub runs is counted and given back;
-then, and only then, an IRET is what puts things in order.
+NMI handler.  The stub's NMI handler counts an NMI that comes while the stub
+runs, and lent.py later injects it again.  Only that handler ends in an IRET,
+which there ends the blocking that the NMI itself began.
 
 Why the window lies in a PML4 slot that the guest does not use: VMRUN does not
-flush the TLB of an ASID that stays (svm_pmap_activate()), so neither may the
-guest's translations be met by the stub nor the stub's by the guest.  On Intel,
-setting CR3 flushes (vmx.c, vmx_setreg()).
+flush the TLB of an ASID that stays (svm_pmap_activate()), so the stub must not
+meet the guest's translations, nor the guest the stub's.  On Intel, setting CR3
+flushes the TLB (vmx.c, vmx_setreg()).
 
-Why the pages lie at 0xd0000: in every guest memory begins at 0 and bhyve calls
-0xc0000 to 0xfffff a hole of the memory map, where it plays a ROM (e820.c,
-E820_ROM_MEM_BASE).  It is memory all the same, but no guest gives it to a
-device, and a device that goes on in the hold (e1000, xhci) writes only where
-its guest told it to.
+Why the pages lie at 0xd0000: every guest's memory begins at 0, and bhyve's
+memory map calls 0xc0000 to 0xfffff a hole, in which bhyve emulates a ROM
+(e820.c, E820_ROM_MEM_BASE).  The hole is memory all the same, but no guest gives
+it to a device, and a device that goes on during the pause (e1000, xhci) writes
+only where its guest told it to.
 
-Order: XRSTOR comes last.  What XCR0 holds comes from the XSAVE image, with its
-XSTATE_BV, so that a component that was in its initial state is in it again;
-what XCR0 does not hold, XMM where its bit 1 is 0, comes from the FXSAVE image.
-MXCSR is in both.  XSETBV comes first, since bhyve restores XCR0 only later.  On
-AMD XSETBV is not intercepted, on Intel vmx_emulate_xsetbv() does it; both need
-CR4.OSXSAVE.  Without it (a guest that never set it) there is only FXSAVE.
+Order: XRSTOR comes last.  The components that are set in XCR0 come from the
+XSAVE image, with its XSTATE_BV, so that a component that was in its initial
+state is in it again.  The others (XMM, if bit 1 of XCR0 is 0) come from the
+FXSAVE image.  MXCSR is in both.  XSETBV comes first, since bhyve restores XCR0
+only later.  On AMD XSETBV is not intercepted, on Intel vmx_emulate_xsetbv()
+emulates it; both need CR4.OSXSAVE.  If the guest never set CR4.OSXSAVE, there
+is only the FXSAVE image.
 
-Sources: FreeBSD 15.1, read: sys/amd64/vmm/amd/svm.c, vmcb_init(), svm_run();
+Source: FreeBSD 15.1, read: sys/amd64/vmm/amd/svm.c, vmcb_init(), svm_run();
 sys/amd64/vmm/intel/vmx.c; sys/amd64/vmm/vmm.c, restore_guest_fpustate(),
 save_guest_fpustate(); usr.sbin/bhyve/amd64/e820.c.  Run on 15.1, emulated AMD:
 a simpler stub at CPL 0 with the same save and restore instructions.
@@ -60,7 +62,7 @@ NPAGES = 12
 LENGTH_BYTES = NPAGES * PAGE_BYTES
 END_GPA = BASE_GPA + LENGTH_BYTES
 
-# Offsets in the twelve pages; the first four are page tables, and not mapped themselves.
+# Offsets in the twelve pages.  The first four pages are page tables, which the stub does not map.
 _PML4, _PDPT, _PD, _PT = (index * PAGE_BYTES for index in range(4))
 ENTRY = 0x4000
 _DONE = ENTRY + 2
@@ -90,13 +92,13 @@ _CODE_0, _DATA_0, _CODE, _DATA, _TR = 0x08, 0x10, 0x18, 0x20, 0x28
 _TSS_BYTES = 0x68
 _SLOT_SHIFT = 39
 _SLOTS = range(96, 200)
-"""PML4 slots, lower half, far from where systems put code, heaps, libraries and stacks."""
+"""PML4 slots of the lower half, far from where systems put code, heaps, libraries and stacks."""
 
 # Page table bits: present, writable, user, accessed, dirty.
 _TABLE, _PAGE = 0x27, 0x67
 
-# One instruction: what it is, its bytes, and the offset that it names relative to RIP,
-# which stands behind them as 32 bits; then what follows that.
+# One instruction: its text; its first bytes; the offset of its operand in the twelve pages, which
+# is encoded relative to RIP in 32 bits after those bytes; and the bytes after these 32 bits.
 _Row = tuple[str, str] | tuple[str, str, int] | tuple[str, str, int, str]
 
 _ENTRY_ROWS: tuple[_Row, ...] = (
@@ -104,7 +106,7 @@ _ENTRY_ROWS: tuple[_Row, ...] = (
     ("movb   $1, flag(%rip)", "c6 05", FLAG, "01"),
 )
 _FAILED_ROWS: tuple[_Row, ...] = (("movb   $2, flag(%rip)", "c6 05", FLAG, "02"),)
-# No kernel and no bhyve emulates that port.  Source: sys/amd64/vmm/vmm_ioport.c.
+# Neither the kernel nor bhyve emulates port 0xf4.  Source: sys/amd64/vmm/vmm_ioport.c.
 _OUT_ROWS: tuple[_Row, ...] = (("outb   %al, $0xf4", "e6 f4"),)
 _SPIN_ROWS: tuple[_Row, ...] = (
     ("pause", "f3 90"),
@@ -142,10 +144,10 @@ _NMI_ROWS: tuple[_Row, ...] = (
 
 @dataclass(frozen=True)
 class Stub:
-    """What a vCPU gets to run the stub.
+    """What is set for a vCPU that is to run the stub.
 
-    pages: for BASE_GPA, LENGTH_BYTES of them.  values: (register, value) for
-    each that is set, RIP last.  descriptors: the hidden parts.
+    pages: the LENGTH_BYTES bytes for BASE_GPA.  values: (register, value) of
+    each register, RIP last.  descriptors: (register, hidden part).
     """
 
     pages: bytes
@@ -154,7 +156,7 @@ class Stub:
 
 
 def assemble(at: int, rows: tuple[_Row, ...]) -> bytes:
-    """Return the bytes of instructions; at: where they will stand, in the twelve pages."""
+    """Return the bytes of instructions.  at: their offset in the twelve pages."""
     code = b""
     for row in rows:
         opcode = bytes.fromhex(row[1])
@@ -168,23 +170,24 @@ def assemble(at: int, rows: tuple[_Row, ...]) -> bytes:
 
 
 def free_slot(pml4: bytes) -> int | None:
-    """Return a PML4 slot that a guest does not use, None where it uses all that may be had.
+    """Return a PML4 slot of _SLOTS that a guest does not use, or None if it uses them all.
 
-    pml4: its 4096 bytes.
+    pml4: the 4096 bytes of the guest's PML4.
     """
     return next((slot for slot in _SLOTS if not pml4[slot * 8] & 1), None)
 
 
 def is_at_own_cpl(rip: int) -> bool:
-    """Say whether a vCPU that stands there in the stub is at the CPL that it came with."""
+    """Say whether a vCPU whose RIP is at this place in the stub is at its own CPL."""
     return ENTRY <= rip % (1 << _SLOT_SHIFT) < _GATE
 
 
 def make(cpl: int, slot: int, *, is_save: bool, has_xsave: bool) -> Stub:
     """Return the stub for a vCPU.
 
-    cpl: what it stands at, 0 to 3.  slot: of free_slot().  has_xsave: XSAVE
-    and XCR0 too, which needs CR4.OSXSAVE.
+    cpl: the vCPU's CPL, 0 to 3.  slot: from free_slot().  is_save: save the
+    registers, else load them.  has_xsave: use XSAVE and XCR0 too, which needs
+    CR4.OSXSAVE.
     """
     base = slot << _SLOT_SHIFT
     pages = bytearray(LENGTH_BYTES)
@@ -208,7 +211,10 @@ def make(cpl: int, slot: int, *, is_save: bool, has_xsave: bool) -> Stub:
 
 
 def _routines(*, is_save: bool, has_xsave: bool) -> list[tuple[int, tuple[_Row, ...]]]:
-    """Return the routines.  Only the save ends in an OUT: at the destination bhyve would see it."""
+    """Return the routines, each with its offset.
+
+    Only a save ends in an OUT: at the destination bhyve itself would see the exit.
+    """
     end = (_OUT_ROWS if is_save else ()) + _SPIN_ROWS
     if is_save:
         work = (_XGETBV_ROWS if has_xsave else ()) + _FXSAVE_ROWS
@@ -226,7 +232,7 @@ def _routines(*, is_save: bool, has_xsave: bool) -> list[tuple[int, tuple[_Row, 
 
 
 def _put_tables(put: Callable[[int, bytes], None], slot: int) -> None:
-    """Map the pages behind the page tables at their offsets in the window, and nothing else."""
+    """Map the eight pages after the page tables at their offsets in the window, and no others."""
     put(_PML4 + slot * 8, struct.pack("<Q", BASE_GPA + _PDPT | _TABLE))
     put(_PDPT, struct.pack("<Q", BASE_GPA + _PD | _TABLE))
     put(_PD, struct.pack("<Q", BASE_GPA + _PT | _TABLE))
@@ -258,7 +264,7 @@ def _gate(target: int, dpl: int) -> bytes:
 
 
 def _values(cpl: int, base: int, *, has_xsave: bool) -> tuple[tuple[int, int], ...]:
-    """Return the registers; EFER and what of CR4 the guest keeps are fpu.py's."""
+    """Return the registers; lent.py sets EFER, and adds the bits of CR4 that the guest keeps."""
     cr0 = reg.CR0_PG | reg.CR0_WP | reg.CR0_NE | reg.CR0_ET | reg.CR0_MP | reg.CR0_PE
     cr4 = reg.CR4_PAE | reg.CR4_FXSR | reg.CR4_XMM | (reg.CR4_XSAVE if has_xsave else 0)
     data = _DATA | cpl
@@ -277,7 +283,7 @@ def _values(cpl: int, base: int, *, has_xsave: bool) -> tuple[tuple[int, int], .
 
 
 def _descriptors(cpl: int, base: int) -> tuple[tuple[int, SegmentDescriptor], ...]:
-    """Return the hidden parts, in the format of vmm.h: that of the VMCS."""
+    """Return the hidden parts, in the format of vmm.h, which is the VMCS's."""
     ring = cpl << 5
     data = SegmentDescriptor(0, 0xFFFFFFFF, 0xC093 | ring)
     return (

@@ -1,8 +1,8 @@
-"""What starts a guest again whose bhyve was killed, judged by bhyve's parent.
+"""The programs that start a guest again after its bhyve was killed, judged by bhyve's parent.
 
-A guest that has moved ends at its source by SIGKILL, and never with a status
-of bhyve's own.  So a parent that restarts its guest on a reboot only is
-harmless; one that restarts it whatever happened makes a second copy.
+After a move the guest's bhyve at the source ends by SIGKILL, and never with an
+exit status.  So a parent that restarts bhyve only after a reboot of the guest is
+harmless; a parent that always restarts bhyve makes a second copy of the guest.
 
     parent          after a kill                                   read in
     bhyve -M (16)   ends with its child                            D53731
@@ -15,7 +15,7 @@ harmless; one that restarts it whatever happened makes a second copy.
                     lockf(1) is the parent, and ends with 70
     any other       not known: a script, daemon(8) with -r, runit
 
-Only the parent is looked at: a supervisor further up is not noticed.
+Only bhyve's parent is checked: a supervisor above the parent is not noticed.
 """
 
 from __future__ import annotations
@@ -33,26 +33,27 @@ def reasons(
     """Say what may start a killed guest again: (hard, soft), one reason at most.
 
     parent: command line of bhyve's parent, "" for init.  manager: vm-bhyve's
-    guest, where it is one; knows_suspending_lock: its vm-bhyve does.  Raises
-    IncompatibleError, AccessError where the guest's .conf cannot be read.
+    guest, or None if vm-bhyve does not manage it.  knows_suspending_lock: whether
+    this host's vm-bhyve does.  Raises IncompatibleError if the guest's .conf is
+    too long, AccessError or InputOutputError if it cannot be read.
     """
     if manager is not None:
         if knows_suspending_lock or manager.conf().get("on_fault", "shutdown") != "restart":
             return [], []
         return [
             "vm-bhyve: on_fault is restart, and this host's vm-bhyve is older than 1.7.0, or not"
-            " where the port puts it: it would start the guest again once it has moved;"
-            " update it, or start the guest with on_fault=shutdown"
+            " where the port puts it: vm-bhyve would start the guest again once it has moved;"
+            " update vm-bhyve, or start the guest with on_fault=shutdown"
         ], []
     if _is_cbsd(parent):
         return [], [
-            "supervisor: CBSD starts the guest again once it has moved if its on_crash is"
-            " restart: a second copy; set it to destroy and restart the guest, or -f if it is"
+            "supervisor: CBSD starts a second copy of the guest once it has moved, if on_crash is"
+            " restart; set on_crash to destroy and restart the guest, or use -f if it is destroy"
         ]
     if program_of(parent) in _LIBVIRT:
         return [], [
-            "supervisor: libvirt does not notice that the guest has moved, and may start it here"
-            " again: a second copy; virsh autostart --disable now, virsh destroy and undefine"
+            "supervisor: libvirt does not notice that the guest has moved, and may start a second"
+            " copy here; use virsh autostart --disable now, virsh destroy and undefine"
             " afterwards, and -f"
         ]
     if may_start_again(parent, _HARMLESS):
@@ -61,5 +62,5 @@ def reasons(
 
 
 def _is_cbsd(parent: str) -> bool:
-    """Say whether it is the lockf(1) that CBSD's bhyverun.sh runs bhyve under."""
+    """Say whether the parent is the lockf(1) under which CBSD's bhyverun.sh runs bhyve."""
     return program_of(parent) == "lockf" and "/bhyveload." in parent

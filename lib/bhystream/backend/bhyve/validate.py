@@ -1,12 +1,12 @@
-"""A CONFIG section from a stream is hostile until it has passed here.
+"""The check of a stream's CONFIG section, which is hostile until validate() has accepted it.
 
-validate() takes whatever JSON the section held and returns a fresh, wholly
-checked copy of the shape that config.split() makes; nothing of the original is
-used after it.  Every key is on the allow-list of its device's type, every
-value in the form in which it travels, and no key holds a resource of a host:
-a path, a tap, an address.  Those are only named, by the words that the
-operator fills in.  What stood behind the disks and cards at the source is
-numbers and truth values, each within its bounds.
+validate() takes whatever JSON the section contains and returns a new, completely
+checked copy of the shape that config.split() makes; the original is not used
+any more.  In the copy every key is on the allow-list of its device's type, every
+value has the form in which it travels, and no value is a resource of a host: a
+path, a tap, an address.  The section only names the resources, by the words for
+which the operator gives values.  The facts about the source's disks and network
+cards are numbers and truth values, each within its bounds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bhystream.errors import IncompatibleError
 
 _MAX_RESOURCES = 512
 _FIELDS = ("name", "keys", "resources")
-_FACTS = ("disks", "nets")  # of backing.py; a section of an earlier version has none
+_FACTS = ("disks", "nets")  # made by backing.py; a section of an earlier version has none
 _MAX_BYTES = (1 << 63) - 1
 _MAX_SECTOR_BYTES = 1 << 20
 _MAX_MTU = 65535
@@ -30,14 +30,15 @@ _REQUIRED = ("cpus", "sockets", "cores", "threads", "memory.size", "uuid")
 
 
 def is_bare(section: Mapping[str, Any]) -> bool:
-    """Say whether a section is that of snapshot files whose configuration was not known."""
+    """Say whether a section is one of snapshot files whose configuration was not known."""
     return isinstance(section["keys"], dict) and section["keys"].keys() == set(_BARE)
 
 
 def validate(section: object, *, may_be_bare: bool = False) -> dict[str, Any]:
-    """Return a clean copy of a CONFIG section.  Raises IncompatibleError by name.
+    """Return a clean copy of a CONFIG section.
 
-    may_be_bare: take one of which no guest can be built, see is_bare().
+    may_be_bare: accept a section from which no guest can be built, see is_bare().
+    Raises IncompatibleError, which names the field or key.
     """
     table = _table(section, "the section", len(_FIELDS) + len(_FACTS))
     for field in table:
@@ -62,7 +63,10 @@ def validate(section: object, *, may_be_bare: bool = False) -> dict[str, Any]:
 
 
 def _facts(value: object, field: str, resources: Mapping[str, str]) -> dict[str, Any]:
-    """Return what stood behind disks or cards, each whole.  field: "disks" or "nets"."""
+    """Return the facts about the source's disks or cards, all of each.  field: "disks" or "nets".
+
+    Raises IncompatibleError if a fact is missing or out of its bounds.
+    """
     is_fact: dict[str, Callable[[object], bool]] = {
         "mediasize": lambda it: _is_count(it, 0, _MAX_BYTES),
         "sectorsize": lambda it: _is_count(it, 1, _MAX_SECTOR_BYTES),
@@ -111,9 +115,10 @@ def _strings(value: object, what: str, limit: int) -> dict[str, str]:
 
 
 def check_keys(keys: Mapping[str, str], *, is_complete: bool = True) -> dict[str, str]:
-    """Return the keys of a section, all allowed and complete.  Raises IncompatibleError.
+    """Return the keys of a section, sorted, if all are allowed and none is missing.
 
-    is_complete: False where what is left out is not missed.
+    is_complete: False if keys may be missing.  Raises IncompatibleError, which
+    names the key.
     """
     devices = known.pci_devices(keys)
     clean = {}
@@ -135,7 +140,7 @@ def check_keys(keys: Mapping[str, str], *, is_complete: bool = True) -> dict[str
 
 
 def _complete(keys: Mapping[str, str], devices: Mapping[Slot, str]) -> None:
-    """Refuse a section that leaves anything to a default of this host."""
+    """Raise IncompatibleError if a section leaves anything to a default of this host."""
     wanted = [*_REQUIRED, *(f"{net}.mac" for net in known.nets(devices))]
     wanted += [f"{disk}.ser" for disk in known.disks(keys, devices) if f"{disk}.serial" not in keys]
     for key in wanted:
@@ -158,7 +163,7 @@ def _resources(resources: dict[str, str], devices: Mapping[Slot, str]) -> dict[s
 def _words(
     keys: Mapping[str, str], devices: Mapping[Slot, str], resources: Mapping[str, str]
 ) -> None:
-    """Refuse words that are not the ones that these keys have at a source."""
+    """Raise IncompatibleError unless the words are those that a source makes of these keys."""
     right = known.words(keys, devices, set(resources.values()))
     for word, key in right.items():
         if resources.get(word) != key:

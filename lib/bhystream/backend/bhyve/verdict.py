@@ -1,13 +1,14 @@
-"""Can bhyve send the guest from here, can it be taken there?  The reasons against it.
+"""The reasons why the source cannot send a guest, or why the destination cannot take it.
 
-Each reason is one line: its key, the two values, and what helps.  Where a
-function returns (hard, soft), hard reasons stand and -f overrules soft ones.
-Hard is what would make a second copy or cannot work at all; soft is what is
-likely to fail or to harm the guest, on evidence that may be wrong.
+Each reason is one line: its key, the two values, and the cure.  If a function
+returns (hard, soft), -f overrules the soft reasons, but not the hard ones.
+A reason is hard if the move would make a second copy or cannot work at all.  It
+is soft if the move is likely to fail or to harm the guest, on evidence that may
+be wrong.
 
-Nothing here changes anything.  A snapshot's blobs are the kernel's and bhyve's
-own structures without a version, and a restore believes them: this verdict is
-the only thing between a guest and a host that reads them otherwise.
+These functions change nothing.  A snapshot's blobs are the kernel's and bhyve's
+own structures without a version, and a restore believes them: only this verdict
+protects a guest from a host that reads the blobs differently.
 
 Source: usr.sbin/bhyve, lib/libvmmapi, sys/dev/vmm and sys/amd64/vmm of FreeBSD 15.1, read.
 """
@@ -25,16 +26,17 @@ from bhystream.backend.bhyve.supervisors import reasons as supervisor_reasons
 from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 from bhystream.guest import Json
 
-MIN_OSRELDATE = 1400000  # FreeBSD 14.0, the first with the checkpoint messages that we speak
+MIN_OSRELDATE = 1400000  # FreeBSD 14.0, the first with the checkpoint messages of nvlist.py
 
 # Two hosts of one CPU model show frequencies that differ by their calibration,
-# at most some hundred ppm; other models differ by percents.  bhyve restores the
-# guest's TSC but not its rate, so the guest's clock runs wrong by the
-# difference, and NTP mends up to 500 ppm.  Unverified: from general knowledge.
+# at most some hundred ppm; other models differ by several percent.  bhyve
+# restores the guest's TSC but not its rate, so the guest's clock runs too fast or
+# too slow by the difference; NTP corrects up to 500 ppm.  Unverified: from
+# general knowledge.
 TSC_TOLERANCE_PPM = 500
 
-# Devices without pe_pause, and with threads of their own.  virtio-rnd and lpc
-# have none either, but act only when a vCPU makes them (unverified).
+# Devices without pe_pause that have threads of their own.  virtio-rnd and lpc
+# have no pe_pause either, but act only if a vCPU makes them act (unverified).
 # Source: usr.sbin/bhyve/pci_*.c.
 UNPAUSED = frozenset({"e1000", "fbuf", "xhci"})
 
@@ -42,16 +44,16 @@ _HARD = {
     "hypervisor": "only a host of the same hypervisor can take it",
     "hw.machine": "only a host of the same architecture can take it",
     "hw.pagesize": "only a host of the same page size can take it",
-    "cpu.vendor": "the saved vCPUs mean nothing to the other",
+    "cpu.vendor": "vCPUs saved on the one cannot be restored on the other",
 }
 
 _MAX_SHOWN_CHARS = 60
 
 
 def host_reasons(head_host: Json, here: Json) -> tuple[list[str], list[str]]:
-    """Compare the sending host with this one: (hard, soft).
+    """Compare the sending host with this one; return the reasons (hard, soft).
 
-    head_host: the stream's HOST section, not to be trusted.  here: of
+    head_host: the stream's HOST section, not to be trusted.  here: from
     identity.describe().
     """
     hard = [
@@ -60,16 +62,16 @@ def host_reasons(head_host: Json, here: Json) -> tuple[list[str], list[str]]:
         if head_host.get(key) is None or head_host[key] != here.get(key)
     ]
     if head_host.get("hypervisor") != here.get("hypervisor"):
-        return hard[:1], []  # nothing else of it can be compared
+        return hard[:1], []  # hosts of two hypervisors have nothing else to compare
     has_ids = "kern.build_id" in head_host and "kern.build_id" in here
     kernel = "kern.build_id" if has_ids else "kern.osreldate"
     cures = {
-        "hw.model": "the guest may use what this CPU has not",
+        "hw.model": "the guest may use features that this CPU lacks",
         kernel: "install the same kernel on both hosts",
         "bhyve.hash": "install the same bhyve on both hosts",
     }
-    # A vmm that is part of the kernel has no hash, and is told by the kernel's;
-    # nor had hosts of an earlier version one.
+    # A vmm that is part of the kernel has no hash of its own: the kernel's key covers it.  An
+    # earlier version of bhysend sent no vmm.hash.
     if "vmm.hash" in head_host and "vmm.hash" in here:
         cures["vmm.hash"] = "load the same vmm.ko on both hosts"
     soft = [
@@ -98,15 +100,16 @@ def _difference(key: str, theirs: Json, here: Json, cure: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value of a stream so that it does no harm to a terminal."""
+    """Return a value of a stream in a form that does no harm to a terminal."""
     return "none" if value is None else ascii(value)[:_MAX_SHOWN_CHARS]
 
 
 def ability_reasons(host: Host) -> tuple[list[str], list[str]]:
-    """Check that this host's bhyve takes and loads snapshots, whatever the guest: (hard, soft).
+    """Return why this host's bhyve cannot save or restore any guest: (hard, soft).
 
-    For both ends.  All of the kernel's half is in vmm.ko, whatever kernel it
-    is loaded into.  Source: sys/modules/vmm/Makefile, FreeBSD 15.1.
+    Used at both ends.  All of the kernel's part of snapshots is in vmm.ko,
+    whatever kernel vmm.ko is loaded into.  Source: sys/modules/vmm/Makefile,
+    FreeBSD 15.1.
     """
     hard, soft = [], []
     machine = (host.sysctl("hw.machine") or "").strip()
@@ -124,12 +127,12 @@ def ability_reasons(host: Host) -> tuple[list[str], list[str]]:
     can = host.can_snapshot()
     if can is None:
         soft.append(
-            "vmm: it is not seen whether the one here has snapshots;"
+            "vmm: it cannot be seen whether the vmm here has snapshots;"
             " kldload vmm, keep debug.link_elf_obj_leak_locals at 1, or -f"
         )
     elif not can:
         soft.append(
-            "vmm: the one here has no snapshots; build and install vmm.ko, bhyve and bhyvectl"
+            "vmm: the vmm here has no snapshots; build and install vmm.ko, bhyve and bhyvectl"
             " with WITH_BHYVE_SNAPSHOT=yes (the kernel stays), or -f"
         )
     return hard, soft
@@ -140,7 +143,8 @@ def source_reasons(
 ) -> tuple[list[str], list[str]]:
     """Say why a guest of this host cannot be sent: (hard, soft).
 
-    pid: of its bhyve.  manager: vm-bhyve's guest, where it is one.
+    pid: of the guest's bhyve.  manager: vm-bhyve's guest, or None if vm-bhyve
+    does not manage it.  Raises what supervisors.reasons() raises.
     """
     hard, soft = ability_reasons(host)
     more_hard, more_soft = supervisor_reasons(
@@ -150,7 +154,7 @@ def source_reasons(
 
 
 def guest_reasons(host: Host, config: Json) -> list[str]:
-    """Say why this host cannot take a guest, whatever is lent to it; they are hard.
+    """Return the hard reasons why this host cannot take a guest with any resources.
 
     config: a validated CONFIG section, whole.
     """
@@ -170,10 +174,10 @@ def _named(keys: Mapping[str, str], kinds: frozenset[str]) -> str:
 
 
 def warnings(config: Json, host: Host, *, is_wired: bool = False) -> list[str]:
-    """Return what neither end can mend, to be said once before the source's guest is paused.
+    """Return what neither end can repair, to be said once before the source's guest is paused.
 
     config: the CONFIG section.  is_wired: as in residency.believes_mincore().
-    Nothing here speaks against a move; each line begins with its key.
+    No warning is a reason against a move; each is one line that begins with its key.
     """
     out = ["clock: the guest's clock falls behind by the length of the pause; let it run NTP"]
     if host.cpu_vendor() == "amd":
@@ -185,22 +189,22 @@ def warnings(config: Json, host: Host, *, is_wired: bool = False) -> list[str]:
     unpaused = _named(config["keys"], UNPAUSED)
     if unpaused:
         out.append(
-            f"devices: bhyve does not stop {unpaused} while it saves; what they do in that moment"
-            " may be lost to the guest, virtio devices are stopped"
+            f"devices: bhyve does not stop {unpaused} while it saves, so the guest may lose what"
+            " they do in that moment; bhyve stops virtio devices"
         )
     if "bootvars" in config["resources"]:
         out.append(
-            "bootvars: the boot variables are a file that the guest writes and no snapshot holds;"
-            " copy it with the disks"
+            "bootvars: the guest writes the boot variables into a file, which is in no snapshot;"
+            " copy this file with the disks"
         )
     is_believed, why = believes_mincore(host, is_wired)
     return out if is_believed else [*out, why]
 
 
 def room_reasons(needed_bytes: int, free_bytes: int, what: str, path: str) -> list[str]:
-    """Compare what is to be written with what is free where it goes.
+    """Compare the bytes to be written with those that are free in a directory.
 
-    what: the reason's key, as "staging".  path: a directory.
+    what: the reason's key, like "staging".  path: the directory.
     """
     if needed_bytes <= free_bytes:
         return []
@@ -211,11 +215,12 @@ def room_reasons(needed_bytes: int, free_bytes: int, what: str, path: str) -> li
 
 
 def needed_memory_bytes(guest_bytes: int, *, is_staged_in_memory: bool) -> int:
-    """Return the most memory that a destination needs at one time.
+    """Return the most memory that a destination needs at one time, in bytes.
 
     bhyve -r reads the memory file into the guest's own memory, and only then
-    can the file go: twice the guest where the file is on a tmpfs.  It is the
-    most, because holes of the file take none there; they do in the guest.
+    can the file be removed: so twice the guest's memory if the file is on a
+    tmpfs.  Less is needed if the file has holes, which take no memory on a
+    tmpfs, but do in the guest.
     """
     return guest_bytes * 2 if is_staged_in_memory else guest_bytes
 

@@ -1,20 +1,20 @@
-"""A guest that vm-bhyve manages: where it is, and what bhyve was last started with.
+"""A guest that vm-bhyve manages: its directory, and bhyve's arguments at its last start.
 
-NAME.conf is vm-bhyve's own description; bhyve's argv is computed from it at
-each start, with taps and a VNC port that exist only then.  So the argv of the
-last start is taken from vm-bhyve.log, where vm-bhyve writes it.
+NAME.conf is vm-bhyve's own description; at each start vm-bhyve computes bhyve's
+argv from NAME.conf, with taps and a VNC port that exist only then.  So the argv
+of the last start is taken from vm-bhyve.log, where vm-bhyve writes it.
 
-    source         it describes the bhyve that runs: vm-bhyve holds run.lock, and the
-                   log says nothing of an end behind it; or the start was ours, of
-                   this very process (locks.py)
-    destination    it is the last one, ended or not, and the .conf has named no other
-                   disks since (vmconf.py)
+    source         the start must be that of the bhyve that runs: either run.lock is
+                   vm-bhyve's and the log records no end after the start, or bhyrecv
+                   started this very process (locks.py)
+    destination    the start must be the last one, ended or not, and the .conf must not
+                   have named other disks since (vmconf.py)
 
-Both compare uuid and MAC addresses with the .conf: a log may be another machine's.
+Both compare uuid and MAC addresses with the .conf, since the log may be another machine's.
 
-Confirmed in source, never run: freebsd/vm-bhyve@0c93a8fb lib/vm-run, vm::run(),
-and lib/vm-util@06e1623d, util::log(), "DATE:  [bhyve options: ...]", one entry
-a line, in the order options, devices, console, ISO device.
+Source, read, never run: freebsd/vm-bhyve@0c93a8fb, lib/vm-run, vm::run(), and
+freebsd/vm-bhyve@06e1623d, lib/vm-util, util::log(): "DATE:  [bhyve options: ...]",
+one entry per line, in the order options, devices, console, ISO device.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from bhystream.errors import from_oserror
 
 CURE = "name a bhyve_config(5) file of this guest with -C"
 CURE_THERE = "give each resource with -o, or start the guest here once with vm-bhyve"
-# vm-bhyve rotates its log at a start, from 1 MiB on.
+# vm-bhyve rotates its log at a start, if the log has 1 MiB or more.
 _MAX_LOG_BYTES = 8 << 20
 _NETWORK = re.compile(r"network[0-9]{1,3}_type")
-# Behind the date: ISO 8601 since 1.7, "Feb 03 04:05:06" before.
+# An entry follows the date, which is ISO 8601 since 1.7, and was "Feb 03 04:05:06" before.
 _ENTRY = re.compile(r"[^\[]{1,40}: +\[bhyve (options|devices|console|iso device): (.*)\]")
-# What tells of a start that is no more, or has not come so far; and of bhyve being run again.
+# Entries which say that the last start has ended or not yet run bhyve, or that bhyve runs again.
 _SAID = re.compile(
     r".{1,40}?: (bhyve exited with status .*|stopped|suspended|fatal;.*|initialising|restarting"
     r"|starting bhyve \(run [0-9]+\))"
 )
-# Written last of all options, and the only one whose argument may hold spaces.
+# vm-bhyve writes -r as the last option; only its argument may contain spaces.
 _RESUMED = re.compile(r"(?:^| )-r /.*\.save$")
 
 
@@ -63,7 +63,11 @@ class VmBhyveGuest:
         return Locks(self.name, self.directory, self.hostname)
 
     def conf(self) -> dict[str, str]:
-        """Return NAME.conf's keys; nothing of it is run.  Raises IncompatibleError."""
+        """Return NAME.conf's keys, without running anything in it.
+
+        Raises IncompatibleError if the file is too long, AccessError or
+        InputOutputError if it cannot be read.
+        """
         path = self.directory / f"{self.name}.conf"
         if path.stat().st_size > vmconf.MAX_CONF_BYTES:
             raise refuse(f"{path} is longer than {vmconf.MAX_CONF_BYTES} bytes")
@@ -74,18 +78,18 @@ class VmBhyveGuest:
         return self.directory / "vm-bhyve.log"
 
     def _last_start(self, cure: str) -> Start:
-        """Return the last start of the log.  Raises IncompatibleError where it holds none."""
+        """Return the last start of the log.  Raises IncompatibleError if the log records none."""
         start = last_start(_read(self._log, _MAX_LOG_BYTES))
         if start is None:
             raise refuse(f"{self._log} records no start of {self.name}", cure)
         return start
 
     def running(self, process: Identity) -> GuestConfig:
-        """Return the configuration that the guest runs with: of its start, by vm-bhyve or by us.
+        """Return the configuration with which vm-bhyve or bhyrecv started the running guest.
 
-        process: its bhyve.  Raises IncompatibleError where none is known to be
-        of this process, where it and the .conf disagree on the uuid or a MAC
-        address, or where something of it cannot travel.
+        process: the guest's bhyve.  Raises IncompatibleError if no start is known
+        to be that of this process, if the configuration and the .conf disagree on
+        the uuid or a MAC address, or if a part of the configuration cannot travel.
         """
         if ours := self.locks.started_with():
             if ours.process is None or not is_same(ours.process, process):
@@ -105,7 +109,7 @@ class VmBhyveGuest:
             start = self._last_start(CURE)
             if start.ended:
                 raise refuse(
-                    f"{self._log} does not describe the bhyve that runs: behind its last start it"
+                    f"{self._log} does not describe the bhyve that runs: after the last start it"
                     f" says {shown(start.ended)}",
                     CURE,
                 )
@@ -114,10 +118,11 @@ class VmBhyveGuest:
         return found
 
     def last_started(self) -> GuestConfig:
-        """Return the configuration of the last start here, by vm-bhyve or by us.
+        """Return the configuration with which vm-bhyve or bhyrecv last started the guest here.
 
-        Raises IncompatibleError as running(), and where the .conf has named
-        other disks or cards, or another kind of loader, since.
+        Raises IncompatibleError if no start is known, if the .conf has another
+        uuid or MAC address than the start, or has since named other disks, another
+        number of cards, or another kind of loader.
         """
         if ours := self.locks.started_with():
             found = read(ours.config, self.name)
@@ -125,7 +130,7 @@ class VmBhyveGuest:
         else:
             start = self._last_start(CURE_THERE)
             found = split(parse_argv([*start.argv(), self.name]), self.name)
-            # Not an ISO to install from, nor what bhyve_options adds.
+            # The devices alone, without an ISO to install from and without bhyve_options.
             generated = parse_argv([*start.parts["devices"].split(), self.name])
         conf = self.conf()
         self._compare(conf, found, CURE_THERE)
@@ -141,9 +146,12 @@ class VmBhyveGuest:
         return found
 
     def _compare(self, conf: dict[str, str], found: GuestConfig, cure: str) -> None:
-        """Refuse a .conf whose uuid or MAC addresses a start did not have."""
+        """Raise IncompatibleError if the .conf has a uuid or a MAC address that the start had not.
+
+        cure: the error's hint.
+        """
         guest = found.section["keys"]
-        # bhyve_options may add cards of its own, so each address only has to be there.
+        # bhyve_options may add further cards, so each address only has to be among them.
         macs = {guest[f"{net}.mac"] for net in known.nets(known.pci_devices(guest))}
         wanted = [("uuid", {guest["uuid"]})]
         wanted += [
@@ -161,7 +169,7 @@ class VmBhyveGuest:
 def find(datastores: Sequence[Path], name: str, hostname: str) -> VmBhyveGuest | None:
     """Return vm-bhyve's guest of that name, the first in the datastores' order, or None.
 
-    datastores: of Host.datastores(), the default one first.
+    datastores: from Host.datastores(), the default one first.
     """
     if not known.NAME.fullmatch(name):
         return None
@@ -176,8 +184,8 @@ def find(datastores: Sequence[Path], name: str, hostname: str) -> VmBhyveGuest |
 class Start:
     """The last start that a vm-bhyve.log records.
 
-    parts: what is written of it, by the word behind "bhyve".  ended: what the
-    log says behind it that makes it a start of the past, "" if nothing.
+    parts: the log's entries, by the word behind "bhyve".  ended: the later entry
+    which says that this start's bhyve does not run, "" if there is none.
     """
 
     parts: Mapping[str, str]
@@ -186,15 +194,15 @@ class Start:
     def argv(self) -> list[str]:
         """Return bhyve's words, in vm-bhyve's order: devices, options, ISO, console.
 
-        The name is not in it.  vm-bhyve itself parts the words at spaces, so no
-        quoting is lost.
+        The guest's name is not among them.  vm-bhyve itself splits the words at
+        spaces, so no quoting is lost.
         """
         order = ("devices", "options", "iso device", "console")
         return [word for part in order for word in self.parts.get(part, "").split()]
 
 
 def last_start(log: str) -> Start | None:
-    """Return the last start that a vm-bhyve.log records, None without one."""
+    """Return the last start that a vm-bhyve.log records, or None if it records none."""
     parts: dict[str, str] = {}
     ended = ""
     for line in log.split("\n"):
@@ -204,7 +212,7 @@ def last_start(log: str) -> Start | None:
         elif entry and parts:
             parts[entry[1]] = entry[2]
         elif said and said[1].startswith("starting"):
-            # Again, with the same options: older versions write them once.
+            # bhyve runs again with the same options, which older versions of vm-bhyve write once.
             ended = ""
         elif said and not (ended and said[1] == "restarting"):
             ended = said[1]

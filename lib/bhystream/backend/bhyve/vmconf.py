@@ -1,11 +1,12 @@
-"""vm-bhyve's own files, NAME.conf and system.conf, by its own rules, and what they say of disks.
+"""vm-bhyve's files NAME.conf and system.conf, read by vm-bhyve's rules, and the disks in them.
 
-A line counts if it begins with a lower-case letter.  All from the first "#" on
-is a comment, also within quotes; then spaces at the end go, then every double
-quote, and nothing else is special.  The key is what stands before the first
-"=", and its first line counts.  A line without "=" is its own value.
+A line counts if it begins with a lower-case letter.  The text from the first "#"
+on is a comment, also within quotes.  Then spaces at the end are removed, then
+every double quote; nothing else is special.  The key is the text before the
+first "=".  If a key has several lines, the first line counts.  A line without
+"=" is both key and value.
 
-Source: freebsd/vm-bhyve@89c21d0e lib/vm-config, config::load(), config::get(),
+Source: freebsd/vm-bhyve@89c21d0e, lib/vm-config, config::load(), config::get(),
 config::core::load(); lib/vm-run, vm::bhyve_device_disks(), vm::get_disk_path(),
 vm::bhyve_device_networking(), vm::uefi(); read.
 """
@@ -36,7 +37,7 @@ def parse(text: str) -> dict[str, str]:
 
 
 def disks(conf: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield each disk's name and what kind of a place it is in: ("disk0.img", "file")."""
+    """Yield each disk's name and kind, as in ("disk0.img", "file")."""
     number = 0
     while conf.get(f"disk{number}_name") and conf.get(f"disk{number}_type"):
         yield conf[f"disk{number}_name"], conf.get(f"disk{number}_dev", "")
@@ -58,11 +59,12 @@ def changes(
     had_cards: int,
     roms: tuple[str | None, str | None],
 ) -> list[str]:
-    """Say what a .conf has otherwise than a start had it, one line each.
+    """Say how a .conf differs from a start, one line each.
 
-    directory: the guest's.  had_disks: the paths of its disks at the start, in
-    the order of their slots; had_cards: of how many network cards.  roms: its
-    boot ROM and variables.  Of what the .conf does not name at all nothing is said.
+    directory: the guest's.  had_disks: the paths of the guest's disks at the
+    start, in the order of their slots.  had_cards: the number of its network
+    cards at the start.  roms: the paths of its boot ROM and variables at the
+    start.  What the .conf does not name is not compared.
     """
     out = []
     wanted = list(disks(conf))

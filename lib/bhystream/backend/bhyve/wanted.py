@@ -1,7 +1,7 @@
-"""What is wanted of a stream's guest at this host, and whether it can be had.
+"""The guest that a stream and the operator want at this host, and whether the host can take it.
 
-The operator's words, vm-bhyve's guest of that name, and what others have left
-here; nothing is made.
+The judgment uses the operator's words, vm-bhyve's guest of the same name, and
+what killed bhyrecvs have left here.  Nothing is made.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 from bhystream.backend.bhyve import backing, identity, verdict
 from bhystream.backend.bhyve.compare import differences
 from bhystream.backend.bhyve.host import VMM_DIR, Host
-from bhystream.backend.bhyve.place import (
+from bhystream.backend.bhyve.resources import Wishes
+from bhystream.backend.bhyve.restoredguest import (
     Leftover,
-    Place,
+    RestoredGuest,
     find_leftover,
-    kept_of,
     last_directory,
+    loaded_directory,
     note_directory,
     staging_of,
     staging_root,
     stream_of,
 )
-from bhystream.backend.bhyve.resources import Wishes
 from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 from bhystream.errors import IncompatibleError
 from bhystream.guest import Head
@@ -35,10 +35,10 @@ from bhystream.guest import Head
 class Wanted:
     """One guest, as it is wanted here.
 
-    name: of the guest here.  wishes: the -o words and -x keys.  base: the state
-    directory.  id: of the stream.  is_kept: the stream is, so it has no plan.
-    is_unstarted: it is to be left loaded.  manager: vm-bhyve's guest of that
-    name, None where it has none.
+    name: the guest's name on this host.  wishes: the -o words and -x keys.
+    base: the state directory.  id: of the stream.  is_kept: the stream was kept
+    (-k), so it has no plan.  is_unstarted: the guest is to be left loaded (-u).
+    manager: vm-bhyve's guest of that name, None if there is none.
     """
 
     host: Host
@@ -50,8 +50,14 @@ class Wanted:
     is_unstarted: bool
     manager: VmBhyveGuest | None
 
-    def judge(self, head: Head, config: dict[str, Any]) -> tuple[list[str], list[str], Place]:
-        """Return (reasons that stand, reasons that force overrules, where it would be)."""
+    def judge(
+        self, head: Head, config: dict[str, Any]
+    ) -> tuple[list[str], list[str], RestoredGuest]:
+        """Judge a guest; return (hard reasons, soft reasons, the guest's record).
+
+        config: the validated CONFIG section.  -f overrules soft reasons.  Raises
+        BhyError or OSError if something that is asked cannot be found out.
+        """
         host = self.host
         hard, soft = verdict.ability_reasons(host)
         theirs_hard, theirs_soft = verdict.host_reasons(head.host, identity.describe(host))
@@ -68,16 +74,19 @@ class Wanted:
             hard.append(
                 f"name: a VM {self.name} is here already; name another, or destroy it{whose}"
             )
-        place = self.place(keys, size)
-        hard += place.staging_reasons()
-        return hard, soft + self.room(place, is_late=self.is_kept), place
+        guest = self.restored(keys, size)
+        hard += guest.staging_reasons()
+        return hard, soft + self.room(guest, is_late=self.is_kept), guest
 
-    def place(self, keys: dict[str, str], size: int) -> Place:
-        """Return where the guest would be.  keys: its whole configuration.  size: of its memory."""
-        host, kept = self.host, kept_of(self.base, self.id, self.name)
+    def restored(self, keys: dict[str, str], size: int) -> RestoredGuest:
+        """Return the guest's record.
+
+        keys: the guest's whole configuration.  size: of its memory, in bytes.
+        """
+        host, kept = self.host, loaded_directory(self.base, self.id, self.name)
         root = staging_root(host, self.base, os.environ)
         staging = kept if self.is_unstarted else staging_of(root, self.id, self.name)
-        return Place(
+        return RestoredGuest(
             kind=host.kind,
             vmm_dir=host.environment().get(VMM_DIR, ""),
             name=self.name,
@@ -88,27 +97,27 @@ class Wanted:
             manager=str(self.manager.directory) if self.manager else "",
         )
 
-    def room(self, place: Place, *, is_late: bool) -> list[str]:
+    def room(self, guest: RestoredGuest, *, is_late: bool) -> list[str]:
         """Return why there is no room for the guest, one line each.
 
-        is_late: its memory goes through a file.
+        is_late: whether the guest's memory goes through a file.  Raises OSError.
         """
         out, in_memory = [], False
         if is_late or self.is_unstarted:
-            root = self.base if self.is_unstarted else Path(place.staging).parent
+            root = self.base if self.is_unstarted else Path(guest.staging).parent
             found = os.statvfs(root)
             free = found.f_bavail * found.f_frsize
             what = "state" if self.is_unstarted else "staging"
-            out = verdict.room_reasons(place.memory_bytes, free, what, str(root))
+            out = verdict.room_reasons(guest.memory_bytes, free, what, str(root))
             in_memory = self.host.is_memory(root)
-        needed = verdict.needed_memory_bytes(place.memory_bytes, is_staged_in_memory=in_memory)
+        needed = verdict.needed_memory_bytes(guest.memory_bytes, is_staged_in_memory=in_memory)
         return out + verdict.memory_reasons(self.host.free_memory_bytes(), needed)
 
     def _lend(self, section: dict[str, Any]) -> tuple[dict[str, str], list[str], list[str]]:
-        """Return the whole configuration here, the reasons against it, and the differences.
+        """Return the whole configuration here, the hard reasons against it, and the soft ones.
 
-        What -o does not give comes from vm-bhyve's guest of that name, if
-        there is one; the rest of its configuration is compared.
+        Resources that -o does not give come from vm-bhyve's guest of that name,
+        if there is one; the rest of that guest's configuration is compared.
         """
         wishes, differ = self.wishes, []
         if self.manager and not self._names_all(section):
@@ -131,18 +140,18 @@ class Wanted:
         given = self.wishes.values
         return all(word in given or key in given for word, key in section["resources"].items())
 
-    # What others left.
+    # What killed bhyrecvs left.
 
     @property
     def _lock(self) -> Path:
-        """Return the file of the guest's lock, which names the directory made last under it."""
+        """Return the path of the guest's lock file, which names the last directory made with it."""
         return self.base / "lock" / f"to-{self.name}"
 
     def _leftovers(self) -> list[Leftover]:
-        """Return what bhyrecvs left of this guest that were killed before anybody knew of it."""
+        """Return what bhyrecvs left of this guest that were killed before they wrote a record."""
         root = staging_root(self.host, self.base, os.environ)
         directories = {
-            kept_of(self.base, self.id, self.name),
+            loaded_directory(self.base, self.id, self.name),
             staging_of(root, self.id, self.name),
         }
         if last := last_directory(self._lock):
@@ -150,19 +159,23 @@ class Wanted:
         found = [find_leftover(self.base, one, self.name) for one in directories]
         return [one for one in found if one]
 
-    def remove_leftovers(self, place: Place) -> None:
-        """Remove it; refuse where a bhyve of this stream lives, or may.  Raises BhyError."""
+    def remove_leftovers(self, guest: RestoredGuest) -> None:
+        """Remove what killed bhyrecvs left of this guest.
+
+        Raises IncompatibleError if a bhyve of this stream is alive, or may be,
+        and GuestError if a bhyve that was left does not end.
+        """
         for one in self._leftovers():
             one.remove(self.host)
-        started = place.started()
+        started = guest.started()
         if started is not None and (started.is_alive() or not started.is_known):
-            cure = "" if started.is_known else f"if it surely does not run: rm {place.started_path}"
+            cure = "" if started.is_known else f"if it surely does not run: rm {guest.started_path}"
             raise IncompatibleError(
-                f"guest {place.name}: a bhyve starts, or runs, from this stream", cure
+                f"guest {guest.name}: a bhyve starts, or runs, from this stream", cure
             )
-        place.remove()
-        place.forget_started()
+        guest.remove()
+        guest.forget_started()
 
-    def note_directory(self, place: Place) -> None:
-        """Let the next one know of the directory that is about to be made.  Never raises."""
-        note_directory(self._lock, place.staging)
+    def note_directory(self, guest: RestoredGuest) -> None:
+        """Note the directory that is about to be made, for the next bhyrecv.  Never raises."""
+        note_directory(self._lock, guest.staging)

@@ -6,32 +6,32 @@ The pieces, in the order in which a move meets them:
     process.py    who listens at the socket: pid, start time, argv
     ram.py        the file behind guest memory: found, and walked
     facts.py      what only QMP knows: the pinned machine, the accelerator
-    graph.py      what is in each drive now, and the jobs that work on it
+    graph.py      the image in each drive now, and the jobs that work on disks
     plugged.py    whether the devices are still those of argv
     allow.py      every word that may travel, and every word that stays
     options.py    QEMU's own option syntax, taken apart
     config.py     argv of a running QEMU -> the CONFIG section, or a refusal
-    devices.py    the parts of it that name a resource of the host
-    validate.py   a CONFIG section from a stream is hostile until it passes
-    contents.py   QemuContents: stream's Contents
+    devices.py    the parts of the argv that name a resource of the host
+    validate.py   the check of a CONFIG section, hostile until it has passed
+    contents.py   QemuContents: contents.Contents of the stream
     compare.py    two configurations, and how they differ
     resources.py  the operator's -o key=value
     command.py    configuration + resources -> argv of the destination
     migration.py  the hand-over: capabilities, cancel, continue
-    scope.py      where it is started, so that it outlives us
-    launch.py     one QEMU started by us: its log, its end
-    empty.py      a QEMU of ours that waits, and all that was made for it
+    scope.py      the systemd scope in which QEMU outlives bhyrecv
+    launch.py     one QEMU that we started: its log, its end
+    empty.py      a QEMU of ours that waits for a guest, and its files
     load.py       the state into QEMU
-    supervisors.py  what would start a guest again that has moved
+    supervisors.py  the programs that would start a moved guest again
     verdict.py    the reasons against a guest on this host
     source.py     QemuSource: base.Source
-    opened.py     which guest it is, what it is made of, its memory
+    opened.py     an open guest: identity, configuration, memory
     sink.py       QemuSink: base.Sink
-    wanted.py     what is wanted of the guest here, and whether it can be had
+    wanted.py     what the operator wants here, and the reasons against it
     paused.py     open_paused(): base.Paused
-    host.py       the host's half of the HOST section
+    host.py       the host's part of the HOST section
 
-Linux only: SO_PEERCRED, /proc and pidfd carry the identity of a guest.
+The backend is for Linux only: SO_PEERCRED, /proc and pidfds identify a guest.
 """
 
 from __future__ import annotations

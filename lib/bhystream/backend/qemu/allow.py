@@ -2,12 +2,12 @@
 
 Both ends use these lists: the source refuses an option, a driver or a property
 that is not here before anything is sent, and the destination refuses a stream
-that holds one, however it came about.  What is here must be harmless in the
-hands of whoever writes the stream: it describes the guest's hardware and names
-no file, program, address or descriptor of the host.
+that holds such a word, whatever wrote the stream.  Every word here must be
+harmless even in a hostile stream: the word describes the guest's hardware and
+names no file, program, address or descriptor of the host.
 
-To add a word: know what QEMU does with a hostile value of it.  A property that
-takes a path, or an id of something that does, never belongs here.
+Before you add a word, find out what QEMU does with a hostile value.  Never add
+a property that takes a path, or the id of an object that takes a path.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MACHINE_PROPS = _words(
 )
 SMP_KEYS = _words("cpus maxcpus sockets dies clusters cores threads")
 BOOT_KEYS = _words("order menu strict reboot-timeout splash-time")
-BOOT_HOST_KEYS = _words("once")  # consumed by the boot that already was
+BOOT_HOST_KEYS = _words("once")  # the guest's first boot has used it up
 RTC_KEYS = _words("base clock driftfix")
 ACTION_KEYS = _words("reboot shutdown panic watchdog")
 SMBIOS_KEYS = _words(
@@ -71,7 +71,7 @@ DRIVERS = _words(
     "vmcoreinfo pvpanic pvpanic-pci isa-debug-exit i6300esb",
 )
 
-# Property -> what it must name.  A reference outside the configuration is refused.
+# Property -> the kind of thing it must name.  A reference outside the configuration is refused.
 REFERENCES = {
     "drive": "disk",
     "netdev": "net",
@@ -105,7 +105,7 @@ DEVICE_PROPS = _words(
     "events",
 )
 
-# -global DRIVER.PROPERTY: these, and those of the devices above.
+# What -global may set as DRIVER.PROPERTY, besides the properties of the devices above.
 GLOBALS = _words(
     "ICH9-LPC.disable_s3 ICH9-LPC.disable_s4 ICH9-LPC.noreboot",
     "ICH9-LPC.acpi-pci-hotplug-with-bridge-support PIIX4_PM.disable_s3 PIIX4_PM.disable_s4",
@@ -120,18 +120,18 @@ DISK_PROPS = _words(
     "format readonly media index bus unit cache discard detect-zeroes werror rerror",
     "cache.direct cache.no-flush cache.writeback",
 )
-# The host's business; the destination has its own.
+# Properties of the source's host; the destination sets its own.
 DISK_HOST_PROPS = _words(
     "file file.filename file.driver file.locking file.aio aio auto-read-only node-name"
 )
-# What a drive may be told that it has not.
+# Properties that a drive may name only to switch them off.
 DISK_OFF_PROPS = _words("snapshot copy-on-read force-share")
 NET_BACKENDS = _words("tap user bridge socket stream dgram hubport vde")
 NIC_PROPS = _words("model mac addr")
 NIC_MODELS = _words("virtio-net-pci virtio e1000 e1000e rtl8139")
 
-# Options of the source that describe its host or its operator's wishes.
-# True: takes an argument.
+# Options that do not travel, because they describe the source's host, or how
+# its operator runs QEMU.  True: the option takes an argument.
 IGNORED = {
     "pidfile": True,
     "daemonize": False,

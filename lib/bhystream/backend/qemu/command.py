@@ -1,8 +1,7 @@
 """Configuration + resources -> the argv of the destination's QEMU.
 
-Everything of the configuration has passed validate(): no value of it holds a
-comma, so none can grow another property.  Paths are the operator's, and their
-commas are doubled.
+The configuration has passed validate(): no value in it holds a comma, so no
+value can add a property.  The paths are the operator's; their commas are doubled.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 
 
 def waiting(qmp_path: str) -> list[str]:
-    """Return what makes any QEMU wait for us: all that a template gets added."""
+    """Return the options that make a QEMU wait for us; a template gets only these added."""
     return ["-S", "-incoming", "defer", "-qmp", f"unix:{escape(qmp_path)},server=on,wait=off"]
 
 
@@ -34,7 +33,7 @@ def build(
     """Return the argv, without the program.
 
     config: as validate() returned it.  ram_path, qmp_path: absolute.
-    name: of the guest here.
+    name: the guest's name at this host.
     """
     memory = config["memory"]
     argv = ["-name", f"guest={name}", "-nodefaults", "-no-user-config", "-display", "none"]
@@ -120,7 +119,7 @@ def _net(net: Mapping[str, Any], value: str) -> list[str]:
     elif value == "user":
         backend = "user"
     else:
-        # A hub with one port: a net that leads nowhere.
+        # A hub with one port is a net that leads nowhere.
         backend = f"hubport,hubid={net['key'][3:]}"
     if net["id"]:
         backend += f",id={net['id']}"

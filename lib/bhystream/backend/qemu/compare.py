@@ -1,13 +1,12 @@
-"""Two configurations, and how they differ.
+"""The differences between two configurations.
 
-QEMU loads a state into a machine with another -cpu, or with a device more,
-without complaint, and the guest breaks later.  So what waits at the
-destination, or stands in the operator's template, is compared with the stream
-word by word.
+QEMU loads a state without complaint into a machine with another -cpu, or with
+an extra device, and the guest breaks later.  So the QEMU that waits at the
+destination, or the operator's template, is compared with the stream word by word.
 
-Not compared: the name, and what is the host's: how drives, nets and serial
-ports are called and what stands behind them.  A reference counts as the key
-that it leads to, drive=disk0.
+Not compared are the guest's name and what belongs to the host: the ids of drives,
+nets and serial ports, and the files and interfaces behind them.  A reference is
+compared as the key of the thing it names: drive=disk0.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from typing import Any
 from bhystream.backend.qemu import allow
 
 _TABLES = {"disk": "disks", "net": "nets", "serial": "serials"}
-# Where QMP was not asked.
+# Unknown in a configuration that was made without QMP.
 _MAY_BE_UNKNOWN = (".format", ".size_bytes")
-# The operator's own choice.
+# Each host's operator chooses these.
 _HOST_DISK_PROPS = {"cache", "cache.direct", "cache.no-flush", "cache.writeback", "discard"}
 
 
 def compare(stream: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """Return one line for each difference; [] means the same machine.
 
-    Both are of the shape of validate()'s result.
+    stream, here: of the shape of validate()'s result.
     """
     left, right = dict(_flatten(stream)), dict(_flatten(here))
     lines = []

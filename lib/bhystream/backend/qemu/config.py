@@ -7,10 +7,10 @@ Three kinds of options:
     irrelevant      dropped: monitors, logging, how the process runs
 
 Any other option is refused by name, here, before anything is sent: a guest
-that is not fully described would load at the destination and be subtly
-another machine, for QEMU itself compares little (a different -cpu or an extra
-device loads without complaint).  For the same reason a QEMU without
--nodefaults is refused: it has devices that no option names.
+that is not fully described would load at the destination as a subtly different
+machine, because QEMU itself compares little (a state loads without complaint
+into a machine with another -cpu or an extra device).  For the same reason a
+QEMU without -nodefaults is refused: such a QEMU has devices that no option names.
 
 The result holds no path of the source host.  The one text that may hold a
 slash is `append`, the guest kernel's own command line.
@@ -36,10 +36,10 @@ from bhystream.backend.qemu.options import (
 from bhystream.errors import IncompatibleError
 
 OTHER_IMAGE = (
-    "after a snapshot or a mirror: commit it, or restart QEMU with what it writes to;"
-    " -f sends the guest as it is: lend it that image at the destination"
+    "if a snapshot or a mirror made the new image, commit it, or restart QEMU with it; or use -f,"
+    " and lend the guest the new image at the destination"
 )
-# Source: qemu/qemu hw/core/machine.c and softmmu/vl.c: memory is a multiple of it.
+# QEMU rounds the memory's size up to this.  Source: qemu/qemu hw/core/machine.c, softmmu/vl.c.
 _RAM_ALIGN_BYTES = 8192
 _SHORT_DISKS = {"hda": "0", "hdb": "1", "hdc": "2", "hdd": "3"}
 
@@ -50,10 +50,10 @@ def reduce_argv(
     """Return the configuration that an argv (without the program) describes.
 
     facts: what QMP adds; a default Facts() leaves aliases as they are.
-    name: the guest's name where -name gives none.  changes: gets a line for
-    each disk on which the guest writes to another image than argv names; without
-    it they are refused.
-    Raises IncompatibleError naming the first thing that cannot travel.
+    name: the guest's name if -name gives none.  changes: gets a line for each
+    disk on which QEMU writes to another image than argv names; without this
+    list, such a disk is refused.
+    Raises IncompatibleError that names the first thing that cannot travel.
     """
     reducer = _Reducer(facts)
     config = reducer.run(argv, name)
@@ -65,7 +65,7 @@ def reduce_argv(
 
 
 def guest_name(argv: list[str]) -> str:
-    """Return the guest's own name, as -name has it; "" for none."""
+    """Return the name that -name gives the guest, "" if it gives none."""
     found = ""
     for option, after in pairwise(argv):
         if option in ("-name", "--name"):
@@ -78,9 +78,10 @@ def _name_of(text: str) -> str:
 
 
 def label(name: str) -> str:
-    """Return what a guest is called whose own name may be any text; "" if nothing is left of it.
+    """Return a guest's name made of any text; "" if the text has no usable character.
 
-    The name of a guest becomes a file name, and an operand.
+    The name becomes a file name and an operand, so "-" replaces all characters
+    that are unsafe in these.
     """
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:64].strip("-.")
 
@@ -209,7 +210,7 @@ class _Reducer:
             raise refuse(f"option -{option}")
 
     def _on_machine(self, text: str) -> None:
-        # "_" is "-" in these.  Source: qemu/qemu softmmu/vl.c, machine_parse_property_opt().
+        # QEMU reads "_" as "-" here.  Source: qemu/qemu softmmu/vl.c, machine_parse_property_opt().
         pairs = [(key.replace("_", "-"), value) for key, value in split_keyval(text, "type")]
         given = as_dict(pairs, "-machine")
         for key in [key for key in given if key.partition(".")[0] in _IN_MACHINE]:
@@ -250,7 +251,7 @@ class _Reducer:
         self._accels.append((kind, pairs))
 
     def _finish_accel(self) -> dict[str, Any]:
-        """Return the accelerator in use: QMP's word, else the first asked for."""
+        """Return the accelerator in use: what QMP says, else the first that argv asks for."""
         kind = self._facts.accel or (self._accels[0][0] if self._accels else "tcg")
         if kind not in allow.ACCELS:
             raise refuse(f"accelerator {kind[:60]}")
@@ -283,7 +284,7 @@ class _Reducer:
         pairs = as_dict(split_keyval(text, "size"), "-m")
         size = parse_size(pairs.pop("size", "128M"), 1 << 20)
         self._ram_size = -(-size // _RAM_ALIGN_BYTES) * _RAM_ALIGN_BYTES
-        # Room for memory to be plugged in, if it is any.
+        # A maxmem no larger than the memory leaves no room to plug memory in.
         if "maxmem" in pairs and parse_size(pairs["maxmem"], 1) <= size:
             pairs = {key: pairs[key] for key in pairs.keys() - {"maxmem", "slots"}}
         if pairs:
@@ -334,12 +335,12 @@ class _Reducer:
 
     def _on_append(self, text: str) -> None:
         if not allow.APPEND.fullmatch(text):
-            raise IncompatibleError("option -append: it holds what is not printable ASCII")
+            raise IncompatibleError("option -append: its text is not all printable ASCII")
         self._out["append"] = text
 
     def _on_watchdog(self, text: str) -> None:
         self._out["watchdog_action"] = word(text, "option -watchdog-action")
 
 
-# What may be given as a property of the machine too, "smp.cpus".
+# Options that may also be given as properties of the machine: "smp.cpus".
 _IN_MACHINE = {"smp": _Reducer._on_smp, "boot": _Reducer._on_boot, "memory": _Reducer._on_m}

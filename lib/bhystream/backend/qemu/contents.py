@@ -1,7 +1,7 @@
-"""What a stream says of a guest of QEMU, checked on any host: contents.Contents.
+"""The check of a QEMU guest's sections in a stream, on any host: contents.Contents.
 
-CONFIG is validate.py's.  The guest has one segment, its memory backend, and one
-state, QEMU's own migration stream, of which only the beginning is looked at.
+validate.py checks CONFIG.  The guest has one segment, its memory backend, and one
+state, QEMU's own migration stream, of which only the first bytes are checked.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class QemuContents:
         self._has_state = False
 
     def config(self, config: Json) -> None:
-        """Check CONFIG."""
+        """Check CONFIG.  Raises IncompatibleError."""
         self._memory = validate(config)["memory"]
 
     def layout(self, layout: Layout) -> None:
-        """Check that LAYOUT is the one memory backend of CONFIG."""
+        """Check that LAYOUT is CONFIG's one memory backend.  Raises IncompatibleError."""
         if len(layout.segments) != 1:
             raise IncompatibleError(f"{len(layout.segments)} segments; QEMU guests have one")
         [segment], memory = layout.segments, self._memory
@@ -41,13 +41,13 @@ class QemuContents:
             )
 
     def devices(self, devices: tuple[str, ...]) -> None:
-        """Do nothing: they are for people."""
+        """Do nothing: DEVICES is for people to read."""
 
     def plan(self, plan: bytes) -> None:
-        """Do nothing: a QEMU that waits needs none."""
+        """Do nothing: a QEMU that waits needs no plan."""
 
     def state(self, state: State) -> None:
-        """Check the one state; optional ones are left out."""
+        """Check the one state; ignore optional states.  Raises FormatError."""
         if state.is_optional:
             return
         if state.name != STATE:
@@ -55,10 +55,10 @@ class QemuContents:
         if len(state.data) > MAX_STATE_BYTES:
             raise FormatError(f"state {STATE}: more than {MAX_STATE_BYTES >> 20} MiB")
         if not state.data.startswith(_MAGIC):
-            raise FormatError(f"state {STATE}: it is no migration stream of QEMU's")
+            raise FormatError(f"state {STATE}: it is not a migration stream of QEMU")
         self._has_state = True
 
     def end(self) -> None:
-        """Check that the state has come."""
+        """Check that the state has come.  Raises FormatError."""
         if not self._has_state:
             raise FormatError(f"state {STATE} is missing")

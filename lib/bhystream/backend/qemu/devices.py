@@ -1,9 +1,9 @@
 """The parts of a configuration that name a resource of the host.
 
 A drive, a net or a serial port has two halves: what the guest sees, which
-travels, and what the host lends it, which stays.  What travels instead of the
-lent half is a key, disk0, net0, serial0, that the destination's operator
-fills in with -o.
+travels, and what the host lends the guest, which stays.  Instead of the lent
+half a key travels (disk0, net0, serial0), and the destination's operator gives
+the key a value with -o.
 """
 
 from __future__ import annotations
@@ -35,31 +35,34 @@ _PROTOCOLS = {"file", "host_device"}
 
 
 def driver_of(name: str) -> str:
-    """Return a driver by the one of its names that is the type's."""
+    """Return the type name of a driver, whose name may be an alias."""
     return _ALIASES.get(name, name)
 
 
 def refuse(what: str) -> IncompatibleError:
-    """Return the error for a word that is on no list."""
+    """Return the error for a word that is not on the lists.  what: as messages name the word."""
     return IncompatibleError(f"{what} cannot travel: bhysend does not know it")
 
 
 def word(value: str, what: str) -> str:
-    """Return the value if it is an allowed one, else refuse it by name."""
+    """Return the value if it is allowed.  Raises IncompatibleError that names `what` if not."""
     if not allow.VALUE.fullmatch(value):
         raise IncompatibleError(f"{what} cannot travel: '{value[:60]}'")
     return value
 
 
 def ident(value: str, what: str) -> str:
-    """Return the value if it is an allowed id, else refuse it by name."""
+    """Return the value if it is an allowed id.  Raises IncompatibleError that names `what`."""
     if not allow.IDENT.fullmatch(value) or value.startswith(allow.RESERVED):
         raise IncompatibleError(f"{what}: the id '{value[:60]}' cannot travel")
     return value
 
 
 class Parts:
-    """Collects -drive, -device and their kin; finish() makes them fit together."""
+    """Collects -drive, -device and the like, which finish() joins.
+
+    All methods raise IncompatibleError if a word cannot travel.
+    """
 
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
@@ -71,12 +74,12 @@ class Parts:
         self._serials: list[str] = []
         self._objects: dict[str, str] = {}
         self._devices: list[dict[str, Any]] = []
-        # What QEMU has in its drives now against its command line, one line each.
+        # How the images in QEMU's drives differ from its command line's, one line each.
         self.changes: list[str] = []
         self.ram: dict[str, Any] | None = None
 
     def device(self, text: str) -> None:
-        """-device: the driver and every property must be on the lists."""
+        """Add a -device, whose driver and properties must all be on the lists."""
         props = as_dict(split_keyval(text, "driver"), "-device") | json_address(text)
         driver = driver_of(props.pop("driver", ""))
         if driver not in allow.DRIVERS:
@@ -91,7 +94,7 @@ class Parts:
         self._devices.append({"driver": driver, "props": props})
 
     def object(self, text: str) -> None:
-        """-object: the RAM, a source of random numbers, an I/O thread."""
+        """Add an -object: the RAM, a source of random numbers, or an I/O thread."""
         pairs = as_dict(split_keyval(text, "qom-type"), "-object")
         kind, name = pairs.get("qom-type", ""), pairs.get("id", "")
         if kind in ("memory-backend-file", "memory-backend-memfd"):
@@ -108,7 +111,7 @@ class Parts:
     def _memory(self, pairs: dict[str, str], name: str) -> None:
         if self.ram is not None:
             raise IncompatibleError(f"object {name}: a second memory backend", hint=CURE)
-        # memory-backend-memfd is shared unless told otherwise; the file is not.
+        # memory-backend-memfd is shared by default; memory-backend-file is not.
         default = "on" if pairs["qom-type"].endswith("memfd") else "off"
         if not is_on(pairs.get("share", default), "share"):
             raise IncompatibleError(f"memory backend {name} is not share=on", hint=CURE)
@@ -117,7 +120,7 @@ class Parts:
         self.ram = {"id": name, "size_bytes": parse_size(pairs.get("size", ""), 1)}
 
     def drive(self, text: str, **preset: str) -> None:
-        """-drive, and with preset -hda, -cdrom and -pflash (text is the file)."""
+        """Add a -drive or, with `preset`, a -hda, -cdrom or -pflash (text is then the file)."""
         pairs = preset | {"file": text} if preset else as_dict(split_keyval(text), "-drive")
         if "read-only" in pairs:
             pairs["readonly"] = pairs.pop("read-only")
@@ -141,7 +144,7 @@ class Parts:
         self._drives.append(pairs | {"if": interface})
 
     def blockdev(self, text: str) -> None:
-        """-blockdev: an image format over a file, in one node or in two."""
+        """Add a -blockdev: an image format over a file, in one node or in two."""
         pairs = as_dict(split_keyval(text, "driver"), "-blockdev")
         driver = pairs.get("driver", "")
         if driver not in allow.DISK_FORMATS | _PROTOCOLS:
@@ -156,7 +159,7 @@ class Parts:
         self._nodes[ident(pairs.get("node-name", ""), "-blockdev")] = pairs
 
     def netdev(self, text: str) -> None:
-        """-netdev: which one it is stays here, that there is one travels."""
+        """Add a -netdev: its id and type travel, its other properties stay here."""
         pairs = as_dict(split_keyval(text, "type"), "-netdev")
         kind = pairs.get("type", "")
         if kind not in allow.NET_BACKENDS:
@@ -166,7 +169,7 @@ class Parts:
         self._netdevs[ident(pairs.get("id", ""), "-netdev")] = kind
 
     def nic(self, text: str) -> None:
-        """-nic: a net and its card in one."""
+        """Add a -nic: a net and its card in one option."""
         pairs = as_dict(split_keyval(text, "type"), "-nic")
         kind = pairs.get("type", "")
         if kind == "none":
@@ -180,11 +183,11 @@ class Parts:
         self._nics.append({"id": name, "kind": "nic", "backend": kind, "props": props})
 
     def chardev(self, text: str) -> None:
-        """-chardev: only its id matters, and only if a device uses it."""
+        """Add a -chardev: only its id matters, and only if a device names that id."""
         self._chardevs.add(as_dict(split_keyval(text, "backend"), "-chardev").get("id", ""))
 
     def serial(self, text: str) -> None:
-        """-serial: the guest sees a port, whatever it is connected to."""
+        """Add a -serial: the guest sees a port, whatever the host connects to the port."""
         if text != "none":
             self._serials.append(text.removeprefix("chardev:") if ":" in text else "")
 
@@ -219,7 +222,7 @@ class Parts:
         }
 
     def _used(self, prop: str) -> dict[str, None]:
-        """Return the ids that devices name in `prop`, in order."""
+        """Return the ids that devices name in their property `prop`, in order."""
         return {d["props"][prop]: None for d in self._devices if prop in d["props"]}
 
     def _finish_serials(self) -> list[dict[str, Any]]:
@@ -251,9 +254,9 @@ class Parts:
         return disks + [self._node(name) for name in used if name in self._nodes]
 
     def _labels(self, pairs: dict[str, str], taken: set[int]) -> list[str]:
-        """Return what QEMU may call a drive without an id.
+        """Return the names that QEMU may give a drive without an id.
 
-        taken: the numbers of the interface's drives so far.
+        taken: the numbers of the interface's drives so far; gets this drive's.
         Source: qemu/qemu blockdev.c, drive_new().
         """
         interface = pairs["if"]
@@ -272,9 +275,10 @@ class Parts:
         return [f"{interface}{number}"]
 
     def _drive_of(self, labels: list[str]) -> Drive | None:
-        """Return QEMU's own drive of -drive; None where QEMU was not asked.
+        """Return QEMU's drive of a -drive; None if QEMU was not asked.
 
-        It goes with its device, a moment after it: then it is in none.
+        QEMU drops the drive a moment after the drive's device is unplugged; in
+        between, the drive is in no device.
         """
         if self._facts.drives is None:
             return None
@@ -285,14 +289,15 @@ class Parts:
         return found
 
     def _device_of(self, name: str) -> str:
-        """Return the id of the device that has a drive, "" where it has none."""
+        """Return the id of the device that uses a drive, "" if there is no device or no id."""
         props = (device["props"] for device in self._devices)
         return next((str(each.get("id", "")) for each in props if each.get("drive") == name), "")
 
     def _present(self, disk: dict[str, Any], file: str, drive: Drive | None) -> dict[str, Any]:
-        """Describe a disk by what is in its drive now.
+        """Describe a disk by the image that is in its drive now.
 
-        file: what the command line has put into it.  Notes what differs.
+        file: the image that the command line names.  Notes in `changes` how the
+        two images differ.
         """
         props = dict(disk["props"])
         if drive is None:
@@ -317,18 +322,21 @@ class Parts:
         return disk | {"empty": False, "size_bytes": medium.size_bytes, "props": props}
 
     def _changes(self, what: str, file: str, wanted: str | None, medium: Medium) -> list[str]:
-        """Say how the image in a drive differs from that of the command line."""
+        """Say how the image in a drive differs from the one that the command line names.
+
+        file, wanted: the command line's image and format.
+        """
         then = local_path(file, self._facts.directory)
         now = local_path(medium.file, self._facts.directory)
         if then != now and (then is None or now is None or identity_of(then) != identity_of(now)):
             return [
-                f"{what}: QEMU writes to {now or 'an image of a network'}, its command line has"
-                f" {then or 'an image of a network'}"
+                f"{what}: QEMU writes to {now or 'a network image'}, but its command line names"
+                f" {then or 'a network image'}"
             ]
         if not medium.is_there:
             return [f"{what}: {now} is no longer the file that QEMU has open"]
         if wanted not in (None, medium.format):
-            return [f"{what}: it is {medium.format} now, its command line has {wanted}"]
+            return [f"{what}: its format is {medium.format}, but QEMU's command line has {wanted}"]
         return []
 
     def _node(self, name: str) -> dict[str, Any]:
@@ -348,9 +356,10 @@ class Parts:
         return self._present(disk, file, self._drive_of_node(name))
 
     def _drive_of_node(self, name: str) -> Drive | None:
-        """Return the drive that -blockdev's node is in, or was in at the start.
+        """Return the drive that holds a -blockdev's node, or held it at the start.
 
-        By the node, and where another one, or none, is in it now, by its device.
+        The drive is found by the node or, if the drive now holds another node or
+        none, by the device.
         """
         if self._facts.drives is None:
             return None
@@ -362,13 +371,13 @@ class Parts:
         others = [each for each in nameless if each.device == device and not self._has_own(each)]
         if len(others) != 1:
             raise IncompatibleError(
-                f"disk {name}: what is in its drive now cannot be told",
+                f"disk {name}: cannot tell which image is in its drive now",
                 hint="give each device of QEMU's command line an id",
             )
         return others[0]
 
     def _has_own(self, drive: Drive) -> bool:
-        """Say whether a drive still has a node of the command line's devices."""
+        """Say whether a drive still holds a node that a device of the command line names."""
         return drive.medium is not None and drive.medium.node in self._used("drive")
 
 
@@ -377,7 +386,10 @@ def _number(pairs: dict[str, str], key: str) -> int:
 
 
 def check_references(devices: list[dict[str, Any]], known: dict[str, set[str]]) -> None:
-    """Refuse a device that names a drive, net, ... that is not described."""
+    """Raise IncompatibleError if a device names a drive, a net, ... that is not described.
+
+    known: the described ids, by kind (allow.REFERENCES).
+    """
     for device in devices:
         for prop, kind in allow.REFERENCES.items():
             value = device["props"].get(prop)

@@ -1,7 +1,8 @@
-"""An empty QEMU of ours: started to wait for a guest, and removed without a trace.
+"""An empty QEMU that we start to wait for a guest, and can remove without a trace.
 
-From the stream's configuration, on a memory file of ours; or from the
-operator's template.  RAM of ours is unlinked as soon as QEMU has it mapped.
+QEMU is started from the stream's configuration, on a memory file of ours, or
+from the operator's template.  We unlink our memory file as soon as QEMU has
+mapped it, unless -o mem= names the file itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bhystream.errors import GuestError, IncompatibleError
 
 
 class Empty:
-    """One such QEMU, and every file that was made for it: ours until let_go()."""
+    """An empty QEMU, and every file that was made for it: ours until let_go()."""
 
     def __init__(
         self,
@@ -29,7 +30,10 @@ class Empty:
         qmp_path: str,
         state_dir: str,
     ) -> None:
-        """config: validated.  name: of the guest here.  Nothing is started yet."""
+        """Prepare; start nothing.  config: validated.  name: the guest's at this host.
+
+        qmp_path: absolute.  state_dir: has a directory log/, for QEMU's log.
+        """
         self._config = config
         self._resources = resources
         self._name = name
@@ -41,9 +45,10 @@ class Empty:
         self._made: list[str] = []
 
     def start_built(self) -> Qmp:
-        """Start it from the configuration; return the connection, the caller's.
+        """Start QEMU from the configuration; return the connection, which the caller closes.
 
-        take_ram() then gives the memory file.  Raises BhyError.
+        take_ram() then returns the memory file.  Raises BhyError if QEMU does not
+        start, or the memory file cannot be made.
         """
         ram_path, is_kept = self._make_ram(self._config["memory"]["size_bytes"])
         self._note_serials()
@@ -61,7 +66,7 @@ class Empty:
                 qmp = self._launch([program, *argv])
                 break
             except GuestError as error:
-                # A QEMU built without seccomp says so and ends.
+                # A QEMU built without seccomp refuses -sandbox and ends.
                 if not (sandbox and "-sandbox" in str(error)):
                     raise
         if not is_kept:
@@ -70,18 +75,21 @@ class Empty:
         return qmp
 
     def start_template(self, program: str, words: list[str]) -> Qmp:
-        """Start the operator's own command line, made to wait; return the connection."""
+        """Start the operator's command line, so that QEMU waits; return the connection.
+
+        Raises BhyError if QEMU does not start, or its memory has another size.
+        """
         path = verdict.template_ram_path(words)
         if path is not None and not os.path.lexists(path):
             self._made.append(path)
         qmp = self._launch([program, *words, *waiting(self._qmp_path)])
         backend = facts.memory_backend(qmp)
         if backend.size_bytes != self._config["memory"]["size_bytes"]:
-            raise IncompatibleError("template: its memory has another size")
+            raise IncompatibleError("template: its memory has another size than the guest's")
         return qmp
 
     def take_ram(self) -> int:
-        """Hand over the descriptor of the memory file that start_built() made."""
+        """Return the descriptor of start_built()'s memory file, which the caller closes."""
         fd, self._ram_fd = self._ram_fd, -1
         return fd
 
@@ -100,14 +108,17 @@ class Empty:
         return path, is_kept
 
     def _note_serials(self) -> None:
-        """Note the files that QEMU will make, for remove()."""
+        """Note the serial ports' files that QEMU will make, so that remove() removes them."""
         for port in self._config["serials"]:
             path = (self._resources.get(port["key"]) or "null").removeprefix("unix:")
             if path != "null" and not os.path.lexists(path):
                 self._made.append(path)
 
     def _launch(self, argv: list[str]) -> Qmp:
-        """Start QEMU and connect; on failure it has ended."""
+        """Start QEMU and connect.
+
+        Ends QEMU if no connection can be made; remove() ends it after a later failure.
+        """
         path = self._qmp_path
         if path not in self._made:
             self._made.append(path)
@@ -123,7 +134,7 @@ class Empty:
         try:
             if qmp.pid != child.pid:
                 self._made.remove(path)
-                raise GuestError(f"{self._who}: process {qmp.pid} answers at {path}, not ours")
+                raise GuestError(f"{self._who}: process {qmp.pid}, not our QEMU, answers at {path}")
             state = facts.status(qmp)
             if state != "inmigrate":
                 raise GuestError(f"{self._who}: QEMU is '{state}', not waiting")
@@ -133,7 +144,7 @@ class Empty:
         return qmp
 
     def blame(self, error: GuestError) -> GuestError:
-        """Return the error with QEMU's own last words, if it has any."""
+        """Return the error, with QEMU's own last words if QEMU has ended."""
         return self._child.blame(error) if self._child else error
 
     def let_go(self) -> None:
@@ -142,7 +153,7 @@ class Empty:
             self._child.let_go()
 
     def remove(self) -> None:
-        """End QEMU and remove what was made.  Never raises; twice is no error."""
+        """End QEMU and remove all files made for it.  Never raises; may be called twice."""
         if self._child is not None:
             self._child.kill()
             self._child.remove_log()

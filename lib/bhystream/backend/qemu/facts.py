@@ -1,8 +1,8 @@
 """What only QMP knows of a running QEMU, and what must hold before a move.
 
-argv says what was asked for; this is what came of it: the machine version
-behind an alias, the accelerator of a list, and what is in each drive now
-(graph.py).  Whether its devices are still those of argv: plugged.py.
+argv says what the operator asked for, QMP what QEMU made of it: the machine
+version behind an alias, the accelerator chosen from a list, and the image in
+each drive now (graph.py).  plugged.py checks that the devices are still argv's.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from bhystream.errors import GuestError, IncompatibleError
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one QEMU.  An empty field is unknown, and argv alone decides.
+    """The facts of one QEMU.  If a field is empty, the fact is unknown, and argv alone decides.
 
     machine: the pinned type, "pc-q35-7.2".  aliases: {"q35": "pc-q35-7.2"}.
-    drives: what is in each now; None where nobody was asked.  directory: the
-    one that its relative paths are in.
+    drives: with their present images; None if QEMU was not asked.  directory:
+    the working directory, from which QEMU's relative paths start.
     """
 
     arch: str = "x86_64"
@@ -35,7 +35,7 @@ class Facts:
 
 
 def gather(qmp: Qmp) -> Facts:
-    """Ask a QEMU for its facts.  Raises GuestError."""
+    """Ask a QEMU for its facts.  Raises GuestError, or AccessError for a QEMU not ours to see."""
     doing = "examine"
     directory = working_directory(qmp.pid)
     machine = qmp.execute("qom-get", {"path": "/machine", "property": "type"}, doing=doing)
@@ -66,8 +66,9 @@ CURE = (
 def memory_backend(qmp: Qmp) -> Backend:
     """Return the guest's memory backend.
 
-    Raises IncompatibleError unless it is exactly one, shared, used as the
-    machine's memory, all of the guest's memory and from the file's start.
+    Raises IncompatibleError unless there is exactly one memory backend, which is
+    shared, is the machine's memory, holds all of the guest's memory and begins
+    at the start of its file.  Raises GuestError if QEMU fails.
     """
     doing = "examine memory"
     backends = qmp.execute("query-memdev", doing=doing)
@@ -101,8 +102,8 @@ def memory_backend(qmp: Qmp) -> Backend:
 
 
 def status(qmp: Qmp) -> str:
-    """Return the run state: "running", "paused", "inmigrate", ..."""
+    """Return QEMU's run state: "running", "paused", "inmigrate", ...  Raises GuestError."""
     reply = qmp.execute("query-status", doing="query its state")
     if not isinstance(reply, dict) or not isinstance(reply.get("status"), str):
-        raise GuestError(f"{qmp.who}: cannot query its state: odd answer")
+        raise GuestError(f"{qmp.who}: cannot query its state: QEMU's answer holds no status")
     return str(reply["status"])

@@ -1,11 +1,11 @@
-"""The block graph of a running QEMU: what is in each drive now, and who else works on it.
+"""The block graph of a running QEMU: the image in each drive now, and what else uses the disks.
 
-argv tells the start.  Since then a snapshot or a mirror may have put another
-image under a disk, a tray may have been emptied or filled, and a job may copy
-from a disk or into it.  Such a job does not end with the pause: it goes on to
-write, and QEMU asserts and dies on it when the state is taken (seen with 7.2:
-bdrv_co_write_req_prepare(), BDRV_O_INACTIVE); where it does not, what it was
-for is lost without a word.
+argv tells only what QEMU started with.  Since then a snapshot or a mirror may
+have put another image under a disk, a tray may have been emptied or filled, and
+a job may copy from a disk or to a disk.  The pause does not end such a job: the
+job goes on writing, and QEMU fails an assertion and dies when the state is taken
+(seen with 7.2: bdrv_co_write_req_prepare(), BDRV_O_INACTIVE).  If QEMU survives,
+the job does not move along, and its work is lost without a message.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from bhystream.backend.qemu.options import protocol_of
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.errors import AccessError, GuestError
 
-# Over which an image format lies; as the top node they are raw.
+# The drivers below an image format; as the top node of a drive they mean a raw image.
 PROTOCOLS = frozenset({"file", "host_device", "host_cdrom", "nbd", "rbd", "iscsi", "ssh"})
 LOCAL = ("file", "host_device", "host_cdrom")
-# Names of descriptors that QEMU was handed, and no paths.
+# Names of descriptors that were passed to QEMU; such a name is no path.
 _DESCRIPTORS = ("/dev/fdset/", "/dev/fd/", "/proc/self/fd/")
 _ENDED = frozenset({"concluded", "null"})
 
@@ -34,9 +34,10 @@ _ENDED = frozenset({"concluded", "null"})
 class Medium:
     """An image in a drive.
 
-    node: its name in the graph.  format: "raw", "qcow2", or a filter's name.
-    size_bytes: as the guest sees it.  file: what QEMU has opened.  is_there:
-    False where the path of a local file now leads to another one, or to none.
+    node: the image's name in the graph.  format: "raw", "qcow2", or a filter's
+    name.  size_bytes: as the guest sees the image.  file: the name that QEMU has
+    opened.  is_there: False if a local file's path now leads to another file, or
+    to none.
     """
 
     node: str
@@ -51,9 +52,9 @@ class Medium:
 class Drive:
     """One drive of the guest.
 
-    label: the id of -drive, or QEMU's own name of it; "" for one of -blockdev.
-    device: the id of the device that has it, "" for one without an id.
-    medium: None where it is empty.
+    label: the id of the -drive, or QEMU's own name for it; "" for a -blockdev.
+    device: the id of the device that uses the drive, "" if the device has no id.
+    medium: None if the drive is empty.
     """
 
     label: str
@@ -63,9 +64,10 @@ class Drive:
 
 
 def drives(qmp: Qmp, directory: str) -> tuple[Drive, ...]:
-    """Return what is in each drive now.  Source: query-block.  Raises GuestError.
+    """Return QEMU's drives, each with its image now.  Source: query-block.
 
-    directory: QEMU's own.
+    directory: QEMU's working directory.  Raises GuestError, or AccessError if we
+    may not see QEMU's open files.
     """
     opened = _open_files(qmp.pid)
 
@@ -108,7 +110,7 @@ def _medium(inserted: Mapping[str, Any] | None) -> Medium | None:
 
 
 def file_of(name: str) -> str:
-    """Return the innermost file name of a "json:{...}", any other name as it is."""
+    """Return the innermost file name in a "json:{...}", any other name as it is."""
     if not name.startswith("json:"):
         return name
     try:
@@ -121,9 +123,9 @@ def file_of(name: str) -> str:
 
 
 def local_path(name: str, directory: str) -> str | None:
-    """Return the absolute path of a file name of QEMU's; None for what is no local file.
+    """Return the absolute path for a file name of QEMU's; None if it names no local file.
 
-    directory: the working directory of the QEMU that was given it.
+    directory: the working directory of the QEMU that was given the name.
     """
     name = file_of(name)
     protocol = protocol_of(name)
@@ -135,29 +137,34 @@ def local_path(name: str, directory: str) -> str | None:
 
 
 def refuse_jobs(qmp: Qmp) -> None:
-    """Refuse a guest on whose disks a job works, or another program.
+    """Raise GuestError if a job or another program works on the guest's disks.
 
-    One that has ended and only waits to be dismissed works no more.  Raises GuestError.
+    A job that has ended, and only waits to be dismissed, no longer works on them.
     """
     for job in qmp.execute("query-jobs", doing="examine the jobs"):
         if job.get("status") not in _ENDED:
             name = str(job.get("id", ""))
             raise GuestError(
                 f"{qmp.who}: the job '{name}' ({job.get('type')}, {job.get('status')}) works on"
-                " its disks: QEMU may die of it in the pause, and it does not move along",
-                hint=f"wait for its end, or end it (QMP: job-complete or job-cancel, id {name})",
+                " the guest's disks: the job may make QEMU die in the pause, and does not move"
+                " along",
+                hint=f"wait until the job ends, or end it (QMP: job-complete or job-cancel,"
+                f" id {name})",
             )
     for export in qmp.execute("query-block-exports", doing="examine the exports"):
         name = str(export.get("id", ""))
         raise GuestError(
-            f"{qmp.who}: the {export.get('type')} export '{name}' gives one of its disks to"
-            " another program, and does not move along",
-            hint=f"end it first (QMP: block-export-del, id {name})",
+            f"{qmp.who}: the {export.get('type')} export '{name}' gives one of the guest's disks"
+            " to another program, and does not move along",
+            hint=f"end the export first (QMP: block-export-del, id {name})",
         )
 
 
 def _open_files(pid: int) -> frozenset[str]:
-    """Return the identities of all files that a process has open.  Raises AccessError."""
+    """Return the identities of all files that a process has open.
+
+    Raises AccessError if we may not see these files, GuestError if the process has ended.
+    """
     found = set()
     directory = f"/proc/{pid}/fd"
     try:
@@ -172,17 +179,17 @@ def _open_files(pid: int) -> frozenset[str]:
 
 
 def is_open(file: str, directory: str, pid: int, opened: frozenset[str]) -> bool:
-    """Say whether a name leads to a file that QEMU has open; True of what is no path.
+    """Say whether a name leads to a file that QEMU has open; True if the name is no path.
 
-    directory, pid: QEMU's.  opened: the identities of its files.
+    directory, pid: QEMU's.  opened: the identities of QEMU's open files.
     """
     path = local_path(file, directory)
     if path is None or path.startswith(_DESCRIPTORS):
         return True
     if directory == "/" and not file_of(file).startswith("/"):
-        return True  # -daemonize goes there when the disks are open
+        return True  # a QEMU with -daemonize has changed to / after it opened the disks
     try:
-        # As QEMU sees it, whatever its root and its mounts are.
+        # This is the path as QEMU sees it, whatever QEMU's root and mounts are.
         return identity(os.stat(f"/proc/{pid}/root{path}")) in opened
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""The host's half of the HOST section, in names from the field."""
+"""The host's part of the HOST section; the hw.* keys are named after FreeBSD's sysctls."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from bhystream.errors import GuestError
 
 
 def host_id() -> str:
-    """Return 32 hex digits that name this host and tell nothing else of it.
+    """Return 32 hex digits that identify this host and tell nothing else about it.
 
-    machine-id(5) asks that it be hashed before it leaves the machine.
+    machine-id(5) asks that the machine id be hashed before it leaves the machine.
     """
     raw = ""
     for path in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
@@ -28,7 +28,7 @@ def host_id() -> str:
 
 
 def cpu_model() -> str:
-    """Return the first processor's model name, or the architecture."""
+    """Return the first processor's model name, or the architecture if Linux names no model."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -68,7 +68,10 @@ def memory_available_bytes() -> int | None:
 
 
 def program(arch: str) -> str:
-    """Return the QEMU to run: BHYRECV_QEMU, else qemu-system-ARCH on PATH."""
+    """Return the path of the QEMU to run: BHYRECV_QEMU, else qemu-system-ARCH on PATH.
+
+    Raises GuestError if there is no such program.
+    """
     wanted = os.environ.get("BHYRECV_QEMU") or f"qemu-system-{arch}"
     found = shutil.which(wanted)
     if found is None:

@@ -1,4 +1,4 @@
-"""One QEMU started by us: its first words, and its last."""
+"""One QEMU that we have started: how we connect to it, and its last words."""
 
 from __future__ import annotations
 
@@ -18,34 +18,35 @@ class Launched(Child):
     def __init__(
         self, argv: list[str], log_path: str, who: str, secrets: Mapping[str, str]
     ) -> None:
-        """Start it.  argv: program first.  log_path: created, 0600.
+        """Start QEMU.  argv: program first.  log_path: created, 0600.
 
-        secrets: what its last words must not show: QEMU repeats the option that
-        it does not like.  Raises a BhyError if the program cannot be run.
+        secrets: texts that last_words() must not show, each with its substitute,
+        because QEMU repeats an option that it refuses.  Raises a BhyError if the
+        program cannot be run.
         """
         super().__init__(argv, log_path)
         self._who = who
         self._secrets = secrets
 
     def last_words(self) -> str:
-        """Return the last lines of its log as one, without the secrets."""
+        """Return the last lines of QEMU's log as one line, without the secrets."""
         words = super().last_words()
         for secret, shown in self._secrets.items():
             words = words.replace(secret, shown)
         return words
 
     def blame(self, error: GuestError) -> GuestError:
-        """Return the error with QEMU's own last words, if it has any."""
+        """Return the error, with QEMU's own last words if QEMU has ended."""
         if not self._gone_soon():
             return error
         return GuestError(f"{self._who}: QEMU has ended: {self.last_words()}", hint=error.hint)
 
     def _gone_soon(self) -> bool:
-        """Give a process that closed its connection a moment to end."""
+        """Say whether QEMU ends within a moment, as it does after closing its connection."""
         return self.ends_within(0.5)
 
     def connect(self, qmp_path: str) -> Qmp:
-        """Wait for its QMP socket and connect.  Raises GuestError."""
+        """Wait until QEMU listens at its QMP socket; connect.  Raises GuestError."""
         end = time.monotonic() + START_LIMIT_S
         while True:
             if self.has_ended():
@@ -56,7 +57,7 @@ class Launched(Child):
                 if time.monotonic() > end:
                     raise
             except GuestError:
-                # It listened, and ended before it had greeted us?
+                # QEMU may have listened, and ended before it greeted us.
                 if not self._gone_soon():
                     raise
             time.sleep(0.005)

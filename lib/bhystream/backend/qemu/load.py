@@ -1,4 +1,4 @@
-"""The device state into a QEMU that waits: fed without deadlock."""
+"""Load the device state into a QEMU that waits, without a deadlock."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LOAD_LIMIT_S = 60.0
 
 
 def feed_state(qmp: Qmp, data: bytes) -> None:
-    """Load `data` into a QEMU that is `inmigrate`; it is paused afterwards.
+    """Load `data` into a QEMU that is `inmigrate`; its guest is paused afterwards.
 
-    Raises GuestError; QEMU 7.2 ends by itself on a state that it cannot load.
+    Raises GuestError if QEMU does not load the state; QEMU 7.2 then ends by itself.
     """
     end = time.monotonic() + LOAD_LIMIT_S
     read_end, write_end = os.pipe()
@@ -30,7 +30,7 @@ def feed_state(qmp: Qmp, data: bytes) -> None:
                 fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             qmp.send_fd("bhyrecv", read_end, doing="load state")
         finally:
-            # QEMU's copy is the only one, so that its death is our EPIPE.
+            # Leave QEMU the only copy, so that we get EPIPE if QEMU dies.
             os.close(read_end)
         qmp.execute("migrate-incoming", {"uri": "fd:bhyrecv"}, doing="load state")
         _write_all(qmp, write_end, data, end)
@@ -40,7 +40,7 @@ def feed_state(qmp: Qmp, data: bytes) -> None:
 
 
 def _write_all(qmp: Qmp, fd: int, data: bytes, end: float) -> None:
-    """Write as the pipe takes it, so that a QEMU that stops reading cannot hold us."""
+    """Write without blocking, so that a QEMU that stops reading cannot block us."""
     os.set_blocking(fd, False)
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
@@ -53,7 +53,7 @@ def _write_all(qmp: Qmp, fd: int, data: bytes, end: float) -> None:
         except BlockingIOError:
             continue
         except BrokenPipeError:
-            # It gave up in the middle; why is in its log, or in query-migrate.
+            # QEMU gave up in the middle; its log or query-migrate tells why.
             return
 
 
@@ -69,4 +69,4 @@ def _await_loaded(qmp: Qmp, end: float) -> None:
         time.sleep(migration.POLL_S)
     state = facts.status(qmp)
     if state not in ("paused", "prelaunch"):
-        raise GuestError(f"{qmp.who}: cannot load state: it is '{state}' afterwards")
+        raise GuestError(f"{qmp.who}: cannot load state: QEMU is '{state}' afterwards")

@@ -1,7 +1,8 @@
-"""The hand-over as QMP sees it: shared by the source, the sink and the keeper.
+"""The hand-over in terms of QMP: shared by the source, the sink and the keeper.
 
-Capabilities and parameters that we change are put back as found, on every
-way out; what was found is in the record for the case that we are dead.
+Capabilities and parameters that we change are put back as they were found, also
+after a failure.  The record holds them, so that another process can put them
+back if we are killed.
 """
 
 from __future__ import annotations
@@ -15,56 +16,60 @@ from bhystream.backend.qemu.facts import status
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.errors import GuestError
 
-# What a source or a destination may be found with: none of them changes how
-# the state is written or read.
+# Capabilities that may be on before a move: none of them changes how the state
+# is written or read.
 _HARMLESS = {"x-ignore-shared", "late-block-activate", "events"}
 _BUSY = {
     "setup", "active", "cancelling", "pre-switchover", "device", "wait-unplug", "colo",
     "postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup",
 }  # fmt: skip
-# Fetching sleeps no longer than this: the guest is paused.
+# How long to sleep between two questions; short, because the guest is paused.
 POLL_S = 0.001
-PIPE_BYTES = 1 << 20  # of a pipe to QEMU, where the host allows it
-# Bytes a second, an upper bound that is none.  QEMU's default is 128 MiB/s.
+PIPE_BYTES = 1 << 20  # the size of a pipe to QEMU, if the host allows it
+# In bytes a second; too high to limit anything.  QEMU's default is 128 MiB/s.
 UNLIMITED = 1_000_000_000_000
 
 
 def capabilities(qmp: Qmp) -> dict[str, bool]:
-    """Return all migration capabilities by name."""
+    """Return all migration capabilities by name.  Raises GuestError."""
     found = qmp.execute("query-migrate-capabilities", doing="examine migration")
     return {str(each["capability"]): bool(each["state"]) for each in found}
 
 
 def set_capabilities(qmp: Qmp, wanted: Mapping[str, bool]) -> None:
-    """Set the named migration capabilities."""
+    """Set the named migration capabilities.  Raises GuestError."""
     items = [{"capability": name, "state": state} for name, state in wanted.items()]
     if items:
         qmp.execute("migrate-set-capabilities", {"capabilities": items}, doing="set up migration")
 
 
 def set_parameters(qmp: Qmp, wanted: Mapping[str, int]) -> None:
-    """Set the named migration parameters."""
+    """Set the named migration parameters.  Raises GuestError."""
     if wanted:
         qmp.execute("migrate-set-parameters", wanted, doing="set up migration")
 
 
 def progress(qmp: Qmp) -> tuple[str, str]:
-    """Return (status of the migration or "none", its error or "")."""
+    """Return (status of the migration or "none", its error or "").  Raises GuestError."""
     found = qmp.execute("query-migrate", doing="query migration")
     return str(found.get("status", "none")), str(found.get("error-desc", ""))
 
 
 def is_busy(migration: str) -> bool:
-    """Say whether a migration status means one in progress."""
+    """Say whether a migration status means a migration in progress."""
     return migration in _BUSY
 
 
 def refuse_unusual(qmp: Qmp, found: Mapping[str, bool]) -> None:
-    """Refuse a guest that somebody set up for, or is in, another migration."""
+    """Raise GuestError if another tool has set the guest up for a migration, or moves it now.
+
+    found: as capabilities() returned it.
+    """
     for name, state in found.items():
         if state and name not in _HARMLESS:
             raise GuestError(
-                f"{qmp.who}: its migration capability {name} is on; another tool may be moving it",
+                f"{qmp.who}: its migration capability {name} is on; another tool may be moving"
+                " the guest",
                 hint=f"migrate-set-capabilities {name} off",
             )
     if "x-ignore-shared" not in found:
@@ -74,7 +79,7 @@ def refuse_unusual(qmp: Qmp, found: Mapping[str, bool]) -> None:
 
 
 def cancel(qmp: Qmp, limit_s: float = 10.0) -> None:
-    """End a migration in progress and wait until it has ended."""
+    """End a migration in progress and wait until it has ended.  Raises GuestError."""
     if not is_busy(progress(qmp)[0]):
         return
     qmp.execute("migrate_cancel", doing="cancel migration")
@@ -86,9 +91,9 @@ def cancel(qmp: Qmp, limit_s: float = 10.0) -> None:
 
 
 def restore(qmp: Qmp, found: Mapping[str, Any]) -> None:
-    """Put capabilities and parameters back; what QEMU refuses is left.
+    """Put capabilities and parameters back; leave those that QEMU refuses.
 
-    A guest that runs matters more than a setting, so this never raises.
+    Never raises, because a guest that runs matters more than a setting.
     """
     with contextlib.suppress(GuestError):
         set_capabilities(qmp, found.get("capabilities", {}))
@@ -99,8 +104,9 @@ def restore(qmp: Qmp, found: Mapping[str, Any]) -> None:
 def let_run(qmp: Qmp) -> None:
     """Let a paused guest run, whatever became of its migration.
 
-    A guest that runs already is left alone.  Raises GuestError if it does not
-    run afterwards: it was shut down meanwhile, or another QEMU has its disk.
+    A guest that runs already is left alone.  Raises GuestError if the guest does
+    not run afterwards, because it was shut down meanwhile, or because another
+    QEMU has locked its disk.
     """
     cancel(qmp)
     now = status(qmp)
@@ -115,7 +121,7 @@ def let_run(qmp: Qmp) -> None:
 
 
 def announce(qmp: Qmp) -> None:
-    """Tell the network where the guest is now.  Its failure is none of the guest's."""
+    """Tell the network where the guest is now.  Never raises: the guest runs without it too."""
     with contextlib.suppress(GuestError):
         qmp.execute(
             "announce-self",

@@ -1,7 +1,7 @@
-"""A running QEMU guest that was opened: which one it is, what it is made of, its memory.
+"""A running QEMU guest that was opened: its identity, its configuration and its memory.
 
-All of it is known when open_guest() returns, or the guest was refused and
-nothing is left open.  Nothing of the guest is changed.
+open_guest() either returns all three, or refuses the guest and leaves nothing
+open.  It changes nothing in the guest.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bhystream.memory.mapping import unmap
 
 @dataclass(frozen=True)
 class Described:
-    """What a guest is made of at one moment, and what is in its drives."""
+    """A guest's configuration, and the images in its drives, at one moment."""
 
     config: dict[str, Any]
     drives: tuple[graph.Drive, ...] | None
@@ -34,11 +34,11 @@ class Described:
 
 @dataclass(frozen=True)
 class Program:
-    """A QEMU that says what it is made of.
+    """A QEMU that can be asked for its guest's configuration.
 
-    argv: its words, without the program.  fallback: the guest's name, where argv
-    gives none that can be used.  force: other images than argv names are no
-    reason to refuse.
+    argv: QEMU's arguments, without the program.  fallback: the guest's name if
+    argv gives no usable name.  force: accept a guest that writes to other images
+    than argv names.
     """
 
     qmp: Qmp
@@ -47,9 +47,10 @@ class Program:
     force: bool
 
     def describe(self, changes: list[str]) -> Described:
-        """Return what the guest is made of now.
+        """Return the guest's configuration and drives as they are now.
 
-        changes: as of reduce_argv(), where they are no reason to refuse.
+        changes: as for reduce_argv(); filled with force only.  Raises GuestError,
+        IncompatibleError or AccessError.
         """
         graph.refuse_jobs(self.qmp)
         found = facts.gather(self.qmp)
@@ -60,7 +61,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Ram:
-    """The file behind a guest's memory, to be read; views: its one mapping, until close()."""
+    """The file behind a guest's memory, open to read; views: its one mapping, until close()."""
 
     ident: str
     size_bytes: int
@@ -74,10 +75,10 @@ class Ram:
         return Layout((Segment(self.ident, None, self.size_bytes // PAGE_BYTES),))
 
     def close(self) -> None:
-        """Give up mapping and descriptor.  Twice is no error.
+        """Release mapping and descriptor.  May be called twice.
 
-        A view that the engine still holds keeps the mapping alive until it is
-        dropped; that is no error here.
+        A view that the engine still holds keeps the mapping alive until the
+        engine drops the view; that is no error.
         """
         self.views.clear()
         self._opened.close()
@@ -85,10 +86,10 @@ class Ram:
 
 @dataclass(frozen=True)
 class Opened:
-    """One guest.  The connection and the memory are ours until close().
+    """One open guest.  The connection and the memory are ours until close().
 
-    settings: of its migration, as they were found, to be put back.  changes:
-    images that are others than its argv names, one line each.
+    settings: the migration's, as they were found, to be put back.  changes: one
+    line for each disk with another image than argv names.
     """
 
     qmp: Qmp
@@ -101,11 +102,11 @@ class Opened:
 
     @property
     def name(self) -> str:
-        """Return the guest's name: of -name, else of the socket."""
+        """Return the guest's name: from -name, else from the socket's path."""
         return str(self.described.config["name"])
 
     def close(self) -> None:
-        """Give up connection, descriptor and mapping; the guest stays as it is."""
+        """Release connection, descriptor and mapping; the guest stays as it is."""
         self.qmp.close()
         self.ram.close()
 
@@ -113,7 +114,7 @@ class Opened:
 def open_guest(qmp_path: str, *, force: bool) -> Opened:
     """Open a guest.  Raises GuestError, IncompatibleError or AccessError.
 
-    force: as QemuSource's.
+    force: as QemuSource() has it.
     """
     fallback = _name_of_path(qmp_path)
     with contextlib.ExitStack() as undo:
@@ -144,7 +145,7 @@ def _require_running(qmp: Qmp) -> None:
 
 
 def _settings(qmp: Qmp) -> dict[str, Any]:
-    """Return those settings of migration that we change; refuse what another tool may have set."""
+    """Return the migration settings that we change; refuse a guest that another tool set up."""
     found = migration.capabilities(qmp)
     migration.refuse_unusual(qmp, found)
     parameters = qmp.execute("query-migrate-parameters", doing="examine migration")

@@ -1,6 +1,6 @@
 """QEMU's own option syntax, taken apart: key=value lists, JSON and sizes.
 
-a,b=c,,d     first word without "=" is the implied key; ",," is a comma
+a,b=c,,d     a first word without "=" is the implied key's value; ",," is a comma
 {"a": ...}   JSON, for -device, -object, -netdev and -blockdev
 nbd:host:1   a file name that begins with a protocol
 """
@@ -24,7 +24,7 @@ _SHIFT = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
 
 def split_argv(argv: list[str]) -> Iterator[tuple[str, Iterator[str]]]:
-    """Yield (option name, the rest of the argv to take an argument from)."""
+    """Yield (option name, the words after it).  Raises IncompatibleError if a word has no "-"."""
     words = iter(argv)
     for word in words:
         if not word.startswith("-") or word == "-":
@@ -35,9 +35,10 @@ def split_argv(argv: list[str]) -> Iterator[tuple[str, Iterator[str]]]:
 def split_keyval(text: str, implied: str = "") -> list[tuple[str, str]]:
     """Split "a,b=c" into pairs, in order.
 
-    implied: the key of a first word without "=".  Any other bare word is a
-    switch: "readonly" is on, and "noreadonly" is off, as QEMU has it.
+    implied: the key of a first word without "=".  Any other word without "=" is
+    a switch: "readonly" is on, and "noreadonly" is off, as in QEMU.
     Source: qemu/qemu util/qemu-option.c, get_opt_name_value().
+    Raises IncompatibleError for JSON that is broken, or holds a list.
     """
     if text.startswith("{"):
         return _flatten_json(text)
@@ -58,7 +59,7 @@ def _flatten_json(text: str) -> list[tuple[str, str]]:
     try:
         value = json.loads(text)
     except ValueError:
-        # Not the text: a secret's data may be in it.
+        # The message leaves the text out, which may hold a secret's data.
         raise IncompatibleError("cannot read the JSON of an option") from None
     pairs: list[tuple[str, str]] = []
 
@@ -78,9 +79,10 @@ def _flatten_json(text: str) -> list[tuple[str, str]]:
 
 
 def json_address(text: str) -> dict[str, str]:
-    """Return the PCI address of a -device in JSON where it is a number, as "slot.function".
+    """Return {"addr": "slot.function"} if a -device in JSON has a number as its PCI address.
 
-    There it is the two in one, and as text it would be the slot.
+    Such a number holds both slot and function (slot << 3 | function), whereas
+    the same number as text would be the slot.  Returns {} otherwise.
     Source: qemu/qemu hw/core/qdev-properties-system.c, set_pci_devfn().
     """
     address = json.loads(text).get("addr") if text.startswith("{") else None
@@ -98,11 +100,12 @@ def as_dict(pairs: list[tuple[str, str]], what: str) -> dict[str, str]:
 
 
 def parse_size(text: str, unit_bytes: int) -> int:
-    """Return a size in bytes; unit_bytes is what a bare number counts.
+    """Return a size in bytes.  unit_bytes: the unit of a number without a suffix.
 
-    With a fraction, or hexadecimal, where a letter at the end is a digit.
-    Source: qemu/qemu util/cutils.c, do_strtosz(); softmmu/vl.c, where -m gets
-    its "M" behind a digit only.
+    The number may have a fraction, or be hexadecimal.  A final "b" or "e" of a
+    hexadecimal number is a digit; a number that ends in a letter counts bytes.
+    Source: qemu/qemu util/cutils.c, do_strtosz(); softmmu/vl.c, which appends
+    the "M" of -m to a decimal digit only.  Raises IncompatibleError.
     """
     found = _SIZE.fullmatch(text)
     if not found:
@@ -117,7 +120,10 @@ def parse_size(text: str, unit_bytes: int) -> int:
 
 
 def parse_number(text: str, what: str) -> int:
-    """Return a number of `what`: decimal, 0x... or octal.  Source: strtoull(3), base 0."""
+    """Return a number: decimal, 0x... or octal.  Source: strtoull(3), base 0.
+
+    what: names the number in the IncompatibleError that is raised for other text.
+    """
     if not _NUMBER.fullmatch(text):
         raise IncompatibleError(f"{what}: '{text[:20]}' is no number")
     try:
@@ -136,21 +142,24 @@ def protocol_of(name: str) -> str:
 
 
 def told(name: str) -> str:
-    """Return the name of an image for a message.
+    """Return the name of an image as messages show it.
 
-    One with a protocol may hold a password, so it is only called by that.
+    A name with a protocol may hold a password, so only the protocol is shown.
     """
     protocol = protocol_of(name)
     return f"{protocol}:..." if protocol else name
 
 
 def is_on(value: str, what: str) -> bool:
-    """Read the truth value of `what`.  Source: qemu/qemu qapi/qapi-util.c, qapi_bool_parse()."""
+    """Return the truth value of `what`, as QEMU reads it.  Raises IncompatibleError.
+
+    Source: qemu/qemu qapi/qapi-util.c, qapi_bool_parse().
+    """
     if value in _TRUE or value in _FALSE:
         return value in _TRUE
     raise IncompatibleError(f"{what}: '{value[:20]}' is neither on nor off")
 
 
 def escape(value: str) -> str:
-    """Double the commas of a value for an option's argument."""
+    """Return a value with its commas doubled, for an option's argument."""
     return value.replace(",", ",,")

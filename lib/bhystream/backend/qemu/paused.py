@@ -1,12 +1,12 @@
-"""A guest that stands paused in its QEMU: by QemuSource.pause(), or found again from its record.
+"""A guest that stands paused in its QEMU, after QemuSource.pause() or found by its record.
 
 The record is the JSON of record_of(): the QMP path, and the pid, start time
-and boot of the process that listened there.  Another process at the socket is
-another guest, and is never touched.
+and boot id of the process that listened there.  Another process at the socket
+is another guest, and is never touched.
 
-Nothing is connected before it is needed, so that a record whose QEMU is gone
-can still be opened, asked and discarded, and so that the keeper does not hold
-the socket, which serves one client, while bhysend lives.
+QemuPaused does not connect before it needs the connection, so that a record
+whose QEMU has ended can still be opened, asked and discarded, and so that the
+keeper leaves the socket, which serves one client, to bhysend while bhysend lives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# Loaded now, also by a keeper: later the file system may be what fails.
+# Import now, also in the keeper, because the file system may fail later.
 import qemu.qmp  # noqa: F401
 
 from bhystream.backend.process import Identity, await_end, end_process, identify, is_alive
@@ -23,17 +23,16 @@ from bhystream.backend.qemu import migration
 from bhystream.backend.qemu.facts import status
 from bhystream.backend.qemu.graph import refuse_jobs
 from bhystream.backend.qemu.qmp import ConnectionLostError, NobodyListensError, Qmp
-from bhystream.errors import GoneError, GuestError, TakenError
+from bhystream.errors import GuestEndedError, GuestError, StaleError
 from bhystream.guest import Json, State
 
 _END_S = 2.0
 
 
 def open_paused(record: Json) -> QemuPaused:
-    """Return the guest of a record made by revive().
+    """Return the guest of a record that record_of() made, whether or not the guest is alive.
 
-    Raises GuestError if the record is not one of ours; whether the guest is
-    alive is is_alive()'s to say.
+    Raises GuestError if the record has another form.
     """
     try:
         if record["hypervisor"] != "qemu":
@@ -50,21 +49,22 @@ def open_paused(record: Json) -> QemuPaused:
         raise GuestError(f"cannot read the record of a paused QEMU guest: {error}") from None
 
 
-def gone(who: str, identity: Identity) -> GoneError:
-    """Return what to say of a guest whose QEMU is no more.  who: as messages call the guest."""
-    return GoneError(f"{who}: its QEMU (process {identity.pid}) has ended")
+def gone(who: str, identity: Identity) -> GuestEndedError:
+    """Return the error for a guest whose QEMU has ended.  who: the guest in messages."""
+    return GuestEndedError(f"{who}: its QEMU (process {identity.pid}) has ended")
 
 
 @contextlib.contextmanager
 def ending(who: str, identity: Identity) -> Iterator[None]:
-    """Tell a connection that was lost, or refused, with its QEMU from one that was only lost.
+    """Raise GuestEndedError if a QMP command failed because its QEMU has ended.
 
-    Around any command.  Raises GoneError where the process has ended.
+    For use around any command.  If the connection was lost or refused, but QEMU
+    lives, the command's own error goes on.
     """
     try:
         yield
     except (ConnectionLostError, NobodyListensError):
-        # The process closes it a moment before it is gone.
+        # QEMU closes the connection a moment before its process ends.
         if await_end(identity, _END_S):
             raise gone(who, identity) from None
         raise
@@ -84,10 +84,11 @@ class QemuPaused:
         qmp: Qmp | None = None,
         states: Sequence[State] = (),
     ) -> None:
-        """found: settings to put back.  announce: it runs in a new place.
+        """Take the guest; connect to nothing.
 
-        qmp: a connection to it, which close() gives up.  states: what the
-        pause has saved.
+        found: the migration settings to put back.  announce: the guest is in a
+        new place, so resume() announces it to the network.  qmp: a connection to
+        the guest, which close() ends.  states: what the pause has saved.
         """
         self._who = f"guest {name}"
         self._qmp_path = qmp_path
@@ -96,11 +97,11 @@ class QemuPaused:
         self._announce = announce
         self._qmp = qmp
         self._states = states
-        # QEMU leaves nothing of a guest out.
+        # QEMU's state is complete.
         self.reasons: Sequence[str] = ()
 
     def _connect(self) -> Qmp:
-        """Return the connection to this very guest.  Raises GuestError."""
+        """Return a connection to this very guest.  Raises GuestError."""
         if self._qmp is None:
             if not self.is_alive():
                 raise gone(self._who, self._identity)
@@ -118,27 +119,32 @@ class QemuPaused:
         return self._qmp
 
     def states(self) -> Sequence[State]:
-        """Return the state that the pause has saved."""
+        """Return the state that the pause has saved; none for a guest found by its record."""
         return self._states
 
     def require_paused(self) -> None:
-        """Ask whether it stands as it did when its state was saved.
+        """Raise StaleError unless the guest still stands as when its state was saved.
 
-        `postmigrate` is left by a `cont` only, whoever sends it: every QEMU
-        may have several monitors, and a `stop` afterwards leads to `paused`.
+        Only a `cont` leads out of `postmigrate`, and any of QEMU's monitors may
+        have sent it; a later `stop` leads to `paused`.  Raises GuestEndedError if
+        QEMU has ended, GuestError if a job works on the guest's disks.
         """
         with ending(self._who, self._identity):
             now = status(self._connect())
         if now != "postmigrate":
-            raise TakenError(
-                f"{self._who}: somebody let it run while it stood paused: it is '{now}'",
-                "what was sent is no longer this guest; keep other monitors away from it",
+            raise StaleError(
+                f"{self._who}: another program let the guest run while it stood paused; its QEMU"
+                f" is now '{now}'",
+                "what was sent is no longer this guest; keep other monitors away from the guest",
             )
         with ending(self._who, self._identity):
             refuse_jobs(self._connect())
 
     def resume(self) -> None:
-        """Let it run; a guest that runs already is left alone."""
+        """Let the guest run; leave a running guest alone.
+
+        Raises GuestEndedError if QEMU has ended, GuestError if the guest does not run.
+        """
         try:
             with ending(self._who, self._identity):
                 qmp = self._connect()
@@ -147,7 +153,7 @@ class QemuPaused:
             if self._announce:
                 migration.announce(qmp)
         except BaseException:
-            # The next try may need a new connection.
+            # The caller's next try may need a new connection.
             self.close()
             raise
 
@@ -155,11 +161,12 @@ class QemuPaused:
         """Do nothing: nothing is made before the pause."""
 
     def discard(self, there: str) -> None:
-        """End it for good: SIGTERM, in time SIGKILL, to this very process.
+        """End the guest for good: send SIGTERM, later SIGKILL, to this very process.
 
-        By its pidfd rather than by `quit`: that needs no free socket and
-        cannot reach another guest.  QEMU treats SIGTERM as `quit`.  A guest
-        that somebody let run is refused, if its QMP socket is free to ask.
+        A signal through a pidfd, unlike `quit`, needs no free socket and cannot
+        reach another guest; QEMU treats SIGTERM as `quit`.  Raises GuestError if
+        QEMU cannot be ended, or if the guest runs and its QMP socket is free to
+        tell that.
         """
         state = ""
         with contextlib.suppress(GuestError):
@@ -180,7 +187,7 @@ class QemuPaused:
             return status(self._connect()) == "running"
 
     def close(self) -> None:
-        """Give up the connection; the guest stays as it is."""
+        """End the connection; the guest stays as it is."""
         if self._qmp is not None:
             self._qmp.close()
             self._qmp = None

@@ -1,10 +1,10 @@
-"""Are the devices of a running QEMU still those of its argv?
+"""The check that the devices of a running QEMU are still those of its argv.
 
-argv no longer describes a guest whose devices were plugged or unplugged since,
-and QEMU would load its state into other hardware without complaint.
+argv no longer describes a guest whose devices were plugged or unplugged since
+the start, and QEMU would load the guest's state into other hardware without complaint.
 
-Source: qemu/qemu softmmu/qdev-monitor.c: -device with an id lives below
-/machine/peripheral, without below /machine/peripheral-anon.
+Source: qemu/qemu softmmu/qdev-monitor.c: a -device with an id is below
+/machine/peripheral, one without an id below /machine/peripheral-anon.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from bhystream.backend.qemu.qmp import CommandError, Qmp
 from bhystream.errors import IncompatibleError
 
 _CURE = "restart QEMU with a command line that names the devices as they are now"
-# What a device that was exchanged for one of its kind is told by, where argv
-# names it; its drive is devices.py's to compare.
+# Properties that tell a device from another one of its kind, if argv names them.
+# devices.py compares the drive.
 _TOLD_BY = ("netdev", "chardev", "mac", "serial", "addr", "bus")
 
 
 def check_plugged(qmp: Qmp, config: Mapping[str, Any]) -> None:
-    """Refuse devices that were plugged, unplugged or exchanged after the start.
+    """Raise IncompatibleError if a device was plugged in, unplugged or exchanged after the start.
 
-    config: of the argv.  Raises IncompatibleError by name.
+    config: made of QEMU's argv.  The error names the device.
     """
     named = {d["props"]["id"]: d for d in config["devices"] if "id" in d["props"]}
     here = dict(_children(qmp, "/machine/peripheral"))
@@ -81,7 +81,7 @@ def _check_props(qmp: Qmp, ident: str, props: Mapping[str, str]) -> None:
 
 
 def _prop(qmp: Qmp, ident: str, key: str) -> str | None:
-    """Return a property as text, None for one that cannot be asked."""
+    """Return a property as text, None if QEMU does not tell it."""
     name = {"bus": "parent_bus", "addr": "legacy-addr"}.get(key, key)
     try:
         value = qmp.execute(
@@ -95,7 +95,7 @@ def _prop(qmp: Qmp, ident: str, key: str) -> str | None:
 
 
 def _plain(key: str, value: str) -> str:
-    """Return a property's value in one form of writing it."""
+    """Return a property's value in one spelling: two spellings of one value become equal."""
     if key == "mac":
         return value.lower().replace("-", ":")
     if key == "addr":

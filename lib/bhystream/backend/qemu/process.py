@@ -1,4 +1,4 @@
-"""What a QEMU process was started with, and where."""
+"""The arguments and the working directory of a QEMU process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bhystream.errors import AccessError, GuestError
 
 
 def read_argv(pid: int) -> list[str]:
-    """Return the argument vector of a process, program first."""
+    """Return the argv of a process, program first.  Raises AccessError or GuestError."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             raw = file.read()
@@ -19,7 +19,10 @@ def read_argv(pid: int) -> list[str]:
 
 
 def working_directory(pid: int) -> str:
-    """Return the directory that a process's relative paths are in, as itself sees it."""
+    """Return a process's working directory, as the process itself sees the path.
+
+    Raises AccessError or GuestError.
+    """
     try:
         return os.readlink(f"/proc/{pid}/cwd")
     except OSError as error:

@@ -3,13 +3,13 @@
 The protocol itself is the QEMU project's `qemu.qmp` package, an asyncio
 library.  This class drives it from a private event loop that runs only while
 a command is under way: no thread, no signal handler, no wake-up descriptor.
-A signal handler of the program that sets a flag and returns interrupts
-nothing here; the system calls are restarted, and a command ends by its reply,
-by its limit or by the loss of the connection.
+A signal handler of the program that only sets a flag interrupts nothing here:
+the system calls are restarted, and a command ends with its reply, at its limit
+or with the loss of the connection.
 
-QEMU serves one client at a time: a second one connects, and is never
-greeted.  So no greeting within GREETING_LIMIT_S means that somebody else
-holds the socket.
+QEMU serves one client at a time: a second client can connect, but is not
+greeted.  So if no greeting comes within GREETING_LIMIT_S, another client holds
+the socket.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CommandError(GuestError):
 
 
 class ConnectionLostError(GuestError):
-    """The connection broke, or a command's limit passed: its effect is unknown."""
+    """The connection broke, or a command's limit passed: the command's effect is unknown."""
 
 
 class NobodyListensError(GuestError):
@@ -48,7 +48,7 @@ class NobodyListensError(GuestError):
 
 
 def _library() -> type[QMPClient]:
-    """Import qemu.qmp, which is an optional dependency."""
+    """Import qemu.qmp, an optional dependency.  Raises GuestError if it is missing."""
     try:
         from qemu.qmp import QMPClient
     except ImportError:
@@ -58,7 +58,7 @@ def _library() -> type[QMPClient]:
         ) from None
     log = logging.getLogger("qemu.qmp")
     if not log.handlers:
-        # Else the logging module's last resort prints to standard error what
+        # Without a handler, the logging module prints to standard error what
         # we report ourselves, in one line.
         log.addHandler(logging.NullHandler())
     return QMPClient
@@ -67,9 +67,9 @@ def _library() -> type[QMPClient]:
 def _managed_by_libvirt(path: str, argv: list[str]) -> bool:
     """Say whether libvirt owns the QEMU behind a socket.
 
-    libvirt opens the listening socket itself and hands it down, so the peer
-    may be libvirt's daemon.  A disk below /var/lib/libvirt proves nothing;
-    the master key secret and a monitor below .../libvirt/qemu do.
+    libvirt opens the listening socket itself and passes it to QEMU, so the peer
+    may be libvirt's daemon.  A disk below /var/lib/libvirt proves nothing; the
+    master key secret, or a monitor below .../libvirt/qemu, proves libvirt.
     """
     program = argv[0].rsplit("/", 1)[-1] if argv else ""
     if program in ("libvirtd", "virtqemud"):
@@ -82,12 +82,12 @@ def _managed_by_libvirt(path: str, argv: list[str]) -> bool:
 class Qmp:
     """A connection to the QMP socket at `path`, greeted and negotiated.
 
-    who: how messages call the guest, "guest web1"; may be set later, when the
+    who: names the guest in messages, "guest web1"; may be set later, when the
     name is known.  pid: the process that listens.  version: "7.2.22".
     """
 
     def __init__(self, path: str, who: str) -> None:
-        """Connect.  Raises GuestError, or AccessError for a forbidden socket."""
+        """Connect.  Raises AccessError if the socket is forbidden, else GuestError."""
         client_class = _library()
         self.path = path
         self.who = who
@@ -102,7 +102,7 @@ class Qmp:
         except BaseException:
             sock.close()
             raise
-        # What the library could not tell anybody is told by our own errors.
+        # Keep asyncio from printing errors: our own exceptions report them.
         self._loop.set_exception_handler(lambda loop, context: None)
         self._client: QMPClient = client_class("bhystream")
         try:
@@ -114,7 +114,7 @@ class Qmp:
         self.version = self._version()
 
     def _connect(self) -> socket.socket:
-        """Return a connected, non-blocking socket; the caller's to close."""
+        """Return a connected, non-blocking socket, which the caller closes."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(GREETING_LIMIT_S)
@@ -125,7 +125,7 @@ class Qmp:
             raise self._busy() from None
         except OSError as error:
             sock.close()
-            # AF_UNIX path too long carries no errno.
+            # The error for an AF_UNIX path that is too long has no errno.
             text = f"{self.who}: cannot connect to {self.path}: {error.strerror or error}"
             if isinstance(error, PermissionError):
                 raise AccessError(text) from None
@@ -173,9 +173,9 @@ class Qmp:
     ) -> Any:
         """Run one command and return its value.
 
-        doing: what a failure calls it, in the infinitive: "pause".
-        limit_s: how long the reply is awaited, in seconds.
-        Raises CommandError when QEMU refuses, ConnectionLostError else.
+        doing: the purpose, for messages, in the infinitive: "pause".
+        limit_s: how long to wait for the reply, in seconds.
+        Raises CommandError if QEMU answers with an error, else ConnectionLostError.
         """
         from qemu.qmp import ExecuteError
 
@@ -188,7 +188,7 @@ class Qmp:
                 f"{self.who}: cannot {doing}: QEMU did not answer {command} in {limit_s:g} s"
             ) from None
         except Exception as error:
-            # EOFError, OSError, StateError, ProtocolError: all one to us.
+            # EOFError, OSError, StateError and ProtocolError mean the same to us.
             raise ConnectionLostError(
                 f"{self.who}: cannot {doing}: lost QEMU ({error or type(error).__name__})"
             ) from None
@@ -196,20 +196,20 @@ class Qmp:
     def send_fd(self, name: str, fd: int, *, doing: str) -> None:
         """Give QEMU a duplicate of `fd` under `name`, for "fd:name".
 
-        The descriptor stays the caller's.  It must not be sent while a
-        command is under way: the byte that carries it has to arrive with, or
-        before, the getfd that claims it.
+        `fd` stays the caller's.  Do not call this while a command is under way:
+        the byte that carries the descriptor has to arrive with, or before, the
+        getfd that claims it.  Raises CommandError or ConnectionLostError.
         """
         try:
-            # qemu.qmp reaches into asyncio's private socket here, and asyncio
-            # may take that away: the one place that would have to change.
+            # qemu.qmp uses asyncio's private socket here.  If asyncio withdraws
+            # that socket, only this call has to change.
             self._client.send_fd_scm(fd)
         except Exception as error:
             raise ConnectionLostError(f"{self.who}: cannot {doing}: {error}") from None
         self.execute("getfd", {"fdname": name}, doing=doing)
 
     def close(self) -> None:
-        """Disconnect; QEMU and its guest stay as they are.  Idempotent."""
+        """Disconnect; QEMU and its guest stay as they are.  May be called twice."""
         if self._loop.is_closed():
             return
         with contextlib.suppress(Exception):
@@ -219,10 +219,10 @@ class Qmp:
         self._loop.close()
 
     def __del__(self) -> None:
-        """Close what an error path left open: asyncio would print a page of it.
+        """Close a connection that an error path left open: asyncio would print a page about it.
 
-        Not from within another connection's command, where the collector may
-        call us: a second loop cannot run there.
+        Do nothing if the garbage collector calls this within another
+        connection's command, where a second loop cannot run.
         """
         try:
             asyncio.get_running_loop()

@@ -1,9 +1,9 @@
 """The file behind a guest's memory: found, mapped and walked.
 
-The file is found through /proc/PID/fd, not by its path: the path may be
-unlinked (bhyrecv's own guests), a memfd, or one of another mount namespace.
-What proves that a descriptor is the memory is the process's own mapping: a
-shared, writable one of the whole size from offset 0.
+The file is found through /proc/PID/fd, not by its path: the file may be
+unlinked (bhyrecv's own guests), a memfd, or in another mount namespace.
+A file is proven to be the memory by QEMU's own mapping of the file, which is
+shared, writable, of the whole size and from offset 0.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _MAPS = re.compile(
 
 _STATFS_BYTES = 512  # more than struct statfs has
 _HUGETLBFS_MAGIC = 0x958458F6
-_BLOCK_BYTES = 512  # of st_blocks
+_BLOCK_BYTES = 512  # the unit of st_blocks
 _ENTRY_BYTES = 8
 _ZEROS = bytes(1 << 20)
 
 
 class _Mapping(NamedTuple):
-    """One shared, writable mapping of a process.  In bytes; end is exclusive."""
+    """One shared, writable mapping of a process.  start, end, offset: in bytes; end: exclusive."""
 
     start: int
     end: int
@@ -56,9 +56,9 @@ def _mappings(pid: int) -> Iterator[_Mapping]:
 def _mapped_inodes(pid: int, size_bytes: int) -> set[int]:
     """Return the inodes that the process maps shared, writable and whole.
 
-    Inode numbers only: for some file systems (btrfs, overlayfs) maps shows
-    another device number than stat(2).  A mapping that the kernel shows in
-    pieces (mprotect, madvise) is put together again by its offsets.
+    Device numbers are left out: for some file systems (btrfs, overlayfs) maps
+    shows another device number than stat(2).  A mapping that the kernel shows in
+    pieces (after mprotect, madvise) is put together again by its offsets.
     """
     reach: dict[int, int] = {}
     for one in _mappings(pid):
@@ -71,7 +71,7 @@ def open_ram(pid: int, size_bytes: int, flags: int) -> int:
     """Open the file that holds the memory of the QEMU with this pid.
 
     size_bytes: of the one memory backend.  flags: os.O_RDONLY or os.O_RDWR.
-    Returns a descriptor, the caller's to close.  Raises GuestError.
+    Returns a descriptor, which the caller closes.  Raises GuestError or AccessError.
     """
     try:
         inodes = _mapped_inodes(pid, size_bytes)
@@ -97,7 +97,7 @@ def open_ram(pid: int, size_bytes: int, flags: int) -> int:
 
 
 def map_ram(fd: int, size_bytes: int, who: str, protection: int) -> mmap.mmap:
-    """Map the memory of a guest.  protection: mmap.PROT_READ, PROT_WRITE.  Raises GuestError."""
+    """Map a guest's memory.  protection: mmap.PROT_READ, mmap.PROT_WRITE.  Raises GuestError."""
     try:
         return mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, protection)
     except (OSError, ValueError, OverflowError) as error:
@@ -109,7 +109,7 @@ def map_ram(fd: int, size_bytes: int, who: str, protection: int) -> mmap.mmap:
 
 
 def is_huge(fd: int) -> bool:
-    """Say whether a file is one of huge pages (hugetlbfs), which cannot be written but by mapping.
+    """Say whether a file is on hugetlbfs, whose files can be written only through a mapping.
 
     Source: Linux, include/uapi/linux/magic.h; statfs(2): f_type comes first.
     """
@@ -122,8 +122,9 @@ def is_huge(fd: int) -> bool:
 def extents(fd: int, size_bytes: int, pid: int) -> Iterator[tuple[int, int]]:
     """Yield the page extents [first, end) of a file that hold data.
 
-    pid: of the QEMU.  A file system without SEEK_DATA reports everything as
-    data (lseek(2)), and so does hugetlbfs: _huge_extents().
+    pid: of the QEMU.  Without SEEK_DATA in the file system everything counts as
+    data (lseek(2)).  hugetlbfs is such a file system; _huge_extents() walks its
+    files.  Raises GuestError if the file cannot be walked.
     """
     try:
         if is_huge(fd):
@@ -135,13 +136,13 @@ def extents(fd: int, size_bytes: int, pid: int) -> Iterator[tuple[int, int]]:
 
 
 def _huge_extents(fd: int, size_bytes: int, pid: int) -> Iterator[tuple[int, int]]:
-    """Yield the extents of a file of huge pages that were touched; takes none itself.
+    """Yield the extents of touched pages in a file of huge pages, without allocating any.
 
-    Reading a hole through a mapping would take a huge page; read(2) gives zeros.
-    QEMU's page table names the pages that it has touched, and the file counts
-    all that there are.  Where these are more, as after another process has
-    written, or while the kernel moves one, the others are read and looked at:
-    what is all zero may be left out.
+    Reading a hole through a mapping would allocate a huge page; read(2) returns
+    zeros.  QEMU's page table shows the pages that QEMU has touched, and
+    st_blocks counts all pages of the file.  If the file has more pages, because
+    another process has written, or while the kernel moves a page, the remaining
+    pages are read; those that are all zero may be left out.
     """
     status = os.fstat(fd)
     huge_bytes = status.st_blksize
@@ -159,7 +160,7 @@ def _huge_extents(fd: int, size_bytes: int, pid: int) -> Iterator[tuple[int, int
 
 
 def _present(pid: int, inode: int, size_bytes: int, huge_bytes: int) -> bytearray:
-    """Return a 1 for each huge page of a file that a process has in its page table.
+    """Return a byte for each huge page of a file: 1 if the process's page table has the page.
 
     Source: Linux, Documentation/admin-guide/mm/pagemap.rst: bit 63 of an entry.
     """
@@ -177,7 +178,7 @@ def _present(pid: int, inode: int, size_bytes: int, huge_bytes: int) -> bytearra
 
 
 def _holds_data(fd: int, offset_bytes: int, length_bytes: int) -> bool:
-    """Say whether a range of a file is other than zero."""
+    """Say whether a range of a file holds a byte other than zero."""
     for at in range(offset_bytes, offset_bytes + length_bytes, len(_ZEROS)):
         if os.pread(fd, len(_ZEROS), at) != _ZEROS:
             return True
@@ -187,9 +188,9 @@ def _holds_data(fd: int, offset_bytes: int, length_bytes: int) -> bool:
 def other_user(fd: int, own_pid: int) -> int | None:
     """Return the pid of another process that maps this file, or None.
 
-    The guard against the worst mistake on one host: a destination that is
-    given the memory file of the guest that runs.  Sees what /proc shows us:
-    all processes to root, else our own.
+    own_pid: of the QEMU that is to use the file.  This guards against the worst
+    mistake on one host: to give a destination the memory file of a running guest.
+    The function sees the processes that /proc lets us examine: all for root, else our own.
     """
     inode = os.fstat(fd).st_ino
     size_bytes = os.fstat(fd).st_size

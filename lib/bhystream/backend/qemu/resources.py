@@ -34,11 +34,11 @@ _PLAIN = ("mem", "qmp", "kernel", "initrd", "bios", "template")
 _BOOT = ("kernel", "initrd", "bios")
 _NET = re.compile(r"tap:[A-Za-z0-9._-]{1,15}|user|none")
 _QCOW2_MAGIC = b"QFI\xfb"
-# Where the size is, big-endian.  Source: qemu/qemu docs/interop/qcow2.txt.
+# The place of the size in the header, big-endian.  Source: qemu/qemu docs/interop/qcow2.txt.
 _QCOW2_SIZE = slice(24, 32)
 _MAX_BACKING_BYTES = 1023
 _SECTOR_BYTES = 512
-# Protocols of QEMU's for a file, and for what is no disk: a directory, or nothing.
+# Protocols of QEMU's that name no disk: a directory, or no storage at all.
 _NO_DISKS = ("fat", "vvfat", "null-co", "null-aio")
 _NBD_SOCKET = re.compile(r"(nbd:unix:)([^:]+)(.*)", re.DOTALL)
 _URL_SOCKET = re.compile(r"[^?]*\?(?:.*&)?socket=([^&]*)")
@@ -46,13 +46,13 @@ _URL_SOCKET = re.compile(r"[^?]*\?(?:.*&)?socket=([^&]*)")
 
 @dataclass(frozen=True)
 class Resources:
-    """The checked -o keys.  Paths are absolute; text may hold anything but NUL."""
+    """The checked -o keys.  Paths are absolute; values may hold any character but NUL."""
 
     values: Mapping[str, str]
 
     @classmethod
     def parse(cls, given: Mapping[str, str]) -> Resources:
-        """Check keys and the shape of values.  Raises UsageError by name."""
+        """Check the keys and the form of the values.  Raises UsageError that names the key."""
         values = {}
         for key, value in given.items():
             kind = key if key in _PLAIN else (_KEY.fullmatch(key) or [""])[0].rstrip("0123456789")
@@ -73,7 +73,7 @@ class Resources:
         return self.values.get(key)
 
     def secrets(self) -> dict[str, str]:
-        """Return what a message must not show, and what it says in its place."""
+        """Return the texts that messages must not show, each with the text to show instead."""
         names = [value for key, value in self.values.items() if key.startswith("disk")]
         return {
             text: told(name)
@@ -83,7 +83,10 @@ class Resources:
         }
 
     def template(self) -> list[str]:
-        """Return the operator's command line, program first if it names one."""
+        """Return the words of the template: the program first, if the template names one.
+
+        Raises UsageError if the template cannot be read.
+        """
         path = self.values["template"]
         try:
             with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -112,7 +115,7 @@ class Resources:
         return out + self._unwanted(config) + self._twice(config)
 
     def _unwanted(self, config: Mapping[str, Any]) -> list[str]:
-        """Name the keys that the guest has no use for."""
+        """Return a reason for each key that the guest has no use for."""
         wanted = _wanted(config)
         empty = {disk["key"] for disk in config["disks"] if disk["empty"]}
         out = []
@@ -126,7 +129,7 @@ class Resources:
         return out
 
     def _twice(self, config: Mapping[str, Any]) -> list[str]:
-        """Name what is lent twice and written, under whatever names."""
+        """Return a reason for each file that is lent twice, by whatever path, and written to."""
         read_only = {disk["key"] for disk in config["disks"] if _is_read_only(disk)}
         lent, out = Lent(), []
         for key in sorted((_wanted(config) | {"mem", "qmp"}) & self.values.keys()):
@@ -159,7 +162,7 @@ class Resources:
     def _disk(self, disk: Mapping[str, Any]) -> list[str]:
         key, path = disk["key"], self.values.get(disk["key"])
         if path is not None and not path.startswith("/"):
-            return []  # QEMU's to open; what it finds is compared when it has
+            return []  # QEMU opens it; verdict.disk_differences() then compares the disk
         mode = os.R_OK if _is_read_only(disk) else os.R_OK | os.W_OK
         out = self._file(key, mode, is_disk=True)
         if out or path is None:
@@ -171,7 +174,7 @@ class Resources:
         return self._image(disk, path)
 
     def _image(self, disk: Mapping[str, Any], path: str) -> list[str]:
-        """Compare an image file with what the source had: format, and size as the guest sees it."""
+        """Compare an image file's format and size, as the guest sees it, with the source's."""
         key, wanted = disk["key"], disk["size_bytes"]
         with open(path, "rb", buffering=0) as file:
             header = file.read(_QCOW2_SIZE.stop)
@@ -200,8 +203,8 @@ class Resources:
                 d["driver"] for d in devices if net["id"] and d["props"].get("netdev") == net["id"]
             }
             cards |= {net["props"].get("model", "")}
-            # A tap's packet headers are in the card's state, and another
-            # backend has none: the load would fail with the memory moved.
+            # The card's state says that its tap has packet headers; another backend
+            # has none, and the load would fail, after all memory has moved.
             # Source: qemu/qemu hw/net/virtio-net.c, "requires vnet_hdr=on".
             if any(card.startswith("virtio") for card in cards):
                 return [
@@ -222,7 +225,7 @@ class Resources:
             return [f"{key}: cannot write to {os.path.dirname(path)}"]
         except OSError as error:
             return [f"{key}: {path}: {error.strerror}"]
-        # QEMU removes whatever lies where it is to listen.
+        # QEMU removes any file at the path that it is to listen on.
         if value != path and not stat.S_ISSOCK(kind):
             return [f"{key}: {path} exists and is not a socket"]
         if value == path and not (stat.S_ISREG(kind) or stat.S_ISCHR(kind)):
@@ -231,7 +234,10 @@ class Resources:
 
 
 def _backing_file(path: str, header: bytes) -> str:
-    """Return the path of the image that a qcow2 image lies over; "" for none, or no path."""
+    """Return the path of a qcow2 image's backing file; "" if it has none, or none with a path.
+
+    header: the image's first bytes.
+    """
     offset_bytes, length_bytes = struct.unpack_from(">QI", header.ljust(20, b"\0"), 8)
     if not offset_bytes or length_bytes > _MAX_BACKING_BYTES:
         return ""
@@ -242,7 +248,7 @@ def _backing_file(path: str, header: bytes) -> str:
 
 
 def _wanted(config: Mapping[str, Any]) -> set[str]:
-    """Return the keys that a guest has a use for."""
+    """Return the keys of the things that a guest has."""
     wanted = {item["key"] for t in ("disks", "nets", "serials") for item in config[t]}
     return wanted | {key for key in _BOOT if config[key]}
 
@@ -253,7 +259,7 @@ def _is_read_only(disk: Mapping[str, Any]) -> bool:
 
 
 def _absolute(key: str, kind: str, value: str) -> str:
-    """Make paths absolute: QEMU is started in another directory."""
+    """Make paths absolute, because QEMU is started in another directory."""
     if kind == "net" or (kind == "serial" and value == "null"):
         return value
     if kind == "disk":
@@ -264,7 +270,10 @@ def _absolute(key: str, kind: str, value: str) -> str:
 
 
 def _absolute_disk(key: str, value: str) -> str:
-    """Return a path absolute, a name with a protocol as it is, but for a socket in it."""
+    """Make a disk's path absolute, or the path of a socket in a name with a protocol.
+
+    Raises UsageError if the name is no disk's, or its socket's path cannot be made absolute.
+    """
     protocol = protocol_of(value)
     if protocol in LOCAL:
         return os.path.abspath(value[len(protocol) + 1 :])

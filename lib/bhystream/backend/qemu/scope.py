@@ -1,19 +1,19 @@
-"""Where a QEMU of ours is started, so that it outlives bhyrecv and what bhyrecv was run from.
+"""How QEMU is started so that it outlives bhyrecv, and the program that bhyrecv was run from.
 
-A session of its own (launch.Child) keeps the terminal's signals away.  Two
-things take a process along all the same:
+A session of its own (launch.Child) keeps the terminal's signals away from QEMU.
+QEMU would nevertheless end with:
 
-    a PID namespace   ends with its process 1, whatever else is in it: with
-                      bhyrecv, where that is process 1
-    a unit            systemd ends all of a service with its main process,
-                      and of a session's scope with the login where logind has
-                      KillUserProcesses=yes; a user's own manager, with all
-                      that it has, ends with the last login
+    a PID namespace   the kernel ends all processes of the namespace with its
+                      process 1, which may be bhyrecv
+    a unit            systemd ends all processes of a service with its main
+                      process, and those of a session's scope at the logout if
+                      logind has KillUserProcesses=yes; a user's own manager ends,
+                      with all its units, after the user's last logout
 
-A unit can be left: systemd-run(1) --scope moves itself into a scope that nobody
-but the operator ends, and then becomes QEMU, so that the process is still our
-child.  For the system's manager that takes root; a user's own is a way out
-only where it outlives the login (loginctl enable-linger).
+A unit can be left: systemd-run(1) --scope moves itself into a scope that only the
+operator ends, and then executes QEMU, so that QEMU is still our child.  To use
+the system's manager takes root; a user's own manager helps only if it outlives
+the login (loginctl enable-linger).
 
 Source: pid_namespaces(7); systemd.scope(5), systemd.kill(5), logind.conf(5),
 systemd 252.
@@ -31,15 +31,15 @@ from bhystream.backend.lineage import Above, Unit, above, show, unit_of
 from bhystream.backend.supervisors import is_shell, may_start_again, program_of, words
 from bhystream.errors import GuestError
 
-# Process 1 of a container, which ends with the program that it was given.
+# Programs that, as process 1 of a container, end with the program that they run.
 _ENDS_WITH_CHILD = words("bwrap catatonit docker-init dumb-init timeout tini unshare")
 _LINGER = "/var/lib/systemd/linger"
 
 
 def leaving(name: str) -> list[str]:
-    """Return what to put before the command of a guest's QEMU; [] where nothing need be left.
+    """Return the words to put before QEMU's command, so that QEMU leaves our unit.
 
-    name: of the guest.
+    name: of the guest.  Returns [] if no unit is to be left, or none can be left.
     """
     unit = unit_of(os.getpid())
     program = shutil.which("systemd-run")
@@ -53,7 +53,7 @@ def leaving(name: str) -> list[str]:
 
 
 def reasons() -> tuple[list[str], list[str]]:
-    """Say why a guest that is started here could not outlive bhyrecv: (hard, soft)."""
+    """Return the reasons why a guest started here could not outlive bhyrecv: (hard, soft)."""
     hard = _namespace_reasons()
     if hard:
         return hard, []
@@ -63,11 +63,11 @@ def reasons() -> tuple[list[str], list[str]]:
 
 
 def _namespace_reasons() -> list[str]:
-    """Refuse a PID namespace that ends with us, and one whose /proc is another's."""
+    """Return a reason if our PID namespace ends with bhyrecv, or /proc shows another one."""
     if os.getpid() == 1:
         return [
-            "pid: bhyrecv is process 1 of its container, which ends with it, and the guest too;"
-            " run it in one whose process 1 stays, as docker exec does"
+            "pid: bhyrecv is process 1 of its container, which ends with bhyrecv, and so would the"
+            " guest; run bhyrecv in a container whose process 1 stays, as docker exec does"
         ]
     try:
         seen = os.readlink("/proc/self")
@@ -75,17 +75,17 @@ def _namespace_reasons() -> list[str]:
         seen = "none"
     if seen != str(os.getpid()):
         return [
-            f"pid: /proc is not of bhyrecv's PID namespace: it is process {os.getpid()}, there"
-            f" {seen}; mount it, as unshare --mount-proc does"
+            f"pid: /proc is not of bhyrecv's PID namespace: bhyrecv is process {os.getpid()}, but"
+            f" in /proc it is {seen}; mount the namespace's own, as unshare --mount-proc does"
         ]
     return []
 
 
 def waiting(chain: Sequence[Above]) -> str:
-    """Say whether process 1 only waits for bhyrecv, as of `docker run IMAGE sh -c bhyrecv`.
+    """Return a reason if process 1 only waits for bhyrecv, as in `docker run IMAGE sh -c bhyrecv`.
 
-    chain: what is above bhyrecv.  A terminal's shell waits for its user, and a
-    program that is not known may do more.  Returns the reason, or "".
+    chain: bhyrecv's ancestors, its parent first.  Returns "" for a terminal's shell,
+    which waits for its user, and for an unknown program, which may do more than wait.
     """
     for each in chain:
         name = program_of(each.command)
@@ -95,14 +95,14 @@ def waiting(chain: Sequence[Above]) -> str:
         if each.pid == 1:
             return (
                 f"pid: process 1 of the container, {ascii(each.command)[:60]}, seems to wait for"
-                " bhyrecv, and the guest would end with it; run bhyrecv in a container whose"
-                " process 1 stays, or -f if it does"
+                " bhyrecv and to end then, and so would the guest; run bhyrecv in a container"
+                " whose process 1 stays, or use -f if this one stays"
             )
     return ""
 
 
 def _can_leave() -> bool:
-    """Say whether there is a manager that outlives the login, and takes a scope of ours."""
+    """Say whether a manager that outlives the login would take a scope of ours."""
     return os.geteuid() == 0 or os.path.exists(f"{_LINGER}/{_user()}")
 
 
@@ -114,7 +114,7 @@ def _user() -> str:
 
 
 def _unit_reason(unit: Unit) -> str:
-    """Say why the guest would end with the unit that bhyrecv is in, "" where it would not."""
+    """Return the reason if the guest would end with the unit that bhyrecv is in, else ""."""
     if _can_leave():
         if shutil.which("systemd-run"):
             return ""
@@ -135,13 +135,13 @@ def _unit_reason(unit: Unit) -> str:
         if os.geteuid() != 0:
             cure = f"run bhyrecv from a login of {_user()}'s, with {cure}"
     return (
-        f"unit: bhyrecv runs in {unit.name} of systemd's, which {why}, and the guest could not"
-        f" outlive it; {cure}, or -f if the guest may end then"
+        f"unit: bhyrecv runs in {unit.name} of systemd's, which {why}, and the guest would end"
+        f" too; {cure}, or use -f if the guest may end then"
     )
 
 
 def _stays_after_logout() -> bool:
-    """Say whether logind leaves a user's processes alone; False where it does not tell."""
+    """Say whether logind leaves a user's processes alone at the logout; False if it is silent."""
     program = shutil.which("loginctl")
     if program is None:
         return False

@@ -1,18 +1,18 @@
 """QemuSink: a QEMU that waits for a guest, as base.Sink.
 
-    check   the verdict; touches nothing, starts nothing
-    open    the QEMU that waits at the socket, else one of ours; RAM all zero
-    load    the state through a pipe; QEMU inmigrate -> paused
+    check   give the verdict; change nothing, start nothing
+    open    take the QEMU that waits at the socket, else start one; RAM all zero
+    load    write the state into a pipe; QEMU inmigrate -> paused
     start   cont, announce-self, let go
 
-RAM of ours is a fresh file, unlinked as soon as QEMU has it mapped: nothing
-is left behind when QEMU ends, however it ends.
+The RAM of a QEMU of ours is a fresh file, unlinked as soon as QEMU has mapped it
+(unless -o mem= names the file), so that nothing is left behind however QEMU ends.
 
-A QEMU that we did not start is never ended by us.  If the move fails before
-load(), abort() leaves it as it waits, its settings put back; a second attempt
-starts from zero, because open() punches its whole RAM empty first.  If load()
-fails, QEMU ends by itself (as all its versions do on a bad state) or stays as
-it is, and is no longer `inmigrate`: check() refuses it by that name.
+We never end a QEMU that we did not start.  If the move fails before load(),
+abort() leaves that QEMU waiting, its settings put back; a second attempt starts
+from zero, because open() first empties the whole RAM.  If load() fails, QEMU
+either ends by itself (as all its versions do on a bad state) or is no longer
+`inmigrate`, so that check() refuses it next time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ from bhystream.memory.target import FileTarget, MappedTarget
 
 @dataclass(frozen=True)
 class Checked:
-    """A guest that this host can take.  config: of the stream, validated.  name: here."""
+    """A guest that this host can take.
+
+    config: of the stream, validated.  name: the guest's at this host.
+    """
 
     MISSING: ClassVar[str] = "check() was not called, or refused the guest"
     config: dict[str, Any]
@@ -50,16 +53,16 @@ class Checked:
 
     @property
     def size_bytes(self) -> int:
-        """Return the size of its memory."""
+        """Return the size of the guest's memory."""
         return int(self.config["memory"]["size_bytes"])
 
 
 @dataclass(frozen=True)
 class Opened(Checked):
-    """One whose QEMU waits for its pages, and then for its state.
+    """A guest whose QEMU waits for the pages, and then for the state.
 
-    empty: where that QEMU is ours, else None.  settings: of its migration, as
-    found.  record: by which open_paused() finds it again.
+    empty: that QEMU if we started it, else None.  settings: the migration's, as
+    found.  record: by which open_paused() finds the guest again.
     """
 
     MISSING = "open() was not called"
@@ -70,14 +73,14 @@ class Opened(Checked):
 
     @contextlib.contextmanager
     def blaming(self) -> Iterator[None]:
-        """Replace "lost QEMU" by QEMU's own last words, where we have its log."""
+        """Replace "lost QEMU" by QEMU's own last words, if we have its log."""
         try:
             yield
         except GuestError as error:
             raise self.blame(error) from None
 
     def blame(self, error: GuestError) -> GuestError:
-        """Return the error, with QEMU's own last words where we have its log."""
+        """Return the error, with QEMU's own last words if we have its log."""
         return self.empty.blame(error) if self.empty else error
 
 
@@ -85,10 +88,7 @@ _Stage = TypeVar("_Stage", bound=Checked)
 
 
 class QemuSink:
-    """A guest being built.
-
-    may_have_run: False as long as its vCPUs provably never ran.
-    """
+    """A guest that is built in a QEMU.  Attributes and errors are base.Sink's."""
 
     def __init__(
         self,
@@ -98,13 +98,13 @@ class QemuSink:
         force: bool,
         state_dir: str,
     ) -> None:
-        """Prepare; touches nothing.
+        """Prepare; change nothing on the host.
 
         qmp_path: absolute, or None for -o qmp=, else NAME.qmp in state_dir.
-        resources: the -o keys.  name: of the guest here, or None for the
+        resources: the -o keys.  name: the guest's name here, or None for the
         stream's.  force: overrule differences of host and configuration.
-        state_dir: exists, 0700, with a directory log/; for the socket and the log.
-        Raises UsageError for a key that does not exist.
+        state_dir: an existing directory, 0700, with a directory log/; for the
+        socket and the log.  Raises UsageError for an -o key or value that is wrong.
         """
         parsed = Resources.parse(resources)
         given = parsed.get("qmp")
@@ -114,7 +114,7 @@ class QemuSink:
         self._force = force
         self._waiting: Qmp | None = None
         self._stage: Checked | None = None
-        # abort() gives up what was connected, started and set, and then the memory.
+        # abort() undoes what was connected, started and set, and then releases the memory.
         self._made = contextlib.ExitStack()
         self._ram = contextlib.ExitStack()
         self.may_have_run = False
@@ -127,7 +127,7 @@ class QemuSink:
         return self._wanted.given_name or self._at(Checked).name
 
     def _at(self, stage: type[_Stage]) -> _Stage:
-        """Return how far it has come.  Raises InternalError where that is not far enough."""
+        """Return the stage reached.  Raises InternalError if that is not yet `stage`."""
         if not isinstance(self._stage, stage):
             raise InternalError(f"QemuSink: {stage.MISSING}")
         return self._stage
@@ -135,7 +135,7 @@ class QemuSink:
     # ---- check
 
     def check(self, head: Head) -> list[str]:
-        """Return the reasons why this host cannot take the guest; remember it."""
+        """Return the reasons why this host cannot take the guest; without any, remember it."""
         kind = head.host.get("hypervisor")
         if kind != "qemu":
             return [f"hypervisor: the guest runs under {ascii(kind)[:40]}, not qemu"]
@@ -150,7 +150,10 @@ class QemuSink:
         return reasons
 
     def _connect(self, path: str) -> Qmp | None:
-        """Return the connection to the QEMU that waits at a path, ours; None where nobody does."""
+        """Return the connection to the QEMU that waits at a path; None if none waits.
+
+        abort() closes the connection.
+        """
         if self._waiting is None:
             who = f"guest {self._wanted.given_name or os.path.basename(path)}"
             if found := connect(path, who):
@@ -165,7 +168,7 @@ class QemuSink:
         return []
 
     def open(self, plan: bytes) -> Sequence[Target]:
-        """Start or take over the empty QEMU; return its RAM file, all zero."""
+        """Start or take over the empty QEMU; return its RAM, all zero, as one Target."""
         checked, empty, fd = self._at(Checked), None, None
         if self._waiting:
             qmp = self._waiting
@@ -185,8 +188,8 @@ class QemuSink:
     def _start_empty(self, checked: Checked) -> tuple[Empty, Qmp, int | None]:
         """Start a QEMU of ours.
 
-        Returns it, its connection, and the descriptor of the memory file where
-        that is of our making too.
+        Returns it, its connection, and the memory file's descriptor, or None if
+        QEMU has opened the memory itself (a template).
         """
         wanted, fd = self._wanted, None
         empty = Empty(
@@ -200,7 +203,7 @@ class QemuSink:
             fd = empty.take_ram()
             self._ram.callback(os.close, fd)
         self._made.callback(qmp.close)
-        # By what it says of them: it may have opened other disks than the source's.
+        # Ask QEMU itself, which may have opened other disks than the source's.
         differences = verdict.disk_differences(qmp, checked.config)
         if differences and not self._force:
             raise IncompatibleError(f"guest {checked.name}: {'; '.join(differences)}")
@@ -213,18 +216,18 @@ class QemuSink:
         other = ram.other_user(fd, qmp.pid)
         if other is not None:
             raise IncompatibleError(f"mem: the memory file is in use by process {other}")
-        # Mappings see the zeros too: right also for a QEMU that waits.
+        # QEMU's own mapping sees the zeros too.
         hole.punch(fd, 0, size_bytes)
         return fd
 
     def _prepare(self, checked: Checked, qmp: Qmp, empty: Empty | None) -> Opened:
         """Set what the load needs, before the source pauses.
 
-        Without late-block-activate a shared image would be locked before
-        `cont`, and the source could not take it back.  announce-rounds=0:
-        QEMU would announce the guest when it is loaded, not when it runs, and
-        switches would learn a place that may still be given up.  Source:
-        qemu/qemu migration/migration.c at 005807860d3e,
+        Without late-block-activate QEMU would lock a shared image before `cont`,
+        and the source could not take the image back.  announce-rounds is set to
+        0, because QEMU would announce the guest when it is loaded, not when it
+        runs, and switches would learn a place that may still be given up.
+        Source: qemu/qemu migration/migration.c at 005807860d3e,
         process_incoming_migration_bh().
         """
         found = migration.capabilities(qmp)
@@ -244,7 +247,7 @@ class QemuSink:
     # ---- load and start
 
     def require_alive(self) -> None:
-        """Ask QEMU for its state.  Raises GuestError where it does not answer."""
+        """Ask QEMU for its state.  Raises GuestError if QEMU does not answer."""
         if isinstance(self._stage, Opened):
             with self._stage.blaming():
                 facts.status(self._stage.qmp)
@@ -263,13 +266,13 @@ class QemuSink:
         guest = self._at(Opened)
         qmp = guest.qmp
         with guest.blaming():
-            facts.status(qmp)  # one that has ended meanwhile has not run
+            facts.status(qmp)  # if QEMU has ended meanwhile, its guest has not run
         self.may_have_run = True
         try:
             qmp.execute("cont", doing="start", limit_s=30.0)
             state = facts.status(qmp)
         except CommandError:
-            # An answer: QEMU did not start them (a disk is locked, say).
+            # QEMU has answered that it did not start the vCPUs (a disk is locked, say).
             with contextlib.suppress(GuestError):
                 self.may_have_run = facts.status(qmp) not in ("paused", "prelaunch")
             raise
@@ -277,7 +280,7 @@ class QemuSink:
             raise guest.blame(error) from None
         if state != "running":
             raise GuestError(f"guest {guest.name}: cannot start: it is '{state}' after cont")
-        # The network first: it is what the guest's peers still miss.
+        # Tell the network first: the guest's peers wait for that only.
         migration.announce(qmp)
         migration.restore(qmp, guest.settings)
         self._let_go(guest)
@@ -293,7 +296,7 @@ class QemuSink:
         return self._at(Opened).record
 
     def _let_go(self, guest: Opened) -> None:
-        """From here on the guest is nobody's: abort() does nothing."""
+        """Give the guest up: from here on abort() does nothing."""
         self._made.pop_all()
         guest.qmp.close()
         if guest.empty is not None:
@@ -301,7 +304,7 @@ class QemuSink:
         self._ram.close()
 
     def abort(self) -> None:
-        """Undo open(): our QEMU and our files go, a waiting QEMU stays."""
+        """Undo open(): remove our QEMU and our files; leave a QEMU that waited as it was."""
         self._made.close()
         self._waiting = None
         self._ram.close()

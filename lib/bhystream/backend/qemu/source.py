@@ -6,9 +6,9 @@ stream with x-ignore-shared, which leaves the shared RAM out, written into a
 pipe and read whole into memory.
 
     open      connect, identify, refuse what cannot be moved; changes nothing (opened.py)
-    pause     capabilities and limits set first, while the guest runs; then stop,
-              and the state (state.py)        running -> postmigrate
-    resume    paused.py                        postmigrate -> running
+    pause     set capabilities and limits while the guest runs; then stop the guest
+              and take the state (state.py)    running -> postmigrate
+    resume    see paused.py                    postmigrate -> running
 
 The destination's QEMU checks little of what it loads, so head() carries the
 configuration that config.py made of the argv.
@@ -34,7 +34,7 @@ from bhystream.errors import GuestError
 from bhystream.guest import Head, Json, State
 
 # Measured with QEMU 7.2 under TCG on two busy cores: stop 2 to 6 ms, state 2 to
-# 5, load 2 to 12, cont under 1, and the programs around them.
+# 5, load 2 to 12, cont under 1, and the time of bhysend and bhyrecv in between.
 FIXED_NS = 25_000_000
 
 
@@ -44,13 +44,13 @@ class QemuSource:
     def __init__(self, qmp_path: str, *, force: bool = False) -> None:
         """Open the guest.  Raises GuestError, IncompatibleError or AccessError.
 
-        force: also one that writes to another image than its command line names,
-        and one that something seems to supervise.
+        force: also open a guest that writes to another image than QEMU's command
+        line names, or that a supervisor might start again.
         """
         self._opened = open_guest(qmp_path, force=force)
 
     def _require_quiet(self) -> None:
-        """Refuse a paused guest whose disks are not what they were just before."""
+        """Raise GuestError if the disks of the paused guest changed just before, or are in use."""
         qmp = self._opened.qmp
         graph.refuse_jobs(qmp)
         drives = graph.drives(qmp, working_directory(qmp.pid))
@@ -61,12 +61,12 @@ class QemuSource:
 
     @property
     def name(self) -> str:
-        """Return the guest's name: of -name, else of the socket."""
+        """Return the guest's name: from -name, else from the socket's path."""
         return self._opened.name
 
     @property
     def lock_name(self) -> str:
-        """Return the pid and start time: the same through every socket."""
+        """Return a name with QEMU's pid and start time: the same through every QMP socket."""
         identity = self._opened.identity
         return f"qemu-{identity.pid}-{identity.start_ticks}"
 
@@ -88,18 +88,18 @@ class QemuSource:
         return [f"{key}=" for key in keys]
 
     def warnings(self) -> Sequence[str]:
-        """Return which image the destination has to lend, and a name that is another here."""
-        out = [f"{change}; lend it the former" for change in self._opened.changes]
+        """Return the images that the destination has to lend, and a name that cannot be kept."""
+        out = [f"{change}; lend the guest the former" for change in self._opened.changes]
         own = guest_name(self._opened.program.argv)
         if own not in ("", self.name):
             out.append(
-                f"name: {ascii(own)[:80]} cannot be a guest's in a stream; it is called"
-                f" {self.name}, or what bhyrecv's operand says"
+                f"name: {ascii(own)[:80]} cannot be a guest's name in a stream; the guest is"
+                f" called {self.name}, or as bhyrecv's operand says"
             )
         return out
 
     def prepare(self, id_: str) -> Prepared:
-        """Return the record; what the pause needs is set in it, in a millisecond."""
+        """Return the record.  pause() itself makes all settings, which takes a millisecond."""
         return Prepared(record_of(self._opened.qmp, self.name, self._opened.settings))
 
     def memory(self) -> Sequence[memoryview]:
@@ -112,11 +112,11 @@ class QemuSource:
         return ram.extents(memory.fd, memory.size_bytes, self._opened.identity.pid)
 
     def changed(self) -> Iterator[tuple[int, int]] | None:
-        """Return None: QEMU's dirty log is its own."""
+        """Return None: QEMU shows its dirty log to no other program."""
         return None
 
     def require_described(self) -> None:
-        """Ask for devices, disks and jobs again: they may change while the guest is sent."""
+        """Raise GuestError or IncompatibleError if devices, disks or jobs changed since open."""
         before, now = self._opened.described, self._opened.program.describe([])
         if now != before:
             lines = compare(before.config, now.config)
@@ -127,11 +127,15 @@ class QemuSource:
             )
 
     def fixed_ns(self) -> int:
-        """Return what stop, state, load and cont take together."""
+        """Return what stop, state, load and cont take together, in ns."""
         return FIXED_NS
 
     def pause(self) -> QemuPaused:
-        """Stop the guest and take its state.  What can be set up before that is."""
+        """Set up the migration while the guest runs; stop the guest and take its state.
+
+        Raises GuestEndedError if QEMU has ended, else GuestError, after an attempt
+        to let the guest run on.
+        """
         guest = self._opened
         try:
             with ending(guest.qmp.who, guest.identity):
@@ -156,7 +160,7 @@ class QemuSource:
         qmp = self._opened.qmp
         migration.set_parameters(qmp, {"max-bandwidth": migration.UNLIMITED})
         migration.set_capabilities(qmp, {"x-ignore-shared": True})
-        # It waits for the disks, and slow storage takes its time.
+        # `stop` waits for the disks, and slow storage may take long.
         qmp.execute("stop", doing="pause", limit_s=60.0)
         state = facts.status(qmp)
         if state != "paused":
@@ -165,16 +169,19 @@ class QemuSource:
         return take_state(qmp, self._opened.identity)
 
     def close(self) -> None:
-        """Give up connection, descriptor and mapping; the guest stays as it is.
+        """Release connection, descriptor and mapping; the guest stays as it is.
 
-        A view that the engine still holds keeps the mapping alive until it is
-        dropped; that is no error here.
+        A view that the engine still holds keeps the mapping alive until the
+        engine drops the view; that is no error.
         """
         self._opened.close()
 
 
 def record_of(qmp: Qmp, name: str, found: Mapping[str, Any]) -> Json:
-    """Return the record by which open_paused() finds a guest again."""
+    """Return the record by which open_paused() finds a guest again.
+
+    found: the migration settings to put back.  Raises EndedError if QEMU has ended.
+    """
     who = identify(qmp.pid, "QEMU")
     return {
         "hypervisor": "qemu",

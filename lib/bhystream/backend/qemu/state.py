@@ -1,4 +1,4 @@
-"""The device state out of a stopped QEMU: its own migration stream, read whole into memory."""
+"""Take the device state of a stopped QEMU: its own migration stream, read whole into memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from bhystream.backend.qemu.migration import PIPE_BYTES
 from bhystream.backend.qemu.qmp import ConnectionLostError, Qmp
 from bhystream.errors import GuestError
 
-# A few hundred KiB is usual.  More means that RAM is in it: QEMU 9.1 and later
-# leave only named files out, not memfd.  Source: qemu/qemu migration/ram.c,
-# migrate_ram_is_ignored(), qemu_ram_is_named_file().
+# A state usually has a few hundred KiB; a larger one holds RAM, because QEMU 9.1
+# and later leave out only RAM in named files, not in memfds.  Source: qemu/qemu
+# migration/ram.c, migrate_ram_is_ignored(), qemu_ram_is_named_file().
 MAX_STATE_BYTES = 64 << 20
 STATE_LIMIT_S = 60.0
 
@@ -24,19 +24,19 @@ STATE_LIMIT_S = 60.0
 def take_state(qmp: Qmp, who: Identity) -> bytes:
     """Return the device state of a stopped guest.
 
-    The guest is `postmigrate` afterwards and its disks are inactive; `cont`
-    undoes both.  On failure nothing is running in QEMU that migration.let_run()
-    could not cancel.  who: its process.  Raises GuestError.
+    Afterwards QEMU is `postmigrate` and the guest's disks are inactive; `cont`
+    undoes both.  who: QEMU's process.  Raises GuestError; migration.let_run() can
+    then cancel whatever still runs in QEMU.
     """
     read_end, write_end = os.pipe()
     try:
         with contextlib.suppress(OSError):
-            # All of a usual state fits, so QEMU never waits for us.
+            # A state of usual size fits into the pipe, so that QEMU does not wait for us.
             fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         try:
             qmp.send_fd("bhysend", write_end, doing="save state")
         finally:
-            # QEMU's copy is the only one, so that its close is our EOF.
+            # Leave QEMU the only copy, so that we get EOF when QEMU closes it.
             os.close(write_end)
         try:
             qmp.execute("migrate", {"uri": "fd:bhysend"}, doing="save state")
@@ -46,7 +46,7 @@ def take_state(qmp: Qmp, who: Identity) -> bytes:
             raise
         data = _drain(qmp, who, read_end)
     finally:
-        # Before any cancel: a migration blocked in write(2) gets EPIPE.
+        # Close before any cancel, so that a migration blocked in write(2) gets EPIPE.
         os.close(read_end)
     _await_completed(qmp)
     return data
@@ -78,7 +78,7 @@ def _drain(qmp: Qmp, who: Identity, fd: int) -> bytes:
 
 
 def _check_draining(qmp: Qmp, who: Identity, left_ms: float) -> None:
-    """Called when a second passed without a byte.  Raises to give up."""
+    """Raise GuestError if QEMU has ended or the time is up; called after a second without data."""
     if not is_alive(who):
         raise ConnectionLostError(f"{qmp.who}: cannot save state: QEMU has ended")
     if left_ms <= 0:
@@ -86,9 +86,9 @@ def _check_draining(qmp: Qmp, who: Identity, left_ms: float) -> None:
 
 
 def _await_completed(qmp: Qmp) -> None:
-    """After EOF: the migration has ended; only "completed" is good.
+    """Wait, after EOF, until the status is "completed".  Raises GuestError for any other end.
 
-    QEMU closes the file some way before or after it sets the status.
+    QEMU may close the pipe before or after it sets the status.
     """
     end = time.monotonic() + 10.0
     while True:

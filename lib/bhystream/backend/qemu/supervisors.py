@@ -1,4 +1,4 @@
-"""What starts a guest again whose QEMU was ended, judged by the processes above that QEMU.
+"""Whether a guest would be started again after its QEMU has ended, judged by QEMU's ancestors.
 
     above QEMU                    after its end
     systemd                       its unit tells: Restart=, UpheldBy=, TriggeredBy=
@@ -6,12 +6,12 @@
     a shell with a script, or     may be in a loop
     a copy of one (a subshell)
     a terminal's shell            is at its prompt
-    sudo, su, timeout ...         end with it: what is above them counts
-    what runs bhysend too         knows of the move
+    sudo, su, timeout ...         end with QEMU: the process above them counts
+    an ancestor of bhysend too    knows of the move
     any other                     not known
 
-The walk up ends at a login, and at what was started from outside the PID
-namespace.  libvirt's guests do not get here: qmp.py refuses them.
+The walk up ends at a login, and at a process that was started from outside the
+PID namespace.  qmp.py refuses libvirt's guests before this file is asked.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from collections.abc import Callable, Collection, Sequence
 from bhystream.backend.lineage import Above, Unit, above, show, unit_of
 from bhystream.backend.supervisors import is_shell, may_start_again, program_of, reason, words
 
-# They run a program, wait for it, and end with it.
+# Programs that run another program, wait for it, and end with it.
 _THROUGH = words(
     "bwrap doas flock nsenter pkexec runuser script setsid strace su sudo",
     "systemd-inhibit timeout unshare",
 )
-# Above bhysend too they are no better.
+# Programs that restart QEMU even if they are ancestors of bhysend too.
 _SUPERVISORS = words(
     "circusd daemon dinit finit immortal monit perpd runsv s6-supervise supervise",
     "supervise-daemon supervisord",
 )
-# What is above them has to do with the host, and not with what was typed.
+# Processes above these belong to the host, not to the command that was typed.
 _LOGINS = words(
     "SCREEN agetty atd cron crond dropbear inetd init login screen sshd sshd-session",
     "systemd tmux xinetd",
 )
-# Of these a unit's end is an end: on-watchdog is for units that hang.
+# With these, systemd does not restart a unit that ends; on-watchdog is for units that hang.
 _LEFT_ENDED = frozenset({"no", "on-watchdog"})
 
 
 def reasons(pid: int) -> list[str]:
-    """Say what may start the QEMU `pid` again once it is ended: one reason at most, a soft one."""
+    """Return the soft reason, or [], if a program may start the QEMU `pid` again once it ends."""
 
     def of_unit(waiting: Collection[int]) -> str:
         unit = unit_of(pid)
@@ -53,7 +53,10 @@ def reasons(pid: int) -> list[str]:
 
 
 def ours(chain: Sequence[Above]) -> set[int]:
-    """Return this process and what waits for it, up to a login.  chain: what is above us."""
+    """Return the pids of this process and of the ancestors that wait for it, up to a login.
+
+    chain: our ancestors, the parent first.
+    """
     found = {os.getpid()}
     for each in chain:
         if program_of(each.command) in _LOGINS:
@@ -70,9 +73,9 @@ def judge(
 ) -> str:
     """Return the reason, or "".
 
-    pid: of QEMU.  chain: what is above it.  ours: the processes that wait for
-    us.  of_unit: asked where systemd is above QEMU; gets QEMU and those that
-    end with it.
+    pid: QEMU's.  chain: QEMU's ancestors, the parent first.  ours: as returned by
+    ours().  of_unit: called if systemd is above QEMU, with the pids of QEMU and of
+    the ancestors that end with QEMU; returns the unit's reason, or "".
     """
     waiting = {pid}
     for each in chain:
@@ -90,17 +93,18 @@ def judge(
         waiting.add(each.pid)
     if pid == 1:
         return (
-            "supervisor: the guest's QEMU is process 1 of its container, and what runs that may"
-            " start it again when it is killed: a second copy; see that it does not, then -f"
+            "supervisor: the guest's QEMU is process 1 of its container, and the program that runs"
+            " the container may start QEMU again when QEMU is killed: a second copy of the guest;"
+            " make sure that it does not, and use -f"
         )
     return ""
 
 
 def _is_main(command: str) -> bool:
-    """Say whether process 1 of a container may be there for QEMU, and not for what has no parent.
+    """Say whether process 1 of a container may be there to run QEMU, not only to adopt orphans.
 
-    "tini -- qemu-system-x86_64 ..." ends with it, and the container is started
-    again; a script may be in a loop.
+    "tini -- qemu-system-x86_64 ..." ends with QEMU, and the container may then be
+    started again; a script may be in a loop.
     """
     if is_shell(command):
         return may_start_again(command)
@@ -108,33 +112,38 @@ def _is_main(command: str) -> bool:
 
 
 def _is_supervisor(command: str) -> bool:
-    """Say whether a program is there to start others again, by its name or its interpreter's."""
+    """Say whether a command line, or the script that it runs, is a supervisor's by its name."""
     return any(program_of(word) in _SUPERVISORS for word in command.split()[:2])
 
 
 def _unit_reason(unit: Unit, waiting: Collection[int]) -> str:
-    """Say what makes systemd start a unit again when its main process, one of `waiting`, ends."""
+    """Return the reason if systemd starts the unit again when its main process ends, else "".
+
+    waiting: the pids of QEMU and of its ancestors that end with QEMU; if the unit's
+    main process is another one, there is no reason.
+    """
     if not unit.name.endswith(".service"):
         return ""
     found = show(unit, "Restart", "MainPID", "UpheldBy", "TriggeredBy")
     what = f"supervisor: the guest's QEMU is in {unit.name} of systemd's"
     if found is None:
         return (
-            f"{what}, and systemctl does not say whether that is started again when it ends:"
-            " a second copy; see that it has Restart=no, then -f"
+            f"{what}, and systemctl does not say whether systemd starts the unit again when QEMU"
+            " ends: a second copy of the guest; make sure that the unit has Restart=no, and use -f"
         )
-    # 0: systemd knows of none, and takes the unit for ended when it is empty.
+    # MainPID=0: systemd knows no main process; the unit ends with its last process.
     if int(found["MainPID"]) not in {0, *waiting}:
         return ""
     if found["Restart"] not in _LEFT_ENDED:
         return (
-            f"{what}, which with Restart={found['Restart']} starts it again when it ends: a second"
-            " copy; put Restart=no into a drop-in of the unit (systemctl edit --runtime), or -f"
+            f"{what}, which with Restart={found['Restart']} starts QEMU again when QEMU ends: a"
+            " second copy of the guest; put Restart=no into a drop-in of the unit (systemctl edit"
+            " --runtime), or use -f"
         )
     others = f"{found['UpheldBy']} {found['TriggeredBy']}".split()
     if others:
         return (
-            f"{what}, which {others[0]} may start again when it ends: a second copy;"
-            f" systemctl stop {others[0]} first, or -f"
+            f"{what}, which {others[0]} may start again when it ends: a second copy of the guest;"
+            f" systemctl stop {others[0]} first, or use -f"
         )
     return ""

@@ -1,8 +1,8 @@
-"""A configuration from a stream is hostile until it has passed here.
+"""The check of a configuration from a stream, which is hostile until it has passed.
 
 validate() takes whatever JSON the CONFIG section held and returns a fresh,
 wholly checked copy, of the shape that config.reduce_argv() makes; nothing of
-the original is used after it.  Every key is known or refused by name, every
+the original is used afterwards.  Every key is known or refused by name, every
 number has a range, every text a pattern, every list a length, every
 reference a target.
 """
@@ -26,7 +26,7 @@ _EMPTY = re.compile("")
 
 
 def _shown(value: object) -> str:
-    """Return hostile text for a message: ASCII, quoted, short."""
+    """Return a hostile value as text for a message: ASCII, quoted, short."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -106,7 +106,7 @@ def _dict(value: Any, where: str) -> dict[str, Any]:
 
 
 def _record(fields: dict[str, Check]) -> Check:
-    """Check an object with exactly these keys."""
+    """Return a check for an object that has exactly these keys."""
 
     def check(value: Any, where: str) -> dict[str, Any]:
         given = _dict(value, where)
@@ -122,7 +122,7 @@ def _record(fields: dict[str, Check]) -> Check:
 
 
 def _table(allowed: Callable[[str], bool], item: Check) -> Check:
-    """Check an object with any of the allowed keys."""
+    """Return a check for an object that has any of the allowed keys."""
 
     def check(value: Any, where: str) -> dict[str, Any]:
         given = _dict(value, where)
@@ -142,7 +142,7 @@ def _ident(value: Any, where: str) -> str:
 
 
 def _key(kind: str) -> Check:
-    """Check "disk0": the keys count up, so each is its place in the list."""
+    """Return a check for "disk0": the number in each key is the item's place in its list."""
 
     def check(value: Any, where: str) -> str:
         number = where.rpartition("[")[2].partition("]")[0]
@@ -257,7 +257,7 @@ _SCHEMA = _record(
 def validate(config: object) -> dict[str, Any]:
     """Return a checked copy of a stream's configuration.
 
-    Raises IncompatibleError that names the first thing on no list.
+    Raises IncompatibleError that names the first part that is not allowed.
     """
     out: dict[str, Any] = _SCHEMA(config, "config")
     if "cpus" not in out["smp"]:
@@ -283,7 +283,7 @@ def _ids(items: list[dict[str, Any]]) -> set[str]:
 
 
 def _no_twins(config: dict[str, Any]) -> None:
-    """Refuse an id that is used twice where QEMU wants it once."""
+    """Raise IncompatibleError if two things of one kind have the same id, as QEMU would."""
     kinds = {
         "disks": [d["id"] for d in config["disks"]],
         "nets": [n["id"] for n in config["nets"]],

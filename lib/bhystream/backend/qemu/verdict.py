@@ -1,7 +1,7 @@
-"""Can this host take the guest?  The reasons against it, one line each.
+"""The reasons why this host cannot take a guest, one line each.
 
-Nothing here changes anything: files are looked at, a waiting QEMU is asked,
-and the QEMU program is run once for its list of machine types.
+Nothing here changes the host: the functions look at files, ask a QEMU that
+waits, and run the QEMU program for its machine types and its version.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _ALIAS = re.compile(r"\(alias of (\S+)\)")
 
 
 def host_reasons(head: Head, config: Mapping[str, Any]) -> list[str]:
-    """Check what the accelerator needs of this host."""
+    """Return the reasons why this host does not suit the guest's accelerator.
+
+    config: validated.
+    """
     if config["accel"]["type"] != "kvm":
         return []
     out = []
@@ -44,7 +47,10 @@ def host_reasons(head: Head, config: Mapping[str, Any]) -> list[str]:
 
 
 def version_reasons(head: Head, here: str) -> list[str]:
-    """An older QEMU is not promised to read a newer one's state."""
+    """Return a reason if this host's QEMU is older than the source's.
+
+    here: "7.2.22".  QEMU does not promise that an older version reads a newer one's state.
+    """
     theirs = str(head.host.get("hypervisor_version", ""))
     if _version(theirs) > _version(here):
         return [f"hypervisor_version: the source runs QEMU {ascii(theirs)[:40]}, here is {here}"]
@@ -52,7 +58,7 @@ def version_reasons(head: Head, here: str) -> list[str]:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """Return (7, 2) of "7.2.22": the releases that matter to a state."""
+    """Return (7, 2) for "7.2.22": the numbers that matter to a state."""
     found = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", text)
     return (int(found[1]), int(found[2])) if found else ()
 
@@ -60,7 +66,8 @@ def _version(text: str) -> tuple[int, ...]:
 def machines(program: str) -> tuple[set[str], dict[str, str], str]:
     """Ask a QEMU program for (machine types, aliases, version).
 
-    "pc", where no -machine is given, is the type marked as default.
+    Without -machine, QEMU takes its default type, which the alias "pc" names.
+    Raises GuestError if the program cannot be run.
     """
     try:
         run = subprocess.run(
@@ -88,9 +95,9 @@ def machines(program: str) -> tuple[set[str], dict[str, str], str]:
 
 
 def room_reasons(size_bytes: int, directory: str | None) -> list[str]:
-    """Compare the guest's memory with what is free here.
+    """Return the reasons if this host has not enough free memory for the guest.
 
-    directory: where the memory file goes, or None if it exists already.
+    directory: where our memory file goes, or None if we make none.
     """
     out = []
     available = host.memory_available_bytes()
@@ -111,9 +118,9 @@ def room_reasons(size_bytes: int, directory: str | None) -> list[str]:
 
 
 def waiting_reasons(qmp: Qmp, config: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Examine the QEMU that listens where the guest is to live.
+    """Examine the QEMU that listens at the socket that is to be the guest's.
 
-    Returns (reasons that stand, differences that force overrides).
+    Returns (reasons that -f does not overrule, differences that -f overrules).
     """
     state = facts.status(qmp)
     if state != "inmigrate":
@@ -135,14 +142,18 @@ def waiting_reasons(qmp: Qmp, config: dict[str, Any]) -> tuple[list[str], list[s
 
 
 def described(qmp: Qmp, name: str) -> dict[str, Any]:
-    """Return the configuration of a QEMU that waits.  name: of its guest."""
+    """Return the configuration of a QEMU that waits.  name: the guest's.
+
+    Raises IncompatibleError, GuestError or AccessError.
+    """
     return reduce_argv(read_argv(qmp.pid)[1:], facts.gather(qmp), name)
 
 
 def disk_differences(qmp: Qmp, config: dict[str, Any]) -> list[str]:
     """Say how the disks that a QEMU has opened differ from the stream's, one line each.
 
-    Only QEMU knows what it has found behind a name that is no path.
+    Only QEMU knows what it has found behind a name that is no path.  Raises as
+    described() does.
     """
     lines = compare(config, described(qmp, config["name"]))
     return [line for line in lines if line.startswith("disk")]
@@ -158,7 +169,8 @@ def waits_deferred(argv: list[str]) -> bool:
 def template_config(words: list[str], aliases: Mapping[str, str], name: str) -> dict[str, Any]:
     """Return the configuration of the operator's command line, without its program.
 
-    Raises IncompatibleError for what bhyrecv adds itself or cannot follow.
+    words: arguments only.  Raises IncompatibleError for an option that bhyrecv
+    adds itself, or does not know.
     """
     for word in words:
         if word.lstrip("-") in ("incoming", "daemonize") and word.startswith("-"):
@@ -176,7 +188,7 @@ def template_ram_path(words: list[str]) -> str | None:
 
 
 def resource_reasons(resources: Resources, config: dict[str, Any]) -> list[str]:
-    """Check the operator's keys where we start QEMU ourselves."""
+    """Return the reasons against the operator's keys if we start QEMU ourselves."""
     out = resources.reasons(config)
     path = resources.get("mem")
     if path is not None and not os.path.isdir(path):

@@ -1,6 +1,6 @@
-"""What is wanted of a stream's guest at this host, and whether it can be had.
+"""What bhyrecv's operator wants for a stream's guest, and the reasons against it.
 
-The operator's words, and a QEMU that waits, if there is one; nothing is made.
+This file judges the -o keys and a QEMU that waits, if there is one; it makes nothing.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from bhystream.guest import Head
 
 @dataclass(frozen=True)
 class Wanted:
-    """One guest, as it is wanted here.
+    """One guest, as the operator wants it at this host.
 
-    resources: the -o keys.  given_path: of the QMP socket, None for NAME.qmp in
-    state_dir.  given_name: of the guest here, None for the stream's.
+    resources: the -o keys.  given_path: the QMP socket's, None for NAME.qmp in
+    state_dir.  given_name: the guest's name here, None for the stream's.
     """
 
     resources: Resources
@@ -33,19 +33,20 @@ class Wanted:
     state_dir: str
 
     def name(self, config: dict[str, Any]) -> str:
-        """Return the guest's name here.  config: of the stream, validated."""
+        """Return the guest's name at this host.  config: of the stream, validated."""
         return self.given_name or str(config["name"])
 
     def path(self, config: dict[str, Any]) -> str:
-        """Return the path of its QMP socket here."""
+        """Return the path of the guest's QMP socket at this host."""
         return self.given_path or os.path.join(self.state_dir, f"{self.name(config)}.qmp")
 
     def judge(
         self, head: Head, config: dict[str, Any], connect: Callable[[str], Qmp | None]
     ) -> tuple[list[str], list[str]]:
-        """Return (reasons that stand, reasons that force overrules).
+        """Return (reasons that -f does not overrule, reasons that -f overrules).
 
-        connect: returns the connection to the QEMU that waits at a path, None for none.
+        connect: returns the connection to the QEMU that waits at a path, or None.
+        Raises UsageError, IncompatibleError or GuestError for further reasons.
         """
         hard: list[str] = []
         soft = verdict.host_reasons(head, config)
@@ -54,7 +55,7 @@ class Wanted:
         if qmp := connect(path):
             stands, differences = verdict.waiting_reasons(qmp, config)
             hard += stands + [
-                f"{key}: a QEMU with its own waits at {path}; remove -o {key}="
+                f"{key}: the QEMU that waits at {path} has its own; remove -o {key}="
                 for key in self.resources.values
                 if key != "qmp"
             ]
@@ -85,7 +86,7 @@ class Wanted:
         return compare(config, here) + verdict.version_reasons(head, version)
 
     def template(self, config: dict[str, Any]) -> tuple[str, list[str]]:
-        """Return the operator's (program, arguments)."""
+        """Return the template's (program, arguments).  Raises UsageError or GuestError."""
         words = self.resources.template()
         if words[0].startswith("-"):
             return host.program(config["arch"]), words
@@ -93,10 +94,10 @@ class Wanted:
 
 
 def connect(path: str, who: str) -> Qmp | None:
-    """Connect to the QEMU that waits at a socket; None where nobody does.
+    """Return a connection to the QEMU that waits at a socket; None if none waits.
 
-    Refuses what is no socket: QEMU unlinks whatever lies at the path that it is
-    told to listen on.
+    Raises IncompatibleError if the path is no socket, because a QEMU that is told
+    to listen at a path unlinks the file there.  Raises GuestError as Qmp() does.
     """
     try:
         mode = os.lstat(path).st_mode
@@ -107,4 +108,4 @@ def connect(path: str, who: str) -> Qmp | None:
     try:
         return Qmp(path, who)
     except NobodyListensError:
-        return None  # its QEMU is gone; ours replaces the socket
+        return None  # the socket's QEMU has ended; a QEMU of ours replaces the socket

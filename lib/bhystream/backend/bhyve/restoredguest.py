@@ -1,14 +1,15 @@
-"""What is recorded of a bhyve guest at the destination, and where its files are.
+"""The record of a bhyve guest at the destination, and the places of its files.
 
-Two directories belong to it:
+Two directories belong to a guest:
 
     staging   in memory (tmpfs), for a guest that is started in this move
     kept      loaded/ID.NAME in the state directory, on disk, for one that is not (bhyrecv -u)
 
-and, beside kept, ID.NAME.started: the bhyve that was started from the stream.
-Its VM is written there when it is made, its process before that runs bhyve, so
-whoever finds what a killed bhyrecv left knows both, and ends exactly these.  It stays when the
-files go, where nothing else tells the guest from another one of its name.
+Beside kept is the file ID.NAME.started, which names the bhyve that was started
+from the stream.  The VM is written there when it is made, and the process before
+it becomes bhyve.  So a bhyrecv that finds what a killed bhyrecv left knows both,
+and ends exactly these.  The file outlives the other files if nothing else tells
+the guest from another guest of its name.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ STAGING = "BHYRECV_STAGING"
 _PREFIX = "bhyrecv-"
 _KEPT = "loaded"
 _MEMORY_DIRS = ("/dev/shm", "/tmp", "/var/run")
-# `bhyve -r FILE` takes NAME_MAX, with ".kern".  Source: usr.sbin/bhyve/snapshot.c,
-# strcat_extension(), FreeBSD 15.1.
+# `bhyve -r FILE` takes a FILE of NAME_MAX bytes, ".kern" included.
+# Source: usr.sbin/bhyve/snapshot.c, strcat_extension(), FreeBSD 15.1.
 _MAX_FILE_BYTES = 255 - len(".kern")
 _ID_CHARS = 16  # of a stream id, in a directory's name
 _STEM = re.compile("[0-9a-f]{16,32}")
@@ -47,11 +48,11 @@ _KILL_S = 30.0
 
 @dataclass(frozen=True)
 class Started:
-    """A bhyve that we have started.
+    """A bhyve that bhyrecv has started.
 
-    process: None where its VM was made for it, and nothing more is known.
-    node: Host.node_id() of that VM.  is_known: False for one whose record
-    cannot be read: anything may have become of it.
+    process: None if only the VM was made, as far as is known.  node:
+    Host.node_id() of that VM.  is_known: False if the record of the start cannot
+    be read, so that nothing is known of the process or the VM.
     """
 
     process: Identity | None
@@ -59,15 +60,17 @@ class Started:
     is_known: bool = True
 
     def is_alive(self) -> bool:
-        """Say whether this very process lives."""
+        """Say whether this very process is alive."""
         return self.process is not None and is_alive(self.process)
 
     def may_have_run(self, run_dir: Path, name: str) -> bool:
-        """Say whether it may have let its vCPUs run, now that it has ended.
+        """Say whether a bhyve that has ended may have let its vCPUs run.
 
-        It has made its checkpoint socket by then, of which none was left at
-        its start.  After a reboot, which removes sockets, nobody can say, and of
-        one that is not known neither.  None runs before its process is written down.
+        bhyve makes its checkpoint socket before it lets the vCPUs run, and any
+        older socket was removed before the start.  The answer is yes if the
+        socket exists, if the host was rebooted since (which removes sockets), or
+        if the start is not known.  It is no if no process is recorded, because
+        the process is recorded before it becomes bhyve.
         """
         if not self.is_known:
             return True
@@ -76,9 +79,11 @@ class Started:
         return self.process.boot_id != boot_id() or os.path.lexists(run_dir / name)
 
     def end(self, host: Host, name: str) -> None:
-        """Kill it, and destroy its VM, and no other of that name.  Raises GuestError.
+        """Kill the process and destroy its VM, but no other VM of that name.
 
-        Where it has ended, another bhyve may have taken over its VM (VM_REINIT).
+        If the process has ended before, another bhyve may have taken over its VM
+        (VM_REINIT): a VM stays if a bhyve listens at the guest's socket.
+        Raises GuestError if the process does not end.
         """
         if self.process is not None and not kill_process(self.process, _KILL_S):
             raise GuestError(f"guest {name}: its bhyve, process {self.process.pid}, does not end")
@@ -87,15 +92,16 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Place:
+class RestoredGuest:
     """One guest's record.  Paths are absolute.
 
-    kind: of the host.  vmm_dir: the stand-in's directory, "" on FreeBSD.
-    name: of the guest here.  staging: the directory of its files; for a guest
-    that is left loaded the same as kept.  keys: the whole bhyve_config(5), host
-    resources too.  manager: the guest's directory in vm-bhyve's datastore, ""
-    where it is not vm-bhyve's.  process, node: the bhyve that holds the guest,
-    and its VM; None and "" where none was started yet.
+    kind: the host's kind.  vmm_dir: the stand-in's directory, "" on FreeBSD.
+    name: the guest's name on this host.  staging: the directory of its files;
+    the same as kept if the guest is left loaded.  keys: the whole
+    bhyve_config(5), host resources included.  memory_bytes: size of the guest's
+    memory.  manager: the guest's directory in vm-bhyve's datastore, "" if
+    vm-bhyve does not manage the guest.  process, node: the guest's bhyve and its
+    VM; None and "" if no bhyve was started yet.
     """
 
     kind: str
@@ -111,29 +117,32 @@ class Place:
 
     @property
     def files(self) -> Files:
-        """Return the snapshot that the guest is started from."""
+        """Return the snapshot files that the guest is started from."""
         return Files(Path(self.staging), FILE)
 
     @property
     def log_path(self) -> str:
-        """Return the log of a bhyve that we start, in the state directory."""
+        """Return the path of the log of the guest's bhyve, in the state directory."""
         return str(Path(self.kept).parents[1] / "log" / f"{self.name}.log")
 
     # The bhyve that was started.
 
     @property
     def started_path(self) -> Path:
-        """Return the file that names it."""
+        """Return the path of the file that names the started bhyve."""
         return Path(f"{self.kept}.started")
 
     def started(self) -> Started | None:
-        """Return the bhyve that was started, by the record or by what is beside the files."""
+        """Return the started bhyve, from the record or from the file; None if there is none."""
         if self.process is not None:
             return Started(self.process, self.node)
         return read_started(self.started_path)
 
     def write_started(self, started: Started) -> None:
-        """Write durably what was made, or is about to be run.  Raises PipeError, AccessError."""
+        """Record durably the VM that was made, and the process that is about to become bhyve.
+
+        Raises InputOutputError or AccessError if the file cannot be written.
+        """
         fields = {"process": started.process and asdict(started.process), "node": started.node}
         try:
             durable.write(self.started_path, json.dumps(fields))
@@ -141,19 +150,19 @@ class Place:
             raise from_oserror(error, f"write {self.started_path}") from None
 
     def forget_started(self) -> None:
-        """Forget a start that never ran, or that the record speaks of.  Never raises."""
+        """Remove the file of a start that never ran, or that the record names.  Never raises."""
         with contextlib.suppress(OSError):
             durable.remove(self.started_path)
 
     def to_json(self, started: Started | None = None) -> Json:
-        """Return the record, JSON."""
+        """Return the record as JSON, with the process and VM of `started` if it is given."""
         whole = replace(self, process=started.process, node=started.node) if started else self
         fields = asdict(whole)
         return {"hypervisor": fields.pop("kind"), "role": ROLE, **fields}
 
     @staticmethod
-    def from_json(record: Mapping[str, Any]) -> Place:
-        """Return the place that to_json() wrote.  Raises GuestError."""
+    def from_json(record: Mapping[str, Any]) -> RestoredGuest:
+        """Return the guest that to_json() wrote.  Raises GuestError if the record is another."""
         try:
             fields = dict(record)
             if fields.pop("role") != ROLE:
@@ -161,7 +170,7 @@ class Place:
             fields["kind"] = fields.pop("hypervisor")
             if fields["process"] is not None:
                 fields["process"] = Identity(**fields["process"])
-            return Place(**fields)
+            return RestoredGuest(**fields)
         except (KeyError, TypeError) as error:
             raise GuestError(f"cannot read the record of a bhyve guest: {error}") from None
 
@@ -175,13 +184,13 @@ class Place:
                 f" {_MAX_FILE_BYTES} bytes; name another staging or state directory"
             ]
         parent = os.path.dirname(self.staging)
-        # The parent of one that is left loaded is made with it.
+        # For a guest that is left loaded, the parent is made together with the directory.
         if self.staging != self.kept and not os.access(parent, os.W_OK | os.X_OK):
             return [f"staging: {parent} is not a directory that can be written to"]
         return []
 
     def make_staging(self) -> None:
-        """Make the directory of the files.  Raises PipeError, AccessError."""
+        """Make the directory of the files.  Raises InputOutputError or AccessError if it cannot."""
         try:
             os.mkdir(self.staging, 0o700)
         except OSError as error:
@@ -194,9 +203,9 @@ class Place:
 
 
 def read_started(path: Path) -> Started | None:
-    """Read what write_started() wrote; None where there is none.
+    """Read what write_started() wrote; return None if there is no file.
 
-    One that cannot be read is one that is not known.
+    If the file cannot be read, return a Started that is not known.
     """
     try:
         return durable.read(path, _started)
@@ -211,10 +220,11 @@ def _started(fields: Any) -> Started:
 
 @dataclass(frozen=True)
 class Leftover:
-    """What a killed bhyrecv left of one stream and guest, of which no record speaks, or DEAD does.
+    """The files, bhyve and VM that a killed bhyrecv left of one stream and guest.
 
-    So nothing of it was released: STARTED is recorded before a guest may run.
-    Whoever removes it holds the lock of the guest's name.
+    There is no record of the stream, or its phase is DEAD.  So the bhyve was
+    never released, since STARTED is recorded before a guest may run.  A caller
+    of remove() has to have the lock of the guest's name.
     """
 
     name: str
@@ -222,12 +232,12 @@ class Leftover:
     started: Mapping[Path, Started]
 
     def has_vm(self, host: Host) -> bool:
-        """Say whether the VM of that name is this one's."""
+        """Say whether the VM of that name belongs to this leftover."""
         node = host.node_id(self.name)
         return node != "" and any(one.node == node for one in self.started.values())
 
     def remove(self, host: Host) -> None:
-        """End its bhyve and remove its files.  Raises GuestError where that does not end."""
+        """End its bhyve and remove its files.  Raises GuestError if bhyve does not end."""
         for path, one in self.started.items():
             one.end(host, self.name)
             path.unlink(missing_ok=True)
@@ -235,11 +245,12 @@ class Leftover:
 
 
 def find_leftover(base: Path, directory: Path, name: str) -> Leftover | None:
-    """Return what is left of a stream whose files were in a directory; None where nothing is.
+    """Return what is left of the stream whose files were in a directory, or None if nothing is.
 
-    base: the state directory.  directory: as Place.staging, from whatever
-    source.  name: the guest's.  None also where a record other than DEAD speaks of
-    the stream: then that one's verbs end it; and where one cannot be read.
+    base: the state directory.  directory: a path like RestoredGuest.staging,
+    which is checked.  name: the guest's.  Also returns None if the stream's
+    record has a phase other than DEAD, because then --resume and --discard of
+    that record end the guest; and if a record or a start cannot be read.
     """
     stem, _, rest = directory.name.removeprefix(_PREFIX).partition(".")
     is_ours = directory.name.startswith(_PREFIX) or directory.parent == base / _KEPT
@@ -258,13 +269,13 @@ def find_leftover(base: Path, directory: Path, name: str) -> Leftover | None:
 
 
 def stream_of(base: Path, node: str) -> str:
-    """Return the id of the stream whose record names a VM, "" for none.  node: Host.node_id()."""
+    """Return the id of the stream whose record names a VM, or "".  node: Host.node_id()."""
     records = (base / ROLE).glob("*.json")
     return next((path.stem for path in records if _read(path)[1] == node != ""), "")
 
 
 def _read(path: Path) -> tuple[str, str]:
-    """Return a record's phase and its VM; ("", "") where it cannot be read."""
+    """Return a record's phase and its VM, or ("", "") if the record cannot be read."""
     with contextlib.suppress(BhyError):
         return durable.read(path, _phase_and_node) or ("", "")
     return "", ""
@@ -275,9 +286,9 @@ def _phase_and_node(fields: Any) -> tuple[str, str]:
 
 
 def last_directory(lock: Path) -> Path | None:
-    """Return the directory that was made last under a guest's lock, None for none.
+    """Return the directory that was made last under a guest's lock, or None.
 
-    lock: the lock's file.
+    lock: the lock's file, which names the directory.
     """
     with contextlib.suppress(OSError, ValueError):
         text = lock.read_text("utf-8", "surrogateescape")
@@ -286,7 +297,7 @@ def last_directory(lock: Path) -> Path | None:
 
 
 def note_directory(lock: Path, directory: str) -> None:
-    """Let the lock's file name the directory that is about to be made.  Never raises."""
+    """Write the directory that is about to be made into the lock's file.  Never raises."""
     with contextlib.suppress(OSError):
         lock.write_text(directory, "utf-8", "surrogateescape")
 
@@ -296,19 +307,20 @@ def staging_of(root: Path, id_: str, name: str) -> Path:
     return root / f"{_PREFIX}{id_[:_ID_CHARS]}.{name}"
 
 
-def kept_of(base: Path, id_: str, name: str) -> Path:
+def loaded_directory(base: Path, id_: str, name: str) -> Path:
     """Return the directory of a guest that is left loaded.
 
-    Not "held": source and destination may be one host.
+    It is not below "held", which is the source's: source and destination may be one host.
     """
     return base / _KEPT / f"{id_}.{name}"
 
 
 def staging_root(host: Host, base: Path, environment: Mapping[str, str]) -> Path:
-    """Return where staging directories are made: in memory, if any such place is known.
+    """Return where staging directories are made: in memory (tmpfs), if such a place is found.
 
-    base: the state directory, where nothing better is found.  Raises PipeError,
-    AccessError.
+    base: the state directory, used if there is no such place.  environment: its
+    BHYRECV_STAGING, if set, is used as it is.  Raises InputOutputError or
+    AccessError if the directory cannot be made.
     """
     named = environment.get(STAGING)
     if named:

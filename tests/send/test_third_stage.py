@@ -1,4 +1,4 @@
-"""bhysend -A with a bhysend: answers from a pipe are handed on, and its status is ours."""
+"""bhysend -A with a bhysend: bhysend -A hands on answers, and ends with bhysend's status."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from bhystream.guest import GO
-from bhystream.handover.answers import Answer, Box
+from bhystream.handover.answers import Answer, Inbox
 from bhystream.handover.state import Records
 from bhystream.send.rendezvous import Rendezvous, path_of
-from bhystream.send.third import Bhysend
+from bhystream.send.third_stage import Bhysend
 from support.third_stage import (
     FAILED,
     HELLO,
@@ -45,18 +45,18 @@ class Source:
     """The bhysend of the stream."""
 
     def __init__(self, base: Path) -> None:
-        self.box = Box()
+        self.inbox = Inbox()
         self.noise: list[bytes] = []
-        self.rendezvous = Rendezvous(self.box, ID, NAMES, self.noise.append)
+        self.rendezvous = Rendezvous(self.inbox, ID, NAMES, self.noise.append)
         self.rendezvous.listen(base)
         self.rendezvous.start()
 
     def said_hello(self) -> bool:
-        return self.box.wait(lambda: self.box.hello is not None, LIMIT_S)
+        return self.inbox.wait(lambda: self.inbox.hello is not None, LIMIT_S)
 
     def final(self) -> str:
-        self.box.wait(lambda: False, LIMIT_S)
-        return self.box.final.word if self.box.final else ""
+        self.inbox.wait(lambda: False, LIMIT_S)
+        return self.inbox.final.word if self.inbox.final else ""
 
 
 @pytest.fixture
@@ -81,9 +81,9 @@ def test_it_ends_with_the_status_that_it_is_told(
 def test_every_answer_is_handed_on_and_noise_is_shown(source: Source) -> None:
     third = start()
     feed(third, b"Last login: Mon\n" + HELLO + line("SEEN", "4") + line("ACCEPT") + READY)
-    assert source.box.wait(lambda: source.box.nonce is not None, LIMIT_S)
-    assert (source.box.seen, source.box.accepted, source.box.nonce) == (4, True, bytes(16))
-    assert source.box.hello == Answer(ID, "HELLO", ("hv2/a1", "/d"))
+    assert source.inbox.wait(lambda: source.inbox.nonce is not None, LIMIT_S)
+    assert (source.inbox.seen, source.inbox.accepted, source.inbox.nonce) == (4, True, bytes(16))
+    assert source.inbox.hello == Answer(ID, "HELLO", ("hv2/a1", "/d"))
     source.rendezvous.close(0)
     assert ended(third) == (0, [], "bhysend: Last login: Mon\n")
     assert source.noise == []
@@ -94,7 +94,7 @@ def test_the_end_of_its_input_is_handed_on_and_the_status_waited_for(source: Sou
     feed(third, HELLO)
     hang_up(third)
     assert source.final() == ""
-    assert source.box.lost == "the way back was closed"
+    assert source.inbox.lost == "the way back was closed"
     source.rendezvous.close(69)
     assert ended(third) == (69, [], "")
 
@@ -112,7 +112,7 @@ def test_an_interrupt_is_bhysends_to_decide(source: Source) -> None:
 
 
 def test_what_still_comes_when_it_was_told_is_read(source: Source) -> None:
-    """Else what stands before it in the pipeline would end with a broken pipe."""
+    """If not, the process before bhysend -A in the pipeline would end with a broken pipe."""
     third = start()
     feed(third, HELLO + FAILED)
     assert source.final() == "FAILED"
@@ -135,7 +135,7 @@ def test_another_guests_stream_is_not_handed_on(source: Source) -> None:
     third = start("web2")
     feed(third, HELLO + RUNNING)
     assert source.final() == ""
-    assert source.box.hello is None
+    assert source.inbox.hello is None
     source.rendezvous.close(69)
     status, acts, err = ended(third)
     assert (status, acts) == (69, [])
@@ -143,11 +143,11 @@ def test_another_guests_stream_is_not_handed_on(source: Source) -> None:
 
 
 def test_garbage_is_not_handed_on_and_the_rest_is_read(source: Source) -> None:
-    """Where the guest is then bhysend says, and its status counts."""
+    """bhysend then says where the guest is, and bhysend's status counts."""
     third = start()
     feed(third, HELLO + b"garbage\n" + RUNNING + b"x" * (1 << 20))
     assert source.final() == ""
-    assert source.box.lost
+    assert source.inbox.lost
     source.rendezvous.close(81)
     assert ended(third) == (81, [], "bhysend: not an answer\n")
 
@@ -156,11 +156,11 @@ def test_the_answers_of_another_stream_find_no_bhysend(source: Source) -> None:
     status, _, err = ended(start(), line("HELLO", "hv2/a1", "/d", id_=OTHER))
     assert status == 69
     assert f"neither a bhysend nor a guest of stream {OTHER} is here" in err
-    assert source.box.hello is None
+    assert source.inbox.hello is None
 
 
 def test_a_status_that_was_told_is_heard_when_it_hangs_up() -> None:
-    """bhysend has told it and ended, before the next answer is handed on."""
+    """bhysend has told the status and ended before the next answer is handed on."""
     ours, theirs = socket.socketpair()
     theirs.sendall(b"status 76\n")
     theirs.close()
@@ -232,7 +232,7 @@ def test_without_a_record_a_killed_bhysend_had_settled_it(
 def test_the_record_of_a_killed_bhysend_is_acted_on(
     base: Path, records: Records, final: bytes, status: int, acts: list[str], left: list[str]
 ) -> None:
-    records.write(RECORD.moved(GO))
+    records.write(RECORD.with_phase(GO))
     Killed(base, b"READY")
     found, done, _ = ended(start(), HELLO + READY + final)
     assert (found, done) == (status, acts)

@@ -1,10 +1,12 @@
-"""A `bhyve -r` that is held, and is let go: from restore.py's held to released.
+"""A `bhyve -r` that waits for the last page, and its release: restore.py's waiting to released.
 
-bhyve makes its socket after the whole restore and before it lets the vCPUs
-run.  A node that others left was removed first, so a released one that has no
-socket never ran.  Source: bhyverun.c, main(), FreeBSD 15.1; 14 read the same.
+bhyve makes its socket after the whole restore and before it lets the vCPUs run.
+A socket that another bhyve left was removed first, so a released bhyve without a
+socket never ran the guest.  Source: usr.sbin/bhyve/bhyverun.c, main(), FreeBSD
+15.1, read; 14 is the same.
 Between the socket and the vCPUs bhyve enters capability mode and sets the
-clock, and could still end; so it is looked at once more a moment later.
+clock, and could still end; so bhyrecv checks once more, a moment later, that
+bhyve is alive.
 """
 
 from __future__ import annotations
@@ -19,18 +21,19 @@ from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.keys import boolean
 from bhystream.backend.bhyve.lastpage import LastPage
 from bhystream.backend.bhyve.listening import listens
-from bhystream.backend.bhyve.place import Place, Started
+from bhystream.backend.bhyve.restoredguest import RestoredGuest, Started
 from bhystream.backend.bhyve.restoring import Bhyve, Mapped, writing
 from bhystream.errors import BhyError, GuestError
 from bhystream.guest import State
 
-_MOMENT_S = 0.05  # from the socket to the vCPUs there are a few system calls
+_MOMENT_S = 0.05  # bhyve makes only a few system calls between the socket and the vCPUs
 
 
 def rtc_seconds(keys: Mapping[str, str], now: int) -> int:
-    """Return what bhyve sets a new guest's clock chip to, of seconds since the Epoch.
+    """Return the seconds to which bhyve would set a new guest's clock chip.
 
-    Local time as if it were UTC, unless the configuration says otherwise.
+    now: seconds since the Epoch.  The result is the local time as if it were
+    UTC, unless the key rtc.use_localtime is false.
     Source: usr.sbin/bhyve/rtc.c, rtc_time(), FreeBSD 15.1.
     """
     if boolean(keys.get("rtc.use_localtime", "true")) == "false":
@@ -38,17 +41,17 @@ def rtc_seconds(keys: Mapping[str, str], now: int) -> int:
     return calendar.timegm(time.localtime(now))
 
 
-class HeldRestore:
-    """One guest's bhyve; process and VM are ours until it runs.
+class WaitingRestore:
+    """One guest's waiting bhyve; this object owns process and VM until the guest runs.
 
-    started: the process and the VM.  is_released: it was let go.  may_have_run:
-    False as long as the vCPUs provably never ran.
+    started: the process and the VM.  is_released: whether bhyve was released.
+    may_have_run: False as long as the vCPUs provably never ran.
     """
 
     def __init__(
         self,
         host: Host,
-        place: Place,
+        guest: RestoredGuest,
         bhyve: Bhyve,
         started: Started,
         mapped: Mapped,
@@ -56,15 +59,15 @@ class HeldRestore:
         limit_s: float,
         undo: ExitStack,
     ) -> None:
-        """Take over a bhyve that stands before its last page, and all that undo ends.
+        """Take over a bhyve that waits for the last page, and everything that undo ends.
 
-        limit_s: how long it may take to restore the guest.
+        limit_s: how many seconds bhyve may take to restore the guest.
         """
         self.started = started
         self.is_released = False
         self.may_have_run = False
         self._host = host
-        self._place = place
+        self._guest = guest
         self._bhyve = bhyve
         self._mapped = mapped
         self._last = last
@@ -76,13 +79,14 @@ class HeldRestore:
         """Return the VM's memory, writable, a view for each segment; none after close()."""
         return self._mapped.views
 
-    # Held.
+    # While bhyve waits.
 
     def load(self, kern: Sequence[bytes], states: Sequence[State]) -> None:
-        """Give it its state, all but what lets it go.
+        """Give the state to bhyve, all but the last page.
 
-        kern: FILE.kern in pieces, of the size that hold() was told.  states: of the FPU;
-        for none it is not woken.  Raises BhyError; then call undo().
+        kern: FILE.kern in pieces, of the size that hold() was told.  states: of
+        the FPU; if there are none, bhyve stays stopped.  Raises BhyError if bhyve
+        has ended or refuses the state; then call undo().
         """
         self.require_held()
         with writing(self._last.files.directory):
@@ -93,7 +97,7 @@ class HeldRestore:
 
     def _load_fpu(self, states: Sequence[State]) -> None:
         child = self._bhyve.child
-        # Its own threads run the vCPUs, while its first one goes round in read(2).
+        # bhyve's vCPU threads run the stub, while its first thread loops in read(2).
         child.go_on()
         try:
             fpu.load(self._mapped.vm, self.memory[0], states, child.has_ended)
@@ -104,11 +108,11 @@ class HeldRestore:
         self._bhyve.stop(self._was_too_fast)
 
     def is_held(self) -> bool:
-        """Say whether it stands held still, and lives."""
+        """Say whether bhyve is alive and was not released."""
         return not self.is_released and not self._bhyve.child.has_ended()
 
     def require_held(self) -> None:
-        """Raise GuestError, with its last words, where it has ended."""
+        """Raise GuestError, with the last line of bhyve's log, unless bhyve still waits."""
         if not self.is_held():
             raise self._ended()
 
@@ -118,13 +122,13 @@ class HeldRestore:
     def _was_too_fast(self) -> bool:
         return not self.is_released and self._bhyve.found_no_kern()
 
-    # From held to running.
+    # From waiting to running.
 
     def release(self) -> None:
-        """Let it go, and return when it runs; it is nobody's from then on.
+        """Release bhyve; return when the guest runs, independent of bhyrecv from then on.
 
-        Raises BhyError: then may_have_run says whether it may have, and if not,
-        nothing of it is left.
+        Raises BhyError if bhyve ends or takes too long.  Then may_have_run says
+        whether the vCPUs may have run; if not, the process and the VM are gone.
         """
         child = self._bhyve.child
         try:
@@ -142,8 +146,8 @@ class HeldRestore:
 
     def _await_socket(self) -> None:
         self._bhyve.until(
-            lambda: listens(self._host, self._place.name),
-            "not done",
+            lambda: listens(self._host, self._guest.name),
+            "the guest is not restored",
             self._limit_s,
             self._was_too_fast,
         )
@@ -151,21 +155,25 @@ class HeldRestore:
             raise self._ended()
 
     def set_clock(self) -> None:
-        """Set the guest's clock chip: its saved time is that of the last access.  Raises BhyError.
+        """Set the guest's clock chip, whose saved time is that of the chip's last access.
 
-        Not after close().  The guest runs on by the clock that it keeps itself; it
-        asks the chip when it boots.  Source: sys/amd64/vmm/io/vrtc.c,
-        vrtc_snapshot(), FreeBSD 15.1, read: base_uptime is not saved.
+        Must not be called after close().  The running guest uses a clock that it
+        keeps itself, and reads the chip when it boots.  Source:
+        sys/amd64/vmm/io/vrtc.c, vrtc_snapshot(), FreeBSD 15.1, read: base_uptime is
+        not saved.  Raises BhyError if the chip cannot be set.
         """
-        self._mapped.vm.set_rtc(rtc_seconds(self._place.keys, int(time.time())))
+        self._mapped.vm.set_rtc(rtc_seconds(self._guest.keys, int(time.time())))
 
     # The end.
 
     def undo(self) -> None:
-        """End what never ran; what may have run is left alone.  Never raises; twice is no error."""
+        """End bhyve and its VM, unless the guest may have run.
+
+        Never raises; may be called twice.
+        """
         self.close()
         if self.is_released:
-            socket, child = self._host.run_dir / self._place.name, self._bhyve.child
+            socket, child = self._host.run_dir / self._guest.name, self._bhyve.child
             if not socket.exists():
                 child.kill()
             if socket.exists():
@@ -175,5 +183,5 @@ class HeldRestore:
         self._undo.close()
 
     def close(self) -> None:
-        """Give up the VM and its memory; the bhyve stays as it is.  Twice is no error."""
+        """Close the VM and release its memory; bhyve stays as it is.  May be called twice."""
         self._mapped.close()

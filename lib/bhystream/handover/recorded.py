@@ -1,9 +1,9 @@
 """A recorded guest of the source, and what is done to it when bhysend is gone.
 
-The keeper, `bhysend -A`, `--discard` and `--resume` act through this: on the
-record, which is on disk before anything is done, and on the hypervisor's
-process, found again by what the record says of it.  Every act may be done
-twice, by one who finds the record of another who was killed.
+The keeper, `bhysend -A`, `--discard` and `--resume` act through this module: on
+the record, which is on disk before anything is done, and on the hypervisor's
+process, which is found again by the record.  Every act may be done twice, if a
+process is killed and another finds its record.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from bhystream import hypervisors
 from bhystream.backend.base import Paused
-from bhystream.errors import GoneError
+from bhystream.errors import GuestEndedError
 from bhystream.guest import MOVED, PAUSED
 from bhystream.handover import handshake
 from bhystream.handover.answers import Answer
@@ -25,14 +25,14 @@ _PHASES = {
     Act.RECORD_PAUSED: PAUSED,
     Act.RECORD_MOVED: MOVED,
 }
-# What an answer is to the table; others leave it as it stands.
+# The event of an answer; any other answer leaves the guest as it stands.
 EVENTS = {"RUNNING": Event.RUNNING, "FAILED": Event.FAILED}
 
 
 def open_alive(record: Record) -> Paused | None:
-    """Find the guest of a record; None if its hypervisor is gone.
+    """Find the guest of a record; return None if its hypervisor is gone.
 
-    The caller closes it.  Raises GuestError.
+    The caller closes the result.  Raises GuestError if the record cannot be used here.
     """
     paused = hypervisors.open_paused(record.revive)
     if paused.is_alive():
@@ -42,9 +42,9 @@ def open_alive(record: Record) -> Paused | None:
 
 
 def end_guest(record: Record) -> None:
-    """End the guest of a record for good, and remove what is left of one that is gone already.
+    """End the guest of a record for good; if it has ended, remove what is left.
 
-    Raises GuestError.
+    Raises GuestError if the guest cannot be ended.
     """
     paused = hypervisors.open_paused(record.revive)
     try:
@@ -54,7 +54,7 @@ def end_guest(record: Record) -> None:
 
 
 def event_of(record: Record, hello: Answer | None, final: Answer | None) -> Event:
-    """Return what came back means for a record: an answer of its own destination, or ALONE."""
+    """Return the event of the last answer for a record; ALONE if another host has answered."""
     if hello is None or final is None or hello.id != record.id:
         return Event.ALONE
     if record.host and (record.host, record.directory) != hello.args:
@@ -62,11 +62,11 @@ def event_of(record: Record, hello: Answer | None, final: Answer | None) -> Even
     return EVENTS.get(final.word, Event.ALONE)
 
 
-class Standing:
-    """One recorded guest, while its lock is held."""
+class RecordedGuest:
+    """One recorded guest, whose lock the caller has."""
 
     def __init__(self, records: Records, record: Record, paused: Paused | None = None) -> None:
-        """records: of the source.  paused: the guest, if the caller has found it; stays his."""
+        """records: of the source.  paused: the guest, if the caller has it open, and closes it."""
         self._records = records
         self.record = record
         self._paused = paused
@@ -74,8 +74,8 @@ class Standing:
     def settle(self, event: Event) -> Record:
         """Do what the table says; return the record as it was found.
 
-        What the table does not have is left as it stands.  Raises BhyError;
-        then it may be tried again.
+        If the table has no entry, the guest is left as it stands.  Raises
+        BhyError if an act fails; settle() may then be called again.
         """
         found = self.record
         for act in handshake.RECORD.get((found.phase, event), ()):
@@ -83,12 +83,12 @@ class Standing:
         return found
 
     def forget(self) -> None:
-        """Remove the record: there is no guest any more."""
+        """Remove the record.  Raises AccessError, InputOutputError."""
         self._records.remove(self.record.id)
 
     def _do(self, act: Act) -> None:
         if act in _PHASES:
-            self.record = self.record.moved(_PHASES[act])
+            self.record = self.record.with_phase(_PHASES[act])
             self._records.write(self.record)
         elif act == Act.FORGET:
             self.forget()
@@ -98,12 +98,12 @@ class Standing:
             self._resume()
 
     def _resume(self) -> None:
-        """Let the guest run on.  Raises GoneError where there is none any more."""
+        """Let the guest run on.  Raises GuestEndedError if the guest has ended."""
         paused = self._paused or hypervisors.open_paused(self.record.revive)
         try:
             if not paused.is_alive():
                 paused.clear()
-                raise GoneError(f"guest {self.record.guest}: its hypervisor is gone")
+                raise GuestEndedError(f"guest {self.record.guest}: its hypervisor is gone")
             paused.resume()
         finally:
             if paused is not self._paused:
@@ -111,9 +111,9 @@ class Standing:
 
 
 def asking(command: Sequence[str]) -> list[str]:
-    """Return the words of a command up to bhyrecv, to ask there again; [] if it is not seen.
+    """Return the words of a command up to bhyrecv, for `bhyrecv -q`; [] if no word is bhyrecv.
 
-    A word with a space is a shell's, and what stands before bhyrecv in it is not known.
+    A word with a space is for a shell, and what precedes bhyrecv in it is not known.
     """
     for at, word in enumerate(command):
         if os.path.basename(word) == "bhyrecv" and not any(c.isspace() for c in word):
@@ -122,6 +122,6 @@ def asking(command: Sequence[str]) -> list[str]:
 
 
 def with_peer(record: Record, hello: Answer) -> Record:
-    """Return the record with the destination that said this HELLO."""
+    """Return the record, completed with the destination that said this HELLO."""
     host, directory = hello.args
     return replace(record, host=host, directory=directory)

@@ -1,4 +1,4 @@
-"""The push: how much a pipeline holds back is learned, and pressed through."""
+"""The push: bhysend learns how much a pipeline holds back, and presses that through."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from bhystream.errors import GuestError, IncompatibleError, PipeError, StreamError, UsageError
-from bhystream.handover.answers import Answer, Box
-from bhystream.send import push
-from bhystream.send.push import MAX_BYTES, Push
+from bhystream.errors import (
+    GuestError,
+    IncompatibleError,
+    InputOutputError,
+    StreamError,
+    UsageError,
+)
+from bhystream.handover.answers import Answer, Inbox
+from bhystream.send import flush
+from bhystream.send.flush import MAX_BYTES, Flush
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Type
 from bhystream.stream.reader import Reader
@@ -34,17 +40,17 @@ def null() -> Iterator[int]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes back of a Hoarding is in the box before anybody waits."""
-    monkeypatch.setattr(push, "_PATIENCE_S", 0.0)
+    """Set the patience to 0: a Hoarding fills the inbox before Flush waits."""
+    monkeypatch.setattr(flush, "_PATIENCE_S", 0.0)
 
 
 class Case:
-    """A pipeline with one section in it that is to be acted on."""
+    """A pipeline that contains one section, on which the destination has to act."""
 
     def __init__(self, fd: int, held: int) -> None:
-        self.box = Box()
-        self.pipeline = Hoarding(fd, held, self.box)
-        self.push = Push(self.pipeline, self.box)
+        self.inbox = Inbox()
+        self.pipeline = Hoarding(fd, held, self.inbox)
+        self.push = Flush(self.pipeline, self.inbox)
         self.pipeline.section(Type.HEAD_END)
 
     @property
@@ -70,7 +76,7 @@ def test_what_is_held_is_learned_and_then_pushed_at_once(null: int, held: int) -
     case = Case(null, held)
     case.push.through()
     assert case.push.held_bytes == sum(case.pads)
-    # A PAD's header and padding push too.
+    # The header and the padding of a PAD section push too.
     assert held - KIB * 10 <= case.push.held_bytes <= max(2 * held + 64 * KIB, 64 * KIB)
     learned = case.push.held_bytes
     case.pads.clear()
@@ -128,18 +134,18 @@ def test_a_pad_cannot_be_compressed() -> None:
             written.append(bytes(payload))
 
     fd = os.open(os.devnull, os.O_WRONLY)
-    Push(Keeping(fd, HEADER), Box()).pad(2 * MIB)
+    Flush(Keeping(fd, HEADER), Inbox()).pad(2 * MIB)
     os.close(fd)
     assert len(zlib.compress(b"".join(written))) >= 2 * MIB
 
 
-# Given up.
+# Giving up.
 
 
 def test_a_pipeline_that_holds_all_until_eof_is_found_out(null: int) -> None:
     case = Case(null, 1 << 40)
     with pytest.raises(UsageError, match=f"until EOF: {MAX_BYTES // MIB} MiB went in") as caught:
-        case.push.until(lambda: case.box.seen >= 0, stall_s=0)
+        case.push.until(lambda: case.inbox.seen >= 0, stall_s=0)
     assert sum(case.pads) == MAX_BYTES == 64 * MIB
     assert "sponge" in caught.value.hint
     assert case.push.held_bytes == 0
@@ -153,7 +159,7 @@ def test_what_was_learned_counts_to_the_most_that_is_pushed(null: int) -> None:
     case.pipeline.section(Type.HEAD_END)
     last = case.pipeline.sequence - 1
     with pytest.raises(UsageError):
-        case.push.until(lambda: case.box.seen >= last, stall_s=0)
+        case.push.until(lambda: case.inbox.seen >= last, stall_s=0)
     assert sum(case.pads) == MAX_BYTES
 
 
@@ -163,8 +169,8 @@ def test_the_most_that_is_pushed_is_enough_for_what_is_just_less(null: int) -> N
     assert case.push.held_bytes == MAX_BYTES
 
 
-class Slow(Box):
-    """A destination whose words come while one waits, as many as there are."""
+class Slow(Inbox):
+    """A destination that says one word in each wait, until no word is left."""
 
     def __init__(self, words: int) -> None:
         super().__init__()
@@ -179,23 +185,23 @@ class Slow(Box):
 
 
 def test_nothing_is_pushed_while_it_flows(null: int) -> None:
-    box = Slow(100)
-    pipeline = Hoarding(null, 1 << 40, box)
-    Push(pipeline, box).until(lambda: box.seen >= 99)
+    inbox = Slow(100)
+    pipeline = Hoarding(null, 1 << 40, inbox)
+    Flush(pipeline, inbox).until(lambda: inbox.seen >= 99)
     assert pipeline.pads == []
 
 
 def test_it_is_pushed_when_it_does_not_flow_any_more(null: int) -> None:
-    box = Slow(10)
-    pipeline = Hoarding(null, 1 << 40, box)
+    inbox = Slow(10)
+    pipeline = Hoarding(null, 1 << 40, inbox)
     with pytest.raises(UsageError):
-        Push(pipeline, box).until(lambda: box.seen >= 99, stall_s=0)
+        Flush(pipeline, inbox).until(lambda: inbox.seen >= 99, stall_s=0)
     assert sum(pipeline.pads) == MAX_BYTES
 
 
 def test_what_flows_after_the_most_was_pushed_is_waited_for(null: int) -> None:
-    """A slow destination has all of it before it: words still come."""
-    box = Slow(0)
+    """A slow destination still has all of the PAD to read, and its words still come."""
+    inbox = Slow(0)
 
     class Late(Hoarding):
         def section(
@@ -203,15 +209,15 @@ def test_what_flows_after_the_most_was_pushed_is_waited_for(null: int) -> None:
         ) -> None:
             super().section(type_, payload, flags=flags, body=body)
             if sum(self.pads) == MAX_BYTES:
-                box.words = 50
+                inbox.words = 50
 
-    pipeline = Late(null, 1 << 40, box)
-    Push(pipeline, box).until(lambda: box.seen >= 49, stall_s=0)
+    pipeline = Late(null, 1 << 40, inbox)
+    Flush(pipeline, inbox).until(lambda: inbox.seen >= 49, stall_s=0)
     assert sum(pipeline.pads) == MAX_BYTES
 
 
 class Clock:
-    """Goes on by 6 s with each wait on a box whose words come with every second one."""
+    """A clock that goes on by 6 s with each wait; every second wait brings a word."""
 
     def __init__(self) -> None:
         self.ns = 0
@@ -223,24 +229,24 @@ class Clock:
 def test_a_stall_is_counted_from_the_last_word(null: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
 
-    class Halting(Box):
+    class Halting(Inbox):
         def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
             clock.ns += 6 * 10**9
             self.seen += clock.ns // (6 * 10**9) % 2
             self.told = self.seen + 1
             return condition()
 
-    monkeypatch.setattr(push, "time", clock)
-    box = Halting()
-    pipeline = Hoarding(null, 1 << 40, box)
-    Push(pipeline, box).until(lambda: box.seen >= 99, stall_s=10)
+    monkeypatch.setattr(flush, "time", clock)
+    inbox = Halting()
+    pipeline = Hoarding(null, 1 << 40, inbox)
+    Flush(pipeline, inbox).until(lambda: inbox.seen >= 99, stall_s=10)
     assert sum(pipeline.pads) == MAX_BYTES
     with pytest.raises(UsageError):
-        Push(pipeline, box).until(lambda: box.seen >= 199, stall_s=5)
+        Flush(pipeline, inbox).until(lambda: inbox.seen >= 199, stall_s=5)
 
 
 def test_a_destination_that_waits_for_its_hypervisor_is_waited_for(null: int) -> None:
-    """It reads nothing, and says again what it has read: the bytes lie in front of it."""
+    """The destination reads nothing, and repeats SEEN: the bytes have arrived in front of it."""
 
     class Waiting(Slow):
         def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
@@ -248,17 +254,17 @@ def test_a_destination_that_waits_for_its_hypervisor_is_waited_for(null: int) ->
             self.words = max(0, self.words - 1)
             return condition()
 
-    box = Waiting(100)
-    box.put(HELLO, HELLO)
-    pipeline = Hoarding(null, 1 << 40, box, says_hello=False)
-    Push(pipeline, box).until(lambda: box.seen >= 99, stall_s=0)
+    inbox = Waiting(100)
+    inbox.put(HELLO, HELLO)
+    pipeline = Hoarding(null, 1 << 40, inbox, says_hello=False)
+    Flush(pipeline, inbox).until(lambda: inbox.seen >= 99, stall_s=0)
     assert pipeline.pads == []
 
 
 def test_a_destination_that_nothing_reaches_is_given_up(null: int) -> None:
-    """It says HELLO again and again: that is what it does where nothing comes."""
+    """The destination repeats HELLO: bhyrecv does so as long as nothing arrives."""
 
-    class Greeting(Box):
+    class Greeting(Inbox):
         waits = 0
 
         def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
@@ -267,15 +273,15 @@ def test_a_destination_that_nothing_reaches_is_given_up(null: int) -> None:
             self.put(HELLO, HELLO)
             return condition()
 
-    box = Greeting()
-    pipeline = Hoarding(null, 1 << 40, box)
+    inbox = Greeting()
+    pipeline = Hoarding(null, 1 << 40, inbox)
     with pytest.raises(UsageError, match="until EOF"):
-        Push(pipeline, box).until(lambda: box.seen >= 0, stall_s=0)
+        Flush(pipeline, inbox).until(lambda: inbox.seen >= 0, stall_s=0)
 
 
 def test_a_refusal_ends_it(null: int) -> None:
     case = Case(null, 1 << 40)
-    case.box.put(HELLO, Answer(ID, "REFUSED", ("no disk",)))
+    case.inbox.put(HELLO, Answer(ID, "REFUSED", ("no disk",)))
     with pytest.raises(IncompatibleError, match="hv2: no disk"):
         case.push.through()
     assert case.pads == []
@@ -283,7 +289,7 @@ def test_a_refusal_ends_it(null: int) -> None:
 
 def test_a_way_back_that_is_gone_ends_it(null: int) -> None:
     case = Case(null, 1 << 40)
-    case.box.lose("the way back was closed")
+    case.inbox.lose("the way back was closed")
     with pytest.raises(GuestError, match="the way back was closed"):
         case.push.through()
     assert case.pads == []
@@ -291,7 +297,7 @@ def test_a_way_back_that_is_gone_ends_it(null: int) -> None:
 
 def test_what_has_come_already_is_no_reason_to_fail(null: int) -> None:
     case = Case(null, 0)
-    case.box.lose("the way back was closed")
+    case.inbox.lose("the way back was closed")
     case.push.through()
 
 
@@ -299,7 +305,7 @@ def test_a_pipe_that_is_gone_ends_it() -> None:
     theirs, ours = os.pipe()
     case = Case(ours, 1 << 40)
     os.close(theirs)
-    with pytest.raises(PipeError):
+    with pytest.raises(InputOutputError):
         case.push.through()
     os.close(ours)
 
@@ -308,13 +314,13 @@ def test_a_pipe_that_is_gone_ends_it() -> None:
 
 
 class Hoarder(threading.Thread):
-    """A filter that keeps `held` bytes, and a destination behind it that says what it reads."""
+    """A filter that keeps `held` bytes, and a destination behind it that says SEEN."""
 
-    def __init__(self, fd: int, held: int, box: Box) -> None:
+    def __init__(self, fd: int, held: int, inbox: Inbox) -> None:
         super().__init__(daemon=True)
         self._fd = fd
         self._held = held
-        self._box = box
+        self._inbox = inbox
         self._kept = b""
         self.start()
 
@@ -331,24 +337,24 @@ class Hoarder(threading.Thread):
 
     def run(self) -> None:
         reader = Reader(self)
-        self._box.put(HELLO, HELLO)
-        with contextlib.suppress(StreamError):  # it is cut, in the end
+        self._inbox.put(HELLO, HELLO)
+        with contextlib.suppress(StreamError):  # the stream is cut in the end
             while reader.next() is not None:
-                self._box.put(HELLO, Answer(ID, "SEEN", (str(reader.sequence - 1),)))
+                self._inbox.put(HELLO, Answer(ID, "SEEN", (str(reader.sequence - 1),)))
 
 
 @pytest.mark.parametrize("held", [0, 100_000, 700_000])
 def test_real_bytes_are_pressed_through(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push, "_PATIENCE_S", 0.02)
+    monkeypatch.setattr(flush, "_PATIENCE_S", 0.02)
     theirs, ours = os.pipe()
-    box = Box()
-    hoarder = Hoarder(theirs, held, box)
+    inbox = Inbox()
+    hoarder = Hoarder(theirs, held, inbox)
     writer = Writer(ours, HEADER)
     writer.section(Type.HOST, b'{"hypervisor": "qemu", "program": "test 1"}')
-    pushing = Push(writer, box)
-    pushing.until(lambda: box.hello is not None)
+    pushing = Flush(writer, inbox)
+    pushing.until(lambda: inbox.hello is not None)
     pushing.through()
-    assert box.seen >= 0
+    assert inbox.seen >= 0
     assert pushing.held_bytes > held - KIB
     os.close(ours)
     hoarder.join(60)

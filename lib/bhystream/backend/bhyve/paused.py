@@ -1,28 +1,29 @@
-"""A bhyve guest that stands held in a checkpoint of its own, or is about to.
+"""A bhyve guest that stands paused in a checkpoint, or is about to.
 
-It is a process that has everything: memory, devices, disks, FPU.  What is ours
-is the way to let it go, in a directory (snapshotdir.py), and a record of where
-that is.  So it stands whoever of us dies, any process can let it run or end it,
-and it ends with its host.
+The guest's bhyve has everything: memory, devices, disks, FPU.  bhysend has only
+the FIFO that releases the guest, in a directory (snapshotdir.py), and a record
+of that directory.  So the guest stays paused whichever of our processes dies, any
+process can release it or end it, and it ends with its host.
 
-    asked?     ckp.kern is a file      it has begun: it stands, comes to stand, or ran on
-               ckp.kern is a directory it was taken back before
-    stands     the FIFO is full, and every vCPU waits in bhyve
-    resume     put back what the journal says (lent.py), then read the FIFO until the
-               request has been served
-    discard    SIGKILL, the end awaited, then the VM destroyed
+    request    ckp.kern is a file: the checkpoint has begun, and the guest stands
+               paused, or soon will, or runs again
+               ckp.kern is a directory: the request was withdrawn before it began
+    paused     the FIFO is full, and every vCPU waits in bhyve
+    resume     puts back what the journal says (lent.py), then reads the FIFO until
+               the request has been served
+    discard    kills bhyve (SIGKILL), waits for its end, then destroys the VM
 
-A full FIFO alone says that bhyve stands in its write of FILE.meta, and a
-checkpoint that failed stands there too, with the guest running: bhyve resumes
-it first, and then writes what it has of the JSON.  Read: snapshot.c,
-vm_checkpoint(), xo_destroy() behind vm_vcpu_resume().  The vCPUs tell the two
-apart.  Read: vm_vcpu_pause() sets them all in VM_DEBUG_CPUS.
+A full FIFO alone only says that bhyve blocks in its write of FILE.meta.  After a
+failed checkpoint bhyve blocks there too, but the guest runs, because bhyve
+resumes it before it writes the JSON that it has (snapshot.c, vm_checkpoint(),
+xo_destroy() behind vm_vcpu_resume(), read).  The vCPUs tell the two cases apart:
+vm_vcpu_pause() sets them all in VM_DEBUG_CPUS (read).
 
-It is never resumed to be ended then: resumed devices finish what they have
-queued for disks that are another host's by now.
+A guest is never resumed in order to be ended: resumed devices would finish
+requests that they have queued for disks which another host uses by now.
 
-A guest is known by its process.  A VM of its name with another node is another
-guest, and is not touched.
+A guest is known by its process.  A VM of the guest's name with another node is
+another guest, and is left alone.
 """
 
 from __future__ import annotations
@@ -43,7 +44,14 @@ from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 from bhystream.backend.process import Identity, boot_id, is_alive, kill_process
-from bhystream.errors import AccessError, BhyError, GoneError, GuestError, TakenError, from_oserror
+from bhystream.errors import (
+    AccessError,
+    BhyError,
+    GuestEndedError,
+    GuestError,
+    StaleError,
+    from_oserror,
+)
 from bhystream.guest import Json, State
 
 _SERVED_S = 60.0
@@ -53,20 +61,21 @@ _SUPERVISOR_S = 60.0
 _POLL_S = 0.005
 _WAIT_S = 0.1
 _ROLE = "source"
-_MOVED = "moved-by-bhysend"  # in run.lock, where the destination is not known
+_MOVED = "moved-by-bhysend"  # written into run.lock if the destination is not known
 _MAX_FIFO_BYTES = 16 << 20
 _TEXTS = ("vmm_dir", "name", "directory", "node", "manager")
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class HeldRecord:
+class PausedRecord:
     """All that is needed to find the guest again.  Paths are absolute.
 
-    kind: of the host.  vmm_dir: the stand-in's directory, "" on FreeBSD.
-    node: Host.node_id() of its VM, the only one that is ever destroyed.
-    full_bytes: what the FIFO takes.  manager: the guest's directory in
-    vm-bhyve's datastore, "" where it is not vm-bhyve's.
+    kind: the host's kind.  vmm_dir: the stand-in's directory, "" on FreeBSD.
+    process: the guest's bhyve.  directory: the guest's SnapshotDir.  node:
+    Host.node_id() of the guest's VM; no other VM is ever destroyed.  full_bytes:
+    how many bytes the FIFO takes.  manager: the guest's directory in vm-bhyve's
+    datastore, "" if vm-bhyve does not manage the guest.
     """
 
     kind: str
@@ -79,13 +88,13 @@ class HeldRecord:
     manager: str
 
     def to_json(self) -> Json:
-        """Return the record, JSON."""
+        """Return the record as JSON."""
         found = asdict(self)
         return {"hypervisor": found.pop("kind"), "role": _ROLE, **found}
 
     @staticmethod
-    def from_json(record: Mapping[str, Any]) -> HeldRecord:
-        """Return what to_json() wrote.  Raises GuestError for anything else."""
+    def from_json(record: Mapping[str, Any]) -> PausedRecord:
+        """Return what to_json() wrote.  Raises GuestError if the record is anything else."""
         try:
             fields = dict(record)
             if fields.pop("role") != _ROLE:
@@ -96,7 +105,7 @@ class HeldRecord:
                 _of(int, process.pop("start_ticks")),
                 _of(str, process.pop("boot_id")),
             )
-            made = HeldRecord(
+            made = PausedRecord(
                 kind=_of(str, fields.pop("hypervisor")),
                 process=identity,
                 full_bytes=_of(int, fields.pop("full_bytes")),
@@ -117,26 +126,31 @@ def _of(kind: type[_T], value: Any) -> _T:
     return value
 
 
-def open_held(record: Json, host_of: Callable[[str], Host]) -> BhyveHeld:
-    """Return the guest of a record, wherever it stands.  Raises GuestError.
+def open_paused(record: Json, host_of: Callable[[str], Host]) -> BhyvePaused:
+    """Return the guest of a record, paused or not.
 
-    host_of: returns the host of a record by its vmm_dir.
+    host_of: returns the host of a record by its vmm_dir.  Raises GuestError if
+    the record cannot be read.
     """
-    found = HeldRecord.from_json(record)
-    return BhyveHeld(host_of(found.vmm_dir), found)
+    found = PausedRecord.from_json(record)
+    return BhyvePaused(host_of(found.vmm_dir), found)
 
 
-class BhyveHeld:
-    """base.Paused for a source's guest.  It has nothing open between two calls."""
+class BhyvePaused:
+    """base.Paused for a source's guest.  No descriptor stays open between two calls."""
 
     def __init__(
         self,
         host: Host,
-        record: HeldRecord,
+        record: PausedRecord,
         states: Sequence[State] = (),
         reasons: Sequence[str] = (),
     ) -> None:
-        """host: the record's.  states: what the hold has saved.  reasons: what they do not have."""
+        """Take a guest.
+
+        host: the record's.  states: the state that the pause has saved.
+        reasons: what the states lack, and why.
+        """
         self.record = record
         self.reasons = list(reasons)
         self._states = states
@@ -148,17 +162,17 @@ class BhyveHeld:
             self._locks = Locks(record.name, Path(record.manager), socket.gethostname())
 
     def states(self) -> Sequence[State]:
-        """Return the state that the hold has saved; of a guest that was found again, none."""
+        """Return the state that the pause has saved; none if the guest was found by its record."""
         return self._states
 
-    # Where it is.
+    # Questions.
 
     def is_alive(self) -> bool:
-        """Say whether its bhyve is here."""
+        """Say whether the guest's bhyve is alive."""
         return is_alive(self.record.process)
 
     def stands(self) -> bool:
-        """Say whether it stands held.  Raises BhyError."""
+        """Say whether the guest stands paused.  Raises BhyError if that cannot be seen."""
         return self._is_full() and self._vcpus_stand()
 
     def _is_full(self) -> bool:
@@ -170,8 +184,9 @@ class BhyveHeld:
     def _vcpus_stand(self) -> bool:
         """Say whether no vCPU runs: each one waits in bhyve, or the VM was destroyed.
 
-        One that was left in the stub is not suspended in the kernel, and yet
-        its thread waits: a journal is written only while the guest stands.
+        If a journal exists, a vCPU was perhaps left in the stub.  The kernel does
+        not call such a vCPU suspended, and yet bhyve's thread of it waits, since
+        a journal is written only while the guest stands paused.
         """
         if self._directory.journal.exists():
             return True
@@ -185,25 +200,26 @@ class BhyveHeld:
             vm.close()
 
     def require_paused(self) -> None:
-        """See that it stands, as when its state was saved.
+        """Raise an error unless the guest still stands paused.
 
-        What is in the FIFO ends with bhyve: to look for the process, which
-        takes time on FreeBSD, is only to find the right words.
+        The bytes in the FIFO are lost when bhyve ends, so a full FIFO is enough.
+        The process, which takes time to look for on FreeBSD, decides only which
+        error is raised: GuestEndedError if bhyve has ended, else StaleError.
         """
         if self.stands():
             return
         if not self.is_alive():
-            raise GoneError(f"{self._who}: its bhyve has ended while it stood held")
-        raise TakenError(
-            f"{self._who}: somebody let it run while it stood held: {self._directory.files.meta}"
-            " was read",
+            raise GuestEndedError(f"{self._who}: its bhyve has ended while it stood paused")
+        raise StaleError(
+            f"{self._who}: another program let the guest run while it stood paused:"
+            f" {self._directory.files.meta} was read",
             "what was sent is no longer this guest; leave that FIFO to bhysend",
         )
 
     def runs(self) -> bool:
-        """Say whether its vCPUs run; wait while a request of ours is under way.
+        """Say whether the guest's vCPUs run; wait while a request of ours is under way.
 
-        Raises GuestError where that does not end.
+        Raises UnansweredError if bhyve does not finish the request in _SERVED_S seconds.
         """
         meta = self._directory.files.meta
         end = time.monotonic() + _SERVED_S
@@ -220,59 +236,63 @@ class BhyveHeld:
         return False
 
     def _is_lost(self) -> bool:
-        """Say whether it stands held, and the FIFO that it stands in was removed."""
+        """Say whether the guest stands paused, and the FIFO that would release it was removed."""
         return not self._directory.files.meta.exists() and self._vcpus_stand()
 
-    # What is done to it.
+    # Actions.
 
     def resume(self) -> None:
-        """Let it run.  Raises GoneError, and GuestError where it cannot be let go."""
+        """Let the guest run.
+
+        Raises GuestEndedError if it has ended, GuestError if it cannot be resumed.
+        """
         if self.is_alive():
             self._put_back()
             self.release()
             if self._is_lost():
                 raise GuestError(
-                    f"{self._who}: it stands held, and what it could be let go by was removed:"
+                    f"{self._who}: it stands paused, and the FIFO that would resume it was removed:"
                     f" {self._directory.files.meta}",
-                    "only its end is left: --discard",
+                    "it can only be ended: --discard",
                 )
         is_gone = not self.is_alive()
         self.clear()
         if self._locks:
             self._locks.take_back()
         if is_gone:
-            raise GoneError(f"{self._who}: its bhyve has ended")
+            raise GuestEndedError(f"{self._who}: its bhyve has ended")
 
     def _put_back(self) -> None:
-        """Give it its registers and memory back, if one who stored its FPU was killed.
+        """Put back the guest's registers and memory if bhysend was killed while it saved the FPU.
 
-        Raises GuestError where that cannot be done: it is not let go then.
+        Raises GuestError if that fails; then the guest must not be released.
         """
         if not self._directory.journal.exists():
             return
         name, cure = (
             self.record.name,
-            "--resume tries it again; else only its end is left: --discard",
+            "--resume tries it again; if that fails too, it can only be ended: --discard",
         )
         try:
             if not self._is_full():
-                cure = "nothing of it can be kept: power it off"
-                raise GuestError("somebody let it run meanwhile")
+                cure = "it may run with wrong registers: power it off"
+                raise GuestError("another program let the guest run meanwhile")
             if self._host.node_id(name) != self.record.node:
                 raise GuestError("its VM was destroyed")
             fpustate.put_back(self._host, name, self._directory)
         except (GuestError, AccessError) as error:
             raise GuestError(
-                f"{self._who}: its FPU was being stored, and its registers were not put back: it"
-                f" would not go on where it was: {error}",
+                f"{self._who}: bhysend was killed while it saved the FPU, and the registers were"
+                f" not put back, so the guest would not go on where it was: {error}",
                 cure,
             ) from None
 
     def release(self) -> bytes:
-        """See that no request of ours holds it any more; return what bhyve wrote into the FIFO.
+        """End every request of ours; return what bhyve wrote into the FIFO.
 
-        A request that has not begun never will; else the FIFO is read until
-        the request has been served.  Raises GuestError where that cannot be seen.
+        A request that has not begun is withdrawn and never will begin; else the
+        FIFO is read until the request has been served.  Raises GuestError if
+        bhyve does not say that it was, and InputOutputError if the FIFO cannot be read.
         """
         if self._directory.withdraw():
             return b""
@@ -286,7 +306,7 @@ class BhyveHeld:
                 if is_served:
                     break
                 if time.monotonic() > end:
-                    self._settle()  # somebody else may have it open
+                    self._settle()  # another process may have the FIFO open
                     break
         except FileNotFoundError:
             pass  # see _is_lost()
@@ -295,19 +315,20 @@ class BhyveHeld:
         return bytes(found).lstrip()
 
     def _settle(self) -> None:
-        """Ask bhyve whether all has been served.  Raises GuestError where it does not say."""
+        """Ask bhyve whether all requests have been served.  Raises GuestError without an answer."""
         run_dir, name = self._host.run_dir, self.record.name
         checkpoint.settle(run_dir, name, self._who, _SETTLE_S, self.record.process)
 
     def clear(self) -> None:
-        """Remove the directory of a guest that was never asked, or runs, or has ended."""
+        """Remove the directory of a guest that was never paused, or runs, or has ended."""
         self._directory.remove(self._host)
 
     def discard(self, there: str) -> None:
-        """End it for good: process, VM, what was saved of it.
+        """End the guest for good: its process, its VM, its directory.  May be called twice.
 
-        Twice is no error.  Raises GuestError for a guest that runs, and
-        TakenError where another one has its name, and it runs elsewhere too.
+        there: the host that the guest runs on now, "" if that is not known.
+        Raises GuestError if the guest runs here or cannot be ended, and
+        StaleError if another guest of its name is here while it runs elsewhere.
         """
         if self.runs():
             raise GuestError(f"{self._who}: it runs, so it is not ended here")
@@ -317,14 +338,14 @@ class BhyveHeld:
             self._await_supervisor()
         if self._has_other(is_this_boot):
             if there:
-                raise TakenError(
+                raise StaleError(
                     f"{self._who}: a VM of that name was made here since, and it runs on {there}",
                     "one of the two has to end; what supervises bhyve here may have started it",
                 )
         elif is_this_boot:
-            # Where it has ended, another bhyve may have taken over its VM (VM_REINIT).
+            # If the guest had ended before, another bhyve may have taken over its VM (VM_REINIT).
             if listens(self._host, self.record.name):
-                raise TakenError(
+                raise StaleError(
                     f"{self._who}: it has ended, and another bhyve runs in its VM",
                     "what supervises bhyve here may have started it; end that one first",
                 )
@@ -334,7 +355,7 @@ class BhyveHeld:
         self.clear()
 
     def _end(self) -> None:
-        """Kill its bhyve, with the supervisor told.  Raises GuestError."""
+        """Tell the supervisor, then kill the guest's bhyve.  Raises GuestError if that fails."""
         if not self.is_alive():
             return
         if self._locks and self._locks.is_supervised():
@@ -350,7 +371,7 @@ class BhyveHeld:
             raise GuestError(f"{self._who}: {error}") from None
 
     def _require_no_restart(self, locks: Locks) -> None:
-        """Refuse where the supervisor would take the end for a fault, and start the guest again."""
+        """Raise GuestError if the supervisor would take the kill for a fault, and restart."""
         if self._host.knows_suspending_lock():
             return
         if starts_again(VmBhyveGuest(locks.name, locks.directory, locks.hostname)):
@@ -360,12 +381,15 @@ class BhyveHeld:
             )
 
     def _has_other(self, is_this_boot: bool) -> bool:
-        """Say whether a VM of its name was made since."""
+        """Say whether the VM of the guest's name is a later one than the guest's."""
         node = self._host.node_id(self.record.name)
         return node != "" and not (is_this_boot and node == self.record.node)
 
     def _await_supervisor(self) -> None:
-        """Wait for the end of vm-bhyve's: until then it may take the VM and taps for its own."""
+        """Wait until vm-bhyve's supervisor has ended; until then it may remove the VM and taps.
+
+        Raises GuestError if the supervisor does not end.
+        """
         end = time.monotonic() + _SUPERVISOR_S
         while self._locks and not self._has_other(True):
             if self._locks.supervisor_gone(_POLL_S):
@@ -377,7 +401,7 @@ class BhyveHeld:
                 )
 
     def _leave_lock(self, there: str) -> None:
-        """Keep vm-bhyve from starting what is gone."""
+        """Keep vm-bhyve from starting a guest that has moved or was ended."""
         if self._locks is None:
             return
         if there and there != self._locks.hostname:
@@ -390,5 +414,5 @@ class BhyveHeld:
 
 
 def starts_again(guest: VmBhyveGuest) -> bool:
-    """Say whether vm-bhyve starts a guest again that has failed.  Raises BhyError."""
+    """Say whether vm-bhyve starts a guest again after a fault.  Raises BhyError as conf()."""
     return guest.conf().get("on_fault", "shutdown") == "restart"

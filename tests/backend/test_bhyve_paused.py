@@ -1,4 +1,4 @@
-"""A guest that stands held: what is seen of it, and what lets it go or ends it."""
+"""A guest that stands paused: how it is seen, resumed and ended."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 
-from bhystream.backend.bhyve import fifo, held
+from bhystream.backend.bhyve import fifo, paused
 from bhystream.backend.bhyve.checkpoint import UnansweredError, settle
-from bhystream.backend.bhyve.held import BhyveHeld, HeldRecord
-from bhystream.backend.bhyve.kept import Kept
+from bhystream.backend.bhyve.paused import BhyvePaused, PausedRecord
+from bhystream.backend.bhyve.savedvcpu import SavedVcpu
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.process import Identity
-from bhystream.errors import BhyError, GoneError, GuestError, TakenError
+from bhystream.errors import BhyError, GuestEndedError, GuestError, StaleError
 from bhystream.guest import Json
 from standin.rig import await_true
 
 from .bhyve_rig import ID, Two, require_sink, two_hosts
-from .revived import open_held
+from .revived import open_paused
 
 
 @pytest.fixture(params=[4, 5], ids=["G4", "G5"])
@@ -35,15 +35,15 @@ def two(request: pytest.FixtureRequest) -> Iterator[Two]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held, "_SERVED_S", 0.3)
-    monkeypatch.setattr(held, "_SETTLE_S", 0.3)
+    monkeypatch.setattr(paused, "_SERVED_S", 0.3)
+    monkeypatch.setattr(paused, "_SETTLE_S", 0.3)
 
 
-def meta(found: BhyveHeld) -> Path:
+def meta(found: BhyvePaused) -> Path:
     return Path(found.record.directory) / "ckp.meta"
 
 
-# What is seen.
+# How it is seen.
 
 
 def test_it_stands_and_its_process_lives(two: Two) -> None:
@@ -59,7 +59,7 @@ def test_it_stands_and_its_process_lives(two: Two) -> None:
 
 
 def test_nobody_of_ours_has_it_open(two: Two) -> None:
-    """What is ours may die at any time; bhyve itself is the reader of its FIFO."""
+    """Our processes may die at any time, so bhyve itself has to be the reader of its FIFO."""
     two.start()
     found = two.hold()
     inode = meta(found).stat().st_ino
@@ -79,7 +79,7 @@ def test_it_may_be_resumed_and_asked_again(two: Two) -> None:
     found.resume()
     assert found.runs() and found.is_alive() and not found.stands()
     found.resume()
-    open_held(found.record.to_json()).resume()
+    open_paused(found.record.to_json()).resume()
     two.assert_runs_on()
 
 
@@ -87,7 +87,7 @@ def test_somebody_who_reads_the_fifo_lets_it_run_and_that_is_seen(two: Two) -> N
     guest = two.start()
     found = two.hold()
     subprocess.run(["cat", meta(found)], stdout=subprocess.DEVNULL, check=True)
-    with pytest.raises(TakenError, match="somebody let it run while it stood held"):
+    with pytest.raises(StaleError, match="another program let the guest run while it stood paused"):
         found.require_paused()
     await_true(found.runs, "it runs")
     with pytest.raises(GuestError, match="it runs, so it is not ended"):
@@ -101,27 +101,27 @@ def test_a_guest_that_ends_while_it_stands_is_gone(two: Two) -> None:
     guest = two.start()
     found = two.hold()
     guest.kill()
-    with pytest.raises(GoneError, match="its bhyve has ended while it stood held"):
+    with pytest.raises(GuestEndedError, match="its bhyve has ended while it stood paused"):
         found.require_paused()
     assert not found.is_alive() and not found.runs() and not found.stands()
-    with pytest.raises(GoneError, match="its bhyve has ended"):
+    with pytest.raises(GuestEndedError, match="its bhyve has ended"):
         found.resume()
     assert two.held() == []
-    with pytest.raises(GoneError):
+    with pytest.raises(GuestEndedError):
         found.resume()
 
 
 def test_a_checkpoint_that_failed_stands_in_the_fifo_while_its_guest_runs(two: Two) -> None:
-    """bhyve resumes the guest before it writes what it has of FILE.meta."""
+    """After a failed checkpoint bhyve resumes the guest before it writes FILE.meta."""
     guest = two.start()
     made, record = two.prepared()
     two.here.settings(fail=["hold-fail"])
-    found = open_held(record)
+    found = open_paused(record)
     asked(two, found)
     await_true(lambda: fifo.pending(meta(found)) == found.record.full_bytes, "the write")
     guest.console.await_beats(len(guest.console.beats()) + 2)
     assert not found.stands() and found.runs()
-    with pytest.raises(TakenError):
+    with pytest.raises(StaleError):
         found.require_paused()
     with pytest.raises(GuestError, match="it runs"):
         found.discard("")
@@ -130,8 +130,8 @@ def test_a_checkpoint_that_failed_stands_in_the_fifo_while_its_guest_runs(two: T
     two.assert_runs_on()
 
 
-def asked(two: Two, found: BhyveHeld) -> None:
-    """Ask for the checkpoint, as one who is killed right after it."""
+def asked(two: Two, found: BhyvePaused) -> None:
+    """Ask for the checkpoint, and close everything, as if killed right afterwards."""
     from bhystream.backend.bhyve.checkpoint import Checkpoint
 
     fd = fifo.arm(meta(found), found.record.full_bytes)
@@ -149,8 +149,8 @@ def asked(two: Two, found: BhyveHeld) -> None:
 def test_a_request_that_was_not_served_is_taken_back(two: Two) -> None:
     guest = two.start()
     made, record = two.prepared()
-    found = open_held(record)
-    with two.here.connect("g"):  # served first, and says nothing for now
+    found = open_paused(record)
+    with two.here.connect("g"):  # bhyve serves this connection first, and waits for its request
         asked(two, found)
         found.resume()
         assert two.held() == []
@@ -163,7 +163,7 @@ def test_a_request_that_was_not_served_is_taken_back(two: Two) -> None:
 def test_what_waits_is_not_called_running(two: Two, impatient: None) -> None:
     two.start()
     made, record = two.prepared()
-    found = open_held(record)
+    found = open_paused(record)
     with two.here.connect("g"):
         asked(two, found)
         with pytest.raises(UnansweredError):
@@ -180,7 +180,7 @@ def test_what_waits_is_not_called_running(two: Two, impatient: None) -> None:
 def test_one_that_has_begun_is_let_through(two: Two) -> None:
     two.start()
     made, record = two.prepared()
-    found = open_held(record)
+    found = open_paused(record)
     asked(two, found)
     found.resume()
     made.close()
@@ -196,7 +196,7 @@ def test_a_client_that_says_nothing_holds_nobody_up(two: Two, impatient: None) -
 
 
 def test_another_reader_does_not_pass_for_a_request(two: Two, impatient: None) -> None:
-    """Whether all was served is asked of bhyve then."""
+    """If another process has the FIFO open, bhyve is asked whether all requests were served."""
     two.start()
     found = two.hold()
     fd = os.open(meta(found), os.O_RDONLY | os.O_NONBLOCK)
@@ -211,7 +211,7 @@ def test_a_bhyve_that_never_comes_to_its_last_write_is_told_and_can_be_ended(
     guest = two.start()
     made, record = two.prepared()
     two.here.settings(fail=["hold-hang"])
-    found = open_held(record)
+    found = open_paused(record)
     asked(two, found)
     await_true(found._vcpus_stand, "the pause")
     with pytest.raises(UnansweredError):
@@ -232,9 +232,9 @@ def test_a_fifo_that_was_removed_is_said_and_nothing_is_called_running(two: Two)
     meta(found).unlink()
     assert not found.runs()
     for _ in range(2):
-        with pytest.raises(GuestError, match="what it could be let go by was removed") as caught:
+        with pytest.raises(GuestError, match="the FIFO that would resume it was removed") as caught:
             found.resume()
-        assert caught.value.hint == "only its end is left: --discard"
+        assert caught.value.hint == "it can only be ended: --discard"
     found.discard("")
     assert guest.await_exit() == -signal.SIGKILL
 
@@ -259,7 +259,7 @@ def test_it_is_ended_with_its_vm_and_what_was_saved(two: Two) -> None:
     beats = guest.console.beats()
     found.discard("elsewhere")
     assert guest.await_exit() == -signal.SIGKILL
-    assert guest.console.beats() == beats  # it has not run for its end
+    assert guest.console.beats() == beats  # the guest did not run before it was ended
     assert not two.here.host.exists("g")
     assert two.held() == []
     found.discard("elsewhere")
@@ -272,13 +272,13 @@ def test_another_guest_of_its_name_is_left_alone(two: Two) -> None:
     two.here.host.destroy("g")
     again = two.start()
     assert not found.is_alive() and not found.runs()
-    with pytest.raises(TakenError, match="it runs on elsewhere"):
+    with pytest.raises(StaleError, match="it runs on elsewhere"):
         found.discard("elsewhere")
     assert two.held() == [ID]
     found.discard("")
     assert two.held() == []
     again.console.await_sweeps(1)
-    with pytest.raises(GoneError):
+    with pytest.raises(GuestEndedError):
         found.resume()
     two.assert_runs_on()
 
@@ -288,9 +288,9 @@ def test_after_a_reboot_nothing_here_is_its(two: Two, monkeypatch: pytest.Monkey
     found = two.hold()
     found.resume()
     old = replace(found.record.process, boot_id="another")
-    late = BhyveHeld(two.here.host, replace(found.record, process=old))
+    late = BhyvePaused(two.here.host, replace(found.record, process=old))
     assert not late.is_alive() and not late.runs()
-    with pytest.raises(TakenError):
+    with pytest.raises(StaleError):
         late.discard("elsewhere")
     late.discard("")
     two.assert_runs_on()
@@ -306,10 +306,10 @@ def test_a_process_that_may_not_be_killed_stays_and_is_said(
         raise GuestError("cannot watch process 1: Operation not permitted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(held, "kill_process", refuse)
+        patch.setattr(paused, "kill_process", refuse)
         with pytest.raises(GuestError, match="guest g: cannot watch process 1: Operation not"):
             found.discard("elsewhere")
-        patch.setattr(held, "kill_process", lambda *_: False)
+        patch.setattr(paused, "kill_process", lambda *_: False)
         with pytest.raises(GuestError, match=r"cannot end its bhyve \(process \d+\)"):
             found.discard("elsewhere")
     assert found.stands() and two.here.host.exists("g")
@@ -324,7 +324,7 @@ def test_a_guest_whose_registers_are_not_its_own_is_not_let_go(two: Two) -> None
     two.start()
     found = two.hold()
     Path(found.record.directory, "journal").touch()
-    with pytest.raises(GuestError, match="its registers were not put back"):
+    with pytest.raises(GuestError, match="the registers were not put back"):
         found.resume()
     assert found.stands()
     found.discard("")
@@ -336,10 +336,10 @@ def test_a_guest_that_somebody_let_run_is_not_touched(two: Two) -> None:
     found = two.hold()
     vm = two.here.host.open_vm("g", is_writable=True)
     with vm.map(0, 64 << 20) as memory:
-        SnapshotDir(Path(found.record.directory)).journal.write(Kept.read(vm, memory, 0))
+        SnapshotDir(Path(found.record.directory)).journal.write(SavedVcpu.read(vm, memory, 0))
     vm.close()
     assert fifo.drain(Path(found.record.directory, "ckp.meta"), 10.0)[1]
-    with pytest.raises(GuestError, match="somebody let it run meanwhile") as caught:
+    with pytest.raises(GuestError, match="another program let the guest run meanwhile") as caught:
         found.resume()
     assert "power it off" in caught.value.hint
     guest.console.await_sweeps(1)
@@ -349,7 +349,7 @@ def test_another_vm_of_its_name_gets_none_of_its_registers(two: Two) -> None:
     two.start()
     found = two.hold()
     Path(found.record.directory, "journal").touch()
-    other = BhyveHeld(two.here.host, replace(found.record, node="0:0"))
+    other = BhyvePaused(two.here.host, replace(found.record, node="0:0"))
     with pytest.raises(GuestError, match="its VM was destroyed"):
         other.resume()
     Path(found.record.directory, "journal").unlink()
@@ -359,7 +359,7 @@ def test_another_vm_of_its_name_gets_none_of_its_registers(two: Two) -> None:
 
 # The record.
 
-RECORD = HeldRecord(
+RECORD = PausedRecord(
     kind="standin",
     vmm_dir="/v",
     name="g",
@@ -372,7 +372,7 @@ RECORD = HeldRecord(
 
 
 def test_a_record_is_what_it_was() -> None:
-    assert HeldRecord.from_json(RECORD.to_json()) == RECORD
+    assert PausedRecord.from_json(RECORD.to_json()) == RECORD
     assert RECORD.to_json() == {
         "hypervisor": "standin",
         "role": "source",
@@ -390,14 +390,14 @@ def test_a_record_is_what_it_was() -> None:
 def test_a_record_that_lacks_something_is_refused(key: str) -> None:
     broken = {name: value for name, value in RECORD.to_json().items() if name != key}
     with pytest.raises(GuestError, match="cannot read the record of a bhyve guest"):
-        open_held(broken)
+        open_paused(broken)
 
 
 @pytest.mark.parametrize("key", sorted(RECORD.to_json()))
 @pytest.mark.parametrize("value", [None, [], 0, 1.5, True])
 def test_a_record_with_something_else_in_it_is_refused(key: str, value: Any) -> None:
     with pytest.raises(GuestError, match="cannot read the record of a bhyve guest"):
-        open_held({**RECORD.to_json(), key: value})
+        open_paused({**RECORD.to_json(), key: value})
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_a_record_with_something_else_in_it_is_refused(key: str, value: Any) -> 
 )
 def test_a_record_that_is_not_ours_is_refused(change: Json) -> None:
     with pytest.raises(BhyError, match="cannot read the record of a bhyve guest"):
-        open_held({**RECORD.to_json(), **change})
+        open_paused({**RECORD.to_json(), **change})
 
 
 def test_the_sink_is_had_here() -> None:

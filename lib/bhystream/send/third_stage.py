@@ -1,14 +1,14 @@
-"""bhysend -A, the third stage: hands the destination's answers to the first.
+"""bhysend -A, the third stage, which hands the destination's answers to the first stage.
 
-    bhysend -a g | ssh dst bhyrecv | bhysend -A      the move's own
+    bhysend -a g | ssh dst bhyrecv | bhysend -A      in a move
     ssh dst bhyrecv -q ID | bhysend -A               the way out of doubt
 
-It finds its bhysend by the stream id in HELLO, gives it every line, and ends
-with the status that it is told.  It always reads its input to the end, so that
-nothing before it is ever stopped by a full pipe.
+The third stage finds its bhysend by the stream id in HELLO, hands on every answer,
+and ends with the status that bhysend tells.  The third stage reads its input to the
+end, so that a full pipe never stops a process before it in the pipeline.
 
-Where no bhysend lives any more it acts itself, on the record, when the keeper
-has given up the guest's lock.
+If no bhysend lives any more, the third stage itself acts on the record, after the
+keeper has released the guest's lock.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from bhystream.errors import BhyError, UsageError
 from bhystream.handover import state
 from bhystream.handover.answers import Answer, Parser, pack
 from bhystream.report import Console
+from bhystream.send.recovery import Recovery
 from bhystream.send.rendezvous import READ_BYTES, connect
-from bhystream.send.settle import Settlement
 from bhystream.signals import Interrupts
 
 _STDIN = 0
-# What still comes when bhysend has ended: nobody needs it.
+# How long to read what still comes after bhysend has told its status; nobody needs it.
 _DRAIN_SECONDS = 5.0
 _DECISIVE = ("READY", "RUNNING", "FAILED", "RAN", "UNKNOWN", "REFUSED")
 
 
 class Bhysend:
-    """The bhysend of the stream, at the other end of a socket.  Select on it while it is there."""
+    """The bhysend of the stream, at the other end of a socket.  For select(2) while it is there."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """connection: ours from here on; closed when it ends."""
+        """Take over the connection; it is closed when bhysend hangs up."""
         self._connection = connection
         self._said = b""
 
     @property
     def is_there(self) -> bool:
-        """Say whether it has not hung up yet."""
+        """Say whether bhysend has not hung up yet."""
         return self._connection.fileno() >= 0
 
     def fileno(self) -> int:
@@ -54,25 +54,25 @@ class Bhysend:
 
     @property
     def status(self) -> int | None:
-        """Return the status that it told, None if it has not."""
+        """Return the status that bhysend has told, None if it has told none yet."""
         word, _, number = self._said.partition(b" ")
         if word == b"status" and number.endswith(b"\n"):
             return int(number)
         return None
 
     def tell(self, answer: Answer) -> None:
-        """Hand on an answer, while it is there."""
+        """Hand on an answer, if bhysend is still there."""
         if not self.is_there:
             return
         try:
             self._connection.sendall(pack(answer))
         except OSError:
-            # It has ended, and told its status before that.
+            # bhysend has ended; take the status that it may have told before.
             while self.is_there:
                 self.hear()
 
     def hear(self) -> None:
-        """Take what it says; hang up at its end."""
+        """Take what bhysend says; close the connection if bhysend has hung up."""
         try:
             data = self._connection.recv(64)
         except OSError:
@@ -82,19 +82,19 @@ class Bhysend:
             self._connection.close()
 
     def shut(self) -> None:
-        """Let it see that nothing more comes; its status may still come."""
+        """Let bhysend see that no more answers come; its status may still come."""
         if self.is_there:
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_WR)
 
 
-class Third:
-    """One run of it."""
+class ThirdStage:
+    """One run of the third stage."""
 
     def __init__(
         self, guest: str | None, base: Path, console: Console, interrupts: Interrupts
     ) -> None:
-        """guest: the name that the stream's must have, or None."""
+        """Read nothing yet.  guest: the guest that the stream must be of, or None for any."""
         self._interrupts = interrupts
         self._guest = guest
         self._base = base
@@ -107,7 +107,7 @@ class Third:
         self._open = True
 
     def relay(self) -> None:
-        """Read to the end of the input, or until bhysend has told its status."""
+        """Hand on answers to the end of the input, or until soon after bhysend's status."""
         until = None
         while watched := self._watched():
             left = None if until is None else max(until - time.monotonic(), 0.0)
@@ -122,16 +122,16 @@ class Third:
                 until = time.monotonic() + _DRAIN_SECONDS
 
     def status(self) -> int | None:
-        """Return the status that bhysend told, None if it has not."""
+        """Return the status that bhysend has told, None if it has told none."""
         return self._bhysend.status if self._bhysend else None
 
     def _watched(self) -> list[int | Bhysend]:
-        """Return what something may still come from."""
+        """Return the inputs from which something may still come."""
         watched: list[int | Bhysend] = [_STDIN] if self._open else []
         return watched + ([self._bhysend] if self._bhysend and self._bhysend.is_there else [])
 
     def _read(self) -> None:
-        """Take what has come, and hand it on."""
+        """Take what has come on standard input, and hand on its answers."""
         try:
             data = os.read(_STDIN, READ_BYTES)
         except BlockingIOError:
@@ -150,17 +150,17 @@ class Third:
                 if self._bhysend and self._believed:
                     self._bhysend.tell(answer)
         except BhyError as error:
-            # What comes from here on is not believed, and read all the same.
+            # From here on, read the input but believe nothing of it.
             self._console.fail(error)
             self._believed = False
             self._shut()
 
     def _meet(self, hello: Answer) -> None:
-        """Look for the bhysend of the stream, once.  Raises UsageError for another guest's."""
+        """Look for the bhysend of the stream, once.  Raises UsageError for another guest."""
         if self._asked:
             return
         self._asked = True
-        # The pipeline may be interrupted at the terminal, and bhysend decides.
+        # A Ctrl-C reaches the whole pipeline; only bhysend decides what it means.
         self._interrupts.ignore()
         found = connect(self._base, hello.id)
         if found is None:
@@ -179,27 +179,29 @@ class Third:
         self._console.say(line.decode("utf-8", "replace").rstrip("\n"))
 
     def settle(self) -> int:
-        """Do what the answers say where no bhysend has told a status; return the exit status.
+        """Do what the answers say, because no bhysend has told a status; return the exit status.
 
-        Raises BhyError.
+        Raises what the methods of Recovery raise.
         """
-        settlement = Settlement(
-            self._base, self._console, self._guest, self._words, self._interrupts
-        )
+        recovery = Recovery(self._base, self._console, self._guest, self._words, self._interrupts)
         hello = self._parser.hello
         if hello is None:
-            settlement.without_hello()
+            recovery.without_hello()
         if not self._believed:
-            settlement.distrusted(hello)
-        return settlement.act(hello, met=self._bhysend is not None)
+            recovery.distrusted(hello)
+        return recovery.act(hello, met=self._bhysend is not None)
 
 
 def run(guest: str | None, console: Console) -> int:
-    """Be the third stage; return the exit status."""
+    """Be the third stage; return the exit status.
+
+    Raises UsageError if standard input is a terminal or cannot be read, and what
+    settle() raises if no bhysend has told a status.
+    """
     commandline.refuse_closed(_STDIN, "standard input", os.O_WRONLY)
     if os.isatty(_STDIN):
         raise UsageError("standard input is a terminal: the answers come from a pipe")
-    third = Third(guest, state.directory(), console, Interrupts())
+    third = ThirdStage(guest, state.directory(), console, Interrupts())
     third.relay()
     status = third.status()
     return third.settle() if status is None else status

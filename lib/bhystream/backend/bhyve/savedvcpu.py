@@ -1,10 +1,11 @@
-"""What a vCPU, and the memory under the stub, were before the stub was lent to it.
+"""The registers of a vCPU, and the memory under the stub, as they were before the stub ran.
 
-What vmm lets be set, FreeBSD 15.1, read: svm.c, svm_setreg(); vmcb.c,
-vmcb_write(), vmcb_setdesc(); vmx.c, vmx_setreg(), vmx_setdesc(); vmcs.c.  All of
-it but the CPL on AMD, which the stub leaves as it is, and the interrupt shadow,
-which is not set again (fpu.py).  What the segments' hidden parts are in the
-VMCB is turned into the VMCS's format and back without a loss.
+vmm lets all of these registers be set, except two: the CPL on AMD, which the
+stub leaves as it is, and the interrupt shadow, which is not set again (fpu.py).
+vmm turns the hidden parts of the segments from the VMCB's format into the
+VMCS's and back without a loss.
+Source: FreeBSD 15.1, read: svm.c, svm_setreg(); vmcb.c, vmcb_write(),
+vmcb_setdesc(); vmx.c, vmx_setreg(), vmx_setdesc(); vmcs.c.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ _NUMBERS = (
     *reg.SEGMENTS,
     reg.RIP,
 )
-"""What the stub changes, and what is set for it; RIP, where VM_RUN goes on, last."""
+"""The registers that the stub changes, or that are set for it; RIP, where VM_RUN goes on, last."""
 
 _DESCRIPTORS = (*reg.SEGMENTS, reg.GDTR, reg.IDTR)
 _MASKS_AND_SHADOWS = (
     *(reg.VMCS_CR0_MASK, reg.VMCS_CR0_SHADOW, reg.VMCS_CR4_MASK, reg.VMCS_CR4_SHADOW),
 )
 
-# vCPU; how many masked registers there are, 0 or 2; then the rest, each in its own order.
+# vCPU; the number of masked registers, 0 or 2.  The structures below follow in their order.
 _HEAD = struct.Struct("<II")
 _VALUES = struct.Struct(f"<{len(_NUMBERS)}Q")
 _HIDDEN = struct.Struct("<QII")
@@ -44,13 +45,13 @@ PACKED_BYTES = (
 )
 
 
-def kept_registers(vm: Vm, vcpu: int) -> dict[int, int]:
-    """Return the registers that are put back, by number."""
+def saved_registers(vm: Vm, vcpu: int) -> dict[int, int]:
+    """Return the registers that are put back, by number.  Raises GuestError if vmm refuses."""
     return dict(zip(_NUMBERS, vm.registers(vcpu, _NUMBERS), strict=True))
 
 
 def vmcs_fields(vm: Vm, vcpu: int, *fields: int) -> list[int] | None:
-    """Return fields of an Intel CPU's VMCS; None on AMD's, which refuses the numbers."""
+    """Return fields of an Intel CPU's VMCS, or None on AMD, where vmm refuses the numbers."""
     try:
         return vm.registers(vcpu, fields)
     except GuestError:
@@ -58,10 +59,11 @@ def vmcs_fields(vm: Vm, vcpu: int, *fields: int) -> list[int] | None:
 
 
 def _read_masked(vm: Vm, vcpu: int) -> dict[int, tuple[int, int]]:
-    """Return mask, and what the guest reads of those bits, of CR0 and CR4, on Intel.
+    """Return the mask of CR0 and of CR4, and the masked bits as the guest reads them, on Intel.
 
-    The register itself may have others there (NE, VMXE); to set it sets
-    both.  Source: vmx.c, vmx_setup_cr_shadow(), vmx_setreg().
+    The register itself may have other values in those bits (NE, VMXE).  vmm
+    sets the register and the guest's view of it together.
+    Source: FreeBSD 15.1, vmx.c, vmx_setup_cr_shadow(), vmx_setreg().
     """
     found = vmcs_fields(vm, vcpu, *_MASKS_AND_SHADOWS)
     if found is None:
@@ -71,11 +73,12 @@ def _read_masked(vm: Vm, vcpu: int) -> dict[int, tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What is put back.
+class SavedVcpu:
+    """A vCPU's registers and the guest's twelve pages, to be put back.
 
-    values: registers, by number.  hidden: of segment registers.  masked: see
-    _read_masked(); {} on AMD.  pages: of the memory that the stub takes.
+    values: the registers, by number.  hidden: the hidden parts of the segment
+    registers, by number.  masked: see _read_masked(); {} on AMD.  pages: the
+    stub.LENGTH_BYTES bytes of the guest's memory at stub.BASE_GPA.
     """
 
     vcpu: int
@@ -85,21 +88,22 @@ class Kept:
     pages: bytes
 
     @staticmethod
-    def read(vm: Vm, memory: Lowmem, vcpu: int) -> Kept:
-        """Return what a suspended vCPU is now.  Raises GuestError."""
-        return Kept(
+    def read(vm: Vm, memory: Lowmem, vcpu: int) -> SavedVcpu:
+        """Return a suspended vCPU as it is now.  Raises GuestError if vmm refuses."""
+        return SavedVcpu(
             vcpu,
-            kept_registers(vm, vcpu),
+            saved_registers(vm, vcpu),
             {number: vm.descriptor(vcpu, number) for number in _DESCRIPTORS},
             _read_masked(vm, vcpu),
             bytes(memory[stub.BASE_GPA : stub.END_GPA]),
         )
 
     def put_back(self, vm: Vm, memory: Lowmem) -> None:
-        """Put all back and compare it; twice is no error.  Raises GuestError.
+        """Put all back, read it again and compare; a second call does no harm.
 
-        The registers first: an ioctl that sets one waits until the vCPU has
-        left the stub, to suspend it does not.
+        The registers come first, because an ioctl that sets a register waits
+        until the vCPU has stopped; the ioctl that suspends a vCPU does not wait.
+        Raises GuestError if vmm refuses, or if something reads back different.
         """
         for number, before in self.values.items():
             mask, visible = self.masked.get(number, (0, 0))
@@ -107,11 +111,11 @@ class Kept:
         for number, hidden in self.hidden.items():
             vm.set_descriptor(self.vcpu, number, hidden)
         memory[stub.BASE_GPA : stub.END_GPA] = self.pages
-        if Kept.read(vm, memory, self.vcpu) != self:
-            raise GuestError("they read back as others")
+        if SavedVcpu.read(vm, memory, self.vcpu) != self:
+            raise GuestError("they read back different")
 
     def pack(self) -> bytes:
-        """Return it as PACKED_BYTES bytes."""
+        """Return the saved vCPU as PACKED_BYTES bytes."""
         masked = [self.masked.get(number, (0, 0)) for number in (reg.CR0, reg.CR4)]
         return b"".join(
             [
@@ -124,8 +128,8 @@ class Kept:
         )
 
     @staticmethod
-    def unpack(data: bytes) -> Kept:
-        """Return what pack() made.  Raises ValueError for what it never makes."""
+    def unpack(data: bytes) -> SavedVcpu:
+        """Return the vCPU that pack() packed.  Raises ValueError if pack() cannot have made it."""
         if len(data) != PACKED_BYTES:
             raise ValueError(f"{len(data)} bytes")
         vcpu, count = _HEAD.unpack_from(data)
@@ -141,4 +145,4 @@ class Kept:
         if count not in (0, 2) or (count == 0 and any(map(any, pairs))):
             raise ValueError(f"{count} masked registers")
         masked = dict(zip((reg.CR0, reg.CR4), pairs, strict=True)) if count else {}
-        return Kept(vcpu, values, hidden, masked, data[at:])
+        return SavedVcpu(vcpu, values, hidden, masked, data[at:])

@@ -1,4 +1,4 @@
-"""bhysend -A where no bhysend lives: answers from a pipe are acted on, by the record."""
+"""bhysend -A if no bhysend lives: bhysend -A acts on answers from a pipe, by the record."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def records(base: Path) -> Records:
     return Records(base, "source")
 
 
-# Without a bhysend, with a record.
+# No bhysend, but a record.
 
 ELSEWHERE = line("HELLO", "hv3/b2", "/d")
 ELSEWHERE_TOO = line("HELLO", "hv2/a1", "/e")
@@ -56,7 +56,7 @@ WENT = IN_DOUBT + "the stream went to hv2/a1 (/d)"
         (PAUSED, HELLO + UNKNOWN, 69, "resume close", None, "guest web1: it runs here"),
         (GO, HELLO + RUNNING, 0, "discard close", None, "web1: it runs on hv2, and is gone here"),
         (GO, HELLO + FAILED, 69, "resume close", None, "hv2: no disk"),
-        (GO, HELLO + RAN, 81, "", GO, IN_DOUBT + "hv2 cannot say whether it ran there"),
+        (GO, HELLO + RAN, 81, "", GO, IN_DOUBT + "hv2 cannot say whether the guest ran there"),
         (GO, HELLO + UNKNOWN, 81, "", GO, IN_DOUBT + "hv2 does not know the stream"),
         (GO, HELLO, 81, "", GO, IN_DOUBT + "no answer came from hv2"),
         (GO, HELLO + READY, 81, "", GO, IN_DOUBT + "no answer came from hv2"),
@@ -70,8 +70,8 @@ WENT = IN_DOUBT + "the stream went to hv2/a1 (/d)"
         (HELD, HELLO + FAILED, 80, "", HELD, f"hv2 says that it never ran there: {RESUME}"),
         (HELD, HELLO + RUNNING, 80, "", HELD, f"hv2 says that it runs there: {DISCARD}"),
         (HELD, HELLO + RAN, 80, "", HELD, "guest web1: held here"),
-        (PAUSED, HELLO + RUNNING, 80, "", PAUSED, "paused here, and hv2 says that it started it"),
-        (PAUSED, HELLO + RAN, 80, "", PAUSED, "paused here, and hv2 says that it started it"),
+        (PAUSED, HELLO + RUNNING, 80, "", PAUSED, "paused here; hv2 says that it started the"),
+        (PAUSED, HELLO + RAN, 80, "", PAUSED, "paused here; hv2 says that it started the guest"),
     ],
 )  # fmt: skip
 def test_what_a_record_and_the_answers_come_to(
@@ -83,7 +83,7 @@ def test_what_a_record_and_the_answers_come_to(
     left: str | None,
     says: str,
 ) -> None:
-    records.write(RECORD.moved(phase))
+    records.write(RECORD.with_phase(phase))
     found, done, err = ended(start(), answers)
     assert (found, done) == (status, acts.split())
     assert [record.phase for record in records.all()] == ([left] if left else [])
@@ -91,7 +91,7 @@ def test_what_a_record_and_the_answers_come_to(
 
 
 def test_a_record_that_names_no_host_takes_the_answer_of_any(records: Records) -> None:
-    # It was paused, and GO never recorded: whoever answers, nothing ran.
+    # The guest was paused, and GO was never recorded: no answering host has run the guest.
     records.write(replace(RECORD, host="", directory=""))
     status, acts, err = ended(start(), ELSEWHERE + FAILED)
     assert (status, acts) == (69, ["resume", "close"])
@@ -109,7 +109,7 @@ def test_a_guest_whose_record_is_broken_is_in_doubt(base: Path, answers: bytes) 
 
 
 def test_doubt_comes_with_the_way_out(base: Path, records: Records) -> None:
-    records.write(RECORD.moved(GO))
+    records.write(RECORD.with_phase(GO))
     _, _, err = ended(start(), HELLO)
     assert in_doubt(RECORD, base).splitlines() == [
         line.removeprefix("bhysend: ") for line in err.splitlines()[1:]
@@ -119,8 +119,8 @@ def test_doubt_comes_with_the_way_out(base: Path, records: Records) -> None:
 @pytest.mark.parametrize(
     ("phase", "final", "status", "done", "says"),
     [
-        (PAUSED, FAILED, 81, "clear", "its hypervisor here is gone: it runs nowhere"),
-        (GO, FAILED, 81, "clear", "its hypervisor here is gone: it runs nowhere"),
+        (PAUSED, FAILED, 81, "clear", "its hypervisor here is gone: the guest runs nowhere"),
+        (GO, FAILED, 81, "clear", "its hypervisor here is gone: the guest runs nowhere"),
         (GO, RUNNING, 0, "discard", "guest web1: it runs on hv2, and is gone here"),
         (MOVED, b"", 0, "discard", "guest web1: it runs on hv2, and is gone here"),
     ],
@@ -128,7 +128,7 @@ def test_doubt_comes_with_the_way_out(base: Path, records: Records) -> None:
 def test_a_guest_that_is_gone_is_forgotten(
     records: Records, phase: str, final: bytes, status: int, done: str, says: str
 ) -> None:
-    records.write(RECORD.moved(phase))
+    records.write(RECORD.with_phase(phase))
     found, acts, err = ended(start(guest="gone"), HELLO + final)
     assert (found, acts) == (status, [done, "close"])
     assert says in err
@@ -137,12 +137,12 @@ def test_a_guest_that_is_gone_is_forgotten(
 
 @pytest.mark.parametrize("name", ["web1", "qemu:/web1"])
 def test_the_guest_may_be_named(records: Records, name: str) -> None:
-    records.write(RECORD.moved(GO))
+    records.write(RECORD.with_phase(GO))
     assert ended(start(name), HELLO + RUNNING)[:2] == (0, ["discard", "close"])
 
 
 def test_another_guests_record_is_left_alone(records: Records) -> None:
-    records.write(RECORD.moved(GO))
+    records.write(RECORD.with_phase(GO))
     status, acts, err = ended(start("web2"), HELLO + RUNNING)
     assert (status, acts) == (64, [])
     assert f"stream {ID} is of guest web1, not web2" in err
@@ -154,8 +154,8 @@ def test_another_guests_record_is_left_alone(records: Records) -> None:
     [b"garbage\n", ELSEWHERE, line("RUNNING", id_=OTHER), b"x" * 600, FAILED[:-1] + b" x\n"],
 )
 def test_answers_with_garbage_change_nothing(records: Records, after: bytes) -> None:
-    """Also what came before it: who sends garbage is not believed."""
-    record = RECORD.moved(GO)
+    """Answers before the garbage change nothing either: their sender cannot be believed."""
+    record = RECORD.with_phase(GO)
     records.write(record)
     for answers in (HELLO + RUNNING + after, HELLO + after + FAILED):
         status, acts, err = ended(start(), answers)
@@ -173,7 +173,7 @@ def test_garbage_of_a_stream_that_is_not_here_is_a_usage_error(base: Path) -> No
 
 @pytest.mark.parametrize("answers", [b"", b"ssh: no route to host\n", HELLO[:-1]])
 def test_no_answer_changes_nothing(records: Records, answers: bytes) -> None:
-    record = RECORD.moved(GO)
+    record = RECORD.with_phase(GO)
     records.write(record)
     status, acts, err = ended(start(), answers)
     assert (status, acts) == (81, [])
@@ -188,11 +188,11 @@ def test_no_answer_changes_nothing(records: Records, answers: bytes) -> None:
 
 @pytest.mark.parametrize("phase", [PAUSED, HELD])
 def test_no_answer_puts_no_other_guest_in_doubt(records: Records, phase: str) -> None:
-    records.write(RECORD.moved(phase))
+    records.write(RECORD.with_phase(phase))
     assert ended(start(), b"")[:2] == (69, [])
 
 
-# Without either.
+# Neither a bhysend nor a record.
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_answers_to_nobody(base: Path, answers: bytes, status: int) -> None:
     assert (found, acts) == (status, [])
     assert f"neither a bhysend nor a guest of stream {ID} is here" in err
     assert f", {base})" in err
-    hint = "it is another user's" if status == 81 else "nothing was started at the destination"
+    hint = "record is another user's" if status == 81 else "nothing was started at the destination"
     assert hint in err
 
 
@@ -221,7 +221,7 @@ def test_answers_to_nobody(base: Path, answers: bytes, status: int) -> None:
 
 
 def waiting(data: bytes) -> subprocess.Popen[bytes]:
-    """Start a third stage with these answers, and return when it waits for the lock."""
+    """Start a third stage with these answers; return when the third stage waits for the lock."""
     third = start()
     feed(third, data)
     hang_up(third)
@@ -242,7 +242,7 @@ def test_it_acts_on_the_record_as_it_is_under_the_lock(base: Path, records: Reco
     records.write(RECORD)
     with Lock(base, RECORD.lock, "guest web1"):
         third = waiting(HELLO + RUNNING)
-        records.write(RECORD.moved(GO))
+        records.write(RECORD.with_phase(GO))
     status, acts, _ = ended(third)
     assert (status, [act for act in acts if act != "waits"]) == (0, ["discard", "close"])
 
@@ -254,7 +254,7 @@ def test_a_lock_that_is_never_given_up_is_an_error(base: Path, records: Records)
     assert status == 80
     assert "another bhysend or bhyrecv works on it" in err
     assert records.all() == [RECORD]
-    doubtful = RECORD.moved(GO)
+    doubtful = RECORD.with_phase(GO)
     records.write(doubtful)
     status, _, err = ended(start(guest="impatient"), HELLO + RUNNING)
     assert status == 81

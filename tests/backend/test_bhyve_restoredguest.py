@@ -1,4 +1,4 @@
-"""What is recorded of a guest at the destination, and what a killed bhyrecv left of one."""
+"""The record of a guest at the destination, and the guest that a killed bhyrecv left."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.bhyve import place as places
-from bhystream.backend.bhyve.place import (
-    Place,
+from bhystream.backend.bhyve import restoredguest
+from bhystream.backend.bhyve.restoredguest import (
+    RestoredGuest,
     Started,
     find_leftover,
-    kept_of,
     last_directory,
+    loaded_directory,
     note_directory,
     staging_of,
     staging_root,
     stream_of,
 )
 from bhystream.backend.process import Identity, boot_id, identify
-from bhystream.errors import GuestError, PipeError
+from bhystream.errors import GuestError, InputOutputError
 from bhystream.guest import DEAD
 from bhystream.standin.kernel import StandinHost
 from standin.rig import Rig
@@ -34,13 +34,13 @@ ID = "0123456789abcdef" * 2
 OTHER = "f" * 32
 
 
-def place(base: Path, name: str = "web1", id_: str = ID) -> Place:
-    return Place(
+def restored(base: Path, name: str = "web1", id_: str = ID) -> RestoredGuest:
+    return RestoredGuest(
         kind="bhyve",
         vmm_dir="",
         name=name,
         staging=str(staging_of(base / "staging", id_, name)),
-        kept=str(kept_of(base, id_, name)),
+        kept=str(loaded_directory(base, id_, name)),
         keys={"cpus": "2"},
         memory_bytes=GIB,
         manager="",
@@ -56,7 +56,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that takes no notice of SIGTERM."""
+    """A process that ignores SIGTERM."""
     words = ["/bin/sh", "-c", "trap '' TERM; echo; read -r _"]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as made:
         assert made.stdout is not None
@@ -76,7 +76,7 @@ def started_of(child: subprocess.Popen[bytes], node: str = "") -> Started:
 
 
 def test_a_staging_directory_may_be_as_long_as_bhyve_takes(tmp_path: Path) -> None:
-    made = replace(place(tmp_path), staging=f"{tmp_path}/" + "d" * (245 - len(f"{tmp_path}/")))
+    made = replace(restored(tmp_path), staging=f"{tmp_path}/" + "d" * (245 - len(f"{tmp_path}/")))
     assert len(str(made.files.memory)) == 249
     longer = replace(made, staging=made.staging + "dd")
     [reason] = longer.staging_reasons()
@@ -86,38 +86,38 @@ def test_a_staging_directory_may_be_as_long_as_bhyve_takes(tmp_path: Path) -> No
     assert os.stat(made.staging).st_mode & 0o777 == 0o700
 
 
-def test_a_record_has_all_of_a_place_and_its_process(base: Path) -> None:
-    made = place(base)
+def test_a_record_has_all_of_a_guest_and_its_process(base: Path) -> None:
+    made = restored(base)
     record = json.loads(json.dumps(made.to_json()))
     assert (record["hypervisor"], record["role"], record["process"]) == (
         "bhyve", "destination", None,
     )  # fmt: skip
-    assert Place.from_json(record) == made
+    assert RestoredGuest.from_json(record) == made
     started = Started(Identity(1, 2, "b"), "7:8")
     record = json.loads(json.dumps(made.to_json(started)))
-    assert Place.from_json(record).started() == started
+    assert RestoredGuest.from_json(record).started() == started
 
 
 @pytest.mark.parametrize("key", ["keys", "role", "process", "hypervisor"])
 def test_a_record_that_lacks_a_field_is_refused(base: Path, key: str) -> None:
-    record = dict(place(base).to_json())
+    record = dict(restored(base).to_json())
     del record[key]
     with pytest.raises(GuestError, match="cannot read the record"):
-        Place.from_json(record)
+        RestoredGuest.from_json(record)
 
 
 def test_a_record_of_another_kind_is_refused(base: Path) -> None:
-    record = dict(place(base).to_json())
+    record = dict(restored(base).to_json())
     for changed in ({"role": "source"}, {"more": 1}, {"process": {"pid": 1}}):
         with pytest.raises(GuestError, match="cannot read the record"):
-            Place.from_json({**record, **changed})
+            RestoredGuest.from_json({**record, **changed})
 
 
 # The bhyve that was started.
 
 
 def test_what_was_started_is_found_by_another_process(base: Path) -> None:
-    made = place(base)
+    made = restored(base)
     assert made.started() is None
     started = Started(Identity(1, 2, "b"), "7:8")
     made.write_started(started)
@@ -132,22 +132,22 @@ def test_what_was_started_is_found_by_another_process(base: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"process": 1, "node": ""}', '{"node": ""}'])
 def test_what_cannot_be_read_may_have_run(base: Path, text: str) -> None:
-    place(base).started_path.write_text(text)
-    found = place(base).started()
+    restored(base).started_path.write_text(text)
+    found = restored(base).started()
     assert found is not None and not found.is_known
     assert found.may_have_run(base, "web1") and not found.is_alive()
 
 
 def test_one_that_cannot_be_read_is_not_ours_to_end(base: Path) -> None:
-    made = place(base)
+    made = restored(base)
     made.make_staging()
     made.started_path.touch()
     assert find_leftover(base, Path(made.staging), "web1") is None
 
 
 def test_what_cannot_be_written_starts_nothing(tmp_path: Path) -> None:
-    with pytest.raises(PipeError, match="cannot write"):
-        place(tmp_path).write_started(Started(Identity(1, 2, "b"), ""))
+    with pytest.raises(InputOutputError, match="cannot write"):
+        restored(tmp_path).write_started(Started(Identity(1, 2, "b"), ""))
 
 
 def test_one_that_made_its_socket_may_have_run(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_of_one_before_a_reboot_nobody_knows_whether_it_ran(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = Started(Identity(1, 2, boot_id()), "")
-    monkeypatch.setattr(places, "boot_id", lambda: "another")
+    monkeypatch.setattr(restoredguest, "boot_id", lambda: "another")
     assert here.may_have_run(tmp_path, "web1")
 
 
@@ -183,7 +183,7 @@ def test_a_bhyve_is_killed_with_its_vm_and_no_other(
 def test_a_bhyve_that_does_not_end_is_said(
     host: Rig, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "kill_process", lambda who, limit_s: False)
+    monkeypatch.setattr(restoredguest, "kill_process", lambda who, limit_s: False)
     with pytest.raises(GuestError, match=f"process {child.pid}, does not end"):
         started_of(child).end(host.host, "web1")
 
@@ -194,7 +194,7 @@ def test_a_bhyve_that_does_not_end_is_said(
 def test_what_is_left_is_ended_and_removed(
     host: Rig, base: Path, child: subprocess.Popen[bytes]
 ) -> None:
-    made = place(base)
+    made = restored(base)
     host.host.create("web1")
     made.make_staging()
     made.files.memory.touch()
@@ -213,8 +213,8 @@ def test_what_is_left_is_ended_and_removed(
 def test_one_of_which_a_record_speaks_is_not_ours_to_end(
     base: Path, child: subprocess.Popen[bytes], text: str
 ) -> None:
-    """It may run: a record comes before a guest may."""
-    made = place(base)
+    """Such a guest may run, because the record is written before a guest may run."""
+    made = restored(base)
     made.make_staging()
     made.write_started(started_of(child))
     (base / "destination" / f"{ID}.json").write_text(text)
@@ -222,7 +222,7 @@ def test_one_of_which_a_record_speaks_is_not_ours_to_end(
 
 
 def test_one_whose_record_says_that_it_never_ran_is_ours_to_end(base: Path) -> None:
-    made = place(base)
+    made = restored(base)
     made.make_staging()
     text = json.dumps({"phase": DEAD, "revive": {}})
     (base / "destination" / f"{ID}.json").write_text(text)
@@ -231,7 +231,7 @@ def test_one_whose_record_says_that_it_never_ran_is_ours_to_end(base: Path) -> N
 
 def test_a_vm_leads_to_the_stream_whose_record_names_it(base: Path) -> None:
     started = Started(Identity(1, 2, "b"), "7:8")
-    text = json.dumps({"phase": "started", "revive": dict(place(base).to_json(started))})
+    text = json.dumps({"phase": "started", "revive": dict(restored(base).to_json(started))})
     (base / "destination" / f"{ID}.json").write_text(text)
     (base / "destination" / f"{OTHER}.json").write_text("{")
     assert stream_of(base, "7:8") == ID
@@ -239,7 +239,7 @@ def test_a_vm_leads_to_the_stream_whose_record_names_it(base: Path) -> None:
 
 
 def test_a_vm_whose_process_is_not_known_yet_is_ended(host: Rig, base: Path) -> None:
-    made = place(base)
+    made = restored(base)
     host.host.create("web1")
     made.write_started(Started(None, host.host.node_id("web1")))
     started = made.started()
@@ -252,9 +252,9 @@ def test_a_vm_whose_process_is_not_known_yet_is_ended(host: Rig, base: Path) -> 
 def test_a_guest_of_another_name_or_stream_is_not_ours_to_end(
     host: Rig, base: Path, child: subprocess.Popen[bytes]
 ) -> None:
-    made = place(base)
+    made = restored(base)
     made.make_staging()
-    for other in (place(base, "web2"), place(base, "a.web1"), place(base, id_=OTHER)):
+    for other in (restored(base, "web2"), restored(base, "a.web1"), restored(base, id_=OTHER)):
         other.write_started(started_of(child))
     found = find_leftover(base, Path(made.staging), "web1")
     assert found is not None and found.started == {}
@@ -275,7 +275,7 @@ def test_a_directory_that_is_not_so_named_is_not_ours(base: Path, name: str) -> 
 
 
 def test_files_of_a_guest_that_was_to_be_left_loaded_are_left_too(base: Path) -> None:
-    kept = kept_of(base, ID, "web1")
+    kept = loaded_directory(base, ID, "web1")
     kept.mkdir()
     found = find_leftover(base, kept, "web1")
     assert found is not None and found.directory == kept
@@ -306,5 +306,5 @@ def test_staging_without_memory_is_in_the_state_directory(
         assert root.stat().st_mode & 0o777 == 0o700
     root.rmdir()
     root.write_text("in the way")
-    with pytest.raises(PipeError, match="cannot make"):
+    with pytest.raises(InputOutputError, match="cannot make"):
         staging_root(host.host, tmp_path, {})

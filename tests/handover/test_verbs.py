@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from bhystream import hypervisors
-from bhystream.errors import OK, BrokenError, GuestError, UsageError
+from bhystream.errors import EXIT_OK, GuestError, RecordError, UsageError
 from bhystream.guest import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
-from bhystream.handover import hold, state
-from bhystream.handover.hold import Verb, refuse_held
+from bhystream.handover import state, verbs
 from bhystream.handover.state import Lock, Records, Role
+from bhystream.handover.verbs import Verb, refuse_held
 from bhystream.handover.where import in_doubt
 from bhystream.report import Console
 from support import recorded
@@ -32,7 +32,7 @@ class Host(recorded.Host):
         *,
         in_doubt: bool = False,
     ) -> int:
-        return hold.run(Verb(name, guest, in_doubt), role, Console("bhysend"))
+        return verbs.run(Verb(name, guest, in_doubt), role, Console("bhysend"))
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 
 
 def listed(host: Host, capfd: pytest.CaptureFixture[str], *args: Any) -> list[list[str]]:
-    assert host.run("-l", *args) == OK
+    assert host.run("-l", *args) == EXIT_OK
     return [line.split("\t") for line in capfd.readouterr().out.splitlines()]
 
 
@@ -83,11 +83,11 @@ def test_what_was_started_is_listed_by_name_only(
 def test_what_was_told_to_run_and_lies_in_files_is_listed_and_may_be_resumed(
     host: Host, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A --resume that was cut short: whether it ran is the backend's to say."""
+    """A --resume was cut short; the backend knows whether the guest ran."""
     host.record(STARTED)
     monkeypatch.setattr(hypervisors, "lies_in_files", lambda revive: True)
     assert [row[1] for row in listed(host, capfd, None, "destination")] == ["started"]
-    assert host.run("--resume", role="destination") == OK
+    assert host.run("--resume", role="destination") == EXIT_OK
     assert host.guest.asked == [("resume", STARTED), ("close", STARTED)]
     assert host.phases("destination") == [STARTED]
     host.guest.fails = True
@@ -107,7 +107,7 @@ def test_a_field_does_not_break_the_line(host: Host, capfd: pytest.CaptureFixtur
 @pytest.mark.parametrize(("phase", "role"), [(HELD, "source"), (LOADED, "destination")])
 def test_discard_ends_the_guest_and_then_its_record(host: Host, phase: str, role: Role) -> None:
     record = host.record(phase)
-    assert host.run("--discard", role=role) == OK
+    assert host.run("--discard", role=role) == EXIT_OK
     assert host.opened == [record.revive] * 2
     assert host.guest.asked == [("close", phase), ("discard", phase), ("close", phase)]
     assert host.roles[role].all() == []
@@ -116,8 +116,8 @@ def test_discard_ends_the_guest_and_then_its_record(host: Host, phase: str, role
 def test_discard_of_a_guest_that_is_gone_removes_its_record(host: Host) -> None:
     host.record(HELD)
     host.guest.alive = False
-    assert host.run("--discard") == OK
-    # What is left of it goes too.
+    assert host.run("--discard") == EXIT_OK
+    # The rest of the guest is removed, too.
     assert host.guest.asked == [("close", HELD), ("discard", HELD), ("close", HELD)]
     assert host.roles["source"].all() == []
 
@@ -132,13 +132,13 @@ def test_a_guest_whose_stream_is_not_complete_is_not_discarded(host: Host) -> No
 
 
 def test_a_paused_guest_that_is_gone_can_be_forgotten(host: Host) -> None:
-    # --resume says so, and says how.
+    # --resume says that the guest is gone, and how to forget it.
     host.record(PAUSED)
     host.guest.alive = False
     with pytest.raises(GuestError, match="it is gone") as caught:
         host.run("--resume")
     assert caught.value.hint == f"forget it: --discard {A}"
-    assert host.run("--discard", A) == OK
+    assert host.run("--discard", A) == EXIT_OK
     assert host.roles["source"].all() == []
 
 
@@ -150,8 +150,8 @@ def test_resume_at_the_source_removes_the_record_when_the_guest_runs(
     host: Host, phase: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     host.record(phase)
-    assert host.run("--resume") == OK
-    # From before it is done: a record that says held could have it discarded.
+    assert host.run("--resume") == EXIT_OK
+    # PAUSED is recorded before the resume: a record that says held could get the guest discarded.
     assert host.guest.asked == [("resume", PAUSED), ("close", PAUSED)]
     assert host.roles["source"].all() == []
     warned = "the destination must not have started it" in capfd.readouterr().err
@@ -160,9 +160,9 @@ def test_resume_at_the_source_removes_the_record_when_the_guest_runs(
 
 def test_resume_at_the_destination_records_the_start_before_it(host: Host) -> None:
     host.record(LOADED)
-    assert host.run("--resume", role="destination") == OK
+    assert host.run("--resume", role="destination") == EXIT_OK
     assert host.guest.asked == [("resume", STARTED), ("close", STARTED)]
-    # The stream was started here: it is not started again.
+    # The record stays, so that the stream is not started here again.
     assert [record.phase for record in host.roles["destination"].all()] == [STARTED]
 
 
@@ -177,7 +177,7 @@ def test_a_verb_that_fails_may_be_typed_again(
     with pytest.raises(GuestError, match="it does not answer"):
         host.run(verb, role=role)
     host.guest.fails = False
-    assert host.run(verb, role=role) == OK
+    assert host.run(verb, role=role) == EXIT_OK
 
 
 def test_resume_of_a_guest_that_is_gone_keeps_the_record(host: Host) -> None:
@@ -188,7 +188,7 @@ def test_resume_of_a_guest_that_is_gone_keeps_the_record(host: Host) -> None:
     assert host.roles["source"].all() == [record]
 
 
-# What may run elsewhere, or has no right to run here.
+# Guests that may run elsewhere, or must not run here.
 
 
 ROLES: dict[str, Role] = {READY: "destination", LOADED: "destination"}
@@ -204,7 +204,7 @@ def test_a_guest_in_doubt_is_resumed_only_in_so_many_words(
     assert caught.value.hint == in_doubt(record, host.base)
     assert host.opened == []
     assert host.roles["source"].all() == [record]
-    assert host.run("--resume", in_doubt=True) == OK
+    assert host.run("--resume", in_doubt=True) == EXIT_OK
     assert host.guest.asked == [("resume", PAUSED), ("close", PAUSED)]
     assert host.phases("source") == []
     assert "the destination must not have started it" in capfd.readouterr().err
@@ -249,7 +249,7 @@ def test_a_guest_in_doubt_that_cannot_be_resumed_is_in_doubt_as_before(host: Hos
 @pytest.mark.parametrize("phase", [GO, MOVED])
 def test_what_runs_elsewhere_may_be_discarded(host: Host, phase: str) -> None:
     host.record(phase, peer=PEER)
-    assert host.run("--discard") == OK
+    assert host.run("--discard") == EXIT_OK
     where = {GO: "discard", MOVED: "discard hv2"}[phase]
     assert host.guest.asked == [("close", phase), (where, phase), ("close", phase)]
     assert host.phases("source") == []
@@ -259,24 +259,24 @@ def test_what_runs_elsewhere_may_be_discarded(host: Host, phase: str) -> None:
 def test_a_guest_that_waits_for_go_is_buried_before_it_is_discarded(
     host: Host, alive: bool
 ) -> None:
-    """Its GO may still be on the way: the tombstone stays."""
+    """A GO for the guest may still be on the way, so the tombstone (DEAD) stays."""
     host.record(READY)
     host.guest.alive = alive
-    assert host.run("--discard", role="destination") == OK
+    assert host.run("--discard", role="destination") == EXIT_OK
     assert host.guest.asked == [("close", READY), ("discard", DEAD), ("close", DEAD)]
     assert host.phases("destination") == [DEAD]
-    with pytest.raises(GuestError, match="none of that name is held"):
+    with pytest.raises(GuestError, match="no such guest is held"):
         host.run("--discard", role="destination")
 
 
 def test_what_is_left_of_one_that_never_ran_is_discarded_by_its_id(host: Host) -> None:
-    """Its bhyrecv died between the tombstone and the end of the guest."""
+    """The guest's bhyrecv died after recording DEAD, and before ending the guest."""
     record = host.record(DEAD)
     for _ in range(2):
-        assert host.run("--discard", A, role="destination") == OK
+        assert host.run("--discard", A, role="destination") == EXIT_OK
     assert host.guest.asked == [("discard", DEAD), ("close", DEAD)] * 2
     assert host.roles["destination"].all() == [record]
-    with pytest.raises(GuestError, match="none of that name is held"):
+    with pytest.raises(GuestError, match="no such guest is held"):
         host.run("--resume", A, role="destination")
 
 
@@ -309,12 +309,12 @@ def test_what_stands_in_the_way_of_go_is_listed(
     assert [row[1] for row in listed(host, capfd, None)] == ["in-doubt", "moved"]
 
 
-# Which guest.
+# The guest that an operand names.
 
 
 @pytest.mark.parametrize("verb", ["--resume", "--discard"])
 def test_a_guest_that_is_not_held_is_refused(host: Host, verb: str) -> None:
-    with pytest.raises(GuestError, match=f"none of that name is held on {os.uname().nodename}"):
+    with pytest.raises(GuestError, match=f"no such guest is held on {os.uname().nodename}"):
         host.run(verb)
 
 
@@ -329,7 +329,7 @@ def test_a_started_guest_is_the_hypervisors(host: Host, verb: str) -> None:
 def test_what_a_start_has_left_is_discarded_by_its_id_and_not_its_record(host: Host) -> None:
     record = host.record(STARTED)
     host.guest.alive = False
-    assert host.run("--discard", A, role="destination") == OK
+    assert host.run("--discard", A, role="destination") == EXIT_OK
     assert host.guest.asked == [("clear", STARTED), ("close", STARTED)]
     assert host.roles["destination"].all() == [record]
 
@@ -350,7 +350,7 @@ def test_several_guests_of_a_name_are_told_apart_by_id(host: Host, verb: str) ->
         host.run(verb)
     assert caught.value.hint.split() == [A, "(held,", "qemu:/web1)", B, "(held,", "qemu:/web1)"]
     assert host.guest.asked == []
-    assert host.run(verb, A) == OK
+    assert host.run(verb, A) == EXIT_OK
     assert host.roles["source"].all() == [second]
 
 
@@ -362,18 +362,18 @@ def test_a_guest_that_something_works_on_is_left_alone(host: Host, verb: str) ->
         host.run(verb)
     lock.release()
     assert host.guest.asked == []
-    assert host.run(verb) == OK
-    Lock(host.base, "lock-1", "guest web1").release()  # and it was released
+    assert host.run(verb) == EXIT_OK
+    Lock(host.base, "lock-1", "guest web1").release()  # the verb has released the lock
 
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Let another process act just before the lock is had."""
+    """Let another process act just before the verb gets the lock."""
 
     def take(*args: Any) -> Lock:
         act()
         return Lock(*args)
 
-    monkeypatch.setattr(hold, "Lock", take)
+    monkeypatch.setattr(verbs, "Lock", take)
 
 
 @pytest.mark.parametrize("verb", ["--resume", "--discard"])
@@ -397,7 +397,7 @@ def test_a_guest_that_was_started_meanwhile_is_not_discarded(
     assert host.guest.asked == []
 
 
-# What a new move asks.
+# The question that a new move asks.
 
 
 def test_a_held_guest_is_not_sent_again(host: Host) -> None:
@@ -405,7 +405,7 @@ def test_a_held_guest_is_not_sent_again(host: Host) -> None:
         record = host.record(phase)
         with pytest.raises(GuestError, match=f"{phase} here since an earlier stream") as caught:
             refuse_held(host.base, "qemu:/web1")
-        # What is paused before END cannot be anywhere else.
+        # A guest that is paused before END cannot run anywhere else.
         assert (f"bhysend --discard {A}" in caught.value.hint) == (phase == HELD)
         assert f"bhysend --resume {A}" in caught.value.hint
         assert host.roles["source"].all() == [record]
@@ -428,7 +428,7 @@ def test_another_guest_is_sent(host: Host) -> None:
 
 
 def test_a_guest_that_is_being_brought_back_is_not_taken_for_gone(host: Host) -> None:
-    """Between its suspend and its return a guest is nowhere, but for who has its lock."""
+    """Between the suspend and the resume only the holder of the lock can find the guest."""
     record = host.record(PAUSED)
     host.guest.alive = False
     lock = Lock(host.base, "lock-1", "guest web1")
@@ -448,11 +448,11 @@ def test_the_record_of_a_guest_that_is_gone_is_no_obstacle(host: Host) -> None:
 
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_record_that_is_broken_may_be_the_guests(host: Host, alive: bool) -> None:
-    """Also beside one that is its, and whose guest is gone."""
+    """This holds also if the guest has another record, which can be read, and is gone."""
     host.record(HELD)
     host.guest.alive = alive
     (host.base / f"source/{B}.json").touch()
     for lock_name in (None, "lock-1", "lock-2"):
         with pytest.raises(GuestError) as caught:
             refuse_held(host.base, "qemu:/web1", lock_name)
-        assert isinstance(caught.value, BrokenError) or alive
+        assert isinstance(caught.value, RecordError) or alive

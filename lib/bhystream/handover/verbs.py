@@ -1,8 +1,8 @@
-"""What becomes of a guest that stands paused: -l, --discard, --resume.
+"""What the operator does with a guest that stands paused: -l, --discard, --resume.
 
-Both programs have these verbs.  bhysend's guests are the held ones of the
-plain form, and one whose bhysend and keeper both died before END; bhyrecv's
-are those that `bhyrecv -u` left loaded.
+Both programs have these verbs.  bhysend's guests are those that are held or in
+doubt, and those whose bhysend and keeper both died before END; bhyrecv's are
+those that `bhyrecv -u` left loaded, and what a killed bhyrecv has left.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bhystream import hypervisors
-from bhystream.errors import OK, BhyError, GuestError, TakenError, UsageError
+from bhystream.errors import EXIT_OK, BhyError, GuestError, StaleError, UsageError
 from bhystream.guest import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
 from bhystream.handover import leftover, state
-from bhystream.handover.standing import end_guest, open_alive
+from bhystream.handover.recorded import end_guest, open_alive
 from bhystream.handover.state import Lock, Record, Records, Role
 from bhystream.handover.where import Where, outcome, what_to_type
 from bhystream.report import Console, host_name, printable
@@ -25,7 +25,7 @@ from bhystream.signals import Interrupts
 from bhystream.stream.writer import write_all
 
 _STDOUT = 1
-# Of what it was, a listing need not speak: nobody has to decide.
+# The phases that a listing leaves out, because nobody has to decide anything.
 OVER = (STARTED, DEAD)
 _VERBS = ("-A", "-l", "-q", "--discard", "--resume")
 
@@ -34,7 +34,7 @@ _VERBS = ("-A", "-l", "-q", "--discard", "--resume")
 class Verb:
     """One of the verbs, parsed.  guest: name, operand or stream id, or None.
 
-    in_doubt: --resume also where GO may be out.
+    in_doubt: --resume also if GO may be out.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Verb:
 def parse_verb(given: Sequence[str], operands: Sequence[str], usage: str) -> Verb | None:
     """Return the verb among the options, None if there is none.
 
-    Raises UsageError for a verb with other options, or without its guest.
+    Raises UsageError if a verb has other options, or lacks its guest.
     """
     verbs = [name for name in given if name in _VERBS]
     if not verbs:
@@ -59,7 +59,10 @@ def parse_verb(given: Sequence[str], operands: Sequence[str], usage: str) -> Ver
 
 
 def run(verb: Verb, role: Role, console: Console) -> int:
-    """Do what the verb says for this role's guests; return the exit status."""
+    """Do what the verb says for this role's guests; return the exit status.
+
+    Raises BhyError if the verb cannot be done.
+    """
     interrupts = Interrupts()
     base = state.directory()
     records = Records(base, role)
@@ -86,13 +89,13 @@ def run(verb: Verb, role: Role, console: Console) -> int:
             _resume(records, current, console)
     finally:
         lock.release()
-    return OK
+    return EXIT_OK
 
 
 def _list(base: Path, records: Records, guest: str | None, console: Console) -> int:
-    """List the guests that stand here; asked by name, also what was started.
+    """List the guests that stand here; if a guest is named, also one that was started.
 
-    Returns 69 if a record is broken: the list is then not all.
+    Returns 69 if a record is broken: the list is then incomplete.
     """
     found = records.find(guest) if guest else records.all()
     lines = []
@@ -104,7 +107,7 @@ def _list(base: Path, records: Records, guest: str | None, console: Console) -> 
         fields = (record.guest, record.phase, when, record.id, record.operand, kept)
         lines.append("\t".join(printable(field) for field in fields) + "\n")
     write_all(_STDOUT, "".join(lines).encode(), "write the list")
-    return max((console.fail(error) for error in records.broken()), default=OK)
+    return max((console.fail(error) for error in records.broken()), default=EXIT_OK)
 
 
 def _is_locked(base: Path, record: Record) -> bool:
@@ -123,9 +126,9 @@ def _one(records: Records, guest: str, verb: str) -> Record:
     if not found:
         if any(r.phase == STARTED for r in all_):
             raise GuestError(
-                f"guest {guest}: it was started here; it is the hypervisor's to resume or end"
+                f"guest {guest}: it was started here; resume or end it in its hypervisor"
             )
-        raise GuestError(f"guest {guest}: none of that name is held on {host_name()}")
+        raise GuestError(f"guest {guest}: no such guest is held on {host_name()}")
     if len(found) > 1:
         ids = "\n".join(f"  {r.id} ({r.phase}, {r.operand})" for r in found)
         raise GuestError(f"guest {guest}: several are held; name one by its stream id", ids)
@@ -133,9 +136,9 @@ def _one(records: Records, guest: str, verb: str) -> Record:
 
 
 def _stands(record: Record) -> bool:
-    """Say whether somebody has to decide about a guest.
+    """Say whether the operator has to decide about a guest.
 
-    Also one that was told to run from its files and has them still: its
+    This includes a guest that was told to run and still has its files: a
     --resume was cut short.
     """
     if record.phase != STARTED:
@@ -146,36 +149,35 @@ def _stands(record: Record) -> bool:
 
 
 def _is_left(record: Record, guest: str, verb: str) -> bool:
-    """Say whether what is left of one that is over is meant: by its id only, never by a name."""
+    """Say whether the operator means the rest of a guest that is over, which only its id names."""
     return verb == "--discard" and record.phase in OVER and record.id == guest
 
 
 def _end_dead(base: Path, record: Record, console: Console) -> None:
-    """End what a killed bhyrecv has left.  The record stays: its GO may still be on the way."""
+    """End what a killed bhyrecv has left.  The record stays: a GO may still be on the way."""
     leftover.end_dead(base, record)
     console.say(f"guest {record.guest}: it never ran here, and nothing is left of it")
-    console.log(f"guest {record.guest}: what stream {record.id} left is removed")
+    console.log(f"guest {record.guest}: the leftovers of stream {record.id} are removed")
 
 
 def _clear(record: Record, console: Console) -> None:
-    """Remove what a start has left whose guest has ended.  Its record stays, for bhyrecv -q."""
+    """Remove the files of a start whose guest has ended.  The record stays, for bhyrecv -q."""
     paused = hypervisors.open_paused(record.revive)
     try:
-        with contextlib.suppress(TakenError):  # then it does not run, whoever does
+        with contextlib.suppress(StaleError):  # this guest does not run, but another does
             if paused.is_alive() and paused.runs():
                 raise GuestError(
-                    f"guest {record.guest}: it was started here, and runs;"
-                    " it is the hypervisor's to end"
+                    f"guest {record.guest}: it was started here, and runs; end it in its hypervisor"
                 )
         paused.clear()
     finally:
         paused.close()
     console.say(f"guest {record.guest}: it does not run here; the files of its start are removed")
-    console.log(f"guest {record.guest}: what stream {record.id} left is removed")
+    console.log(f"guest {record.guest}: the leftovers of stream {record.id} are removed")
 
 
 def is_alive(record: Record) -> bool:
-    """Say whether the hypervisor's process of a recorded guest exists."""
+    """Say whether a recorded guest is here, running or ready to be resumed.  Raises GuestError."""
     paused = open_alive(record)
     if paused is None:
         return False
@@ -184,11 +186,11 @@ def is_alive(record: Record) -> bool:
 
 
 def _is_taken(record: Record) -> bool:
-    """Say whether another guest has its name and has had its disks: it is no copy then."""
+    """Say whether another guest has the name and has used the disks: this is no copy then."""
     paused = hypervisors.open_paused(record.revive)
     try:
         paused.runs()
-    except TakenError:
+    except StaleError:
         return True
     except BhyError:
         return False
@@ -217,13 +219,13 @@ def _discard(records: Records, record: Record, console: Console) -> None:
 
 
 def _bury(records: Records, record: Record) -> None:
-    """Take the chance to run from a guest that waits for GO, for good."""
+    """Record DEAD for a guest that waits for GO, so that it never runs."""
     if not records.change(record.id, READY, DEAD):
         raise GuestError(f"guest {record.guest}: it was started just now")
 
 
 def _refuse_to_resume(base: Path, record: Record, in_doubt: bool) -> None:
-    """Refuse to resume what may run elsewhere, or has no right to run here."""
+    """Refuse to resume a guest that may run elsewhere, or must not run here."""
     name = record.guest
     if record.phase == MOVED:
         raise GuestError(
@@ -250,9 +252,9 @@ def _resume(records: Records, record: Record, console: Console) -> None:
     try:
         if record.phase in (GO, HELD):
             console.say(f"guest {record.guest}: resuming; the destination must not have started it")
-        # Before it is done: a guest that may run again is not to be discarded
-        # by the record of the time when it was held.
-        records.write(record.moved(STARTED if record.phase in (LOADED, STARTED) else PAUSED))
+        # Record it first: a guest that may run again must not be discarded by
+        # the record of the time when it was held.
+        records.write(record.with_phase(STARTED if record.phase in (LOADED, STARTED) else PAUSED))
         try:
             paused.resume()
         except BaseException:
@@ -267,11 +269,11 @@ def _resume(records: Records, record: Record, console: Console) -> None:
 
 
 def refuse_held(base: Path, operand: str, lock_name: str | None = None) -> None:
-    """Refuse to send a guest that stands held.  Raises GuestError.
+    """Raise GuestError if the guest to be sent still stands here since an earlier stream.
 
-    lock_name: of the guest, once it is known and locked: the operand may be
-    one of several that lead to it.  A record whose guest is gone says nothing
-    any more, and is removed.
+    lock_name: of the guest, once it is known and locked, since several operands
+    may name one guest.  A record whose guest is gone means nothing any more, and
+    is removed.  Raises RecordError, AccessError, InputOutputError, too.
     """
     records = Records(base, "source")
     if lock_name is None:
@@ -280,14 +282,14 @@ def refuse_held(base: Path, operand: str, lock_name: str | None = None) -> None:
         found = [record for record in records.all() if record.lock == lock_name]
     for record in found:
         if lock_name is None:
-            # Whoever is about to bring it back, or to end it, goes first.
+            # A process that is about to resume or end the guest goes first.
             Lock(base, record.lock, f"guest {record.guest}").release()
         try:
             if not is_alive(record):
                 _forget(records, record)
                 continue
         except BhyError:
-            continue  # another guest lives there now; opening it will tell
+            continue  # another guest has its place now; opening the guest will tell
         raise GuestError(
             f"guest {record.guest}: {record.phase} here since an earlier stream",
             _what_to_do(record, base),
@@ -297,7 +299,7 @@ def refuse_held(base: Path, operand: str, lock_name: str | None = None) -> None:
 
 
 def _forget(records: Records, record: Record) -> None:
-    """Remove the record of a guest that is gone, and what is left of it."""
+    """Remove the record of a guest that is gone, and the rest of the guest."""
     paused = hypervisors.open_paused(record.revive)
     paused.clear()
     paused.close()
@@ -305,7 +307,7 @@ def _forget(records: Records, record: Record) -> None:
 
 
 def _what_to_do(record: Record, base: Path) -> str:
-    """Return where a guest that stands is, as far as it can run elsewhere, and what to type."""
+    """Return what to type for a guest that stands here, and before it the host where it runs."""
     where = outcome(record.phase)
     there = f"it runs on {record.there}; " if where == Where.LEFT else ""
     return there + what_to_type(where, record, base)

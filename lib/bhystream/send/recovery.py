@@ -1,8 +1,8 @@
-"""What `bhysend -A` does where no bhysend lives any more: it settles the move by its record.
+"""What `bhysend -A` does if no bhysend lives any more: settle the move by its record.
 
-The answers say what became of the guest at the destination, the record says
-what may be done here, and handshake.RECORD puts the two together.  The status
-says where the guest is, whatever fails on the way.
+The answers say what became of the guest at the destination, the record says what
+may be done here, and handshake.RECORD combines the two.  The exit status says
+where the guest is, whatever fails on the way.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from pathlib import Path
 from typing import NoReturn
 
 from bhystream.errors import (
-    OK,
+    EXIT_OK,
     BhyError,
-    BrokenError,
-    GoneError,
+    GuestEndedError,
     GuestError,
     HeldError,
     InDoubtError,
+    RecordError,
     UsageError,
 )
 from bhystream.guest import GO, HELD, PAUSED
 from bhystream.handover.answers import Answer
 from bhystream.handover.handshake import RECORD, Event
-from bhystream.handover.standing import Standing, event_of
+from bhystream.handover.recorded import RecordedGuest, event_of
 from bhystream.handover.state import Lock, Record, Records
 from bhystream.handover.where import Where, outcome, what_to_type
 from bhystream.report import Console
 from bhystream.signals import Interrupts
 
-# A keeper tries for so long to resume a guest.
+# Longer than a keeper, which has the lock, tries to resume a guest.
 _LOCK_SECONDS = 150.0
 
 
-class Settlement:
-    """One stream's end, by what the destination has answered."""
+class Recovery:
+    """The end of one stream, by the destination's answers and the source's record."""
 
     def __init__(
         self,
@@ -47,7 +47,11 @@ class Settlement:
         words: Mapping[str, Answer],
         interrupts: Interrupts,
     ) -> None:
-        """guest: the name that the stream's must have, or None.  words: the answers, by word."""
+        """Do nothing yet.
+
+        base: the state directory.  guest: the guest that the stream must be of (name,
+        operand or stream id), or None for any.  words: the decisive answers, by word.
+        """
         self._base = base
         self._console = console
         self._guest = guest
@@ -56,7 +60,10 @@ class Settlement:
         self._records = Records(base, "source")
 
     def without_hello(self) -> NoReturn:
-        """Say what it means that nobody has answered."""
+        """Raise what it means that no answer has come.
+
+        InDoubtError if a guest is in doubt here or a record cannot be read, else GuestError.
+        """
         for error in self._records.broken():
             raise InDoubtError(f"no answer came, and {error}", error.hint)
         doubtful = [
@@ -76,7 +83,10 @@ class Settlement:
         raise GuestError("no answer came, and no guest is in doubt here")
 
     def distrusted(self, hello: Answer) -> NoReturn:
-        """Say where the guest is when the answers cannot be believed."""
+        """Raise the error that says where the guest is if the answers cannot be believed.
+
+        InDoubtError or HeldError by the record; UsageError without one, or in PAUSED.
+        """
         record = self._get(hello)
         if record is not None and record.phase != PAUSED:
             self._undecided(record, hello, "the answers cannot be believed")
@@ -85,7 +95,10 @@ class Settlement:
     def act(self, hello: Answer, *, met: bool) -> int:
         """Do for the guest what the answers say; return the exit status.
 
-        met: a bhysend of this stream was there, and was lost.  Raises BhyError.
+        met: a bhysend of this stream was there, and ended without telling a status.
+        Raises UsageError for another guest's stream, GuestError if the guest runs here,
+        HeldError if it stands paused here, or is left here while it runs at the
+        destination, and InDoubtError if it may run there, or runs nowhere.
         """
         record = self._get(hello)
         if record is None:
@@ -96,17 +109,23 @@ class Settlement:
             current = self._get(hello)
             if current is None:
                 return self._without_record(hello, met)
-            return self._settle(Standing(self._records, current), hello)
+            return self._settle(RecordedGuest(self._records, current), hello)
 
     def _get(self, hello: Answer) -> Record | None:
-        """Return the stream's record.  One that is broken leaves its guest in doubt."""
+        """Return the stream's record, None if there is none.
+
+        Raises InDoubtError if the record is broken, because its guest may be in doubt.
+        """
         try:
             return self._records.get(hello.id)
-        except BrokenError as error:
+        except RecordError as error:
             raise InDoubtError(str(error), error.hint) from error
 
     def _lock(self, record: Record, hello: Answer) -> Lock:
-        """Take the guest's lock, when its keeper has done what it does."""
+        """Take the guest's lock, after the keeper has released it.  The caller owns the lock.
+
+        A signal may end the wait, because nothing has been done yet.
+        """
         deadline = time.monotonic() + _LOCK_SECONDS
         self._interrupts.obey()
         try:
@@ -120,8 +139,8 @@ class Settlement:
         finally:
             self._interrupts.ignore()
 
-    def _settle(self, standing: Standing, hello: Answer) -> int:
-        record = standing.record
+    def _settle(self, recorded: RecordedGuest, hello: Answer) -> int:
+        record = recorded.record
         name = f"guest {record.guest}"
         host = record.there or hello.host
         event = self._event(record, hello)
@@ -129,12 +148,12 @@ class Settlement:
         if acts is None:
             self._undecided(record, hello, self._why(record, hello))
         try:
-            standing.settle(event)
-        except GoneError:
-            standing.forget()
+            recorded.settle(event)
+        except GuestEndedError:
+            recorded.forget()
             raise InDoubtError(
-                f"{name}: {host} has not started it, and its hypervisor here is gone: "
-                "it runs nowhere"
+                f"{name}: {host} has not started the guest, and its hypervisor here is gone: "
+                "the guest runs nowhere"
             ) from None
         except BhyError as error:
             where = outcome(record.phase, acts, acts)
@@ -146,13 +165,16 @@ class Settlement:
         if outcome(record.phase, acts) == Where.THERE:
             self._console.say(f"{name}: it runs on {host}, and is gone here")
             self._console.log(f"{name}: it runs on {host}, and is gone here")
-            return OK
+            return EXIT_OK
         failed = self._words.get("FAILED")
         why = failed.text if failed else "it was not started there"
         raise GuestError(f"{host}: {why}", f"{name}: it runs here")
 
     def _event(self, record: Record, hello: Answer) -> Event:
-        """Return what the answers are for this record.  Raises HeldError for a contradiction."""
+        """Return the event that the answers are for this record.
+
+        Raises HeldError if the answers contradict the record.
+        """
         final = self._words.get("RUNNING") or self._words.get("FAILED")
         event = event_of(record, hello, final)
         if (record.phase, event) in RECORD and not (
@@ -160,15 +182,15 @@ class Settlement:
         ):
             return event
         if record.phase == PAUSED and ("RUNNING" in self._words or "RAN" in self._words):
-            # Somebody was about to resume it, and did not come to it.
+            # PAUSED says that bhysend or its keeper was about to resume the guest, and has not.
             raise HeldError(
-                f"guest {record.guest}: paused here, and {hello.host} says that it started it",
+                f"guest {record.guest}: paused here; {hello.host} says that it started the guest",
                 f"if it surely does not run there: bhysend --resume {record.id}",
             )
         return Event.ALONE
 
     def _undecided(self, record: Record, hello: Answer, why: str) -> NoReturn:
-        """Say what is to be done by hand for a guest that stands here."""
+        """Raise the error that says what the operator has to do for a guest paused here."""
         name = f"guest {record.guest}"
         if record.phase == GO:
             raise InDoubtError(
@@ -184,27 +206,30 @@ class Settlement:
         raise HeldError(f"{name}: held here", found[0] if found else why)
 
     def _why(self, record: Record, hello: Answer) -> str:
-        """Say why the answers decide nothing."""
+        """Return the reason why the answers decide nothing."""
         if record.host and (record.host, record.directory) != hello.args:
             return f"the stream went to {record.host} ({record.directory}), not to {hello.args[0]}"
         if "RAN" in self._words:
-            return f"{hello.host} cannot say whether it ran there; look at it there"
+            return f"{hello.host} cannot say whether the guest ran there; look there"
         if "UNKNOWN" in self._words:
             return f"{hello.host} does not know the stream"
         return f"no answer came from {hello.host}"
 
     def _without_record(self, hello: Answer, met: bool) -> int:
-        """Say what no record means: it is settled, or somebody else's."""
+        """Return 0, or raise what it means that there is no record.
+
+        Either the move is settled, or the record is another user's.
+        """
         if met:
             if "RUNNING" in self._words:
-                return OK
+                return EXIT_OK
             raise GuestError("bhysend is gone; the guest runs on here")
         who = f"user id {os.geteuid()}, {self._base}"
         text = f"neither a bhysend nor a guest of stream {hello.id} is here ({who})"
         if any(word in self._words for word in ("READY", "RUNNING", "RAN")):
             raise InDoubtError(
                 text,
-                "if it was settled before, that is all;\n"
-                "else it is another user's, or in another BHYSEND_STATE_DIR",
+                "if the move was settled before, there is nothing left to do;\n"
+                "else its record is another user's, or in another BHYSEND_STATE_DIR",
             )
         raise GuestError(text, "nothing was started at the destination")

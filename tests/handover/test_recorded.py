@@ -1,4 +1,4 @@
-"""A recorded guest, and what is done to it when bhysend is gone: also by a second who tries."""
+"""A recorded guest, and what is done to it when bhysend is gone, also by a second process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from bhystream.errors import BhyError, GoneError, GuestError
+from bhystream.errors import BhyError, GuestEndedError, GuestError
 from bhystream.guest import GO, HELD, MOVED, PAUSED
 from bhystream.handover import state
 from bhystream.handover.answers import Answer
 from bhystream.handover.handshake import RECORD, Act, Event
-from bhystream.handover.standing import Standing, asking, event_of, with_peer
+from bhystream.handover.recorded import RecordedGuest, asking, event_of, with_peer
 from bhystream.handover.state import Record, Records
 from bhystream.handover.where import in_doubt
 from support.recorded import A, B, Host
@@ -41,7 +41,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 
 
 def settle(host: Host, record: Record, event: Event) -> Record:
-    return Standing(host.roles["source"], record).settle(event)
+    return RecordedGuest(host.roles["source"], record).settle(event)
 
 
 def ended(host: Host) -> list[str]:
@@ -51,7 +51,7 @@ def ended(host: Host) -> list[str]:
 
 # The acts of a row.
 
-# What the guest is asked, the record's phase at that time, and what is left.
+# What the guest is asked, the record's phase at that time, and the records that are left.
 EXPECTED: dict[tuple[str, Event], tuple[tuple[str, str], list[str]]] = {
     (PAUSED, Event.ALONE): (("resume", PAUSED), []),
     (PAUSED, Event.FAILED): (("resume", PAUSED), []),
@@ -77,7 +77,7 @@ def test_a_row_is_done_with_its_record_first(host: Host, phase: str, event: Even
 
 @pytest.mark.parametrize(("phase", "event"), ROWS)
 def test_a_row_may_be_done_twice(host: Host, phase: str, event: Event) -> None:
-    """The second found the record before the first had acted."""
+    """The second process found the record before the first had acted."""
     asked, left = EXPECTED[phase, event]
     record = host.record(phase, peer=PEER)
     for _ in range(2):
@@ -91,8 +91,8 @@ class Killed(BaseException):
     """Ends a process between two acts."""
 
 
-class Mortal(Standing):
-    """One who is killed after so many acts."""
+class Mortal(RecordedGuest):
+    """A process that is killed after so many acts."""
 
     def __init__(self, records: Records, record: Record, acts: int) -> None:
         super().__init__(records, record)
@@ -109,7 +109,7 @@ class Mortal(Standing):
 def test_one_who_finds_the_record_of_a_killed_one_ends_it(
     host: Host, phase: str, event: Event, acts: int
 ) -> None:
-    """What it finds leads to the same end, without the answer too."""
+    """The record that it finds leads to the same end, also without the answer."""
     asked, left = EXPECTED[phase, event]
     with pytest.raises(Killed):
         Mortal(host.roles["source"], host.record(phase, peer=PEER), acts).settle(event)
@@ -131,18 +131,18 @@ def test_what_is_in_no_row_is_left_as_it_stands(host: Host, phase: str, event: E
 
 @pytest.mark.parametrize(("phase", "event"), ROWS)
 def test_a_guest_that_is_gone(host: Host, phase: str, event: Event) -> None:
-    """It cannot be resumed, and need not be ended."""
+    """Such a guest cannot be resumed, and need not be ended."""
     asked, left = EXPECTED[phase, event]
     host.guest.alive = False
     record = host.record(phase, peer=PEER)
     if asked[0] == "resume":
-        with pytest.raises(GoneError, match="guest web1: its hypervisor is gone"):
+        with pytest.raises(GuestEndedError, match="guest web1: its hypervisor is gone"):
             settle(host, record, event)
         assert host.phases("source") == [PAUSED]
     else:
         settle(host, record, event)
         assert host.phases("source") == left
-    # What is left of it is removed.
+    # The rest of the guest is removed.
     gone = {"resume": ["clear"], "discard hv2": ["discard hv2"]}
     assert ended(host) == gone[asked[0]]
 
@@ -150,23 +150,23 @@ def test_a_guest_that_is_gone(host: Host, phase: str, event: Event) -> None:
 @pytest.mark.parametrize(("phase", "event"), ROWS)
 def test_a_guest_that_does_not_answer_is_tried_again(host: Host, phase: str, event: Event) -> None:
     asked, left = EXPECTED[phase, event]
-    standing = Standing(host.roles["source"], host.record(phase))
+    recorded = RecordedGuest(host.roles["source"], host.record(phase))
     host.guest.fails = True
     with pytest.raises(GuestError, match="it does not answer"):
-        standing.settle(event)
+        recorded.settle(event)
     assert host.guest.asked[-1][0] == "close"
     assert host.phases("source") == [asked[1]]
     host.guest.fails = False
-    standing.settle(event if asked[1] == phase else Event.ALONE)
+    recorded.settle(event if asked[1] == phase else Event.ALONE)
     assert host.phases("source") == left
 
 
 def test_a_record_is_forgotten(host: Host) -> None:
-    Standing(host.roles["source"], host.record(PAUSED)).forget()
+    RecordedGuest(host.roles["source"], host.record(PAUSED)).forget()
     assert host.phases("source") == []
 
 
-# What came back.
+# The answers that came back.
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_record_takes_the_destination_of_hello() -> None:
 
 
 def remote_shell(words: list[str]) -> tuple[str, list[str]]:
-    """Return the host, and what its shell makes of the words behind it, as ssh(1) does it."""
+    """Return the host, and what its shell makes of the words after it, as with ssh(1)."""
     at = words.index("hv2")
     return words[at], shlex.split(" ".join(words[at + 1 :]))
 
@@ -302,5 +302,5 @@ def test_the_words_of_a_command_come_back(directory: str) -> None:
 
 
 def test_a_gone_guest_is_an_error_of_the_guest() -> None:
-    assert issubclass(GoneError, GuestError) and issubclass(GuestError, BhyError)
-    assert GoneError("x").status == 69
+    assert issubclass(GuestEndedError, GuestError) and issubclass(GuestError, BhyError)
+    assert GuestEndedError("x").status == 69
