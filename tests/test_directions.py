@@ -143,7 +143,9 @@ def edges(sources: Mapping[str, str]) -> dict[str, set[str]]:
             for path in [f"{inner}.{each}".strip(".") for each in names] or [inner]:
                 if path in sources or f"{path}.pyx" in sources:
                     found[module].add(path)
-                elif path.rpartition(".")[2] in sources.get(inner, sources.get(f"{inner}.pyx", "")):
+                elif path.rpartition(".")[2] in "".join(
+                    sources.get(inner + suffix, "") for suffix in ("", ".pyx", ".pxd")
+                ):
                     found[module].add(inner)
                 else:
                     raise ValueError(f"{module}: there is no {path}")

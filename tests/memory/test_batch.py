@@ -481,3 +481,53 @@ def test_the_gil_is_released(hasher: PageHasher) -> None:
     batch = Batch(hasher, 1, 1)
     assert released(lambda: batch.collect(segment, 0, 0, npages, table, False))
     assert released(lambda: batch.collect_absent(0, 0, len(table), table, False))
+
+
+# In place.
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_in_place_it_lists_what_it_would_copy(hasher: PageHasher, everything: bool) -> None:
+    rng = random.Random(11)
+    npages = 500
+    memory = bytearray(npages * PAGE)
+    for page in range(npages):
+        if rng.random() < 0.6:
+            memory[page * PAGE : (page + 1) * PAGE] = rng.randbytes(PAGE)
+    before = words(npages, ZERO_HASH)
+    for page in range(npages):
+        if rng.random() < 0.3:
+            before[page] = digest(memory[page * PAGE : (page + 1) * PAGE])
+    tables = [before[:], before[:]]
+    batches = [Batch(hasher, 64, 1000), Batch(hasher, 64, 1000, in_place=True)]
+    assert [batch.in_place for batch in batches] == [False, True]
+    at = 0
+    while at < npages:
+        ends = [
+            batch.collect(memory, 0, at, npages, table, everything)
+            for batch, table in zip(batches, tables, strict=True)
+        ]
+        assert ends[0] == ends[1] > at
+        assert bytes(batches[0].list_view()) == bytes(batches[1].list_view())
+        assert (batches[0].npages, batches[0].nzero) == (batches[1].npages, batches[1].nzero)
+        at = ends[0]
+        for batch in batches:
+            batch.clear()
+    assert tables[0] == tables[1] != before
+
+
+def test_in_place_there_are_no_copies(hasher: PageHasher) -> None:
+    batch = Batch(hasher, 64, 64, in_place=True)
+    with pytest.raises(ValueError, match="the pages of this batch are where they were"):
+        batch.page_view()
+
+
+def test_in_place_only_pages_of_zeros_are_zero(hasher: PageHasher) -> None:
+    memory, table = bytearray(2 * PAGE), words(2)
+    batch = Batch(hasher, 64, 64, in_place=True)
+    batch.collect(memory, 0, 0, 2, table, True)
+    assert (batch.npages, batch.nzero) == (0, 2)
+    memory[PAGE + 4095] = 1
+    batch.clear()
+    batch.collect(memory, 0, 0, 2, table, True)
+    assert (batch.npages, batch.nzero) == (1, 1)

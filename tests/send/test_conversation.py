@@ -28,7 +28,7 @@ from bhystream.send.conversation import Command, Conversation, Ready, Route
 from bhystream.send.rendezvous import connect
 from bhystream.signals import Signals
 from bhystream.stream.format import Type
-from bhystream.stream.writer import Bytes, Writer
+from bhystream.stream.writer import Body, Bytes, Writer
 from support.hoarding import HEADER, HELLO, ID, Hoarding
 
 MIB = 1 << 20
@@ -127,7 +127,7 @@ def test_what_was_pushed_while_it_started_is_not_what_the_pipeline_holds(case: C
 
     class Late(Hoarding):
         def section(
-            self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Bytes = b""
+            self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Body = b""
         ) -> None:
             super().section(type_, payload, flags=flags, body=body)
             if sum(self.pads) > 4 * MIB and self.held:
@@ -259,7 +259,7 @@ def test_a_way_there_that_is_gone_leaves_the_way_back(case: Case) -> None:
 
     class Gone(Hoarding):
         def section(
-            self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Bytes = b""
+            self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Body = b""
         ) -> None:
             if type_ == Type.PAD:
                 self.inbox.put(HELLO, Answer(ID, "RUNNING"))

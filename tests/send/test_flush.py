@@ -23,7 +23,7 @@ from bhystream.send.flush import MAX_BYTES, Flush
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Type
 from bhystream.stream.reader import Reader
-from bhystream.stream.writer import Bytes, Writer
+from bhystream.stream.writer import Body, Bytes, Writer
 from support.hoarding import HEADER, HELLO, ID, Hoarding
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -129,7 +129,7 @@ def test_a_pad_cannot_be_compressed() -> None:
 
     class Keeping(Writer):
         def section(
-            self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Bytes = b""
+            self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Body = b""
         ) -> None:
             written.append(bytes(payload))
 
@@ -205,7 +205,7 @@ def test_what_flows_after_the_most_was_pushed_is_waited_for(null: int) -> None:
 
     class Late(Hoarding):
         def section(
-            self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Bytes = b""
+            self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Body = b""
         ) -> None:
             super().section(type_, payload, flags=flags, body=body)
             if sum(self.pads) == MAX_BYTES:

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from bhystream import __version__
-from bhystream.errors import InputOutputError
+from bhystream.errors import ChecksumError, InputOutputError
 from bhystream.guest import PAGE_BYTES, State
 from bhystream.memory.hole import punch
+from bhystream.memory.inplace import PagesInPlace
 from bhystream.memory.page import scatter
 from bhystream.send import transfer
 from bhystream.send.precopy import Round
@@ -46,6 +47,7 @@ class Sending:
         source: MemorySource,
         level: int | None = None,
         on_batch: Callable[[int, int], None] = lambda done, sent: None,
+        last_in_place: bool = False,
     ) -> None:
         self._path = path
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -53,7 +55,14 @@ class Sending:
         self.writer = Writer(self._fd, Header(Form.PLAIN, features, os.urandom(16), 0x5EED))
         head = source.head()
         write_head(self.writer, head)
-        self.transfer = Transfer(source, head.layout, self.writer, level=level, on_batch=on_batch)
+        self.transfer = Transfer(
+            source,
+            head.layout,
+            self.writer,
+            level=level,
+            last_in_place=last_in_place,
+            on_batch=on_batch,
+        )
 
     def finish(self) -> Rebuilt:
         """Write what follows the last round; verify and rebuild."""
@@ -514,3 +523,86 @@ def test_compressing_counts_as_writing(
     monkeypatch.setattr(sending.transfer, "_zstd", Slow())
     found = sending.transfer.round()
     assert found.write_ns == NS == found.end_ns - found.start_ns
+
+
+# In place.
+
+
+@pytest.fixture
+def in_place(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the sections that are written in place, by their pages."""
+    found: list[int] = []
+
+    class Counted(PagesInPlace):
+        def __init__(self, segment: memoryview, base: int, extents: memoryview, npages: int):
+            found.append(npages)
+            super().__init__(segment, base, extents, npages)
+
+    monkeypatch.setattr(transfer, "PagesInPlace", Counted)
+    return found
+
+
+@pytest.mark.skipif(not transfer.HAS_VMSPLICE, reason="vmsplice(2) is Linux's")
+@pytest.mark.parametrize("live", [0, 1, 2])
+def test_the_last_round_is_written_in_place(
+    tmp_path: Path, source: MemorySource, rng: random.Random, in_place: list[int], live: int
+) -> None:
+    """Over several segments, with holes, zeros, and whatever the live rounds have left."""
+    sending = Sending(tmp_path / "s", source, last_in_place=True)
+    for _ in range(live):
+        scribble(source, rng, 60)
+        sending.transfer.round()
+        assert in_place == []  # the guest runs, and may write to a page at any time
+    scribble(source, rng, 400)
+    last = sending.transfer.round(last=True)
+    assert sum(in_place) == last.data_pages > 0
+    assert sending.finish().memory == source.contents()
+
+
+@pytest.mark.skipif(not transfer.HAS_VMSPLICE, reason="vmsplice(2) is Linux's")
+def test_a_page_that_changes_on_the_way_is_found_by_its_hash(
+    source: MemorySource, rng: random.Random
+) -> None:
+    """A move that fails resumes the guest while its pages may still be in a pipe."""
+    read_fd, write_fd = os.pipe()
+    source.write(0, rng.randbytes(PAGE_BYTES))
+    writer = Writer(write_fd, Header(Form.ANSWERED, Feature(0), os.urandom(16), 0x5EED))
+    head = source.head()
+    write_head(writer, head)
+    Transfer(source, head.layout, writer, last_in_place=True).round(last=True)
+    os.close(write_fd)
+    source.write(0, rng.randbytes(PAGE_BYTES))
+    with os.fdopen(read_fd, "rb", buffering=0) as raw, pytest.raises(ChecksumError, match="page 0"):
+        for _ in Walk(raw).events():
+            pass
+
+
+@pytest.mark.parametrize(("level", "is_wanted"), [(1, True), (None, False)])
+def test_pages_are_copied_unless_asked_for_and_with_zstd(
+    tmp_path: Path,
+    source: MemorySource,
+    rng: random.Random,
+    in_place: list[int],
+    level: int | None,
+    is_wanted: bool,
+) -> None:
+    scribble(source, rng, 100)
+    sending = Sending(tmp_path / "s", source, level, last_in_place=is_wanted)
+    sending.transfer.round(last=True)
+    assert in_place == []
+    assert sending.finish().memory == source.contents()
+
+
+def test_a_system_without_vmsplice_copies(
+    tmp_path: Path,
+    source: MemorySource,
+    rng: random.Random,
+    in_place: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transfer, "HAS_VMSPLICE", False)
+    scribble(source, rng, 100)
+    sending = Sending(tmp_path / "s", source, last_in_place=True)
+    sending.transfer.round(last=True)
+    assert in_place == []
+    assert sending.finish().memory == source.contents()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bhystream.handover.answers import Answer, Inbox
 from bhystream.stream.format import Feature, Form, Header, Type
-from bhystream.stream.writer import Bytes, Writer
+from bhystream.stream.writer import Body, Bytes, Writer
 
 ID = "0123456789abcdef" * 2
 HELLO = Answer(ID, "HELLO", ("hv2/a1", "/d"))
@@ -27,7 +27,7 @@ class Hoarding(Writer):
             inbox.put(HELLO, HELLO)
 
     def section(
-        self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Bytes = b""
+        self, type_: int, payload: Bytes = b"", *, flags: int = 0, body: Body = b""
     ) -> None:
         super().section(type_, payload, flags=flags, body=body)
         if type_ == Type.PAD:

@@ -32,14 +32,19 @@ class Batch:
         max_pages: int,
         max_extents: int,
         max_count: int = 0xFFFFFFFF,
+        in_place: bool = False,
     ) -> None:
         """Make an empty batch.
 
         max_pages: DATA pages; max_extents: extents of either kind; max_count:
-        pages of one extent.  Each is within [1, 2**32 - 1].  Raises OSError if
-        there is not enough memory.
+        pages of one extent.  Each is within [1, 2**32 - 1].  in_place: copy no page;
+        the caller writes the DATA pages of the extents from the guest's memory, to
+        which nothing may write meanwhile.  Raises OSError if there is not enough
+        memory.
         """
 
+    @property
+    def in_place(self) -> bool: ...
     @property
     def max_pages(self) -> int: ...
     @property
@@ -106,7 +111,8 @@ class Batch:
     def page_view(self) -> memoryview:
         """Return the bytes of the DATA pages: npages * 4096, read-only.
 
-        The view is page-aligned, and valid until clear(), as in list_view().
+        The view is page-aligned, and valid until clear(), as in list_view().  Raises
+        ValueError for a batch that leaves its pages in place.
         """
 
     def clear(self) -> None:

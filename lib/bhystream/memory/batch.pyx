@@ -19,7 +19,8 @@ from libc.stdint cimport UINT32_MAX, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from bhystream.memory.page cimport (
-    DATA, PAGE_BYTES, ZERO, Extent, PageHasher, copy_page, hash_ahead, hash_page, word_t
+    DATA, PAGE_BYTES, ZERO, Extent, PageHasher, copy_page, hash_ahead, hash_page,
+    is_zero, word_t
 )
 
 __all__ = ["Batch"]
@@ -36,6 +37,8 @@ cdef class Batch:
     cdef readonly uint64_t max_pages, max_extents
     cdef readonly uint64_t npages, nextents, nzero
     cdef uint64_t max_count
+    # The pages stay where they are.
+    cdef readonly bint in_place
     # An extent has found no room.
     cdef bint overflow
     # A collect() runs without the GIL now; a second call must not run.
@@ -50,7 +53,7 @@ cdef class Batch:
     cdef uint64_t *hashes
 
     def __cinit__(self, PageHasher hasher not None, max_pages, max_extents,
-                  max_count=UINT32_MAX):
+                  max_count=UINT32_MAX, bint in_place=False):
         for limit in (max_pages, max_extents, max_count):
             if not 1 <= limit <= UINT32_MAX:
                 raise ValueError(f"limit {limit} is not within [1, {UINT32_MAX}]")
@@ -58,7 +61,8 @@ cdef class Batch:
         self.max_pages = max_pages
         self.max_extents = max_extents
         self.max_count = max_count
-        self.page_map = anonymous(max_pages * PAGE_BYTES)
+        self.in_place = in_place
+        self.page_map = anonymous(PAGE_BYTES if in_place else max_pages * PAGE_BYTES)
         self.list_map = anonymous(max_extents * sizeof(Extent) * 2 + max_pages * 8)
         self.page_hold = self.page_map
         self.list_hold = self.list_map
@@ -86,6 +90,8 @@ cdef class Batch:
 
     def page_view(self):
         self.check_idle()
+        if self.in_place:
+            raise ValueError("the pages of this batch are where they were")
         with memoryview(self.page_map) as whole:
             return whole[:self.npages * PAGE_BYTES].toreadonly()
 
@@ -104,8 +110,12 @@ cdef class Batch:
         cdef const uint8_t *memory = &segment[0]
         cdef word_t *entries = <word_t *>&table[0]
         self.busy = True
+        entries += base
         with nogil:
-            page = self.take_pages(memory, base, page, stop, entries + base, everything)
+            if self.in_place:
+                page = self.list_pages(memory, base, page, stop, entries, everything)
+            else:
+                page = self.take_pages(memory, base, page, stop, entries, everything)
         self.busy = False
         return page
 
@@ -165,6 +175,35 @@ cdef class Batch:
                     continue
             if not self.take(live, ahead, base + page, entries + page, everything):
                 break
+            page += 1
+        return page
+
+    cdef uint64_t list_pages(
+        self,
+        const uint8_t *segment,
+        uint64_t base,
+        uint64_t page,
+        uint64_t end,
+        word_t *entries,
+        bint everything,
+    ) noexcept nogil:
+        """Handle pages as take_pages(), without a copy: nobody writes to them now."""
+        cdef const uint8_t *live
+        cdef const uint8_t *ahead
+        cdef uint64_t h
+        cdef bint zero
+        while page < end and self.npages < self.max_pages:
+            live = segment + page * PAGE_BYTES
+            ahead = segment + min(page + 1, end - 1) * PAGE_BYTES
+            h = hash_ahead(self.hasher, live, ahead)
+            if everything or h != entries[page]:
+                zero = h == self.hasher.zero_hash and is_zero(live)
+                if self.append(base + page, 1, ZERO if zero else DATA) == 0:
+                    break
+                if not zero:
+                    self.hashes[self.npages] = h
+                    self.npages += 1
+                entries[page] = h
             page += 1
         return page
 

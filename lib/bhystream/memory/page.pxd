@@ -60,6 +60,15 @@ cdef inline uint64_t hash_ahead(
     return hash_page(hasher, page)
 
 
+cdef inline bint is_zero(const uint8_t *page) noexcept nogil:
+    cdef const word_t *words = <const word_t *>page
+    cdef int i
+    for i in range(PAGE_BYTES // 8):
+        if words[i] != 0:
+            return False
+    return True
+
+
 cdef inline bint copy_page(
     uint8_t *copy, const uint8_t *page, const uint8_t *ahead
 ) noexcept nogil:

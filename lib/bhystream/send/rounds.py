@@ -17,7 +17,7 @@ from bhystream.send.job import Begun, SendJob
 from bhystream.send.precopy import Decision, Outlook, Round, decide, outlook
 from bhystream.send.stopwatch import Stopwatch
 from bhystream.send.transfer import Transfer
-from bhystream.stream.format import Type
+from bhystream.stream.format import Form, Type
 from bhystream.units import counted, duration, size
 
 # How long a transport may take nothing: while the guest is paused, and after -T with -f.
@@ -40,7 +40,14 @@ class Rounds:
         self._progress = progress
         self._watch = watch
         self._transfer = Transfer(
-            job.source, head.layout, begun.writer, level=job.opts.level, on_batch=self._on_batch
+            job.source,
+            head.layout,
+            begun.writer,
+            level=job.opts.level,
+            # Only in the answered form does the destination say when it has read all pages.
+            # Until then the guest stays paused, or the move has failed.
+            last_in_place=job.opts.form == Form.ANSWERED,
+            on_batch=self._on_batch,
         )
         self._found: list[Round] = []
         self._is_late = False

@@ -5,6 +5,19 @@ The data flow of the sending side, all in one thread:
     mapping -> (compare with the hash table) -> copy -> hash the copy
             -> list + pages -> write(2) -> the pipe
 
+and of the last round in the answered form, on Linux:
+
+    mapping -> hash -> list -> write(2) -> the pipe
+    mapping ---------- pages -> vmsplice(2) ---^
+
+vmsplice(2) gives the pipe the guest's own pages instead of a copy, and moves them
+several times as fast.  The reader then gets what the pages hold when it reads them.
+So nothing may write to the pages before the destination has read them, which only
+its answer tells: bhysend keeps the guest paused until then.  If the move fails first,
+bhysend resumes the guest at once, and the destination finds pages that have changed
+by their hashes; a destination that has not got GO starts nothing.  In the other forms
+the guest may run before the last reader has read, so the pages are copied.
+
 There is one thread, because a second one loses on small machines: measured with a
 C prototype on two cores, a scanner or hasher thread beside the writer was slower in
 every combination, because the two programs of a pipeline fill both cores.  The work
@@ -21,6 +34,7 @@ memory here that grows with the guest.
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +46,7 @@ from bhystream import __version__
 from bhystream.backend.base import Readable
 from bhystream.guest import Head, Layout
 from bhystream.memory.batch import Batch
+from bhystream.memory.inplace import PagesInPlace
 from bhystream.memory.page import PageHasher
 from bhystream.send.precopy import Round
 from bhystream.stream import format as fmt
@@ -41,6 +56,9 @@ from bhystream.strict_json import pack_json
 from bhystream.units import NS
 
 BATCH_PAGES = 64
+# Nothing passes through the sender's cache, and fewer sections cost less.
+IN_PLACE_PAGES = 256
+HAS_VMSPLICE = hasattr(os, "splice")  # both are Linux's
 # zstd saves more in a larger window, and the speed of zstd, not the cache, is the limit.
 ZSTD_BATCH_PAGES = 256
 # The pages of one kernel call: this bounds how long a signal waits, and costs nothing.
@@ -99,6 +117,7 @@ class Transfer:
         writer: Writer,
         *,
         level: int | None = None,
+        last_in_place: bool = False,
         on_batch: Callable[[int, int], None] = lambda done, pages: None,
     ) -> None:
         """Prepare to send; read nothing yet.  source and writer stay the caller's.
@@ -115,6 +134,7 @@ class Transfer:
         self._hasher = PageHasher(writer.header.seed)
         pages = BATCH_PAGES if level is None else ZSTD_BATCH_PAGES
         self._batch = Batch(self._hasher, pages, fmt.MAX_EXTENTS)
+        self._last_in_place = last_in_place and level is None and HAS_VMSPLICE
         self._table = memoryview(bytearray(8 * self.npages)).cast("Q")
         self._hasher.fill(self._table, 0, self.npages)
         self._memory = source.memory()
@@ -127,6 +147,8 @@ class Transfer:
         last: the guest is paused.  rate_bytes: bytes per second that the round as a whole
         does not exceed.  Raises InputOutputError, and what on_batch or a signal raises.
         """
+        if last and self._last_in_place:
+            self._batch = Batch(self._hasher, IN_PLACE_PAGES, fmt.MAX_EXTENTS, in_place=True)
         everything = self._writer.rounds == 0
         way = _UnderWay(everything, rate_bytes, self._writer.offset_bytes)
         # The number of touched pages hardly changes from round to round: count them once.
@@ -137,10 +159,10 @@ class Transfer:
         for span in self._spans(everything):
             if span.segment != segment:
                 # All extents of a section must lie in one segment: write the batch first.
-                self._flush(way, span.base_page)
+                self._flush(way, segment, span.base_page)
                 segment = span.segment
             self._walk(way, span)
-        self._flush(way, self.npages)
+        self._flush(way, segment, self.npages)
         way.brake(self._writer.offset_bytes)
         self._writer.round_end(way.data_pages, way.zero_pages, last=last)
         return way.over(self._writer.offset_bytes)
@@ -169,10 +191,10 @@ class Transfer:
                 done, total = self.work_pages
                 self.work_pages = (done + at - before, total)
             if batch.full:
-                self._flush(way, span.base_page + at)
+                self._flush(way, span.segment, span.base_page + at)
                 way.brake(self._writer.offset_bytes)
 
-    def _flush(self, way: _UnderWay, done: int) -> None:
+    def _flush(self, way: _UnderWay, segment: int, done: int) -> None:
         """Write the batch as one MEMORY section, unless the batch is empty.
 
         done: the global page up to which the round has walked.
@@ -182,19 +204,28 @@ class Transfer:
             return
         head = fmt.MEMORY_HEAD.pack(self._writer.rounds, batch.nextents, batch.npages, 0)
         payload = head + batch.list_view()
-        pages = batch.page_view()
-        flags = 0
         start_ns = time.monotonic_ns()
-        if self._zstd and len(pages):
-            frame = self._zstd.compress(pages)
-            if len(frame) < len(pages) * _WORTH:
-                pages, flags = memoryview(frame), fmt.FLAG_ZSTD
+        pages, flags = self._pages(segment)
         self._writer.section(Type.MEMORY, payload, flags=flags, body=pages)
         way.write_ns += time.monotonic_ns() - start_ns
         way.data_pages += batch.npages
         way.zero_pages += batch.nzero
         batch.clear()
         self._on_batch(done, way.data_pages)
+
+    def _pages(self, segment: int) -> tuple[memoryview | PagesInPlace, int]:
+        """Return the pages of the batch, and the flags of their section."""
+        batch = self._batch
+        if batch.in_place:
+            base = self._layout.starts[segment]
+            extents = batch.list_view()[: batch.nextents * fmt.EXTENT.size]
+            return PagesInPlace(self._memory[segment], base, extents, batch.npages), 0
+        pages = batch.page_view()
+        if self._zstd and len(pages):
+            frame = self._zstd.compress(pages)
+            if len(frame) < len(pages) * _WORTH:
+                return memoryview(frame), fmt.FLAG_ZSTD
+        return pages, 0
 
 
 class _UnderWay:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import os
 import select
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import xxhash
 
@@ -25,6 +26,19 @@ from bhystream.stream import format as fmt
 from bhystream.stream.format import End, Header, Type
 
 Bytes = bytes | bytearray | memoryview
+
+
+class Pages(Protocol):
+    """Page bytes that write themselves."""
+
+    def __len__(self) -> int:
+        """Return the number of bytes."""
+
+    def write(self, fd: int, start_bytes: int) -> int:
+        """Write from this byte on; return how many bytes were taken.  Raises OSError."""
+
+
+Body = Bytes | Pages
 _EMPTY = b""
 # A device's buffers are mostly zero: the blocks of a state like this one go into
 # STATE_ZEROS sections.
@@ -43,13 +57,19 @@ def write_all(fd: int, data: Bytes, what: str = "write the stream") -> None:
     inside a section, and no reader accepts it.
     """
     view = memoryview(data)
+    _write_parts(fd, len(view), lambda at: os.write(fd, view[at:]), what)
+
+
+def _write_parts(fd: int, nbytes: int, write: Callable[[int], int], what: str) -> None:
+    """Call write(at) until nbytes are written.  Raises as write_all()."""
+    at = 0
     try:
         while True:
             try:
-                view = view[os.write(fd, view) :]
+                at += write(at)
             except BlockingIOError:
                 _wait_for_room(fd)
-            if not view:
+            if at >= nbytes:
                 return
     except (BrokenPipeError, ConnectionResetError) as error:
         raise ReaderGoneError(f"cannot {what}: {error.strerror}") from error
@@ -116,7 +136,12 @@ class Writer:
         self._write(packed)
 
     def section(
-        self, type_: int, payload: Bytes = _EMPTY, *, flags: int = 0, body: Bytes = _EMPTY
+        self,
+        type_: int,
+        payload: Bytes = _EMPTY,
+        *,
+        flags: int = 0,
+        body: Body = _EMPTY,
     ) -> None:
         """Write one section.
 
@@ -130,14 +155,14 @@ class Writer:
         state = xxhash.xxh3_64(self.header.stream_id, seed=self.header.seed)
         state.update(checked)
         state.update(payload)
-        if type_ == Type.MEMORY and flags & fmt.FLAG_ZSTD:
+        if type_ == Type.MEMORY and flags & fmt.FLAG_ZSTD and isinstance(body, Bytes):
             state.update(body)
         checksum = state.intdigest().to_bytes(8, "little")
         self.at_border = False
         padding = bytes(fmt.padding_bytes(length))
         self._write(b"".join((checked, checksum, payload, _EMPTY if body else padding)))
         if body:
-            self._write(body)
+            self._write_body(body)
             if padding:
                 self._write(padding)
         self.sequence += 1
@@ -218,6 +243,13 @@ class Writer:
                 self.section(Type.ABORT, fmt.pack_abort(status, text, _ABORT_ROOM_BYTES))
         except Exception:  # the stream is lost either way, and the guest is safe
             return
+
+    def _write_body(self, body: Body) -> None:
+        if isinstance(body, Bytes):
+            return self._write(body)
+        _write_parts(self._fd, len(body), lambda at: body.write(self._fd, at), "write the stream")
+        self.offset_bytes += len(body)
+        return None
 
     def _write(self, data: Bytes) -> None:
         write_all(self._fd, data)

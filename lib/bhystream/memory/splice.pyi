@@ -1,0 +1,27 @@
+"""Give pages of memory to a pipe without a copy: vmsplice(2) of Linux.
+
+The pipe holds the pages themselves.  So the bytes that its reader gets are those
+that the memory has when the reader copies them: the caller must see that nothing
+writes to the pages until the last reader has read them.  Filters in the pipeline
+may hand the pages on, to a socket for example, so only an answer of the
+destination tells when that is.
+"""
+
+from typing_extensions import Buffer
+
+def splice_pages(
+    fd: int, segment: Buffer, base_page: int, extents: Buffer, start_bytes: int
+) -> int:
+    """Give the DATA pages of extents to a pipe, from a byte of theirs on.
+
+    fd: a pipe.  segment: bytes, the memory of one segment, which begins at the
+    guest's page base_page.  extents: packed as in a MEMORY section; all DATA
+    pages lie in the segment.  start_bytes: so many bytes of the pages were given
+    before.
+
+    Returns how many bytes the pipe has taken, which may be fewer than are left.
+    Raises ValueError for a wrong argument; OSError: ENOSYS on a system without
+    vmsplice(2), EBADF for a descriptor that is no pipe, EPIPE if nobody reads;
+    and what a signal handler raises.  Waits for a full pipe, even if the descriptor
+    does not block.  Releases the GIL.
+    """
