@@ -531,3 +531,48 @@ def test_in_place_only_pages_of_zeros_are_zero(hasher: PageHasher) -> None:
     batch.clear()
     batch.collect(memory, 0, 0, 2, table, True)
     assert (batch.npages, batch.nzero) == (1, 1)
+
+
+# Marked pages.
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("max_pages", [1, 7, 64])
+def test_marked_pages_are_added_and_no_other(
+    hasher: PageHasher, in_place: bool, max_pages: int
+) -> None:
+    rng = random.Random(13)
+    npages, origin, base = 300, 17, 40
+    memory = bytearray(rng.randbytes(npages * PAGE))
+    for page in range(60, 75):
+        memory[page * PAGE : (page + 1) * PAGE] = bytes(PAGE)
+    marked = {page for page in range(origin, npages) if rng.random() < 0.5 or 100 <= page < 240}
+    bits = words((npages - origin + 63) // 64)
+    for page in marked:
+        bits[(page - origin) >> 6] |= 1 << ((page - origin) & 63)
+    table = words(base + npages, 1)
+    batch = Batch(hasher, max_pages, 1000, in_place=in_place)
+    found: set[int] = set()
+    at = origin
+    while at < npages:
+        at = batch.collect_marked(memory, base, at, npages, table, bits, origin)
+        raw = bytes(batch.list_view())
+        hashes = iter(struct.iter_unpack("<Q", raw[batch.nextents * 16 :]))
+        for first, count, kind in struct.iter_unpack("<QII", raw[: batch.nextents * 16]):
+            for page in range(first - base, first - base + count):
+                found.add(page)
+                digested = digest(memory[page * PAGE : (page + 1) * PAGE])
+                assert table[base + page] == digested
+                assert (kind == ZERO) == (60 <= page < 75)
+                assert kind == ZERO or next(hashes) == (digested,)
+        assert batch.npages <= max_pages
+        batch.clear()
+    assert found == marked
+    assert [page for page in range(npages) if table[base + page] != 1] == sorted(marked)
+
+
+def test_bits_that_do_not_cover_the_pages_are_refused(hasher: PageHasher) -> None:
+    batch, memory, table = Batch(hasher, 64, 64), bytearray(130 * PAGE), words(130)
+    for first, end, nwords, origin in ((0, 130, 2, 0), (5, 10, 1, 6), (0, 1, 1, -1)):
+        with pytest.raises(ValueError, match="are not marked from"):
+            batch.collect_marked(memory, 0, first, end, table, words(nwords), origin)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 from bhystream.guest import Layout, Segment
-from bhystream.send.transfer import Span, spans
+from bhystream.send.scan import Span
+from bhystream.send.transfer import spans
 
 TWO = Layout((Segment("a", None, 3), Segment("b", None, 2)))
 

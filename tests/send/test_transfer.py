@@ -17,7 +17,7 @@ from bhystream.guest import PAGE_BYTES, State
 from bhystream.memory.hole import punch
 from bhystream.memory.inplace import PagesInPlace
 from bhystream.memory.page import scatter
-from bhystream.send import transfer
+from bhystream.send import scan, transfer
 from bhystream.send.precopy import Round
 from bhystream.send.transfer import BATCH_PAGES, Transfer, write_head
 from bhystream.stream import format as fmt
@@ -605,4 +605,36 @@ def test_a_system_without_vmsplice_copies(
     sending = Sending(tmp_path / "s", source, last_in_place=True)
     sending.transfer.round(last=True)
     assert in_place == []
+    assert sending.finish().memory == source.contents()
+
+
+# The last round, with several threads.
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_threads_send_what_one_thread_sends(
+    tmp_path: Path,
+    source: MemorySource,
+    rng: random.Random,
+    in_place: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scan, "PIECE_PAGES", 50)
+    sending = Sending(tmp_path / "s", source, last_in_place=in_place)
+    scribble(source, rng, 600)
+    sending.transfer.round(nthreads=4)
+    before = source.contents()
+    scribble(source, rng, 300)
+    for page in range(40, 90):
+        source.punch(page)
+    after = source.contents()
+    changed = [
+        at
+        for at in range(0, len(after), PAGE_BYTES)
+        if after[at : at + PAGE_BYTES] != before[at : at + PAGE_BYTES]
+    ]
+    last = sending.transfer.round(last=True, nthreads=4)
+    assert last.data_pages + last.zero_pages == len(changed) > 0
+    done, total = sending.transfer.work_pages
+    assert done <= total
     assert sending.finish().memory == source.contents()

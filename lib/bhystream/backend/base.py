@@ -26,11 +26,13 @@ class Prepared:
     record: JSON from which `hypervisors.open_paused()` finds the guest again;
     the record holds no secret and no descriptor.  plan: what the destination
     needs to start its hypervisor before the pause, for a REHEARSAL section;
-    b"" if the destination needs nothing.
+    b"" if the destination needs nothing.  vcpus: how many vCPUs the guest has,
+    which use none of the host's CPUs while the guest is paused.
     """
 
     record: Json
     plan: bytes = b""
+    vcpus: int = 1
 
 
 class Target(Protocol):

@@ -88,6 +88,23 @@ class Batch:
         page held.  Releases the GIL.
         """
 
+    def collect_marked(
+        self,
+        segment: Buffer,
+        base_page: int,
+        first: int,
+        end: int,
+        table: Buffer,
+        bits: Buffer,
+        origin: int,
+    ) -> int:
+        """Add those pages of [first, end) whose bit is set, as collect() adds everything.
+
+        bits: words, as find_changed() has left them; their first bit is the page
+        `origin`, counted as first and end are.  The result and the exceptions are
+        those of collect().  Releases the GIL.
+        """
+
     def collect_absent(
         self, base_page: int, first: int, end: int, table: Buffer, everything: bool
     ) -> int:

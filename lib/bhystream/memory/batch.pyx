@@ -119,6 +119,31 @@ cdef class Batch:
         self.busy = False
         return page
 
+    def collect_marked(
+        self,
+        const uint8_t[::1] segment not None,
+        base_page,
+        first,
+        end,
+        uint64_t[::1] table not None,
+        const uint64_t[::1] bits not None,
+        origin,
+    ):
+        npages = segment.shape[0] // PAGE_BYTES
+        self.check(base_page, first, end, npages, table.shape[0])
+        if not 0 <= origin <= first or end - origin > bits.shape[0] * 64:
+            raise ValueError(f"pages [{first}, {end}) are not marked from {origin} on")
+        cdef uint64_t base = base_page, page = first, stop = end, zero = origin
+        cdef const uint8_t *memory = &segment[0]
+        cdef word_t *entries = <word_t *>&table[0]
+        cdef const word_t *words = <const word_t *>&bits[0]
+        entries += base
+        self.busy = True
+        with nogil:
+            page = self.take_marked(memory, base, page, stop, entries, words, zero)
+        self.busy = False
+        return page
+
     def collect_absent(
         self, base_page, first, end, uint64_t[::1] table not None, bint everything
     ):
@@ -176,6 +201,40 @@ cdef class Batch:
             if not self.take(live, ahead, base + page, entries + page, everything):
                 break
             page += 1
+        return page
+
+    cdef uint64_t take_marked(
+        self,
+        const uint8_t *segment,
+        uint64_t base,
+        uint64_t page,
+        uint64_t end,
+        word_t *entries,
+        const word_t *words,
+        uint64_t origin,
+    ) noexcept nogil:
+        """Handle the pages whose bit is set; return the first one without room."""
+        cdef uint64_t at, stop
+        while page < end:
+            at = page - origin
+            if words[at >> 6] >> (at & 63) == 0:
+                page = min(end, origin + (at | 63) + 1)  # no more bits in this word
+                continue
+            if words[at >> 6] >> (at & 63) & 1 == 0:
+                page += 1
+                continue
+            stop = page
+            while stop < end:
+                at = stop - origin
+                if words[at >> 6] >> (at & 63) & 1 == 0:
+                    break
+                stop += 1
+            if self.in_place:
+                page = self.list_pages(segment, base, page, stop, entries, True)
+            else:
+                page = self.take_pages(segment, base, page, stop, entries, True)
+            if page < stop:
+                break
         return page
 
     cdef uint64_t list_pages(

@@ -101,6 +101,22 @@ def scatter_into(
     the GIL.
     """
 
+def find_changed(
+    hasher: PageHasher,
+    segment: Buffer,
+    base_page: int,
+    first: int,
+    end: int,
+    table: Buffer,
+    bits: Buffer,
+) -> int:
+    """Find the pages that differ from the table, and change nothing but `bits`.
+
+    The arguments are those of mark_changed(), but bit 0 of word 0 of `bits` is the
+    page `first`.  So threads that look at different pages share no word that is
+    written.  Returns the number of pages that differed.  Releases the GIL.
+    """
+
 def mark_changed(
     hasher: PageHasher,
     segment: Buffer,

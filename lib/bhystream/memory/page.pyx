@@ -22,7 +22,10 @@ from bhystream.memory import xxh3
 if sys.byteorder != "little":
     raise ImportError("bhystream needs a little-endian host")
 
-__all__ = ["PageHasher", "check_pages", "mark_changed", "scatter", "scatter_into"]
+__all__ = [
+    "PageHasher", "check_pages", "find_changed", "mark_changed", "scatter",
+    "scatter_into",
+]
 
 
 cdef int check_range(object first, object end, object limit) except -1:
@@ -115,6 +118,33 @@ def mark_changed(
             if h != entries[base + i]:
                 entries[base + i] = h
                 words[(base + i) >> 6] |= <uint64_t>1 << ((base + i) & 63)
+                changed += 1
+    return changed
+
+
+def find_changed(
+    PageHasher hasher not None,
+    const uint8_t[::1] segment not None,
+    base_page,
+    first,
+    end,
+    const uint64_t[::1] table not None,
+    uint64_t[::1] bits not None,
+):
+    check_range(first, end, segment.shape[0] // PAGE_BYTES)
+    check_range(base_page, base_page + end, table.shape[0])
+    check_range(0, end - first, bits.shape[0] * 64)
+    cdef uint64_t i, start = first, stop = end, changed = 0
+    cdef const uint8_t *page = &segment[0]
+    cdef const word_t *entries = <const word_t *>&table[0]
+    cdef word_t *words = <word_t *>&bits[0]
+    entries += <uint64_t>base_page
+    with nogil:
+        for i in range(start, stop):
+            if hash_ahead(
+                hasher, page + i * PAGE_BYTES, page + min(i + 1, stop - 1) * PAGE_BYTES
+            ) != entries[i]:
+                words[(i - start) >> 6] |= <uint64_t>1 << ((i - start) & 63)
                 changed += 1
     return changed
 

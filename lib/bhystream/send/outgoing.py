@@ -18,8 +18,10 @@ move has come, and not on what has failed: Custody.recover(), by handshake.SOURC
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from bhystream import commandline
+from bhystream.backend.base import Prepared
 from bhystream.errors import EXIT_HELD, EXIT_OK, BhyError, GuestEndedError, GuestError
 from bhystream.guest import PAUSED, Head
 from bhystream.handover.handshake import Event
@@ -74,13 +76,14 @@ class Outgoing:
             self._route = self._open_route(header.stream_id.hex())
         with signals.interruptible():
             begun = self._begin(header, head)
-            record, plan = self._prepare(begun)
-            rounds = Rounds(job, head, begun, progress, self._watch)
+            prepared = self._prepare(begun)
+            record = self._record(begun, prepared)
+            rounds = Rounds(job, head, begun, progress, self._watch, prepared.vcpus)
         # A keeper watches from here on: if bhysend dies, the keeper acts on the record.
         custody = self._custody = Custody(job, begun, record, self._watch)
         deadline_s = time.monotonic() + job.opts.limits.time_ns / NS
         with signals.until(deadline_s, rounds.out_of_time):
-            rounds.precopy(plan)
+            rounds.precopy(prepared.plan)
         # The guest is paused from here on; until END or GO is out, recover() resumes it.
         custody.pause()
         progress.enter("paused, round", rounds.live)
@@ -149,30 +152,33 @@ class Outgoing:
         job.log(f"{talk.host} can take it")
         return Begun(writer, talk)
 
-    def _prepare(self, begun: Begun) -> tuple[Record, bytes]:
-        """Have the backend check that the guest can be paused; return its record and the plan.
+    def _prepare(self, begun: Begun) -> Prepared:
+        """Have the backend check that the guest can be paused; say what the operator has to know.
 
         Called only after the destination's verdict, because a refused move must leave the
-        guest alone.  The record, from which the keeper finds the guest, is not written yet.
-        By the plan a destination may start its hypervisor early.  The plan is b"" with -p,
-        because the disks then come only with the pause, and for a kept stream, which the
-        operator starts later.  source.close() undoes prepare() if the guest is never paused.
+        guest alone.  By the plan a destination may start its hypervisor early.  The plan is
+        b"" with -p, because the disks then come only with the pause, and for a kept stream,
+        which the operator starts later.  source.close() undoes prepare() if the guest is
+        never paused.
         """
         job, opts = self._job, self._job.opts
         prepared = job.source.prepare(begun.id)
-        record = Record(
-            id=begun.id,
-            guest=job.source.name,
-            operand=opts.guest,
-            lock=job.source.lock_name,
-            phase=PAUSED,
-            revive=dict(prepared.record),
-            ask=asking(opts.command),
-        )
         told = Told(job.base, job.source.lock_name)
         for warning in told.new(job.source.warnings(), everything=opts.verbose):
             job.say(warning)
-        return record, prepared.plan if opts.hook is None and not opts.keep else b""
+        return replace(prepared, plan=b"") if opts.hook is not None or opts.keep else prepared
+
+    def _record(self, begun: Begun, prepared: Prepared) -> Record:
+        """Return the record from which the keeper finds the guest, which is not written yet."""
+        return Record(
+            id=begun.id,
+            guest=self._job.source.name,
+            operand=self._job.opts.guest,
+            lock=self._job.source.lock_name,
+            phase=PAUSED,
+            revive=dict(prepared.record),
+            ask=asking(self._job.opts.command),
+        )
 
     def _say_reasons(self, custody: Custody) -> None:
         """Say which parts of the guest the state lacks, and why."""

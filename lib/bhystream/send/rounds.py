@@ -15,6 +15,7 @@ from bhystream.guest import PAGE_BYTES, Head
 from bhystream.report import Progress
 from bhystream.send.job import Begun, SendJob
 from bhystream.send.precopy import Decision, Outlook, Round, decide, outlook
+from bhystream.send.scan import threads_for
 from bhystream.send.stopwatch import Stopwatch
 from bhystream.send.transfer import Transfer
 from bhystream.stream.format import Form, Type
@@ -31,14 +32,21 @@ class Rounds:
     """The rounds of one move."""
 
     def __init__(
-        self, job: SendJob, head: Head, begun: Begun, progress: Progress, watch: Stopwatch
+        self,
+        job: SendJob,
+        head: Head,
+        begun: Begun,
+        progress: Progress,
+        watch: Stopwatch,
+        vcpus: int,
     ) -> None:
-        """Read nothing yet.  All arguments stay the caller's."""
+        """Read nothing yet.  All arguments stay the caller's.  vcpus: of the guest."""
         self._job = job
         self._begun = begun
         self._limits = job.opts.limits
         self._progress = progress
         self._watch = watch
+        self._vcpus = vcpus
         self._transfer = Transfer(
             job.source,
             head.layout,
@@ -100,9 +108,12 @@ class Rounds:
             self._look_ahead()
 
     def last(self) -> None:
-        """Send the pages that changed since the last round.  Called while the guest is paused."""
+        """Send the pages that changed since the last round.  Called while the guest is paused.
+
+        The CPUs of its vCPUs are free then: see scan.py.
+        """
         self._is_late = False  # if -T ended in the last live round, that round was still in time
-        found = self._transfer.round(last=True)
+        found = self._transfer.round(last=True, nthreads=threads_for(self._vcpus))
         self._watch.last_ns = found.end_ns - found.start_ns
 
     def out_of_time(self) -> float:

@@ -34,11 +34,11 @@ memory here that grows with the guest.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import zstandard
 
@@ -49,6 +49,7 @@ from bhystream.memory.batch import Batch
 from bhystream.memory.inplace import PagesInPlace
 from bhystream.memory.page import PageHasher
 from bhystream.send.precopy import Round
+from bhystream.send.scan import Piece, Scan, Span
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Feature, Form, Header, Type
 from bhystream.stream.writer import Writer
@@ -65,21 +66,6 @@ ZSTD_BATCH_PAGES = 256
 _STRIDE_PAGES = 1 << 15
 # A zstd frame is sent if it saves more than a sixteenth; else the pages as they are.
 _WORTH = 15 / 16
-
-
-@dataclass(frozen=True)
-class Span:
-    """A piece of one segment, in pages of that segment: [first, end).
-
-    base_page: the segment's first page, in global pages.  present: the pages of the
-    span may be other than zero, and may be read.
-    """
-
-    segment: int
-    base_page: int
-    first: int
-    end: int
-    present: bool
 
 
 def spans(layout: Layout, touched: Iterator[tuple[int, int]]) -> Iterator[Span]:
@@ -141,11 +127,14 @@ class Transfer:
         self.walked_pages = 0
         self.work_pages = (0, 0)
 
-    def round(self, *, last: bool = False, rate_bytes: int | None = None) -> Round:
+    def round(
+        self, *, last: bool = False, rate_bytes: int | None = None, nthreads: int = 1
+    ) -> Round:
         """Send one round: in the first round every page, later the pages that changed.
 
         last: the guest is paused.  rate_bytes: bytes per second that the round as a whole
-        does not exceed.  Raises InputOutputError, and what on_batch or a signal raises.
+        does not exceed.  nthreads: how many compare the pages of the last round with the
+        table.  Raises InputOutputError, and what on_batch or a signal raises.
         """
         if last and self._last_in_place:
             self._batch = Batch(self._hasher, IN_PLACE_PAGES, fmt.MAX_EXTENTS, in_place=True)
@@ -155,25 +144,59 @@ class Transfer:
         done, known = self.work_pages
         total = known or sum(end - first for first, end in self._source.touched())
         self.work_pages = (0, max(done, total))
-        segment = 0
-        for span in self._spans(everything):
-            if span.segment != segment:
-                # All extents of a section must lie in one segment: write the batch first.
-                self._flush(way, segment, span.base_page)
-                segment = span.segment
-            self._walk(way, span)
-        self._flush(way, segment, self.npages)
+        changed = self._source.changed()
+        if everything or changed is None:
+            found = spans(self._layout, self._source.touched())
+        else:
+            found = (span for span in spans(self._layout, changed) if span.present)
+        if last and not everything and changed is None and nthreads > 1:
+            self._walk_scanned(way, list(found), nthreads)
+        else:
+            for span in found:
+                self._enter(way, span)
+                self._walk(way, span)
+        self._flush(way, self.npages)
         way.brake(self._writer.offset_bytes)
         self._writer.round_end(way.data_pages, way.zero_pages, last=last)
         return way.over(self._writer.offset_bytes)
 
-    def _spans(self, everything: bool) -> Iterator[Span]:
-        """Return the spans to look at in this round: all, or those that the host saw written."""
-        # Call this in round 0 too, so that the log begins anew before the first page is read.
-        changed = self._source.changed()
-        if everything or changed is None:
-            return spans(self._layout, self._source.touched())
-        return (span for span in spans(self._layout, changed) if span.present)
+    def _enter(self, way: _UnderWay, span: Span) -> None:
+        """Write the batch if the span is in another segment: a section has pages of one only."""
+        if span.segment != way.segment:
+            self._flush(way, span.base_page)
+            way.segment = span.segment
+
+    def _walk_scanned(self, way: _UnderWay, found: Sequence[Span], nthreads: int) -> None:
+        """Collect the spans of a paused guest, which several threads compare with the table."""
+        scan = Scan(self._hasher, self._memory, self._table, found)
+        with contextlib.closing(scan.changed(nthreads)) as pieces:
+            for span in found:
+                self._enter(way, span)
+                if not span.present:
+                    self._walk(way, span)
+                    continue
+                at = span.first
+                while at < span.end:
+                    piece = next(pieces)
+                    self._collect(way, piece)
+                    at = piece.end
+
+    def _collect(self, way: _UnderWay, piece: Piece) -> None:
+        """Collect the changed pages of a piece that was scanned."""
+        batch, memory, at = self._batch, self._memory[piece.segment], piece.first
+        while piece.count and at < piece.end:
+            at = batch.collect_marked(
+                memory, piece.base_page, at, piece.end, self._table, piece.bits, piece.first
+            )
+            if batch.full:
+                self._flush(way, piece.base_page + at)
+        self._count(piece.end - piece.first)
+
+    def _count(self, npages: int) -> None:
+        """Count pages of this round that were looked at, and may be other than zero."""
+        self.walked_pages += npages
+        done, total = self.work_pages
+        self.work_pages = (done + npages, total)
 
     def _walk(self, way: _UnderWay, span: Span) -> None:
         """Collect one span, and write a section whenever a batch is full."""
@@ -186,15 +209,15 @@ class Transfer:
                 at = batch.collect(memory, span.base_page, at, end, self._table, way.everything)
             else:
                 at = batch.collect_absent(span.base_page, at, end, self._table, way.everything)
-            self.walked_pages += at - before
             if span.present:
-                done, total = self.work_pages
-                self.work_pages = (done + at - before, total)
+                self._count(at - before)
+            else:
+                self.walked_pages += at - before
             if batch.full:
-                self._flush(way, span.segment, span.base_page + at)
+                self._flush(way, span.base_page + at)
                 way.brake(self._writer.offset_bytes)
 
-    def _flush(self, way: _UnderWay, segment: int, done: int) -> None:
+    def _flush(self, way: _UnderWay, done: int) -> None:
         """Write the batch as one MEMORY section, unless the batch is empty.
 
         done: the global page up to which the round has walked.
@@ -205,7 +228,7 @@ class Transfer:
         head = fmt.MEMORY_HEAD.pack(self._writer.rounds, batch.nextents, batch.npages, 0)
         payload = head + batch.list_view()
         start_ns = time.monotonic_ns()
-        pages, flags = self._pages(segment)
+        pages, flags = self._pages(way.segment)
         self._writer.section(Type.MEMORY, payload, flags=flags, body=pages)
         way.write_ns += time.monotonic_ns() - start_ns
         way.data_pages += batch.npages
@@ -234,6 +257,7 @@ class _UnderWay:
     def __init__(self, everything: bool, rate_bytes: int | None, start_bytes: int) -> None:
         """Begin the round now.  start_bytes: the stream's offset at which the round begins."""
         self.everything = everything
+        self.segment = 0  # where the pages of the batch lie
         self.write_ns = self.data_pages = self.zero_pages = 0
         self._rate_bytes = rate_bytes
         self._start_bytes = start_bytes

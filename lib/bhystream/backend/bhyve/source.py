@@ -129,7 +129,7 @@ class BhyveSource:
         self._made.callback(directory.remove, guest.host)
         directory.sweep(guest.host, base / "lock" / self.lock_name, base / "source")
         self._ready = ready = make_ready(guest, directory)
-        return Prepared(ready.record.to_json(), ready.rehearsal.text)
+        return Prepared(ready.record.to_json(), ready.rehearsal.text, guest.ncpus)
 
     def pause(self) -> BhyvePaused:
         """Pause the guest in a checkpoint, and take its state.

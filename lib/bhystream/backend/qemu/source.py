@@ -100,7 +100,11 @@ class QemuSource:
 
     def prepare(self, id_: str) -> Prepared:
         """Return the record.  pause() itself makes all settings, which takes a millisecond."""
-        return Prepared(record_of(self._opened.qmp, self.name, self._opened.settings))
+        opened = self._opened
+        return Prepared(
+            record_of(opened.qmp, self.name, opened.settings),
+            vcpus=opened.described.config["smp"]["cpus"],
+        )
 
     def memory(self) -> Sequence[memoryview]:
         """Return the one mapping of the guest's memory, read-only."""

@@ -1,0 +1,150 @@
+"""The last scan, on the CPUs that the paused guest does not use.
+
+In the pause bhysend hashes every page that the guest has touched, and compares the
+hashes with the table.  That is the only part of the pause that grows with the
+guest's memory, and memory bandwidth is its limit, which one core alone does not
+reach on most machines.  So the scan gets as many threads as the guest has vCPUs,
+which stand still, but no more than the host has CPUs.
+
+The pieces of memory are scanned by whichever thread is free, and handed on in the
+order of the memory: the caller's thread sends the changed pages of a piece while the
+other threads scan the pieces behind it.  The caller's thread scans too, as long as
+pieces are left.  While the guest runs there is one thread: its vCPUs need the CPUs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+from bhystream.memory.page import PageHasher, find_changed
+
+# 32 MiB take some milliseconds: long against a switch of threads, short against a pause.
+PIECE_PAGES = 8192
+_MAX_THREADS = 64
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of one segment, in pages of that segment: [first, end).
+
+    base_page: the segment's first page, in global pages.  present: the pages of the
+    span may be other than zero, and may be read.
+    """
+
+    segment: int
+    base_page: int
+    first: int
+    end: int
+    present: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a span that was compared with the table, in pages of its segment: [first, end).
+
+    bits: words, bit 0 is the piece's first page; a bit is set if its page differs
+    from the table.  count: how many bits are set.
+    """
+
+    segment: int
+    base_page: int
+    first: int
+    end: int
+    bits: memoryview
+    count: int
+
+
+def threads_for(vcpus: int) -> int:
+    """Return how many threads scan the memory of a paused guest with so many vCPUs."""
+    return max(1, min(vcpus, _cpus(), _MAX_THREADS))
+
+
+def _cpus() -> int:
+    """Return how many CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Scan:
+    """One scan of the memory of a paused guest."""
+
+    def __init__(
+        self,
+        hasher: PageHasher,
+        memory: Sequence[memoryview],
+        table: memoryview,
+        spans: Sequence[Span],
+    ) -> None:
+        """memory: a view for each segment.  table: a hash for each page of the guest.
+
+        spans: those that are present are scanned, in pieces.  The memory does not
+        change during the scan.  The caller may change the table only for pieces that
+        changed() has yielded.
+        """
+        self._hasher = hasher
+        self._memory = memory
+        self._table = table
+        self._tasks = [
+            (span, first, min(first + PIECE_PAGES, span.end))
+            for span in spans
+            if span.present
+            for first in range(span.first, span.end, PIECE_PAGES)
+        ]
+        # next() of a count is atomic, so no piece is scanned twice.
+        self._next = itertools.count()
+        self._is_over = False
+        # No lock: a signal may raise in the caller's thread between any two steps.
+        self._done: SimpleQueue[tuple[int, Piece | BaseException]] = SimpleQueue()
+
+    def changed(self, nthreads: int) -> Generator[Piece, None, None]:
+        """Scan with so many threads, the caller's among them; yield every piece, in order.
+
+        Raises what a thread raises.  When the iterator is closed, the other threads
+        have ended.
+        """
+        nthreads = min(nthreads, len(self._tasks))
+        threads = [threading.Thread(target=self._work) for _ in range(nthreads - 1)]
+        found: dict[int, Piece | BaseException] = {}
+        try:
+            for thread in threads:
+                thread.start()
+            for index in range(len(self._tasks)):
+                while index not in found:
+                    mine = next(self._next)
+                    if mine < len(self._tasks):
+                        found[mine] = self._scan(mine)
+                    else:
+                        number, result = self._done.get()
+                        found[number] = result
+                piece = found.pop(index)
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            self._is_over = True
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+
+    def _work(self) -> None:
+        # A signal has to interrupt the thread that may raise, which may be in a write(2).
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while not self._is_over and (index := next(self._next)) < len(self._tasks):
+            try:
+                self._done.put((index, self._scan(index)))
+            except BaseException as raised:  # for the caller's thread
+                self._done.put((index, raised))
+
+    def _scan(self, index: int) -> Piece:
+        span, first, end = self._tasks[index]
+        bits = memoryview(bytearray((end - first + 63) // 64 * 8)).cast("Q")
+        memory, base = self._memory[span.segment], span.base_page
+        count = find_changed(self._hasher, memory, base, first, end, self._table, bits)
+        return Piece(span.segment, base, first, end, bits, count)
