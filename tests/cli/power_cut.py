@@ -286,7 +286,7 @@ def _mark(disk: Disk) -> None:
     marking(Reply, "say", lambda word, *_: word if word == "READY" else "")
     marking(Writer, "end", lambda *_: "END")
     marking(Writer, "section", lambda type_, *_: "GO" if type_ == Type.GO else "")
-    marking(Custody, "settle", lambda event: "OVER" if event == Event.RUNNING else "")
+    marking(Custody, "settle", lambda event, _: "OVER" if event == Event.RUNNING else "")
 
 
 def _main(argv: list[str]) -> None:

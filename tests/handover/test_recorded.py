@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bhystream.errors import BhyError, GuestEndedError, GuestError
+from bhystream.errors import BhyError, GuestEndedError, GuestError, InputOutputError
 from bhystream.guest import GO, HELD, MOVED, PAUSED
 from bhystream.handover import state
 from bhystream.handover.answers import Answer
@@ -40,8 +40,8 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     return Host(state.directory(), monkeypatch)
 
 
-def settle(host: Host, record: Record, event: Event) -> Record:
-    return RecordedGuest(host.roles["source"], record).settle(event)
+def settle(host: Host, record: Record, event: Event) -> None:
+    RecordedGuest(host.roles["source"], record).settle(event)
 
 
 def ended(host: Host) -> list[str]:
@@ -70,7 +70,7 @@ def test_every_row_is_tested() -> None:
 def test_a_row_is_done_with_its_record_first(host: Host, phase: str, event: Event) -> None:
     asked, left = EXPECTED[phase, event]
     record = host.record(phase, peer=PEER)
-    assert settle(host, record, event) == record
+    settle(host, record, event)
     assert host.guest.asked == [asked, ("close", asked[1])]
     assert host.phases("source") == left
 
@@ -96,12 +96,12 @@ class Mortal(RecordedGuest):
 
     def __init__(self, records: Records, record: Record, acts: int) -> None:
         super().__init__(records, record)
-        self.acts = acts
+        self.left = acts
 
     def _do(self, act: Act) -> None:
-        if self.acts == 0:
+        if self.left == 0:
             raise Killed
-        self.acts -= 1
+        self.left -= 1
         super()._do(act)
 
 
@@ -304,3 +304,49 @@ def test_the_words_of_a_command_come_back(directory: str) -> None:
 def test_a_gone_guest_is_an_error_of_the_guest() -> None:
     assert issubclass(GuestEndedError, GuestError) and issubclass(GuestError, BhyError)
     assert GuestEndedError("x").status == 69
+
+
+@pytest.mark.parametrize(
+    ("phase", "event", "first"),
+    [(GO, Event.FAILED, Act.RECORD_PAUSED), (GO, Event.RUNNING, Act.RECORD_MOVED)],
+)
+def test_a_record_that_could_not_be_written_is_written_by_the_second_try(
+    host: Host, phase: str, event: Event, first: Act, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest is not touched before, whatever the object remembers of the first try."""
+    asked, left = EXPECTED[phase, event]
+    record = host.record(phase, peer=PEER)
+    recorded = RecordedGuest(host.roles["source"], record)
+
+    def write(*_: object) -> None:
+        raise InputOutputError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "write", write)
+        for _ in range(2):
+            with pytest.raises(InputOutputError):
+                recorded.settle(event)
+            assert recorded.record == record
+            assert list(recorded.undone) == list(RECORD[phase, event])
+            assert recorded.undone[0] == first
+    assert ended(host) == []
+    recorded.settle(event)
+    assert host.guest.asked == [asked, ("close", asked[1])]  # asked at that phase on disk
+    assert host.phases("source") == left and not recorded.undone
+
+
+def test_what_is_left_after_the_guest_was_resumed_is_its_record(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = RecordedGuest(host.roles["source"], host.record(PAUSED))
+
+    def remove(*_: object) -> None:
+        raise InputOutputError("Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(InputOutputError):
+        patch.setattr(Records, "remove", remove)
+        recorded.settle(Event.ALONE)
+    assert list(recorded.undone) == [Act.FORGET]
+    recorded.settle(Event.ALONE)
+    assert ended(host) == ["resume"]
+    assert host.phases("source") == []

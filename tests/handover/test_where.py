@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bhystream.errors import GuestError
 from bhystream.guest import GO, HELD, MOVED, PAUSED
 from bhystream.handover import handshake
 from bhystream.handover.handshake import Act
 from bhystream.handover.state import Record
-from bhystream.handover.where import Where, outcome, what_to_type
+from bhystream.handover.where import Where, outcome, unfinished, what_to_type
 
 RESUME, DISCARD = (Act.RESUME, Act.FORGET), (Act.RECORD_MOVED, Act.DISCARD, Act.FORGET)
 FORGET = (Act.FORGET,)
@@ -76,3 +78,53 @@ def test_what_to_type(where: Where, lines: list[str]) -> None:
     assert what_to_type(where, record, Path("/s")).splitlines() == lines
     named = what_to_type(where, record, Path("/s"), "web1").splitlines()
     assert named == [line.replace(ID, "web1") for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("phase", "acts", "undone", "text", "hint"),
+    [
+        (
+            PAUSED,
+            RESUME,
+            RESUME,
+            "it stands paused here, and cannot be resumed: no",
+            f"let it run on: bhysend --resume {ID}",
+        ),
+        (
+            PAUSED,
+            RESUME,
+            FORGET,
+            "it runs here; its record stays: no",
+            f"let it run on: bhysend --resume {ID}",
+        ),
+        (
+            GO,
+            (Act.RECORD_PAUSED, *RESUME),
+            (Act.RECORD_PAUSED, *RESUME),
+            "it stands paused here, and cannot be resumed: no",
+            f"let it run on: bhysend --resume --in-doubt {ID}",
+        ),
+        (
+            GO,
+            DISCARD,
+            DISCARD[1:],
+            "it runs on hv2, and cannot be ended here: no",
+            f"end what is left here: bhysend --discard {ID}",
+        ),
+        (
+            MOVED,
+            DISCARD[1:],
+            FORGET,
+            "it runs on hv2, and is gone here; its record stays: no",
+            f"end what is left here: bhysend --discard {ID}",
+        ),
+    ],
+)
+def test_what_is_said_where_an_act_has_failed(
+    phase: str, acts: Sequence[Act], undone: Sequence[Act], text: str, hint: str
+) -> None:
+    record = Record(ID, "web1", "web1", "bhyve-web1", phase, {}, host="hv2/a1", directory="/d")
+    found = unfinished(record, acts, undone, GuestError("no"), Path("/s"))
+    assert (found.text, found.hint) == (text, hint)
+    unnamed = replace(record, host="")
+    assert unfinished(unnamed, acts, undone, GuestError("no"), Path("/s"), "hv2") == found

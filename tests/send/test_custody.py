@@ -11,7 +11,7 @@ import pytest
 
 from bhystream import hypervisors
 from bhystream.errors import BhyError, GuestEndedError, GuestError, HeldError, InputOutputError
-from bhystream.guest import PAUSED, State
+from bhystream.guest import HELD, PAUSED, State
 from bhystream.handover.answers import Answer
 from bhystream.handover.handshake import Event
 from bhystream.handover.state import Lock, Record, Records
@@ -22,6 +22,7 @@ from bhystream.send.custody import Custody
 from bhystream.send.job import Begun, SendJob
 from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits
+from bhystream.send.rounds import STALL_SECONDS
 from bhystream.send.stopwatch import Stopwatch
 from bhystream.signals import Signals
 from bhystream.stream.format import Feature, Form, Header
@@ -31,6 +32,9 @@ ID = "00112233445566778899aabbccddeeff"
 HELLO = Answer(ID, "HELLO", ("hv2/a1", "/d"))
 
 
+KEEPERS: list[Keeper] = []
+
+
 class Keeper:
     """A keeper without a process."""
 
@@ -38,9 +42,11 @@ class Keeper:
 
     def __init__(self, *_: object) -> None:
         self.dismissed = 0
+        self.alive = True
+        KEEPERS.append(self)
 
     def is_alive(self) -> bool:
-        return True
+        return self.alive
 
     def dismiss(self) -> None:
         self.dismissed += 1
@@ -55,6 +61,7 @@ class Guest:
     def __init__(self) -> None:
         self.done: list[str] = []
         self.fails: dict[str, BaseException] = {}
+        self.closed = 0
 
     def _do(self, act: str) -> None:
         if act in self.fails:
@@ -81,7 +88,7 @@ class Guest:
         self._do("discard")
 
     def close(self) -> None:
-        pass
+        self.closed += 1
 
 
 class Talk:
@@ -104,6 +111,11 @@ class Case:
         record = Record(ID, "web1", "web1", "bhyve-web1", PAUSED, {})
         begun = Begun(writer, cast(Conversation, Talk()))
         self.custody = Custody(job, begun, record, Stopwatch())
+
+    @property
+    def keeper(self) -> Keeper:
+        """Return the keeper that was started last."""
+        return KEEPERS[-1]
 
     def commit(self) -> None:
         """Bring the guest to where GO is out."""
@@ -138,7 +150,7 @@ def test_a_guest_that_runs_there_is_not_said_to_be_resumed(
         raise InputOutputError("cannot remove the record: Input/output error")
 
     monkeypatch.setattr(Records, "remove", remove)
-    told, _ = recovered(case, lambda: case.custody.settle(Event.RUNNING))
+    told, _ = recovered(case, lambda: case.custody.settle(Event.RUNNING, "hv2: it runs"))
     assert isinstance(told, HeldError)
     assert "it runs on hv2, and is gone here; its record stays" in str(told)
     assert "resumed" not in str(told) + told.hint
@@ -148,7 +160,7 @@ def test_a_guest_that_runs_there_is_not_said_to_be_resumed(
 def test_a_guest_that_cannot_be_ended_here_is_named_with_its_verb(case: Case) -> None:
     case.commit()
     case.guest.fails["discard"] = GuestError("no")
-    told, _ = recovered(case, lambda: case.custody.settle(Event.RUNNING))
+    told, _ = recovered(case, lambda: case.custody.settle(Event.RUNNING, "hv2: it runs"))
     assert isinstance(told, HeldError)
     assert "it runs on hv2, and cannot be ended here: no" in str(told)
     assert told.hint == f"end what is left here: bhysend --discard {ID}"
@@ -157,7 +169,7 @@ def test_a_guest_that_cannot_be_ended_here_is_named_with_its_verb(case: Case) ->
 def test_a_guest_whose_hypervisor_is_gone_is_not_left_to_the_keeper(case: Case) -> None:
     case.commit()
     case.guest.fails["resume"] = GuestEndedError("guest web1: its bhyve has ended")
-    told, where = recovered(case, lambda: case.custody.settle(Event.FAILED))
+    told, where = recovered(case, lambda: case.custody.settle(Event.FAILED, "hv2: no disk"))
     assert (told, where) == (None, "")
     assert Records(case.base, "source").all() == []
 
@@ -194,3 +206,72 @@ def test_a_pause_that_could_not_be_recorded_is_none(
     told, where = recovered(case, case.custody.pause)
     assert (told, where) == (None, "guest web1: it runs here")
     assert "pause" not in case.guest.done
+
+
+def test_a_destination_that_failed_is_quoted_if_the_guest_cannot_be_resumed(case: Case) -> None:
+    case.commit()
+    case.guest.fails["resume"] = GuestError("busy")
+    told, _ = recovered(case, lambda: case.custody.settle(Event.FAILED, "hv2: no disk"))
+    assert isinstance(told, HeldError)
+    assert str(told) == "hv2: no disk; and the guest cannot be resumed: busy"
+
+
+def test_an_end_that_cannot_be_synced_leaves_the_guest_held_with_what_to_type(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.custody.pause()
+
+    def sync(_: Writer) -> None:
+        raise InputOutputError("cannot write the stream: Input/output error")
+
+    monkeypatch.setattr(Writer, "sync", sync)
+    told, _ = recovered(case, case.custody.hold)
+    assert isinstance(told, HeldError) and "cannot write the stream" in str(told)
+    assert "held here" in told.hint
+    assert f"bhysend --discard {ID}" in told.hint and f"bhysend --resume {ID}" in told.hint
+    assert [record.phase for record in Records(case.base, "source").all()] == [HELD]
+    assert case.guest.done == ["pause"]
+    assert case.keeper.dismissed == 1  # the guest is the operator's now
+
+
+@pytest.mark.parametrize("act", ["hold", "offer", "go"])
+def test_a_pipe_that_takes_nothing_is_found_before_anything_is_recorded(
+    case: Case, act: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """END and GO are written without blocking: nobody could be told what has become of them."""
+    acts: dict[str, Callable[[], None]] = {
+        "hold": case.custody.hold,
+        "offer": case.custody.offer,
+        "go": lambda: case.custody.go(Ready(HELLO, b"n" * 16)),
+    }
+    case.custody.pause()
+    if act == "go":
+        case.custody.offer()
+    asked: list[int] = []
+
+    def await_room(_: Writer, seconds: int) -> None:
+        asked.append(seconds)
+        raise InputOutputError(f"nothing was taken from the stream for {seconds} s")
+
+    monkeypatch.setattr(Writer, "await_room", await_room)
+    told, where = recovered(case, acts[act])
+    assert asked == [STALL_SECONDS]
+    assert told is None and where.startswith("guest web1: it runs here; it was paused for ")
+    assert case.guest.done == ["pause", "resume"]
+    assert Records(case.base, "source").all() == []
+
+
+def test_a_keeper_that_has_died_is_dismissed_before_the_next_one(case: Case) -> None:
+    first = case.keeper
+    first.alive = False
+    case.custody.pause()
+    assert first.dismissed == 1
+    assert case.keeper is not first
+
+
+def test_the_paused_guest_is_closed_once_nothing_is_done_to_it_any_more(case: Case) -> None:
+    case.custody.close()  # never paused
+    case.custody.pause()
+    assert case.guest.closed == 0
+    case.custody.close()
+    assert case.guest.closed == 1

@@ -368,11 +368,9 @@ def test_what_cannot_be_resumed_is_said_and_its_record_kept(base: Path, records:
     records.write(RECORD)
     status, out, err = driven.orphaned()
     why = "guest web1: cannot connect to /nonexistent/web1.qmp: No such file or directory"
-    assert err == (
-        f"bhysend: {why}\n"
-        f"bhysend: guest web1: it stands paused here; let it run on: bhysend --resume {RECORD.id}\n"
-    )
-    assert (status, out) == (69, f"log {why}\n")
+    said = f"guest web1: it stands paused here, and cannot be resumed: {why}"
+    assert err == f"bhysend: {said}\nbhysend: let it run on: bhysend --resume {RECORD.id}\n"
+    assert (status, out) == (69, f"log {said}\n")
     assert records.all() == [RECORD]
 
 
@@ -384,9 +382,18 @@ def test_a_guest_that_stays_paused_is_its_hypervisors_and_the_operators(
     records.write(RECORD)
     found, out, err = driven.orphaned()
     assert (found, out.split().count("resume")) == (69, 1)
-    assert err.startswith("bhysend: busy\n")
-    assert f"it stands paused here; let it run on: bhysend --resume {RECORD.id}" in err
+    assert "guest web1: it stands paused here, and cannot be resumed: busy\n" in err
+    assert f"let it run on: bhysend --resume {RECORD.id}\n" in err
     assert [record.phase for record in records.all()] == [PAUSED]
+
+
+def test_a_record_that_stays_unreadable_is_said_without_a_traceback(base: Path) -> None:
+    driven = Driven(base, 0)
+    (base / "source" / f"{RECORD.id}.json").write_text("{")
+    status, out, err = driven.orphaned()
+    assert status == 69 and "Traceback" not in err
+    assert "guest web1: it may stand paused here; see bhysend -l\n" in err
+    assert "resume" not in out.split()
 
 
 def test_a_record_that_can_be_read_in_time_is_acted_on(base: Path, records: Records) -> None:

@@ -10,9 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from bhystream import hypervisors
+from bhystream.errors import BhyError, GuestError, HeldError, InDoubtError, InputOutputError
 from bhystream.guest import GO, HELD, MOVED, PAUSED
+from bhystream.handover.answers import Answer
 from bhystream.handover.state import Lock, Records
 from bhystream.handover.where import in_doubt
+from bhystream.report import Console
+from bhystream.send.recovery import Recovery
+from bhystream.signals import Interrupts
 from support.third_stage import (
     FAILED,
     HELLO,
@@ -275,3 +281,110 @@ def test_standard_output_is_not_written(base: Path) -> None:
         argv, input=HELLO + RUNNING, capture_output=True, env=os.environ, timeout=LIMIT_S
     )
     assert (done.returncode, done.stdout) == (81, b"")
+
+
+# An act that fails.
+
+
+class Stubborn:
+    """A guest whose acts may fail; done: the acts that did not."""
+
+    def __init__(self) -> None:
+        self.fails: dict[str, Exception] = {}
+        self.done: list[str] = []
+        self.alive = True
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+    def _do(self, act: str) -> None:
+        if act in self.fails:
+            raise self.fails[act]
+        self.done.append(act)
+
+    def resume(self) -> None:
+        self._do("resume")
+
+    def discard(self, there: str) -> None:
+        self._do("discard")
+
+    def clear(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def acted(
+    base: Path, monkeypatch: pytest.MonkeyPatch, guest: Stubborn, *answers: str, fails: str = ""
+) -> BhyError:
+    """Let Recovery act on such a guest; fails: the method of Records that fails."""
+    words = {word: Answer(ID, word, ("no disk",) if word == "FAILED" else ()) for word in answers}
+
+    def fail(*_: object) -> None:
+        raise InputOutputError("Input/output error")
+
+    monkeypatch.setattr(hypervisors, "open_paused", lambda revive: guest)
+    if fails:
+        monkeypatch.setattr(Records, fails, fail)
+    recovery = Recovery(base, Console("bhysend"), None, words, Interrupts())
+    with pytest.raises(BhyError) as caught:
+        recovery.act(Answer(ID, "HELLO", ("hv2/a1", "/d")), met=False)
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [GuestError("busy"), OSError(5, "Input/output error")])
+def test_a_guest_that_cannot_be_resumed_is_held_whatever_fails(
+    base: Path, records: Records, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    records.write(RECORD.with_phase(PAUSED))
+    guest = Stubborn()
+    guest.fails["resume"] = error
+    told = acted(base, monkeypatch, guest, "FAILED")
+    assert isinstance(told, HeldError)
+    assert "it stands paused here, and cannot be resumed" in str(told)
+    assert told.hint == f"let it run on: {RESUME}"
+
+
+def test_a_guest_that_was_resumed_is_not_called_paused_for_its_record(
+    base: Path, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records.write(RECORD.with_phase(PAUSED))
+    guest = Stubborn()
+    told = acted(base, monkeypatch, guest, "FAILED", fails="remove")
+    assert guest.done == ["resume"]
+    assert type(told) is GuestError and str(told) == "hv2: no disk"
+    assert "guest web1: it runs here; its record stays: Input/output error" in told.hint
+
+
+def test_a_guest_that_was_ended_is_not_called_left_for_its_record(
+    base: Path, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records.write(RECORD.with_phase(GO))
+    guest = Stubborn()
+    told = acted(base, monkeypatch, guest, "RUNNING", fails="remove")
+    assert guest.done == ["discard"]
+    assert isinstance(told, HeldError)
+    assert "it runs on hv2, and is gone here; its record stays" in str(told)
+
+
+def test_the_verb_that_is_named_is_one_that_the_record_allows(
+    base: Path, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RECORD_PAUSED could not be written, so the disk still says GO."""
+    records.write(RECORD.with_phase(GO))
+    guest = Stubborn()
+    told = acted(base, monkeypatch, guest, "FAILED", fails="write")
+    assert guest.done == []
+    assert isinstance(told, HeldError)
+    assert told.hint == f"let it run on: bhysend --resume --in-doubt {ID}"
+
+
+def test_a_guest_that_is_gone_is_in_doubt_even_if_its_record_stays(
+    base: Path, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records.write(RECORD.with_phase(PAUSED))
+    guest = Stubborn()
+    guest.alive = False
+    told = acted(base, monkeypatch, guest, "FAILED", fails="remove")
+    assert isinstance(told, InDoubtError) and "the guest runs nowhere" in str(told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import io
@@ -430,3 +431,32 @@ def test_a_file_that_cannot_be_made_durable_is_an_error_of_the_pipe(
         with pytest.raises(BhyError, match="cannot write the stream: No space left") as caught:
             writer.sync()
     assert caught.value.status == 74
+
+
+# Room.
+
+
+def test_room_is_waited_for_and_missed(pipe_ends: tuple[int, int]) -> None:
+    read_fd, write_fd = pipe_ends
+    writer = Writer(write_fd, Header(Form.PLAIN, Feature(0), bytes(16), 1))
+    writer.await_room(0)
+    os.set_blocking(write_fd, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(write_fd, bytes(4096))
+    with pytest.raises(InputOutputError, match="nothing was taken from the stream for 0 s"):
+        writer.await_room(0)
+    threading.Timer(0.05, lambda: os.read(read_fd, 1 << 20)).start()
+    writer.await_room(60)
+    os.close(read_fd)
+    with pytest.raises(ReaderGoneError):
+        writer.await_room(0)
+
+
+@pytest.fixture
+def pipe_ends() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for fd in ends:
+        with contextlib.suppress(OSError):
+            os.close(fd)

@@ -78,8 +78,10 @@ class Readable(Protocol):
         """
 
     def changed(self) -> Iterator[tuple[int, int]] | None:
-        """Yield the extents of pages that may have changed since the last call, or None.
+        """Return an iterator over extents of pages that may have changed, or None.
 
+        The extents are of changes since the last call: the call itself begins the log
+        anew, before the first extent is asked for.
         The extents have the form of touched()'s, and may cover more or fewer
         pages: a page in neither has not changed.  Returns None if the host keeps
         no such log; the engine then compares every touched page.
@@ -143,7 +145,7 @@ class Source(Described, Protocol):
 
         Returns when nothing writes memory any more.  Before pause() raises, it
         tries to let the guest run on; the caller may try again with
-        open_paused() of the record.
+        open_paused() of the record.  The caller closes the Paused before the Source.
         """
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from bhystream import hypervisors
 from bhystream.backend.base import Paused
-from bhystream.errors import GuestEndedError
+from bhystream.errors import GuestEndedError, InternalError
 from bhystream.guest import MOVED, PAUSED
 from bhystream.handover import handshake
 from bhystream.handover.answers import Answer
@@ -63,39 +63,50 @@ def event_of(record: Record, hello: Answer | None, final: Answer | None) -> Even
 
 
 class RecordedGuest:
-    """One recorded guest, whose lock the caller has."""
+    """One recorded guest, whose lock the caller has.
+
+    record: as it is on disk.  acts: those of settle().  undone: those of them that are
+    not done yet, the one that failed first.
+    """
 
     def __init__(self, records: Records, record: Record, paused: Paused | None = None) -> None:
         """records: of the source.  paused: the guest, if the caller has it open, and closes it."""
         self._records = records
         self.record = record
+        self.acts: Sequence[Act] = ()
+        self.undone: Sequence[Act] = ()
         self._paused = paused
 
-    def settle(self, event: Event) -> Record:
-        """Do what the table says; return the record as it was found.
+    def settle(self, event: Event) -> None:
+        """Do what the table says.  If the table has no entry, the guest is left as it stands.
 
-        If the table has no entry, the guest is left as it stands.  Raises
-        BhyError if an act fails; settle() may then be called again.
+        Raises what an act raises, GuestEndedError if the guest has ended.  settle() may
+        then be called again, and goes on with the act that failed.
         """
-        found = self.record
-        for act in handshake.RECORD.get((found.phase, event), ()):
-            self._do(act)
-        return found
+        if not self.undone:
+            self.acts = self.undone = handshake.RECORD.get((self.record.phase, event), ())
+        while self.undone:
+            self._do(self.undone[0])
+            self.undone = self.undone[1:]
 
     def forget(self) -> None:
         """Remove the record.  Raises AccessError, InputOutputError."""
         self._records.remove(self.record.id)
 
     def _do(self, act: Act) -> None:
-        if act in _PHASES:
-            self.record = self.record.with_phase(_PHASES[act])
-            self._records.write(self.record)
-        elif act == Act.FORGET:
-            self.forget()
-        elif act == Act.DISCARD:
-            end_guest(self.record)
-        elif act == Act.RESUME:
-            self._resume()
+        match act:
+            case Act.RECORD_PAUSED | Act.RECORD_MOVED:
+                changed = self.record.with_phase(_PHASES[act])
+                self._records.write(changed)
+                self.record = changed
+            case Act.FORGET:
+                self.forget()
+            case Act.DISCARD:
+                end_guest(self.record)
+            case Act.RESUME:
+                self._resume()
+            case _:
+                raise InternalError(f"nobody can {act.value} without bhysend")
 
     def _resume(self) -> None:
         """Let the guest run on.  Raises GuestEndedError if the guest has ended."""

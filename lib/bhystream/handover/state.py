@@ -199,10 +199,13 @@ class Lock:
                     self.fd = self._open()
                     fcntl.flock(self.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 return
-            except OSError as error:
+            except BlockingIOError as error:
                 if attempt == _ATTEMPTS - 1:
                     os.close(self.fd)
                     raise GuestError(f"{what}: another bhysend or bhyrecv works on it") from error
+            except OSError as error:
+                os.close(self.fd)
+                raise from_oserror(error, f"lock {self._path}") from error
             # -l takes the lock for a moment, to see whether it is free.
             time.sleep(0.01)
 

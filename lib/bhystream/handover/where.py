@@ -17,9 +17,11 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from bhystream.errors import BhyError
 from bhystream.guest import GO, HELD, MOVED, PAUSED
 from bhystream.handover.handshake import Act
 from bhystream.handover.state import Record, default_directory
@@ -60,7 +62,9 @@ def what_to_type(where: Where, record: Record, base: Path, name: str = "") -> st
     name = name or record.id
     match where:
         case Where.STANDS:
-            return f"let it run on: bhysend --resume {name}"
+            # A failed write may have left the record at GO, which --resume alone refuses.
+            verb = "--resume --in-doubt" if record.phase == GO else "--resume"
+            return f"let it run on: bhysend {verb} {name}"
         case Where.HELD:
             return (
                 f"if it runs at the destination: bhysend --discard {name}\n"
@@ -73,11 +77,49 @@ def what_to_type(where: Where, record: Record, base: Path, name: str = "") -> st
     return ""
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """A guest on which an act has failed.  text: what follows "guest web1: ".  hint: its cure."""
+
+    where: Where
+    text: str
+    hint: str
+
+
+def unfinished(
+    record: Record,
+    acts: Sequence[Act],
+    undone: Sequence[Act],
+    error: BhyError,
+    base: Path,
+    host: str = "",
+) -> Unfinished:
+    """Return what to say of a guest on which an act has failed.
+
+    record: as it is on disk.  acts, undone: as outcome() takes them.  error: what the
+    act raised.  base: the state directory.  host: the destination's name, if the record
+    may not have it.
+    """
+    where, host = outcome(record.phase, acts, undone), record.there or host
+    match where:
+        case Where.LEFT:
+            text = f"it runs on {host}, and cannot be ended here: {error}"
+            return Unfinished(where, text, what_to_type(where, record, base))
+        case Where.THERE:
+            text = f"it runs on {host}, and is gone here; its record stays: {error}"
+            return Unfinished(where, text, what_to_type(Where.LEFT, record, base))
+        case Where.HERE:
+            text = f"it runs here; its record stays: {error}"
+        case _:
+            text = f"it stands paused here, and cannot be resumed: {error}"
+    return Unfinished(where, text, what_to_type(Where.STANDS, record, base))
+
+
 def in_doubt(record: Record, base: Path) -> str:
     """Return the lines that lead out of doubt, with commands that can be typed as they are."""
     host = record.there
     words = record.ask or ["ssh", host, "bhyrecv"]
-    is_ssh = os.path.basename(words[0]) == "ssh"
+    is_ssh = any(os.path.basename(word) == "ssh" for word in words[:-1])
     remote: list[str] = []
     if record.directory != str(default_directory()):
         name = f"BHYSEND_STATE_DIR={record.directory}"

@@ -105,6 +105,8 @@ class Command:
             self._process.kill()
             self._process.wait()
             return None
+        finally:
+            self._answers.close()
 
 
 def _pipe(reading: contextlib.ExitStack, writing: contextlib.ExitStack) -> tuple[FileIO, FileIO]:

@@ -27,11 +27,12 @@ from bhystream.handover import handshake
 from bhystream.handover.handshake import Act, Event, Machine, SourceState
 from bhystream.handover.recorded import with_peer
 from bhystream.handover.state import Record, Records
-from bhystream.handover.where import Where, outcome, what_to_type
+from bhystream.handover.where import Where, unfinished, what_to_type
 from bhystream.send.conversation import Ready
 from bhystream.send.hook import Hook
 from bhystream.send.job import Begun, SendJob
 from bhystream.send.keeper import Keeper
+from bhystream.send.rounds import STALL_SECONDS
 from bhystream.send.stopwatch import Stopwatch
 from bhystream.stream.format import Type
 from bhystream.units import duration
@@ -83,6 +84,7 @@ class Custody:
         self._paused: Paused | None = None
         self._has_stood = False
         self._nonce = b""
+        self._answer = ""
         self._go_is_out = False
         self._machine = Machine(handshake.SOURCE, SourceState.RUNS, self._do)
 
@@ -97,6 +99,7 @@ class Custody:
         """
         # Without a keeper nobody would resume the guest if bhysend died.
         if not self._keeper.is_alive():
+            self._keeper.dismiss()
             self._keeper = self._start_keeper()
         self._job.source.require_described()
         self._job.signals.ignore_stops()
@@ -135,6 +138,7 @@ class Custody:
         Raises what require_paused() raises, AccessError and InputOutputError.
         """
         self.require_paused()
+        self._begun.writer.await_room(STALL_SECONDS)
         self._machine.on(Event.COPIED_PLAIN)
         self._begun.writer.sync()
         self._keeper.dismiss()
@@ -144,6 +148,7 @@ class Custody:
 
         END starts nothing by itself, so the guest is still resumed on any failure.
         """
+        self._begun.writer.await_room(STALL_SECONDS)
         self._machine.on(Event.COPIED)
 
     def go(self, ready: Ready) -> None:
@@ -152,17 +157,21 @@ class Custody:
         From the record on, recover() resumes the guest only if GO is not written
         whole, and settle() only on FAILED.  Raises AccessError, InputOutputError.
         """
+        # Once GO is recorded, a full pipe would leave the guest paused and in doubt.
+        self._begun.writer.await_room(STALL_SECONDS)
         self.record = with_peer(self.record, ready.hello)
         self._nonce = ready.nonce
         self._machine.on(Event.READY)
 
-    def settle(self, event: Event) -> None:
+    def settle(self, event: Event, answer: str) -> None:
         """Do what the answer to GO means.
 
         event: RUNNING ends the guest here, FAILED resumes the guest, and DOUBT leaves
-        the guest paused, and its record in GO.  Raises what an act raises; the keeper
-        then stays alive until recover().
+        the guest paused, and its record in GO.  answer: what the destination says, for
+        the message if an act fails.  Raises what an act raises; the keeper then stays
+        alive until recover().
         """
+        self._answer = answer
         self._machine.on(event)
         # The record says all that is known, or is gone: the keeper has nothing left to do.
         self._keeper.dismiss()
@@ -178,7 +187,10 @@ class Custody:
         who = self._job.who
         if self._machine.at == SourceState.HELD and self._begun.writer.ended:
             # END is out, so the destination may run the guest: leave the guest paused.
-            return Recovered(instead=HeldError(str(error), f"{who}: held here\n{error.hint}"))
+            self._keeper.dismiss()
+            hint = what_to_type(Where.HELD, self.record, self._job.base)
+            held = HeldError(str(error), f"{who}: held here\n{hint}\n{error.hint}")
+            return Recovered(instead=held)
         if self._hook:
             # The command belongs to a move that is over; end it before the guest runs.
             self._hook.kill()
@@ -196,6 +208,14 @@ class Custody:
             return Recovered("" if str(error) == str(ended) else str(ended))
         stood = f"; it was paused for {duration(self._watch.pause_ns)}" if self._has_stood else ""
         return Recovered(f"{who}: it runs here{stood}")
+
+    def close(self) -> None:
+        """Release the connection to the hypervisor; the guest stays as it is.
+
+        A keeper that recover() has left ends only after it has acted.  May be called twice.
+        """
+        if self._paused:
+            self._paused.close()
 
     def doubt(self, why: str) -> InDoubtError:
         """Return the error for a guest that may run at the destination, and what to type."""
@@ -238,25 +258,27 @@ class Custody:
         return Event.DOUBT if at == SourceState.COMMITTED else Event.FAILURE
 
     def _stuck(self, error: BhyError, second: BhyError) -> BhyError:
-        """Return the error to report if an act failed: the keeper goes on when bhysend ends."""
-        who, undone = self._job.who, self._machine.undone
-        acts = _ACTS_OF[self._machine.at]
-        where = outcome(self.record.phase, acts, undone)
-        match where:
-            case Where.LEFT:
-                return HeldError(
-                    f"{who}: it runs on {self._begun.host}, and cannot be ended here: {second}",
-                    what_to_type(where, self.record, self._job.base),
-                )
-            case Where.THERE:
-                return HeldError(
-                    f"{who}: it runs on {self._begun.host}, and is gone here; its record stays:"
-                    f" {second}",
-                    what_to_type(Where.LEFT, self.record, self._job.base),
-                )
-            case Where.HERE:
-                error.hint = f"{who}: it runs here; {second}\n{error.hint}"
-                return error
+        """Return what to say if the act that a failure calls for has failed itself.
+
+        The keeper stays: it acts when this process ends.  error: the failure.  second:
+        what the act raised, which may be the failure itself.
+        """
+        found = unfinished(
+            self.record,
+            _ACTS_OF[self._machine.at],
+            self._machine.undone,
+            second,
+            self._job.base,
+            self._begun.host,
+        )
+        who = self._job.who
+        if second is error and self._answer:
+            error = GuestError(self._answer)
+        if found.where == Where.HERE:
+            error.hint = f"{who}: {found.text}\n{found.hint}\n{error.hint}"
+            return error
+        if found.where in (Where.LEFT, Where.THERE):
+            return HeldError(f"{who}: {found.text}", found.hint)
         return HeldError(
             f"{error}; and the guest cannot be resumed: {second}",
             f"{who}: its keeper goes on trying; see bhysend -l",
@@ -299,8 +321,9 @@ class Custody:
         return Keeper(self._job.base, self.record, self._job.lock, answers)
 
     def _record(self, phase: str) -> None:
-        self.record = replace(self.record.with_phase(phase), keeper=self._keeper.pid)
-        self._records.write(self.record)
+        changed = replace(self.record.with_phase(phase), keeper=self._keeper.pid)
+        self._records.write(changed)
+        self.record = changed
 
     def _record_paused(self) -> None:
         if self._machine.at == SourceState.PAUSED:

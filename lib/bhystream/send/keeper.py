@@ -49,7 +49,7 @@ from bhystream.handover.answers import MAX_LINE_BYTES, unpack
 from bhystream.handover.handshake import ANSWER_SECONDS, RECORD, Event
 from bhystream.handover.recorded import EVENTS, RecordedGuest
 from bhystream.handover.state import Lock, Record, Records
-from bhystream.handover.where import Where, outcome, what_to_type
+from bhystream.handover.where import Where, outcome, unfinished, what_to_type
 from bhystream.report import Console
 from bhystream.send.rendezvous import path_of
 from bhystream.units import duration
@@ -81,8 +81,12 @@ class Keeper:
         inherits it and the lock; the caller keeps its own.  Nothing is paused or recorded
         yet.  Raises GuestError if the keeper does not get ready; no keeper is left then.
         """
-        kept = [lock.fd] if answers < 0 else [lock.fd, answers]
-        ours, theirs = socket.socketpair()
+        inherited_fds = [lock.fd] if answers < 0 else [lock.fd, answers]
+        failure = f"guest {record.guest}: its keeper does not start"
+        try:
+            self._socket, theirs = socket.socketpair()
+        except OSError as error:
+            raise GuestError(f"{failure}: {error.strerror}") from error
         try:
             # Close bhysend's copy of the keeper's end: each side reads EOF if the other dies.
             with theirs:
@@ -90,26 +94,22 @@ class Keeper:
                     [*inherited.program("send.keeper"), str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(), *kept),
+                    pass_fds=(theirs.fileno(), *inherited_fds),
                     start_new_session=True,
                 )
         except OSError as error:
-            ours.close()
-            raise GuestError(
-                f"guest {record.guest}: its keeper does not start: {error.strerror}"
-            ) from error
-        self._socket = ours
+            self._socket.close()
+            raise GuestError(f"{failure}: {error.strerror}") from error
         try:
-            ours.settimeout(_START_SECONDS)
+            self._socket.settimeout(_START_SECONDS)
             order = {"base": str(base), "record": asdict(record), "answers": answers}
-            ours.sendall(json.dumps(order).encode() + b"\n")
-            if _receive(ours, len(_READY)) != _READY:
-                raise GuestError(f"guest {record.guest}: its keeper does not start")
-        except OSError as error:
+            self._socket.sendall(json.dumps(order).encode() + b"\n")
+            if _receive(self._socket, len(_READY)) != _READY:
+                raise GuestError(failure)
+        except BaseException as raised:
             self.dismiss()
-            raise GuestError(f"guest {record.guest}: its keeper does not start") from error
-        except GuestError:
-            self.dismiss()
+            if isinstance(raised, OSError):
+                raise GuestError(failure) from raised
             raise
 
     def dismiss(self) -> None:
@@ -232,14 +232,16 @@ def take_over(order: dict[str, Any], record: Record, paused: Paused) -> int:
     """Do what bhysend can no longer do; return the exit status.
 
     order: as bhysend sent it.  record: from the order, so its phase may be out of date.
-    Raises BhyError if the record on disk stays unreadable.
     """
     console = Console("bhysend")
     base = Path(order["base"])
     records = Records(base, "source")
     with contextlib.suppress(OSError, BhyError):
         os.unlink(path_of(base, record.id))
-    found = _read(records, record, console)
+    try:
+        found = _read(records, record, console)
+    except BhyError as error:
+        return error.status
     if found is None:
         # Without a record the guest was never paused, or bhysend has settled the move.
         paused.clear()
@@ -253,7 +255,8 @@ def take_over(order: dict[str, Any], record: Record, paused: Paused) -> int:
         status = _settle(recorded, event, base, console)
     except GuestEndedError as gone:
         console.fail(gone)
-        recorded.forget()
+        with contextlib.suppress(BhyError):
+            recorded.forget()
         return 0
     if status == 0:
         # Without a command, `bhysend -A` itself says what leads out of doubt.
@@ -305,8 +308,8 @@ def _await_answer(fd: int, id_: str) -> Event:
 def _settle(recorded: RecordedGuest, event: Event, base: Path, console: Console) -> int:
     """Act on the record, and try again while the act fails; return the exit status.
 
-    After _RESUME_SECONDS the keeper gives up: the guest stands paused in its hypervisor,
-    where the operator finds it.  Raises GuestEndedError if the guest has ended.
+    After _RESUME_SECONDS the keeper gives up: the guest stays as it is, and the record
+    leads the operator to the guest.  Raises GuestEndedError if the guest has ended.
     """
     deadline = time.monotonic() + _RESUME_SECONDS
     while True:
@@ -317,12 +320,12 @@ def _settle(recorded: RecordedGuest, event: Event, base: Path, console: Console)
             raise
         except Exception as raised:  # any kind: the guest stands paused
             if time.monotonic() > deadline:
-                error = as_error(raised)
-                record = recorded.record
-                console.fail(error)
-                acts = RECORD.get((record.phase, event), ())
-                hint = what_to_type(outcome(record.phase, acts, acts), record, base)
-                console.say(f"guest {record.guest}: it stands paused here; {hint}")
+                error, record = as_error(raised), recorded.record
+                failed = unfinished(record, recorded.acts, recorded.undone, error, base)
+                text = f"guest {record.guest}: {failed.text}"
+                console.say(text)
+                console.log(text)
+                console.say(failed.hint)
                 return error.status
         time.sleep(_RETRY_SECONDS)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bhystream import commandline, hypervisors, inherited
-from bhystream.errors import UsageError, as_error
+from bhystream.errors import InternalError, UsageError, as_error
 from bhystream.handover import prune, state, verbs
 from bhystream.report import Console
 from bhystream.send import cold, third_stage
@@ -82,16 +82,17 @@ def move(job: SendJob) -> int:
     On a failure, brings the guest back and raises the error that says where the guest
     is.  The third stage gets the status last, once nothing can change it.
     """
-    outgoing = Outgoing(job)
+    outgoing, status = Outgoing(job), InternalError.status
     try:
         status = outgoing.run()
     except Exception as raised:
         # Drop a pending signal: bhysend brings the guest back now in any case.
         job.signals.forget()
         error = outgoing.recover(as_error(raised))
-        outgoing.close(error.status)
+        status = error.status
         raise error from raised
-    outgoing.close(status)
+    finally:
+        outgoing.close(status)
     return status
 
 

@@ -30,7 +30,7 @@ from bhystream.handover.state import Record, Told
 from bhystream.handover.where import Where, what_to_type
 from bhystream.report import Progress
 from bhystream.send.conversation import Conversation, Route
-from bhystream.send.custody import Custody
+from bhystream.send.custody import Custody, Recovered
 from bhystream.send.job import Begun, SendJob
 from bhystream.send.rounds import STALL_SECONDS, Rounds
 from bhystream.send.stopwatch import Stopwatch
@@ -109,22 +109,27 @@ class Outgoing:
         The guest comes first, then ABORT for the destination, then the reason of a break.
         """
         # Without Custody the guest was never paused.  GuestEndedError needs no such line.
-        where = "" if isinstance(error, GuestEndedError) else f"{self._job.who}: it runs here"
+        ended = isinstance(error, GuestEndedError)
+        recovered = Recovered("" if ended else f"{self._job.who}: it runs here")
         if self._custody:
             recovered = self._custody.recover(error)
-            if recovered.instead:
-                return recovered.instead
-            where = recovered.where
         if self._writer:
             self._writer.abort(error.status, str(error))
+        if recovered.instead:
+            return recovered.instead
         if self._route:
             # explain() may wait for seconds, so call it only after the guest is back.
             error = self._route.explain(error)
-        error.hint = f"{where}\n{error.hint}"
+        error.hint = f"{recovered.where}\n{error.hint}"
         return error
 
     def close(self, status: int) -> None:
-        """End the conversation of the answered forms; the third stage gets this status."""
+        """Release what run() has opened; the third stage of the answered forms gets this status.
+
+        job.source stays the caller's.  May be called twice.
+        """
+        if self._custody:
+            self._custody.close()
         if self._route:
             self._route.close(status)
 
@@ -246,7 +251,7 @@ class Outgoing:
         self._watch.stop()
         self._watch.answers_ns = time.monotonic_ns() - start_ns
         try:
-            custody.settle(event)
+            custody.settle(event, f"{talk.host}: {why}")
         except GuestEndedError as gone:
             raise GuestEndedError(f"{talk.host}: {why}; and here: {gone}") from gone
         self._job.signals.forget()

@@ -7,6 +7,7 @@ where the guest is, whatever fails on the way.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -22,13 +23,14 @@ from bhystream.errors import (
     InDoubtError,
     RecordError,
     UsageError,
+    as_error,
 )
 from bhystream.guest import GO, HELD, PAUSED
 from bhystream.handover.answers import Answer
 from bhystream.handover.handshake import RECORD, Event
 from bhystream.handover.recorded import RecordedGuest, event_of
 from bhystream.handover.state import Lock, Record, Records
-from bhystream.handover.where import Where, outcome, what_to_type
+from bhystream.handover.where import Where, outcome, unfinished, what_to_type
 from bhystream.report import Console
 from bhystream.signals import Interrupts
 
@@ -150,25 +152,29 @@ class Recovery:
         try:
             recorded.settle(event)
         except GuestEndedError:
-            recorded.forget()
+            with contextlib.suppress(BhyError):
+                recorded.forget()
             raise InDoubtError(
                 f"{name}: {host} has not started the guest, and its hypervisor here is gone: "
                 "the guest runs nowhere"
             ) from None
-        except BhyError as error:
-            where = outcome(record.phase, acts, acts)
-            text = "it stands paused here, and cannot be resumed"
-            if where == Where.LEFT:
-                text = f"it runs on {host}, and cannot be ended here"
-            hint = what_to_type(where, record, self._base)
-            raise HeldError(f"{name}: {text}: {error}", hint) from error
+        except Exception as raised:  # whatever it is, the status says where the guest is
+            found = unfinished(
+                recorded.record, acts, recorded.undone, as_error(raised), self._base, host
+            )
+            if found.where != Where.HERE:
+                raise HeldError(f"{name}: {found.text}", found.hint) from raised
+            hint = f"{name}: {found.text}\n{found.hint}"
+            raise GuestError(f"{host}: {self._why_not_started()}", hint) from raised
         if outcome(record.phase, acts) == Where.THERE:
             self._console.say(f"{name}: it runs on {host}, and is gone here")
             self._console.log(f"{name}: it runs on {host}, and is gone here")
             return EXIT_OK
+        raise GuestError(f"{host}: {self._why_not_started()}", f"{name}: it runs here")
+
+    def _why_not_started(self) -> str:
         failed = self._words.get("FAILED")
-        why = failed.text if failed else "it was not started there"
-        raise GuestError(f"{host}: {why}", f"{name}: it runs here")
+        return failed.text if failed else "it was not started there"
 
     def _event(self, record: Record, hello: Answer) -> Event:
         """Return the event that the answers are for this record.

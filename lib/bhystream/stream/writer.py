@@ -20,7 +20,7 @@ from typing import Protocol
 
 import xxhash
 
-from bhystream.errors import ReaderGoneError, from_oserror
+from bhystream.errors import InputOutputError, ReaderGoneError, from_oserror
 from bhystream.guest import State
 from bhystream.stream import format as fmt
 from bhystream.stream.format import End, Header, Type
@@ -226,6 +226,21 @@ class Writer:
                 os.fsync(self._fd)
         except OSError as error:
             raise from_oserror(error, "write the stream") from error
+
+    def await_room(self, seconds: int) -> None:
+        """Wait until write(2) would take a short section at once.
+
+        For the sections that decide: END and GO fit into PIPE_BUF bytes, so they are
+        then written without blocking, and whole.  Raises InputOutputError if there is no
+        room after so many seconds, ReaderGoneError if nobody reads any more.
+        """
+        poller = select.poll()
+        poller.register(self._fd, select.POLLOUT)
+        found = poller.poll(seconds * 1000)
+        if not found:
+            raise InputOutputError(f"nothing was taken from the stream for {seconds} s")
+        if found[0][1] & select.POLLERR:
+            raise ReaderGoneError("cannot write the stream: Broken pipe")
 
     def abort(self, status: int, text: str) -> None:
         """Write ABORT, which tells the reader why the stream ends here, or write nothing.

@@ -15,9 +15,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# Import now, also in the keeper, because the file system may fail later.
-import qemu.qmp  # noqa: F401
-
 from bhystream.backend.process import Identity, await_end, end_process, identify, is_alive
 from bhystream.backend.qemu import migration
 from bhystream.backend.qemu.facts import status
@@ -25,6 +22,11 @@ from bhystream.backend.qemu.graph import refuse_jobs
 from bhystream.backend.qemu.qmp import ConnectionLostError, NobodyListensError, Qmp
 from bhystream.errors import GuestEndedError, GuestError, StaleError
 from bhystream.guest import Json, State
+
+# Import now, also in the keeper, because the file system may fail later.  If the package
+# is missing, qmp.py says so, with the cure.
+with contextlib.suppress(ImportError):
+    import qemu.qmp  # noqa: F401
 
 _END_S = 2.0
 
