@@ -18,6 +18,7 @@ from bhystream import report
 from bhystream.errors import GuestError, InternalError
 from bhystream.report import Console, Progress, printable
 from bhystream.units import NS, duration, size
+from support.clock import Clock
 from support.memory_source import wait_until_full
 
 
@@ -255,14 +256,6 @@ def test_a_line_of_nothing_divides_by_nothing() -> None:
     assert "round 0: 0.0" not in made.line(made._start_ns)
     made.work_total = 1
     assert " 0%" in made.line(made._start_ns)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_ns = 0
-
-    def monotonic_ns(self) -> int:
-        return self.now_ns
 
 
 @pytest.fixture

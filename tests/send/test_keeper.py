@@ -25,6 +25,8 @@ from bhystream.handover import state
 from bhystream.handover.state import Lock, Record, Records
 from bhystream.send import keeper
 from bhystream.send.keeper import Keeper
+from bhystream.units import NS
+from support.clock import Clock
 from support.descriptors import descriptors
 from support.processes import is_gone
 
@@ -524,13 +526,13 @@ def test_one_that_goes_on_in_time_is_left_alone(
     sleeper: subprocess.Popen[bytes], records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records.write(RECORD)
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    clock = Clock(now_ns=1000 * NS)
+    monkeypatch.setattr(keeper, "time", clock)
     guard = keeper.Guard(sleeper.pid, records, RECORD.id)
     for _ in range(3):
         stop(sleeper)
         guard.look()
-        now[0] += keeper._STOPPED_SECONDS - 1
+        clock.now_ns += round((keeper._STOPPED_SECONDS - 1) * NS)
         guard.look()
         sleeper.send_signal(signal.SIGCONT)
         os.waitpid(sleeper.pid, os.WCONTINUED)
