@@ -19,7 +19,7 @@ from bhystream.errors import GuestError, InternalError
 from bhystream.report import Console, Progress, printable
 from bhystream.units import NS, duration, size
 from support.clock import Clock
-from support.memory_source import wait_until_full
+from support.waiting import wait_until_full
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import os
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,10 @@ from bhystream.backend.qemu.sink import QemuSink
 from bhystream.backend.qemu.source import QemuSource
 from bhystream.guest import PAGE_BYTES
 from bhystream.stream import format as fmt
+from support.waiting import until
 
 SIZE = 64 << 20
+DEADLINE_S = 20.0
 
 
 class Rig:
@@ -61,7 +62,7 @@ class Rig:
         path = self.path(f"{name}.qmp")
         process = subprocess.Popen(self.argv(name, *extra, **settings), stdin=subprocess.DEVNULL)
         self.processes[name] = process
-        await_true(lambda: listens(path) or process.poll() is not None)
+        until(lambda: listens(path) or process.poll() is not None, "a socket", DEADLINE_S)
         assert process.poll() is None, "QEMU did not start"
         with monitor(path):  # QEMU listens early, and answers when it is complete
             return path
@@ -89,13 +90,6 @@ def rigged() -> Iterator[Rig]:
             yield made
         finally:
             made.end()
-
-
-def await_true(test: Any, limit_s: float = 20.0) -> None:
-    end = time.monotonic() + limit_s
-    while not test():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
 
 
 def listens(path: str) -> bool:

@@ -89,7 +89,7 @@ def test_somebody_who_reads_the_fifo_lets_it_run_and_that_is_seen(two: Two) -> N
     subprocess.run(["cat", meta(found)], stdout=subprocess.DEVNULL, check=True)
     with pytest.raises(StaleError, match="another program let the guest run while it stood paused"):
         found.require_paused()
-    await_true(found.runs, "it runs")
+    await_true(found.runs, "a guest that runs")
     with pytest.raises(GuestError, match="it runs, so it is not ended"):
         found.discard("elsewhere")
     assert guest.process.poll() is None
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_failed_stands_in_the_fifo_while_its_guest_runs(two: T
     assert not found.stands() and found.runs()
     with pytest.raises(StaleError):
         found.require_paused()
-    with pytest.raises(GuestError, match="it runs"):
+    with pytest.raises(GuestError, match="a guest that runs"):
         found.discard("")
     found.resume()
     made.close()

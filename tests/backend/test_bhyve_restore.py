@@ -327,7 +327,7 @@ def test_an_interrupt_leaves_nothing(
 def test_zeros_never_run_where_we_die_before_it_is_held(guest: Arriving, step: str) -> None:
     """bhyrecv is killed and undoes nothing: bhyve ends by itself, or waits for the last page."""
     assert run_killed(guest, KILLED, step) == -signal.SIGKILL
-    await_true(lambda: not listens(guest.there.host, "g"), "no socket")
+    await_true(lambda: not listens(guest.there.host, "g"), "the end of the socket")
     assert guest.console.lines() == []
 
 
@@ -368,7 +368,7 @@ def test_it_stands_held_whatever_else_happens_to_it(guest: Arriving) -> None:
     one.load([kern(guest)], fpu(guest))
     os.kill(process_of(one).pid, signal.SIGCONT)
     process = process_of(one)
-    await_true(lambda: not is_stopped(process), "it goes on")
+    await_true(lambda: not is_stopped(process), "a process that goes on")
     assert not listens(guest.there.host, "g")
     one.release()
     guest.await_unbroken()

@@ -15,8 +15,9 @@ from bhystream.backend.qemu.sink import Opened, QemuSink
 from bhystream.backend.qemu.source import QemuSource
 from bhystream.errors import GuestError, as_error
 from bhystream.guest import PAGE_BYTES
+from support.waiting import until
 
-from .qemu_rig import SIZE, Rig, await_true, copy_memory, monitor, state_of
+from .qemu_rig import DEADLINE_S, SIZE, Rig, copy_memory, monitor, state_of
 
 HUGE = 2 << 20
 EACH = HUGE // PAGE_BYTES
@@ -99,7 +100,7 @@ def test_huge_pages_that_another_process_has_touched_are_found(pool: None) -> No
 @pytest.mark.guest
 def test_looking_at_huge_pages_takes_none(rig: Rig, pool: None) -> None:
     source = QemuSource(rig.start("here", ram=RAM))
-    await_true(lambda: list(source.touched()))
+    until(lambda: list(source.touched()), "memory", DEADLINE_S)
     source.pause()
     free = huge_pages("Free")
     found = list(source.touched())

@@ -15,8 +15,9 @@ from bhystream.backend.qemu import open_paused
 from bhystream.backend.qemu.sink import QemuSink
 from bhystream.backend.qemu.source import QemuSource
 from bhystream.errors import GuestError, IncompatibleError
+from support.waiting import until
 
-from .qemu_rig import Rig, await_true, copy_memory, monitor, state_of
+from .qemu_rig import DEADLINE_S, Rig, copy_memory, monitor, state_of
 
 pytestmark = pytest.mark.guest
 
@@ -92,7 +93,7 @@ def test_a_job_on_a_disk_is_refused_by_name(rig: Rig, start: Callable[[Ask, Rig]
     assert "id d0" in caught.value.hint
     with monitor(path) as ask:
         ask("block-job-cancel", device="d0", force=True)
-        await_true(lambda: ask("query-jobs") == [])
+        until(lambda: ask("query-jobs") == [], "the end of the job", DEADLINE_S)
     QemuSource(path).close()
 
 
@@ -101,7 +102,11 @@ def test_a_job_that_has_ended_is_no_reason(rig: Rig) -> None:
     with monitor(path) as ask:
         options = {"driver": "file", "filename": rig.path("new"), "size": 512}
         assert ask("blockdev-create", **{"job-id": "made", "options": options}) == {}
-        await_true(lambda: [job["status"] for job in ask("query-jobs")] == ["concluded"])
+        until(
+            lambda: [job["status"] for job in ask("query-jobs")] == ["concluded"],
+            "the end of the job",
+            DEADLINE_S,
+        )
     QemuSource(path).close()
 
 
@@ -176,9 +181,9 @@ def mirrored(ask: Ask, rig: Rig) -> str:
     target = image(rig, "target")
     wanted = {"target": target, "format": "raw", "sync": "full", "mode": "existing"}
     assert ask("drive-mirror", device="d0", **wanted) == {}
-    await_true(lambda: ask("query-block-jobs")[0]["ready"])
+    until(lambda: ask("query-block-jobs")[0]["ready"], "the job", DEADLINE_S)
     assert ask("block-job-complete", device="d0") == {}
-    await_true(lambda: ask("query-jobs") == [])
+    until(lambda: ask("query-jobs") == [], "the end of the job", DEADLINE_S)
     return target
 
 
@@ -248,9 +253,9 @@ def test_a_snapshot_that_was_committed_is_gone(rig: Rig) -> None:
     with monitor(path) as ask:
         snapshot(ask, rig)
         assert ask("block-commit", device="d0") == {}
-        await_true(lambda: ask("query-block-jobs")[0]["ready"])
+        until(lambda: ask("query-block-jobs")[0]["ready"], "the job", DEADLINE_S)
         assert ask("block-job-complete", device="d0") == {}
-        await_true(lambda: ask("query-jobs") == [])
+        until(lambda: ask("query-jobs") == [], "the end of the job", DEADLINE_S)
     source = QemuSource(path)
     assert source.head().config["disks"][0]["props"]["format"] == "raw"
     source.close()
@@ -376,7 +381,7 @@ def exchange(ask: Ask, device: str, **new: str) -> None:
     """Unplug a USB device, which QEMU does at once, and plug in another."""
     assert ask("device_del", id=device) == {}
     if new:
-        await_true(lambda: "error" not in ask("device_add", **new))
+        until(lambda: "error" not in ask("device_add", **new), "the device", DEADLINE_S)
 
 
 @pytest.mark.parametrize(

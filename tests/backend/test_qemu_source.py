@@ -17,8 +17,9 @@ from bhystream.backend.qemu.ram import extents
 from bhystream.backend.qemu.source import QemuSource
 from bhystream.errors import GuestError, IncompatibleError
 from bhystream.guest import PAGE_BYTES, Segment
+from support.waiting import until
 
-from .qemu_rig import SIZE, Rig, await_true, monitor
+from .qemu_rig import DEADLINE_S, SIZE, Rig, monitor
 
 pytestmark = pytest.mark.guest
 
@@ -39,7 +40,7 @@ def test_the_head_describes_guest_and_host(rig: Rig) -> None:
 @pytest.mark.parametrize("ram", ["", "memory-backend-memfd"], ids=["file", "memfd"])
 def test_untouched_pages_stay_untouched(rig: Rig, ram: str) -> None:
     source = QemuSource(rig.start("here", ram=ram))
-    await_true(lambda: list(source.touched()))
+    until(lambda: list(source.touched()), "memory", DEADLINE_S)
     source.pause()
     found = list(source.touched())
     assert found == sorted(found)

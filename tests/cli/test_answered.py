@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pytest
 
+from support.waiting import until
+
 from . import kinds
 from .kinds import ANY, matrix
-from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, Words, report, run, until
+from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, Words, report, run
 from .sshd import Sshd, free_port, listens
 from .tap import Tap
 from .travel import Host, Site, Stable, Traveller, limited

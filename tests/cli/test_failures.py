@@ -19,13 +19,15 @@ import pytest
 
 from bhystream.stream import format as fmt
 from guest import Spec, ram
+from support.processes import is_gone, process_state
+from support.waiting import until
 
 from . import kinds
 from .kinds import ANY, G4, QEMU, matrix
-from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run, until
+from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run
 from .qemu import Firmware, QemuPlace, QemuTraveller, qemu_place
 from .tap import ANY_ROUND, Tap
-from .travel import Host, Site, Traveller, is_gone, keeper_of, limited, process_state
+from .travel import Host, Site, Traveller, keeper_of, limited
 
 # After two live rounds comes the pause, whatever the guest does.
 ROUNDS = ("-f", "-r", "2")
