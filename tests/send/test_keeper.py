@@ -266,6 +266,7 @@ import syslog
 from bhystream import hypervisors
 from bhystream.send import keeper
 from bhystream.errors import GuestError
+from support.paused import Paused
 
 syslog.syslog = lambda level, text: print("log", text, flush=True)
 keeper._RETRY_SECONDS = 0.001
@@ -275,23 +276,16 @@ faults = eval(sys.argv[3])
 def say(word):
     print(word, flush=True)
 
-class Paused:
-    def is_alive(self):
-        return sys.argv[4] == "alive"
-    def clear(self):
-        say("clear")
-    def resume(self):
-        say("resume")
-        if faults:
+class Guest(Paused):
+    alive = sys.argv[4] == "alive"
+    def do(self, act, there=""):
+        say(f"{act} {there}".rstrip())
+        if act == "resume" and faults:
             raise faults.pop(0)
-    def discard(self, there):
-        say(f"discard {there}")
-    def close(self):
-        say("close")
 
 def open_paused(revive):
     say("open")
-    return Paused()
+    return Guest()
 
 if sys.argv[4] != "none":
     hypervisors.open_paused = open_paused
