@@ -12,7 +12,6 @@ import pytest
 from bhystream import hypervisors
 from bhystream.errors import EXIT_OK, GuestError, InDoubtError, RecordError, UsageError
 from bhystream.guest import DEAD, LOADED, READY, STARTED
-from bhystream.handover import state
 from bhystream.handover.answers import Answer, unpack
 from bhystream.handover.state import Lock, Records, host_id
 from bhystream.recv import query
@@ -26,9 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
-    made = Host(state.directory(), monkeypatch)
+def host(base: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    made = Host(base, monkeypatch)
     made.guest.records = made.roles["destination"]
     return made
 

@@ -22,12 +22,6 @@ MIB, MS = 1 << 20, 10**6
 
 
 @pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
-    return state.directory()
-
-
-@pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock(now_ns=10**12)
     monkeypatch.setattr(reply, "time", made)

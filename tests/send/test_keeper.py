@@ -21,7 +21,6 @@ import bhystream
 from bhystream.backend.process import identify
 from bhystream.errors import GuestError
 from bhystream.guest import GO, HELD, MOVED, PAUSED
-from bhystream.handover import state
 from bhystream.handover.state import Lock, Record, Records
 from bhystream.send import keeper
 from bhystream.send.keeper import Keeper
@@ -44,17 +43,6 @@ REVIVE = {
 }
 RUNS_ON = "guest web1: bhysend is gone; the guest runs on here; it was paused for"
 RECORD = Record("a" * 32, "web1", "qemu:/web1", "lock-1", PAUSED, REVIVE)
-
-
-@pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
-    return state.directory()
-
-
-@pytest.fixture
-def records(base: Path) -> Records:
-    return Records(base, "source")
 
 
 @pytest.fixture

@@ -33,12 +33,6 @@ from support.third_stage import (
     start,
 )
 
-
-@pytest.fixture
-def records(base: Path) -> Records:
-    return Records(base, "source")
-
-
 # No bhysend, but a record.
 
 ELSEWHERE = line("HELLO", "hv3/b2", "/d")

@@ -32,12 +32,6 @@ from support.third_stage import (
     start,
 )
 
-
-@pytest.fixture
-def records(base: Path) -> Records:
-    return Records(base, "source")
-
-
 # With a bhysend.
 
 
