@@ -213,7 +213,7 @@ def test_a_bhyve_that_never_comes_to_its_last_write_is_told_and_can_be_ended(
     two.here.settings(fail=["hold-hang"])
     found = open_paused(record)
     asked(two, found)
-    await_true(found._vcpus_stand, "the pause")
+    await_true(lambda: len(two.here.waiting("g")) == 2, "the pause")
     with pytest.raises(UnansweredError):
         found.resume()
     made.close()

@@ -130,7 +130,7 @@ def test_pages_that_were_data_and_are_zero_are_zero(guest: Arriving) -> None:
     sink = guest.sink()
     targets = guest.open(sink)
     npages = guest.head.layout.npages
-    touched = next(first for first, _ in guest._touched(guest.image, None, 0, npages))
+    touched = next(first for first, _ in guest.touched(guest.image, None, 0, npages))
     last = npages - 1
     for page in (touched + 7, npages - 2, last, 12345):
         extent = page.to_bytes(8, "little") + (1).to_bytes(4, "little")

@@ -15,6 +15,7 @@ from bhystream.backend.bhyve import fpu, opened, paused, ready, rehearsal, snaps
 from bhystream.backend.bhyve.checkpoint import Checkpoint, UnansweredError, settle
 from bhystream.backend.bhyve.journal import Journal
 from bhystream.backend.bhyve.lent import NotPutBackError
+from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.errors import GuestEndedError, GuestError, IncompatibleError
@@ -125,7 +126,7 @@ def test_a_vcpu_that_stopped_since_is_seen(
     two.start()
     made = two.source()
     prepared = made.prepare(ID) if when == "pause" else None
-    monkeypatch.setattr(type(made._opened.memory), "waiting_vcpus", lambda self: frozenset({1}))
+    monkeypatch.setattr(Memory, "waiting_vcpus", lambda self: frozenset({1}))
     asks = []
     monkeypatch.setattr(Checkpoint, "request", lambda *words: asks.append(words))
     with pytest.raises(IncompatibleError, match="vcpus: 1 of 2"):
@@ -146,7 +147,7 @@ def test_a_guest_that_somebody_else_stops_just_then_is_let_alone(
     made, record = two.prepared()
     everyone = frozenset({0, 1})
     with monkeypatch.context() as patch:
-        patch.setattr(type(made._opened.memory), "waiting_vcpus", lambda self: everyone)
+        patch.setattr(Memory, "waiting_vcpus", lambda self: everyone)
         patch.setattr(StandinVm, "waiting_vcpus", lambda self: everyone)
         with pytest.raises(IncompatibleError, match="vcpus: 0, 1 of 2"):
             made.pause()

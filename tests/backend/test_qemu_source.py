@@ -13,6 +13,7 @@ import pytest
 
 from bhystream.backend.process import end_process, identify, is_alive
 from bhystream.backend.qemu import qmp
+from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.ram import extents
 from bhystream.backend.qemu.source import QemuSource
 from bhystream.errors import GuestError, IncompatibleError
@@ -191,14 +192,14 @@ def test_without_the_library_the_cure_is_named(rig: Rig, monkeypatch: pytest.Mon
 
 
 def test_a_command_has_a_time_limit(rig: Rig) -> None:
-    source = QemuSource(rig.start("here"))
+    connection = Qmp(rig.start("here"), "guest here")
     rig.processes["here"].send_signal(signal.SIGSTOP)
     with pytest.raises(GuestError, match=r"did not answer query-status in 0\.2 s"):
-        source._opened.qmp.execute("query-status", doing="ask", limit_s=0.2)
+        connection.execute("query-status", doing="ask", limit_s=0.2)
     rig.processes["here"].send_signal(signal.SIGCONT)
     # The late answer is dropped, and the connection still works.
-    assert source._opened.qmp.execute("query-status", doing="ask")["running"]
-    source.close()
+    assert connection.execute("query-status", doing="ask")["running"]
+    connection.close()
 
 
 def test_signals_set_flags_and_interrupt_nothing(rig: Rig) -> None:
@@ -221,10 +222,10 @@ def test_signals_set_flags_and_interrupt_nothing(rig: Rig) -> None:
 
 
 def test_an_error_of_qemu_says_what_could_not_be_done(rig: Rig) -> None:
-    source = QemuSource(rig.start("here"))
+    connection = Qmp(rig.start("here"), "guest here")
     with pytest.raises(GuestError, match=r"^guest here: cannot frob: The command nix"):
-        source._opened.qmp.execute("nix", doing="frob")
-    source.close()
+        connection.execute("nix", doing="frob")
+    connection.close()
 
 
 def test_a_daemonized_qemu_is_found(rig: Rig) -> None:

@@ -158,7 +158,7 @@ def test_a_unit_is_judged_by_what_starts_it_again(
         return None if shown is None else SHOWN | dict(shown)
 
     monkeypatch.setattr(supervisors, "show", show)
-    found = supervisors._unit_reason(Unit(unit), {QEMU, 900})
+    found = supervisors.unit_reason(Unit(unit), {QEMU, 900})
     assert why in found
     assert bool(found) == bool(why)
     if why:

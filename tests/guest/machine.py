@@ -309,14 +309,14 @@ def _private_directory() -> tuple[Path, int]:
     base = Path("/dev/shm")
     if not os.access(base, os.W_OK | os.X_OK):
         base = Path(tempfile.gettempdir())
-    _remove_abandoned(base)
+    remove_abandoned(base)
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     fcntl.flock(fd, fcntl.LOCK_EX)
     return directory, fd
 
 
-def _remove_abandoned(base: Path) -> None:
+def remove_abandoned(base: Path) -> None:
     """Remove our directories whose owner has ended: old ones that no process has locked."""
     for directory in base.glob(_PREFIX + "*"):
         try:

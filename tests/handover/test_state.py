@@ -399,10 +399,10 @@ def test_a_record_that_cannot_be_read_is_named(base: Path, records: Records) -> 
 
 
 def test_a_record_that_vanishes_meanwhile_is_none(
-    records: Records, monkeypatch: pytest.MonkeyPatch
+    base: Path, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records.write(RECORD)
-    glob = list(Path.glob(records._dir, "*.json"))
+    glob = list((base / "source").glob("*.json"))
     monkeypatch.setattr(Path, "glob", lambda *_: glob)
     records.remove(ID)
     assert records.all() == []

@@ -43,8 +43,9 @@ class Keeper:
     def is_alive(self) -> bool:
         return True
 
-    def dismiss(self) -> None:
+    def dismiss(self) -> int:
         self.dismissed += 1
+        return 0
 
 
 class Guest(Paused):

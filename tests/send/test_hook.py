@@ -99,7 +99,7 @@ def test_a_keyboard_interrupt_does_not_reach_it() -> None:
     # The command has a process group of its own: bhysend handles a Ctrl-C, and calls kill().
     hook = run("kill -STOP $$")
     try:
-        assert os.getpgid(hook._process.pid) == hook._process.pid
+        assert os.getpgid(hook.group) == hook.group
     finally:
         hook.kill()
 
@@ -112,7 +112,7 @@ def test_kill_ends_the_whole_group(tmp_path: Path) -> None:
     child = int(line_in(tmp_path / "child"))
     hook.kill()
     assert is_gone(child, 10)
-    assert is_gone(hook._process.pid, 10)
+    assert is_gone(hook.group, 10)
 
 
 def test_kill_after_the_end_is_no_error() -> None:

@@ -60,8 +60,7 @@ def test_a_dismissed_keeper_ends_and_does_nothing(
 ) -> None:
     made = Keeper(base, RECORD, lock)
     records.write(RECORD)
-    made.dismiss()
-    assert made._process.returncode == 0
+    assert made.dismiss() == 0
     assert records.all() == [RECORD]
     made.dismiss()  # a second call is no error
     assert capfd.readouterr().err == ""
@@ -75,8 +74,8 @@ def test_starting_one_records_nothing(base: Path, records: Records, lock: Lock) 
 
 def test_a_keeper_that_is_dead_already_is_dismissed(base: Path, lock: Lock) -> None:
     made = Keeper(base, RECORD, lock)
-    made._process.kill()
-    made._process.wait()
+    os.kill(made.pid, signal.SIGKILL)
+    assert is_gone(made.pid, 60)
     made.dismiss()
 
 
@@ -85,14 +84,14 @@ def test_a_keeper_that_does_not_end_is_ended(
 ) -> None:
     made = Keeper(base, RECORD, lock)
     assert made.is_alive()
-    made._process.send_signal(signal.SIGSTOP)
+    os.kill(made.pid, signal.SIGSTOP)
     monkeypatch.setattr(keeper, "_END_SECONDS", 0.2)
     try:
-        made.dismiss()
-        assert made._process.returncode == -signal.SIGKILL
+        assert made.dismiss() == -signal.SIGKILL
         assert not made.is_alive()
     finally:
-        made._process.kill()
+        if made.is_alive():
+            os.kill(made.pid, signal.SIGKILL)
 
 
 def test_a_keeper_survives_what_ends_a_pipeline(
@@ -108,17 +107,16 @@ def test_a_keeper_survives_what_ends_a_pipeline(
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
     for number in numbers:
-        made._process.send_signal(number)
-    made.dismiss()
-    assert made._process.returncode == 0
+        os.kill(made.pid, number)
+    assert made.dismiss() == 0
     assert capfd.readouterr().err == ""
 
 
 def test_a_keeper_has_its_own_session_and_pins_no_directory(base: Path, lock: Lock) -> None:
     made = Keeper(base, RECORD, lock)
     try:
-        assert os.getsid(made._process.pid) == made._process.pid
-        assert os.readlink(f"/proc/{made._process.pid}/cwd") == "/"
+        assert os.getsid(made.pid) == made.pid
+        assert os.readlink(f"/proc/{made.pid}/cwd") == "/"
     finally:
         made.dismiss()
 
@@ -130,7 +128,7 @@ def test_a_keeper_inherits_the_lock_and_nothing_else(base: Path, lock: Lock) -> 
         os.set_inheritable(fd, True)
     made = Keeper(base, RECORD, lock)
     try:
-        directory = f"/proc/{made._process.pid}/fd"
+        directory = f"/proc/{made.pid}/fd"
         found = {int(name): os.readlink(f"{directory}/{name}") for name in os.listdir(directory)}
     finally:
         made.dismiss()
@@ -180,7 +178,7 @@ record = Record("a" * 32, "web1", "qemu:/web1", "lock-1", "paused", json.loads(s
 keeper = Keeper(base, record, Lock(base, record.lock, "guest web1"))
 for phase in sys.argv[2:]:
     Records(base, "source").write(record.with_phase(phase))
-print(keeper._process.pid, flush=True)
+print(keeper.pid, flush=True)
 sys.stdin.read()
 """
 
