@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,8 @@ from bhystream.errors import BhyError, GuestEndedError, GuestError, StaleError
 from bhystream.guest import Json
 from standin.rig import await_true
 
-from .bhyve_rig import ID, Two, require_sink, two_hosts
+from .bhyve_rig import ID, Two, require_sink
 from .revived import open_paused
-
-
-@pytest.fixture(params=[4, 5], ids=["G4", "G5"])
-def two(request: pytest.FixtureRequest) -> Iterator[Two]:
-    with two_hosts(generation=request.param) as made:
-        yield made
 
 
 @pytest.fixture
