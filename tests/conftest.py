@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bhystream.handover import state
+from bhystream.handover.state import Records
 from support.memory_source import seeded
 
 # Some tests run parts of other tests in a separate process.
@@ -49,6 +50,12 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir="/tmp") as made:
         monkeypatch.setenv("BHYSEND_STATE_DIR", f"{made}/s")
         yield state.directory()
+
+
+@pytest.fixture
+def records(base: Path) -> Records:
+    """Open the records of the source."""
+    return Records(base, "source")
 
 
 @pytest.fixture

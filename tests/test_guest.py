@@ -111,7 +111,7 @@ def test_an_abandoned_directory_is_removed_and_a_locked_one_is_not(
     (abandoned / "ram").touch()
     with ram.opened(owned, os.O_RDONLY) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        machine._remove_abandoned(tmp_path)
+        machine.remove_abandoned(tmp_path)
     assert not abandoned.exists()
     assert owned.exists()
 

@@ -18,7 +18,8 @@ from bhystream import report
 from bhystream.errors import GuestError, InternalError
 from bhystream.report import Console, Progress, printable
 from bhystream.units import NS, duration, size
-from support.memory_source import wait_until_full
+from support.clock import Clock
+from support.waiting import wait_until_full
 
 
 @pytest.mark.parametrize(
@@ -181,25 +182,31 @@ def test_the_line_of_progress_has_the_width_of_its_own_terminal(
 # Progress.
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(report, "time", made)
+    return made
+
+
 def progress(*, verbose: bool = False, machine: bool = False) -> Progress:
     made = Progress(Console("bhysend"), "web1", 1000, verbose=verbose, machine=machine)
     made.round, made.done_pages, made.sent_pages, made.sent_bytes = 2, 250, 100, 5 << 20
     return made
 
 
-def test_the_machines_line_has_the_fields_of_the_page() -> None:
+def test_the_machines_line_has_the_fields_of_the_page(clock: Clock) -> None:
     made = progress()
-    start_ns = made._start_ns
-    assert made.fields(start_ns + 77) == "progress\tround\t2\t250\t1000\t100\t5242880\t77\t-1"
+    assert made.fields(clock.now_ns + 77) == "progress\tround\t2\t250\t1000\t100\t5242880\t77\t-1"
     made.predicted_ns = 5
-    assert made.fields(start_ns).endswith("\t0\t5")
+    assert made.fields(clock.now_ns).endswith("\t0\t5")
 
 
-def test_the_line_for_people() -> None:
+def test_the_line_for_people(clock: Clock) -> None:
     made = progress()
     made.predicted_ns = 43_000_000
     made.work_done, made.work_total = 100, 400
-    assert made.line(made._start_ns + NS) == (
+    assert made.line(clock.now_ns + NS) == (
         "guest web1: round 2: 25%, 5.0 MiB/s, 3.00 s left, pause 43 ms; "
         "400.0 KiB in it, 5.0 MiB in all, 1.00 s"
     )
@@ -216,60 +223,45 @@ def test_the_line_for_people() -> None:
         (61, "guest web1: round 2: 25%, 5.0 MiB/s, 3.00 s left, pause 43 ms"),
     ],
 )
-def test_the_bar_takes_what_the_measures_leave(columns: int, line: str) -> None:
+def test_the_bar_takes_what_the_measures_leave(clock: Clock, columns: int, line: str) -> None:
     made = progress()
     made.predicted_ns = 43_000_000
     made.work_done, made.work_total = 100, 400
-    assert made.short_line(made._start_ns + NS, columns) == line
+    assert made.short_line(clock.now_ns + NS, columns) == line
     assert len(line) <= columns
 
 
-def test_a_long_name_leaves_room_for_the_measures() -> None:
+def test_a_long_name_leaves_room_for_the_measures(clock: Clock) -> None:
     made = progress()
     made.guest = "a" * 64
     made.predicted_ns = 12_340_000_000
     made.work_done, made.work_total, made.phase = 1, 100, "paused, round"
-    line = made.short_line(made._start_ns + NS, 80 - len("bhysend: ") - 1)
+    line = made.short_line(clock.now_ns + NS, 80 - len("bhysend: ") - 1)
     assert len(line) <= 70
     assert line.endswith("a..: paused, round 2: 1%, 5.0 MiB/s, 99.00 s left, pause 12.34 s")
 
 
-def test_work_is_counted_and_not_a_place_in_memory() -> None:
+def test_work_is_counted_and_not_a_place_in_memory(clock: Clock) -> None:
     """Half of the memory may be a hole, which takes no time; only -P shows the place."""
     made = progress()
     made.done_pages, made.work_done, made.work_total = 999, 1, 2
     assert made.share == 0.5
-    assert "999" in made.fields(made._start_ns).split("\t")
+    assert "999" in made.fields(clock.now_ns).split("\t")
     made.enter("round", 3)
     assert (made.share, made.done_pages, made.sent_pages) == (0.0, 0, 0)
 
 
-def test_without_work_that_is_known_nothing_is_said_of_it() -> None:
+def test_without_work_that_is_known_nothing_is_said_of_it(clock: Clock) -> None:
     made = progress()
-    assert made.short_line(made._start_ns + NS, 200) == "guest web1: round 2: 5.0 MiB/s"
+    assert made.short_line(clock.now_ns + NS, 200) == "guest web1: round 2: 5.0 MiB/s"
 
 
-def test_a_line_of_nothing_divides_by_nothing() -> None:
+def test_a_line_of_nothing_divides_by_nothing(clock: Clock) -> None:
     made = Progress(Console("bhysend"), "web1", 0)
     assert made.share == 0.0
-    assert "round 0: 0.0" not in made.line(made._start_ns)
+    assert "round 0: 0.0" not in made.line(clock.now_ns)
     made.work_total = 1
-    assert " 0%" in made.line(made._start_ns)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_ns = 0
-
-    def monotonic_ns(self) -> int:
-        return self.now_ns
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(report, "time", made)
-    return made
+    assert " 0%" in made.line(clock.now_ns)
 
 
 @pytest.mark.parametrize(

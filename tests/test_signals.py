@@ -13,7 +13,7 @@ import pytest
 
 from bhystream.errors import DowntimeError, InputOutputError
 from bhystream.signals import Interrupted, Signals
-from support.memory_source import wait_until_full
+from support.waiting import wait_until_full
 
 INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 STOPS = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)

@@ -151,7 +151,7 @@ class Arriving:
         """Place the pages of an image, or only those that differ from an earlier image."""
         base = 0
         for segment, target in zip(self.head.layout.segments, targets, strict=True):
-            for first, end in self._touched(image, before, base, segment.npages):
+            for first, end in self.touched(image, before, base, segment.npages):
                 listed, pages = bytearray(), bytearray()
                 for page in range(first, end):
                     data, old = read_page(image, page), before and read_page(before, page)
@@ -164,9 +164,10 @@ class Arriving:
             base += segment.npages
 
     @staticmethod
-    def _touched(
+    def touched(
         image: Path, before: Path | None, base: int, npages: int
     ) -> Iterator[tuple[int, int]]:
+        """Yield the extents of pages that are no hole in either of two images of the memory."""
         for path in (image, *([before] if before else [])):
             with path.open("rb") as file:
                 start, end = base * PAGE_BYTES, (base + npages) * PAGE_BYTES

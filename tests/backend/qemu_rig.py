@@ -13,8 +13,7 @@ import os
 import socket
 import subprocess
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,13 @@ from bhystream.backend.qemu.sink import QemuSink
 from bhystream.backend.qemu.source import QemuSource
 from bhystream.guest import PAGE_BYTES
 from bhystream.stream import format as fmt
+from support.waiting import until
 
-SIZE = 64 << 20
+MIB = 1 << 20
+SIZE = 64 * MIB
+DEADLINE_S = 20.0
+
+Ask = Callable[..., Any]
 
 
 class Rig:
@@ -61,7 +65,7 @@ class Rig:
         path = self.path(f"{name}.qmp")
         process = subprocess.Popen(self.argv(name, *extra, **settings), stdin=subprocess.DEVNULL)
         self.processes[name] = process
-        await_true(lambda: listens(path) or process.poll() is not None)
+        until(lambda: listens(path) or process.poll() is not None, "a socket", DEADLINE_S)
         assert process.poll() is None, "QEMU did not start"
         with monitor(path):  # QEMU listens early, and answers when it is complete
             return path
@@ -89,13 +93,6 @@ def rigged() -> Iterator[Rig]:
             yield made
         finally:
             made.end()
-
-
-def await_true(test: Any, limit_s: float = 20.0) -> None:
-    end = time.monotonic() + limit_s
-    while not test():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
 
 
 def listens(path: str) -> bool:
@@ -170,3 +167,40 @@ def strings(value: object) -> Iterator[str]:
             yield from strings(each)
     elif isinstance(value, str):
         yield value
+
+
+def image(rig: Rig, name: str, kind: str = "raw", size: int = 8 * MIB, backing: str = "") -> str:
+    """Make a disk image; a raw one is full of data, so that a job on it takes long."""
+    path = rig.path(name)
+    if kind == "raw":
+        Path(path).write_bytes(os.urandom(MIB) * (size // MIB))
+        return path
+    sized = ["-b", backing, "-F", "raw", path] if backing else [path, str(size)]
+    subprocess.run(["qemu-img", "create", "-q", "-f", kind, *sized], check=True)
+    return path
+
+
+def disk(path: str, kind: str = "raw") -> tuple[str, ...]:
+    drive = f"if=none,id=d0,file={path},format={kind}"
+    return "-drive", drive, "-device", "virtio-blk-pci,drive=d0,id=vd0"
+
+
+def node(path: str, kind: str = "raw") -> tuple[str, ...]:
+    file = f"driver=file,filename={path},node-name=f0"
+    device = "virtio-blk-pci,drive=n0,id=vd0"
+    above = f"driver={kind},node-name=n0,file=f0"
+    return "-blockdev", file, "-blockdev", above, "-device", device
+
+
+def cdrom(path: str = "") -> tuple[str, ...]:
+    drive = "if=none,id=cd0,media=cdrom,readonly=on" + (f",format=raw,file={path}" if path else "")
+    return "-drive", drive, "-device", "ide-cd,drive=cd0,id=ide0"
+
+
+def export(ask: Ask, rig: Rig) -> None:
+    """Export the one disk of a guest, as a backup program does."""
+    server = {"type": "unix", "data": {"path": rig.path("nbd")}}
+    assert ask("nbd-server-start", addr=server) == {}
+    [drive] = ask("query-block")
+    name = drive["inserted"]["node-name"]
+    assert ask("block-export-add", **{"type": "nbd", "id": "backup", "node-name": name}) == {}

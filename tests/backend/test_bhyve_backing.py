@@ -126,10 +126,8 @@ def test_disks_and_cards_are_told(host: Rig) -> None:
 
 def test_a_disk_is_told_as_its_guest_sees_it(host: Rig) -> None:
     device = {"can_delete": True, "is_device": True}
-    host.settings(disks={str(host.directory / name): device for name in "ab"})
-    host.settings(
-        disks={**host._settings["disks"], str(host.directory / "cd"): {"can_delete": True}}
-    )
+    disks = {str(host.directory / name): device for name in "ab"}
+    host.settings(disks={**disks, str(host.directory / "cd"): {"can_delete": True}})
     keys = ("pci.0.3.0.sectorsize=4096/8192", "pci.0.3.0.ro=on")
     nodelete = ("pci.0.4.0.port.0.nodelete=yes", "pci.0.4.0.port.1.nodelete=yes")
     found = backing.described(host.host, config(host, *keys, *nodelete))["disks"]

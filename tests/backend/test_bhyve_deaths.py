@@ -25,12 +25,6 @@ from .revived import open_paused
 ALL = tuple(point for point in POINTS if point != "rehearsing")
 
 
-@pytest.fixture(params=[4, 5], ids=["G4", "G5"])
-def two(request: pytest.FixtureRequest) -> Iterator[Two]:
-    with two_hosts(generation=request.param) as made:
-        yield made
-
-
 def killed(two: Two, point: str) -> Json:
     """Run a bhysend that is killed at a point; return its record, {} if it printed none."""
     words = [sys.executable, "-m", "backend.bhyve_child", str(two.base), str(two.config()), point]

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess
 
@@ -14,6 +13,7 @@ import pytest
 
 from bhystream.handover import answers
 from support import streams
+from support.waiting import until
 
 from .snapshot_files import MEMORY, made, names, text_of
 
@@ -151,10 +151,8 @@ def test_an_interrupt_leaves_nothing(host: Host, number: signal.Signals) -> None
     assert child.stdin is not None and child.stderr is not None
     child.stdin.write(stream[:-64])
     child.stdin.flush()
-    deadline = time.monotonic() + SECONDS
-    while not names(host.there):
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
+    until(lambda: names(host.there) or child.poll() is not None, "a file", SECONDS)
+    assert names(host.there)
     child.send_signal(number)
     said = child.stderr.read()
     assert child.wait(SECONDS) == 75, said

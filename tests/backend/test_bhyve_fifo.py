@@ -76,7 +76,7 @@ def test_a_writer_stands_in_it_until_it_is_read(path: Path) -> None:
     text = json.dumps({"devices": ["x" * 2000]}).encode()
     anchor = fifo.arm(path, size)
     thread = writer(path, text)
-    await_true(lambda: fifo.pending(path) == size, "never full")
+    await_true(lambda: fifo.pending(path) == size, "a full FIFO")
     assert thread.is_alive()
     found, is_over = fifo.drain(path, 0.0)
     assert not is_over  # the anchor has the FIFO open to write, too
@@ -91,7 +91,7 @@ def test_what_is_written_behind_the_filling_is_read_whole(path: Path) -> None:
     text = json.dumps({"devices": ["x" * 2000]}).encode()
     anchor = fifo.arm(path, size)
     thread = writer(path, text)
-    await_true(lambda: fifo.pending(path) == size, "never full")
+    await_true(lambda: fifo.pending(path) == size, "a full FIFO")
 
     def close() -> None:
         thread.join()

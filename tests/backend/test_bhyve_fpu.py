@@ -457,7 +457,7 @@ def test_only_the_saving_stub_has_an_out() -> None:
         ends = [
             stub.assemble(at, rows)
             for is_save in (True, False)
-            for at, rows in stub._routines(is_save=is_save, has_xsave=has_xsave)
+            for at, rows in stub.routines(is_save=is_save, has_xsave=has_xsave)
         ]
         half = len(ends) // 2
         assert sum(b"\xe6\xf4" in code for code in ends[:half]) == 2

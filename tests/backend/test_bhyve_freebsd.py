@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import struct
@@ -14,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import xxhash
 
-from bhystream.backend.bhyve import freebsd, freebsd_disk, freebsd_kld, freebsd_text, libc, vmconf
+from bhystream.backend.bhyve import freebsd, freebsd_text, libc, vmconf
 from bhystream.backend.bhyve.freebsd import FreeBsdHost
 from bhystream.backend.bhyve.freebsd_text import Mount
 from bhystream.backend.bhyve.freebsd_vm import FreeBsdVm, cut, dirty_request, pieces, walk
-from bhystream.backend.bhyve.host import Disk, MemoryMap
+from bhystream.backend.bhyve.host import MemoryMap
 from bhystream.errors import GuestError
 
 GIB = 1 << 30
@@ -350,199 +348,6 @@ def test_memory_that_zfs_gives_back_counts_as_free(
     found = MEMORY | {f"kstat.zfs.misc.arcstats.{key}": value for key, value in arc.items()}
     monkeypatch.setattr(libc, "sysctl", found.get)
     assert FreeBsdHost.__new__(FreeBsdHost).free_memory_bytes() == free_bytes
-
-
-# ---- the kernel linker
-
-
-class Linker:
-    """kldfind(2), kldsym(2) and kldstat(2) of a kernel with these files and their symbols."""
-
-    def __init__(self, files: dict[str, set[str]], *, denies: bool = False) -> None:
-        self.files = files
-        self.denies = denies
-
-    def _named(self, file: int) -> set[str]:
-        if file == 0:
-            return set().union(*self.files.values())
-        return [*self.files.values()][file - 1]
-
-    def kldfind(self, name: bytes) -> int:
-        names = [*self.files]
-        return names.index(name.decode()) + 1 if name.decode() in names else -1
-
-    def kldsym(self, file: int, command: int, data: Any) -> int:
-        lookup = data._obj
-        assert (command, lookup.version) == (1, 32)
-        if self.denies:
-            ctypes.set_errno(errno.EPERM)
-            return -1
-        if lookup.symname.decode() not in self._named(file):
-            ctypes.set_errno(errno.ENOENT)
-            return -1
-        return 0
-
-    def kldstat(self, file: int, data: Any) -> int:
-        found = data._obj
-        assert found.version == 2080
-        found.pathname = f"/boot/modules/{[*self.files][file - 1]}".encode()
-        return 0
-
-
-BOTH = {"vm_snapshot_req", "vm_get_topology"}
-
-
-@pytest.mark.parametrize(
-    ("files", "can"),
-    [
-        ({"kernel": {"panic"}, "vmm.ko": BOTH}, True),
-        ({"kernel": {"panic", "vm_snapshot_req"}, "vmm.ko": {"vm_get_topology"}}, False),
-        ({"kernel": BOTH}, True),
-        ({"kernel": {"vm_get_topology"}}, False),
-        ({"kernel": {"panic"}}, None),
-        ({"kernel": BOTH, "vmm.ko": set()}, None),
-    ],
-)
-def test_snapshots_are_seen_by_a_symbol_of_the_vmm_that_is_loaded(
-    files: dict[str, set[str]], can: bool | None
-) -> None:
-    assert freebsd_kld.can_snapshot(Linker(files)) is can
-
-
-def test_symbols_that_may_not_be_asked_for_are_not_missing() -> None:
-    assert freebsd_kld.can_snapshot(Linker({"vmm.ko": BOTH}, denies=True)) is None
-
-
-def test_the_structures_of_the_linker_have_the_kernels_sizes() -> None:
-    assert ctypes.sizeof(freebsd_kld.SymLookup) == 32
-    assert ctypes.sizeof(freebsd_kld.FileStat) == 2080
-    assert freebsd_kld.FileStat.pathname.offset == 1056
-
-
-def test_the_module_is_hashed_where_it_was_loaded_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    linker = Linker({"kernel": set(), "vmm.ko": BOTH})
-    monkeypatch.setattr(freebsd_kld, "_libc", lambda: linker)
-    assert freebsd_kld.path(freebsd_kld.file_id("vmm.ko")) == "/boot/modules/vmm.ko"
-    module = tmp_path / "vmm.ko"
-    module.write_bytes(b"code")
-    monkeypatch.setattr(freebsd_kld, "path", lambda file: str(module))
-    host = FreeBsdHost.__new__(FreeBsdHost)
-    assert host.module_hash() == xxhash.xxh3_128_hexdigest(b"code")
-    del linker.files["vmm.ko"]
-    assert host.module_hash() == ""
-
-
-# ---- disks and interfaces
-
-
-def test_the_ioctls_of_disks_have_the_kernels_numbers() -> None:
-    assert freebsd_disk.DIOCGSECTORSIZE == 0x40046480
-    assert freebsd_disk.DIOCGMEDIASIZE == 0x40086481
-    assert freebsd_disk.DIOCGATTR == 0xC148648E
-    assert freebsd_disk.SIOCGIFMTU == 0xC0206933
-    assert ctypes.sizeof(freebsd_disk.Attribute) == 328
-    assert freebsd_disk.Attribute.value.offset == 72
-
-
-def geom(monkeypatch: pytest.MonkeyPatch, size: int, sector: int, can_delete: int | None) -> None:
-    """Let each character device answer as a disk.  can_delete: None if it knows no attribute."""
-
-    def ioctl(fd: int, request: int, argument: object) -> object:
-        if request == freebsd_disk.DIOCGMEDIASIZE:
-            return struct.pack("<q", size)
-        if request == freebsd_disk.DIOCGSECTORSIZE:
-            return struct.pack("<I", sector)
-        assert request == freebsd_disk.DIOCGATTR and isinstance(argument, freebsd_disk.Attribute)
-        assert (argument.name, argument.len) == (b"GEOM::candelete", 4)
-        if can_delete is None:
-            raise OSError(errno.ENOIOCTL if hasattr(errno, "ENOIOCTL") else errno.EINVAL, "")
-        argument.value[0] = can_delete
-        return 0
-
-    monkeypatch.setattr(fcntl, "ioctl", ioctl)
-
-
-@pytest.mark.parametrize(("attribute", "can"), [(1, True), (0, False), (None, False)])
-def test_a_device_is_asked_for_size_sectors_and_deletion(
-    monkeypatch: pytest.MonkeyPatch, attribute: int | None, can: bool
-) -> None:
-    geom(monkeypatch, 1 << 40, 4096, attribute)
-    assert freebsd_disk.disk("/dev/zero") == Disk(1 << 40, 4096, can, True, is_device=True)
-
-
-@pytest.mark.parametrize(("size", "sector"), [(0, 512), (512, 0)])
-def test_a_device_on_which_bhyve_ends_is_no_disk(
-    monkeypatch: pytest.MonkeyPatch, size: int, sector: int
-) -> None:
-    geom(monkeypatch, size, sector, 1)
-    assert freebsd_disk.disk("/dev/zero") is None
-
-
-def test_a_device_that_is_no_disk_a_directory_and_a_fifo_are_none(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    for path in ("/dev/null", str(tmp_path), str(tmp_path / "fifo"), str(tmp_path / "none")):
-        assert freebsd_disk.disk(path) is None
-
-
-@pytest.mark.parametrize("deallocates", [1, 0, None])
-def test_a_file_deletes_where_its_file_system_makes_holes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deallocates: int | None
-) -> None:
-    def fpathconf(fd: int, name: int) -> int:
-        assert name == 65
-        if deallocates is None:
-            raise OSError(errno.EINVAL, "")
-        return deallocates
-
-    monkeypatch.setattr(os, "fpathconf", fpathconf)
-    path = tmp_path / "disk"
-    path.write_bytes(bytes(12345))
-    found = freebsd_disk.disk(str(path))
-    assert found is not None and not found.is_device
-    assert (found.size_bytes, found.sector_bytes, found.can_delete) == (
-        12345,
-        512,
-        deallocates == 1,
-    )
-
-
-def test_a_file_that_cannot_be_opened_to_be_written_is_read_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "disk"
-    path.touch()
-
-    def open_(path: str, flags: int) -> int:
-        if flags & os.O_ACCMODE != os.O_RDONLY:
-            raise OSError(errno.EROFS, "")
-        return os_open(path, flags)
-
-    os_open = os.open
-    monkeypatch.setattr(os, "open", open_)
-    found = freebsd_disk.disk(str(path))
-    assert found is not None and not found.is_writable
-
-
-def test_an_mtu_is_asked_of_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ioctl(fd: object, request: int, argument: bytes) -> bytes:
-        assert request == freebsd_disk.SIOCGIFMTU and len(argument) == 32
-        if argument[:16].rstrip(b"\0") != b"tap0":
-            raise OSError(errno.ENXIO, "")
-        return argument[:16] + struct.pack("<i", 9000) + bytes(12)
-
-    monkeypatch.setattr(fcntl, "ioctl", ioctl)
-    host = FreeBsdHost.__new__(FreeBsdHost)
-    assert host.mtu("tap0") == 9000 and host.mtu("tap1") is None
-    with pytest.raises(GuestError, match="no name of an interface"):
-        host.mtu("../tap0")
-
-
-def test_an_ng_device_is_a_node_and_no_interface(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/ngd3")
-    host = FreeBsdHost.__new__(FreeBsdHost)
-    assert host.has_tap("ngd3") and not host.has_tap("ngd4")
 
 
 # ---- mappings of several pieces

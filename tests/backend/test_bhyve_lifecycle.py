@@ -22,9 +22,11 @@ from bhystream.errors import GuestEndedError
 from bhystream.guest import PAUSED
 from bhystream.handover import verbs
 from bhystream.handover.state import Record, Records
-from cli.pipeline import Ended, Pipeline, report, until
-from cli.travel import fifo, is_gone, processes_with
+from cli.pipeline import Ended, Pipeline, report
+from cli.travel import fifo, processes_with
 from standin.rig import Spec, assert_unbroken, await_true
+from support.processes import is_gone
+from support.waiting import until
 
 from .bhyve_rig import ID, Two, require_sink, small_tmpfs, two_hosts
 

@@ -57,7 +57,7 @@ def test_a_restore_that_takes_too_long_is_ended_and_never_ran(guest: Arriving) -
     guest.there.settings(fail=["slow-restore"])
     one = hold(guest)
     one.load([kern(guest)], fpu(guest))
-    one._limit_s = 0.0
+    one.limit_s = 0.0
     with pytest.raises(GuestError, match="bhyve -r: the guest is not restored after"):
         one.release()
     assert not one.may_have_run

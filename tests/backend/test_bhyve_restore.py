@@ -35,13 +35,29 @@ from bhystream.guest import State
 from bhystream.standin.kernel import StandinHost
 from standin.rig import Spec, await_true
 
-from .arriving import Arriving, again, arriving, fpu, hold, is_clean, kern, process_of, restore_of
+from .arriving import (
+    Arriving,
+    again,
+    arriving,
+    fpu,
+    hold,
+    is_clean,
+    kern,
+    process_of,
+    restore_of,
+    restored_of,
+)
 
 
 @pytest.fixture
 def guest() -> Iterator[Arriving]:
     with arriving() as made:
         yield made
+
+
+def config_of(guest: Arriving) -> Path:
+    """Return the path of the configuration that bhyve -r reads."""
+    return Path(f"{restored_of(guest).files.memory}.conf")
 
 
 def fails(guest: Arriving, message: str, kind: type[GuestError] = GuestError) -> None:
@@ -101,14 +117,14 @@ def test_no_byte_of_the_marks_is_left(guest: Arriving) -> None:
     one = made.hold(len(kern(guest)))
     one.load([kern(guest)], fpu(guest))
     one.release()
-    assert made._files.memory.read_bytes() == guest.image.read_bytes()
+    assert restored_of(guest).files.memory.read_bytes() == guest.image.read_bytes()
 
 
 def test_its_configuration_is_for_us_alone(guest: Arriving) -> None:
     one = restore_of(guest)
     one.hold(len(kern(guest)))
-    assert stat.S_IMODE(one._config.stat().st_mode) == 0o600
-    assert parse(one._config.read_text())["cpus"] == "2"
+    assert stat.S_IMODE(config_of(guest).stat().st_mode) == 0o600
+    assert parse(config_of(guest).read_text())["cpus"] == "2"
 
 
 def test_its_input_is_the_null_device(guest: Arriving) -> None:
@@ -192,7 +208,8 @@ def test_one_that_had_read_all_before_the_cut_is_not_taken_for_held(guest: Arriv
 def test_one_that_was_too_fast_is_tried_again(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    restored = restore_of(guest)._guest
+    restore_of(guest)
+    restored = restored_of(guest)
     tries: list[int] = []
     real = Restore._launch
 
@@ -210,7 +227,8 @@ def test_one_that_was_too_fast_is_tried_again(
 
 
 def test_one_that_is_always_too_fast_is_given_up(guest: Arriving) -> None:
-    restored = restore_of(guest)._guest
+    restore_of(guest)
+    restored = restored_of(guest)
     guest.there.settings(fail=["late-cut"])
     with pytest.raises(TooLateError):
         start_waiting(guest.there.host, restored, restored.files, len(kern(guest)))
@@ -220,7 +238,7 @@ def test_one_that_is_always_too_fast_is_given_up(guest: Arriving) -> None:
 def test_one_that_takes_too_long_to_read_is_ended(guest: Arriving) -> None:
     guest.there.settings(fail=["slow-read"])
     one = restore_of(guest)
-    one._limit_s = 0.0
+    one.limit_s = 0.0
     with pytest.raises(GuestError, match="bhyve -r: its memory is not read after 0 s"):
         one.hold(len(kern(guest)))
     assert is_clean(guest)
@@ -300,7 +318,7 @@ def test_a_program_that_cannot_be_run_leaves_nothing(
 
 def test_files_that_cannot_be_written_start_nothing(guest: Arriving) -> None:
     one = restore_of(guest)
-    one._config.mkdir()
+    config_of(guest).mkdir()
     with pytest.raises(InputOutputError, match="cannot write"):
         one.hold(1)
     assert is_clean(guest)
@@ -327,7 +345,7 @@ def test_an_interrupt_leaves_nothing(
 def test_zeros_never_run_where_we_die_before_it_is_held(guest: Arriving, step: str) -> None:
     """bhyrecv is killed and undoes nothing: bhyve ends by itself, or waits for the last page."""
     assert run_killed(guest, KILLED, step) == -signal.SIGKILL
-    await_true(lambda: not listens(guest.there.host, "g"), "no socket")
+    await_true(lambda: not listens(guest.there.host, "g"), "the end of the socket")
     assert guest.console.lines() == []
 
 
@@ -346,7 +364,8 @@ Restore(recorded_host(restored.vmm_dir), restored, restored.files).hold(kern_byt
 
 
 def run_killed(guest: Arriving, script: str, step: str) -> int:
-    record = json.dumps(dict(restore_of(guest)._guest.to_json()))
+    restore_of(guest)
+    record = json.dumps(dict(restored_of(guest).to_json()))
     words = [sys.executable, "-c", script, step, record, str(len(kern(guest)))]
     return subprocess.run(words).returncode
 
@@ -368,7 +387,7 @@ def test_it_stands_held_whatever_else_happens_to_it(guest: Arriving) -> None:
     one.load([kern(guest)], fpu(guest))
     os.kill(process_of(one).pid, signal.SIGCONT)
     process = process_of(one)
-    await_true(lambda: not is_stopped(process), "it goes on")
+    await_true(lambda: not is_stopped(process), "a process that goes on")
     assert not listens(guest.there.host, "g")
     one.release()
     guest.await_unbroken()
@@ -393,7 +412,7 @@ def test_one_that_has_ended_is_not_loaded(guest: Arriving) -> None:
     for act in (one.require_held, lambda: one.load([kern(guest)], ())):
         with pytest.raises(GuestError, match="bhyve -r: "):
             act()
-    assert one._last.files.kern.stat().st_size == 0
+    assert restored_of(guest).files.kern.stat().st_size == 0
     one.undo()
     assert is_clean(guest)
 
@@ -437,7 +456,8 @@ def test_who_waits_for_it_is_heard_meanwhile(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While bhyve reads, the source must not conclude that the pipeline keeps bytes back."""
-    restored, has_memory = restore_of(guest)._guest, []
+    restore_of(guest)
+    restored, has_memory = restored_of(guest), []
     mapped: list[memoryview] = []
     real = LastPage.is_read
 
@@ -449,7 +469,7 @@ def test_who_waits_for_it_is_heard_meanwhile(
     made = Restore(
         guest.there.host, restored, restored.files, lambda: has_memory.append(mapped != [])
     )
-    made._limit_s = 20.0
+    made.limit_s = 20.0
     one = made.hold(len(kern(guest)))
     assert set(has_memory) == {False, True}
     mapped.clear()

@@ -19,7 +19,7 @@ from bhystream.guest import PAGE_BYTES, State
 from bhystream.memory.target import FileTarget, MappedTarget
 from standin.rig import Spec
 
-from .arriving import ID, Arriving, arriving, kill, read_page
+from .arriving import ID, Arriving, arriving, kill, read_page, restored_of
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_one_that_cannot_make_its_directory_removes_none(
     sink = guest.sink()
     monkeypatch.setattr(Wanted, "remove_leftovers", lambda self, restored: None)
     assert sink.check(guest.head) == []
-    staging = Path(dict(sink._wanted.restored({}, 1).to_json())["staging"])
+    staging = Path(restored_of(guest).staging)
     staging.mkdir()
     with pytest.raises(InputOutputError, match="File exists"):
         sink.open(guest.plan)
@@ -130,7 +130,7 @@ def test_pages_that_were_data_and_are_zero_are_zero(guest: Arriving) -> None:
     sink = guest.sink()
     targets = guest.open(sink)
     npages = guest.head.layout.npages
-    touched = next(first for first, _ in guest._touched(guest.image, None, 0, npages))
+    touched = next(first for first, _ in guest.touched(guest.image, None, 0, npages))
     last = npages - 1
     for page in (touched + 7, npages - 2, last, 12345):
         extent = page.to_bytes(8, "little") + (1).to_bytes(4, "little")

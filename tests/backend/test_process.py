@@ -16,6 +16,8 @@ import pytest
 
 from bhystream.backend import launch, process, process_freebsd
 from bhystream.errors import GuestError
+from support.processes import process_state
+from support.waiting import until
 
 Child = subprocess.Popen[bytes]
 
@@ -64,8 +66,7 @@ def test_a_process_lives_until_its_last_thread_has_ended() -> None:
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     try:
         who = process.identify(child.pid, "python")
-        while (process._stat(child.pid) or ("Z",))[0] != "Z":
-            time.sleep(0.001)
+        until(lambda: process_state(child.pid) == "Z", "the end of the first thread")
         assert process.is_alive(who)
         assert not process.await_end(who, 0.05)
     finally:
@@ -90,8 +91,7 @@ def test_a_stopped_process_is_killed_at_once(stubborn: Child) -> None:
     who = process.identify(stubborn.pid, "sh")
     assert not process.is_stopped(who)
     stubborn.send_signal(signal.SIGSTOP)
-    while not process.is_stopped(who):
-        time.sleep(0.001)
+    until(lambda: process.is_stopped(who), "the stop")
     assert process.is_alive(who)
     assert process.kill_process(who)
     assert stubborn.wait() == -signal.SIGKILL
@@ -103,8 +103,7 @@ def test_another_process_with_its_pid_is_not_killed(sleeper: Child) -> None:
     who = process.identify(sleeper.pid, "sleep")
     other = process.Identity(who.pid, who.start_ticks + 1000, who.boot_id)
     sleeper.send_signal(signal.SIGSTOP)
-    while not process.is_stopped(who):
-        time.sleep(0.001)
+    until(lambda: process.is_stopped(who), "the stop")
     assert not process.is_stopped(other)
     assert process.kill_process(other)
     assert sleeper.poll() is None

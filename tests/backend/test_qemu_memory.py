@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from bhystream.backend.qemu import ram
-from bhystream.backend.qemu.sink import Opened, QemuSink
+from bhystream.backend.qemu.sink import QemuSink
 from bhystream.backend.qemu.source import QemuSource
 from bhystream.errors import GuestError, as_error
 from bhystream.guest import PAGE_BYTES
+from support.waiting import until
 
-from .qemu_rig import SIZE, Rig, await_true, copy_memory, monitor, state_of
+from .qemu_rig import DEADLINE_S, SIZE, Rig, copy_memory, monitor, peer, state_of
 
 HUGE = 2 << 20
 EACH = HUGE // PAGE_BYTES
@@ -99,7 +100,7 @@ def test_huge_pages_that_another_process_has_touched_are_found(pool: None) -> No
 @pytest.mark.guest
 def test_looking_at_huge_pages_takes_none(rig: Rig, pool: None) -> None:
     source = QemuSource(rig.start("here", ram=RAM))
-    await_true(lambda: list(source.touched()))
+    until(lambda: list(source.touched()), "memory", DEADLINE_S)
     source.pause()
     free = huge_pages("Free")
     found = list(source.touched())
@@ -109,10 +110,10 @@ def test_looking_at_huge_pages_takes_none(rig: Rig, pool: None) -> None:
     assert huge_pages("Free") == free
     assert 0 < sum(end - first for first, end in found) < SIZE // PAGE_BYTES
     inside = {page for first, end in found for page in range(first, end)}
+    here = ram.open_ram(rig.processes["here"].pid, SIZE, os.O_RDONLY)
     for page in range(SIZE // PAGE_BYTES):
-        assert page in inside or not any(
-            os.pread(source._opened.ram.fd, PAGE_BYTES, page * PAGE_BYTES)
-        )
+        assert page in inside or not any(os.pread(here, PAGE_BYTES, page * PAGE_BYTES))
+    os.close(here)
     del view
     source.close()
 
@@ -131,16 +132,18 @@ def test_a_guest_moves_into_huge_pages_that_wait(rig: Rig, pool: None) -> None:
             sink.abort()
     paused = source.pause()
     copy_memory(source, destination)
-    there = ram.open_ram(sink._at(Opened).qmp.pid, SIZE, os.O_RDONLY)
+    there = ram.open_ram(peer(waiting), SIZE, os.O_RDONLY)
+    here = ram.open_ram(rig.processes["here"].pid, SIZE, os.O_RDONLY)
     [view] = source.memory()
     for at in range(0, SIZE, HUGE):
-        assert os.pread(there, HUGE, at) == os.pread(source._opened.ram.fd, HUGE, at)
+        assert os.pread(there, HUGE, at) == os.pread(here, HUGE, at)
     assert os.fstat(there).st_blocks * 512 < SIZE
     sink.load(paused.states())
     sink.start()
     assert state_of(waiting) == "running"
     with monitor(waiting) as ask:
         ask("stop")
+    os.close(here)
     os.close(there)
     del view
     source.close()

@@ -18,8 +18,9 @@ from bhystream.backend.qemu.resources import Resources
 from bhystream.backend.qemu.source import QemuSource
 from bhystream.backend.qemu.validate import validate
 from bhystream.errors import IncompatibleError, UsageError
+from support.waiting import until
 
-from .qemu_rig import Rig, await_true
+from .qemu_rig import DEADLINE_S, Rig
 from .test_qemu_hostile import GOOD
 
 KIB = 1024
@@ -290,7 +291,7 @@ def test_what_is_behind_a_protocol_is_compared_when_qemu_has_it(rig: Rig) -> Non
         sock = rig.path(f"{name}.nbd")
         server = subprocess.Popen(["qemu-nbd", "-f", "raw", "-k", sock, images[f"{name}.raw"]])
         try:
-            await_true(lambda sock=sock: os.path.exists(sock))
+            until(Path(sock).exists, "the socket", DEADLINE_S)
             sink = rig.sink("there", disk0=f"nbd:unix:{sock}")
             assert sink.check(source.head()) == []
             if is_right:

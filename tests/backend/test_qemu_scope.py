@@ -41,7 +41,7 @@ def test_root_leaves_every_unit(unit: Unit, monkeypatch: pytest.MonkeyPatch) -> 
     name = f"--unit=bhyrecv-web1-{os.getpid()}"
     words = [RUN, "--scope", "--quiet", "--collect", name, "--slice=machine.slice", "--"]
     assert scope.leaving("web1") == words
-    assert scope._unit_reason(unit) == ""
+    assert scope.unit_reason(unit) == ""
 
 
 def test_a_user_who_lingers_leaves_for_a_scope_of_his_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_a_user_who_lingers_leaves_for_a_scope_of_his_own(monkeypatch: pytest.Mo
     words = scope.leaving("web1")
     assert words[:3] == ["/usr/bin/env", "XDG_RUNTIME_DIR=/run/user/1000", RUN]
     assert words[-2:] == ["--user", "--"]
-    assert scope._unit_reason(Unit("session-3.scope")) == ""
+    assert scope.unit_reason(Unit("session-3.scope")) == ""
 
 
 def test_without_a_unit_there_is_nothing_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_a_user_whom_the_guest_could_not_outlive_is_refused(
 ) -> None:
     at(monkeypatch, unit, 1000, lingers=False)
     assert scope.leaving("web1") == []
-    found = scope._unit_reason(unit)
+    found = scope.unit_reason(unit)
     assert why in found
     assert bool(found) == bool(why)
     if why:
@@ -89,7 +89,7 @@ def test_logind_says_what_a_logout_ends(
 ) -> None:
     at(monkeypatch, Unit("session-3.scope"), 1000, lingers=False)
     monkeypatch.setattr(programs, "ask", lambda *argv: answer)
-    assert (scope._unit_reason(Unit("session-3.scope")) == "") == stays
+    assert (scope.unit_reason(Unit("session-3.scope")) == "") == stays
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,14 @@ def test_a_service_says_what_it_ends(
 ) -> None:
     at(monkeypatch, Unit("cron.service"), 1000, lingers=False)
     monkeypatch.setattr(scope, "show", lambda unit, *names: shown)
-    assert (scope._unit_reason(Unit("cron.service")) == "") == stays
+    assert (scope.unit_reason(Unit("cron.service")) == "") == stays
 
 
 def test_a_unit_that_cannot_be_left_for_want_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     at(monkeypatch, Unit("run-u7.service"), 0, lingers=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert scope.leaving("web1") == []
-    assert "install systemd-run" in scope._unit_reason(Unit("run-u7.service"))
+    assert "install systemd-run" in scope.unit_reason(Unit("run-u7.service"))
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,14 @@ import pytest
 
 from bhystream.backend.process import end_process, identify, is_alive
 from bhystream.backend.qemu import qmp
+from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.ram import extents
 from bhystream.backend.qemu.source import QemuSource
 from bhystream.errors import GuestError, IncompatibleError
 from bhystream.guest import PAGE_BYTES, Segment
+from support.waiting import until
 
-from .qemu_rig import SIZE, Rig, await_true, monitor
+from .qemu_rig import DEADLINE_S, SIZE, Rig, monitor
 
 pytestmark = pytest.mark.guest
 
@@ -40,7 +42,7 @@ def test_the_head_describes_guest_and_host(rig: Rig) -> None:
 @pytest.mark.parametrize("ram", ["", "memory-backend-memfd"], ids=["file", "memfd"])
 def test_untouched_pages_stay_untouched(rig: Rig, ram: str) -> None:
     source = QemuSource(rig.start("here", ram=ram))
-    await_true(lambda: list(source.touched()))
+    until(lambda: list(source.touched()), "memory", DEADLINE_S)
     source.pause()
     found = list(source.touched())
     assert found == sorted(found)
@@ -215,14 +217,14 @@ def test_without_the_library_a_program_names_the_cure(tmp_path: Path, program: s
 
 
 def test_a_command_has_a_time_limit(rig: Rig) -> None:
-    source = QemuSource(rig.start("here"))
+    connection = Qmp(rig.start("here"), "guest here")
     rig.processes["here"].send_signal(signal.SIGSTOP)
     with pytest.raises(GuestError, match=r"did not answer query-status in 0\.2 s"):
-        source._opened.qmp.execute("query-status", doing="ask", limit_s=0.2)
+        connection.execute("query-status", doing="ask", limit_s=0.2)
     rig.processes["here"].send_signal(signal.SIGCONT)
     # The late answer is dropped, and the connection still works.
-    assert source._opened.qmp.execute("query-status", doing="ask")["running"]
-    source.close()
+    assert connection.execute("query-status", doing="ask")["running"]
+    connection.close()
 
 
 def test_signals_set_flags_and_interrupt_nothing(rig: Rig) -> None:
@@ -245,10 +247,10 @@ def test_signals_set_flags_and_interrupt_nothing(rig: Rig) -> None:
 
 
 def test_an_error_of_qemu_says_what_could_not_be_done(rig: Rig) -> None:
-    source = QemuSource(rig.start("here"))
+    connection = Qmp(rig.start("here"), "guest here")
     with pytest.raises(GuestError, match=r"^guest here: cannot frob: The command nix"):
-        source._opened.qmp.execute("nix", doing="frob")
-    source.close()
+        connection.execute("nix", doing="frob")
+    connection.close()
 
 
 def test_a_daemonized_qemu_is_found(rig: Rig) -> None:

@@ -17,8 +17,9 @@ from bhystream.backend.qemu import supervisors
 from bhystream.backend.qemu.source import QemuSource
 from bhystream.errors import IncompatibleError
 from bhystream.hypervisors import Sending
+from support.waiting import until
 
-from .qemu_rig import Rig, await_true, listens, monitor, peer
+from .qemu_rig import DEADLINE_S, Rig, listens, monitor, peer
 
 QEMU = 1000
 # The pid of a script that runs bhysend and waits for it.
@@ -157,7 +158,7 @@ def test_a_unit_is_judged_by_what_starts_it_again(
         return None if shown is None else SHOWN | dict(shown)
 
     monkeypatch.setattr(supervisors, "show", show)
-    found = supervisors._unit_reason(Unit(unit), {QEMU, 900})
+    found = supervisors.unit_reason(Unit(unit), {QEMU, 900})
     assert why in found
     assert bool(found) == bool(why)
     if why:
@@ -167,7 +168,7 @@ def test_a_unit_is_judged_by_what_starts_it_again(
 
 def answers(socket: str) -> None:
     """Wait until a QEMU answers at a socket."""
-    await_true(lambda: listens(socket))
+    until(lambda: listens(socket), "a socket", DEADLINE_S)
     with monitor(socket):
         pass
 

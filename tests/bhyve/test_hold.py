@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from bhystream.errors import StaleError
 from bhystream.guest import State
 
 from .conftest import Trial, rehearsed
+from .rom import until
 
 IS_FREEBSD = sys.platform.startswith("freebsd")
 PAGE_BYTES = 4096
@@ -60,14 +61,6 @@ only_freebsd = pytest.mark.skipif(not IS_FREEBSD, reason="pipes differ on Linux"
 def say(*words: object) -> None:
     """Print an observation, for the report."""
     print("saw:", *words)
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < end, f"no {what} in {LIMIT_S:.0f} s"
-        time.sleep(0.01)
 
 
 # ---- the FIFO
@@ -136,7 +129,7 @@ def test_a_fifo_on_its_way_through_a_socket_has_a_reader(staging: Path) -> None:
         here.close()
     assert fifo.has_reader(path)
     there.close()
-    until(lambda: not fifo.has_reader(path), "end of what was in the socket")
+    until(lambda: not fifo.has_reader(path), "end of what was in the socket", LIMIT_S)
 
 
 def test_a_fifo_is_read_until_nobody_has_it_open_to_write(staging: Path) -> None:
@@ -185,7 +178,7 @@ def runs_on(host: Host, guest: str, memory: Memory, record: PausedRecord) -> Non
     assert settle(host.run_dir, guest, guest, LIMIT_S)
     assert memory.waiting_vcpus() == frozenset()
     before = digest(memory)
-    until(lambda: digest(memory) != before, "change of its memory")
+    until(lambda: digest(memory) != before, "change of its memory", LIMIT_S)
     assert not Path(record.directory).exists()
 
 

@@ -15,9 +15,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, Words, report, until
+from support.processes import is_gone
+from support.waiting import until
+
+from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, Words, report
 from .tap import AnswerTap, Tap
-from .travel import Host, Traveller, is_gone, keeper_of, program_at
+from .travel import Host, Traveller, keeper_of, program_at
 
 Gate = tuple[Path, int]
 THIRD = (*BHYSEND, "-A")

@@ -18,19 +18,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from support.waiting import DEADLINE_S
+
 ROOT = Path(__file__).resolve().parents[2]
 BHYSEND = (sys.executable, str(ROOT / "bhysend"))
 BHYRECV = (sys.executable, str(ROOT / "bhyrecv"))
 
-DEADLINE_S = 120.0
-_POLL_S = 0.005
 _NARROW_BYTES = 4096
 
 Words = Sequence[str | Path]
@@ -49,15 +49,6 @@ class Ended:
 def report(*ended: Ended) -> str:
     """Return statuses and standard errors, for the message of a failed assertion."""
     return "\n".join(f"{' '.join(one.argv)}: {one.status}\n{one.stderr}" for one in ended)
-
-
-def until(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
-    """Wait until a condition holds.  Raises TimeoutError after deadline_s."""
-    end = time.monotonic() + deadline_s
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(f"waited in vain for {what}")
-        time.sleep(_POLL_S)
 
 
 class Stage:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from guest import Guest, Serial, SerialLog, Spec, images, peer_pid, reaping
 from guest.qmp import run_command
+from support.processes import is_gone
+from support.waiting import DEADLINE_S
 
-from .pipeline import BHYRECV, BHYSEND, DEADLINE_S
-from .travel import SHM, Host, Site, Traveller, is_gone, processes_with, short_directory
+from .pipeline import BHYRECV, BHYSEND
+from .travel import SHM, Host, Site, Traveller, processes_with, short_directory
 
 
 class Firmware(Guest):

@@ -15,7 +15,9 @@ import subprocess
 from pathlib import Path
 from types import TracebackType
 
-from .pipeline import Stage, Words, until
+from support.waiting import until
+
+from .pipeline import Stage, Words
 
 _EMPTY = Path("/run/sshd")
 _TRIES = 5

@@ -23,9 +23,11 @@ from typing import Any
 from bhystream.backend.bhyve.host import VMM_DIR
 from standin import rig
 from standin.rig import Console, Rig, Sweep
+from support.processes import is_gone
+from support.waiting import DEADLINE_S, until
 
-from .pipeline import BHYRECV, BHYSEND, DEADLINE_S, until
-from .travel import Host, Site, Traveller, is_gone
+from .pipeline import BHYRECV, BHYSEND
+from .travel import Host, Site, Traveller
 
 # Settings for the checkpoint interface of FreeBSD 14 and 15 (4), and of FreeBSD 16 (5).
 GENERATIONS: dict[int, dict[str, Any]] = {

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from guest.qmp import run_command
+from support.waiting import until
 
 from . import kinds
 from .kinds import ANY, G4, G5, QEMU, matrix
-from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, report, run, until
+from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, report, run
 from .qemu import QemuTraveller
 from .tap import Tap
 from .travel import Host, Site, Stable, Traveller, fifo

@@ -16,10 +16,13 @@ from typing import Any
 
 import pytest
 
+from support.processes import is_gone, process_state
+from support.waiting import until
+
 from .attempt import Attempt, Gate
 from .kinds import ANY, EVERY, G4, G5, QEMU, matrix
-from .pipeline import BHYRECV, BHYSEND, report, run, until
-from .travel import Host, Traveller, is_gone, limited, process_state
+from .pipeline import BHYRECV, BHYSEND, report, run
+from .travel import Host, Traveller, limited
 
 FORMS = ("three-stages", "command")
 

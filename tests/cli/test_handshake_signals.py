@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from support.waiting import until
+
 from .attempt import Attempt, Gate
 from .kinds import ANY, matrix
-from .pipeline import until
 from .travel import Host, Traveller, processes_with
 
 BEFORE_GO = [

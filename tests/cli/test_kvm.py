@@ -15,8 +15,9 @@ import pytest
 from backend.qemu_rig import Rig, rigged, state_of
 from guest.qmp import run_command
 from guest.rom import assert_unbroken, beats_of, build_rom, why_no_kvm
+from support.waiting import until
 
-from .pipeline import BHYRECV, BHYSEND, report, run, until
+from .pipeline import BHYRECV, BHYSEND, report, run
 
 # A guest under emulated KVM, on a busy host, is slow.
 _DEADLINE_S = 500.0

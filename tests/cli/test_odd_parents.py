@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from support.waiting import until
+
 from .kinds import ANY
-from .pipeline import BHYSEND, Pipeline, report, run, until
+from .pipeline import BHYSEND, Pipeline, report, run
 from .test_forms import kept, ran_on
 from .travel import Host, Traveller, program_at
 

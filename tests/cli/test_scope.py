@@ -10,9 +10,10 @@ import pytest
 
 from backend.qemu_rig import peer, state_of
 from bhystream.backend.lineage import has_systemd, unit_of
+from support.waiting import until
 
 from .pair import Pair, paired
-from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run, until
+from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run
 
 pytestmark = [
     pytest.mark.guest,

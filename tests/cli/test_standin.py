@@ -15,10 +15,12 @@ from contextlib import contextmanager
 
 import pytest
 
+from support.waiting import until
+
 from . import kinds
 from .attempt import Gate
 from .kinds import G4, G5
-from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run, until
+from .pipeline import BHYRECV, BHYSEND, Pipeline, report, run
 from .standin import StandinPlace, StandinTraveller
 from .tap import Tap
 from .test_answered import in_form

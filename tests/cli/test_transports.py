@@ -11,8 +11,10 @@ import re
 
 import pytest
 
+from support.waiting import until
+
 from . import kinds
-from .pipeline import Ended, Pipeline, report, run, until
+from .pipeline import Ended, Pipeline, report, run
 from .sshd import Sshd, free_port, listens
 from .travel import Host, Site, Traveller
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import shlex
 import tempfile
 from abc import ABC, abstractmethod
@@ -25,7 +24,10 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .pipeline import BHYRECV, BHYSEND, DEADLINE_S, Ended, Words, report, run, until
+from support.processes import is_gone
+from support.waiting import DEADLINE_S, until
+
+from .pipeline import BHYRECV, BHYSEND, Ended, Words, report, run
 
 SHM = Path("/dev/shm")
 
@@ -33,32 +35,6 @@ SHM = Path("/dev/shm")
 def short_directory() -> Path:
     """Make a directory in memory, with a path short enough for a socket: that has 107 bytes."""
     return Path(tempfile.mkdtemp(prefix="bhyc-", dir=SHM))
-
-
-def process_state(pid: int) -> str:
-    """Return the state of a process as proc_pid_stat(5) has it, X if there is none."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return "X"
-    return text[text.rindex(")") + 2]
-
-
-def is_gone(pid: int) -> bool:
-    """Say whether a process has ended with all of its threads, even if its parent has not waited.
-
-    A process whose first thread ended may look like a zombie before.  pid: 0 for no process.
-    """
-    if not pid:
-        return True
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([pidfd], [], [], 0)[0])
-    finally:
-        os.close(pidfd)
 
 
 def processes_with(word: str) -> list[int]:

@@ -43,6 +43,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from support.waiting import until
+
 from .build import Images, images
 from .qmp import peer_pid, run_command
 from .serial import GuestDied, Serial
@@ -222,18 +224,7 @@ class Guest:
                 stderr=messages,
                 start_new_session=True,
             )
-        end = time.monotonic() + _START_S
-        while True:
-            ended = self._why_dead()
-            if ended is not None:
-                raise GuestDied(ended)
-            try:
-                self.qmp("query-status")
-                return
-            except (FileNotFoundError, ConnectionRefusedError):
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.005)
+        until(self._answers, "an answer of QEMU", _START_S)
 
     def close(self) -> None:
         """Kill QEMU and remove all files of the guest.  May be called again."""
@@ -266,16 +257,26 @@ class Guest:
 
     def await_migration(self, deadline_s: float = _START_S) -> None:
         """Wait until the migration, outgoing or incoming, has completed."""
-        end = time.monotonic() + deadline_s
-        while True:
+        info: dict[str, Any] = {}
+
+        def has_completed() -> bool:
+            nonlocal info
             info = self.qmp("query-migrate")
-            if info.get("status") == "completed":
-                return
             if info.get("status") in ("failed", "cancelled"):
                 raise GuestDied(f"migration: {info}")
-            if time.monotonic() > end:
-                raise TimeoutError(f"migration: {info}")
-            time.sleep(0.002)
+            return info.get("status") == "completed"
+
+        until(has_completed, lambda: f"the end of the migration: {info}", deadline_s)
+
+    def _answers(self) -> bool:
+        """Say whether QEMU answers on its QMP socket.  Raises GuestDied."""
+        ended = self._why_dead()
+        if ended is not None:
+            raise GuestDied(ended)
+        with suppress(FileNotFoundError, ConnectionRefusedError):
+            self.qmp("query-status")
+            return True
+        return False
 
     def _why_dead(self) -> str | None:
         if self._process is None:
@@ -308,14 +309,14 @@ def _private_directory() -> tuple[Path, int]:
     base = Path("/dev/shm")
     if not os.access(base, os.W_OK | os.X_OK):
         base = Path(tempfile.gettempdir())
-    _remove_abandoned(base)
+    remove_abandoned(base)
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     fcntl.flock(fd, fcntl.LOCK_EX)
     return directory, fd
 
 
-def _remove_abandoned(base: Path) -> None:
+def remove_abandoned(base: Path) -> None:
     """Remove our directories whose owner has ended: old ones that no process has locked."""
     for directory in base.glob(_PREFIX + "*"):
         try:

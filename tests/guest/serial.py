@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-DEADLINE_S = 120.0
-_POLL_S = 0.01
+from support.waiting import DEADLINE_S, until
+
+_POLL_S = 0.01  # each look parses the whole log, and the guest needs the processor
 _STAMP_POLL_S = 0.001
 _TAIL_LINES = 15
 
@@ -156,18 +157,21 @@ class Serial:
 
         what: the condition in words.  Raises GuestDied, or TimeoutError at the deadline.
         """
-        end = time.monotonic() + deadline_s
-        while True:
+        log = SerialLog(b"")
+
+        def holds() -> bool:
+            nonlocal log
             ended = self._alive()  # before the log is read, else its last words are missed
             log = self.read()
             if condition(log):
-                return log
+                return True
             if log.death is not None or ended is not None:
                 reason = log.death or ended
                 raise GuestDied(f"waiting for {what}: {reason}\n{log.tail()}")
-            if time.monotonic() > end:
-                raise TimeoutError(f"no {what} within {deadline_s:.0f} s\n{log.tail()}")
-            time.sleep(_POLL_S)
+            return False
+
+        until(holds, lambda: f"{what}\n{log.tail()}", deadline_s, poll_s=_POLL_S)
+        return log
 
     def await_ready(self, deadline_s: float = DEADLINE_S) -> SerialLog:
         """Wait until the guest has filled its area."""

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from bhystream.errors import GuestError, InputOutputError
 from bhystream.guest import DEAD, LOADED, READY, STARTED
-from bhystream.handover import leftover, state
+from bhystream.handover import leftover
 from bhystream.handover.state import Lock, Records
 from support.recorded import A, B, Host
-
-
-@pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
-    return Host(state.directory(), monkeypatch)
 
 
 def sweep(host: Host, lock: str = "lock-1") -> None:

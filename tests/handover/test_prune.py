@@ -13,7 +13,7 @@ import pytest
 from bhystream import durable
 from bhystream.errors import GuestError, IncompatibleError, RecordError
 from bhystream.guest import DEAD, LOADED, READY, STARTED
-from bhystream.handover import prune, state
+from bhystream.handover import prune
 from bhystream.handover.prune import MAX_AGE_SECONDS, MAX_RECORDS
 from bhystream.handover.state import Lock, Records
 from bhystream.recv import query
@@ -28,12 +28,10 @@ OLD_NS = (time.time_ns() // 10**9 - MAX_AGE_SECONDS - 60) * 10**9
 
 
 @pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
-    made = Host(state.directory(), monkeypatch)
-    made.guest.alive = False
-    (made.base / "loaded").mkdir()
-    return made
+def host(host: Host) -> Host:
+    host.guest.alive = False
+    (host.base / "loaded").mkdir()
+    return host
 
 
 def records(host: Host) -> Records:
@@ -224,8 +222,9 @@ def test_a_lock_whose_file_was_removed_is_another(
             opened.append(real(path, flags, mode))
         return fd
 
-    monkeypatch.setattr(os, "open", open_)
-    second = Lock(host.base, "stream-a", "x", once=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", open_)
+        second = Lock(host.base, "stream-a", "x", once=True)
     assert os.path.samestat(os.fstat(second.fd), os.stat(host.base / "lock/stream-a"))
     second.release()
     os.close(opened[1])

@@ -13,7 +13,6 @@ import pytest
 
 from bhystream.errors import BhyError, GuestEndedError, GuestError, InputOutputError
 from bhystream.guest import GO, HELD, MOVED, PAUSED
-from bhystream.handover import state
 from bhystream.handover.answers import Answer
 from bhystream.handover.handshake import RECORD, Act, Event
 from bhystream.handover.recorded import RecordedGuest, asking, event_of, with_peer
@@ -32,12 +31,6 @@ OTHERS = [
     for event in Event
     if (phase, event) not in RECORD
 ]
-
-
-@pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
-    return Host(state.directory(), monkeypatch)
 
 
 def settle(host: Host, record: Record, event: Event) -> None:

@@ -29,12 +29,6 @@ ID = "0123456789abcdef0123456789abcdef"
 RECORD = Record(ID, "web1", "qemu:/run/web1.qmp", "qemu-1-2", PAUSED, {"pid": 1, "x": [None]}, 5)
 
 
-@pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
-    return state.directory()
-
-
 def mode(path: Path) -> int:
     return path.stat().st_mode & 0o7777
 
@@ -246,11 +240,6 @@ def test_the_file_of_a_lock_is_ours_alone_and_stays(base: Path) -> None:
 # Records.
 
 
-@pytest.fixture
-def records(base: Path) -> Records:
-    return Records(base, "source")
-
-
 def test_a_record_comes_back_as_it_was(records: Records) -> None:
     records.write(RECORD)
     assert records.get(ID) == RECORD
@@ -410,10 +399,10 @@ def test_a_record_that_cannot_be_read_is_named(base: Path, records: Records) -> 
 
 
 def test_a_record_that_vanishes_meanwhile_is_none(
-    records: Records, monkeypatch: pytest.MonkeyPatch
+    base: Path, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records.write(RECORD)
-    glob = list(Path.glob(records._dir, "*.json"))
+    glob = list((base / "source").glob("*.json"))
     monkeypatch.setattr(Path, "glob", lambda *_: glob)
     records.remove(ID)
     assert records.all() == []

@@ -26,17 +26,6 @@ ID = "0123456789abcdef" * 2
 RECORD = Record(ID, "web1", "qemu:/web1", "lock-1", PAUSED, {"pid": 1}, 5)
 
 
-@pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
-    return state.directory()
-
-
-@pytest.fixture
-def records(base: Path) -> Records:
-    return Records(base, "source")
-
-
 # Changes at the same time, of which one wins.
 
 

@@ -12,7 +12,7 @@ import pytest
 from bhystream import hypervisors
 from bhystream.errors import EXIT_OK, GuestError, RecordError, UsageError
 from bhystream.guest import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
-from bhystream.handover import state, verbs
+from bhystream.handover import verbs
 from bhystream.handover.state import Lock, Records, Role
 from bhystream.handover.verbs import Verb, refuse_held
 from bhystream.handover.where import in_doubt
@@ -36,9 +36,8 @@ class Host(recorded.Host):
 
 
 @pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
-    return Host(state.directory(), monkeypatch)
+def host(base: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(base, monkeypatch)
 
 
 # -l

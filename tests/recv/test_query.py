@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,21 +12,21 @@ import pytest
 from bhystream import hypervisors
 from bhystream.errors import EXIT_OK, GuestError, InDoubtError, RecordError, UsageError
 from bhystream.guest import DEAD, LOADED, READY, STARTED
-from bhystream.handover import state
 from bhystream.handover.answers import Answer, unpack
 from bhystream.handover.state import Lock, Records, host_id
 from bhystream.recv import query
 from bhystream.recv.reply import Reply
 from bhystream.report import Console
+from bhystream.units import NS
+from support.clock import Clock
 from support.recorded import A, B, Host
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
-    made = Host(state.directory(), monkeypatch)
+def host(base: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    made = Host(base, monkeypatch)
     made.guest.records = made.roles["destination"]
     return made
 
@@ -55,26 +54,11 @@ def said(host: Host, monkeypatch: pytest.MonkeyPatch) -> Said:
     return Said(host, monkeypatch)
 
 
-class Clock:
-    """Time that passes only in sleep(), by `seconds` if that is set; `act` is called then."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        self.seconds = 0.0
-        self.act: Callable[[], object] = lambda: None
-        monkeypatch.setattr(query, "time", self)
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += self.seconds or seconds
-        self.act()
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
+    made = Clock()
+    monkeypatch.setattr(query, "time", made)
+    return made
 
 
 def ask(id_: str = A) -> int:
@@ -211,7 +195,7 @@ def test_a_start_is_waited_for(host: Host, said: Said, clock: Clock) -> None:
         host.guest.running = True
         lock.release()
 
-    clock.act = started
+    clock.on_sleep = started
     assert ask() == EXIT_OK
     assert said[-1] == ("RUNNING", STARTED)
     Lock(host.base, f"stream-{A}", "the stream").release()
@@ -222,7 +206,11 @@ def test_a_start_that_goes_on_for_long_may_have_been_one(
 ) -> None:
     host.record(STARTED)
     host.guest.running = True
-    clock.seconds = 15
+
+    def pass_on() -> None:
+        clock.now_ns += 15 * NS
+
+    clock.on_sleep = pass_on
     with Lock(host.base, f"stream-{A}", "the stream"):
         assert ask() == EXIT_OK
     assert said[-1] == ("RAN", STARTED)
@@ -237,7 +225,7 @@ def test_a_start_that_failed_meanwhile_has_failed(host: Host, said: Said, clock:
         host.record(DEAD)
         lock.release()
 
-    clock.act = failed
+    clock.on_sleep = failed
     assert ask() == EXIT_OK
     assert said[-1] == ("FAILED", DEAD)
 

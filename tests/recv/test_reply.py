@@ -15,30 +15,15 @@ from bhystream.handover import state
 from bhystream.handover.answers import Answer, unpack
 from bhystream.recv import reply
 from bhystream.recv.reply import Reply, TimedInput
+from support.clock import Clock
 
 ID = "0123456789abcdef" * 2
 MIB, MS = 1 << 20, 10**6
 
 
 @pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
-    return state.directory()
-
-
-class Clock:
-    """A clock that stands still until a test moves it."""
-
-    def __init__(self) -> None:
-        self.ns = 10**12
-
-    def monotonic_ns(self) -> int:
-        return self.ns
-
-
-@pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
+    made = Clock(now_ns=10**12)
     monkeypatch.setattr(reply, "time", made)
     return made
 
@@ -131,10 +116,10 @@ def test_seen_is_said_at_first_and_then_when_it_is_due(
     made.seen(0, 100, now=False)
     assert back.answers() == seen(0)
     made.seen(1, 200, now=False)
-    clock.ns += 500 * MS - 1
+    clock.now_ns += 500 * MS - 1
     made.seen(2, 300, now=False)
     assert back.answers() == []
-    clock.ns += 1
+    clock.now_ns += 1
     made.seen(3, 400, now=False)
     made.seen(4, 500, now=False)
     assert back.answers() == seen(3)

@@ -25,6 +25,7 @@ from bhystream.handover.handshake import Event
 from bhystream.report import Console
 from bhystream.send import conversation, flush
 from bhystream.send.conversation import Command, Conversation, Ready, Route
+from bhystream.send.flush import Flush
 from bhystream.send.rendezvous import connect
 from bhystream.signals import Signals
 from bhystream.stream.format import Type
@@ -165,22 +166,24 @@ def test_settling_measures_the_way_with_what_is_known(case: Case) -> None:
     assert talk.trip_ns > 0
 
 
-def test_a_link_that_hesitated_once_holds_nothing_back(case: Case) -> None:
+def test_a_link_that_hesitated_once_holds_nothing_back(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     talk, writer = case.begin()
     writer.held = 3 * MIB
     writer.section(Type.ROUND_END, bytes(24))
-    push = talk._flush
-    real, calls = push.through, []
+    real = Flush.through
+    pushes: list[Flush] = []
 
-    def through() -> None:
-        real()
-        calls.append(1)
+    def through(self: Flush) -> None:
+        real(self)
+        pushes.append(self)
         writer.held = 0
 
-    push.through = through  # type: ignore[method-assign]
+    monkeypatch.setattr(Flush, "through", through)
     talk.settle()
-    assert calls == [1, 1, 1]
-    assert push.held_bytes <= 64 << 10
+    assert len(pushes) == 3
+    assert pushes[-1].held_bytes <= 64 << 10
 
 
 def test_what_is_held_is_learned_before_the_head_is_accepted(case: Case) -> None:

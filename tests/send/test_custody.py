@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ import pytest
 
 from bhystream import hypervisors
 from bhystream.errors import BhyError, GuestEndedError, GuestError, HeldError, InputOutputError
-from bhystream.guest import HELD, PAUSED, State
+from bhystream.guest import HELD, PAUSED
 from bhystream.handover.answers import Answer
 from bhystream.handover.handshake import Event
 from bhystream.handover.state import Lock, Record, Records
@@ -27,6 +27,7 @@ from bhystream.send.stopwatch import Stopwatch
 from bhystream.signals import Signals
 from bhystream.stream.format import Feature, Form, Header
 from bhystream.stream.writer import Writer
+from support.paused import Paused
 
 ID = "00112233445566778899aabbccddeeff"
 HELLO = Answer(ID, "HELLO", ("hv2/a1", "/d"))
@@ -48,22 +49,22 @@ class Keeper:
     def is_alive(self) -> bool:
         return self.alive
 
-    def dismiss(self) -> None:
+    def dismiss(self) -> int:
         self.dismissed += 1
+        return 0
 
 
-class Guest:
+class Guest(Paused):
     """A source and its paused guest; each act on it can be made to fail."""
 
     name = "web1"
-    reasons: Sequence[str] = ()
 
     def __init__(self) -> None:
         self.done: list[str] = []
         self.fails: dict[str, BaseException] = {}
         self.closed = 0
 
-    def _do(self, act: str) -> None:
+    def do(self, act: str, there: str = "") -> None:
         if act in self.fails:
             raise self.fails[act]
         self.done.append(act)
@@ -71,21 +72,9 @@ class Guest:
     def require_described(self) -> None:
         pass
 
-    def require_paused(self) -> None:
-        pass
-
     def pause(self) -> Guest:
-        self._do("pause")
+        self.do("pause")
         return self
-
-    def states(self) -> Sequence[State]:
-        return ()
-
-    def resume(self) -> None:
-        self._do("resume")
-
-    def discard(self, there: str) -> None:
-        self._do("discard")
 
     def close(self) -> None:
         self.closed += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits
 from bhystream.signals import Signals
 from bhystream.units import NS
+from support.clock import Clock
 from support.memory_source import MemorySource, rebuild
 
 SIZES = (500, 100, 400)
@@ -36,24 +37,10 @@ def dry_run(source: MemorySource, limits: Limits, console: Console, *, machine: 
     return dryrun.run(source, opts, Path("/nonexistent"), console, Signals())
 
 
-class World:
-    """The time module of a dry run: time passes, and the guest runs, only in sleep()."""
-
-    def __init__(self) -> None:
-        self.now_ns = 12345
-        self.guest: Callable[[], None] = lambda: None
-
-    def monotonic_ns(self) -> int:
-        return self.now_ns
-
-    def sleep(self, seconds: float) -> None:
-        self.now_ns += int(seconds * NS)
-        self.guest()
-
-
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    made = World()
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time of a dry run: it passes, and the guest runs, only in sleep()."""
+    made = Clock(now_ns=12345)
     monkeypatch.setattr(dryrun, "time", made)
     return made
 
@@ -63,7 +50,7 @@ def fill(source: MemorySource, mark: bytes) -> None:
         source.write(page, mark)
 
 
-def test_a_survey_counts_pages(source: MemorySource, world: World, rng: random.Random) -> None:
+def test_a_survey_counts_pages(source: MemorySource, clock: Clock, rng: random.Random) -> None:
     data = set(rng.sample(range(NPAGES), 200))
     zeros = set(rng.sample(sorted(set(range(NPAGES)) - data), 50))
     for page in data:
@@ -76,15 +63,15 @@ def test_a_survey_counts_pages(source: MemorySource, world: World, rng: random.R
         for page in changed:
             source.write(page, b"\2")
 
-    world.guest = run
+    clock.on_sleep = run
     extents = sum(page - 1 not in changed for page in changed)
     found = survey(source, source.head())
     assert found == Survey(NPAGES, 250, 200, 30, extents, NS, 0)
     assert found.dirty_bytes == 30 * PAGE_BYTES
 
 
-def test_the_whole_guest_changing_is_one_place(source: MemorySource, world: World) -> None:
-    world.guest = lambda: fill(source, b"\1")
+def test_the_whole_guest_changing_is_one_place(source: MemorySource, clock: Clock) -> None:
+    clock.on_sleep = lambda: fill(source, b"\1")
     found = survey(source, source.head())
     assert (found.data_pages, found.changed_pages, found.changed_extents) == (0, NPAGES, 1)
 
@@ -98,14 +85,14 @@ def test_places_are_runs_of_ones(rng: random.Random) -> None:
             assert places(memoryview(whole)) == runs
 
 
-def test_every_other_page_is_a_place(world: World) -> None:
+def test_every_other_page_is_a_place(clock: Clock) -> None:
     source = MemorySource(6000)
 
     def run() -> None:
         for page in range(0, 6000, 2):
             source.write(page, b"\1")
 
-    world.guest = run
+    clock.on_sleep = run
     try:
         assert survey(source, source.head()).changed_extents == 3000
     finally:
@@ -113,13 +100,13 @@ def test_every_other_page_is_a_place(world: World) -> None:
 
 
 def test_the_scans_themselves_count_as_exposure(
-    source: MemorySource, world: World, monkeypatch: pytest.MonkeyPatch
+    source: MemorySource, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Pages change also while the first scan is under way.
     touched = source.touched
 
     def slow() -> Iterator[tuple[int, int]]:
-        world.now_ns += NS // 4
+        clock.now_ns += NS // 4
         return touched()
 
     monkeypatch.setattr(source, "touched", slow)
@@ -129,7 +116,7 @@ def test_the_scans_themselves_count_as_exposure(
 
 def test_a_dry_run_touches_nothing(
     source: MemorySource,
-    world: World,
+    clock: Clock,
     rng: random.Random,
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:
@@ -144,7 +131,7 @@ def test_a_dry_run_touches_nothing(
 
 
 def test_into_a_pipe_goes_a_stream_with_a_head_and_no_memory(
-    source: MemorySource, world: World, capfdbinary: pytest.CaptureFixture[bytes]
+    source: MemorySource, clock: Clock, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     source.write(3, b"secret")
     dry_run(source, Limits(), Console("bhysend"), machine=False)
@@ -159,7 +146,7 @@ def test_into_a_pipe_goes_a_stream_with_a_head_and_no_memory(
 
 
 def test_each_stream_is_another(
-    source: MemorySource, world: World, capfdbinary: pytest.CaptureFixture[bytes]
+    source: MemorySource, clock: Clock, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     streams = []
     for _ in range(2):
@@ -170,7 +157,7 @@ def test_each_stream_is_another(
 
 def test_a_terminal_gets_the_report_only(
     source: MemorySource,
-    world: World,
+    clock: Clock,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -196,11 +183,11 @@ def report_of(
 
 
 def test_the_machines_report_can_be_parsed(
-    source: MemorySource, world: World, capfdbinary: pytest.CaptureFixture[bytes]
+    source: MemorySource, clock: Clock, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     for page in range(100, 300):
         source.write(page, b"\1")
-    world.guest = lambda: source.write(150, b"\2")
+    clock.on_sleep = lambda: source.write(150, b"\2")
     rows = report_of(source, Limits(), capfdbinary)
     assert {row[0]: row[1] for row in rows if row[0] != "link"} == {
         "name": "stand-in",
@@ -223,19 +210,19 @@ def test_the_machines_report_can_be_parsed(
 
 
 def test_the_machines_report_says_what_does_not_converge(
-    source: MemorySource, world: World, capfdbinary: pytest.CaptureFixture[bytes]
+    source: MemorySource, clock: Clock, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     fill(source, b"\1")
-    world.guest = lambda: fill(source, b"\2")
+    clock.on_sleep = lambda: fill(source, b"\2")
     rows = report_of(source, Limits(rate_bytes=100_000), capfdbinary)
     assert [row for row in rows if row[0] == "link"] == [["link", "-B", "100000", "-1", "-1"]]
 
 
 def test_non_convergence_is_said(
-    source: MemorySource, world: World, capfd: pytest.CaptureFixture[str]
+    source: MemorySource, clock: Clock, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fill(source, b"\1")
-    world.guest = lambda: fill(source, b"\2")
+    clock.on_sleep = lambda: fill(source, b"\2")
     console = Console("bhysend")
     dry_run(source, Limits(rate_bytes=100_000), console, machine=False)
     err = capfd.readouterr().err
@@ -250,11 +237,11 @@ def test_non_convergence_is_said(
 
 
 def test_the_report_for_people(
-    source: MemorySource, world: World, capfd: pytest.CaptureFixture[str]
+    source: MemorySource, clock: Clock, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for page in range(256):
         source.write(page, b"\1" if page < 128 else b"\0")
-    world.guest = lambda: source.write(7, b"\2")
+    clock.on_sleep = lambda: source.write(7, b"\2")
     dry_run(source, Limits(rate_bytes=1 << 20), Console("bhysend"), machine=False)
     lines = [line.removeprefix("bhysend: ") for line in capfd.readouterr().err.splitlines()]
     assert lines == [
@@ -268,7 +255,7 @@ def test_the_report_for_people(
 
 
 def test_a_report_that_cannot_be_written_is_no_success(
-    source: MemorySource, world: World, monkeypatch: pytest.MonkeyPatch
+    source: MemorySource, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     try:

@@ -24,6 +24,7 @@ from bhystream.stream import format as fmt
 from bhystream.stream.format import Type
 from bhystream.stream.reader import Reader
 from bhystream.stream.writer import Body, Bytes, Writer
+from support.clock import Clock
 from support.hoarding import HEADER, HELLO, ID, Hoarding
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -216,23 +217,15 @@ def test_what_flows_after_the_most_was_pushed_is_waited_for(null: int) -> None:
     assert sum(pipeline.pads) == MAX_BYTES
 
 
-class Clock:
-    """A clock that goes on by 6 s with each wait; every second wait brings a word."""
-
-    def __init__(self) -> None:
-        self.ns = 0
-
-    def monotonic_ns(self) -> int:
-        return self.ns
-
-
 def test_a_stall_is_counted_from_the_last_word(null: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
 
     class Halting(Inbox):
+        """An inbox that moves the clock by 6 s with each wait; every second wait brings a word."""
+
         def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
-            clock.ns += 6 * 10**9
-            self.seen += clock.ns // (6 * 10**9) % 2
+            clock.now_ns += 6 * 10**9
+            self.seen += clock.now_ns // (6 * 10**9) % 2
             self.told = self.seen + 1
             return condition()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from bhystream.errors import GuestError
 from bhystream.send.hook import Hook
 from support.processes import is_gone
+from support.waiting import until
 
 ID = "00" * 16
 
@@ -20,14 +20,10 @@ def run(command: str) -> Hook:
     return Hook(command, "web1", ID)
 
 
-def wait_for(path: Path) -> str:
+def line_in(path: Path) -> str:
     """Return the line in a file, once the line is complete."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if path.exists() and (text := path.read_text()).endswith("\n"):
-            return text.strip()
-        time.sleep(0.005)
-    raise TimeoutError(path)
+    until(lambda: path.exists() and path.read_text().endswith("\n"), f"a line in {path}", 60)
+    return path.read_text().strip()
 
 
 def test_status_0_is_success() -> None:
@@ -103,7 +99,7 @@ def test_a_keyboard_interrupt_does_not_reach_it() -> None:
     # The command has a process group of its own: bhysend handles a Ctrl-C, and calls kill().
     hook = run("kill -STOP $$")
     try:
-        assert os.getpgid(hook._process.pid) == hook._process.pid
+        assert os.getpgid(hook.group) == hook.group
     finally:
         hook.kill()
 
@@ -113,10 +109,10 @@ def test_kill_ends_the_whole_group(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     hook = run(f"cat {fifo} & echo $! > {tmp_path}/child; wait")
-    child = int(wait_for(tmp_path / "child"))
+    child = int(line_in(tmp_path / "child"))
     hook.kill()
     assert is_gone(child, 10)
-    assert is_gone(hook._process.pid, 10)
+    assert is_gone(hook.group, 10)
 
 
 def test_kill_after_the_end_is_no_error() -> None:
@@ -131,7 +127,7 @@ def test_kill_ends_what_a_failed_command_left_behind(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     hook = run(f"cat {fifo} & echo $! > {tmp_path}/child; exit 1")
-    child = int(wait_for(tmp_path / "child"))
+    child = int(line_in(tmp_path / "child"))
     with pytest.raises(GuestError, match="status 1"):
         hook.wait()
     hook.kill()

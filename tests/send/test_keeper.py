@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +17,11 @@ import bhystream
 from bhystream.backend.process import identify
 from bhystream.errors import GuestError
 from bhystream.guest import GO, HELD, MOVED, PAUSED
-from bhystream.handover import state
 from bhystream.handover.state import Lock, Record, Records
 from bhystream.send import keeper
 from bhystream.send.keeper import Keeper
+from bhystream.units import NS
+from support.clock import Clock
 from support.descriptors import descriptors
 from support.processes import is_gone
 
@@ -40,19 +37,7 @@ REVIVE = {
     "restore": {},
     "announce": False,
 }
-RUNS_ON = "guest web1: bhysend is gone; the guest runs on here; it was paused for"
 RECORD = Record("a" * 32, "web1", "qemu:/web1", "lock-1", PAUSED, REVIVE)
-
-
-@pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
-    return state.directory()
-
-
-@pytest.fixture
-def records(base: Path) -> Records:
-    return Records(base, "source")
 
 
 @pytest.fixture
@@ -70,8 +55,7 @@ def test_a_dismissed_keeper_ends_and_does_nothing(
 ) -> None:
     made = Keeper(base, RECORD, lock)
     records.write(RECORD)
-    made.dismiss()
-    assert made._process.returncode == 0
+    assert made.dismiss() == 0
     assert records.all() == [RECORD]
     made.dismiss()  # a second call is no error
     assert capfd.readouterr().err == ""
@@ -85,8 +69,8 @@ def test_starting_one_records_nothing(base: Path, records: Records, lock: Lock) 
 
 def test_a_keeper_that_is_dead_already_is_dismissed(base: Path, lock: Lock) -> None:
     made = Keeper(base, RECORD, lock)
-    made._process.kill()
-    made._process.wait()
+    os.kill(made.pid, signal.SIGKILL)
+    assert is_gone(made.pid, 60)
     made.dismiss()
 
 
@@ -95,14 +79,14 @@ def test_a_keeper_that_does_not_end_is_ended(
 ) -> None:
     made = Keeper(base, RECORD, lock)
     assert made.is_alive()
-    made._process.send_signal(signal.SIGSTOP)
+    os.kill(made.pid, signal.SIGSTOP)
     monkeypatch.setattr(keeper, "_END_SECONDS", 0.2)
     try:
-        made.dismiss()
-        assert made._process.returncode == -signal.SIGKILL
+        assert made.dismiss() == -signal.SIGKILL
         assert not made.is_alive()
     finally:
-        made._process.kill()
+        if made.is_alive():
+            os.kill(made.pid, signal.SIGKILL)
 
 
 def test_a_keeper_survives_what_ends_a_pipeline(
@@ -118,17 +102,16 @@ def test_a_keeper_survives_what_ends_a_pipeline(
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
     for number in numbers:
-        made._process.send_signal(number)
-    made.dismiss()
-    assert made._process.returncode == 0
+        os.kill(made.pid, number)
+    assert made.dismiss() == 0
     assert capfd.readouterr().err == ""
 
 
 def test_a_keeper_has_its_own_session_and_pins_no_directory(base: Path, lock: Lock) -> None:
     made = Keeper(base, RECORD, lock)
     try:
-        assert os.getsid(made._process.pid) == made._process.pid
-        assert os.readlink(f"/proc/{made._process.pid}/cwd") == "/"
+        assert os.getsid(made.pid) == made.pid
+        assert os.readlink(f"/proc/{made.pid}/cwd") == "/"
     finally:
         made.dismiss()
 
@@ -140,7 +123,7 @@ def test_a_keeper_inherits_the_lock_and_nothing_else(base: Path, lock: Lock) -> 
         os.set_inheritable(fd, True)
     made = Keeper(base, RECORD, lock)
     try:
-        directory = f"/proc/{made._process.pid}/fd"
+        directory = f"/proc/{made.pid}/fd"
         found = {int(name): os.readlink(f"{directory}/{name}") for name in os.listdir(directory)}
     finally:
         made.dismiss()
@@ -190,7 +173,7 @@ record = Record("a" * 32, "web1", "qemu:/web1", "lock-1", "paused", json.loads(s
 keeper = Keeper(base, record, Lock(base, record.lock, "guest web1"))
 for phase in sys.argv[2:]:
     Records(base, "source").write(record.with_phase(phase))
-print(keeper._process.pid, flush=True)
+print(keeper.pid, flush=True)
 sys.stdin.read()
 """
 
@@ -256,240 +239,6 @@ def test_it_keeps_record_and_lock_while_it_tries(base: Path, records: Records) -
     Lock(base, RECORD.lock, "guest web1").release()
 
 
-# What the keeper does when bhysend has been killed, with a hypervisor of the test.
-
-DRIVER = """
-import sys
-import syslog
-from bhystream import hypervisors
-from bhystream.send import keeper
-from bhystream.errors import GuestError
-
-syslog.syslog = lambda level, text: print("log", text, flush=True)
-keeper._RETRY_SECONDS = 0.001
-keeper._RESUME_SECONDS = float(sys.argv[2])
-faults = eval(sys.argv[3])
-
-def say(word):
-    print(word, flush=True)
-
-class Paused:
-    def is_alive(self):
-        return sys.argv[4] == "alive"
-    def clear(self):
-        say("clear")
-    def resume(self):
-        say("resume")
-        if faults:
-            raise faults.pop(0)
-    def discard(self, there):
-        say(f"discard {there}")
-    def close(self):
-        say("close")
-
-def open_paused(revive):
-    say("open")
-    return Paused()
-
-if sys.argv[4] != "none":
-    hypervisors.open_paused = open_paused
-sys.exit(keeper.main(sys.argv))
-"""
-
-
-class Driven:
-    """A keeper in a process of its own, as Keeper starts it."""
-
-    def __init__(
-        self,
-        base: Path,
-        seconds: float,
-        faults: str = "[]",
-        *,
-        guest: str = "alive",
-        answers: int = -1,
-    ) -> None:
-        self.socket, theirs = socket.socketpair()
-        argv = [sys.executable, "-c", DRIVER, str(theirs.fileno()), str(seconds), faults, guest]
-        with theirs:
-            self.process = subprocess.Popen(
-                argv,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                pass_fds=(theirs.fileno(),) if answers < 0 else (theirs.fileno(), answers),
-            )
-        order = {"base": str(base), "record": asdict(RECORD), "answers": answers}
-        self.socket.sendall(json.dumps(order).encode() + b"\n")
-        self.socket.settimeout(60)
-        assert self.socket.recv(100) == b"ready\n"
-
-    def orphaned(self) -> tuple[int, str, str]:
-        """Close bhysend's socket, as the kernel does; return the keeper's status and output."""
-        self.socket.close()
-        out, err = self.process.communicate(timeout=60)
-        return self.process.returncode, out, err
-
-
-def test_a_paused_guest_is_resumed_and_its_record_removed(base: Path, records: Records) -> None:
-    driven = Driven(base, 60)
-    records.write(replace(RECORD, time_ns=time.time_ns() - 3600 * 10**9))
-    status, out, err = driven.orphaned()
-    *acts, said = out.splitlines()
-    assert acts == ["open", "resume"]
-    # The length of the pause is counted from the time in the record.
-    assert re.fullmatch(f"log {RUNS_ON} 6[0-9] m [0-9]{{2}} s", said)
-    assert status == 0
-    assert re.fullmatch(f"bhysend: {RUNS_ON} 6[0-9] m [0-9]{{2}} s\n", err)
-    assert records.all() == []
-
-
-def test_it_tries_again_until_the_hypervisor_answers(base: Path, records: Records) -> None:
-    driven = Driven(base, 60, "[GuestError('busy'), GuestError('busy')]")
-    records.write(RECORD)
-    status, out, err = driven.orphaned()
-    assert out.splitlines()[:-1] == ["open"] + ["resume"] * 3
-    assert status == 0
-    assert err.startswith(f"bhysend: {RUNS_ON} ")
-    assert records.all() == []
-
-
-def test_it_tries_again_whatever_failed(base: Path, records: Records) -> None:
-    # Only the keeper can resume the guest now, so no fault of ours may stop the keeper.
-    driven = Driven(base, 60, "[OSError(11, 'odd'), ValueError('odd')]")
-    records.write(RECORD)
-    status, out, err = driven.orphaned()
-    assert "resume" in out.split(), err
-    assert status == 0
-
-
-def test_what_cannot_be_resumed_is_said_and_its_record_kept(base: Path, records: Records) -> None:
-    driven = Driven(base, 0, guest="none")
-    records.write(RECORD)
-    status, out, err = driven.orphaned()
-    why = "guest web1: cannot connect to /nonexistent/web1.qmp: No such file or directory"
-    said = f"guest web1: it stands paused here, and cannot be resumed: {why}"
-    assert err == f"bhysend: {said}\nbhysend: let it run on: bhysend --resume {RECORD.id}\n"
-    assert (status, out) == (69, f"log {said}\n")
-    assert records.all() == [RECORD]
-
-
-def test_a_guest_that_stays_paused_is_its_hypervisors_and_the_operators(
-    base: Path, records: Records
-) -> None:
-    """When the keeper gives up, the guest stands paused in its hypervisor, and has its record."""
-    driven = Driven(base, 0, "[GuestError('busy')] * 3")
-    records.write(RECORD)
-    found, out, err = driven.orphaned()
-    assert (found, out.split().count("resume")) == (69, 1)
-    assert "guest web1: it stands paused here, and cannot be resumed: busy\n" in err
-    assert f"let it run on: bhysend --resume {RECORD.id}\n" in err
-    assert [record.phase for record in records.all()] == [PAUSED]
-
-
-def test_a_record_that_stays_unreadable_is_said_without_a_traceback(base: Path) -> None:
-    driven = Driven(base, 0)
-    (base / "source" / f"{RECORD.id}.json").write_text("{")
-    status, out, err = driven.orphaned()
-    assert status == 69 and "Traceback" not in err
-    assert "guest web1: it may stand paused here; see bhysend -l\n" in err
-    assert "resume" not in out.split()
-
-
-def test_a_record_that_can_be_read_in_time_is_acted_on(base: Path, records: Records) -> None:
-    driven = Driven(base, 60)
-    path = base / "source" / f"{RECORD.id}.json"
-    path.write_text("{")
-    driven.socket.close()
-    records.write(RECORD)
-    out, _ = driven.process.communicate(timeout=60)
-    assert driven.process.returncode == 0
-    assert "resume" in out.split()
-
-
-def test_a_record_that_stays_broken_resumes_nothing(base: Path, records: Records) -> None:
-    driven = Driven(base, 0)
-    (base / "source" / f"{RECORD.id}.json").write_text("{")
-    status, out, err = driven.orphaned()
-    assert status != 0
-    assert out.split()[0] == "open"
-    assert "resume" not in out.split()
-    assert "it may stand paused here; see bhysend -l" in err
-
-
-def test_the_record_of_a_guest_that_is_gone_is_removed(base: Path, records: Records) -> None:
-    driven = Driven(base, 60, guest="gone")
-    records.write(RECORD)
-    status, out, err = driven.orphaned()
-    said = "log guest web1: its hypervisor is gone"
-    assert (status, out.splitlines()) == (0, ["open", "clear", said])
-    assert err == "bhysend: guest web1: its hypervisor is gone\n"
-    assert records.all() == []
-
-
-@pytest.mark.parametrize("phase", [None, HELD, GO])
-def test_nothing_else_is_ever_resumed(base: Path, records: Records, phase: str | None) -> None:
-    driven = Driven(base, 60)
-    if phase:
-        records.write(RECORD)
-        records.write(RECORD.with_phase(phase))
-    status, out, err = driven.orphaned()
-    told = {None: "", HELD: "the guest is held", GO: "the guest is in doubt, paused here"}[phase]
-    said = f"guest web1: bhysend is gone; {told}"
-    act = [f"log {said}"] if phase else ["clear"]
-    assert (status, out.splitlines()) == (0, ["open", *act])
-    assert err == (f"bhysend: {said}\n" if phase else "")
-    assert [record.phase for record in records.all()] == ([phase] if phase else [])
-
-
-def test_a_guest_that_has_moved_is_ended_here(base: Path, records: Records) -> None:
-    driven = Driven(base, 60)
-    records.write(replace(RECORD.with_phase(MOVED), host="hv2/ff", directory="/d"))
-    status, out, err = driven.orphaned()
-    assert out.splitlines()[:-1] == ["open", "open", "discard hv2", "close"]
-    assert status == 0
-    assert err == (
-        "bhysend: guest web1: bhysend is gone; the guest runs on hv2, and is gone here\n"
-    )
-    assert records.all() == []
-
-
-@pytest.mark.parametrize(
-    ("answer", "acts", "left"),
-    [
-        (b"RUNNING", ["open", "open", "discard hv2", "close"], []),
-        (b"FAILED no", ["open", "resume"], []),
-        (b"RAN", ["open"], [GO]),
-        (b"", ["open"], [GO]),
-    ],
-)
-def test_a_commands_answers_are_read_on(
-    base: Path, records: Records, answer: bytes, acts: list[str], left: list[str]
-) -> None:
-    """A line that bhysend has read in part, and another stream's answers, are skipped."""
-    theirs, ours = os.pipe()
-    driven = Driven(base, 60, answers=theirs)
-    os.close(theirs)
-    records.write(replace(RECORD.with_phase(GO), host="hv2/ff", directory="/d"))
-    other = b"0" * 32
-    os.write(ours, b"93c SEEN 7\nbhys1 " + other + b" RUNNING\nbhys1 " + other + b" FAILED x\n")
-    if answer:
-        os.write(ours, b"bhys1 " + RECORD.id.encode() + b" " + answer + b"\n")
-    os.close(ours)
-    status, out, err = driven.orphaned()
-    assert (status, out.splitlines()[:-1]) == (0, acts)
-    assert [record.phase for record in records.all()] == left
-    assert ("  ssh hv2 env BHYSEND_STATE_DIR=/d bhyrecv -q " in err) == bool(left)
-
-
-def test_a_word_cut_short_is_no_dismissal(base: Path, records: Records) -> None:
-    driven = Driven(base, 60)
-    records.write(RECORD)
-    driven.socket.sendall(b"don")
-    status, out, _ = driven.orphaned()
-    assert (status, "resume" in out.splitlines()) == (0, True)
-
-
 # A bhysend that is stopped.
 
 
@@ -531,13 +280,13 @@ def test_one_that_goes_on_in_time_is_left_alone(
     sleeper: subprocess.Popen[bytes], records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records.write(RECORD)
-    now = [1000.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    clock = Clock(now_ns=1000 * NS)
+    monkeypatch.setattr(keeper, "time", clock)
     guard = keeper.Guard(sleeper.pid, records, RECORD.id)
     for _ in range(3):
         stop(sleeper)
         guard.look()
-        now[0] += keeper._STOPPED_SECONDS - 1
+        clock.now_ns += round((keeper._STOPPED_SECONDS - 1) * NS)
         guard.look()
         sleeper.send_signal(signal.SIGCONT)
         os.waitpid(sleeper.pid, os.WCONTINUED)

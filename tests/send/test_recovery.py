@@ -19,6 +19,7 @@ from bhystream.handover.where import in_doubt
 from bhystream.report import Console
 from bhystream.send.recovery import Recovery
 from bhystream.signals import Interrupts
+from support.paused import Paused
 from support.third_stage import (
     FAILED,
     HELLO,
@@ -38,12 +39,6 @@ from support.third_stage import (
     line,
     start,
 )
-
-
-@pytest.fixture
-def records(base: Path) -> Records:
-    return Records(base, "source")
-
 
 # No bhysend, but a record.
 
@@ -286,33 +281,18 @@ def test_standard_output_is_not_written(base: Path) -> None:
 # An act that fails.
 
 
-class Stubborn:
+class Stubborn(Paused):
     """A guest whose acts may fail; done: the acts that did not."""
 
     def __init__(self) -> None:
         self.fails: dict[str, Exception] = {}
         self.done: list[str] = []
-        self.alive = True
 
-    def is_alive(self) -> bool:
-        return self.alive
-
-    def _do(self, act: str) -> None:
+    def do(self, act: str, there: str = "") -> None:
         if act in self.fails:
             raise self.fails[act]
-        self.done.append(act)
-
-    def resume(self) -> None:
-        self._do("resume")
-
-    def discard(self, there: str) -> None:
-        self._do("discard")
-
-    def clear(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+        if act != "close":
+            self.done.append(act)
 
 
 def acted(

@@ -14,40 +14,16 @@ from pathlib import Path
 import pytest
 
 from bhystream.errors import InputOutputError, UsageError
-from bhystream.handover.answers import Answer, Inbox, pack
-from bhystream.send.rendezvous import Rendezvous, connect, path_of
+from bhystream.handover.answers import Answer, pack
+from bhystream.send.rendezvous import connect, path_of
+from support.bhysend import Brief, Source
 from support.descriptors import descriptors
+from support.third_stage import ID, LIMIT_S, NAMES
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
-ID = "0123456789abcdef" * 2
 HELLO = Answer(ID, "HELLO", ("hv2/a1", "/var/lib/bhysend"))
 ELSEWHERE = Answer(ID, "HELLO", ("hv3/b2", "/var/lib/bhysend"))
-NAMES = ("web1", "qemu:/run/web1.qmp")
-LIMIT_S = 60
-
-
-class Source:
-    """bhysend's side: an inbox that fills, and the noise that was shown."""
-
-    def __init__(self, base: Path) -> None:
-        self.base = base
-        self.inbox = Inbox()
-        self.noise: list[bytes] = []
-        self.rendezvous = Rendezvous(self.inbox, ID, NAMES, self.noise.append)
-
-    def listen(self) -> Source:
-        self.rendezvous.listen(self.base)
-        self.rendezvous.start()
-        return self
-
-    def seen(self, number: int) -> bool:
-        return self.inbox.wait(lambda: self.inbox.seen >= number, LIMIT_S)
-
-    def lost(self) -> str:
-        """Wait until nothing more can come; return why."""
-        self.inbox.wait(lambda: bool(self.inbox.lost), LIMIT_S)
-        return self.inbox.lost
 
 
 @pytest.fixture
@@ -106,7 +82,8 @@ def test_a_signal_goes_to_the_thread_that_may_be_blocked_and_not_to_this_one(
 ) -> None:
     source.listen()
     taken = {signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
-    assert taken <= blocked(source.rendezvous._thread.native_id)
+    [reader] = [thread for thread in threading.enumerate() if thread.name == "answers"]
+    assert taken <= blocked(reader.native_id)
     assert not taken & blocked(threading.main_thread().native_id)
 
 
@@ -137,30 +114,9 @@ def test_the_socket_of_a_killed_bhysend_is_none_and_is_removed(base: Path) -> No
     assert connect(base, ID) is None
 
 
-class Greeter:
-    """A bhysend that sends these bytes to the first process that connects, and hangs up."""
-
-    def __init__(self, base: Path, greeting: bytes) -> None:
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(path_of(base, ID))
-        self._listener.listen(1)
-        self._greeting = greeting
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        peer, _ = self._listener.accept()
-        with peer:
-            peer.sendall(self._greeting)
-
-    def close(self) -> None:
-        self._thread.join()
-        self._listener.close()
-
-
 def test_what_comes_with_the_greeting_is_left(base: Path) -> None:
     """bhysend may tell the status at once: connect() must not read it with the greeting."""
-    with closing(Greeter(base, json.dumps(NAMES).encode() + b"\nstatus 76\n")):
+    with closing(Brief(base, json.dumps(NAMES).encode() + b"\nstatus 76\n")):
         peer = meet(base)
         assert rest_of(peer) == b"status 76\n"
         peer.close()
@@ -169,7 +125,7 @@ def test_what_comes_with_the_greeting_is_left(base: Path) -> None:
 @pytest.mark.parametrize("greeting", [b"", b'["web1"', b"web1\n", b"\xff\n"])
 def test_one_that_does_not_greet_is_none(base: Path, greeting: bytes) -> None:
     before = descriptors()
-    with closing(Greeter(base, greeting)):
+    with closing(Brief(base, greeting)):
         assert connect(base, ID) is None
     assert descriptors() == before
 

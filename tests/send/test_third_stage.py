@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bhystream.guest import GO
-from bhystream.handover.answers import Answer, Inbox
+from bhystream.handover.answers import Answer
 from bhystream.handover.state import Records
-from bhystream.send.rendezvous import Rendezvous, path_of
 from bhystream.send.third_stage import Bhysend
+from support.bhysend import Brief, Source
 from support.third_stage import (
     FAILED,
     HELLO,
@@ -32,36 +32,12 @@ from support.third_stage import (
     start,
 )
 
-
-@pytest.fixture
-def records(base: Path) -> Records:
-    return Records(base, "source")
-
-
 # With a bhysend.
-
-
-class Source:
-    """The bhysend of the stream."""
-
-    def __init__(self, base: Path) -> None:
-        self.inbox = Inbox()
-        self.noise: list[bytes] = []
-        self.rendezvous = Rendezvous(self.inbox, ID, NAMES, self.noise.append)
-        self.rendezvous.listen(base)
-        self.rendezvous.start()
-
-    def said_hello(self) -> bool:
-        return self.inbox.wait(lambda: self.inbox.hello is not None, LIMIT_S)
-
-    def final(self) -> str:
-        self.inbox.wait(lambda: False, LIMIT_S)
-        return self.inbox.final.word if self.inbox.final else ""
 
 
 @pytest.fixture
 def source(base: Path) -> Iterator[Source]:
-    made = Source(base)
+    made = Source(base).listen()
     yield made
     made.rendezvous.close(70)
 
@@ -184,24 +160,9 @@ def test_what_is_no_status_is_none(verdict: bytes) -> None:
 # With a bhysend that is killed.
 
 
-class Killed:
-    """A bhysend that greets one third stage, reads up to a word, and is gone."""
-
-    def __init__(self, base: Path, word: bytes) -> None:
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(path_of(base, ID))
-        self._listener.listen(1)
-        self._word = word
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        peer, _ = self._listener.accept()
-        with peer, self._listener:
-            peer.sendall(b'["web1", "qemu:/web1"]\n')
-            data = b""
-            while self._word not in data:
-                data += peer.recv(1 << 16)
+def killed(base: Path) -> None:
+    """Start a bhysend that is killed when the destination has said READY."""
+    Brief(base, json.dumps(NAMES).encode() + b"\n", b"READY")
 
 
 @pytest.mark.parametrize(
@@ -215,7 +176,7 @@ class Killed:
 def test_without_a_record_a_killed_bhysend_had_settled_it(
     base: Path, answers: bytes, status: int, says: str
 ) -> None:
-    Killed(base, b"READY")
+    killed(base)
     found, acts, err = ended(start(), answers)
     assert (found, acts) == (status, [])
     assert says in err
@@ -233,7 +194,7 @@ def test_the_record_of_a_killed_bhysend_is_acted_on(
     base: Path, records: Records, final: bytes, status: int, acts: list[str], left: list[str]
 ) -> None:
     records.write(RECORD.with_phase(GO))
-    Killed(base, b"READY")
+    killed(base)
     found, done, _ = ended(start(), HELLO + READY + final)
     assert (found, done) == (status, acts)
     assert [record.phase for record in records.all()] == left

@@ -6,7 +6,6 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from bhystream.stream.format import Feature, Form, Header, Type
 from bhystream.stream.verify import Pages, Walk
 from bhystream.stream.writer import Writer
 from bhystream.units import NS
+from support.clock import Clock
 from support.memory_source import MemorySource, Rebuilt, rebuild
 
 SIZES = (700, 1, 300, 64)
@@ -410,25 +410,6 @@ def test_the_head_names_the_program(tmp_path: Path, source: MemorySource) -> Non
 
 
 # The limit of the rate, with a clock that only sleep() moves.
-
-
-@dataclass
-class Clock:
-    """A clock in place of the time module."""
-
-    now_ns: int = 0
-    slept_ns: int = 0
-    step_ns: int = 0
-
-    def monotonic_ns(self) -> int:
-        self.now_ns += self.step_ns
-        return self.now_ns
-
-    def sleep(self, seconds: float) -> None:
-        assert seconds > 0
-        ns = round(seconds * NS)
-        self.now_ns += ns
-        self.slept_ns += ns
 
 
 @pytest.fixture

@@ -54,14 +54,14 @@ class Early:
 
     def cut(self) -> None:
         """Wait for the VM's memory, then cut FILE and FILE.kern so that bhyve cannot run yet."""
-        await_true(self.is_mapped, "no memory is mapped")
+        await_true(self.is_mapped, "the memory of the VM")
         os.truncate(self.files.path, self._bytes - _PAGE)
         os.truncate(self.files.kern, 0)
 
     def await_read(self) -> None:
         """Wait for the marker in the VM's memory, and zero the marker's page."""
         page = self.last_page - 1
-        await_true(lambda: self.read(page) == self.marker, "the marker is not there")
+        await_true(lambda: self.read(page) == self.marker, "the marker")
         self.write(page, bytes(_PAGE))
 
     def write(self, page: int, data: bytes) -> None:

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from bhystream.backend.bhyve import nvlist
 
-from .rig import DEADLINE_S, Rig, await_true
+from .rig import Rig, await_true
 
 
 class Hold:
@@ -86,7 +86,7 @@ class Hold:
 
     def await_held(self) -> None:
         """Wait until the FIFO is full."""
-        await_true(lambda: self.filled_bytes == self.capacity, "never held")
+        await_true(lambda: self.filled_bytes == self.capacity, "a full FIFO")
 
     def release(self) -> dict[str, Any]:
         """Read the FIFO until the connection has ended; return FILE.meta's content."""
@@ -119,7 +119,7 @@ def drain(fifo: int, is_over: Callable[[], bool]) -> bytes:
                 text += part
         return was_over
 
-    await_true(is_read, f"no end after {len(text)} bytes", DEADLINE_S)
+    await_true(is_read, lambda: f"the end after {len(text)} bytes")
     return text
 
 

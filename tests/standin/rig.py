@@ -31,7 +31,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -42,19 +41,15 @@ from typing import Any, Self
 from bhystream.backend.bhyve import nvlist
 from bhystream.backend.bhyve.host import VMM_DIR
 from bhystream.standin.kernel import StandinHost
+from support.waiting import until
 
 DEADLINE_S = 30.0
-_POLL_S = 0.002
 _PAGE = 4096
 
 
-def await_true(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
-    """Wait until a condition holds.  Raises TimeoutError with the text `what` after deadline_s."""
-    end = time.monotonic() + deadline_s
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(what)
-        time.sleep(_POLL_S)
+def await_true(condition: Callable[[], object], what: str | Callable[[], str]) -> None:
+    """Wait until a condition holds, as until() does, for as long as a stand-in may take."""
+    until(condition, what, DEADLINE_S)
 
 
 class GuestIsWrong(AssertionError):
@@ -124,7 +119,7 @@ class Console:
             found[:] = [line for line in self.wrong() if what in line]
             return bool(found) or bool(self._why_ended())
 
-        await_true(is_there, f"no WRONG {what} in {self.lines()[-8:]}")
+        await_true(is_there, lambda: f"WRONG {what} in {self.lines()[-8:]}")
         if not found:
             raise GuestIsWrong(f"{self._why_ended()}; {self.lines()[-8:]}")
         return found[0]
@@ -139,7 +134,7 @@ class Console:
                 raise GuestIsWrong(f"{self._why_ended()}; {self.lines()[-8:]}")
             return False
 
-        await_true(is_there, f"no {what} in {self.lines()[-8:]}")
+        await_true(is_there, lambda: f"{what} in {self.lines()[-8:]}")
 
 
 def assert_unbroken(*consoles: Console) -> None:
@@ -410,7 +405,7 @@ class Rig:
                 return True
             return False
 
-        await_true(is_connected, f"no checkpoint socket of {name}")
+        await_true(is_connected, f"the checkpoint socket of {name}")
         return made
 
     def ask(self, name: str, **pairs: nvlist.Value) -> dict[str, nvlist.Value] | None:

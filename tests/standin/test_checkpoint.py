@@ -183,7 +183,7 @@ def test_a_connection_without_a_request_shows_in_the_log(host: Rig, what: str) -
         if what != "nothing":
             connection.sendall(b"\0" * 19)
     why = "Socket is not connected" if what == "nothing" else "Invalid argument"
-    await_true(lambda: f"nvlist_recv() failed: {why}\n" in guest.stderr(), "no line in the log")
+    await_true(lambda: f"nvlist_recv() failed: {why}\n" in guest.stderr(), "a line in the log")
     assert host.checkpoint("g") == {}
 
 
@@ -235,7 +235,7 @@ def test_devices_run_on_after_a_checkpoint_whether_it_failed_or_not(host: Rig, k
 
 
 def await_count(mapping: mmap.mmap, page: int, count: int) -> None:
-    await_true(lambda: count_of(mapping, page) >= count, f"page {page} stands")
+    await_true(lambda: count_of(mapping, page) >= count, f"a change of page {page}")
 
 
 def count_of(mapping: mmap.mmap, page: int) -> int:
@@ -318,7 +318,7 @@ def test_the_dirty_log_has_every_page_that_was_written(host: Rig) -> None:
         host.settings(fail=["hold-hang"])
         with Hold(host) as hold:
             hold.ask()
-            await_true(lambda: len(host.waiting("g")) == 2, "not paused")
+            await_true(lambda: len(host.waiting("g")) == 2, "the pause")
             guest.kill()
         follow(vm, mapping, copy)
         assert copy == mapping[:]

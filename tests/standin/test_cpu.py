@@ -16,7 +16,7 @@ from bhystream.backend.bhyve.journal import Journal
 from bhystream.errors import GuestError
 from bhystream.standin import cpu as cpu_file
 from bhystream.standin import node
-from bhystream.standin.cpu import Cpu
+from bhystream.standin.cpu import Cpu, Cpus
 from bhystream.standin.gate import Gate
 from bhystream.standin.guest import Guest
 from bhystream.standin.interpreter import EXIT_PAUSE, Fault, Interpreter
@@ -50,6 +50,7 @@ class LocalGuest:
         self.guest = Guest(self.memory, [], Gate(), NCPUS)
         self.told: list[str] = []
         self.guest._tell = self.told.append  # type: ignore[assignment, method-assign]
+        self.cpus = Cpus(node.beside(directory, "g", "cpu"), is_intel=True)
         self.journal = Journal(directory / "journal")
         self.vm = StandinVm(directory, "g", is_writable=True)
 
@@ -153,7 +154,7 @@ def test_an_instruction_that_is_no_stub_s_is_refused_loudly(here: LocalGuest) ->
     here.pause()
     made = stub.make(0, 96, is_save=True, has_xsave=True)
     pages = made.pages[: stub.ENTRY] + b"\x0f\xa2" + made.pages[stub.ENTRY + 2 :]
-    put(here.vm, here.guest._cpu_file[0], here, made, pages)
+    put(here.vm, here.cpus[0], here, made, pages)
     with pytest.raises(GuestError, match="no such instruction at 0x300000004000: 0f a2"):
         here.vm.run(0)
 
@@ -183,7 +184,7 @@ def test_a_stub_without_its_tables_is_a_triple_fault(
     made = stub.make(3, 96, is_save=True, has_xsave=True)
     hidden = dict(made.descriptors)
     change(hidden)
-    cpu = here.guest._cpu_file[1]
+    cpu = here.cpus[1]
     put(here.vm, cpu, here, stub.Stub(made.pages, made.values, tuple(hidden.items())))
     with pytest.raises(GuestError, match="triple fault"):
         here.vm.run(1)
@@ -194,15 +195,15 @@ def test_a_page_that_is_not_the_user_s_is_not_run_at_cpl_3(here: LocalGuest) -> 
     made = stub.make(3, 96, is_save=True, has_xsave=True)
     pages = bytearray(made.pages)
     pages[0x3000 + 4 * 8] &= ~4  # clears U in the PTE of the code
-    put(here.vm, here.guest._cpu_file[1], here, made, bytes(pages))
+    put(here.vm, here.cpus[1], here, made, bytes(pages))
     with pytest.raises(Fault, match="vector 14"):
-        Interpreter(here.guest._cpu_file[1], here.low)._execute()
+        Interpreter(here.cpus[1], here.low)._execute()
 
 
 def test_supervisor_mode_may_not_execute_a_user_page_under_smep(here: LocalGuest) -> None:
     here.pause()
     made = stub.make(0, 96, is_save=True, has_xsave=True)
-    cpu = here.guest._cpu_file[0]
+    cpu = here.cpus[0]
     put(here.vm, cpu, here, made)
     cpu[reg.CR4] |= reg.CR4_SMEP
     interpreter = Interpreter(cpu, here.low)
@@ -213,7 +214,7 @@ def test_supervisor_mode_may_not_execute_a_user_page_under_smep(here: LocalGuest
 
 def test_the_loading_stub_spins_with_pause_until_it_is_suspended(here: LocalGuest) -> None:
     here.pause()
-    cpu = here.guest._cpu_file[0]
+    cpu = here.cpus[0]
     put(here.vm, cpu, here, stub.make(0, 96, is_save=False, has_xsave=False))
     assert here.vm.run(0) == EXIT_PAUSE
     assert here.low[stub.BASE_GPA + stub.FLAG] == stub.DONE
@@ -264,7 +265,7 @@ def test_a_vm_without_a_bhyve_has_no_vcpus(tmp_path: Path) -> None:
 
 def test_the_clock_that_was_set_is_remembered(here: LocalGuest) -> None:
     here.vm.set_rtc(1_700_000_000)
-    assert here.vm._cpus.rtc_seconds == 1_700_000_000
+    assert here.cpus.rtc_seconds == 1_700_000_000
 
 
 def test_one_call_at_a_time_has_a_vcpu(here: LocalGuest, tmp_path: Path) -> None:

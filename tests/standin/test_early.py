@@ -154,10 +154,10 @@ def test_pages_are_read_in_ascending_order(host: Rig, moved: Moved) -> None:
     middle = early.last_page // 2
     early.files.put_page(middle, b"m" * _PAGE)
     guest = early.start()
-    await_true(early.is_mapped, "no memory is mapped")
+    await_true(early.is_mapped, "the memory of the VM")
     os.truncate(early.files.path, (middle + 1) * _PAGE)
     os.truncate(early.files.kern, 0)
-    await_true(lambda: early.read(middle) == b"m" * _PAGE, "not read")
+    await_true(lambda: early.read(middle) == b"m" * _PAGE, "the read of the middle")
     assert early.read(early.last_page - 1) == bytes(_PAGE)
     early.files.put_page(middle, b"n" * _PAGE)  # too late: bhyve reads each page only once
     early.files.put_page(early.last_page - 1, early.marker)

@@ -81,7 +81,7 @@ def test_devices_without_a_pause_go_on_in_a_hold(host: Rig) -> None:
         hold.ask()
         hold.await_held()
         before = mapping[:]
-        await_true(lambda: mapping[page * 4096] != before[page * 4096], "e1000 stands")
+        await_true(lambda: mapping[page * 4096] != before[page * 4096], "a change by e1000")
         after = mapping[:]
         changed = [
             p
@@ -100,7 +100,7 @@ def test_anybody_releases_a_hold(host: Rig) -> None:
         hold.await_held()
         wanted = str(hold.capacity + 1000)
         subprocess.run([sys.executable, "-c", _READER, str(hold.path), wanted], check=True)
-        await_true(hold.has_ended, "the handler stands")
+        await_true(hold.has_ended, "the end of the handler")
     goes_on(host)
 
 
@@ -138,7 +138,7 @@ def test_the_anchor_is_open_until_the_connection_has_ended(host: Rig) -> None:
         hold.await_held()
         assert fifos_of(guest.pid, hold.path) == 2
         hold.release()
-        await_true(lambda: fifos_of(guest.pid, hold.path) == 0, "kept for ever")
+        await_true(lambda: fifos_of(guest.pid, hold.path) == 0, "the end of the descriptors")
 
 
 def test_a_discarded_guest_leaves_its_node(host: Rig) -> None:
@@ -172,7 +172,7 @@ def test_the_meta_file_waits_in_open_for_a_reader_with_the_guest_running(host: R
     os.mkfifo(host.snapshot("g").meta)
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(host.checkpoint, "g")
-        await_true(host.snapshot("g").path.exists, "no file is opened")
+        await_true(host.snapshot("g").path.exists, "the file")
         guest.console.await_sweeps(1)
         assert not asked.done()
         fifo = os.open(host.snapshot("g").meta, os.O_RDONLY | os.O_NONBLOCK)
@@ -240,7 +240,7 @@ def test_a_hold_that_never_comes_leaves_the_guest_standing(host: Rig) -> None:
     with Hold(host) as hold:
         hold.ask()
         kern = host.snapshot("g").kern
-        await_true(lambda: kern.exists() and kern.stat().st_size == whole, "nothing is saved")
+        await_true(lambda: kern.exists() and kern.stat().st_size == whole, "FILE.kern")
         lines = guest.console.lines()
         assert hold.filled_bytes == hold.capacity - 1
         assert guest.console.lines() == lines

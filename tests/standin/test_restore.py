@@ -224,7 +224,7 @@ def test_a_slow_restore_waits_with_its_socket(host: Rig, snapshot: Snapshot) -> 
     (host.directory / "run" / "g").unlink()
     host.settings(fail=["slow-restore"])
     guest = host.launch("g", restore=snapshot.path)
-    await_true(lambda: _is_restoring(host, guest), "no restore under way")
+    await_true(lambda: _is_restoring(host, guest), "a restore under way")
     assert not (host.directory / "run" / "g").exists()
     assert guest.console.lines() == []
     (host.directory / "release").touch()

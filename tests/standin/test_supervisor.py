@@ -68,8 +68,8 @@ def test_a_guest_that_reboots_is_started_again(host: Rig) -> None:
     with supervised(host, "v", *arguments(host, "v"), tap="tap0:bridge0") as supervisor:
         supervisor.console.await_beats(3)
         first = power(host, signal.SIGUSR1)
-        await_true(lambda: host.pid("v") not in (None, first), "no second guest")
-        await_true(lambda: supervisor.console.beats().count(1) == 2, "no second boot")
+        await_true(lambda: host.pid("v") not in (None, first), "a second guest")
+        await_true(lambda: supervisor.console.beats().count(1) == 2, "a second boot")
         assert "starting bhyve (run 2)" in log(host)
 
 
@@ -102,10 +102,10 @@ def test_a_restart_restores_nothing(host: Rig) -> None:
     (host.directory / "net" / "tap0").unlink()
     words += ["-r", str(snapshot.path)]
     with supervised(host, "v", *words, tap="tap0:bridge0") as supervisor:
-        await_true(lambda: host.pid("v") is not None, "no restored guest")
+        await_true(lambda: host.pid("v") is not None, "the restored guest")
         power(host, signal.SIGUSR1)
-        await_true(lambda: "run 2" in log(host), "no second run")
-        await_true(lambda: supervisor.console.beats().count(1) == 2, "no second boot")
+        await_true(lambda: "run 2" in log(host), "a second run")
+        await_true(lambda: supervisor.console.beats().count(1) == 2, "a second boot")
         assert log(host).count(" -r ") == 1
 
 
@@ -114,7 +114,7 @@ def test_the_loader_makes_the_vm_of_a_guest_without_boot_rom(host: Rig) -> None:
     with supervised(host, "v", *words, tap="tap0:bridge0") as supervisor:
         supervisor.console.await_beats(1)
         power(host, signal.SIGUSR1)
-        await_true(lambda: supervisor.console.beats().count(1) == 2, "no second boot")
+        await_true(lambda: supervisor.console.beats().count(1) == 2, "a second boot")
 
 
 def test_a_guest_that_is_killed_ends_the_loop(host: Rig) -> None:
@@ -133,11 +133,11 @@ def test_on_fault_restart_starts_a_killed_guest_again(host: Rig, is_discarded: b
     with supervised(host, "v", *arguments(host, "v"), tap="tap0:bridge0") as supervisor:
         supervisor.console.await_beats(1)
         power(host, signal.SIGKILL)
-        await_true(lambda: "run 3" in log(host), "not started again")
+        await_true(lambda: "run 3" in log(host), "another start")
         assert log(host).count("exited with status 4\n") >= 1
         if is_discarded:
             host.host.destroy("v")
-            await_true(lambda: supervisor.console.beats().count(1) == 2, "no second boot")
+            await_true(lambda: supervisor.console.beats().count(1) == 2, "a second boot")
 
 
 @pytest.mark.parametrize("is_known", [True, False])
@@ -153,7 +153,7 @@ def test_the_suspending_lock_ends_the_loop_all_the_same(host: Rig, is_known: boo
             assert supervisor.await_exit() == 0
             assert log(host).endswith(": suspended\n")
         else:
-            await_true(lambda: "run 2" in log(host), "not started again")
+            await_true(lambda: "run 2" in log(host), "another start")
 
 
 def test_a_lock_of_another_host_refuses_the_start(host: Rig) -> None:

@@ -10,14 +10,10 @@ rebuild() is the other end in plain Python, over bhystream.stream.verify.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import mmap
 import os
 import random
-import struct
-import termios
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -184,15 +180,3 @@ def _place_pages(built: Rebuilt, event: Pages) -> None:
             built.memory[start : start + size] = bytes(size)
             built.zero[-1].update(range(first, first + count))
     assert at == len(event.pages)
-
-
-def wait_until_full(fd: int) -> None:
-    """Wait until the pipe with this reading end is full, and its writer is inside write(2)."""
-    room = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        held = fcntl.ioctl(fd, termios.FIONREAD, struct.pack("i", 0))
-        if struct.unpack("i", held)[0] == room:
-            return
-        time.sleep(0.001)
-    raise TimeoutError("the pipe does not fill")

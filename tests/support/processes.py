@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import time
+import os
+import select
 from pathlib import Path
 
 
-def is_gone(pid: int, seconds: float) -> bool:
-    """Return True once a process has ended, False if it does not end in time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        if stat.rpartition(")")[2].split()[0] == "Z":
-            return True
-        time.sleep(0.005)
-    return False
+def process_state(pid: int) -> str:
+    """Return the state of a process as proc_pid_stat(5) has it, X if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+    return text[text.rindex(")") + 2]
+
+
+def is_gone(pid: int, seconds: float = 0.0) -> bool:
+    """Say whether a process has ended with all of its threads, even if its parent has not waited.
+
+    A process whose first thread ended may look like a zombie before.  pid: 0 for no process.
+    seconds: how long to wait for the end.
+    """
+    if not pid:
+        return True
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([pidfd], [], [], seconds)[0])
+    finally:
+        os.close(pidfd)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +13,34 @@ from bhystream.errors import BhyError, GuestError
 from bhystream.guest import DEAD, LOADED, READY, STARTED, State
 from bhystream.handover.state import Record, Records
 
+from .paused import Paused
+
 A, B = "a" * 32, "b" * 32
 OF_DESTINATION = (LOADED, READY, STARTED, DEAD)
 
 
-@dataclass
-class Guest:
-    """What a record's guest is asked, with the phase of record A at that time.
+class Guest(Paused):
+    """A paused guest that notes each act, with the phase of record A at that time.
 
-    running: the result of runs().  fails: whether resume() and discard() fail.
+    fails: whether every act but close() fails.
     """
 
-    records: Records
-    alive: bool = True
-    fails: bool = False
-    running: bool = False
-    asked: list[tuple[str, str | None]] = field(default_factory=list)
-    reasons: Sequence[str] = ()
+    def __init__(self, records: Records) -> None:
+        self.records = records
+        self.fails = False
+        self.asked: list[tuple[str, str | None]] = []
 
-    def note(self, what: str) -> None:
+    def do(self, act: str, there: str = "") -> None:
         record = self.records.get(A)
-        self.asked.append((what, record.phase if record else None))
-
-    def _do(self, what: str) -> None:
-        self.note(what)
-        if self.fails:
+        self.asked.append((f"{act} {there}".rstrip(), record.phase if record else None))
+        if self.fails and act != "close":
             raise GuestError("it does not answer")
-
-    def resume(self) -> None:
-        self._do("resume")
-
-    def clear(self) -> None:
-        self._do("clear")
 
     def states(self) -> Sequence[State]:
         raise AssertionError("nobody asks a recorded guest for its state")
 
     def require_paused(self) -> None:
         raise AssertionError("nobody asks that of a recorded guest")
-
-    def discard(self, there: str) -> None:
-        self._do(f"discard {there}".rstrip())
-
-    def is_alive(self) -> bool:
-        return self.alive
-
-    def runs(self) -> bool:
-        return self.running
-
-    def close(self) -> None:
-        self.note("close")
 
 
 class Host:

@@ -41,6 +41,7 @@ import time
 from bhystream import hypervisors
 from bhystream.send import main as send
 from bhystream.send import recovery, third_stage
+from support.paused import Paused
 
 real = time.sleep
 
@@ -48,21 +49,12 @@ def sleep(seconds):
     print("waits", flush=True)
     real(0.01)
 
-class Paused:
-    def is_alive(self):
-        return sys.argv[1] != "gone"
-    def resume(self):
-        print("resume", flush=True)
-    def clear(self):
-        print("clear", flush=True)
-    def keep(self):
-        print("keep", flush=True)
-    def discard(self, there):
-        print("discard", flush=True)
-    def close(self):
-        print("close", flush=True)
+class Guest(Paused):
+    alive = sys.argv[1] != "gone"
+    def do(self, act, there=""):
+        print(act, flush=True)
 
-hypervisors.open_paused = lambda revive: Paused()
+hypervisors.open_paused = lambda revive: Guest()
 time.sleep = sleep
 if sys.argv[1] == "impatient":
     recovery._LOCK_SECONDS = third_stage._DRAIN_SECONDS = 0.0
@@ -80,7 +72,7 @@ def start(*names: str, guest: str = "alive") -> subprocess.Popen[bytes]:
     """Start a third stage.  guest: "alive", "gone", or "impatient": alive, and -A never waits."""
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, guest, *names],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "lib")},
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'lib'}:{ROOT / 'tests'}"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

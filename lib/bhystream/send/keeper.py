@@ -112,17 +112,20 @@ class Keeper:
                 raise GuestError(failure) from raised
             raise
 
-    def dismiss(self) -> None:
-        """End the keeper, because the guest no longer needs it.  May be called twice."""
+    def dismiss(self) -> int:
+        """End the keeper, because the guest no longer needs it; return its exit status.
+
+        The status is negative for a signal.  May be called twice.
+        """
         # If this fails, the keeper is dead already, and cannot act either.
         with contextlib.suppress(OSError):
             self._socket.sendall(_DONE)
         self._socket.close()
         try:
-            self._process.wait(_END_SECONDS)
+            return self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            return self._process.wait()
 
     def tell_hook(self, group: int) -> None:
         """Tell the keeper the -p command's process group, to kill if bhysend dies; 0: none.

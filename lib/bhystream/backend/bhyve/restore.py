@@ -55,7 +55,10 @@ _GATE = ("/bin/sh", "-c", 'read -r _ && exec "$@" </dev/null', "sh")
 
 
 class Restore:
-    """One guest that is to be started from its files."""
+    """One guest that is to be started from its files.
+
+    limit_s: how many seconds bhyve may take for each of its steps.
+    """
 
     def __init__(
         self,
@@ -75,7 +78,7 @@ class Restore:
         self._guest = guest
         self._files = files
         self._on_wait = on_wait
-        self._limit_s = _LIMIT_S + guest.memory_bytes / SLOW_BYTES_PER_SECOND
+        self.limit_s = _LIMIT_S + guest.memory_bytes / SLOW_BYTES_PER_SECOND
 
     def hold(self, kern_bytes: int) -> WaitingRestore:
         """Start bhyve, and return it when it waits.  kern_bytes: the size of FILE.kern.
@@ -106,7 +109,7 @@ class Restore:
                 started,
                 mapped,
                 last,
-                self._limit_s,
+                self.limit_s,
                 undo.pop_all(),
             )
 
@@ -208,7 +211,7 @@ class Restore:
         bhyve.until(
             lambda: last.is_read(memory),
             "its memory is not read",
-            self._limit_s,
+            self.limit_s,
             lambda: _was_too_fast(bhyve, last, memory),
         )
 

@@ -196,7 +196,7 @@ def make(cpl: int, slot: int, *, is_save: bool, has_xsave: bool) -> Stub:
         pages[at : at + len(data)] = data
 
     _put_tables(put, slot)
-    for at, rows in _routines(is_save=is_save, has_xsave=has_xsave):
+    for at, rows in routines(is_save=is_save, has_xsave=has_xsave):
         put(at, assemble(at, rows))
     code, data = _CODE | cpl, _DATA | cpl
     put(_GDT, _gdt(cpl, base))
@@ -210,7 +210,7 @@ def make(cpl: int, slot: int, *, is_save: bool, has_xsave: bool) -> Stub:
     return Stub(bytes(pages), _values(cpl, base, has_xsave=has_xsave), _descriptors(cpl, base))
 
 
-def _routines(*, is_save: bool, has_xsave: bool) -> list[tuple[int, tuple[_Row, ...]]]:
+def routines(*, is_save: bool, has_xsave: bool) -> list[tuple[int, tuple[_Row, ...]]]:
     """Return the routines, each with its offset.
 
     Only a save ends in an OUT: at the destination bhyve itself would see the exit.

@@ -46,6 +46,7 @@ class WaitingRestore:
 
     started: the process and the VM.  is_released: whether bhyve was released.
     may_have_run: False as long as the vCPUs provably never ran.
+    limit_s: how many seconds bhyve may take to restore the guest.
     """
 
     def __init__(
@@ -59,10 +60,7 @@ class WaitingRestore:
         limit_s: float,
         undo: ExitStack,
     ) -> None:
-        """Take over a bhyve that waits for the last page, and everything that undo ends.
-
-        limit_s: how many seconds bhyve may take to restore the guest.
-        """
+        """Take over a bhyve that waits for the last page, and everything that undo ends."""
         self.started = started
         self.is_released = False
         self.may_have_run = False
@@ -71,7 +69,7 @@ class WaitingRestore:
         self._bhyve = bhyve
         self._mapped = mapped
         self._last = last
-        self._limit_s = limit_s
+        self.limit_s = limit_s
         self._undo = undo
 
     @property
@@ -148,7 +146,7 @@ class WaitingRestore:
         self._bhyve.until(
             lambda: listens(self._host, self._guest.name),
             "the guest is not restored",
-            self._limit_s,
+            self.limit_s,
             self._was_too_fast,
         )
         if self._bhyve.child.ends_within(_MOMENT_S):

@@ -58,7 +58,7 @@ def reasons() -> tuple[list[str], list[str]]:
     if hard:
         return hard, []
     unit = unit_of(os.getpid())
-    found = waiting(above(os.getpid())) or (_unit_reason(unit) if unit else "")
+    found = waiting(above(os.getpid())) or (unit_reason(unit) if unit else "")
     return [], [found] if found else []
 
 
@@ -113,7 +113,7 @@ def _user() -> str:
         return str(os.geteuid())
 
 
-def _unit_reason(unit: Unit) -> str:
+def unit_reason(unit: Unit) -> str:
     """Return the reason if the guest would end with the unit that bhyrecv is in, else ""."""
     if _can_leave():
         if shutil.which("systemd-run"):

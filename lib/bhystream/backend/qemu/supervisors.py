@@ -46,7 +46,7 @@ def reasons(pid: int) -> list[str]:
 
     def of_unit(waiting: Collection[int]) -> str:
         unit = unit_of(pid)
-        return _unit_reason(unit, waiting) if unit else ""
+        return unit_reason(unit, waiting) if unit else ""
 
     found = judge(pid, above(pid), ours(above(os.getpid())), of_unit)
     return [found] if found else []
@@ -116,7 +116,7 @@ def _is_supervisor(command: str) -> bool:
     return any(program_of(word) in _SUPERVISORS for word in command.split()[:2])
 
 
-def _unit_reason(unit: Unit, waiting: Collection[int]) -> str:
+def unit_reason(unit: Unit, waiting: Collection[int]) -> str:
     """Return the reason if systemd starts the unit again when its main process ends, else "".
 
     waiting: the pids of QEMU and of its ancestors that end with QEMU; if the unit's
