@@ -155,6 +155,21 @@ def _home_directory() -> Path:
     return Path(home, ".local/state")
 
 
+def looked_in(base: Path) -> str:
+    """Return the line that names the records in which something was not found.
+
+    base: the state directory.
+    """
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        user = str(os.geteuid())
+    return (
+        f"looked on {host_name()}, as user {user}, in the state directory {base}; "
+        "each host, user and directory has its own records"
+    )
+
+
 def host_id(base: Path) -> str:
     """Return a unique name of this host and state directory.
 
