@@ -17,7 +17,7 @@ from typing import Any
 PAGE_BYTES = 4096
 
 GUEST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", re.ASCII)
-# The most that a guest may have and still be moved: the caps of bhystream(5).
+# The largest guest that can be moved: these are the caps of bhystream(5).
 MAX_GUEST_PAGES = 1 << 36
 MAX_STATE_BYTES = 128 << 20
 MAX_OPTIONAL_STATE_BYTES = 4 << 20

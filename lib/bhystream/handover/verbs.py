@@ -285,9 +285,9 @@ def _resume(records: Records, record: Record, console: Console) -> None:
 def refuse_held(base: Path, operand: str, lock_name: str | None = None) -> None:
     """Raise GuestError if the guest to be sent still stands here since an earlier stream.
 
-    lock_name: of the guest, once it is known and locked, since several operands
-    may name one guest.  A record whose guest is gone means nothing any more, and
-    is removed.  Raises RecordError, AccessError, InputOutputError, too.
+    lock_name: the name of the guest's lock, if the caller has taken the lock: then
+    the lock decides which records are the guest's, because several operands may
+    name one guest.  The function removes a record whose guest is gone.  Raises RecordError, AccessError, InputOutputError, too.
     """
     records = Records(base, "source")
     if lock_name is None:

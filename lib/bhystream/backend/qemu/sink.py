@@ -1,7 +1,7 @@
 """QemuSink: a QEMU that waits for a guest, as base.Sink.
 
     check   give the verdict; change nothing, start nothing
-    open    take the QEMU that waits at the socket, else start one; RAM all zero
+    open    take the QEMU that waits at the socket, or start a QEMU; its RAM is all zero
     load    write the state into a pipe; QEMU inmigrate -> paused
     start   cont, announce-self, let go
 
@@ -43,7 +43,7 @@ from bhystream.memory.target import FileTarget, MappedTarget
 class Checked:
     """A guest that this host can take.
 
-    config: of the stream, validated.  name: the guest's at this host.
+    config: the stream's configuration, validated.  name: the guest's name at this host.
     """
 
     MISSING: ClassVar[str] = "check() was not called, or refused the guest"
