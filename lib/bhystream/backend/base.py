@@ -135,7 +135,7 @@ class Source(Described, Protocol):
         """Return the part of the pause that no further round shortens, in ns.
 
         It is the time to stop the guest, to take the state and to load it,
-        measured by prepare() if possible, else known from experience.
+        as prepare() measured it, or from experience if prepare() could not.
         """
 
     def pause(self) -> Paused:

@@ -287,7 +287,8 @@ def refuse_held(base: Path, operand: str, lock_name: str | None = None) -> None:
 
     lock_name: the name of the guest's lock, if the caller has taken the lock: then
     the lock decides which records are the guest's, because several operands may
-    name one guest.  The function removes a record whose guest is gone.  Raises RecordError, AccessError, InputOutputError, too.
+    name one guest.  The function removes a record whose guest is gone.  Raises
+    RecordError, AccessError, InputOutputError, too.
     """
     records = Records(base, "source")
     if lock_name is None:

@@ -80,7 +80,8 @@ class Rounds:
 
         plan: the plan that Source.prepare() returned, for the destination, or b"".  Raises
         DowntimeError if a limit is reached first, InputOutputError if a write fails, and
-        what ends the conversation: the destination's failure, or a pipeline that holds the stream back.
+        what ends the conversation: the destination's failure, or a pipeline that holds the
+        stream back.
         """
         if plan:
             self._begun.writer.section(Type.REHEARSAL, plan)
