@@ -141,10 +141,10 @@ def test_the_first_screen_says_where_the_guest_is(program: str) -> None:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_the_options_follow_where_the_guest_is(program: str) -> None:
+def test_the_options_follow_where_the_guest_is_and_the_requirements(program: str) -> None:
     text = (ROOT / "man" / f"{program}.8").read_text()
     titles = re.findall(r"^\.Sh (.+)$", text, re.M)
-    first = ["NAME", "SYNOPSIS", "DESCRIPTION", "WHERE THE GUEST IS", "OPTIONS"]
+    first = ["NAME", "SYNOPSIS", "DESCRIPTION", "WHERE THE GUEST IS", "REQUIREMENTS", "OPTIONS"]
     assert titles[: len(first)] == first
     assert titles[-3:] == ["AUTHORS", "CAVEATS", "BUGS"]
 
@@ -226,3 +226,124 @@ def test_the_format_lists_what_a_host_says_of_itself() -> None:
     said = set(re.findall(r"^\.It Li (\S+) Ta ", text.split("\n.Ss ")[0], re.M))
     made = {"cpu.vendor", "bhyve.hash", "vmm.hash", *identity._STRINGS, *identity._INTEGERS}
     assert said == made
+
+
+# Each example is run by sh(1), over programs that only note their words.
+
+RESOURCES = {
+    "bhysend-qemu.7": {"disk0", "net0"},
+    "bhysend-bhyve.7": {"disk0", "net0", "com1", "bootrom"},
+}
+PAGES_WITH_EXAMPLES = ["bhysend.8", "bhyrecv.8", "bhysend-bhyve.7", "bhysend-qemu.7"]
+FAKES = (
+    *("bhysend", "bhyrecv", "bhyve", "bhyvectl", "qemu-system-x86_64", "ssh", "env", "sleep"),
+    *("zfs", "zstd", "mbuffer", "nc", "pgrep", "fsync", "make", "kldload", "kldunload"),
+    *("mkdir", "mount"),
+)
+# ssh hands its words, joined by spaces, to the shell at the other host.
+FAKE = r"""#!/bin/sh
+name=${0##*/}
+printf '%s\037' "$name" "$@" "
+" >> "$NOTES"
+case $name in
+ssh)    shift; exec sh -c "$*" ;;
+env)    exec /usr/bin/env "$@" ;;
+bhysend)
+    hook=
+    while getopts AafklnPvB:C:d:p:r:T:z:-: letter; do
+        case $letter in p) hook=$OPTARG ;; -) exit 0 ;; esac
+    done
+    shift $((OPTIND - 1))
+    [ -z "$hook" ] || BHYSEND_GUEST=web1 BHYSEND_ID=1234 sh -c "$hook" || exit 69
+    [ $# -le 1 ] || { shift; exec "$@"; } ;;
+esac
+while read -r _; do :; done
+"""
+
+
+def examples(page: str) -> list[str]:
+    """Return the examples of a page as lines for a shell; blocks that show output are left out."""
+    text = (ROOT / "man" / page).read_text()
+    found = [f"{line}\n" for line in re.findall(r"^\.Dl (.* ?# .*)$", text, re.M)]
+    found += re.findall(r"^\.Bd -literal[^\n]*\n(.*?)^\.Ed$", text, re.M | re.S)
+    commands: list[str] = []
+    for block in found:
+        plain = block.replace("\\e", "\\").replace("\\&", "")
+        if plain.startswith(("#!/bin/sh", "qemu-system")):
+            commands.append(plain)
+        else:
+            commands += re.split(r"^(?:hv\d)?# ", plain, flags=re.M)[1:]
+    return commands
+
+
+def run_example(command: str, before: Sequence[str], directory: Path) -> list[list[str]]:
+    """Run one example after the assignments of earlier examples; return each program's words."""
+    programs = directory / "bin"
+    if not programs.exists():
+        programs.mkdir()
+        for name in FAKES:
+            (programs / name).write_text(FAKE)
+            (programs / name).chmod(0o755)
+        (programs / "sh").symlink_to("/bin/sh")
+        (directory / "backup").mkdir()
+    for name in ("backup/web1.bhys", "web1.bhys"):
+        (directory / name).touch()
+    notes = directory / "notes"
+    notes.write_text("")
+    script = "".join([*before, command, "wait\n"]).replace("/backup/", f"{directory}/backup/")
+    done = subprocess.run(
+        ["/bin/sh", "-c", script],
+        cwd=directory,
+        env={"PATH": str(programs), "NOTES": str(notes)},
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), command
+    calls = notes.read_text().split("\037\n\037")
+    assert calls.pop() == ""
+    return [call.split("\037") for call in calls]
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_EXAMPLES)
+def test_each_example_gives_each_program_the_words_that_a_reader_means(
+    page: str, tmp_path: Path
+) -> None:
+    commands = examples(page)
+    before: list[str] = []
+    for command in commands:
+        if command.startswith("o="):
+            before.append(command)
+            continue
+        calls = run_example(command, before, tmp_path)
+        assert calls or command.startswith("umask "), command
+        for name, *words in calls:
+            check_words(name, words, command)
+            if name == "bhyrecv" and "$o" in command and any(w.startswith("disk0=") for w in words):
+                given = {w.partition("=")[0] for w in words if re.match(r"[a-z]+\d?=", w)}
+                assert given == RESOURCES.get(page, RESOURCES["bhysend-bhyve.7"]), command
+        # Each program that the example names was run, by a shell of this or the other host.
+        names = set(re.findall(r"\b(?:bhysend|bhyrecv|zfs|zstd|mbuffer|nc)(?= )", command))
+        assert names <= {name for name, *_ in calls}, command
+    assert len(before) == ("$o" in " ".join(commands))
+
+
+def check_words(name: str, words: Sequence[str], command: str) -> None:
+    """Check that no word has a line's end, and that our programs take the words."""
+    hooks = {words[at + 1] for at, word in enumerate(words) if word == "-p"}
+    assert not any("\n" in word for word in words if word not in hooks), (name, words, command)
+    if name in PROGRAMS:
+        parse: Callable[[Sequence[str]], object] = PROGRAMS[name].parse_options
+        parse([word.replace("ID", "0" * 32) for word in words])
+
+
+def test_the_examples_are_found() -> None:
+    found = {page: len(examples(page)) for page in PAGES_WITH_EXAMPLES}
+    assert found["bhysend.8"] > 25 and found["bhyrecv.8"] > 15
+    assert any("zstd -dc | bhyrecv $o" in command for command in examples("bhysend.8"))
+
+
+def test_a_resource_with_a_line_end_is_noticed(tmp_path: Path) -> None:
+    """The remote shell takes what follows a line's end for another command."""
+    with pytest.raises(AssertionError):
+        run_example('ssh hv2 "zstd -dc | bhyrecv $o"\n', ["o='-o a=b\n  -o c=d'\n"], tmp_path)

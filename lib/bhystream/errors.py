@@ -1,7 +1,7 @@
 """The exception tree and its exit statuses.
 
-There is one class for each kind of error, with the exit status that both
-programs return for it.  The statuses from 64 to 77 follow sysexits(3), and
+Each kind of error has one class, whose status attribute is the exit status that
+both programs return.  The statuses from 64 to 77 follow sysexits(3), and
 promise something about the guest: from bhysend, that the guest runs where it
 ran before, or has ended (only GuestEndedError, 69, which says so); from
 bhyrecv, that nothing was started.  Two statuses lie outside that range, because

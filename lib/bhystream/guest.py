@@ -17,13 +17,13 @@ from typing import Any
 PAGE_BYTES = 4096
 
 GUEST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", re.ASCII)
-# The most that a guest may have and still be moved: the caps of bhystream(5).
+# The largest guest that can be moved: these are the caps of bhystream(5).
 MAX_GUEST_PAGES = 1 << 36
 MAX_STATE_BYTES = 128 << 20
 MAX_OPTIONAL_STATE_BYTES = 4 << 20
 
-# The speed of a slow disk, which bounds how long a memory file may take.  A destination that
-# could not start the hypervisor early reads the guest's memory before READY.
+# The speed of a slow disk: a time limit allows each file of a guest's memory so much time.  A
+# destination that could not start the hypervisor early reads such a file before READY.
 SLOW_BYTES_PER_SECOND = 100 << 20
 
 # What a record says about its guest; the records and the lists of -l use these words.

@@ -255,9 +255,9 @@ def open_paused(revive: Mapping[str, Any]) -> Paused:
 def was_never_released(revive: Mapping[str, Any]) -> bool:
     """Say whether a guest of the destination never ran, and nobody can start it any more.
 
-    revive: of a record whose bhyrecv is gone for good.  Returns False if this is
-    not known, as for every guest of QEMU: a paused one may have run before.
-    Raises GuestError.
+    revive: the revive field of a record whose bhyrecv has ended.  Returns False if
+    this is not known, as for every guest of QEMU: a paused guest of QEMU may have run
+    before.  Raises GuestError.
     """
     if revive.get("hypervisor") not in BHYVE:
         return False

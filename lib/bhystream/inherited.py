@@ -32,7 +32,7 @@ from bhystream.errors import from_oserror
 # How a closed standard stream is opened: reading and writing fail as before, but
 # no file gets the stream's number.  What is written to standard error is dropped.
 _STANDARD = ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDWR))
-# Ignored on purpose (nohup, a background job), or by Python itself.
+# Signals that a parent ignores on purpose (nohup, a background job), or that Python ignores.
 _KEPT = frozenset(
     {
         signal.SIGHUP,

@@ -10,7 +10,7 @@ NS = 1_000_000_000
 _TIME_NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 _SIZE = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BITS = {"kbit": 10**3, "Mbit": 10**6, "Gbit": 10**9}
-# A number of so many digits is finite as a float in any unit.
+# A number of at most so many digits does not overflow a float, whatever its unit.
 _NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from bhystream import hypervisors
 from bhystream.errors import EXIT_OK, GuestError, RecordError, UsageError
 from bhystream.guest import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
 from bhystream.handover import verbs
+from bhystream.handover.prune import prune
 from bhystream.handover.state import Lock, Records, Role
 from bhystream.handover.verbs import Verb, refuse_held
 from bhystream.handover.where import in_doubt
@@ -52,7 +54,48 @@ def test_nothing_is_listed_where_nothing_stands(
     host: Host, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert listed(host, capfd, None) == []
-    assert listed(host, capfd, "web1") == []
+
+
+@pytest.mark.parametrize("role", ["source", "destination"])
+@pytest.mark.parametrize("name", ["web1", A])
+def test_a_guest_that_is_not_known_is_refused_with_the_place_of_the_look(
+    host: Host, role: Role, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another user, or another state directory, must not look like a guest that never ran."""
+    other: Role = "source" if role == "destination" else "destination"
+    host.record(STARTED if other == "destination" else HELD)
+    with pytest.raises(GuestError, match=f"{name}: no such guest or stream is recorded") as caught:
+        host.run("-l", name, role)
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    assert caught.value.status == 69
+    assert f"looked on {os.uname().nodename}, as user {user}, " in caught.value.hint
+    assert f"in the state directory {host.base};" in caught.value.hint
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("phase", [STARTED, DEAD])
+def test_a_stream_whose_record_was_removed_is_listed_by_its_id(
+    host: Host, phase: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A guest that ran here months ago must not be taken for one that never ran."""
+    host.record(phase)
+    host.guest.alive = False
+    prune(host.base, host.roles["destination"])
+    assert host.roles["destination"].all() == []
+    assert listed(host, capfd, A, "destination") == [["-", phase, "-", A, "-", "-"]]
+    assert listed(host, capfd, None, "destination") == []
+    for name in ("web1", A[:-1], B):
+        with pytest.raises(GuestError, match="no such guest or stream"):
+            host.run("-l", name, "destination")
+    # A guest whose name is that id hides nothing.
+    host.record(LOADED, B, guest=A)
+    assert [row[1] for row in listed(host, capfd, A, "destination")] == ["loaded", phase]
+
+
+def test_a_list_of_streams_that_are_over_that_is_broken_is_no_answer(host: Host) -> None:
+    (host.base / "destination/over").write_text(f"{A} started\n{B}\n")
+    with pytest.raises(RecordError, match="any stream may have run here before"):
+        host.run("-l", A, "destination")
 
 
 def test_held_guests_are_listed_oldest_first(host: Host, capfd: pytest.CaptureFixture[str]) -> None:

@@ -121,7 +121,7 @@ class Source(Described, Protocol):
     def prepare(self, id_: str) -> Prepared:
         """Prepare whatever the pause needs that can be prepared while the guest runs.
 
-        id_: of the stream.  Called once, after the destination's verdict and
+        id_: the stream id.  Called once, after the destination's verdict and
         before memory(), never by a dry run.  The call shows early that the guest
         can be paused and saved, and how long that takes.  close() undoes the
         call if the guest was not paused.
@@ -137,7 +137,7 @@ class Source(Described, Protocol):
         """Return the part of the pause that no further round shortens, in ns.
 
         It is the time to stop the guest, to take the state and to load it,
-        measured by prepare() if possible, else known from experience.
+        as prepare() measured it, or from experience if prepare() could not.
         """
 
     def pause(self) -> Paused:
@@ -235,7 +235,7 @@ class Sink(Protocol):
     def open(self, plan: bytes) -> Sequence[Target]:
         """Make the empty guest and return one Target for each segment.
 
-        plan: of the REHEARSAL section; b"" if the stream has none, or if the
+        plan: the plan in the REHEARSAL section; b"" if the stream has none, or if the
         guest is not to be started in this move.  The memory is zero and, if the
         host allows that, not allocated.
         """

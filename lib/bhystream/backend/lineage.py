@@ -105,8 +105,8 @@ def _is_fed(pid: int) -> bool:
 class Unit:
     """A service or a scope.
 
-    name: "web1.service".  user: the uid whose user manager runs the unit, or
-    None for a unit of the system's manager.
+    name: the unit's name, such as "web1.service".  user: the uid whose user manager
+    runs the unit, or None for a unit of the system's manager.
     """
 
     name: str

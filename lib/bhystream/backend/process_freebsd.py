@@ -94,7 +94,7 @@ def parse_boottime(text: str) -> int:
 def parse_ps(text: str) -> tuple[str, int] | None:
     """Return (state letter, start in seconds since the epoch), or None for no process.
 
-    text: of `ps -o state= -o lstart=`, in the C locale and UTC:
+    text: the output of `ps -o state= -o lstart=`, in the C locale and UTC:
     "Ss   Mon Nov 23 15:38:07 2026".  Source: ps(1).  Returns None for a zombie
     too, because ps may have no start time to show for a zombie.  Raises
     GuestError if the text has another form.

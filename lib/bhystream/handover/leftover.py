@@ -35,8 +35,8 @@ def end_dead(base: Path, record: Record) -> None:
 def sweep(base: Path, records: Records, lock: str) -> None:
     """Make room for a guest: end what is left of earlier ones that never ran.
 
-    records: of the destination.  lock: the name of the guest's lock, which the
-    caller has, so that no bhyrecv of the earlier guests lives.  A guest that
+    records: the destination's records.  lock: the name of the guest's lock, which the
+    caller has taken, so that no bhyrecv of the earlier guests lives.  A guest that
     cannot be ended stays, and is in the way of the new one.  Raises AccessError or
     InputOutputError if DEAD cannot be recorded.
     """

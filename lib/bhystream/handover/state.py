@@ -57,11 +57,12 @@ Role = Literal["source", "destination"]
 class Record:
     """One guest that stands at the end of a stream, or a stream's tombstone.
 
-    id: stream id, 32 hex digits.  guest: its name.  operand: as the operator
-    types it.  lock: name of the guest's lock.  phase: one of guest.PHASES.
-    revive: for hypervisors.open_paused().  time_ns: of the last change, since
-    the Epoch.  host, directory: at the source, from GO on, the destination's host
-    id and state directory, as in HELLO.  keeper: the keeper's process id.  ask: in
+    id: the stream id, 32 hex digits.  guest: the guest's name.  operand: the
+    operand that names the guest on a command line.  lock: the name of the guest's
+    lock.  phase: one of guest.PHASES.  revive: what hypervisors.open_paused()
+    needs.  time_ns: the time of the last change, since the Epoch.  host,
+    directory: at the source, from GO on, the destination's host id and state
+    directory, as in HELLO.  keeper: the keeper's process id.  ask: in
     the command form, the words that run bhyrecv at the destination.
     """
 
@@ -155,6 +156,21 @@ def _home_directory() -> Path:
     return Path(home, ".local/state")
 
 
+def looked_in(base: Path) -> str:
+    """Return the line that names the records in which something was not found.
+
+    base: the state directory.
+    """
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        user = str(os.geteuid())
+    return (
+        f"looked on {host_name()}, as user {user}, in the state directory {base}; "
+        "each host, user and directory has its own records"
+    )
+
+
 def host_id(base: Path) -> str:
     """Return a unique name of this host and state directory.
 
@@ -183,8 +199,8 @@ class Lock:
     ) -> None:
         """Take the lock, or raise GuestError at once.
 
-        name: of the lock.  what: names the locked thing in the message.  wait: wait
-        instead, for a lock that is never held for long.  once: release() removes
+        name: the lock's name.  what: names the locked thing in the message.  wait:
+        wait instead, for a lock that is never held for long.  once: release() removes
         the lock's file; not for a lock that another process inherits.
         """
         self._path = base / "lock" / _file_name(name)
@@ -242,7 +258,7 @@ class Told:
     """The warnings that were printed for a guest, and are not repeated before every move."""
 
     def __init__(self, base: Path, name: str) -> None:
-        """base: the state directory.  name: of the guest's lock."""
+        """base: the state directory.  name: the name of the guest's lock."""
         self._path = base / "told" / _file_name(name)
 
     def new(self, lines: Sequence[str], *, everything: bool = False) -> list[str]:

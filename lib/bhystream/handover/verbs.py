@@ -8,6 +8,7 @@ those that `bhyrecv -u` left loaded, and what a killed bhyrecv has left.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from bhystream.signals import Interrupts
 from bhystream.stream.writer import write_all
 
 _STDOUT = 1
+_ID = 3  # the field of -l that has the stream id
+_STREAM_ID = re.compile("[0-9a-f]{32}")
 # The phases that a listing leaves out, because nobody has to decide anything.
 OVER = (STARTED, DEAD)
 _VERBS = ("-A", "-l", "-q", "--discard", "--resume")
@@ -95,19 +98,30 @@ def run(verb: Verb, role: Role, console: Console) -> int:
 def _list(base: Path, records: Records, guest: str | None, console: Console) -> int:
     """List the guests that stand here; if a guest is named, also one that was started.
 
-    Returns 69 if a record is broken: the list is then incomplete.
+    Returns 69 if a record is broken: the list is then incomplete.  Raises
+    GuestError if a guest is named that is not known here, so that a look at the
+    wrong place does not pass for the news that the guest was not started.
     """
-    found = records.find(guest) if guest else records.all()
-    lines = []
-    for record in found:
-        if not guest and not _stands(record):
-            continue
-        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.time_ns // 10**9))
-        kept = f"keeper {record.keeper}" if record.keeper and _is_locked(base, record) else "-"
-        fields = (record.guest, record.phase, when, record.id, record.operand, kept)
-        lines.append("\t".join(printable(field) for field in fields) + "\n")
+    if guest:
+        rows = [_row(base, record) for record in records.find(guest)]
+        if _STREAM_ID.fullmatch(guest) and not any(guest == row[_ID] for row in rows):
+            # prune.py may have removed the record, and kept the id and the phase.
+            phase = records.phase(guest)
+            rows += [("-", phase, "-", guest, "-", "-")] if phase else []
+        if not rows:
+            raise GuestError(f"{guest}: no such guest or stream is recorded", state.looked_in(base))
+    else:
+        rows = [_row(base, record) for record in records.all() if _stands(record)]
+    lines = ["\t".join(printable(field) for field in row) + "\n" for row in rows]
     write_all(_STDOUT, "".join(lines).encode(), "write the list")
     return max((console.fail(error) for error in records.broken()), default=EXIT_OK)
+
+
+def _row(base: Path, record: Record) -> tuple[str, ...]:
+    """Return the fields of -l for a record."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(record.time_ns // 10**9))
+    kept = f"keeper {record.keeper}" if record.keeper and _is_locked(base, record) else "-"
+    return (record.guest, record.phase, when, record.id, record.operand, kept)
 
 
 def _is_locked(base: Path, record: Record) -> bool:
@@ -271,9 +285,10 @@ def _resume(records: Records, record: Record, console: Console) -> None:
 def refuse_held(base: Path, operand: str, lock_name: str | None = None) -> None:
     """Raise GuestError if the guest to be sent still stands here since an earlier stream.
 
-    lock_name: of the guest, once it is known and locked, since several operands
-    may name one guest.  A record whose guest is gone means nothing any more, and
-    is removed.  Raises RecordError, AccessError, InputOutputError, too.
+    lock_name: the name of the guest's lock, if the caller has taken the lock: then
+    the lock decides which records are the guest's, because several operands may
+    name one guest.  The function removes a record whose guest is gone.  Raises
+    RecordError, AccessError, InputOutputError, too.
     """
     records = Records(base, "source")
     if lock_name is None:

@@ -44,7 +44,7 @@ _UNTOUCHED = {PAUSED: Where.STANDS, HELD: Where.HELD, GO: Where.DOUBT, MOVED: Wh
 def outcome(phase: str, acts: Sequence[Act] = (), undone: Sequence[Act] = ()) -> Where:
     """Return where a recorded guest is.
 
-    phase: of the record, before the acts.  acts: what was to be done to the
+    phase: the record's, before the acts.  acts: what was to be done to the
     guest.  undone: the acts that were not done, the failed act first.
     """
     if Act.DISCARD in acts:

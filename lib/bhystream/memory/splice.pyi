@@ -12,12 +12,12 @@ from typing_extensions import Buffer
 def splice_pages(
     fd: int, segment: Buffer, base_page: int, extents: Buffer, start_bytes: int
 ) -> int:
-    """Give the DATA pages of extents to a pipe, from a byte of theirs on.
+    """Give the DATA pages of extents to a pipe, from one of their bytes on.
 
     fd: a pipe.  segment: bytes, the memory of one segment, which begins at the
     guest's page base_page.  extents: packed as in a MEMORY section; all DATA
-    pages lie in the segment.  start_bytes: so many bytes of the pages were given
-    before.
+    pages lie in the segment.  start_bytes: how many bytes of the pages the pipe
+    has taken before.
 
     Returns how many bytes the pipe has taken, which may be fewer than are left.
     Raises ValueError for a wrong argument; OSError: ENOSYS on a system without

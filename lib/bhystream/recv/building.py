@@ -20,8 +20,8 @@ from bhystream.stream.verify import Pages
 class Building:
     """One guest, from the verdict to its loaded state.
 
-    name, operand: of the guest here.  sink: makes the guest, no part of which runs
-    before Sink.start().  Incoming owns the Building, and ends the guest by the sink.
+    name, operand: the guest's name and operand here.  sink: makes the guest, no part
+    of which runs before Sink.start().  Incoming owns the Building, and ends the guest by the sink.
     """
 
     def __init__(self, job: RecvJob, head: Head) -> None:
@@ -66,8 +66,8 @@ class Building:
     def open(self, plan: bytes) -> None:
         """Make the empty guest.  Raises what Sink.open() raises.
 
-        plan: of the REHEARSAL section, with which the hypervisor can be started
-        early; b"" if there is none.
+        plan: the plan in the REHEARSAL section, with which the hypervisor can be
+        started early; b"" if there is none.
         """
         late = self._job.opts.unstarted or self._job.walk.header.form == Form.KEPT
         self._targets = self.sink.open(b"" if late else plan)

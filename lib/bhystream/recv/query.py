@@ -54,7 +54,7 @@ def run(id_: str, console: Console) -> int:
     if record and word == "RUNNING":
         _tidy(record)
     if word == "UNKNOWN":
-        raise GuestError(f"no stream {id_} was ever ready on {host_name()}")
+        raise GuestError(f"no stream {id_} was ever ready on {host_name()}", state.looked_in(base))
     console.say(f"stream {id_}: {word}")
     return EXIT_OK
 

@@ -22,7 +22,8 @@ class RecvJob:
     """One stream that is to be received.
 
     walk: has yielded no event yet; reads from source.  base: the state directory.
-    records: of this destination.  reply: the answers to the source, or a Silence.
+    records: this destination's records.  reply: writes the answers to the source, or
+    is a Silence.
     """
 
     opts: Options
@@ -53,7 +54,7 @@ class RecvJob:
 def require_startable(opts: Options, walk: Walk, records: state.Records) -> None:
     """Raise IncompatibleError if a stream may not be started here, whatever it contains.
 
-    records: of this destination.  Raises RecordError, AccessError,
+    records: this destination's records.  Raises RecordError, AccessError,
     InputOutputError if a record cannot be read.
     """
     is_answered = walk.header.form == Form.ANSWERED

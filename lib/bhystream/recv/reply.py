@@ -70,8 +70,8 @@ class Reply:
     def seen(self, sequence: int, offset_bytes: int, *, now: bool) -> None:
         """Answer SEEN if that is due, or `now`; never wait.
 
-        sequence: of the last section that was read, -1 for none.  offset_bytes:
-        the end of that section.
+        sequence: the number of the last section that was read, -1 if none was read.
+        offset_bytes: the end of that section, counted from the start of the stream.
         """
         time_ns = time.monotonic_ns()
         is_due = offset_bytes - self._bytes >= _SEEN_BYTES or time_ns - self._seen_ns >= _SEEN_NS

@@ -202,7 +202,7 @@ class Guard:
     """
 
     def __init__(self, pid: int, records: Records, id_: str) -> None:
-        """Watch bhysend, the keeper's parent.  pid: of bhysend.  id_: of the stream."""
+        """Watch bhysend, the keeper's parent.  pid: bhysend's process.  id_: the stream's id."""
         self._records = records
         self._id = id_
         self._since: float | None = None

@@ -29,7 +29,7 @@ class SendOptions:
     """The command line of bhysend, parsed.
 
     guest: the operand.  command: the words of the command form, else empty.  hook: -p.
-    level: -z, 1 to 19.  config: -C.  umask: of the process that started bhysend, for the
+    level: -z, 1 to 19.  config: -C.  umask: the umask that bhysend inherited, for the
     command and the hook; or AS_IT_IS.
     """
 

@@ -7,8 +7,9 @@ Pre-copy pays if fewer pages change during a round than the round sent.  The
 policy estimates what is left for the pause after round n from what round n
 found: D pages had changed since round n-1 began, an exposure of E seconds.  The
 last walk begins now, an exposure of e seconds after round n began, so the walk
-will find about D * e / E pages.  The working set saturates, so the estimate errs
-on the large side, and bhysend stops the guest rather too late than too early.
+will find about D * e / E pages.  A guest that changes the same pages again and
+again finds fewer new pages to change as time passes: for such a guest the
+estimate is too large if e is more than E, and too small if e is less.
 
 The policy compares only the time to transfer this last set with the limit (-d).
 The rest of the pause (the last scan, the device state, the destination's load)

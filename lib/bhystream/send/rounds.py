@@ -40,7 +40,7 @@ class Rounds:
         watch: Stopwatch,
         vcpus: int,
     ) -> None:
-        """Read nothing yet.  All arguments stay the caller's.  vcpus: of the guest."""
+        """Read nothing yet.  All arguments stay the caller's.  vcpus: how many the guest has."""
         self._job = job
         self._begun = begun
         self._limits = job.opts.limits
@@ -78,9 +78,10 @@ class Rounds:
     def precopy(self, plan: bytes) -> None:
         """Send rounds while the guest runs, until the last dirty set is small enough.
 
-        plan: of Source.prepare(), for the destination, or b"".  Raises DowntimeError if
-        the limits come first, InputOutputError if a write fails, and what ends the
-        conversation: the destination's failure, or a pipeline that holds the stream back.
+        plan: the plan that Source.prepare() returned, for the destination, or b"".  Raises
+        DowntimeError if a limit is reached first, InputOutputError if a write fails, and
+        what ends the conversation: the destination's failure, or a pipeline that holds the
+        stream back.
         """
         if plan:
             self._begun.writer.section(Type.REHEARSAL, plan)

@@ -91,9 +91,9 @@ def spans(layout: Layout, touched: Iterator[tuple[int, int]]) -> Iterator[Span]:
 class Transfer:
     """The memory of one source, sent round by round.
 
-    walked_pages: the pages looked at so far, in all rounds.  work_pages: of the pages of
-    this round that may be other than zero, (how many are done, how many there are, as far
-    as that is known).
+    walked_pages: the pages looked at so far, in all rounds.  work_pages: two counts of
+    the pages of this round that may be other than zero: how many are done, and how many
+    there are, as far as that is known.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Transfer:
     ) -> None:
         """Prepare to send; read nothing yet.  source and writer stay the caller's.
 
-        level: of zstd, 1 to 19, or None.  on_batch(done, sent): called after each section
+        level: the zstd level, 1 to 19, or None.  on_batch(done, sent): called after each section
         with the pages walked and sent in this round so far; what it raises ends the round.
         """
         self._source = source

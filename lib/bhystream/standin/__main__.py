@@ -103,7 +103,7 @@ class Machine:
         return self._watch(guest)
 
     def _build(self) -> Guest:
-        """Make the VM, its memory and its devices; none of them runs yet.
+        """Make the VM, its memory and its devices; no vCPU runs yet.
 
         NAME.map shows the progress: its list of maps is written when the memory
         is mapped, and is_active is set when the devices are made and the vCPUs

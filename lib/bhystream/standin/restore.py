@@ -184,11 +184,12 @@ def _await_cut(is_cut: Callable[[], bool], look: Callable[[], None]) -> None:
 
 
 def _read(fd: int, base: int, node: int, gpa: int, mapping: mmap.mmap, done: int, end: int) -> int:
-    """Read on in FILE up to the end of one hole or piece of data; return the count of bytes.
+    """Read FILE up to the end of the next hole or piece of data; return how many bytes that were.
 
-    base: offset of the segment in FILE.  node, gpa: file and address of the
-    segment in the VM.  done, end: offsets in the segment of the first byte not
-    yet read, and of the end of what can be read.
+    fd: FILE.  base: where the segment begins in FILE.  node, gpa: the file that holds
+    the VM's memory, and where the segment begins in that file.  mapping: the segment in
+    the VM's memory.  done: how many bytes of the segment were read before.  end: how
+    many bytes of the segment FILE has by now.
     """
     start, stop = next(data_extents(fd, base + done, base + end), (base + end, base + end))
     start, stop = start - base, stop - base

@@ -37,13 +37,14 @@ FAILURES = frozenset(
 class Settings:
     """The keys of host.json, each with its default.
 
-    generation: of the checkpoint interface, 4 (FreeBSD 14 and 15) or 5 (16); it
+    generation: the version of the checkpoint interface, 4 (FreeBSD 14 and 15) or 5 (16); it
     decides the sysctls of the release.  fail: words of FAILURES.
-    free_memory_bytes, program_hash: null for this system's own.  parent_command:
+    free_memory_bytes, program_hash: null means this system's own value.  parent_command:
     the command that started bhyve.  knows_suspending_lock: vm-bhyve is 1.7.0 or
     later.  can_snapshot: vmm has snapshots; null if no vmm is loaded.
-    module_hash: of vmm.ko.  disks: by path, the fields of host.Disk that differ
-    from the file's own.  mtus: by tap.  sysctl: values by name.
+    module_hash: the digest of vmm.ko.  disks: for each path, the fields of host.Disk that
+    differ from the file's own.  mtus: the MTU of each tap.  sysctl: the value of each
+    name.
     """
 
     generation: int = 5

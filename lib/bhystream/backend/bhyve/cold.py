@@ -205,8 +205,8 @@ class FilesSink:
     def __init__(self, directory: Path, name: str, *, force: bool = False) -> None:
         """Prepare; touch nothing on the host.
 
-        name: FILE's, in the directory.  force: overrule the check for free
-        space, which does not know how much of the memory is holes.  Raises
+        name: the name of FILE.  force: skip the check for free space, which counts
+        holes in the memory as data.  Raises
         UsageError if the name cannot be that of a snapshot file.
         """
         self.on_wait: Callable[[], None] = lambda: None

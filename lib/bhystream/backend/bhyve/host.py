@@ -35,7 +35,7 @@ class MemoryMap:
 
     gpa: guest physical address, in bytes.  length_bytes: a multiple of 4096.
     segid, offset_bytes: the memory segment, and the entry's place in it.
-    is_wired: VM_MEMMAP_F_WIRED.
+    is_wired: whether VM_MEMMAP_F_WIRED is set.
     """
 
     gpa: int

@@ -61,7 +61,7 @@ class VmCpuTopology(ctypes.Structure):
 
 
 class VmRegister(ctypes.Structure):
-    """struct vm_register.  regnum below 0: a field of the VMCS or VMCB, which is read-only."""
+    """struct vm_register.  A regnum below 0 names a field of the VMCS or VMCB: read-only."""
 
     _fields_ = (
         ("cpuid", ctypes.c_int),

@@ -28,8 +28,9 @@ class Opened:
     """One opened guest.
 
     manager: vm-bhyve's guest, None if vm-bhyve does not manage it.  process: the
-    one that serves the guest's checkpoint socket.  config: the configuration that
-    the guest runs with.  memory: to be closed by the object's owner.
+    process that serves the guest's checkpoint socket.  config: the configuration that
+    the guest runs with.  memory: the guest's memory, which the owner of
+    this object closes.
     """
 
     host: Host

@@ -17,9 +17,10 @@ So mincore(2) is believed only if the first two cases are excluded; otherwise
 every page is read, which is always right.  The programs never set the sysctl,
 because it applies to the whole host.
 
-Source: sys/vm/vm_mmap.c, kern_mincore(): at 0, a page that is not in our page
-tables is looked up in the mapping's own object, if that is of swap (OBJ_SWAP),
-as vmm's is (sys/dev/vmm/vmm_mem.c, vm_alloc_memseg()); run on FreeBSD 15.1.
+Source: sys/vm/vm_mmap.c, kern_mincore(): if the sysctl is 0 and a page is not in
+our page tables, the kernel looks for the page in the mapping's own object, if that
+object is a swap object (OBJ_SWAP).  vmm makes swap objects (sys/dev/vmm/vmm_mem.c,
+vm_alloc_memseg()); run on FreeBSD 15.1.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Resolved:
 class Wishes:
     """The checked -o and -x options.
 
-    values: of -o, by word or full key.  dropped: the keys of -x.
+    values: the values of -o, by word or full key.  dropped: the keys of -x.
     """
 
     values: Mapping[str, str]

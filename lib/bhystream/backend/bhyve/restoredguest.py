@@ -96,8 +96,9 @@ class RestoredGuest:
     """One guest's record.  Paths are absolute.
 
     kind: the host's kind.  vmm_dir: the stand-in's directory, "" on FreeBSD.
-    name: the guest's name on this host.  staging: the directory of its files;
-    the same as kept if the guest is left loaded.  keys: the whole
+    name: the guest's name on this host.  kept: the directory for the guest's files
+    if bhyrecv -u leaves the guest loaded.  staging: the directory in which the files
+    are; the same as kept if the guest is left loaded.  keys: the whole
     bhyve_config(5), host resources included.  memory_bytes: size of the guest's
     memory.  manager: the guest's directory in vm-bhyve's datastore, "" if
     vm-bhyve does not manage the guest.  process, node: the guest's bhyve and its

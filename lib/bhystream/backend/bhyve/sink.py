@@ -96,7 +96,7 @@ class BhyveSink:
         """Prepare; change nothing on the host.
 
         name: the guest's name on this host.  resources: the -o words.  dropped:
-        the -x keys.  base: the state directory.  id_: of the stream.  is_kept:
+        the -x keys.  base: the state directory.  id_: the stream id.  is_kept:
         the stream was kept (-k), so it has no plan.  unstarted: leave_paused()
         will be called, not start().  Raises UsageError if a word or key is wrong.
         """

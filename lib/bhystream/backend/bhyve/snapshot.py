@@ -62,7 +62,7 @@ _VMNAME = re.compile(r"[\x21-\x2e\x30-\x7e]{1,229}")
 
 @dataclass(frozen=True)
 class Item:
-    """One blob of FILE.kern.  offset_bytes: of the blob's first byte in FILE.kern."""
+    """One blob of FILE.kern.  offset_bytes: where the blob begins in FILE.kern."""
 
     kind: Literal["kern", "dev"]
     name: str

@@ -143,8 +143,8 @@ def source_reasons(
 ) -> tuple[list[str], list[str]]:
     """Say why a guest of this host cannot be sent: (hard, soft).
 
-    pid: of the guest's bhyve.  manager: vm-bhyve's guest, or None if vm-bhyve
-    does not manage it.  Raises what supervisors.reasons() raises.
+    pid: the process id of the guest's bhyve.  manager: vm-bhyve's guest, or None if
+    vm-bhyve does not manage the guest.  Raises what supervisors.reasons() raises.
     """
     hard, soft = ability_reasons(host)
     more_hard, more_soft = supervisor_reasons(

@@ -51,7 +51,7 @@ _RESUMED = re.compile(r"(?:^| )-r /.*\.save$")
 
 @dataclass(frozen=True)
 class VmBhyveGuest:
-    """A guest's directory in a datastore.  hostname: of this host, as hostname(1) prints it."""
+    """A guest's directory in a datastore.  hostname: what hostname(1) prints on this host."""
 
     name: str
     directory: Path

@@ -36,7 +36,7 @@ class Wanted:
     """One guest, as it is wanted here.
 
     name: the guest's name on this host.  wishes: the -o words and -x keys.
-    base: the state directory.  id: of the stream.  is_kept: the stream was kept
+    base: the state directory.  id: the stream id.  is_kept: the stream was kept
     (-k), so it has no plan.  is_unstarted: the guest is to be left loaded (-u).
     manager: vm-bhyve's guest of that name, None if there is none.
     """
@@ -81,7 +81,7 @@ class Wanted:
     def restored(self, keys: dict[str, str], size: int) -> RestoredGuest:
         """Return the guest's record.
 
-        keys: the guest's whole configuration.  size: of its memory, in bytes.
+        keys: the guest's whole configuration.  size: the size of the guest's memory, in bytes.
         """
         host, kept = self.host, loaded_directory(self.base, self.id, self.name)
         root = staging_root(host, self.base, os.environ)

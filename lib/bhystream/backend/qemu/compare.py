@@ -26,7 +26,8 @@ _HOST_DISK_PROPS = {"cache", "cache.direct", "cache.no-flush", "cache.writeback"
 def compare(stream: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """Return one line for each difference; [] means the same machine.
 
-    stream, here: of the shape of validate()'s result.
+    stream, here: the configurations of the source and of this host, in the shape of
+    validate()'s result.
     """
     left, right = dict(_flatten(stream)), dict(_flatten(here))
     lines = []

@@ -59,7 +59,7 @@ def ident(value: str, what: str) -> str:
 
 
 class Parts:
-    """Collects -drive, -device and the like, which finish() joins.
+    """The -drive, -device and similar options of a command line, which finish() joins.
 
     All methods raise IncompatibleError if a word cannot travel.
     """
@@ -120,7 +120,7 @@ class Parts:
         self.ram = {"id": name, "size_bytes": parse_size(pairs.get("size", ""), 1)}
 
     def drive(self, text: str, **preset: str) -> None:
-        """Add a -drive or, with `preset`, a -hda, -cdrom or -pflash (text is then the file)."""
+        """Add a -drive; with `preset` add a -hda, -cdrom or -pflash, of which text is the file."""
         pairs = preset | {"file": text} if preset else as_dict(split_keyval(text), "-drive")
         if "read-only" in pairs:
             pairs["readonly"] = pairs.pop("read-only")

@@ -114,7 +114,7 @@ class Opened:
 def open_guest(qmp_path: str, *, force: bool) -> Opened:
     """Open a guest.  Raises GuestError, IncompatibleError or AccessError.
 
-    force: as QemuSource() has it.
+    force: what force means for QemuSource().
     """
     fallback = _name_of_path(qmp_path)
     with contextlib.ExitStack() as undo:

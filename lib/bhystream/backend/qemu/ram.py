@@ -70,7 +70,7 @@ def _mapped_inodes(pid: int, size_bytes: int) -> set[int]:
 def open_ram(pid: int, size_bytes: int, flags: int) -> int:
     """Open the file that holds the memory of the QEMU with this pid.
 
-    size_bytes: of the one memory backend.  flags: os.O_RDONLY or os.O_RDWR.
+    size_bytes: the size of the one memory backend.  flags: os.O_RDONLY or os.O_RDWR.
     Returns a descriptor, which the caller closes.  Raises GuestError or AccessError.
     """
     try:
@@ -122,8 +122,8 @@ def is_huge(fd: int) -> bool:
 def extents(fd: int, size_bytes: int, pid: int) -> Iterator[tuple[int, int]]:
     """Yield the page extents [first, end) of a file that hold data.
 
-    pid: of the QEMU.  Without SEEK_DATA in the file system everything counts as
-    data (lseek(2)).  hugetlbfs is such a file system; _huge_extents() walks its
+    pid: the QEMU's process id.  If the file system has no SEEK_DATA, everything counts
+    as data (lseek(2)).  hugetlbfs is such a file system; _huge_extents() walks its
     files.  Raises GuestError if the file cannot be walked.
     """
     try:
@@ -188,9 +188,10 @@ def _holds_data(fd: int, offset_bytes: int, length_bytes: int) -> bool:
 def other_user(fd: int, own_pid: int) -> int | None:
     """Return the pid of another process that maps this file, or None.
 
-    own_pid: of the QEMU that is to use the file.  This guards against the worst
-    mistake on one host: to give a destination the memory file of a running guest.
-    The function sees the processes that /proc lets us examine: all for root, else our own.
+    own_pid: the process id of the QEMU that is to use the file.  This guards against
+    the worst mistake on one host: to give a destination the memory file of a running
+    guest.  The function sees the processes that /proc lets us examine: all for root,
+    otherwise our own.
     """
     inode = os.fstat(fd).st_ino
     size_bytes = os.fstat(fd).st_size

@@ -38,7 +38,7 @@ _QCOW2_MAGIC = b"QFI\xfb"
 _QCOW2_SIZE = slice(24, 32)
 _MAX_BACKING_BYTES = 1023
 _SECTOR_BYTES = 512
-# Protocols of QEMU's that name no disk: a directory, or no storage at all.
+# QEMU's protocols that name no disk, but a directory or no storage at all.
 _NO_DISKS = ("fat", "vvfat", "null-co", "null-aio")
 _NBD_SOCKET = re.compile(r"(nbd:unix:)([^:]+)(.*)", re.DOTALL)
 _URL_SOCKET = re.compile(r"[^?]*\?(?:.*&)?socket=([^&]*)")

@@ -39,7 +39,7 @@ _LINGER = "/var/lib/systemd/linger"
 def leaving(name: str) -> list[str]:
     """Return the words to put before QEMU's command, so that QEMU leaves our unit.
 
-    name: of the guest.  Returns [] if no unit is to be left, or none can be left.
+    name: the guest's name.  Returns [] if no unit is to be left, or none can be left.
     """
     unit = unit_of(os.getpid())
     program = shutil.which("systemd-run")

@@ -1,9 +1,10 @@
 """QemuSink: a QEMU that waits for a guest, as base.Sink.
 
     check   give the verdict; change nothing, start nothing
-    open    take the QEMU that waits at the socket, else start one; RAM all zero
+    open    take the QEMU that waits at the socket, or start a QEMU; its RAM is all zero
     load    write the state into a pipe; QEMU inmigrate -> paused
-    start   cont, announce-self, let go
+    start   tell QEMU to run the guest (cont) and to send its addresses to the network
+            (announce-self), and leave QEMU running
 
 The RAM of a QEMU of ours is a fresh file, unlinked as soon as QEMU has mapped it
 (unless -o mem= names the file), so that nothing is left behind however QEMU ends.
@@ -43,7 +44,7 @@ from bhystream.memory.target import FileTarget, MappedTarget
 class Checked:
     """A guest that this host can take.
 
-    config: of the stream, validated.  name: the guest's at this host.
+    config: the stream's configuration, validated.  name: the guest's name at this host.
     """
 
     MISSING: ClassVar[str] = "check() was not called, or refused the guest"
@@ -61,8 +62,9 @@ class Checked:
 class Opened(Checked):
     """A guest whose QEMU waits for the pages, and then for the state.
 
-    empty: that QEMU if we started it, else None.  settings: the migration's, as
-    found.  record: by which open_paused() finds the guest again.
+    empty: the waiting QEMU if we started it, else None.  settings: QEMU's migration
+    settings before we changed them.  record: what open_paused() needs to find the
+    guest again.
     """
 
     MISSING = "open() was not called"

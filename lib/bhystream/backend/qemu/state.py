@@ -14,9 +14,10 @@ from bhystream.backend.qemu.migration import PIPE_BYTES
 from bhystream.backend.qemu.qmp import ConnectionLostError, Qmp
 from bhystream.errors import GuestError
 
-# A state usually has a few hundred KiB; a larger one holds RAM, because QEMU 9.1
-# and later leave out only RAM in named files, not in memfds.  Source: qemu/qemu
-# migration/ram.c, migrate_ram_is_ignored(), qemu_ram_is_named_file().
+# A state usually has a few hundred KiB.  A state above this limit contains the RAM:
+# QEMU 9.1 and later leave the RAM out only if it lies in a named file, and not if it
+# lies in a memfd.  Source: qemu/qemu migration/ram.c, migrate_ram_is_ignored(),
+# qemu_ram_is_named_file().
 MAX_STATE_BYTES = 64 << 20
 STATE_LIMIT_S = 60.0
 

@@ -33,7 +33,7 @@ class Wanted:
     state_dir: str
 
     def name(self, config: dict[str, Any]) -> str:
-        """Return the guest's name at this host.  config: of the stream, validated."""
+        """Return the guest's name at this host.  config: the stream's, validated."""
         return self.given_name or str(config["name"])
 
     def path(self, config: dict[str, Any]) -> str:
