@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -33,7 +35,7 @@ def printed(name: str, *words: str) -> str:
 def test_every_bench_is_run_here() -> None:
     text = Path(__file__).read_text()
     assert [
-        path.name for path in BENCHES.glob("*.py") if f'printed("{path.name}"' not in text
+        path.name for path in BENCHES.glob("bench_*.py") if f'printed("{path.name}"' not in text
     ] == []
 
 
@@ -42,11 +44,21 @@ def test_the_loops_are_measured() -> None:
     assert "check + scatter" in said
 
 
-def test_the_stream_is_measured() -> None:
-    said = printed("bench_stream.py", "1", "1")
-    assert [line.split()[:2] for line in said.splitlines()] == [
-        [kind, way] for kind in ("cold", "warm") for way in ("bare", "stream")
-    ]
+@pytest.mark.standin
+def test_everything_is_measured_side_by_side(tmp_path: Path) -> None:
+    require_sink()
+    picture = tmp_path / "ratios.svg"
+    said = json.loads(printed("run", "--quick", "--json", "--picture", str(picture)))
+    rows = {row["name"]: row for row in said["rows"]}
+    for way in ("paused, warm", "copied, warm", "paused, cold", "copied, cold"):
+        assert f"{way}: against the bare loop" in rows
+        assert {f"{way}: CPU s/GB, send", f"{way}: CPU s/GB, receive"} <= rows.keys()
+    for name, row in rows.items():
+        assert row["ratio"] > 0 and min(row["runs"]) <= row["ratio"] <= max(row["runs"]), name
+        assert row["met"] is None or isinstance(row["met"], bool)
+    drawn = ElementTree.parse(picture).getroot()
+    texts = {text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    assert rows.keys() <= texts
 
 
 @pytest.mark.standin

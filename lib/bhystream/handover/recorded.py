@@ -70,7 +70,7 @@ class RecordedGuest:
     """
 
     def __init__(self, records: Records, record: Record, paused: Paused | None = None) -> None:
-        """records: the source's records.  paused: the guest, if the caller has it open, and closes it."""
+        """records: the source's.  paused: the guest, if the caller has it open, and closes it."""
         self._records = records
         self.record = record
         self.acts: Sequence[Act] = ()

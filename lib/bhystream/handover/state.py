@@ -26,7 +26,6 @@ import json
 import os
 import pwd
 import re
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -181,7 +180,7 @@ def host_id(base: Path) -> str:
     try:
         with Lock(base, "host-id", "the host id", wait=True):
             if not path.exists() or not _HOST_ID.fullmatch(path.read_text(errors="replace")):
-                durable.write(path, secrets.token_hex(8))
+                durable.write(path, os.urandom(8).hex())
             return f"{host_name()}/{path.read_text('ascii')}"
     except OSError as error:
         raise from_oserror(error, f"read {path}") from error

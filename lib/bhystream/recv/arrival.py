@@ -7,7 +7,7 @@ built; the machine then stays in its first state.
 from __future__ import annotations
 
 import contextlib
-import secrets
+import os
 from collections.abc import Callable
 
 from bhystream.backend.base import Sink
@@ -30,7 +30,7 @@ class Arrival:
         self._is_accepted = False
         self._is_recorded = False
         self._why = ""
-        self._nonce = secrets.token_bytes(fmt.NONCE_BYTES)
+        self._nonce = os.urandom(fmt.NONCE_BYTES)
         # take() and ready() add the acts that they make possible.
         self._acts: dict[Act, Callable[[], None]] = {
             Act.RECORD_STARTED: self._record_started,

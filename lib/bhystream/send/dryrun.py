@@ -12,7 +12,6 @@ the other end, which gives the destination's verdict.
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from bhystream.errors import EXIT_OK, BhyError, InternalError
 from bhystream.guest import PAGE_BYTES, Head
 from bhystream.memory.page import PageHasher, mark_changed
 from bhystream.report import Console
-from bhystream.send.conversation import Conversation, Route
 from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits, forecast
 from bhystream.send.transfer import new_header, spans, write_head
@@ -68,7 +66,7 @@ class _Scanner:
         self._layout = head.layout
         self.npages = head.layout.npages
         self._memory = source.memory()
-        self._hasher = PageHasher(secrets.randbits(64))
+        self._hasher = PageHasher(int.from_bytes(os.urandom(8), "little"))
         self._table = memoryview(bytearray(8 * self.npages)).cast("Q")
         self._hasher.fill(self._table, 0, self.npages)
         self.bits = memoryview(bytearray(8 * (self.npages // 64 + 1))).cast("Q")
@@ -160,6 +158,8 @@ def ask(
         write_head(writer, head)
         writer.end()
         return
+    from bhystream.send.conversation import Conversation, Route
+
     names = (source.name, opts.guest)
     route = Route(console, base, names, header.stream_id.hex(), opts.command, opts.umask)
     status = InternalError.status

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bhystream.backend.base import Source
 from bhystream.handover.state import Lock
 from bhystream.report import Console
-from bhystream.send.conversation import Conversation
 from bhystream.send.options import SendOptions
 from bhystream.signals import Signals
 from bhystream.stream.writer import Writer
+
+if TYPE_CHECKING:  # a dry run needs no conversation
+    from bhystream.send.conversation import Conversation
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-
-import zstandard
+from typing import TYPE_CHECKING
 
 from bhystream import __version__
 from bhystream.backend.base import Readable
@@ -55,6 +53,9 @@ from bhystream.stream.format import Feature, Form, Header, Type
 from bhystream.stream.writer import Writer
 from bhystream.strict_json import pack_json
 from bhystream.units import NS
+
+if TYPE_CHECKING:
+    from zstandard import ZstdCompressor
 
 BATCH_PAGES = 64
 # Nothing passes through the sender's cache, and fewer sections cost less.
@@ -88,6 +89,13 @@ def spans(layout: Layout, touched: Iterator[tuple[int, int]]) -> Iterator[Span]:
             yield Span(index, base, at - base, border - base, False)
 
 
+def _compressor(level: int) -> ZstdCompressor:
+    # Most streams are not compressed, and do not pay for the import.
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=level)
+
+
 class Transfer:
     """The memory of one source, sent round by round.
 
@@ -115,7 +123,7 @@ class Transfer:
         self._layout = layout
         self._writer = writer
         self._on_batch = on_batch
-        self._zstd = zstandard.ZstdCompressor(level=level) if level is not None else None
+        self._zstd = _compressor(level) if level is not None else None
         self.npages = layout.npages
         self._hasher = PageHasher(writer.header.seed)
         pages = BATCH_PAGES if level is None else ZSTD_BATCH_PAGES
@@ -291,7 +299,8 @@ PROGRAM = f"bhysend {__version__}"
 
 def new_header(form: Form, features: Feature) -> Header:
     """Return the header of a new stream, with an id and a seed that no other stream has."""
-    return Header(form, features, secrets.token_bytes(fmt.STREAM_ID_BYTES), secrets.randbits(64))
+    seed = int.from_bytes(os.urandom(8), "little")
+    return Header(form, features, os.urandom(fmt.STREAM_ID_BYTES), seed)
 
 
 def write_head(writer: Writer, head: Head, program: str = PROGRAM) -> None:

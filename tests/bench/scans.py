@@ -1,0 +1,131 @@
+"""The scan of a guest's memory: against XXH3 alone, with two threads, and of a sparse guest."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterator
+
+from bhystream.guest import PAGE_BYTES
+from bhystream.memory.batch import Batch
+from bhystream.memory.page import PageHasher
+from bhystream.send.scan import Scan, Span
+from bhystream.send.transfer import Transfer, write_head
+from bhystream.stream.format import Feature, Form, Header
+from bhystream.stream.writer import Writer
+
+from .rows import Row, pairs, ratio_row
+from .streams import Guest, memory_file
+
+_STRIDE_PAGES = 1 << 15
+
+
+def timed(act: Callable[[], object]) -> Callable[[], float]:
+    """Return a function that does the act, and returns how many seconds it took."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        act()
+        return time.perf_counter() - start
+
+    return run
+
+
+def measure(mib: int, turns: int) -> list[Row]:
+    """Return the rows of an unchanged guest: one pass, and two threads against one."""
+    npages = mib << 8
+    hasher = PageHasher(0x0123456789ABCDEF)
+    memory = mmap.mmap(-1, npages * PAGE_BYTES, flags=mmap.MAP_SHARED | mmap.MAP_ANON)
+    block = os.urandom(1 << 20)
+    for start in range(0, len(memory), len(block)):
+        memory[start : start + len(block)] = block
+    view = memoryview(memory)
+    table, out = array("Q", bytes(8 * npages)), array("Q", bytes(8 * npages))
+    hasher.hash_pages(view, table)
+    batch = Batch(hasher, 64, 1 << 12)
+    span = [Span(0, 0, 0, npages, True)]
+
+    def rescan() -> None:
+        page = 0
+        while page < npages:
+            end = min(page + _STRIDE_PAGES, npages)
+            page = batch.collect(view, 0, page, end, table, False)
+
+    def scan(nthreads: int) -> None:
+        pieces = Scan(hasher, [view], memoryview(table), span).changed(nthreads)
+        if any(piece.count for piece in pieces):
+            raise SystemExit("a page has changed")
+
+    found = pairs(
+        {
+            "hash": timed(lambda: hasher.hash_pages(view, out)),
+            "rescan": timed(rescan),
+            "one": timed(lambda: scan(1)),
+            "two": timed(lambda: scan(2)),
+        },
+        turns,
+    )
+    return [
+        ratio_row("rescan, nothing changed: against XXH3", found["hash"], found["rescan"], 0.95),
+        ratio_row("last scan: two threads against one", found["one"], found["two"], 1.6),
+    ]
+
+
+class Sparse(Guest):
+    """A guest of which some runs of pages are touched."""
+
+    def __init__(self, fd: int, npages: int, runs: list[tuple[int, int]]) -> None:
+        super().__init__(fd, npages)
+        self._runs = runs
+
+    def touched(self) -> Iterator[tuple[int, int]]:
+        """Yield what the file has data for, as the backends do, by SEEK_DATA."""
+        yield from self._runs
+
+
+def sparse(big_gib: int, touched_mib: int, turns: int) -> list[Row]:
+    """Return the rows of a big guest with some memory touched, against one of that size."""
+    rows: list[Row] = []
+    small_pages, big_pages = touched_mib << 8, big_gib << 18
+    dense = memory_file(small_pages * PAGE_BYTES, filled=True)
+    for run, target in ((16, 1.2), (1, None)):
+        step = big_pages // (small_pages // run)
+        runs = [(at * step, at * step + run) for at in range(small_pages // run)]
+        fd = memory_file(big_pages * PAGE_BYTES)
+        block = os.urandom(run * PAGE_BYTES)
+        for first, _ in runs:
+            os.pwrite(fd, block, first * PAGE_BYTES)
+
+        def send(fd: int = fd, npages: int = big_pages, runs: list[tuple[int, int]] = runs) -> None:
+            _send(Sparse(fd, npages, runs))
+
+        found = pairs(
+            {
+                "big": timed(send),
+                "small": timed(lambda: send(dense, small_pages, [(0, small_pages)])),
+            },
+            turns,
+        )
+        rows.append(
+            ratio_row(
+                f"{big_gib} GiB, {touched_mib} MiB touched in runs of {4 * run} KiB:"
+                f" against {touched_mib} MiB",
+                found["big"],
+                found["small"],
+                target,
+                at_most=True,
+            )
+        )
+        os.close(fd)
+    os.close(dense)
+    return rows
+
+
+def _send(guest: Guest) -> None:
+    """Send one round to a descriptor that takes everything."""
+    with open(os.devnull, "wb", buffering=0) as sink:
+        writer = Writer(sink.fileno(), Header(Form.PLAIN, Feature(0), os.urandom(16), 7))
+        write_head(writer, guest.head())
+        Transfer(guest, guest.layout, writer).round()
