@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,3 +138,26 @@ def test_a_mount_that_was_left_goes_with_the_directory(host: Rig, directory: Sna
             ["cat", "/proc/mounts"], capture_output=True, text=True, check=True
         ).stdout
     )
+
+
+def test_files_that_a_late_request_makes_are_removed_with_the_directory(
+    host: Rig, directory: SnapshotDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bhyve makes one after the other, each after the directory was emptied."""
+    fd = directory.open()
+    late = ["ckp.meta", "ckp.kern", "ckp"]
+    real = shutil.rmtree
+
+    def rmtree(path: Path, *, ignore_errors: bool) -> None:
+        if not late:
+            return real(path, ignore_errors=ignore_errors)
+        # As rmtree() does if a file comes between its last unlink(2) and its rmdir(2).
+        for entry in path.iterdir():
+            entry.unlink() if entry.is_file() else entry.rmdir()
+        os.close(os.open(late.pop(), os.O_WRONLY | os.O_CREAT, 0o600, dir_fd=fd))
+        return None
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    directory.remove(host.host)
+    os.close(fd)
+    assert not late and not directory.path.exists()

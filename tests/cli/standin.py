@@ -149,7 +149,7 @@ class StandinPlace(Site):
         assert self.said() == b""  # bhyve opens the console before it restores
 
     def assert_tidy(self, host: Host) -> None:
-        assert host.files("held") == []
+        assert host.files("held") == [], [str(p) for p in (host.state / "held").rglob("*")]
         if not self.runs():
             assert self._files() == []
         assert list(self.staging.iterdir()) == []

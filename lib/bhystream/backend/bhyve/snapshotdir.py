@@ -21,6 +21,7 @@ import contextlib
 import os
 import shutil
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,8 @@ _SINK = f"{_NULL_DIR}/null"
 # Source: sys/kern/sys_generic.c, devfs_iosize_max().
 _CLAMP = "debug.devfs_iosize_max_clamp"
 _CLAMP_BYTES = (1 << 31) - 1
+_REMOVE_S = 1.0
+_REMOVE_POLL_S = 0.01
 
 
 def clamped(host: Host, memory_bytes: int) -> str:
@@ -189,7 +192,13 @@ class SnapshotDir:
         if not self.path.is_dir():
             return
         self.withdraw()
-        self.drop_sink(host)
-        # The second time is for a file that a late request has made meanwhile.
-        for _ in range(2):
+        # bhyve may still serve a request that was given up: it has the null device open,
+        # so the device cannot be unmounted, and it makes up to three files while the
+        # directory is emptied.  In a removed directory it can make none.
+        end = time.monotonic() + _REMOVE_S
+        while True:
+            self.drop_sink(host)
             shutil.rmtree(self.path, ignore_errors=True)
+            if not os.path.lexists(self.path) or time.monotonic() > end:
+                return
+            time.sleep(_REMOVE_POLL_S)
