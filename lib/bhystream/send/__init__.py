@@ -8,6 +8,7 @@ custody.py       the guest from its pause on: the acts on it, and what a failure
 stopwatch.py     the pause, measured and reported
 rounds.py        the rounds of one move
 transfer.py      one round: from a mapping through the hash table to MEMORY sections
+scan.py          the last scan, by as many threads as the guest has vCPUs
 precopy.py       when to go on, stop or give up: pure functions
 dryrun.py        -n
 cold.py          snapshot files
