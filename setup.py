@@ -12,7 +12,7 @@ EXTENSIONS = [
     Extension(
         f"bhystream.memory.{name}", [f"lib/bhystream/memory/{name}.pyx"], extra_compile_args=CFLAGS
     )
-    for name in ("batch", "page", "splice")
+    for name in ("batch", "page", "scatter", "splice")
 ]
 
 setup(

@@ -21,7 +21,8 @@ from array import array
 from collections.abc import Callable
 
 from bhystream.memory.batch import Batch
-from bhystream.memory.page import PageHasher, check_pages, scatter
+from bhystream.memory.page import PageHasher, check_pages
+from bhystream.memory.scatter import scatter
 from bhystream.memory.xxh3 import find
 
 PAGE = 4096

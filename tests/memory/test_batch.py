@@ -555,7 +555,7 @@ def test_marked_pages_are_added_and_no_other(
     found: set[int] = set()
     at = origin
     while at < npages:
-        at = batch.collect_marked(memory, base, at, npages, table, bits, origin)
+        at = batch.collect(memory, base, at, npages, table, True, bits, origin)
         raw = bytes(batch.list_view())
         hashes = iter(struct.iter_unpack("<Q", raw[batch.nextents * 16 :]))
         for first, count, kind in struct.iter_unpack("<QII", raw[: batch.nextents * 16]):
@@ -575,4 +575,4 @@ def test_bits_that_do_not_cover_the_pages_are_refused(hasher: PageHasher) -> Non
     batch, memory, table = Batch(hasher, 64, 64), bytearray(130 * PAGE), words(130)
     for first, end, nwords, origin in ((0, 130, 2, 0), (5, 10, 1, 6), (0, 1, 1, -1)):
         with pytest.raises(ValueError, match="are not marked from"):
-            batch.collect_marked(memory, 0, first, end, table, words(nwords), origin)
+            batch.collect(memory, 0, first, end, table, True, words(nwords), origin)

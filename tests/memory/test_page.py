@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from bhystream.memory.page import PageHasher, check_pages, mark_changed, scatter, scatter_into
+from bhystream.memory.page import PageHasher, check_pages, mark_changed
+from bhystream.memory.scatter import scatter, scatter_into
 from support.nogil import released
 
 from .pages import DATA, PAGE, WRONG_BUFFER, extents, words
@@ -192,7 +193,8 @@ def test_mark_changed_refuses(
 GUARD = """
 import mmap, os, tempfile
 from bhystream.memory.batch import Batch
-from bhystream.memory.page import PageHasher, check_pages, mark_changed, scatter, scatter_into
+from bhystream.memory.page import PageHasher, check_pages, mark_changed
+from bhystream.memory.scatter import scatter, scatter_into
 
 def guarded(nbytes):
     # What lies beyond the end of the file is SIGBUS to touch.

@@ -15,7 +15,7 @@ from bhystream.errors import ChecksumError, InputOutputError
 from bhystream.guest import PAGE_BYTES, State
 from bhystream.memory.hole import punch
 from bhystream.memory.inplace import PagesInPlace
-from bhystream.memory.page import scatter
+from bhystream.memory.scatter import scatter
 from bhystream.send import scan, transfer
 from bhystream.send.precopy import Round
 from bhystream.send.transfer import BATCH_PAGES, Transfer, write_head

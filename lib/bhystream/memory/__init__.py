@@ -1,6 +1,6 @@
 """Pages: hashed, compared, copied and placed.
 
-page.pyx batch.pyx   the hot loops; they import no other module of ours but xxh3
+page.pyx batch.pyx scatter.pyx   the hot loops; they import nothing of ours but xxh3
 splice.pyx     pages given to a pipe without a copy, by vmsplice(2)
 inplace.py     the pages of a section, sent from where they are
 xxh3.py        finds XXH3's C functions in the xxhash package

@@ -73,36 +73,23 @@ class Batch:
         end: int,
         table: Buffer,
         everything: bool,
+        bits: Buffer | None = None,
+        origin: int = 0,
     ) -> int:
         """Add the pages [first, end) of a segment that the destination needs.
 
         segment: bytes, the segment's memory, which may change meanwhile.
         first, end: counted from the segment's first page, which is the guest's
         page `base_page`.  everything: add all pages, as in round 0; if false, add
-        those whose hash differs from the table.  A zero page is added to a ZERO
+        those whose hash differs from the table.  bits: words of find_changed(), the
+        first bit for the page `origin`, counted as first is; if given, only pages
+        whose bit is set are added, all of these.  A zero page is added to a ZERO
         extent; any other page is copied, and the copy is hashed.  The table gets
         the hash of each page that was added.
 
         Returns the first page not handled: `end`, or less if the batch is
         full.  Raises ValueError also for a page that does not follow the last
         page held.  Releases the GIL.
-        """
-
-    def collect_marked(
-        self,
-        segment: Buffer,
-        base_page: int,
-        first: int,
-        end: int,
-        table: Buffer,
-        bits: Buffer,
-        origin: int,
-    ) -> int:
-        """Add those pages of [first, end) whose bit is set, as collect() adds everything.
-
-        bits: words, as find_changed() has left them; their first bit is the page
-        `origin`, counted as first and end are.  The result and the exceptions are
-        those of collect().  Releases the GIL.
         """
 
     def collect_absent(

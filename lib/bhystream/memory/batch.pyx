@@ -103,44 +103,29 @@ cdef class Batch:
         end,
         uint64_t[::1] table not None,
         bint everything,
+        const uint64_t[::1] bits=None,
+        origin=0,
     ):
         npages = segment.shape[0] // PAGE_BYTES
         self.check(base_page, first, end, npages, table.shape[0])
-        cdef uint64_t base = base_page, page = first, stop = end
+        cdef uint64_t base = base_page, page = first, stop = end, bit = 0
         cdef const uint8_t *memory = &segment[0]
         cdef word_t *entries = <word_t *>&table[0]
-        self.busy = True
+        cdef const word_t *words = NULL
+        if bits is not None:
+            if not 0 <= origin <= first or end - origin > bits.shape[0] * 64:
+                raise ValueError(
+                    f"pages [{first}, {end}) are not marked from {origin} on"
+                )
+            bit = origin
+            words = <const word_t *>&bits[0]
         entries += base
+        self.busy = True
         with nogil:
-            if self.in_place:
-                page = self.list_pages(memory, base, page, stop, entries, everything)
-            else:
+            if words == NULL:
                 page = self.take_pages(memory, base, page, stop, entries, everything)
-        self.busy = False
-        return page
-
-    def collect_marked(
-        self,
-        const uint8_t[::1] segment not None,
-        base_page,
-        first,
-        end,
-        uint64_t[::1] table not None,
-        const uint64_t[::1] bits not None,
-        origin,
-    ):
-        npages = segment.shape[0] // PAGE_BYTES
-        self.check(base_page, first, end, npages, table.shape[0])
-        if not 0 <= origin <= first or end - origin > bits.shape[0] * 64:
-            raise ValueError(f"pages [{first}, {end}) are not marked from {origin} on")
-        cdef uint64_t base = base_page, page = first, stop = end, zero = origin
-        cdef const uint8_t *memory = &segment[0]
-        cdef word_t *entries = <word_t *>&table[0]
-        cdef const word_t *words = <const word_t *>&bits[0]
-        entries += base
-        self.busy = True
-        with nogil:
-            page = self.take_marked(memory, base, page, stop, entries, words, zero)
+            else:
+                page = self.take_marked(memory, base, page, stop, entries, words, bit)
         self.busy = False
         return page
 
@@ -188,17 +173,26 @@ cdef class Batch:
         """
         cdef const uint8_t *live
         cdef const uint8_t *ahead
+        cdef uint64_t h = 0
+        cdef bint has_room
         while page < end and self.npages < self.max_pages:
             live = segment + page * PAGE_BYTES
             # The best distances, as measured: one page ahead of a hash, two of a copy.
-            if everything:
+            if everything and not self.in_place:
                 ahead = segment + min(page + 2, end - 1) * PAGE_BYTES
             else:
                 ahead = segment + min(page + 1, end - 1) * PAGE_BYTES
-                if hash_ahead(self.hasher, live, ahead) == entries[page]:
+                h = hash_ahead(self.hasher, live, ahead)
+                if not everything and h == entries[page]:
                     page += 1
                     continue
-            if not self.take(live, ahead, base + page, entries + page, everything):
+            if self.in_place:
+                has_room = self.list_page(live, h, base + page, entries + page)
+            else:
+                has_room = self.take(
+                    live, ahead, base + page, entries + page, everything
+                )
+            if not has_room:
                 break
             page += 1
         return page
@@ -229,42 +223,23 @@ cdef class Batch:
                 if words[at >> 6] >> (at & 63) & 1 == 0:
                     break
                 stop += 1
-            if self.in_place:
-                page = self.list_pages(segment, base, page, stop, entries, True)
-            else:
-                page = self.take_pages(segment, base, page, stop, entries, True)
+            page = self.take_pages(segment, base, page, stop, entries, True)
             if page < stop:
                 break
         return page
 
-    cdef uint64_t list_pages(
-        self,
-        const uint8_t *segment,
-        uint64_t base,
-        uint64_t page,
-        uint64_t end,
-        word_t *entries,
-        bint everything,
+    cdef bint list_page(
+        self, const uint8_t *live, uint64_t h, uint64_t page, word_t *entry
     ) noexcept nogil:
-        """Handle pages as take_pages(), without a copy: nobody writes to them now."""
-        cdef const uint8_t *live
-        cdef const uint8_t *ahead
-        cdef uint64_t h
-        cdef bint zero
-        while page < end and self.npages < self.max_pages:
-            live = segment + page * PAGE_BYTES
-            ahead = segment + min(page + 1, end - 1) * PAGE_BYTES
-            h = hash_ahead(self.hasher, live, ahead)
-            if everything or h != entries[page]:
-                zero = h == self.hasher.zero_hash and is_zero(live)
-                if self.append(base + page, 1, ZERO if zero else DATA) == 0:
-                    break
-                if not zero:
-                    self.hashes[self.npages] = h
-                    self.npages += 1
-                entries[page] = h
-            page += 1
-        return page
+        """Add a page that stays in place, with its hash; return False without room."""
+        cdef bint zero = h == self.hasher.zero_hash and is_zero(live)
+        if self.append(page, 1, ZERO if zero else DATA) == 0:
+            return False
+        if not zero:
+            self.hashes[self.npages] = h
+            self.npages += 1
+        entry[0] = h
+        return True
 
     cdef bint take(
         self,

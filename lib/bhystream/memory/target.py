@@ -10,7 +10,7 @@ from __future__ import annotations
 from bhystream.guest import PAGE_BYTES
 from bhystream.memory.extent import EXTENT, KIND_ZERO
 from bhystream.memory.hole import punch
-from bhystream.memory.page import scatter, scatter_into
+from bhystream.memory.scatter import scatter, scatter_into
 
 
 class FileTarget:

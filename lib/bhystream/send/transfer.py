@@ -193,8 +193,8 @@ class Transfer:
         """Collect the changed pages of a piece that was scanned."""
         batch, memory, at = self._batch, self._memory[piece.segment], piece.first
         while piece.count and at < piece.end:
-            at = batch.collect_marked(
-                memory, piece.base_page, at, piece.end, self._table, piece.bits, piece.first
+            at = batch.collect(
+                memory, piece.base_page, at, piece.end, self._table, True, piece.bits, piece.first
             )
             if batch.full:
                 self._flush(way, piece.base_page + at)

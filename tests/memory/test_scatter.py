@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from bhystream.backend.base import Target
-from bhystream.memory.page import scatter, scatter_into
+from bhystream.memory.scatter import scatter, scatter_into
 from bhystream.memory.target import FileTarget, MappedTarget
 
 from .pages import DATA, PAGE, WRONG_BUFFER, ZERO, extents, words
@@ -193,7 +193,7 @@ def slow_writes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 SLOW = """
 import sys
-from bhystream.memory.page import scatter
+from bhystream.memory.scatter import scatter
 listed, pages = bytes.fromhex(sys.argv[2]), open(sys.argv[3], "rb").read()
 with open(sys.argv[1], "r+b", buffering=0) as file:
     try:
