@@ -97,6 +97,7 @@ def test_a_recorded_stream_is_refused_where_it_ran(recorded: Recorded, small: Tr
     ended = replayed(first, path, small)
     assert ended.status == 76, report(ended)
     assert "was started on this host before" in ended.stderr
+    assert "an earlier bhyrecv has started the guest of this stream" in ended.stderr
     assert small.is_well()
 
 
@@ -109,6 +110,7 @@ def test_a_recorded_go_starts_nothing(recorded: Recorded, host: Host, small: Tra
     assert ended.output.splitlines()[-1].split()[2] == b"FAILED"
     again = replayed(host, path, small)
     assert again.status == 76, report(again)
+    assert "an earlier bhyrecv" not in again.stderr
     assert "was dead on this host before" in again.stderr
     assert small.is_well()
 

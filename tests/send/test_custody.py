@@ -22,7 +22,6 @@ from bhystream.send.custody import Custody
 from bhystream.send.job import Begun, SendJob
 from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits
-from bhystream.send.rounds import STALL_SECONDS
 from bhystream.send.stopwatch import Stopwatch
 from bhystream.signals import Signals
 from bhystream.stream.format import Feature, Form, Header
@@ -223,31 +222,47 @@ def test_an_end_that_cannot_be_synced_leaves_the_guest_held_with_what_to_type(
     assert case.keeper.dismissed == 1  # the guest is the operator's now
 
 
-@pytest.mark.parametrize("act", ["hold", "offer", "go"])
-def test_a_pipe_that_takes_nothing_is_found_before_anything_is_recorded(
-    case: Case, act: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_offered", [False, True])
+def test_a_pipe_that_takes_nothing_is_found_while_the_guest_can_be_resumed(
+    case: Case, is_offered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """END and GO are written without blocking: nobody could be told what has become of them."""
-    acts: dict[str, Callable[[], None]] = {
-        "hold": case.custody.hold,
-        "offer": case.custody.offer,
-        "go": lambda: case.custody.go(Ready(HELLO, b"n" * 16)),
-    }
     case.custody.pause()
-    if act == "go":
+    if is_offered:
         case.custody.offer()
-    asked: list[int] = []
 
     def await_room(_: Writer, seconds: int) -> None:
-        asked.append(seconds)
         raise InputOutputError(f"nothing was taken from the stream for {seconds} s")
 
     monkeypatch.setattr(Writer, "await_room", await_room)
-    told, where = recovered(case, acts[act])
-    assert asked == [STALL_SECONDS]
+    told, where = recovered(case, case.custody.await_room)
     assert told is None and where.startswith("guest web1: it runs here; it was paused for ")
     assert case.guest.done == ["pause", "resume"]
     assert Records(case.base, "source").all() == []
+
+
+def test_the_keeper_is_not_promised_for_a_record_that_it_leaves_alone(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After FAILED neither the record can be written nor the guest be resumed."""
+    case.commit()
+    case.guest.fails["resume"] = GuestError("busy")
+
+    def write(*_: object) -> None:
+        raise InputOutputError("cannot record the guest: No space left on device")
+
+    monkeypatch.setattr(Records, "write", write)
+    told, _ = recovered(case, lambda: case.custody.settle(Event.FAILED, "hv2: no disk"))
+    assert isinstance(told, HeldError)
+    assert str(told) == "hv2: no disk; and the guest cannot be resumed: busy"
+    assert told.hint == f"guest web1: let it run on: bhysend --resume --in-doubt {ID}"
+
+
+def test_a_kept_guest_that_cannot_be_resumed_is_said_once(case: Case) -> None:
+    case.custody.pause()
+    case.guest.fails["resume"] = GuestError("busy")
+    told, _ = recovered(case, case.custody.release)
+    assert isinstance(told, HeldError)
+    assert str(told) == "guest web1: it stands paused here, and cannot be resumed: busy"
 
 
 def test_a_keeper_that_has_died_is_dismissed_before_the_next_one(case: Case) -> None:

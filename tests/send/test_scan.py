@@ -134,3 +134,14 @@ def test_the_guests_vcpus_and_the_hosts_cpus_bound_the_threads(
 ) -> None:
     monkeypatch.setattr(scan, "_cpus", lambda: cpus)
     assert threads_for(vcpus) == threads
+
+
+def test_a_system_without_threads_left_scans_with_the_callers(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    _, marked = pages(case.scan().changed(4))
+    assert marked == case.differs

@@ -20,6 +20,7 @@ alone, and the status is 81.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Iterator
@@ -100,8 +101,20 @@ class Incoming:
                 f"see whether {building.operand} runs; until you know, leave the source paused",
             )
         left = self._arrival.fail(str(error))
-        error.hint = f"nothing was started here\n{left}\n{error.hint}"
+        error.hint = f"{self._nothing_started()}\n{left}\n{error.hint}"
         return error
+
+    def _nothing_started(self) -> str:
+        """Say that this bhyrecv has started nothing, and whether an earlier one has."""
+        phase = ""
+        with contextlib.suppress(BhyError):
+            phase = self._job.records.phase(self._job.id) or ""
+        if phase == STARTED:
+            return (
+                "nothing was started here this time:"
+                " an earlier bhyrecv has started the guest of this stream"
+            )
+        return "nothing was started here"
 
     def close(self) -> None:
         """Release the locks, and remove old records of earlier streams."""

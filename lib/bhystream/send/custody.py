@@ -105,6 +105,14 @@ class Custody:
         self._job.signals.ignore_stops()
         self._machine.on(Event.PAUSE)
 
+    def await_room(self) -> None:
+        """Wait until the pipe takes END or GO at once.  Raises InputOutputError if it does not.
+
+        Called before require_paused(), while a signal or a failure still resumes the guest:
+        once END or GO is recorded, a full pipe would leave the guest paused.
+        """
+        self._begun.writer.await_room(STALL_SECONDS)
+
     def require_paused(self) -> None:
         """Ask the hypervisor whether the guest is still paused.
 
@@ -138,7 +146,6 @@ class Custody:
         Raises what require_paused() raises, AccessError and InputOutputError.
         """
         self.require_paused()
-        self._begun.writer.await_room(STALL_SECONDS)
         self._machine.on(Event.COPIED_PLAIN)
         self._begun.writer.sync()
         self._keeper.dismiss()
@@ -148,7 +155,6 @@ class Custody:
 
         END starts nothing by itself, so the guest is still resumed on any failure.
         """
-        self._begun.writer.await_room(STALL_SECONDS)
         self._machine.on(Event.COPIED)
 
     def go(self, ready: Ready) -> None:
@@ -157,8 +163,6 @@ class Custody:
         From the record on, recover() resumes the guest only if GO is not written
         whole, and settle() only on FAILED.  Raises AccessError, InputOutputError.
         """
-        # Once GO is recorded, a full pipe would leave the guest paused and in doubt.
-        self._begun.writer.await_room(STALL_SECONDS)
         self.record = with_peer(self.record, ready.hello)
         self._nonce = ready.nonce
         self._machine.on(Event.READY)
@@ -279,10 +283,13 @@ class Custody:
             return error
         if found.where in (Where.LEFT, Where.THERE):
             return HeldError(f"{who}: {found.text}", found.hint)
-        return HeldError(
-            f"{error}; and the guest cannot be resumed: {second}",
-            f"{who}: its keeper goes on trying; see bhysend -l",
-        )
+        text = f"{who}: {found.text}"
+        if second is not error:
+            text = f"{error}; and the guest cannot be resumed: {second}"
+        if self.record.phase != PAUSED:
+            # The keeper, which acts on the record, has no right to resume such a guest.
+            return HeldError(text, f"{who}: {found.hint}")
+        return HeldError(text, f"{who}: its keeper goes on trying; see bhysend -l")
 
     # The acts of handshake.SOURCE.
 

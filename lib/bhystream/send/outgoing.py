@@ -207,6 +207,8 @@ class Outgoing:
         """
         keep = self._job.opts.keep
         console, name = self._job.console, self._job.source.name
+        with self._job.signals.interruptible():
+            custody.await_room()
         self._job.signals.on_deferred = lambda signal: console.say(
             f"{signal}: too late, END is on its way; waiting until it is written"
         )
@@ -236,8 +238,10 @@ class Outgoing:
         custody.require_paused()
         # END starts nothing here: until GO any failure or signal resumes the guest.
         with self._job.signals.interruptible():
+            custody.await_room()
             custody.offer()
             ready = talk.await_ready(rounds.memory_bytes)
+            custody.await_room()
         try:
             custody.require_paused()
         except GuestEndedError as gone:

@@ -114,7 +114,10 @@ class Scan:
         found: dict[int, Piece | BaseException] = {}
         try:
             for thread in threads:
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # a limit of the system: the caller's thread does the rest
+                    break
             for index in range(len(self._tasks)):
                 while index not in found:
                     mine = next(self._next)
