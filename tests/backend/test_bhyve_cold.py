@@ -6,7 +6,6 @@ import errno
 import filecmp
 import io
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +31,7 @@ from bhystream.send import cold as cold_send
 from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits
 from bhystream.signals import Interrupted, Signals
-from bhystream.stream.format import Form
+from bhystream.stream.format import Form, Header
 from bhystream.stream.verify import Ended, Pages, Walk
 from support.descriptors import descriptors
 from support.memory_source import rebuild
@@ -183,8 +182,9 @@ def test_the_stream_of_the_files_that_arrived_is_the_same_stream(
 ) -> None:
     if fpu:
         here.fpu.write_bytes(snapshotfiles.pack_fpu(fpu))
-    monkeypatch.setattr(secrets, "token_bytes", lambda n: bytes(n))
-    monkeypatch.setattr(secrets, "randbits", lambda n: 7)
+    monkeypatch.setattr(
+        cold_send, "new_header", lambda form, features: Header(form, features, bytes(16), 7)
+    )
     first, second = tmp_path / "1", tmp_path / "2"
     send(SnapshotSource(here.memory, None, HOST), first, monkeypatch)
     receive(first, FilesSink(there, "web2"))
