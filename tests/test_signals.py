@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from bhystream.errors import DowntimeError, InputOutputError
+from bhystream.errors import DowntimeError, InputOutputError, InternalError
 from bhystream.signals import Interrupted, Signals
 from support.waiting import wait_until_full
 
@@ -338,3 +338,19 @@ def test_a_report_does_not_end_a_blocked_write() -> None:
     signals.on_report = finish.set
     blocked_write(signals.interruptible(), signal.SIGUSR1, finish)
     assert finish.is_set()
+
+
+@pytest.mark.parametrize("inner", ["watching", "ticking", "until"])
+@pytest.mark.parametrize("outer", ["watching", "ticking", "until"])
+def test_limits_of_time_do_not_nest(handlers: None, outer: str, inner: str) -> None:
+    """There is one timer: the inner block would end the outer one's limit unseen."""
+    signals = Signals()
+    blocks = {
+        "watching": lambda: signals.watching(lambda: 0, 1000),
+        "ticking": lambda: signals.ticking(lambda: None, 1000),
+        "until": lambda: signals.until(time.monotonic() + 1000, lambda: 1000.0),
+    }
+    with blocks[outer](), pytest.raises(InternalError, match="inside another"), blocks[inner]():
+        pass
+    with blocks[inner]():  # and after it, the timer is free again
+        pass

@@ -4,6 +4,9 @@ A move may be given up at almost any moment, but not inside a QMP exchange, nor
 while a record is written, nor after the point of no return.  So a signal only
 sets a flag.  The signal becomes an exception only within `interruptible()` and
 the blocks built on it, and there even out of a blocked write(2).
+
+watching(), ticking() and until() use the one alarm timer of the process, and do not
+nest.  A program uses Signals or Interrupts, never both.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from bhystream.errors import BhyError, InputOutputError
+from bhystream.errors import BhyError, InputOutputError, InternalError
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _REPORTS = [getattr(signal, name) for name in ("SIGUSR1", "SIGINFO") if hasattr(signal, name)]
@@ -34,6 +37,7 @@ class Signals:
         """Ignore SIGPIPE and take over the other signals.  Main thread only."""
         self._pending = ""
         self._open = False
+        self._has_alarm = False
         self.on_report: Callable[[], None] | None = None
         self.on_deferred: Callable[[str], None] | None = None
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -88,13 +92,8 @@ class Signals:
                 raise InputOutputError(f"nothing was taken from the stream for {seconds} s")
             seen = progress()
 
-        signal.signal(signal.SIGALRM, look)
-        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
-        try:
-            with self.interruptible():
-                yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        with self._alarm(look, seconds, seconds), self.interruptible():
+            yield
 
     @contextlib.contextmanager
     def ticking(self, tell: Callable[[], None], seconds: int) -> Iterator[None]:
@@ -107,13 +106,11 @@ class Signals:
             if is_open:
                 tell()
 
-        signal.signal(signal.SIGALRM, tick)
-        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
-        try:
-            yield
-        finally:
-            is_open = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        with self._alarm(tick, seconds, seconds):
+            try:
+                yield
+            finally:
+                is_open = False
 
     @contextlib.contextmanager
     def until(self, deadline_s: float, give_up: Callable[[], float]) -> Iterator[None]:
@@ -127,14 +124,30 @@ class Signals:
             # _open is not set yet if the deadline passed before the block began.
             signal.setitimer(signal.ITIMER_REAL, give_up() if self._open else _SOON_S)
 
-        signal.signal(signal.SIGALRM, look)
-        # An interval of 0 would disarm the timer.
-        signal.setitimer(signal.ITIMER_REAL, max(deadline_s - time.monotonic(), 1e-6))
+        # A first interval of 0 would disarm the timer.
+        first_s = max(deadline_s - time.monotonic(), 1e-6)
+        with self._alarm(look, first_s), self.interruptible():
+            yield
+
+    @contextlib.contextmanager
+    def _alarm(
+        self, act: Callable[[int, FrameType | None], None], first_s: float, interval_s: float = 0.0
+    ) -> Iterator[None]:
+        """Call act after first_s, and then every interval_s, if that is not 0.
+
+        The process has one such timer, so these blocks may not nest: the inner block
+        would end the outer one's limit.  Raises InternalError if they do.
+        """
+        if self._has_alarm:
+            raise InternalError("a limit of time begins inside another")
+        self._has_alarm = True
+        signal.signal(signal.SIGALRM, act)
+        signal.setitimer(signal.ITIMER_REAL, first_s, interval_s)
         try:
-            with self.interruptible():
-                yield
+            yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            self._has_alarm = False
 
     @staticmethod
     def ignore_stops() -> None:
