@@ -81,7 +81,7 @@ class Sparse(Guest):
         self._runs = runs
 
     def touched(self) -> Iterator[tuple[int, int]]:
-        """Yield what the file has data for, as the backends do, by SEEK_DATA."""
+        """Yield the runs, which the backends would find by SEEK_DATA."""
         yield from self._runs
 
 

@@ -174,7 +174,7 @@ cdef class Batch:
         cdef const uint8_t *live
         cdef const uint8_t *ahead
         cdef uint64_t h = 0
-        cdef bint has_room
+        cdef bint has_room, zero
         while page < end and self.npages < self.max_pages:
             live = segment + page * PAGE_BYTES
             # The best distances, as measured: one page ahead of a hash, two of a copy.
@@ -187,7 +187,8 @@ cdef class Batch:
                     page += 1
                     continue
             if self.in_place:
-                has_room = self.list_page(live, h, base + page, entries + page)
+                zero = h == self.hasher.zero_hash and is_zero(live)
+                has_room = self.add(base + page, zero, h, entries + page)
             else:
                 has_room = self.take(
                     live, ahead, base + page, entries + page, everything
@@ -228,11 +229,13 @@ cdef class Batch:
                 break
         return page
 
-    cdef bint list_page(
-        self, const uint8_t *live, uint64_t h, uint64_t page, word_t *entry
+    cdef bint add(
+        self, uint64_t page, bint zero, uint64_t h, word_t *entry
     ) noexcept nogil:
-        """Add a page that stays in place, with its hash; return False without room."""
-        cdef bint zero = h == self.hasher.zero_hash and is_zero(live)
+        """Add a page with its hash; return False if there is no room for it.
+
+        The entry changes last, so a page without room is found changed again.
+        """
         if self.append(page, 1, ZERO if zero else DATA) == 0:
             return False
         if not zero:
@@ -249,10 +252,7 @@ cdef class Batch:
         word_t *entry,
         bint everything,
     ) noexcept nogil:
-        """Copy one page and add it; return False if there is no room for it.
-
-        The entry changes last, so a page without room is found changed again.
-        """
+        """Copy one page and add it; return False if there is no room for it."""
         cdef uint8_t *copy = self.pages + self.npages * PAGE_BYTES
         cdef bint zero = copy_page(copy, live, ahead)
         cdef uint64_t h = self.hasher.zero_hash
@@ -260,13 +260,7 @@ cdef class Batch:
             h = hash_page(self.hasher, copy)
         if not everything and h == entry[0]:
             return True  # the page changed back before it was copied
-        if self.append(page, 1, ZERO if zero else DATA) == 0:
-            return False
-        if not zero:
-            self.hashes[self.npages] = h
-            self.npages += 1
-        entry[0] = h
-        return True
+        return self.add(page, zero, h, entry)
 
     cdef uint64_t take_absent(
         self, uint64_t page, uint64_t end, word_t *entries, bint everything

@@ -23,7 +23,7 @@ from bhystream.memory.page import PageHasher, mark_changed
 from bhystream.report import Console
 from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits, forecast
-from bhystream.send.transfer import new_header, spans, write_head
+from bhystream.send.transfer import new_header, new_seed, spans, write_head
 from bhystream.signals import Signals
 from bhystream.stream.format import Feature, Form
 from bhystream.stream.writer import Writer, write_all
@@ -66,7 +66,7 @@ class _Scanner:
         self._layout = head.layout
         self.npages = head.layout.npages
         self._memory = source.memory()
-        self._hasher = PageHasher(int.from_bytes(os.urandom(8), "little"))
+        self._hasher = PageHasher(new_seed())
         self._table = memoryview(bytearray(8 * self.npages)).cast("Q")
         self._hasher.fill(self._table, 0, self.npages)
         self.bits = memoryview(bytearray(8 * (self.npages // 64 + 1))).cast("Q")

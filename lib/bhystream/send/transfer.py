@@ -164,7 +164,6 @@ class Transfer:
                 self._enter(way, span)
                 self._walk(way, span)
         self._flush(way, self.npages)
-        way.brake(self._writer.offset_bytes)
         self._writer.round_end(way.data_pages, way.zero_pages, last=last)
         return way.over(self._writer.offset_bytes)
 
@@ -223,10 +222,9 @@ class Transfer:
                 self.walked_pages += at - before
             if batch.full:
                 self._flush(way, span.base_page + at)
-                way.brake(self._writer.offset_bytes)
 
     def _flush(self, way: _UnderWay, done: int) -> None:
-        """Write the batch as one MEMORY section, unless the batch is empty.
+        """Write the batch as one MEMORY section, unless the batch is empty; keep to the rate.
 
         done: the global page up to which the round has walked.
         """
@@ -243,6 +241,7 @@ class Transfer:
         way.zero_pages += batch.nzero
         batch.clear()
         self._on_batch(done, way.data_pages)
+        way.brake(self._writer.offset_bytes)
 
     def _pages(self, segment: int) -> tuple[memoryview | PagesInPlace, int]:
         """Return the pages of the batch, and the flags of their section."""
@@ -299,8 +298,12 @@ PROGRAM = f"bhysend {__version__}"
 
 def new_header(form: Form, features: Feature) -> Header:
     """Return the header of a new stream, with an id and a seed that no other stream has."""
-    seed = int.from_bytes(os.urandom(8), "little")
-    return Header(form, features, os.urandom(fmt.STREAM_ID_BYTES), seed)
+    return Header(form, features, os.urandom(fmt.STREAM_ID_BYTES), new_seed())
+
+
+def new_seed() -> int:
+    """Return a seed for page hashes that nobody can guess."""
+    return int.from_bytes(os.urandom(8), "little")
 
 
 def write_head(writer: Writer, head: Head, program: str = PROGRAM) -> None:
