@@ -1,4 +1,4 @@
-"""Give pages of memory to a pipe without a copy: vmsplice(2).
+"""Give pages of memory to a pipe without a copy: vmsplice(2), or else writev(2).
 
 The user's documentation is in splice.pyi.
 """
@@ -20,21 +20,25 @@ cdef extern from *:
     #include <fcntl.h>
     #include <sys/types.h>
     #include <sys/uio.h>
-    static ssize_t bhys_vmsplice(int fd, const struct iovec *parts, size_t count)
+    /*
+     * vmsplice(2) fails so if the descriptor is no pipe, if the kernel does not give
+     * these pages to a pipe, or if a filter forbids the call.
+     */
+    static ssize_t bhys_give(int fd, const struct iovec *parts, size_t count)
     {
     #if defined(__linux__)
-        return vmsplice(fd, parts, count, 0);
-    #else
-        (void)fd; (void)parts; (void)count;
-        errno = ENOSYS;
-        return -1;
+        ssize_t taken = vmsplice(fd, parts, count, 0);
+        if (taken >= 0 || (errno != EBADF && errno != ENOSYS && errno != EINVAL
+                           && errno != EFAULT && errno != EPERM))
+            return taken;
     #endif
+        return writev(fd, parts, (int)count);
     }
     """
     struct iovec:
         void *iov_base
         size_t iov_len
-    ssize_t vmsplice "bhys_vmsplice"(
+    ssize_t give "bhys_give"(
         int fd, const iovec *parts, size_t count
     ) noexcept nogil
 
@@ -72,7 +76,7 @@ def splice_pages(
         raise ValueError("an extent is not within the segment")
     while True:
         with nogil:
-            taken = vmsplice(number, parts, count)
+            taken = give(number, parts, count)
         if taken >= 0:
             return taken
         if errno != EINTR:
