@@ -112,7 +112,7 @@ def assert_passed(done: subprocess.CompletedProcess[str]) -> None:
     """Assert that the guest proved itself, and that the report has bhysend's own numbers."""
     assert done.returncode == 0, done.stdout + done.stderr
     said = re.search(
-        r"; (\d+) rounds, (.+?); paused (.+?) \(state (.+?),.* (\S+ m?s) pred", done.stderr
+        r"; (\d+) rounds, (.+?); paused (.+?) \(state (.+?),.*\), predicted (\S+ m?s) ", done.stderr
     )
     assert said, done.stderr
     rounds, sent, paused, state, predicted = said.groups()

@@ -66,7 +66,7 @@ _SWEEP = re.compile(r"sweep (\d+) pages (\d+) wrong (\d+)")
 # is not the null device.
 _CLOSING = re.compile(
     r"it runs on .*?; (\d+) rounds, ([^;]+); paused (.+?) "
-    r"\(state (.+?), last pages (.+?), answers (.+?), (.+?) predicted\)"
+    r"\(state (.+?), last pages .+?, answers .+?\), predicted (.+?) \("
 )
 _WRITTEN = re.compile(r"bhyve writes the memory into .*?: (.+)")
 
@@ -179,7 +179,7 @@ class Demo:
         if status != 0 or not closing:
             raise GuestError(f"bhysend {ending(status)}: the guest has not moved")
         written = _WRITTEN.search(said)
-        rounds, sent, paused, state, _, _, predicted = closing.groups()
+        rounds, sent, paused, state, predicted = closing.groups()
         why = written[1].strip().rpartition(": ")[2] if written else ""
         return Moved(rounds, sent, paused, state, predicted, why, took_ns, silent_ns)
 

@@ -198,7 +198,7 @@ def test_a_rehearsal_ends_by_itself_and_says_what_a_hold_will_save(
     trial: Trial, host: Host, guest: str, memory: Memory
 ) -> None:
     say([(item.state_name, item.size_bytes) for item in trial.plan.items])
-    say(f"to save, and to load elsewhere: {trial.source.fixed_ns() / 1e6:.0f} ms")
+    say(f"to save, and to load elsewhere: {trial.source.fixed()}")
     say("the memory file is the null device:", trial.directory.has_sink())
     assert trial.plan.memory_bytes == memory.size_bytes
     assert trial.plan.vmname == guest

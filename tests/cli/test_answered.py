@@ -77,7 +77,7 @@ def handed_over(host: Host, guest: Traveller, to: Site, ended: Sequence[Ended]) 
     said = ended[0].stderr
     assert re.search(
         r"^bhysend: guest proof: it runs on \S+, and is gone here; \d+ rounds, .* "
-        r"paused [\d.]+ m?s \(state .*, last pages .*, answers .*, [\d.]+ m?s predicted\)$",
+        r"paused [\d.]+ m?s \(state .*, last pages .*, answers .*\), predicted [\d.]+ m?s \(.*\)$",
         said,
         re.MULTILINE,
     ), report(*ended)

@@ -17,7 +17,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from bhystream.backend.base import Paused, Prepared
+from bhystream.backend.base import Fixed, Paused, Prepared
 from bhystream.errors import GuestError
 from bhystream.guest import PAGE_BYTES, Head, Layout, Segment, State
 from bhystream.memory.hole import punch
@@ -69,8 +69,8 @@ class MemorySource:
     def require_described(self) -> None:
         """Do nothing: the guest's description never changes."""
 
-    def fixed_ns(self) -> int:
-        return 0
+    def fixed(self) -> Fixed:
+        return Fixed(0, 0)
 
     def warnings(self) -> Sequence[str]:
         return ()

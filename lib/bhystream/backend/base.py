@@ -35,6 +35,18 @@ class Prepared:
     vcpus: int = 1
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """The parts of a pause that have nothing to do with the memory, in ns.
+
+    state_ns: to stop the guest and take its state.  load_ns: to load the state at the
+    destination and start the guest, and what bhyrecv does meanwhile.
+    """
+
+    state_ns: int
+    load_ns: int
+
+
 class Target(Protocol):
     """The memory of one segment at the destination.  All of its pages are zero at first."""
 
@@ -133,11 +145,10 @@ class Source(Described, Protocol):
         Called at the last moment before pause(), while the guest runs.
         """
 
-    def fixed_ns(self) -> int:
-        """Return the part of the pause that no further round shortens, in ns.
+    def fixed(self) -> Fixed:
+        """Return the parts of the pause that no further round shortens.
 
-        It is the time to stop the guest, to take the state and to load it,
-        as prepare() measured it, or from experience if prepare() could not.
+        As prepare() measured them, or what is usual if prepare() could not.
         """
 
     def pause(self) -> Paused:

@@ -8,6 +8,7 @@ it speaks of, so if bhysend dies at any point, the keeper can act on the record.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -124,7 +125,9 @@ class Custody:
     def wait_for_hook(self) -> None:
         """Wait until the -p command has ended.  Raises GuestError unless its status is 0."""
         if self._hook:
+            start_ns = time.monotonic_ns()
             self._hook.wait()
+            self._watch.measured.hook_ns = time.monotonic_ns() - start_ns
             # If wait() raises, _hook stays set, so that recover() kills the command's group.
             self._hook = None
             self._keeper.tell_hook(0)
@@ -355,7 +358,7 @@ class Custody:
         # If pause() raises, _paused stays None, and _resume() finds the guest by its record.
         paused = self._paused = self._job.source.pause()
         self.states, self.reasons = paused.states(), paused.reasons
-        self._watch.state_ns = self._watch.elapsed_ns()
+        self._watch.measured.state_ns = self._watch.elapsed_ns()
         hook = self._job.opts.hook
         if hook is not None:
             # Start the command only now: until the pause the guest writes to its disks.

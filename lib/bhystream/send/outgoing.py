@@ -78,12 +78,12 @@ class Outgoing:
             begun = self._begin(header, head)
             prepared = self._prepare(begun)
             record = self._record(begun, prepared)
-            rounds = Rounds(job, head, begun, progress, self._watch, prepared.vcpus)
+            rounds = Rounds(job, head, begun, progress, self._watch, prepared)
         # A keeper watches from here on: if bhysend dies, the keeper acts on the record.
         custody = self._custody = Custody(job, begun, record, self._watch)
         deadline_s = time.monotonic() + job.opts.limits.time_ns / NS
         with signals.until(deadline_s, rounds.out_of_time):
-            rounds.precopy(prepared.plan)
+            rounds.precopy()
         # The guest is paused from here on; until END or GO is out, recover() resumes it.
         custody.pause()
         progress.enter("paused, round", rounds.live)
@@ -193,9 +193,11 @@ class Outgoing:
 
     def _write_state(self, writer: Writer, custody: Custody) -> None:
         """Write the state sections and TIME: the guest is paused, or if kept runs again."""
+        watch, start_ns = self._watch, time.monotonic_ns()
         for state in custody.states:
             writer.state(state)
-        watch = self._watch
+        if not self._job.opts.keep:
+            watch.measured.last_ns += time.monotonic_ns() - start_ns
         paused_for_ns = watch.pause_ns if self._job.opts.keep else watch.elapsed_ns()
         writer.section(Type.TIME, fmt.TIME.pack(watch.paused_at_ns, paused_for_ns))
 
@@ -253,7 +255,7 @@ class Outgoing:
         custody.go(ready)
         event, why = talk.await_outcome()
         self._watch.stop()
-        self._watch.answers_ns = time.monotonic_ns() - start_ns
+        self._watch.measured.answers_ns = time.monotonic_ns() - start_ns
         try:
             custody.settle(event, f"{talk.host}: {why}")
         except GuestEndedError as gone:
@@ -268,8 +270,8 @@ class Outgoing:
 
     def _say_end(self, what: str, begun: Begun, rounds: Rounds) -> None:
         is_answered = begun.talk is not None
-        line = self._watch.line(
-            what, begun.writer, is_answered=is_answered, is_predicted=rounds.live > 0
-        )
+        has_hook = self._job.opts.hook is not None
+        line = self._watch.line(what, begun.writer, is_answered=is_answered, has_hook=has_hook)
         self._job.say(line)
         self._job.log(line)
+        rounds.learn()

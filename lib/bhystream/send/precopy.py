@@ -5,11 +5,15 @@ a test can ask for a decision without a guest.
 
 Pre-copy pays if fewer pages change during a round than the round sent.  The
 policy estimates what is left for the pause after round n from what round n
-found: D pages had changed since round n-1 began, an exposure of E seconds.  The
-last walk begins now, an exposure of e seconds after round n began, so the walk
-will find about D * e / E pages.  A guest that changes the same pages again and
-again finds fewer new pages to change as time passes: for such a guest the
-estimate is too large if e is more than E, and too small if e is less.
+found: D pages had changed, each within an exposure of E seconds, which is the time
+from the look at the page in round n-1 to the look in round n.  The exposure of the
+last round ends with the pause, when all pages stand still: e seconds.
+
+A guest that always writes to other pages changes D * e / E pages in that time, and a
+guest that writes to the same pages again and again changes D.  Which of the two the
+guest is like, the last two rounds show: D grows with the exposure to the power of a,
+from 0 (the same pages) to 1 (always others).  As long as they do not show it, a is
+taken so that the estimate is too large rather than too small.
 
 The policy compares only the time to transfer this last set with the limit (-d).
 The rest of the pause (the last scan, the device state, the destination's load)
@@ -19,12 +23,17 @@ nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from bhystream.guest import PAGE_BYTES
 from bhystream.units import NS
+
+# How much shorter the second of two exposures has to be to show how the changes grow.  A
+# longer one does not: the guest may have become busier.
+_SHORTER = 0.8
 
 
 class Decision(Enum):
@@ -59,7 +68,9 @@ class Round:
     start_ns, end_ns: monotonic clock.  data_pages: sent with bytes.
     zero_pages: stated as zero.  sent_bytes: stream bytes.  write_ns: the time of
     the round in write(2), in compressing, and in waiting for -B, which grows with
-    the number of pages sent, not with the size of the guest.
+    the number of pages sent, not with the size of the guest.  settle_ns: how long after
+    the round the destination had read the bytes that write(2) had taken; 0 if
+    nobody has asked.
     """
 
     start_ns: int
@@ -68,6 +79,15 @@ class Round:
     zero_pages: int
     sent_bytes: int
     write_ns: int
+    settle_ns: int = 0
+
+    @property
+    def changed_pages(self) -> int:
+        """Return the pages that the round found changed.
+
+        Pages that became zero count: they cost no bytes now, but may at the pause.
+        """
+        return self.data_pages + self.zero_pages
 
 
 @dataclass(frozen=True)
@@ -90,7 +110,7 @@ def bandwidth_bytes(rounds: Sequence[Round], limits: Limits) -> float:
     and socket buffers, and is "sent" at the speed of memory.  At most the rate of -B.
     """
     sent = sum(r.sent_bytes for r in rounds)
-    spent_ns = sum(r.write_ns for r in rounds)
+    spent_ns = sum(r.write_ns + r.settle_ns for r in rounds)
     if not sent:
         return 0.0
     measured = sent * NS / max(spent_ns, 1)
@@ -104,38 +124,62 @@ def page_cost_bytes(rounds: Sequence[Round]) -> float:
     return min(sent / pages, float(PAGE_BYTES)) if pages else float(PAGE_BYTES)
 
 
-def outlook(rounds: Sequence[Round], npages: int, limits: Limits) -> Outlook:
+def _exposure_ns(before: Round, after: Round) -> int:
+    """Return the mean time between the looks at a page in two rounds, at least 1."""
+    looks_ns = after.start_ns + after.end_ns - before.start_ns - before.end_ns
+    return max(looks_ns // 2, 1)
+
+
+def _growth(rounds: Sequence[Round]) -> float | None:
+    """Return the power with which the changed pages grow with the exposure, in [0, 1].
+
+    Returns None if the last two rounds do not show it.
+    """
+    if len(rounds) < 3:
+        return None
+    first, middle, last = rounds[-3:]
+    exposures = _exposure_ns(middle, last) / _exposure_ns(first, middle)
+    if exposures > _SHORTER or not middle.changed_pages or not last.changed_pages:
+        return None
+    found = math.log(last.changed_pages / middle.changed_pages) / math.log(exposures)
+    return min(max(found, 0.0), 1.0)
+
+
+def outlook(rounds: Sequence[Round], npages: int, limits: Limits, *, delay_ns: int = 0) -> Outlook:
     """Estimate the last dirty set and the pause that it costs.
 
-    rounds: the live rounds so far, not empty.  npages: the guest's size.  After
-    round 0 alone the rate of change is unknown, so all pages that round 0 sent are
-    expected.
+    rounds: the live rounds so far, not empty.  npages: the guest's size.  delay_ns: from
+    the end of the last of these rounds to the pause.  After round 0 alone the rate of
+    change is unknown, so all pages that round 0 sent are expected.
     """
     last = rounds[-1]
     scan_ns = max(last.end_ns - last.start_ns - last.write_ns, 0)
     if len(rounds) == 1:
         expected = last.data_pages
     else:
-        exposure = max(last.start_ns - rounds[-2].start_ns, 1)
-        coming = last.end_ns - last.start_ns
-        changed = last.data_pages + last.zero_pages
-        expected = min(npages, -(-changed * coming // exposure))
+        coming = (last.end_ns - last.start_ns) / 2 + delay_ns
+        exposures = coming / _exposure_ns(rounds[-2], last)
+        growth = _growth(rounds)
+        if growth is None:
+            growth = 0.0 if exposures < 1 else 1.0
+        expected = min(npages, math.ceil(last.changed_pages * exposures**growth))
     rate = bandwidth_bytes(rounds, limits)
     copy_ns = int(expected * page_cost_bytes(rounds) * NS / rate) if rate else 0
     return Outlook(expected, copy_ns, scan_ns)
 
 
-def decide(rounds: Sequence[Round], npages: int, limits: Limits, now_ns: int) -> Decision:
+def decide(rounds: Sequence[Round], view: Outlook, limits: Limits, now_ns: int) -> Decision:
     """Decide what comes after a live round.
 
     rounds: the live rounds so far, not empty; with -r 0 there is none, and nobody
-    calls decide().  npages: the guest's size.  now_ns: since the start of round 0.
+    calls decide().  view: their outlook().  now_ns: since the start of round 0.
     """
     at_limit = len(rounds) >= limits.rounds or now_ns >= limits.time_ns
-    fits = outlook(rounds, npages, limits).copy_ns <= limits.downtime_ns
-    # After round 0 alone the outlook is a guess on the large side: a second
-    # round makes the pause shorter even if the guess fits the limit.
-    if fits and (len(rounds) > 1 or at_limit or not rounds[0].data_pages):
+    fits = view.copy_ns <= limits.downtime_ns
+    # Two rounds after round 0 show how the guest changes.  Before that the outlook is a guess
+    # on the large side, and another round makes the pause shorter even if the guess fits.
+    is_known = len(rounds) > 2 or not rounds[-1].changed_pages or not rounds[0].data_pages
+    if fits and (is_known or at_limit):
         return Decision.STOP
     if at_limit:
         return Decision.STOP if limits.finish else Decision.GIVE_UP
@@ -151,21 +195,25 @@ def forecast(
     changes per second.  scan_ns: the time of one scan.  rate: bytes per second that the
     transport takes.  Returns None if bhysend would give up at the limits.
     """
-    size = touched_pages * PAGE_BYTES
-    pending = float(size)
     if limits.rounds == 0:
-        return 0, int(size * NS / rate)
-    spent_ns = 0.0
-    for count in range(1, limits.rounds + 1):
-        round_ns = scan_ns + pending * NS / rate
-        spent_ns += round_ns
-        pending = min(dirty_bytes * round_ns / NS, size)
-        # The rule of decide(), which does not know the rate of change after round 0.
-        at_limit = count == limits.rounds or spent_ns >= limits.time_ns
-        expected = pending if count > 1 else size
-        fits = expected * NS / rate <= limits.downtime_ns
-        if fits and (count > 1 or at_limit or not size):
-            return count, int(pending * NS / rate)
-        if at_limit:
-            return (count, int(pending * NS / rate)) if limits.finish else None
-    return None
+        return 0, int(touched_pages * PAGE_BYTES * NS / rate)
+    made: list[Round] = []
+    at, pending = 0, float(touched_pages)
+    while True:
+        write_ns = int(pending * PAGE_BYTES * NS / rate)
+        end = at + scan_ns + write_ns
+        made.append(Round(at, end, int(pending), 0, int(pending) * PAGE_BYTES, write_ns))
+        decision = decide(made, outlook(made, touched_pages, limits), limits, end)
+        if decision == Decision.GIVE_UP:
+            return None
+        # The mean exposures: up to the pause half of this round, and up to the next round
+        # half of both; the next round takes longer the more has changed.
+        changing = dirty_bytes / PAGE_BYTES / NS / 2
+        if decision == Decision.STOP:
+            last = min(changing * (end - at), touched_pages)
+            return len(made), int(last * PAGE_BYTES * NS / rate)
+        share = changing * PAGE_BYTES * NS / rate
+        pending = float(touched_pages)
+        if share < 1:
+            pending = min(changing * (end - at + scan_ns) / (1 - share), pending)
+        at = end

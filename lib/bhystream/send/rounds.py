@@ -10,11 +10,13 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from bhystream.backend.base import Prepared
 from bhystream.errors import DowntimeError, InputOutputError
 from bhystream.guest import PAGE_BYTES, Head
 from bhystream.report import Progress
 from bhystream.send.job import Begun, SendJob
 from bhystream.send.precopy import Decision, Outlook, Round, decide, outlook
+from bhystream.send.prediction import Prediction
 from bhystream.send.scan import threads_for
 from bhystream.send.stopwatch import Stopwatch
 from bhystream.send.transfer import Transfer
@@ -38,15 +40,23 @@ class Rounds:
         begun: Begun,
         progress: Progress,
         watch: Stopwatch,
-        vcpus: int,
+        prepared: Prepared,
     ) -> None:
-        """Read nothing yet.  All arguments stay the caller's.  vcpus: how many the guest has."""
+        """Read nothing yet.  All arguments stay the caller's."""
         self._job = job
         self._begun = begun
         self._limits = job.opts.limits
         self._progress = progress
         self._watch = watch
-        self._vcpus = vcpus
+        self._plan = prepared.plan
+        self._nthreads = threads_for(prepared.vcpus)
+        self._prediction = Prediction(
+            job,
+            str(head.host["hypervisor"]),
+            begun.host if begun.talk else "",
+            self._nthreads,
+            is_early=bool(prepared.plan),
+        )
         self._transfer = Transfer(
             job.source,
             head.layout,
@@ -75,16 +85,15 @@ class Rounds:
         """Return a count that grows with the pages read and the bytes written."""
         return self._transfer.walked_pages + self._begun.writer.offset_bytes
 
-    def precopy(self, plan: bytes) -> None:
+    def precopy(self) -> None:
         """Send rounds while the guest runs, until the last dirty set is small enough.
 
-        plan: the plan that Source.prepare() returned, for the destination, or b"".  Raises
-        DowntimeError if a limit is reached first, InputOutputError if a write fails, and
-        what ends the conversation: the destination's failure, or a pipeline that holds the
-        stream back.
+        Raises DowntimeError if a limit is reached first, InputOutputError if a write fails,
+        and what ends the conversation: the destination's failure, or a pipeline that holds
+        the stream back.
         """
-        if plan:
-            self._begun.writer.section(Type.REHEARSAL, plan)
+        if self._plan:
+            self._begun.writer.section(Type.REHEARSAL, self._plan)
         start_ns = time.monotonic_ns()
         decision = Decision.GO_ON if self._limits.rounds else Decision.STOP
         while decision == Decision.GO_ON:
@@ -93,9 +102,9 @@ class Rounds:
             if self.live == 1:
                 self._rehearse()
             now_ns = time.monotonic_ns() - start_ns
-            view = self._look_ahead()
+            view = self._look_ahead(self._begun.talk.trip_ns if self._begun.talk else 0)
             self._say_round(self._found[-1])
-            decision = decide(self._found, self._transfer.npages, self._limits, now_ns)
+            decision = decide(self._found, view, self._limits, now_ns)
             if decision == Decision.GIVE_UP:
                 raise DowntimeError(
                     f"{self._job.who}: after {counted(self.live, 'round')} and "
@@ -106,7 +115,7 @@ class Rounds:
         if self._begun.talk and self._found:
             # Wait until the destination has read all, so the pipeline is empty at the pause.
             self._begun.talk.settle()
-            self._look_ahead()
+            self._look_ahead(time.monotonic_ns() - self._found[-1].end_ns)
 
     def last(self) -> None:
         """Send the pages that changed since the last round.  Called while the guest is paused.
@@ -114,8 +123,13 @@ class Rounds:
         The CPUs of its vCPUs are free then: see scan.py.
         """
         self._is_late = False  # if -T ended in the last live round, that round was still in time
-        found = self._transfer.round(last=True, nthreads=threads_for(self._vcpus))
-        self._watch.last_ns = found.end_ns - found.start_ns
+        found = self._transfer.round(last=True, nthreads=self._nthreads)
+        self._watch.measured.last_ns = found.end_ns - found.start_ns
+
+    def learn(self) -> None:
+        """Note what the parts of the pause have taken, for the predictions of later moves."""
+        if self._watch.predicted:
+            self._prediction.learn(self._watch.measured)
 
     def out_of_time(self) -> float:
         """Give up, because the time of -T is over; with -f only if the transport takes nothing.
@@ -155,21 +169,18 @@ class Rounds:
         writer = self._begun.writer
         before, start_ns = writer.offset_bytes, time.monotonic_ns()
         self._begun.talk.settle()
-        spent_ns = time.monotonic_ns() - start_ns
-        first = self._found[0]
         self._found[0] = replace(
-            first,
-            end_ns=first.end_ns + spent_ns,
-            write_ns=first.write_ns + spent_ns,
-            sent_bytes=first.sent_bytes + writer.offset_bytes - before,
+            self._found[0],
+            settle_ns=time.monotonic_ns() - start_ns,
+            sent_bytes=self._found[0].sent_bytes + writer.offset_bytes - before,
         )
 
-    def _look_ahead(self) -> Outlook:
-        """Return the outlook, and set the predicted pause, with the trips of END and GO."""
-        view = outlook(self._found, self._transfer.npages, self._limits)
-        trips_ns = 2 * self._begun.talk.trip_ns if self._begun.talk else 0
-        found_ns = view.copy_ns + view.scan_ns + trips_ns + self._job.source.fixed_ns()
-        self._watch.predicted_ns = self._progress.predicted_ns = found_ns
+    def _look_ahead(self, delay_ns: int) -> Outlook:
+        """Return the outlook, and set the predicted pause, which begins in delay_ns."""
+        view = outlook(self._found, self._transfer.npages, self._limits, delay_ns=delay_ns)
+        trip_ns = self._begun.talk.trip_ns if self._begun.talk else 0
+        self._watch.predicted = self._prediction.parts(view, trip_ns)
+        self._progress.predicted_ns = self._watch.predicted.total_ns
         return view
 
     def _on_batch(self, done_pages: int, sent_pages: int) -> None:
@@ -189,5 +200,5 @@ class Rounds:
                 f"round {self.live - 1}: "
                 f"{found.data_pages} pages, {found.zero_pages} zero, {size(found.sent_bytes)} "
                 f"in {duration(found.end_ns - found.start_ns)}; "
-                f"pause {duration(self._watch.predicted_ns)} predicted"
+                f"pause {duration(self._progress.predicted_ns or 0)} predicted"
             )

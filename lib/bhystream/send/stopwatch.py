@@ -10,22 +10,40 @@ from bhystream.units import counted, duration, size
 
 
 @dataclass
-class Stopwatch:
-    """One pause.  All values are in ns; a value that is not measured yet is 0.
+class Parts:
+    """The parts of one pause, which follow each other, in ns.
 
-    predicted_ns: the whole pause, as predicted before.  paused_at_ns: the wall clock at
-    the start of the pause.  state_ns: the time to stop the guest and take its state.
-    last_ns: the time of the last round.  answers_ns: from END to the answer to GO.
+    state_ns: to stop the guest and take its state.  last_ns: to send the last pages, and
+    the state unless the form is kept.  hook_ns: how much longer the -p command takes.
+    answers_ns: from END to the answer to GO.  A part that the form does not have is 0.
+    """
+
+    state_ns: int = 0
+    last_ns: int = 0
+    hook_ns: int = 0
+    answers_ns: int = 0
+
+    @property
+    def total_ns(self) -> int:
+        """Return the whole pause, but for what lies between the parts."""
+        return self.state_ns + self.last_ns + self.hook_ns + self.answers_ns
+
+
+class Stopwatch:
+    """One pause.  All values are in ns.
+
+    predicted: the parts as predicted just before the pause, None if nothing was.
+    paused_at_ns: the wall clock at the start of the pause.  measured: the parts so far.
     pause_ns: the whole pause, as far as it is known.
     """
 
-    predicted_ns: int = 0
-    paused_at_ns: int = 0
-    state_ns: int = 0
-    last_ns: int = 0
-    answers_ns: int = 0
-    pause_ns: int = 0
-    _start_ns: int = 0
+    def __init__(self) -> None:
+        """Measure nothing yet."""
+        self.predicted: Parts | None = None
+        self.measured = Parts()
+        self.paused_at_ns = 0
+        self.pause_ns = 0
+        self._start_ns = 0
 
     def start(self) -> None:
         """Start the measurement, just before the guest is paused."""
@@ -40,14 +58,23 @@ class Stopwatch:
         """Take the pause as over now.  A later call takes the later time."""
         self.pause_ns = self.elapsed_ns()
 
-    def line(self, what: str, writer: Writer, *, is_answered: bool, is_predicted: bool) -> str:
+    def line(self, what: str, writer: Writer, *, is_answered: bool, has_hook: bool) -> str:
         """Return the closing line: what became of the guest, and the parts of its pause."""
-        parts = [f"state {duration(self.state_ns)}", f"last pages {duration(self.last_ns)}"]
+        names = {"state": "state_ns", "last pages": "last_ns"}
+        if has_hook:
+            names["-p"] = "hook_ns"
         if is_answered:
-            parts.append(f"answers {duration(self.answers_ns)}")
-        if is_predicted:
-            parts.append(f"{duration(self.predicted_ns)} predicted")
-        return (
+            names["answers"] = "answers_ns"
+        parts = [f"{name} {_in(self.measured, at)}" for name, at in names.items()]
+        text = (
             f"{what}; {counted(writer.rounds, 'round')}, {size(writer.offset_bytes)}; "
             f"paused {duration(self.pause_ns)} ({', '.join(parts)})"
         )
+        if self.predicted:
+            parts = [_in(self.predicted, at) for at in names.values()]
+            text += f", predicted {duration(self.predicted.total_ns)} ({', '.join(parts)})"
+        return text
+
+
+def _in(parts: Parts, name: str) -> str:
+    return duration(getattr(parts, name))

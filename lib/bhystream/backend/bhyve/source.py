@@ -23,7 +23,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bhystream.backend.base import Prepared
+from bhystream.backend.base import Fixed, Prepared
 from bhystream.backend.bhyve import backing, fpustate, identity, verdict
 from bhystream.backend.bhyve.config import devices
 from bhystream.backend.bhyve.host import Host
@@ -113,13 +113,13 @@ class BhyveSource:
     def require_described(self) -> None:
         """Do nothing: a bhyve's devices and disks never change after its start."""
 
-    def fixed_ns(self) -> int:
-        """Return the time that the rehearsal took, plus that to load the state, in ns."""
+    def fixed(self) -> Fixed:
+        """Return what the rehearsal took, or what is usual; and what the load usually takes."""
         if self._ready:
-            return self._ready.rehearsal.took_ns + _LOAD_NS
+            return Fixed(self._ready.rehearsal.took_ns, _LOAD_NS)
         size = self._opened.memory.size_bytes
         written = size if clamped(self._opened.host, size) else 0
-        return _SAVE_NS + _LOAD_NS + written * 10**9 // _WRITE_BYTES_PER_SECOND
+        return Fixed(_SAVE_NS + written * 10**9 // _WRITE_BYTES_PER_SECOND, _LOAD_NS)
 
     def prepare(self, id_: str) -> Prepared:
         """Make the directory, rehearse, make the FIFO.  Raises what make_ready() raises."""

@@ -20,7 +20,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bhystream.backend.base import Prepared
+from bhystream.backend.base import Fixed, Prepared
 from bhystream.backend.process import identify
 from bhystream.backend.qemu import facts, graph, host, migration, ram
 from bhystream.backend.qemu.compare import compare
@@ -33,9 +33,9 @@ from bhystream.backend.qemu.state import take_state
 from bhystream.errors import GuestError
 from bhystream.guest import Head, Json, State
 
-# Measured with QEMU 7.2 under TCG on two busy cores: stop 2 to 6 ms, state 2 to
-# 5, load 2 to 12, cont under 1, and the time of bhysend and bhyrecv in between.
-FIXED_NS = 25_000_000
+# Measured with QEMU 7.2 under TCG on two busy cores: stop 2 to 6 ms, state 2 to 5; load 2
+# to 12, cont under 1, and the records that both programs write in between.
+_FIXED = Fixed(state_ns=10_000_000, load_ns=20_000_000)
 
 
 class QemuSource:
@@ -130,9 +130,9 @@ class QemuSource:
                 hint="send it again",
             )
 
-    def fixed_ns(self) -> int:
-        """Return what stop, state, load and cont take together, in ns."""
-        return FIXED_NS
+    def fixed(self) -> Fixed:
+        """Return what stop and state usually take, and load and cont."""
+        return _FIXED
 
     def pause(self) -> QemuPaused:
         """Set up the migration while the guest runs; stop the guest and take its state.

@@ -1,0 +1,85 @@
+"""The prediction of the pause: an estimate of each part, corrected by experience."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from bhystream.backend.base import Fixed
+from bhystream.send.job import SendJob
+from bhystream.send.precopy import Outlook
+from bhystream.send.prediction import Prediction
+from bhystream.send.stopwatch import Parts
+
+VIEW = Outlook(last_pages=7, copy_ns=300, scan_ns=80)
+
+
+def predicting(base: Path, **given: Any) -> Prediction:
+    """Return the prediction of a move to "hv2" by two threads."""
+    wanted = {
+        "kind": "qemu",
+        "where": "hv2",
+        "nthreads": 2,
+        "is_early": True,
+        "hook": None,
+        **given,
+    }
+    source = SimpleNamespace(fixed=lambda: Fixed(state_ns=1000, load_ns=2000))
+    opts = SimpleNamespace(hook=wanted.pop("hook"))
+    job = SimpleNamespace(source=source, opts=opts, base=base)
+    early = wanted.pop("is_early")
+    return Prediction(cast(SendJob, job), **wanted, is_early=early)
+
+
+def test_without_experience_the_parts_are_the_estimates(tmp_path: Path) -> None:
+    # The scan by two threads; two trips, for END and GO.
+    assert predicting(tmp_path).parts(VIEW, 50) == Parts(1000, 340, 0, 2100)
+    assert predicting(tmp_path, where="").parts(VIEW, 50) == Parts(1000, 340, 0, 0)
+    assert Parts(1, 2, 4, 8).total_ns == 15
+
+
+def test_each_part_is_corrected_by_its_own_experience(tmp_path: Path) -> None:
+    made = predicting(tmp_path)
+    made.parts(VIEW, 50)
+    made.learn(Parts(3000, 680, 0, 1050))
+    assert predicting(tmp_path).parts(VIEW, 50) == Parts(3000, 680, 0, 1050)
+    # Twice the scan and half of the way: the parts change with their measurements.
+    half = Outlook(last_pages=7, copy_ns=150, scan_ns=40)
+    assert predicting(tmp_path).parts(half, 50).last_ns == 340
+
+
+def test_what_one_kind_of_move_teaches_says_nothing_about_another(tmp_path: Path) -> None:
+    made = predicting(tmp_path)
+    made.parts(VIEW, 50)
+    made.learn(Parts(3000, 680, 0, 4200))
+    assert predicting(tmp_path, kind="bhyve").parts(VIEW, 50) == Parts(1000, 340, 0, 2100)
+    assert predicting(tmp_path, where="hv3").parts(VIEW, 50) == Parts(3000, 680, 0, 2100)
+    assert predicting(tmp_path, is_early=False).parts(VIEW, 50) == Parts(3000, 680, 0, 2100)
+    assert predicting(tmp_path, nthreads=1).parts(VIEW, 50) == Parts(3000, 380, 0, 4200)
+
+
+def test_the_last_of_several_predictions_is_the_one_that_teaches(tmp_path: Path) -> None:
+    made = predicting(tmp_path)
+    made.parts(Outlook(7, 10**9, 10**9), 10**9)
+    made.parts(VIEW, 50)
+    made.learn(Parts(1000, 340, 0, 2100))
+    assert predicting(tmp_path).parts(VIEW, 50) == Parts(1000, 340, 0, 2100)
+
+
+def test_a_hook_is_known_from_its_second_run_on(tmp_path: Path) -> None:
+    hook = "zfs send -i with a secret"
+    made = predicting(tmp_path, hook=hook)
+    assert made.parts(VIEW, 50).hook_ns == 0
+    made.learn(Parts(1000, 340, 5_000_000_000, 2100))
+    known = predicting(tmp_path, hook=hook).parts(VIEW, 50)
+    # The command runs beside the last pages, and the pause waits for the rest of it.
+    assert known.last_ns + known.hook_ns == 5_000_000_000
+    assert predicting(tmp_path, hook="another").parts(VIEW, 50).hook_ns == 0
+    assert predicting(tmp_path).parts(VIEW, 50).hook_ns == 0
+    assert "secret" not in (tmp_path / "experience.json").read_text()
+
+
+def test_a_move_without_live_rounds_teaches_nothing(tmp_path: Path) -> None:
+    predicting(tmp_path).learn(Parts(3000, 680, 0, 1050))
+    assert predicting(tmp_path).parts(VIEW, 50) == Parts(1000, 340, 0, 2100)
