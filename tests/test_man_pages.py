@@ -39,7 +39,8 @@ def flags(lines: Sequence[str]) -> Letters:
         match = re.search(r"\bFl (\S+)( Ar)?", line)
         assert match, line
         if match[1].startswith("-"):
-            found["-" + match[1]] = False  # the operand belongs to the verb
+            # The operand of a verb belongs to the verb.
+            found["-" + match[1]] = bool(match[2]) and "-" + match[1] not in VERBS
         elif match[2] and len(match[1]) == 1:
             found[f"-{match[1]}"] = True
         else:
@@ -53,7 +54,7 @@ def parsed_by(program: str, monkeypatch: pytest.MonkeyPatch) -> Letters:
 
     def record(argv: Sequence[str], short: str, long: Sequence[str], usage: str) -> None:
         told.update({f"-{m[0]}": bool(m[1]) for m in re.findall(r"(\w)(:?)", short)})
-        told.update({f"--{word}": word.endswith("=") for word in long})
+        told.update({f"--{word.rstrip('=')}": word.endswith("=") for word in long})
         raise UsageError("seen")
 
     monkeypatch.setattr(commandline, "parse", record)
@@ -64,7 +65,7 @@ def parsed_by(program: str, monkeypatch: pytest.MonkeyPatch) -> Letters:
 
 
 # bhyrecv -q is a verb: the stream's id is its operand, as a guest is the operand of -l.
-VERBS = {"-A", "-l", "-q"}
+VERBS = {"-A", "-l", "-q", "--discard", "--in-doubt", "--resume"}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -95,6 +95,14 @@ MUTANTS = {
         "I3",
         source(SourceState.RUNS, Event.PAUSE, SourceState.PAUSED, Act.PAUSE, Act.RECORD_PAUSED),
     ),
+    "the guest is throttled before it is recorded": (
+        "I3",
+        source(SourceState.RUNS, Event.THROTTLE, SourceState.THROTTLED),
+    ),
+    "a throttled guest is forgotten": (
+        "I3",
+        source(SourceState.THROTTLED, Event.FAILURE, SourceState.RUNS_HERE, Act.FORGET),
+    ),
     "the record is removed before the guest is resumed": (
         "I3",
         source(SourceState.PAUSED, Event.FAILURE, SourceState.RUNS_HERE, Act.FORGET, Act.RESUME),

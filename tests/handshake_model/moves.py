@@ -334,8 +334,21 @@ class Move:
         elif self.shared.fault() or (self.back_ends and not self.back):
             return sender.on(Event.FAILURE, Event.DOUBT)
         else:
-            return sender.on(Event.PAUSE, Event.COPIED)
+            return self.go_on_sending(sender)
         return True
+
+    def go_on_sending(self, sender: Party[SourceState]) -> bool:
+        """bhysend throttles the guest, or pauses it, or has sent everything."""
+        assert sender.machine is not None
+        is_throttled = sender.machine.at is SourceState.THROTTLED
+        if is_throttled and self.copy.state in (RUNS, STANDS) and self.shared.rng.random() < 0.5:
+            self.copy.state = {RUNS: STANDS, STANDS: RUNS}[self.copy.state]
+            return True
+        if is_throttled and self.copy.state == STANDS:
+            self.copy.state = RUNS  # the throttle ends with the last live round
+        if self.shared.rng.random() < 0.3:
+            return sender.on(Event.THROTTLE, Event.PAUSE, Event.COPIED)
+        return sender.on(Event.PAUSE, Event.COPIED)
 
     def hear(self, answer: Answer) -> None:
         """Hand an answer to bhysend, which waits."""

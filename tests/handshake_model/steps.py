@@ -148,8 +148,13 @@ def sender_steps(world: World, rules: Rules) -> Iterator[Step]:
     if at in FINALS:
         rules.used.add(at)
         yield FREE, f"bhysend ends: {at.name}", sender_dies(world)._replace(keeper=ENDED)
-    for event in (Event.PAUSE, rules.copied):
-        if (at, event) in rules.source:
+    if at is SourceState.THROTTLED and world.guest in (RUNS, STANDS):
+        held = {RUNS: STANDS, STANDS: RUNS}[world.guest]
+        yield FREE, "bhysend: throttles the guest", world._replace(guest=held)
+    # The throttle has let the guest run before the pause.
+    may_pause = at is not SourceState.THROTTLED or world.guest != STANDS
+    for event in (Event.THROTTLE, Event.PAUSE, rules.copied):
+        if (at, event) in rules.source and (may_pause or event is not Event.PAUSE):
             due = asked(world, rules, event)
             yield FREE, f"bhysend: {due.name}", sender_on(world, rules, due)
     # No more answers; or a limit, an interrupt, a disk that is full.

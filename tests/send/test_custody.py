@@ -181,6 +181,36 @@ def test_a_guest_that_was_brought_back_is_said_to_have_stood(case: Case) -> None
     assert Records(case.base, "source").all() == []
 
 
+def test_a_throttled_guest_is_on_record_and_runs_after_a_failure(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hypervisors, "open_paused", lambda revive: case.guest)
+    case.custody.throttle()
+    [record] = Records(case.base, "source").all()
+    assert (record.phase, record.throttled) == (PAUSED, True)
+    assert case.guest.done == []
+    found = case.custody.recover(GuestError("the link broke"))
+    assert (found.instead, found.where) == (None, "guest web1: it runs here")
+    assert "resume" in case.guest.done
+    assert Records(case.base, "source").all() == []
+
+
+def test_a_throttled_guest_that_is_paused_is_no_longer_throttled(case: Case) -> None:
+    case.custody.throttle()
+    case.custody.pause()
+    [record] = Records(case.base, "source").all()
+    assert (record.phase, record.throttled) == (PAUSED, False)
+    where = case.custody.recover(GuestError("the -p command failed")).where
+    assert "it was paused for " in where
+
+
+def test_a_throttle_needs_a_keeper(case: Case) -> None:
+    dead = case.keeper
+    dead.alive = False
+    case.custody.throttle()
+    assert case.keeper is not dead and dead.dismissed == 1
+
+
 def test_a_pause_that_could_not_be_recorded_is_none(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

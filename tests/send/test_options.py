@@ -34,6 +34,8 @@ def test_bhysend_with_every_option() -> None:
             "3",
             "-T",
             "1h",
+            "--throttle",
+            "75",
             "-z",
             "19",
             "qemu:/a",
@@ -41,7 +43,7 @@ def test_bhysend_with_every_option() -> None:
     )
     assert opts == SendOptions(
         guest="qemu:/a",
-        limits=Limits(2 * 10**9, 3, 3600 * 10**9, finish=True, rate_bytes=1 << 20),
+        limits=Limits(2 * 10**9, 3, 3600 * 10**9, finish=True, rate_bytes=1 << 20, throttle=75),
         dry_run=True,
         machine=True,
         verbose=True,
@@ -99,6 +101,9 @@ def test_the_form_of_the_stream_and_the_command(
         ("-r -1 a", "-r -1: not a number"),
         ("-z 0 a", "-z 0: not a number from 1 to 19"),
         ("-z 20 a", "-z 20: not a number from 1 to 19"),
+        ("--throttle 0 a", "--throttle 0: not a number from 1 to 99"),
+        ("--throttle 100 a", "--throttle 100: not a number from 1 to 99"),
+        ("--thr 50 a", "option --thr: write it in full"),
         ("-d 300 a", "-d 300: not a time"),
         ("-T 1 a", "-T 1: not a time"),
         ("-B fast a", "-B fast: not a rate"),

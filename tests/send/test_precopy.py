@@ -15,8 +15,11 @@ from bhystream.send.precopy import (
     Limits,
     Round,
     bandwidth_bytes,
+    cures,
     decide,
     forecast,
+    needed_throttle,
+    next_throttle,
     outlook,
 )
 from bhystream.units import NS
@@ -252,6 +255,58 @@ def test_more_change_never_makes_a_shorter_pause(rng: random.Random) -> None:
         counts = sorted(rng.randint(0, 1000) for _ in range(4))
         copies = [outlook([*made, one_link(last, n)], 1000, limits).copy_ns for n in counts]
         assert all(a <= b + 1 for a, b in pairwise(copies))  # allow 1 ns for rounding
+
+
+# The throttle.
+
+# 10 000 pages a second are carried, and 20 000 change: in the mean exposure of 5 s, 100 000.
+TWICE = [(100_000, 10_000, 10_000), (100_000, 10_000, 10_000)]
+
+
+def throttled(rounds: list[tuple[int, int, int]], limits: Limits, percent: int = 0) -> int:
+    made = history(*rounds)
+    return next_throttle(made, outlook(made, NPAGES, limits), limits, percent)
+
+
+def test_the_throttle_that_is_needed_halves_each_round() -> None:
+    made = history((100_000, 10_000, 10_000), (200_000, 10_000, 10_000))
+    # 15 000 pages a second are carried, and 20 000 change: 7500 may.
+    assert needed_throttle(made, Limits(), 0) == 63
+    # The same changes, of a guest that stood for half of the time: it would change 40 000.
+    assert needed_throttle(made, Limits(), 50) == 82
+    assert needed_throttle(history((100, 10, 10), (10, 10, 10)), Limits(), 0) == 0
+    assert needed_throttle(history((100, 10, 10), (0, 10, 0)), Limits(), 0) == 0
+
+
+def test_a_guest_is_throttled_only_if_it_does_not_fit_and_does_not_shrink() -> None:
+    allowed = Limits(throttle=99)
+    assert throttled(TWICE, allowed) == 50
+    assert throttled(TWICE, Limits()) == 0
+    assert throttled(TWICE, replace(allowed, downtime_ns=10**12)) == 0
+    assert throttled(TWICE[:1], allowed) == 0
+    assert throttled([(200_000, 10_000, 10_000), TWICE[0]], allowed) == 0
+
+
+def test_a_throttle_grows_by_steps_and_never_beyond_what_is_allowed() -> None:
+    assert throttled(TWICE, Limits(throttle=30)) == 30
+    # The same pages again and again: what has changed does not show how fast the guest is.
+    calm = [(100_000, 10_000, 10_000), (90_000, 100_000, 9_000)]
+    assert throttled(calm, Limits(throttle=99), 60) == 70
+    assert throttled(calm, Limits(throttle=65), 60) == 65
+    assert throttled(TWICE, Limits(throttle=99), 99) == 99
+
+
+def test_the_cure_is_said_only_if_one_is_needed_and_known() -> None:
+    made = history(*TWICE)
+
+    def said(limits: Limits, percent: int = 0, rounds: list[Round] = made) -> str:
+        return cures(rounds, outlook(rounds, NPAGES, limits), limits, percent)
+
+    assert said(Limits()) == "-d 10000ms would fit, --throttle 50 may"
+    assert said(Limits(throttle=49)) == "-d 10000ms would fit, --throttle 50 may"
+    assert said(Limits(throttle=50)) == "-d 10000ms would fit"
+    assert said(Limits(downtime_ns=10**11)) == ""
+    assert said(Limits(), 0, made[:1]) == ""
 
 
 # The forecast of a dry run.

@@ -97,6 +97,12 @@ class MemorySource:
                 yield base + start // PAGE_BYTES, base + -(-at // PAGE_BYTES)
             base += segment.npages
 
+    def suspend_vcpus(self) -> None:
+        """Do nothing: the guest has no vCPUs."""
+
+    def resume_vcpus(self) -> None:
+        """Do nothing."""
+
     def pause(self) -> Paused:
         raise GuestError("not asked for here")
 

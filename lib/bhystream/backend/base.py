@@ -151,6 +151,16 @@ class Source(Described, Protocol):
         As prepare() measured them, or what is usual if prepare() could not.
         """
 
+    def suspend_vcpus(self) -> None:
+        """Stop the vCPUs for a moment, for the throttle.  The devices may go on.
+
+        Called after prepare() and before pause(), in a thread of its own, and always followed
+        by resume_vcpus().  Raises GuestError if another program has stopped the guest.
+        """
+
+    def resume_vcpus(self) -> None:
+        """Undo suspend_vcpus(), even if it has raised; leave a running guest alone."""
+
     def pause(self) -> Paused:
         """Stop every vCPU and device, and take the state; the hypervisor then holds the guest.
 

@@ -99,6 +99,7 @@ class Act(Enum):
 class Event(Enum):
     """One thing that happens to a party."""
 
+    THROTTLE = "the guest changes too fast, and --throttle allows to hold its vCPUs back"
     PAUSE = "the rounds are over"
     COPIED = "the last pages, the state and the -p command are done (answered form)"
     COPIED_PLAIN = "the same, in the plain form"
@@ -121,6 +122,7 @@ class SourceState(Enum):
     """Where bhysend stands, by what it means for the guest."""
 
     RUNS = "the guest runs"
+    THROTTLED = "the guest runs, but may stand at any moment: to be let run on any failure"
     PAUSED = "paused, to be resumed on any failure"
     OFFERED = "END is out, which starts nothing by itself"
     COMMITTED = "GO may be out: paused, until an answer"
@@ -149,6 +151,9 @@ _BURY = (Act.RECORD_DEAD, Act.TEAR_DOWN, Act.SAY_FAILED)
 SOURCE: Mapping[tuple[SourceState, Event], tuple[SourceState, tuple[Act, ...]]] = {
     (SourceState.RUNS, Event.PAUSE): (SourceState.PAUSED, (Act.RECORD_PAUSED, Act.PAUSE)),
     (SourceState.RUNS, Event.FAILURE): (SourceState.RUNS_HERE, ()),
+    (SourceState.RUNS, Event.THROTTLE): (SourceState.THROTTLED, (Act.RECORD_PAUSED,)),
+    (SourceState.THROTTLED, Event.PAUSE): (SourceState.PAUSED, (Act.RECORD_PAUSED, Act.PAUSE)),
+    (SourceState.THROTTLED, Event.FAILURE): (SourceState.RUNS_HERE, _RESUME),
     (SourceState.PAUSED, Event.COPIED): (SourceState.OFFERED, (Act.WRITE_END,)),
     (SourceState.PAUSED, Event.COPIED_PLAIN): (SourceState.HELD, (Act.RECORD_HELD, Act.WRITE_END)),
     (SourceState.PAUSED, Event.COPIED_KEPT): (SourceState.RUNS_HERE, _RESUME),

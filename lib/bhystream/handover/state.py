@@ -62,7 +62,8 @@ class Record:
     needs.  time_ns: the time of the last change, since the Epoch.  host,
     directory: at the source, from GO on, the destination's host id and state
     directory, as in HELLO.  keeper: the keeper's process id.  ask: in
-    the command form, the words that run bhyrecv at the destination.
+    the command form, the words that run bhyrecv at the destination.  throttled: PAUSED, and
+    the guest runs, but its vCPUs may stand at any moment.
     """
 
     id: str
@@ -76,6 +77,7 @@ class Record:
     directory: str = ""
     keeper: int = 0
     ask: list[str] = field(default_factory=list)
+    throttled: bool = False
 
     @property
     def there(self) -> str:

@@ -91,6 +91,14 @@ class Custody:
 
     # What happens to the guest, in this order.
 
+    def throttle(self) -> None:
+        """Record PAUSED, because from now on the guest may stand at any moment (--throttle).
+
+        Raises what pause() raises; the guest was not touched then.
+        """
+        self._require_keeper()
+        self._machine.on(Event.THROTTLE)
+
     def pause(self) -> None:
         """Record PAUSED, pause the guest, and take its state.
 
@@ -98,10 +106,7 @@ class Custody:
         cannot be recorded, and what require_described() and Source.pause() raise.
         recover() then undoes what was done, a half-done pause included.
         """
-        # Without a keeper nobody would resume the guest if bhysend died.
-        if not self._keeper.is_alive():
-            self._keeper.dismiss()
-            self._keeper = self._start_keeper()
+        self._require_keeper()
         self._job.source.require_described()
         self._job.signals.ignore_stops()
         self._machine.on(Event.PAUSE)
@@ -330,13 +335,23 @@ class Custody:
         answers = talk.route.answer_fd if talk else -1
         return Keeper(self._job.base, self.record, self._job.lock, answers)
 
+    def _require_keeper(self) -> None:
+        """Start another keeper if the keeper is dead.  Raises GuestError if that fails."""
+        # Without a keeper nobody would resume the guest if bhysend died.
+        if not self._keeper.is_alive():
+            self._keeper.dismiss()
+            self._keeper = self._start_keeper()
+
     def _record(self, phase: str) -> None:
-        changed = replace(self.record.with_phase(phase), keeper=self._keeper.pid)
+        throttled = self._machine.at == SourceState.THROTTLED
+        changed = replace(
+            self.record.with_phase(phase), keeper=self._keeper.pid, throttled=throttled
+        )
         self._records.write(changed)
         self.record = changed
 
     def _record_paused(self) -> None:
-        if self._machine.at == SourceState.PAUSED:
+        if self._machine.at in (SourceState.PAUSED, SourceState.THROTTLED):
             # If this write fails, the guest is not paused.
             self._record(PAUSED)
         else:

@@ -343,7 +343,8 @@ def _tell(console: Console, found: Record, event: Event, base: Path | None) -> N
     match where:
         case Where.HERE:
             stood = duration(max(time.time_ns() - found.time_ns, 0))
-            text += f"the guest runs on here; it was paused for {stood}"
+            text += "the guest runs on here; it was "
+            text += "throttled" if found.throttled else f"paused for {stood}"
         case Where.THERE:
             text += f"the guest runs on {found.there}, and is gone here"
         case Where.DOUBT:

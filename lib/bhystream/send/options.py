@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from bhystream import commandline
 from bhystream.errors import UsageError
 from bhystream.handover import verbs
-from bhystream.send.precopy import Limits
+from bhystream.send.precopy import MAX_THROTTLE, Limits
 from bhystream.stream.format import Feature, Form
 from bhystream.units import rate_bytes, time_ns
 
 USAGE = """\
 usage: bhysend [-afknPv] [-B rate] [-C config] [-d time] [-p hook] [-r rounds]
-               [-T time] [-z level] guest [command [argument ...]]
+               [-T time] [--throttle percent] [-z level]
+               guest [command [argument ...]]
        bhysend -A [guest]
        bhysend -l [guest]
        bhysend --discard guest
@@ -62,7 +63,7 @@ class SendOptions:
 def parse_options(argv: Sequence[str]) -> SendOptions | verbs.Verb:
     """Parse the command line of a move or of a verb.  Raises UsageError if it is wrong."""
     found, operands = commandline.parse(
-        argv, "AaB:C:d:fklnPp:r:T:vz:", ["discard", "in-doubt", "resume"], USAGE
+        argv, "AaB:C:d:fklnPp:r:T:vz:", ["discard", "in-doubt", "resume", "throttle="], USAGE
     )
     given = dict(found)
     verb = verbs.parse_verb([name for name, _ in found], operands, USAGE)
@@ -79,6 +80,9 @@ def parse_options(argv: Sequence[str]) -> SendOptions | verbs.Verb:
         time_ns=time_ns(given["-T"], "-T") if "-T" in given else default.time_ns,
         finish="-f" in given,
         rate_bytes=rate_bytes(given["-B"], "-B") if "-B" in given else None,
+        throttle=commandline.number(given["--throttle"], "--throttle", 1, MAX_THROTTLE)
+        if "--throttle" in given
+        else default.throttle,
     )
     return SendOptions(
         guest=guest,

@@ -83,7 +83,7 @@ class Outgoing:
         custody = self._custody = Custody(job, begun, record, self._watch)
         deadline_s = time.monotonic() + job.opts.limits.time_ns / NS
         with signals.until(deadline_s, rounds.out_of_time):
-            rounds.precopy()
+            rounds.precopy(custody.throttle)
         # The guest is paused from here on; until END or GO is out, recover() resumes it.
         custody.pause()
         progress.enter("paused, round", rounds.live)
@@ -271,6 +271,8 @@ class Outgoing:
     def _say_end(self, what: str, begun: Begun, rounds: Rounds) -> None:
         is_answered = begun.talk is not None
         has_hook = self._job.opts.hook is not None
+        if rounds.throttled:
+            what += f"; {rounds.throttled}"
         line = self._watch.line(what, begun.writer, is_answered=is_answered, has_hook=has_hook)
         self._job.say(line)
         self._job.log(line)

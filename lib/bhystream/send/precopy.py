@@ -31,6 +31,10 @@ from enum import Enum
 from bhystream.guest import PAGE_BYTES
 from bhystream.units import NS
 
+MAX_THROTTLE = 99
+_STEP = 10
+# A round that carries less than this share of the round before needs no more throttle.
+_SHRINKS = 0.7
 # How much shorter the second of two exposures has to be to show how the changes grow.  A
 # longer one does not: the guest may have become busier.
 _SHORTER = 0.8
@@ -52,6 +56,7 @@ class Limits:
     bhysend may send before it stops the guest or gives up.  time_ns: how long the
     live rounds may take, likewise.  finish: at these two limits stop the guest
     instead of giving up.  rate_bytes: bytes per second of the live rounds, or None.
+    throttle: for how many percent of the time the vCPUs may stand in the live rounds.
     """
 
     downtime_ns: int = 300_000_000
@@ -59,6 +64,7 @@ class Limits:
     time_ns: int = 600 * NS
     finish: bool = False
     rate_bytes: int | None = None
+    throttle: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,52 @@ def decide(rounds: Sequence[Round], view: Outlook, limits: Limits, now_ns: int) 
     if at_limit:
         return Decision.STOP if limits.finish else Decision.GIVE_UP
     return Decision.GO_ON
+
+
+def needed_throttle(rounds: Sequence[Round], limits: Limits, percent: int) -> int:
+    """Return by how many percent to throttle so that each round halves what is left.
+
+    rounds: at least two.  percent: by how many the guest was throttled in the last round.
+    """
+    exposure_ns = _exposure_ns(rounds[-2], rounds[-1])
+    changing = rounds[-1].changed_pages * NS / exposure_ns / (1 - percent / 100)
+    carried = bandwidth_bytes(rounds, limits) / page_cost_bytes(rounds)
+    if not changing:
+        return 0
+    return min(max(math.ceil(100 * (1 - carried / changing / 2)), 0), MAX_THROTTLE)
+
+
+def next_throttle(rounds: Sequence[Round], view: Outlook, limits: Limits, percent: int) -> int:
+    """Return by how many percent to throttle the guest in the next round.
+
+    rounds: the live rounds so far, not empty.  view: their outlook().  percent: as now.
+    More only if the last set does not fit and the rounds do not shrink; then what
+    needed_throttle() says, but a step at least: a guest that changes the same pages again
+    and again has to be slowed down more than its rate of change shows.
+    """
+    if len(rounds) < 2 or view.copy_ns <= limits.downtime_ns:
+        return percent
+    if rounds[-1].data_pages <= _SHRINKS * rounds[-2].data_pages:
+        return percent
+    wanted = max(percent + _STEP, needed_throttle(rounds, limits, percent))
+    return max(min(wanted, limits.throttle), percent)
+
+
+def cures(rounds: Sequence[Round], view: Outlook, limits: Limits, percent: int) -> str:
+    """Say what would make the last set fit; return "" if it fits or nothing is known yet.
+
+    A throttle slows a guest down that always writes to other pages as it says, and one that
+    writes to the same pages again and again by less.
+
+    The arguments are those of next_throttle().
+    """
+    if len(rounds) < 2 or view.copy_ns <= limits.downtime_ns:
+        return ""
+    found = f"-d {math.ceil(view.copy_ns / 1e6)}ms would fit"
+    needed = needed_throttle(rounds, limits, percent)
+    if needed > max(limits.throttle, percent):
+        found += f", --throttle {needed} may"
+    return found
 
 
 def forecast(

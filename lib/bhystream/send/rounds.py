@@ -8,6 +8,7 @@ Rounds makes and measures the rounds of one move, and breaks off when the time o
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from bhystream.backend.base import Prepared
@@ -15,10 +16,11 @@ from bhystream.errors import DowntimeError, InputOutputError
 from bhystream.guest import PAGE_BYTES, Head
 from bhystream.report import Progress
 from bhystream.send.job import Begun, SendJob
-from bhystream.send.precopy import Decision, Outlook, Round, decide, outlook
+from bhystream.send.precopy import Decision, Outlook, Round, cures, decide, next_throttle, outlook
 from bhystream.send.prediction import Prediction
 from bhystream.send.scan import threads_for
 from bhystream.send.stopwatch import Stopwatch
+from bhystream.send.throttle import Throttle
 from bhystream.send.transfer import Transfer
 from bhystream.stream.format import Form, Type
 from bhystream.units import counted, duration, size
@@ -67,6 +69,7 @@ class Rounds:
             last_in_place=job.opts.form == Form.ANSWERED,
             on_batch=self._on_batch,
         )
+        self._throttle = Throttle(job.source)
         self._found: list[Round] = []
         self._is_late = False
         self._done_at_limit = -1
@@ -77,6 +80,13 @@ class Rounds:
         return len(self._found)
 
     @property
+    def throttled(self) -> str:
+        """Return how the guest was throttled, for the closing line; "" if it was not."""
+        if not self._throttle.most:
+            return ""
+        return f"throttled by {self._throttle.most} % for {duration(self._throttle.took_ns)}"
+
+    @property
     def memory_bytes(self) -> int:
         """Return the guest's memory size."""
         return self._transfer.npages * PAGE_BYTES
@@ -85,17 +95,23 @@ class Rounds:
         """Return a count that grows with the pages read and the bytes written."""
         return self._transfer.walked_pages + self._begun.writer.offset_bytes
 
-    def precopy(self) -> None:
+    def precopy(self, before_throttle: Callable[[], None]) -> None:
         """Send rounds while the guest runs, until the last dirty set is small enough.
 
-        Raises DowntimeError if a limit is reached first, InputOutputError if a write fails,
-        and what ends the conversation: the destination's failure, or a pipeline that holds
-        the stream back.
+        before_throttle: called once, before the guest's vCPUs are held back.  Raises
+        DowntimeError if a limit is reached first, InputOutputError if a write fails, what
+        before_throttle raises, and what ends the conversation: the destination's failure, or
+        a pipeline that holds the stream back.
         """
         if self._plan:
             self._begun.writer.section(Type.REHEARSAL, self._plan)
+        if self._limits.rounds:
+            with self._throttle:
+                self._send_live(before_throttle)
+
+    def _send_live(self, before_throttle: Callable[[], None]) -> None:
         start_ns = time.monotonic_ns()
-        decision = Decision.GO_ON if self._limits.rounds else Decision.STOP
+        decision = Decision.GO_ON
         while decision == Decision.GO_ON:
             self._progress.enter("round", self.live)
             self._found.append(self._transfer.round(rate_bytes=self._limits.rate_bytes))
@@ -103,16 +119,18 @@ class Rounds:
                 self._rehearse()
             now_ns = time.monotonic_ns() - start_ns
             view = self._look_ahead(self._begun.talk.trip_ns if self._begun.talk else 0)
-            self._say_round(self._found[-1])
+            self._say_round(self._found[-1], self._cures(view))
             decision = decide(self._found, view, self._limits, now_ns)
             if decision == Decision.GIVE_UP:
                 raise DowntimeError(
                     f"{self._job.who}: after {counted(self.live, 'round')} and "
                     f"{duration(now_ns)} the last pages would still take "
                     f"{duration(view.copy_ns)}, more than -d {duration(self._limits.downtime_ns)}",
-                    _MORE,
+                    "\n".join([_MORE, *self._cures(view)]),
                 )
-        if self._begun.talk and self._found:
+            if decision == Decision.GO_ON:
+                self._throttle_more(view, before_throttle)
+        if self._begun.talk:
             # Wait until the destination has read all, so the pipeline is empty at the pause.
             self._begun.talk.settle()
             self._look_ahead(time.monotonic_ns() - self._found[-1].end_ns)
@@ -189,16 +207,33 @@ class Rounds:
         self._progress.sent_bytes = self._begun.writer.offset_bytes
         self._progress.work_done, self._progress.work_total = self._transfer.work_pages
         self._progress.tick()
+        self._throttle.check()
         if self._begun.talk:
             self._begun.talk.check()
         if self._is_late:
             raise self._late()
 
-    def _say_round(self, found: Round) -> None:
+    def _cures(self, view: Outlook) -> list[str]:
+        """Return a line that says what would make the last pages fit, none if nobody knows."""
+        cure = cures(self._found, view, self._limits, self._throttle.percent)
+        return [cure] if cure else []
+
+    def _throttle_more(self, view: Outlook, before_throttle: Callable[[], None]) -> None:
+        """Throttle the guest from now on, or more than before, if it changes too fast."""
+        now = self._throttle.percent
+        percent = next_throttle(self._found, view, self._limits, now)
+        if percent > now:
+            if not now:
+                before_throttle()
+            self._throttle.set(percent)
+
+    def _say_round(self, found: Round, cure: Sequence[str]) -> None:
         if self._job.opts.verbose:
+            predicted_ns, percent = self._progress.predicted_ns or 0, self._throttle.percent
+            throttled = [f"throttled by {percent} %"] if percent else []
             self._job.say(
                 f"round {self.live - 1}: "
                 f"{found.data_pages} pages, {found.zero_pages} zero, {size(found.sent_bytes)} "
                 f"in {duration(found.end_ns - found.start_ns)}; "
-                f"pause {duration(self._progress.predicted_ns or 0)} predicted"
+                + "; ".join([f"pause {duration(predicted_ns)} predicted", *throttled, *cure])
             )

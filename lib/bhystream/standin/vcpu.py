@@ -22,6 +22,7 @@ from .node import Memory
 from .proof import X87_AT, Plan, content, describe, describe_fpu, fpu_registers
 
 _SLICE_S = 0.005
+_TRY_S = 0.001
 _BATCH_PAGES = 64
 # A vCPU that stood for longer catches up on this much only: a pause is not made up for.
 _DEBT_S = 0.05
@@ -101,20 +102,29 @@ class Vcpu:
         last = time.monotonic()
         steps = sweeps = 0.0
         while True:
+            # As bhyve's threads do: usr.sbin/bhyve/amd64/vmexit.c, vmexit_debug().  The program
+            # is busy all the time, so it makes up for nothing.
+            while self._cpu.get("suspended"):
+                self._gate.rest(_TRY_S)
+                last = time.monotonic()
             now = time.monotonic()
             passed = min(now - last, _DEBT_S)
             last = now
             steps += passed * self._rate / PAGE_BYTES if self._rate else _BATCH_PAGES
             sweeps += passed * self._sweep_rate / PAGE_BYTES
-            while steps >= 1 and not self._gate.is_closed:
+            while steps >= 1 and not self._stands:
                 steps -= 1
                 self._step()
-            while sweeps >= 1 and not self._gate.is_closed:
+            while sweeps >= 1 and not self._stands:
                 sweeps -= 1
                 self._sweep()
             if self._every_slice is not None:
                 self._every_slice()
             self._gate.rest(_SLICE_S if self._rate else 0.0)
+
+    @property
+    def _stands(self) -> bool:
+        return self._gate.is_closed or bool(self._cpu.get("suspended"))
 
     def _step(self) -> None:
         self._check_cpu()

@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bhystream.backend.bhyve import checkpoint, fifo, fpustate
+from bhystream.backend.bhyve import checkpoint, fifo, fpustate, suspended
 from bhystream.backend.bhyve.checkpoint import UnansweredError
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listens
@@ -295,6 +295,7 @@ class BhyvePaused:
         bhyve does not say that it was, and InputOutputError if the FIFO cannot be read.
         """
         if self._directory.withdraw():
+            self._end_throttle()
             return b""
         found = bytearray()
         meta = self._directory.files.meta
@@ -313,6 +314,20 @@ class BhyvePaused:
         except OSError as error:
             raise from_oserror(error, f"read {meta}") from None
         return bytes(found).lstrip()
+
+    def _end_throttle(self) -> None:
+        """Let the vCPUs run if bhysend was killed while it held them back.
+
+        Called only if no checkpoint stands: else bhyve itself has suspended them.
+        """
+        name = self.record.name
+        if self._host.node_id(name) != self.record.node:
+            return
+        vm = self._host.open_vm(name, is_writable=True)
+        try:
+            suspended.resume(vm)
+        finally:
+            vm.close()
 
     def _settle(self) -> None:
         """Ask bhyve whether all requests have been served.  Raises GuestError without an answer."""

@@ -24,9 +24,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bhystream.backend.base import Fixed, Prepared
-from bhystream.backend.bhyve import backing, fpustate, identity, verdict
+from bhystream.backend.bhyve import backing, fpustate, identity, suspended, verdict
 from bhystream.backend.bhyve.config import devices
-from bhystream.backend.bhyve.host import Host
+from bhystream.backend.bhyve.host import Host, Vm
 from bhystream.backend.bhyve.opened import open_guest
 from bhystream.backend.bhyve.paused import BhyvePaused
 from bhystream.backend.bhyve.ready import Ready, make_ready
@@ -56,6 +56,7 @@ class BhyveSource:
         self._opened = open_guest(host, name, config_path, force=force)
         self._ready: Ready | None = None
         self._was_asked = False
+        self._control: Vm | None = None  # opened for the first suspend_vcpus()
         # close() removes the directory through this stack, unless pause() was called.
         self._made = contextlib.ExitStack()
 
@@ -131,6 +132,17 @@ class BhyveSource:
         self._ready = ready = make_ready(guest, directory)
         return Prepared(ready.record.to_json(), ready.rehearsal.text, guest.ncpus)
 
+    def suspend_vcpus(self) -> None:
+        """Suspend every vCPU; the devices go on.  Raises GuestError, AccessError."""
+        if self._control is None:
+            self._control = self._opened.host.open_vm(self.name, is_writable=True)
+        suspended.suspend(self._control)
+
+    def resume_vcpus(self) -> None:
+        """Let every vCPU run that suspend_vcpus() has suspended.  Raises GuestError."""
+        if self._control is not None:
+            suspended.resume(self._control)
+
     def pause(self) -> BhyvePaused:
         """Pause the guest in a checkpoint, and take its state.
 
@@ -147,4 +159,6 @@ class BhyveSource:
     def close(self) -> None:
         """Release the mappings, and undo prepare() if pause() was never called."""
         self._made.close()
+        if self._control is not None:
+            self._control.close()
         self._opened.memory.close()

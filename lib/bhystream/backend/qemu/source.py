@@ -48,6 +48,7 @@ class QemuSource:
         line names, or that a supervisor might start again.
         """
         self._opened = open_guest(qmp_path, force=force)
+        self._is_suspended = False
 
     def _require_quiet(self) -> None:
         """Raise GuestError if the disks of the paused guest changed just before, or are in use."""
@@ -133,6 +134,20 @@ class QemuSource:
     def fixed(self) -> Fixed:
         """Return what stop and state usually take, and load and cont."""
         return _FIXED
+
+    def suspend_vcpus(self) -> None:
+        """Stop the guest by `stop`.  Raises GuestError if another program has stopped it."""
+        qmp = self._opened.qmp
+        if (state := facts.status(qmp)) != "running":
+            raise GuestError(f"{qmp.who}: cannot throttle it: it is '{state}'")
+        self._is_suspended = True
+        qmp.execute("stop", doing="throttle", limit_s=60.0)
+
+    def resume_vcpus(self) -> None:
+        """Let the guest run on if suspend_vcpus() has stopped it.  Raises GuestError."""
+        if self._is_suspended:
+            migration.let_run(self._opened.qmp)
+            self._is_suspended = False
 
     def pause(self) -> QemuPaused:
         """Set up the migration while the guest runs; stop the guest and take its state.
