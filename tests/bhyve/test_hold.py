@@ -167,6 +167,12 @@ def digest(memory: Memory) -> str:
     return found.hexdigest()
 
 
+def goes_on(memory: Memory) -> None:
+    """Wait until the guest has changed its memory."""
+    before = digest(memory)
+    until(lambda: digest(memory) != before, "change of its memory", LIMIT_S)
+
+
 def runs_on(host: Host, guest: str, memory: Memory, record: PausedRecord) -> None:
     """Assert that the guest runs in the same process as before, and that the hold left nothing."""
     assert is_alive(record.process)
@@ -177,8 +183,7 @@ def runs_on(host: Host, guest: str, memory: Memory, record: PausedRecord) -> Non
         connection.close()
     assert settle(host.run_dir, guest, guest, LIMIT_S)
     assert memory.waiting_vcpus() == frozenset()
-    before = digest(memory)
-    until(lambda: digest(memory) != before, "change of its memory", LIMIT_S)
+    goes_on(memory)
     assert not Path(record.directory).exists()
 
 
@@ -225,6 +230,30 @@ def test_a_held_guest_goes_on_in_its_process(
     paused = trial.source.pause()
     paused.resume()
     assert paused.runs()
+    runs_on(host, guest, memory, trial.record)
+
+
+def test_the_throttle_stops_every_vcpu_and_lets_it_run(
+    trial: Trial, host: Host, guest: str, memory: Memory
+) -> None:
+    sockets, cores, threads = memory.topology
+    for _ in range(3):
+        trial.source.suspend_vcpus()
+        assert memory.waiting_vcpus() == frozenset(range(sockets * cores * threads))
+        trial.source.resume_vcpus()
+        assert memory.waiting_vcpus() == frozenset()
+        goes_on(memory)
+    paused = trial.source.pause()  # a throttled guest can still be paused, and resumed
+    stands(memory, paused)
+    paused.resume()
+    runs_on(host, guest, memory, trial.record)
+
+
+def test_whoever_finds_a_throttled_guest_lets_it_run(
+    trial: Trial, host: Host, guest: str, memory: Memory
+) -> None:
+    trial.source.suspend_vcpus()
+    trial.found_again().resume()
     runs_on(host, guest, memory, trial.record)
 
 

@@ -67,6 +67,15 @@ def test_it_moves_in_the_command_form(host: Host, options: tuple[str, ...]) -> N
     tidy(host)
 
 
+def test_it_moves_throttled(host: Host) -> None:
+    """Nothing fits into -d 0ms, so the throttle goes as far as it may; -f pauses the guest then."""
+    options = ("-f", "-d", "0ms", "-r", "8", "-B", "4M", "--throttle", "90")
+    done = move(host, *options)
+    assert "; throttled by 90 % for " in done.said
+    host.prove()
+    tidy(host)
+
+
 def test_it_moves_in_three_stages(host: Host) -> None:
     to = host.other()
     stages = [host.send("-a"), host.receive(to), [*program("bhysend"), "-A"]]
