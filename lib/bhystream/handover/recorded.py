@@ -41,6 +41,15 @@ def open_alive(record: Record) -> Paused | None:
     return None
 
 
+def is_alive(record: Record) -> bool:
+    """Say whether a recorded guest is here, running or ready to be resumed.  Raises GuestError."""
+    paused = open_alive(record)
+    if paused is None:
+        return False
+    paused.close()
+    return True
+
+
 def end_guest(record: Record) -> None:
     """End the guest of a record for good; if it has ended, remove what is left.
 

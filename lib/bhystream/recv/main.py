@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 from bhystream import commandline, inherited
 from bhystream.errors import EXIT_OK, BhyError, UsageError, as_error
-from bhystream.handover import state, verbs
-from bhystream.recv import query
+from bhystream.handover import state
 from bhystream.recv.incoming import Incoming
 from bhystream.recv.judge import Judge
 from bhystream.recv.options import Options, parse_options
@@ -86,8 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str], console: Console) -> int:
     parsed = parse_options(argv)
-    if isinstance(parsed, verbs.Verb):
+    if isinstance(parsed, commandline.Verb):
         if parsed.name == "-q":
+            from bhystream.recv import query
+
             return query.run(parsed.guest or "", console)
+        from bhystream.handover import verbs
+
         return verbs.run(parsed, "destination", console)
     return receive(parsed, console)

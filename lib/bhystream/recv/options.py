@@ -10,7 +10,6 @@ from bhystream import commandline, hypervisors, inherited
 from bhystream.backend.base import Sink
 from bhystream.errors import IncompatibleError, UsageError
 from bhystream.guest import Head
-from bhystream.handover import verbs
 from bhystream.stream.format import Form
 from bhystream.stream.verify import Walk
 
@@ -67,13 +66,13 @@ class Options:
         )
 
 
-def parse_options(argv: Sequence[str]) -> Options | verbs.Verb:
+def parse_options(argv: Sequence[str]) -> Options | commandline.Verb:
     """Parse the command line.  Raises UsageError."""
     found, operands = commandline.parse(
         argv, "flno:PqS:uvx:", ["again", "discard", "resume"], USAGE
     )
     names = [name for name, _ in found]
-    verb = verbs.parse_verb(names, operands, USAGE)
+    verb = commandline.parse_verb(names, operands, USAGE)
     if verb:
         return verb
     if len(operands) > 1:
