@@ -21,9 +21,10 @@ from bhystream.errors import EXIT_OK, BhyError, InternalError
 from bhystream.guest import PAGE_BYTES, Head
 from bhystream.memory.page import PageHasher, mark_changed
 from bhystream.report import Console
+from bhystream.send.head import new_header, new_seed, write_head
 from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits, forecast
-from bhystream.send.transfer import new_header, new_seed, spans, write_head
+from bhystream.send.spans import spans
 from bhystream.signals import Signals
 from bhystream.stream.format import Feature, Form
 from bhystream.stream.writer import Writer, write_all
