@@ -20,8 +20,9 @@ from backend.bhyve_samples import (
     make_guest,
 )
 from bhystream.backend.bhyve.command import config_file
+from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.locks import Locks
-from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest, find, last_start
+from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest, last_start
 from bhystream.backend.process import Identity
 from bhystream.errors import GuestError, IncompatibleError, InputOutputError, InternalError
 

@@ -18,8 +18,8 @@ from dataclasses import replace
 from itertools import chain
 
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, LOWMEM_LIMIT_BYTES, Host, MemoryMap, Vm
+from bhystream.backend.bhyve.layout import layout_of, memory_spans
 from bhystream.backend.bhyve.residency import believes_mincore, dirty_extents, extents
-from bhystream.backend.bhyve.snapshot import layout_of, memory_spans
 from bhystream.errors import IncompatibleError
 from bhystream.memory.mapping import unmap
 
