@@ -18,7 +18,6 @@ another encoding, take() starts the interpreter once more, in the same process.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import resource
@@ -136,6 +135,8 @@ def _bytes_of(word: str) -> bytes:
 
     os.fsencode() does not do: Python's codec of an encoding may differ from libc's.
     """
+    import ctypes
+
     encode = ctypes.pythonapi.Py_EncodeLocale
     encode.restype = ctypes.c_char_p
     encode.argtypes = [ctypes.c_wchar_p, ctypes.c_void_p]

@@ -16,7 +16,6 @@ import re
 import sys
 import syslog
 import time
-import traceback
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -67,6 +66,8 @@ class Console:
         """
         self.clear()
         if isinstance(error, InternalError):
+            import traceback
+
             self._write("".join(traceback.format_exception(error)))
         self.say(str(error))
         for line in filter(None, error.hint.splitlines()):

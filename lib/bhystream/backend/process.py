@@ -18,11 +18,12 @@ import struct
 import sys
 from dataclasses import dataclass
 
-from bhystream.backend import process_freebsd
 from bhystream.errors import GuestError
 
 _UCRED = struct.Struct("=iii")  # struct ucred: pid, uid, gid.  Source: unix(7)
 _IS_FREEBSD: bool = sys.platform.startswith("freebsd")
+if _IS_FREEBSD:
+    from bhystream.backend import process_freebsd
 
 
 class EndedError(GuestError):
