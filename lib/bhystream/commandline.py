@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bhystream.errors import UsageError
 
@@ -42,8 +42,7 @@ def parse(
     return options, operands
 
 
-@dataclass(frozen=True)
-class Verb:
+class Verb(NamedTuple):
     """One of the verbs, parsed.  guest: name, operand or stream id, or None.
 
     in_doubt: --resume also if GO may be out.

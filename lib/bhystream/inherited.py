@@ -24,7 +24,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bhystream.errors import from_oserror
 
@@ -53,8 +53,7 @@ _RAISED = (resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_MEMLOCK)
 _DEADLY = ((resource.RLIMIT_CPU, "CPU time", "-t"), (resource.RLIMIT_FSIZE, "file size", "-f"))
 
 
-@dataclass(frozen=True)
-class Inherited:
+class Inherited(NamedTuple):
     """What take() found, and others still need.
 
     umask: for the operator's own commands.  nonblocking: the descriptors of the

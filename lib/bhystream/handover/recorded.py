@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 
 from bhystream import hypervisors
 from bhystream.backend.base import Paused
@@ -144,4 +143,4 @@ def asking(command: Sequence[str]) -> list[str]:
 def with_peer(record: Record, hello: Answer) -> Record:
     """Return the record, completed with the destination that said this HELLO."""
     host, directory = hello.args
-    return replace(record, host=host, directory=directory)
+    return record._replace(host=host, directory=directory)

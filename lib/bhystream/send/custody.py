@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bhystream import hypervisors
 from bhystream.backend.base import Paused
@@ -328,7 +328,7 @@ class Custody:
         return Keeper(self._job.base, self.record, self._job.lock, answers)
 
     def _record(self, phase: str) -> None:
-        changed = replace(self.record.with_phase(phase), keeper=self._keeper.pid)
+        changed = self.record.with_phase(phase)._replace(keeper=self._keeper.pid)
         self._records.write(changed)
         self.record = changed
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,4 +131,4 @@ def _run(argv: Sequence[str], console: Console, umask: int) -> int:
         from bhystream.handover import verbs
 
         return verbs.run(parsed, "source", console)
-    return send(replace(parsed, umask=umask), console)
+    return send(parsed._replace(umask=umask), console)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bhystream import commandline
 from bhystream.errors import UsageError
@@ -23,8 +23,7 @@ usage: bhysend [-afknPv] [-B rate] [-C config] [-d time] [-p hook] [-r rounds]
 AS_IT_IS = -1
 
 
-@dataclass
-class SendOptions:
+class SendOptions(NamedTuple):
     """The command line of bhysend, parsed.
 
     guest: the operand.  command: the words of the command form, else empty.  hook: -p.

@@ -20,8 +20,8 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from bhystream.guest import PAGE_BYTES
 from bhystream.units import NS
@@ -35,8 +35,7 @@ class Decision(Enum):
     GIVE_UP = "give up"
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """What the operator allows.
 
     downtime_ns: time to send the last dirty set.  rounds: how many live rounds
@@ -52,8 +51,7 @@ class Limits:
     rate_bytes: int | None = None
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """What one live round measured.
 
     start_ns, end_ns: monotonic clock.  data_pages: sent with bytes.
@@ -70,8 +68,7 @@ class Round:
     write_ns: int
 
 
-@dataclass(frozen=True)
-class Outlook:
+class Outlook(NamedTuple):
     """What a stop now would mean.
 
     last_pages: the pages expected in the last dirty set.  copy_ns: the time to send

@@ -8,7 +8,6 @@ Rounds makes and measures the rounds of one move, and breaks off when the time o
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 from bhystream.errors import DowntimeError, InputOutputError
 from bhystream.guest import PAGE_BYTES, Head
@@ -157,8 +156,7 @@ class Rounds:
         self._begun.talk.settle()
         spent_ns = time.monotonic_ns() - start_ns
         first = self._found[0]
-        self._found[0] = replace(
-            first,
+        self._found[0] = first._replace(
             end_ns=first.end_ns + spent_ns,
             write_ns=first.write_ns + spent_ns,
             sent_bytes=first.sent_bytes + writer.offset_bytes - before,

@@ -10,7 +10,6 @@ import re
 import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import xxhash
@@ -116,7 +115,7 @@ class StandinHost:
         if not stat.S_ISREG(found.st_mode) or not os.access(path, os.R_OK):
             return None
         disk = Disk(found.st_size, 512, False, os.access(path, os.W_OK))
-        return replace(disk, **read_settings(self._directory).disks.get(path, {}))
+        return disk._replace(**read_settings(self._directory).disks.get(path, {}))
 
     def mtu(self, interface: str) -> int | None:
         """Return host.json's MTU of a tap, else 1500; None if there is no such tap."""

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bhystream.backend.bhyve import backing, verdict
 from bhystream.backend.bhyve.checkpoint import Checkpoint
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
 _SYNC_S = 10.0
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """One opened guest.
 
     manager: vm-bhyve's guest, None if vm-bhyve does not manage it.  process: the
