@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from bhystream import hypervisors
-from bhystream.backend.base import Paused
 from bhystream.errors import GuestEndedError, InternalError
 from bhystream.guest import MOVED, PAUSED
 from bhystream.handover import handshake
 from bhystream.handover.answers import Answer
 from bhystream.handover.handshake import Act, Event
 from bhystream.handover.state import Record, Records
+
+if TYPE_CHECKING:
+    from bhystream.backend.base import Paused
 
 _PHASES = {
     Act.RECORD_PAUSED: PAUSED,
