@@ -5,24 +5,14 @@ bench/starts.py measures the cost.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 
 from backend.bhyve_rig import Two, two_hosts
+from support.dry_run import loaded
 
 pytestmark = pytest.mark.standin
-
-# bhysend, which writes the names of the modules that it has loaded behind its messages.
-PROGRAM = """
-import sys
-from bhystream.send.main import main
-status = main()
-print("modules:", *sys.modules, file=sys.stderr)
-sys.exit(status)
-"""
 
 # The modules of ours that a dry run of a guest of the stand-in uses.
 USED = {
@@ -56,16 +46,6 @@ def two() -> Iterator[Two]:
         yield made
 
 
-def loaded(two: Two, options: str) -> set[str]:
-    """Return the modules that a dry run with these options has loaded."""
-    words = [sys.executable, "-c", PROGRAM, "-C", str(two.config()), options, "g"]
-    ended = subprocess.run(words, env=two.here.environment, capture_output=True, check=True)
-    *_, last = ended.stderr.decode().splitlines()
-    head, *names = last.split()
-    assert head == "modules:"
-    return set(names)
-
-
 # The report for programs has no warnings, so nobody asks which FPU cannot be carried.
 @pytest.mark.parametrize(
     ("options", "without"), [("-n", set[str]()), ("-nP", {"bhystream.backend.bhyve.carriable"})]
@@ -74,7 +54,7 @@ def test_a_dry_run_imports_what_it_uses_and_nothing_else(
     two: Two, options: str, without: set[str]
 ) -> None:
     used = {f"{package}.{name}" for package, names in USED.items() for name in names.split()}
-    found = loaded(two, options)
+    found = set(loaded(two.config(), options))
     ours = {name for name in found if name.partition(".")[0] == "bhystream"}
     assert ours == (used | USED.keys()) - without
     assert found & set(UNUSED.split()) == set()
