@@ -9,7 +9,6 @@ import pytest
 
 from bhystream import commandline
 from bhystream.errors import UsageError
-from bhystream.handover import verbs
 from bhystream.recv import options as recv
 from bhystream.send import options as send
 
@@ -78,15 +77,15 @@ def test_a_pipe_is_widened_and_anything_else_left_alone() -> None:
 @pytest.mark.parametrize("parse_options", [send.parse_options, recv.parse_options])
 def test_verbs(parse_options: object) -> None:
     assert callable(parse_options)
-    assert parse_options(["-l"]) == verbs.Verb("-l", None)
-    assert parse_options(["-l", "a"]) == verbs.Verb("-l", "a")
-    assert parse_options(["--discard", "a"]) == verbs.Verb("--discard", "a")
-    assert parse_options(["--resume", "a"]) == verbs.Verb("--resume", "a")
+    assert parse_options(["-l"]) == commandline.Verb("-l", None)
+    assert parse_options(["-l", "a"]) == commandline.Verb("-l", "a")
+    assert parse_options(["--discard", "a"]) == commandline.Verb("--discard", "a")
+    assert parse_options(["--resume", "a"]) == commandline.Verb("--resume", "a")
 
 
 def test_verbs_of_one_program_only() -> None:
-    assert send.parse_options(["-A"]) == verbs.Verb("-A", None)
-    assert send.parse_options(["-A", "a"]) == verbs.Verb("-A", "a")
-    assert recv.parse_options(["-q", "a"]) == verbs.Verb("-q", "a")
+    assert send.parse_options(["-A"]) == commandline.Verb("-A", None)
+    assert send.parse_options(["-A", "a"]) == commandline.Verb("-A", "a")
+    assert recv.parse_options(["-q", "a"]) == commandline.Verb("-q", "a")
     for argv in (["--resume", "--in-doubt", "a"], ["--in-doubt", "--resume", "a"]):
-        assert send.parse_options(argv) == verbs.Verb("--resume", "a", in_doubt=True)
+        assert send.parse_options(argv) == commandline.Verb("--resume", "a", in_doubt=True)

@@ -48,7 +48,9 @@ PARTS: dict[str, str] = {
     # The stand-in plays the other side: STANDIN names what it shares with bhyve's backend.
     "standin": "errors guest inherited backend.bhyve",
     "hypervisors": "errors guest stream backend.base backend.bhyve backend.qemu standin",
-    "handover": "errors units guest durable signals report stream backend.base hypervisors",
+    "handover": (
+        "errors units guest commandline durable signals report stream backend.base hypervisors"
+    ),
     "send": (
         "errors units guest commandline strict_json durable inherited signals report memory stream"
         " backend.base backend.process hypervisors handover"

@@ -12,10 +12,12 @@ import os
 import re
 import stat
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from bhystream.errors import UsageError
 
 _PIPE_BYTES = 1 << 20
+_VERBS = ("-A", "-l", "-q", "--discard", "--resume")
 
 
 def parse(
@@ -38,6 +40,33 @@ def parse(
     if len(operands) > 1 and operands[1].startswith("-"):
         raise UsageError(f"option {operands[1]} stands after the guest", usage)
     return options, operands
+
+
+class Verb(NamedTuple):
+    """One of the verbs, parsed.  guest: name, operand or stream id, or None.
+
+    in_doubt: --resume also if GO may be out.
+    """
+
+    name: str
+    guest: str | None
+    in_doubt: bool = False
+
+
+def parse_verb(given: Sequence[str], operands: Sequence[str], usage: str) -> Verb | None:
+    """Return the verb among the options, None if there is none.
+
+    Raises UsageError if a verb has other options, or lacks its guest.
+    """
+    verbs = [name for name in given if name in _VERBS]
+    if not verbs:
+        return None
+    in_doubt = sorted(given) == ["--in-doubt", "--resume"]
+    if len(given) > 1 and not in_doubt:
+        raise UsageError(f"{verbs[0]} goes with no other option", usage)
+    if len(operands) > 1 or (verbs[0] not in ("-A", "-l") and not operands):
+        raise UsageError(f"{verbs[0]}: name one guest", usage)
+    return Verb(verbs[0], operands[0] if operands else None, in_doubt)
 
 
 def number(text: str, option: str, low: int, high: int) -> int:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 PAGE_BYTES = 4096
 
@@ -37,11 +36,13 @@ STARTED = "started"  # destination: was started, or may have been
 DEAD = "dead"  # destination: never ran and never will, from this stream
 PHASES = (PAUSED, HELD, GO, MOVED, LOADED, READY, STARTED, DEAD)
 
+# The names that streams and records use for bhyve.
+BHYVE = ("bhyve", "standin")
+
 Json = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """One contiguous piece of the guest's memory.
 
     name: at most 31 ASCII bytes.  gpa: guest physical address in bytes, or
@@ -53,21 +54,25 @@ class Segment:
     npages: int
 
 
-@dataclass(frozen=True)
 class Layout:
     """The guest's memory: its segments in order, and where each begins.
 
     npages: the pages of all segments.  starts: the first page of each segment.
     """
 
-    segments: tuple[Segment, ...]
-    npages: int = field(init=False, repr=False, compare=False)
-    starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    def __init__(self, segments: tuple[Segment, ...]) -> None:
+        self.segments = segments
+        *starts, self.npages = accumulate((one.npages for one in segments), initial=0)
+        self.starts = tuple(starts)
 
-    def __post_init__(self) -> None:
-        *starts, end = accumulate((one.npages for one in self.segments), initial=0)
-        object.__setattr__(self, "starts", tuple(starts))
-        object.__setattr__(self, "npages", end)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self.segments == other.segments
+
+    def __hash__(self) -> int:
+        return hash(self.segments)
+
+    def __repr__(self) -> str:
+        return f"Layout({self.segments!r})"
 
     @property
     def size_bytes(self) -> int:
@@ -87,8 +92,7 @@ class Layout:
         return ((first, self.end_of(index)) for index, first in enumerate(self.starts))
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """What cannot change while the guest runs: the head sections of a stream.
 
     host: the sending host and its hypervisor.  config: the guest.  devices:
@@ -101,8 +105,7 @@ class Head:
     devices: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """One named blob of device or vCPU state, opaque to the engine.
 
     is_optional: a reader that does not know the state may leave it out.

@@ -15,23 +15,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bhystream.backend.base import BHYVE, Paused, Sink, Snapshot, Source
 from bhystream.errors import GuestError, IncompatibleError, UsageError
-from bhystream.guest import GUEST_NAME
+from bhystream.guest import BHYVE, GUEST_NAME
 
 if TYPE_CHECKING:
+    from bhystream.backend.base import Paused, Sink, Snapshot, Source
     from bhystream.backend.bhyve.host import Host
     from bhystream.stream.contents import Contents
 
 _QEMU = "qemu:"
 
 
-@dataclass(frozen=True)
-class Sending:
+class Sending(NamedTuple):
     """What the command line says about a source.
 
     operand: as above; open_source() does not take the path of snapshot files.
@@ -49,8 +48,7 @@ class Sending:
         return "/" in self.operand and not self.operand.startswith(_QEMU)
 
 
-@dataclass(frozen=True)
-class Receiving:
+class Receiving(NamedTuple):
     """What the command line and the stream say about a sink.
 
     operand: the destination's, or None for the guest's name in the stream.
@@ -62,7 +60,7 @@ class Receiving:
     operand: str | None
     base: Path
     id_: str
-    resources: Mapping[str, str] = field(default_factory=dict)
+    resources: Mapping[str, str] = MappingProxyType({})
     dropped: Sequence[str] = ()
     directory: str | None = None
     force: bool = False

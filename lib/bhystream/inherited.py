@@ -18,14 +18,13 @@ another encoding, take() starts the interpreter once more, in the same process.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import resource
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bhystream.errors import from_oserror
 
@@ -54,8 +53,7 @@ _RAISED = (resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_MEMLOCK)
 _DEADLY = ((resource.RLIMIT_CPU, "CPU time", "-t"), (resource.RLIMIT_FSIZE, "file size", "-f"))
 
 
-@dataclass(frozen=True)
-class Inherited:
+class Inherited(NamedTuple):
     """What take() found, and others still need.
 
     umask: for the operator's own commands.  nonblocking: the descriptors of the
@@ -136,6 +134,8 @@ def _bytes_of(word: str) -> bytes:
 
     os.fsencode() does not do: Python's codec of an encoding may differ from libc's.
     """
+    import ctypes
+
     encode = ctypes.pythonapi.Py_EncodeLocale
     encode.restype = ctypes.c_char_p
     encode.argtypes = [ctypes.c_wchar_p, ctypes.c_void_p]

@@ -16,8 +16,6 @@ import re
 import sys
 import syslog
 import time
-import traceback
-from dataclasses import dataclass
 from typing import TextIO
 
 from bhystream.errors import BhyError, InternalError
@@ -67,6 +65,8 @@ class Console:
         """
         self.clear()
         if isinstance(error, InternalError):
+            import traceback
+
             self._write("".join(traceback.format_exception(error)))
         self.say(str(error))
         for line in filter(None, error.hint.splitlines()):
@@ -131,7 +131,6 @@ class Console:
             return
 
 
-@dataclass
 class Progress:
     """Where a move stands, and when to show it.
 
@@ -141,24 +140,22 @@ class Progress:
     the pages that take time, done and in all; work_total is 0 if not known.
     """
 
-    console: Console
-    guest: str
-    npages: int
-    verbose: bool = False
-    machine: bool = False
-    phase: str = "round"
-    round: int = 0
-    done_pages: int = 0
-    sent_pages: int = 0
-    sent_bytes: int = 0
-    work_done: int = 0
-    work_total: int = 0
-    predicted_ns: int | None = None
-    _start_ns: int = 0
-    _round_ns: int = 0
-    _shown_ns: int = 0
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        console: Console,
+        guest: str,
+        npages: int,
+        *,
+        verbose: bool = False,
+        machine: bool = False,
+    ) -> None:
+        """Begin now, with round 0."""
+        self.console, self.guest, self.npages = console, guest, npages
+        self.verbose, self.machine = verbose, machine
+        self.phase, self.round = "round", 0
+        self.done_pages = self.sent_pages = self.sent_bytes = 0
+        self.work_done = self.work_total = 0
+        self.predicted_ns: int | None = None
         self._start_ns = self._round_ns = self._shown_ns = time.monotonic_ns()
 
     def enter(self, phase: str, number: int) -> None:

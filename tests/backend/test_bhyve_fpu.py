@@ -18,6 +18,7 @@ import pytest
 
 from bhystream.backend.bhyve import fpu, stub
 from bhystream.backend.bhyve import registers as reg
+from bhystream.backend.bhyve.carriable import carriable
 from bhystream.backend.bhyve.host import SegmentDescriptor
 from bhystream.backend.bhyve.lent import NotPutBackError
 from bhystream.errors import GuestError
@@ -442,10 +443,10 @@ def test_a_vcpu_that_nobody_runs_is_an_error(
 def test_a_running_guest_says_early_what_cannot_be_carried(held: Machine) -> None:
     for cpu in held.cpus:
         cpu.put("suspended", 0)
-    assert fpu.carriable(held.vm, 3) == []
+    assert carriable(held.vm, 3) == []
     held.cpus[1].reset()
     held.cpus[2][reg.EFER] = 0
-    assert fpu.carriable(held.vm, 3) == [
+    assert carriable(held.vm, 3) == [
         "the FPU registers of vCPU 1 are not carried: it was never started",
         "the FPU registers of vCPU 2 are not carried: it is not in long mode",
     ]

@@ -48,7 +48,7 @@ class Kernel:
             self.registers[argument.regnum] = argument.regval
         elif number == ioctl.VM_GET_SEGMENT_DESCRIPTOR:
             desc = argument.desc
-            desc.base, desc.limit, desc.access = vars(self.hidden).values()
+            desc.base, desc.limit, desc.access = self.hidden
         elif number == ioctl.VM_SET_SEGMENT_DESCRIPTOR:
             desc = argument.desc
             self.seen = (argument.cpuid, argument.regnum, desc.base, desc.limit, desc.access)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bhystream.backend.bhyve.lastpage import arm
-from bhystream.backend.bhyve.snapshot import memory_spans
+from bhystream.backend.bhyve.layout import memory_spans
 from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.guest import PAGE_BYTES
 

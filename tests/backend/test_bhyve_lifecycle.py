@@ -20,7 +20,7 @@ from bhystream.backend.bhyve import paused as paused_module
 from bhystream.backend.bhyve.paused import BhyvePaused
 from bhystream.errors import GuestEndedError
 from bhystream.guest import PAUSED
-from bhystream.handover import verbs
+from bhystream.handover import standing
 from bhystream.handover.state import Record, Records
 from cli.pipeline import Ended, Pipeline, report
 from cli.travel import fifo, processes_with
@@ -169,7 +169,7 @@ def test_a_guest_that_is_gone_says_nothing_of_the_next(
     again = two.start()
     with pytest.raises(GuestEndedError):
         BhyvePaused(two.here.host, found.record).resume()
-    verbs.refuse_held(two.base, "g")  # does not raise: the guest may be sent
+    standing.refuse_held(two.base, "g")  # does not raise: the guest may be sent
     assert Records(two.base, "source").all() == []
     assert again.process.poll() is None
     two.assert_runs_on()
@@ -195,7 +195,7 @@ def test_after_a_crash_of_the_host_nothing_of_it_is_left_to_do(
     again = two.start()
     late = BhyvePaused(two.here.host, found.record)
     assert not late.is_alive() and not late.runs()
-    verbs.refuse_held(two.base, "g")
+    standing.refuse_held(two.base, "g")
     assert kept.all() == [] and two.held() == []
     assert again.process.poll() is None
 

@@ -280,7 +280,7 @@ def test_after_a_reboot_nothing_here_is_its(two: Two, monkeypatch: pytest.Monkey
     two.start()
     found = two.hold()
     found.resume()
-    old = replace(found.record.process, boot_id="another")
+    old = found.record.process._replace(boot_id="another")
     late = BhyvePaused(two.here.host, replace(found.record, process=old))
     assert not late.is_alive() and not late.runs()
     with pytest.raises(StaleError):

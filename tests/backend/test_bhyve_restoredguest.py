@@ -171,7 +171,7 @@ def test_a_bhyve_is_killed_with_its_vm_and_no_other(
     host.host.create("web1")
     started = started_of(child, host.host.node_id("web1"))
     assert started.process is not None
-    other = Started(replace(started.process, start_ticks=1), "another")
+    other = Started(started.process._replace(start_ticks=1), "another")
     other.end(host.host, "web1")
     assert child.poll() is None and host.host.exists("web1")
     started.end(host.host, "web1")

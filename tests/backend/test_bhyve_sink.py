@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,7 +171,7 @@ def reasons(
     guest: Arriving, *, options: dict[str, bool] | None = None, **changes: Any
 ) -> list[str]:
     sink = guest.sink("g", id_=ID, **(options or {}))
-    found = sink.check(replace(guest.head, **changes))
+    found = sink.check(guest.head._replace(**changes))
     sink.abort()
     return found
 

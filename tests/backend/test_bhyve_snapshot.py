@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from bhystream.backend.bhyve import snapshot
-from bhystream.backend.bhyve.snapshot import cut, join, memory_spans, parse
+from bhystream.backend.bhyve.layout import layout_of, memory_spans
+from bhystream.backend.bhyve.snapshot import cut, join, parse
 from bhystream.backend.bhyve.snapshotfiles import Files, read_states
 from bhystream.errors import FormatError, GuestError, UsageError
 from bhystream.guest import Segment, State
@@ -438,7 +439,7 @@ def test_memory_lies_below_3_gib_and_above_4(
 
 
 def test_the_layout_names_both_segments() -> None:
-    assert snapshot.layout_of(4 * GIB).segments == (
+    assert layout_of(4 * GIB).segments == (
         Segment("lowmem", 0, 3 * GIB // 4096),
         Segment("highmem", 4 * GIB, GIB // 4096),
     )

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.bhyve.snapshotdir import SnapshotDir, clamped
+from bhystream.backend.bhyve.layout import clamped
+from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from standin.rig import Rig
 
 from .bhyve_rig import require_sink, without_sink

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from bhystream.backend.bhyve import fpu, paused
+from bhystream.backend.bhyve import carriable, fpu, paused
 from bhystream.backend.bhyve.checkpoint import UnansweredError, settle
 from bhystream.backend.bhyve.journal import Journal
 from bhystream.backend.bhyve.lent import NotPutBackError
@@ -173,7 +173,7 @@ def with_fpu(patch: pytest.MonkeyPatch, raises: BaseException | None = None) -> 
             raise raises
         return fpu.Saved((FPU_0,), ("vCPU 1 is not carried",))
 
-    patch.setattr(fpu, "carriable", lambda vm, ncpus: [f"fpu: of {ncpus}"])
+    patch.setattr(carriable, "carriable", lambda vm, ncpus: [f"fpu: of {ncpus}"])
     patch.setattr(fpu, "save", save)
 
 

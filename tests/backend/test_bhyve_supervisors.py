@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from backend.bhyve_samples import CONF, make_guest
+from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.supervisors import reasons
-from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest, find
+from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 
 VM_RUN = "/bin/sh /usr/local/sbin/vm _run web1"
 LOCKF = "/usr/bin/lockf -s -t0 /tmp/bhyveload.web1.lock /usr/sbin/bhyve -c 2 web1"

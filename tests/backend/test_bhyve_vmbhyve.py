@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,9 @@ from backend.bhyve_samples import (
     make_guest,
 )
 from bhystream.backend.bhyve.command import config_file
+from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.locks import Locks
-from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest, find, last_start
+from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest, last_start
 from bhystream.backend.process import Identity
 from bhystream.errors import GuestError, IncompatibleError, InputOutputError, InternalError
 
@@ -369,7 +369,7 @@ def test_the_configuration_of_a_guest_that_we_started_is_ours(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "who",
-    [None, replace(BHYVE, pid=1), replace(BHYVE, start_ticks=99), replace(BHYVE, boot_id="b")],
+    [None, BHYVE._replace(pid=1), BHYVE._replace(start_ticks=99), BHYVE._replace(boot_id="b")],
 )
 def test_a_configuration_of_an_earlier_start_of_ours_is_not_believed(
     tmp_path: Path, who: Identity | None

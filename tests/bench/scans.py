@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from bhystream.guest import PAGE_BYTES
 from bhystream.memory.batch import Batch
 from bhystream.memory.page import PageHasher
-from bhystream.send.scan import Scan, Span
-from bhystream.send.transfer import Transfer, write_head
+from bhystream.send.head import write_head
+from bhystream.send.scan import Scan
+from bhystream.send.spans import Span
+from bhystream.send.transfer import Transfer
 from bhystream.stream.format import Feature, Form, Header
 from bhystream.stream.writer import Writer
 

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from bhystream import commandline
 from bhystream.guest import PAGE_BYTES, Head, Layout, Segment
 from bhystream.memory.target import FileTarget
-from bhystream.send.transfer import Transfer, write_head
+from bhystream.send.head import write_head
+from bhystream.send.transfer import Transfer
 from bhystream.stream.format import Feature, Form, Header, Type
 from bhystream.stream.verify import Ended, Pages, Walk
 from bhystream.stream.writer import Writer

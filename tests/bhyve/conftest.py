@@ -13,6 +13,7 @@ import pytest
 
 from bhystream.backend.base import Paused
 from bhystream.backend.bhyve.config import GuestConfig
+from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.memory import Memory
@@ -21,7 +22,6 @@ from bhystream.backend.bhyve.paused import PausedRecord
 from bhystream.backend.bhyve.snapshot import Meta, parse
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.bhyve.source import BhyveSource
-from bhystream.backend.bhyve.vmbhyve import find
 from bhystream.handover import state
 from bhystream.hypervisors import open_host, open_paused
 

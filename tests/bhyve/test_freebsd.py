@@ -34,8 +34,9 @@ from pathlib import Path
 import pytest
 
 from bhystream.backend import programs
-from bhystream.backend.bhyve import fpu, identity, libc, verdict
+from bhystream.backend.bhyve import identity, libc, verdict
 from bhystream.backend.bhyve import registers as reg
+from bhystream.backend.bhyve.carriable import carriable
 from bhystream.backend.bhyve.checkpoint import (
     Checkpoint,
     Outcome,
@@ -45,9 +46,9 @@ from bhystream.backend.bhyve.checkpoint import (
 )
 from bhystream.backend.bhyve.config import GuestConfig
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, VMM_DIR, Host
+from bhystream.backend.bhyve.layout import memory_spans
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.bhyve.restoredguest import staging_root
-from bhystream.backend.bhyve.snapshot import memory_spans
 from bhystream.backend.bhyve.snapshotfiles import Files, read_states
 from bhystream.backend.process import is_alive
 from bhystream.errors import GuestError
@@ -224,7 +225,7 @@ def test_registers_are_read_and_say_whether_the_fpu_can_be_carried(
             efer, rip, cr0 = vm.registers(vcpu, (reg.EFER, reg.RIP, reg.CR0))
             say(f"vCPU {vcpu}: EFER {efer:#x} RIP {rip:#x}", vm.descriptor(vcpu, reg.CS))
             assert cr0 & reg.CR0_PE
-        reasons = fpu.carriable(vm, ncpus)
+        reasons = carriable(vm, ncpus)
     finally:
         vm.close()
     say(reasons or "the FPU of every vCPU can be carried")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -197,12 +196,12 @@ def test_no_answer_says_nothing() -> None:
 
 
 def test_before_go_any_host_may_have_failed() -> None:
-    before = replace(RECORDED, host="", directory="")
+    before = RECORDED._replace(host="", directory="")
     assert event_of(before, HELLO, Answer(A, "FAILED")) == Event.FAILED
 
 
 def test_a_record_takes_the_destination_of_hello() -> None:
-    assert with_peer(replace(RECORDED, host="", directory=""), HELLO) == RECORDED
+    assert with_peer(RECORDED._replace(host="", directory=""), HELLO) == RECORDED
 
 
 # The way out of doubt.
@@ -236,7 +235,7 @@ def test_the_destination_is_asked_there_and_answers_here(
     directory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BHYSEND_STATE_DIR", "relative")
-    lines = in_doubt(replace(RECORDED, directory=directory), Path(directory)).splitlines()
+    lines = in_doubt(RECORDED._replace(directory=directory), Path(directory)).splitlines()
     there, here = pipeline(lines[1])
     host, words = remote_shell(there)
     name = f"BHYSEND_STATE_DIR={directory}"
@@ -254,7 +253,7 @@ def test_directories_of_their_own_need_no_words(
 ) -> None:
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(sysname=system))
     monkeypatch.delenv("BHYSEND_STATE_DIR", raising=False)
-    record = replace(RECORDED, directory=directory)
+    record = RECORDED._replace(directory=directory)
     lines = in_doubt(record, Path("/root/.local/state/bhysend")).splitlines()
     assert lines == [
         "it stands paused here until hv2 has answered; ask it:",
@@ -284,12 +283,12 @@ def test_a_command_is_asked_by_its_own_words(command: list[str], words: list[str
 
 def test_the_words_of_a_command_come_back(directory: str) -> None:
     name = f"BHYSEND_STATE_DIR={directory}"
-    record = replace(RECORDED, directory=directory)
-    far = replace(record, ask=["/usr/bin/ssh", "-p", "22", "hv2", "/opt/bhyrecv"])
+    record = RECORDED._replace(directory=directory)
+    far = record._replace(ask=["/usr/bin/ssh", "-p", "22", "hv2", "/opt/bhyrecv"])
     there = pipeline(in_doubt(far, Path("/s")).splitlines()[1])[0]
     assert there[:3] == ["/usr/bin/ssh", "-p", "22"]
     assert remote_shell(there)[1] == ["env", name, "/opt/bhyrecv", "-q", A]
-    near = replace(record, ask=["jexec", "a b", "bhyrecv"])
+    near = record._replace(ask=["jexec", "a b", "bhyrecv"])
     there = pipeline(in_doubt(near, Path("/s")).splitlines()[1])[0]
     assert there == ["env", name, "jexec", "a b", "bhyrecv", "-q", A]
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,7 +257,7 @@ def test_the_record_of_another_role_is_another(base: Path, records: Records) -> 
 def test_a_record_is_replaced_and_removed(records: Records) -> None:
     records.write(RECORD)
     held = RECORD.with_phase(HELD)
-    assert replace(held, phase=PAUSED, time_ns=5) == RECORD
+    assert held._replace(phase=PAUSED, time_ns=5) == RECORD
     assert held.time_ns > 5
     records.write(held)
     assert records.all() == [held]
@@ -269,8 +268,8 @@ def test_a_record_is_replaced_and_removed(records: Records) -> None:
 
 
 def test_records_are_found_by_id_name_and_operand(records: Records) -> None:
-    other = replace(RECORD, id="f" * 32, operand="qemu:/b", time_ns=3)
-    third = replace(RECORD, id="e" * 32, guest="web2", operand="qemu:/c", time_ns=4)
+    other = RECORD._replace(id="f" * 32, operand="qemu:/b", time_ns=3)
+    third = RECORD._replace(id="e" * 32, guest="web2", operand="qemu:/c", time_ns=4)
     for record in (RECORD, other, third):
         records.write(record)
     assert records.all() == [other, third, RECORD]  # oldest first
@@ -310,9 +309,9 @@ def test_a_record_is_synced_then_renamed_then_its_directory_synced(
     base: Path, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records.write(RECORD)
-    old = json.dumps(asdict(RECORD))
+    old = json.dumps(RECORD._asdict())
     held = RECORD.with_phase(HELD)
-    new = json.dumps(asdict(held))
+    new = json.dumps(held._asdict())
     disk = Disk(base, monkeypatch)
     records.write(held)
     assert disk.seen == [
@@ -362,9 +361,9 @@ def test_what_a_crash_left_behind_is_no_record(base: Path, records: Records) -> 
         "null",
         '"text"',
         '{"id": "x"}',
-        json.dumps({**asdict(RECORD), "more": 1}),
-        json.dumps({**asdict(RECORD), "phase": "gone"}),
-        json.dumps({**asdict(RECORD), "lock": 1}),
+        json.dumps({**RECORD._asdict(), "more": 1}),
+        json.dumps({**RECORD._asdict(), "phase": "gone"}),
+        json.dumps({**RECORD._asdict(), "lock": 1}),
         "\ud800".encode("utf-8", "surrogatepass"),
     ],
 )

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,17 +29,17 @@ RECORD = Record(ID, "web1", "qemu:/web1", "lock-1", PAUSED, {"pid": 1}, 5)
 
 
 def test_a_phase_is_changed_from_the_one_that_is_named(records: Records) -> None:
-    records.write(replace(RECORD, phase=READY))
+    records.write(RECORD._replace(phase=READY))
     assert records.change(ID, READY, DEAD)
     found = records.get(ID)
-    assert found is not None and replace(found, time_ns=5, phase=PAUSED) == RECORD
+    assert found is not None and found._replace(time_ns=5, phase=PAUSED) == RECORD
     assert found.phase == DEAD
     assert found.time_ns > 5
 
 
 @pytest.mark.parametrize("phase", [STARTED, DEAD, PAUSED, LOADED])
 def test_another_phase_is_left(records: Records, phase: str) -> None:
-    record = replace(RECORD, phase=phase)
+    record = RECORD._replace(phase=phase)
     records.write(record)
     assert not records.change(ID, READY, STARTED)
     assert records.all() == [record]
@@ -141,7 +140,7 @@ def test_of_many_processes_one_changes_it_and_all_have_one_name(
 ) -> None:
     ids = [f"{at:032x}" for at in range(50)]
     for id_ in ids:
-        records.write(replace(RECORD, id=id_, phase=READY))
+        records.write(RECORD._replace(id=id_, phase=READY))
     phases = [STARTED, DEAD, LOADED, HELD]
     children = [
         subprocess.Popen(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,5 +125,5 @@ def test_what_is_said_where_an_act_has_failed(
     record = Record(ID, "web1", "web1", "bhyve-web1", phase, {}, host="hv2/a1", directory="/d")
     found = unfinished(record, acts, undone, GuestError("no"), Path("/s"))
     assert (found.text, found.hint) == (text, hint)
-    unnamed = replace(record, host="")
+    unnamed = record._replace(host="")
     assert unfinished(unnamed, acts, undone, GuestError("no"), Path("/s"), "hv2") == found

@@ -23,7 +23,7 @@ def test_bhyrecv_with_every_option() -> None:
     assert parse_options([]) == Options()
     argv = ["-x", "pci.0.30.0", "-o", "disk0=/a", "-xlpc.com2", "web1"]
     assert parse_options(argv) == Options(
-        "web1", resources={"disk0": "/a"}, dropped=["pci.0.30.0", "lpc.com2"]
+        "web1", resources={"disk0": "/a"}, dropped=("pci.0.30.0", "lpc.com2")
     )
     argv = ["-fnPv", "-S", "dir", "web1"]
     assert parse_options(argv) == Options(

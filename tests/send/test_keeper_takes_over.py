@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -75,7 +74,7 @@ class Driven:
                 text=True,
                 pass_fds=(theirs.fileno(),) if answers < 0 else (theirs.fileno(), answers),
             )
-        order = {"base": str(base), "record": asdict(RECORD), "answers": answers}
+        order = {"base": str(base), "record": RECORD._asdict(), "answers": answers}
         self.socket.sendall(json.dumps(order).encode() + b"\n")
         self.socket.settimeout(60)
         assert self.socket.recv(100) == b"ready\n"
@@ -89,7 +88,7 @@ class Driven:
 
 def test_a_paused_guest_is_resumed_and_its_record_removed(base: Path, records: Records) -> None:
     driven = Driven(base, 60)
-    records.write(replace(RECORD, time_ns=time.time_ns() - 3600 * 10**9))
+    records.write(RECORD._replace(time_ns=time.time_ns() - 3600 * 10**9))
     status, out, err = driven.orphaned()
     *acts, said = out.splitlines()
     assert acts == ["open", "resume"]
@@ -191,7 +190,7 @@ def test_nothing_else_is_ever_resumed(base: Path, records: Records, phase: str |
 
 def test_a_guest_that_has_moved_is_ended_here(base: Path, records: Records) -> None:
     driven = Driven(base, 60)
-    records.write(replace(RECORD.with_phase(MOVED), host="hv2/ff", directory="/d"))
+    records.write(RECORD.with_phase(MOVED)._replace(host="hv2/ff", directory="/d"))
     status, out, err = driven.orphaned()
     assert out.splitlines()[:-1] == ["open", "open", "discard hv2", "close"]
     assert status == 0
@@ -217,7 +216,7 @@ def test_a_commands_answers_are_read_on(
     theirs, ours = os.pipe()
     driven = Driven(base, 60, answers=theirs)
     os.close(theirs)
-    records.write(replace(RECORD.with_phase(GO), host="hv2/ff", directory="/d"))
+    records.write(RECORD.with_phase(GO)._replace(host="hv2/ff", directory="/d"))
     other = b"0" * 32
     os.write(ours, b"93c SEEN 7\nbhys1 " + other + b" RUNNING\nbhys1 " + other + b" FAILED x\n")
     if answer:

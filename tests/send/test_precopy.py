@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -109,13 +109,13 @@ def test_decisions(rounds: list[tuple[int, int, int]], limits: Limits, expected:
 def test_compressed_pages_take_less() -> None:
     """A quarter of the bytes at a quarter of the rate takes the same time for a page."""
     plain = history(FULL, *OTHERS)
-    packed = [replace(one, sent_bytes=one.sent_bytes // 4) for one in plain]
+    packed = [one._replace(sent_bytes=one.sent_bytes // 4) for one in plain]
     assert outlook(packed, NPAGES, Limits()) == outlook(plain, NPAGES, Limits())
 
 
 def test_lists_and_zero_pages_make_no_page_dearer() -> None:
     plain = history(FULL, *OTHERS)
-    padded = [replace(one, sent_bytes=2 * one.sent_bytes) for one in plain]
+    padded = [one._replace(sent_bytes=2 * one.sent_bytes) for one in plain]
     assert outlook(padded, NPAGES, Limits()).copy_ns == outlook(plain, NPAGES, Limits()).copy_ns / 2
 
 
@@ -243,8 +243,8 @@ def test_every_history_has_a_sane_outlook_and_decision(rng: random.Random) -> No
 
 def one_link(found: Round, pages: int) -> Round:
     """Return the round with `pages` pages, over a link that takes 1 us for each page."""
-    return replace(
-        found, data_pages=pages, zero_pages=0, sent_bytes=pages * PAGE_BYTES, write_ns=pages * 1000
+    return found._replace(
+        data_pages=pages, zero_pages=0, sent_bytes=pages * PAGE_BYTES, write_ns=pages * 1000
     )
 
 
@@ -282,7 +282,7 @@ def test_a_guest_is_throttled_only_if_it_does_not_fit_and_does_not_shrink() -> N
     allowed = Limits(throttle=99)
     assert throttled(TWICE, allowed) == 50
     assert throttled(TWICE, Limits()) == 0
-    assert throttled(TWICE, replace(allowed, downtime_ns=10**12)) == 0
+    assert throttled(TWICE, allowed._replace(downtime_ns=10**12)) == 0
     assert throttled(TWICE[:1], allowed) == 0
     assert throttled([(200_000, 10_000, 10_000), TWICE[0]], allowed) == 0
 

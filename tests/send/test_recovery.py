@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,7 +92,7 @@ def test_what_a_record_and_the_answers_come_to(
 
 def test_a_record_that_names_no_host_takes_the_answer_of_any(records: Records) -> None:
     # The guest was paused, and GO was never recorded: no answering host has run the guest.
-    records.write(replace(RECORD, host="", directory=""))
+    records.write(RECORD._replace(host="", directory=""))
     status, acts, err = ended(start(), ELSEWHERE + FAILED)
     assert (status, acts) == (69, ["resume", "close"])
     assert err.startswith("bhysend: hv3: no disk\n")

@@ -12,7 +12,8 @@ import pytest
 from bhystream.guest import PAGE_BYTES
 from bhystream.memory.page import PageHasher, find_changed
 from bhystream.send import scan
-from bhystream.send.scan import Piece, Scan, Span, threads_for
+from bhystream.send.scan import Piece, Scan, threads_for
+from bhystream.send.spans import Span
 
 NPAGES = (5000, 70, 1)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 
 from bhystream.guest import Layout, Segment
-from bhystream.send.scan import Span
-from bhystream.send.transfer import spans
+from bhystream.send.spans import Span, spans
 
 TWO = Layout((Segment("a", None, 3), Segment("b", None, 2)))
 

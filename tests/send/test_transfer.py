@@ -17,8 +17,9 @@ from bhystream.memory.hole import punch
 from bhystream.memory.inplace import PagesInPlace
 from bhystream.memory.scatter import scatter
 from bhystream.send import scan, transfer
+from bhystream.send.head import write_head
 from bhystream.send.precopy import Round
-from bhystream.send.transfer import BATCH_PAGES, Transfer, write_head
+from bhystream.send.transfer import BATCH_PAGES, Transfer
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Feature, Form, Header, Type
 from bhystream.stream.verify import Pages, Walk

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +68,7 @@ def test_a_regular_file_is_a_disk(host: Rig) -> None:
     assert host.host.disk(str(host.directory / "name")) == found
     assert host.host.disk(str(host.rom)) != found
     host.settings(disks={str(path): {"can_delete": True, "sector_bytes": 4096}})
-    assert host.host.disk(str(path)) == replace(found, can_delete=True, sector_bytes=4096)
+    assert host.host.disk(str(path)) == found._replace(can_delete=True, sector_bytes=4096)
 
 
 def test_what_is_no_regular_file_is_no_disk(host: Rig) -> None:

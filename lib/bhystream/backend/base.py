@@ -15,9 +15,6 @@ from typing import Protocol
 
 from bhystream.guest import Head, Json, State
 
-# The names that streams and records use for bhyve.
-BHYVE = ("bhyve", "standin")
-
 
 @dataclass(frozen=True)
 class Prepared:

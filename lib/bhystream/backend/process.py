@@ -16,21 +16,21 @@ import signal
 import socket
 import struct
 import sys
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from bhystream.backend import process_freebsd
 from bhystream.errors import GuestError
 
 _UCRED = struct.Struct("=iii")  # struct ucred: pid, uid, gid.  Source: unix(7)
 _IS_FREEBSD: bool = sys.platform.startswith("freebsd")
+if _IS_FREEBSD:
+    from bhystream.backend import process_freebsd
 
 
 class EndedError(GuestError):
     """There is no such process, or it has ended."""
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """One process: pid, start time since boot, and the boot's id.
 
     start_ticks: in clock ticks on Linux, in seconds on FreeBSD.
@@ -63,8 +63,8 @@ def boot_id() -> str:
     if _IS_FREEBSD:
         return process_freebsd.boot_id()
     try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            return file.read().decode("ascii").strip()
     except OSError:
         return ""
 

@@ -17,7 +17,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bhystream.errors import BhyError, FormatError, GuestError, IncompatibleError
 
@@ -44,8 +44,7 @@ _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,253}/[0-9a-f]{1,64}")
 _ESCAPE = re.compile(rb"%([0-9a-f]{2})")
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """One answer.  id: the stream's id, 32 hex digits.  args: unescaped."""
 
     id: str

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from bhystream import hypervisors
-from bhystream.backend.base import Paused
 from bhystream.errors import GuestEndedError, InternalError
 from bhystream.guest import MOVED, PAUSED
 from bhystream.handover import handshake
 from bhystream.handover.answers import Answer
 from bhystream.handover.handshake import Act, Event
 from bhystream.handover.state import Record, Records
+
+if TYPE_CHECKING:
+    from bhystream.backend.base import Paused
 
 _PHASES = {
     Act.RECORD_PAUSED: PAUSED,
@@ -39,6 +41,15 @@ def open_alive(record: Record) -> Paused | None:
         return paused
     paused.close()
     return None
+
+
+def is_alive(record: Record) -> bool:
+    """Say whether a recorded guest is here, running or ready to be resumed.  Raises GuestError."""
+    paused = open_alive(record)
+    if paused is None:
+        return False
+    paused.close()
+    return True
 
 
 def end_guest(record: Record) -> None:
@@ -135,4 +146,4 @@ def asking(command: Sequence[str]) -> list[str]:
 def with_peer(record: Record, hello: Answer) -> Record:
     """Return the record, completed with the destination that said this HELLO."""
     host, directory = hello.args
-    return replace(record, host=host, directory=directory)
+    return record._replace(host=host, directory=directory)

@@ -28,9 +28,8 @@ import pwd
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from bhystream import durable
 from bhystream.errors import (
@@ -52,8 +51,7 @@ _OVER_LINE = re.compile("([0-9a-f]{32}) ([a-z-]{1,20})")
 Role = Literal["source", "destination"]
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One guest that stands at the end of a stream, or a stream's tombstone.
 
     id: the stream id, 32 hex digits.  guest: the guest's name.  operand: the
@@ -76,7 +74,7 @@ class Record:
     host: str = ""
     directory: str = ""
     keeper: int = 0
-    ask: list[str] = field(default_factory=list)
+    ask: Sequence[str] = ()
     throttled: bool = False
 
     @property
@@ -88,6 +86,7 @@ class Record:
     def from_json(fields: Mapping[str, Any]) -> Record:
         """Return the record with these fields.  Raises ValueError, TypeError if it is none."""
         made = Record(**fields)
+        made = made._replace(ask=tuple(made.ask))
         texts = (made.id, made.guest, made.operand, made.lock, made.phase)
         if made.phase not in PHASES or not all(isinstance(text, str) for text in texts):
             raise ValueError("not a record of bhysend or bhyrecv")
@@ -95,7 +94,7 @@ class Record:
 
     def with_phase(self, phase: str) -> Record:
         """Return the record with another phase, and with the time of now."""
-        return replace(self, phase=phase, time_ns=time.time_ns())
+        return self._replace(phase=phase, time_ns=time.time_ns())
 
 
 def default_directory() -> Path:
@@ -290,7 +289,7 @@ class Records:
         """Write a record durably.  Raises AccessError, InputOutputError."""
         path = self._dir / f"{record.id}.json"
         try:
-            durable.write(path, json.dumps(asdict(record)))
+            durable.write(path, json.dumps(record._asdict()))
         except OSError as error:
             raise from_oserror(error, f"record the guest in {path}") from error
 

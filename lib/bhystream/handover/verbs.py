@@ -10,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from bhystream import hypervisors
+from bhystream.commandline import Verb
 from bhystream.errors import EXIT_OK, BhyError, GuestError, StaleError, UsageError
 from bhystream.guest import DEAD, GO, HELD, LOADED, MOVED, PAUSED, READY, STARTED
 from bhystream.handover import leftover, state
-from bhystream.handover.recorded import end_guest, open_alive
+from bhystream.handover.recorded import end_guest, is_alive, open_alive
 from bhystream.handover.state import Lock, Record, Records, Role
-from bhystream.handover.where import Where, outcome, what_to_type
+from bhystream.handover.where import Where, what_to_type
 from bhystream.report import Console, host_name, printable
 from bhystream.signals import Interrupts
 from bhystream.stream.writer import write_all
@@ -30,35 +29,6 @@ _ID = 3  # the field of -l that has the stream id
 _STREAM_ID = re.compile("[0-9a-f]{32}")
 # The phases that a listing leaves out, because nobody has to decide anything.
 OVER = (STARTED, DEAD)
-_VERBS = ("-A", "-l", "-q", "--discard", "--resume")
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One of the verbs, parsed.  guest: name, operand or stream id, or None.
-
-    in_doubt: --resume also if GO may be out.
-    """
-
-    name: str
-    guest: str | None
-    in_doubt: bool = False
-
-
-def parse_verb(given: Sequence[str], operands: Sequence[str], usage: str) -> Verb | None:
-    """Return the verb among the options, None if there is none.
-
-    Raises UsageError if a verb has other options, or lacks its guest.
-    """
-    verbs = [name for name in given if name in _VERBS]
-    if not verbs:
-        return None
-    in_doubt = sorted(given) == ["--in-doubt", "--resume"]
-    if len(given) > 1 and not in_doubt:
-        raise UsageError(f"{verbs[0]} goes with no other option", usage)
-    if len(operands) > 1 or (verbs[0] not in ("-A", "-l") and not operands):
-        raise UsageError(f"{verbs[0]}: name one guest", usage)
-    return Verb(verbs[0], operands[0] if operands else None, in_doubt)
 
 
 def run(verb: Verb, role: Role, console: Console) -> int:
@@ -190,15 +160,6 @@ def _clear(record: Record, console: Console) -> None:
     console.log(f"guest {record.guest}: the leftovers of stream {record.id} are removed")
 
 
-def is_alive(record: Record) -> bool:
-    """Say whether a recorded guest is here, running or ready to be resumed.  Raises GuestError."""
-    paused = open_alive(record)
-    if paused is None:
-        return False
-    paused.close()
-    return True
-
-
 def _is_taken(record: Record) -> bool:
     """Say whether another guest has the name and has used the disks: this is no copy then."""
     paused = hypervisors.open_paused(record.revive)
@@ -280,49 +241,3 @@ def _resume(records: Records, record: Record, console: Console) -> None:
         records.remove(record.id)
     console.say(f"guest {record.guest}: it runs on {host_name()}")
     console.log(f"guest {record.guest}: stream {record.id} resumed")
-
-
-def refuse_held(base: Path, operand: str, lock_name: str | None = None) -> None:
-    """Raise GuestError if the guest to be sent still stands here since an earlier stream.
-
-    lock_name: the name of the guest's lock, if the caller has taken the lock: then
-    the lock decides which records are the guest's, because several operands may
-    name one guest.  The function removes a record whose guest is gone.  Raises
-    RecordError, AccessError, InputOutputError, too.
-    """
-    records = Records(base, "source")
-    if lock_name is None:
-        found = records.find(operand)
-    else:
-        found = [record for record in records.all() if record.lock == lock_name]
-    for record in found:
-        if lock_name is None:
-            # A process that is about to resume or end the guest goes first.
-            Lock(base, record.lock, f"guest {record.guest}").release()
-        try:
-            if not is_alive(record):
-                _forget(records, record)
-                continue
-        except BhyError:
-            continue  # another guest has its place now; opening the guest will tell
-        raise GuestError(
-            f"guest {record.guest}: {record.phase} here since an earlier stream",
-            _what_to_do(record, base),
-        )
-    for error in records.broken():
-        raise error
-
-
-def _forget(records: Records, record: Record) -> None:
-    """Remove the record of a guest that is gone, and the rest of the guest."""
-    paused = hypervisors.open_paused(record.revive)
-    paused.clear()
-    paused.close()
-    records.remove(record.id)
-
-
-def _what_to_do(record: Record, base: Path) -> str:
-    """Return what to type for a guest that stands here, and before it the host where it runs."""
-    where = outcome(record.phase)
-    there = f"it runs on {record.there}; " if where == Where.LEFT else ""
-    return there + what_to_type(where, record, base)

@@ -17,9 +17,9 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 from bhystream.errors import BhyError
 from bhystream.guest import GO, HELD, MOVED, PAUSED
@@ -77,8 +77,7 @@ def what_to_type(where: Where, record: Record, base: Path, name: str = "") -> st
     return ""
 
 
-@dataclass(frozen=True)
-class Unfinished:
+class Unfinished(NamedTuple):
     """A guest on which an act has failed.  text: what follows "guest web1: ".  hint: its cure."""
 
     where: Where

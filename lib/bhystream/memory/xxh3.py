@@ -18,9 +18,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -34,8 +34,8 @@ SECRET_BYTES = 192
 HASHES = ("XXH3_64bits_withSecret_dispatch", "XXH3_64bits_withSecret")
 MAKE_SECRET = "XXH3_generateSecret_fromSeed"
 
-# A page whose bytes differ, so that a function that reads too few bytes does not pass.
-PROBE = bytes((i * 167 + (i >> 8)) & 0xFF for i in range(4096))
+# A page without repetition, so that a function that reads too few bytes does not pass.
+PROBE = struct.pack("<2048H", *range(2048))
 PROBE_SEED = 0x9E3779B97F4A7C15
 
 _HASH = ctypes.CFUNCTYPE(
@@ -44,8 +44,7 @@ _HASH = ctypes.CFUNCTYPE(
 _MAKE_SECRET = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_uint64)
 
 
-@dataclass(frozen=True)
-class Functions:
+class Functions(NamedTuple):
     """Addresses of two C functions, valid for the life of the process.
 
     hash_address: uint64_t f(const void *input, size_t input_bytes,

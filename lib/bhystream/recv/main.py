@@ -11,23 +11,24 @@ from collections.abc import Sequence
 
 from bhystream import commandline, inherited
 from bhystream.errors import EXIT_OK, BhyError, UsageError, as_error
-from bhystream.handover import state, verbs
-from bhystream.recv import query
-from bhystream.recv.incoming import Incoming
-from bhystream.recv.judge import Judge
+from bhystream.handover import state
 from bhystream.recv.options import Options, parse_options
-from bhystream.recv.receiving import RecvJob
-from bhystream.recv.reply import Reply, Silence, TimedInput
 from bhystream.report import Console
 from bhystream.signals import Signals
 from bhystream.stream.format import Form
-from bhystream.stream.verify import Walk
 
 _STDIN = 0
 
 
 def receive(opts: Options, console: Console) -> int:
     """Receive the stream on standard input; return the exit status.  Raises BhyError."""
+    # A call that is a verb needs none of these.
+    from bhystream.recv.incoming import Incoming
+    from bhystream.recv.judge import Judge
+    from bhystream.recv.receiving import RecvJob
+    from bhystream.recv.reply import Reply, Silence, TimedInput
+    from bhystream.stream.verify import Walk
+
     commandline.refuse_closed(_STDIN, "standard input", os.O_WRONLY)
     if os.isatty(_STDIN):
         raise UsageError("standard input is a terminal: a stream comes from a pipe or a file")
@@ -86,8 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str], console: Console) -> int:
     parsed = parse_options(argv)
-    if isinstance(parsed, verbs.Verb):
+    if isinstance(parsed, commandline.Verb):
         if parsed.name == "-q":
+            from bhystream.recv import query
+
             return query.run(parsed.guest or "", console)
+        from bhystream.handover import verbs
+
         return verbs.run(parsed, "destination", console)
     return receive(parsed, console)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 from bhystream import commandline, hypervisors, inherited
-from bhystream.backend.base import Sink
 from bhystream.errors import IncompatibleError, UsageError
 from bhystream.guest import Head
-from bhystream.handover import verbs
 from bhystream.stream.format import Form
-from bhystream.stream.verify import Walk
+
+if TYPE_CHECKING:
+    from bhystream.backend.base import Sink
+    from bhystream.stream.verify import Walk
 
 USAGE = """\
 usage: bhyrecv [-fnPuv] [--again] [-o key=value]... [-S directory] [-x key]... [guest]
@@ -22,8 +24,7 @@ usage: bhyrecv [-fnPuv] [--again] [-o key=value]... [-S directory] [-x key]... [
        bhyrecv --resume guest"""
 
 
-@dataclass
-class Options:
+class Options(NamedTuple):
     """The command line, parsed."""
 
     guest: str | None = None
@@ -33,8 +34,8 @@ class Options:
     unstarted: bool = False
     verbose: bool = False
     again: bool = False
-    resources: dict[str, str] = field(default_factory=dict)
-    dropped: list[str] = field(default_factory=list)
+    resources: Mapping[str, str] = MappingProxyType({})
+    dropped: tuple[str, ...] = ()
     directory: str | None = None
 
     def refuse_answered(self) -> None:
@@ -67,19 +68,19 @@ class Options:
         )
 
 
-def parse_options(argv: Sequence[str]) -> Options | verbs.Verb:
+def parse_options(argv: Sequence[str]) -> Options | commandline.Verb:
     """Parse the command line.  Raises UsageError."""
     found, operands = commandline.parse(
         argv, "flno:PqS:uvx:", ["again", "discard", "resume"], USAGE
     )
     names = [name for name, _ in found]
-    verb = verbs.parse_verb(names, operands, USAGE)
+    verb = commandline.parse_verb(names, operands, USAGE)
     if verb:
         return verb
     if len(operands) > 1:
         raise UsageError("name at most one guest", USAGE)
     _refuse_mixtures(names)
-    opts = Options(
+    return Options(
         guest=operands[0] if operands else None,
         force="-f" in names,
         dry_run="-n" in names,
@@ -87,19 +88,22 @@ def parse_options(argv: Sequence[str]) -> Options | verbs.Verb:
         unstarted="-u" in names,
         verbose="-v" in names,
         again="--again" in names,
+        resources=_resources([value for name, value in found if name == "-o"]),
+        dropped=tuple(value for name, value in found if name == "-x"),
+        directory=dict(found).get("-S"),
     )
-    for name, value in found:
-        if name == "-o":
-            key, equals, text = value.partition("=")
-            if not equals or key in opts.resources:
-                # The value is left out, because it may be a password.
-                raise UsageError(f"-o {key}: not a key=value, or given twice", USAGE)
-            opts.resources[key] = text
-        elif name == "-x":
-            opts.dropped.append(value)
-        elif name == "-S":
-            opts.directory = value
-    return opts
+
+
+def _resources(given: Sequence[str]) -> dict[str, str]:
+    """Return the keys and values of -o.  Raises UsageError."""
+    resources: dict[str, str] = {}
+    for word in given:
+        key, equals, text = word.partition("=")
+        if not equals or key in resources:
+            # The value is left out, because it may be a password.
+            raise UsageError(f"-o {key}: not a key=value, or given twice", USAGE)
+        resources[key] = text
+    return resources
 
 
 def _refuse_mixtures(names: Sequence[str]) -> None:

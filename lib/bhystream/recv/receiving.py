@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bhystream.errors import IncompatibleError
 from bhystream.guest import LOADED
-from bhystream.handover import state, verbs
+from bhystream.handover import recorded, state
 from bhystream.recv.options import Options
 from bhystream.recv.reply import Reply, Silence, TimedInput
 from bhystream.report import Console
@@ -64,7 +64,7 @@ def require_startable(opts: Options, walk: Walk, records: state.Records) -> None
         return  # snapshot files start nothing, and may be made from a stream again
     id_ = walk.header.stream_id.hex()
     record = records.get(id_)
-    if record and record.phase == LOADED and verbs.is_alive(record):
+    if record and record.phase == LOADED and recorded.is_alive(record):
         raise IncompatibleError(
             f"stream {id_} stands loaded on this host, as {record.operand}",
             f"bhyrecv --resume {id_}, or bhyrecv --discard {id_}",

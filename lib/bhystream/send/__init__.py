@@ -7,6 +7,8 @@ job.py           what all parts of one move share
 custody.py       the guest from its pause on: the acts on it, and what a failure means
 stopwatch.py     the pause, measured and reported
 rounds.py        the rounds of one move
+head.py          the header and the head sections
+spans.py         the guest's memory in the order of a round
 transfer.py      one round: from a mapping through the hash table to MEMORY sections
 scan.py          the last scan, by as many threads as the guest has vCPUs
 precopy.py       when to go on, stop or give up: pure functions

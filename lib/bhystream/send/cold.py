@@ -15,8 +15,9 @@ from bhystream.backend.base import Snapshot
 from bhystream.errors import EXIT_OK, UsageError, as_error
 from bhystream.guest import Head
 from bhystream.report import Console, Progress
+from bhystream.send.head import new_header, write_head
 from bhystream.send.options import SendOptions
-from bhystream.send.transfer import Transfer, new_header, write_head
+from bhystream.send.transfer import Transfer
 from bhystream.signals import Signals
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Form, Type

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bhystream import hypervisors
 from bhystream.backend.base import Paused
@@ -343,9 +343,8 @@ class Custody:
             self._keeper = self._start_keeper()
 
     def _record(self, phase: str) -> None:
-        throttled = self._machine.at == SourceState.THROTTLED
-        changed = replace(
-            self.record.with_phase(phase), keeper=self._keeper.pid, throttled=throttled
+        changed = self.record.with_phase(phase)._replace(
+            keeper=self._keeper.pid, throttled=self._machine.at == SourceState.THROTTLED
         )
         self._records.write(changed)
         self.record = changed

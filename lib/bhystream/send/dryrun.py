@@ -13,29 +13,31 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from bhystream.backend.base import Described, Readable
 from bhystream.errors import EXIT_OK, BhyError, InternalError
 from bhystream.guest import PAGE_BYTES, Head
 from bhystream.memory.page import PageHasher, mark_changed
 from bhystream.report import Console
+from bhystream.send.head import new_header, new_seed, write_head
 from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits, forecast
-from bhystream.send.transfer import new_header, new_seed, spans, write_head
+from bhystream.send.spans import spans
 from bhystream.signals import Signals
 from bhystream.stream.format import Feature, Form
 from bhystream.stream.writer import Writer, write_all
 from bhystream.units import NS, counted, duration, size
+
+if TYPE_CHECKING:
+    from bhystream.backend.base import Described, Readable
 
 _STDOUT = 1
 _EXPOSURE_SECONDS = 1.0
 _LINKS = (("1 Gbit/s", 10**9 / 8), ("10 Gbit/s", 10**10 / 8), ("25 Gbit/s", 25 * 10**9 / 8))
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(NamedTuple):
     """The result of two scans.
 
     touched_pages: allocated at the source.  data_pages: other than zero.

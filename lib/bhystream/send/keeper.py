@@ -36,7 +36,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ class Keeper:
             raise GuestError(f"{failure}: {error.strerror}") from error
         try:
             self._socket.settimeout(_START_SECONDS)
-            order = {"base": str(base), "record": asdict(record), "answers": answers}
+            order = {"base": str(base), "record": record._asdict(), "answers": answers}
             self._socket.sendall(json.dumps(order).encode() + b"\n")
             if _receive(self._socket, len(_READY)) != _READY:
                 raise GuestError(failure)

@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bhystream import commandline, hypervisors, inherited
 from bhystream.errors import InternalError, UsageError, as_error
-from bhystream.handover import prune, state, verbs
+from bhystream.handover import prune, standing, state
 from bhystream.report import Console
-from bhystream.send.job import SendJob
 from bhystream.send.options import AS_IT_IS, SendOptions, parse_options
 from bhystream.signals import Signals
+
+if TYPE_CHECKING:
+    from bhystream.send.job import SendJob
 
 _STDOUT = 1
 
@@ -36,14 +38,14 @@ def send(opts: SendOptions, console: Console) -> int:
             raise UsageError("standard output is a terminal: a stream goes into a pipe or a file")
     signals = Signals()
     base = state.directory()
-    verbs.refuse_held(base, opts.guest)
+    standing.refuse_held(base, opts.guest)
     what = hypervisors.Sending(opts.guest, base, config=opts.config, force=opts.limits.finish)
     if what.is_cold:
         return send_cold(what, opts, base, console, signals)
     source = hypervisors.open_source(what)
     try:
         with state.Lock(base, source.lock_name, f"guest {source.name}") as lock:
-            verbs.refuse_held(base, opts.guest, source.lock_name)
+            standing.refuse_held(base, opts.guest, source.lock_name)
             if opts.dry_run:
                 from bhystream.send import dryrun
 
@@ -51,6 +53,8 @@ def send(opts: SendOptions, console: Console) -> int:
                 if not opts.machine:  # the report for people contains every warning
                     state.Told(base, source.lock_name).new(source.warnings(), everything=True)
                 return status
+            from bhystream.send.job import SendJob
+
             return move(SendJob(opts, base, console, signals, source, lock))
     finally:
         source.close()
@@ -119,10 +123,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str], console: Console, umask: int) -> int:
     parsed = parse_options(argv)
-    if isinstance(parsed, verbs.Verb):
+    if isinstance(parsed, commandline.Verb):
         if parsed.name == "-A":
             from bhystream.send import third_stage
 
             return third_stage.run(parsed.guest, console)
+        from bhystream.handover import verbs
+
         return verbs.run(parsed, "source", console)
-    return send(replace(parsed, umask=umask), console)
+    return send(parsed._replace(umask=umask), console)

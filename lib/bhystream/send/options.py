@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bhystream import commandline
 from bhystream.errors import UsageError
-from bhystream.handover import verbs
 from bhystream.send.precopy import MAX_THROTTLE, Limits
 from bhystream.stream.format import Feature, Form
 from bhystream.units import rate_bytes, time_ns
@@ -25,8 +24,7 @@ usage: bhysend [-afknPv] [-B rate] [-C config] [-d time] [-p hook] [-r rounds]
 AS_IT_IS = -1
 
 
-@dataclass
-class SendOptions:
+class SendOptions(NamedTuple):
     """The command line of bhysend, parsed.
 
     guest: the operand.  command: the words of the command form, else empty.  hook: -p.
@@ -60,13 +58,13 @@ class SendOptions:
         return Feature.ZSTD if self.level is not None else Feature(0)
 
 
-def parse_options(argv: Sequence[str]) -> SendOptions | verbs.Verb:
+def parse_options(argv: Sequence[str]) -> SendOptions | commandline.Verb:
     """Parse the command line of a move or of a verb.  Raises UsageError if it is wrong."""
     found, operands = commandline.parse(
         argv, "AaB:C:d:fklnPp:r:T:vz:", ["discard", "in-doubt", "resume", "throttle="], USAGE
     )
     given = dict(found)
-    verb = verbs.parse_verb([name for name, _ in found], operands, USAGE)
+    verb = commandline.parse_verb([name for name, _ in found], operands, USAGE)
     if verb:
         return verb
     if not operands:

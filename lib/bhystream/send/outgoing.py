@@ -31,10 +31,10 @@ from bhystream.handover.where import Where, what_to_type
 from bhystream.report import Progress
 from bhystream.send.conversation import Conversation, Route
 from bhystream.send.custody import Custody, Recovered
+from bhystream.send.head import new_header, write_head
 from bhystream.send.job import Begun, SendJob
 from bhystream.send.rounds import STALL_SECONDS, Rounds
 from bhystream.send.stopwatch import Stopwatch
-from bhystream.send.transfer import new_header, write_head
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Form, Header, Type
 from bhystream.stream.writer import Writer

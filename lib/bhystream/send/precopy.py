@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from bhystream.guest import PAGE_BYTES
 from bhystream.units import NS
@@ -48,8 +48,7 @@ class Decision(Enum):
     GIVE_UP = "give up"
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """What the operator allows.
 
     downtime_ns: time to send the last dirty set.  rounds: how many live rounds
@@ -67,8 +66,7 @@ class Limits:
     throttle: int = 0
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """What one live round measured.
 
     start_ns, end_ns: monotonic clock.  data_pages: sent with bytes.
@@ -96,8 +94,7 @@ class Round:
         return self.data_pages + self.zero_pages
 
 
-@dataclass(frozen=True)
-class Outlook:
+class Outlook(NamedTuple):
     """What a stop now would mean.
 
     last_pages: the pages expected in the last dirty set.  copy_ns: the time to send

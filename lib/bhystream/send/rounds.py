@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from bhystream.backend.base import Prepared
 from bhystream.errors import DowntimeError, InputOutputError
@@ -187,8 +186,7 @@ class Rounds:
         writer = self._begun.writer
         before, start_ns = writer.offset_bytes, time.monotonic_ns()
         self._begun.talk.settle()
-        self._found[0] = replace(
-            self._found[0],
+        self._found[0] = self._found[0]._replace(
             settle_ns=time.monotonic_ns() - start_ns,
             sent_bytes=self._found[0].sent_bytes + writer.offset_bytes - before,
         )

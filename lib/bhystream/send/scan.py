@@ -23,25 +23,11 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 
 from bhystream.memory.page import PageHasher, find_changed
+from bhystream.send.spans import Span
 
 # 32 MiB take some milliseconds: long against a switch of threads, short against a pause.
 PIECE_PAGES = 8192
 _MAX_THREADS = 64
-
-
-@dataclass(frozen=True)
-class Span:
-    """A piece of one segment, in pages of that segment: [first, end).
-
-    base_page: the segment's first page, in global pages.  present: the pages of the
-    span may be other than zero, and may be read.
-    """
-
-    segment: int
-    base_page: int
-    first: int
-    end: int
-    present: bool
 
 
 @dataclass(frozen=True)

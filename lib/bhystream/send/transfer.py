@@ -37,21 +37,20 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from bhystream import __version__
 from bhystream.backend.base import Readable
-from bhystream.guest import Head, Layout
+from bhystream.guest import Layout
 from bhystream.memory.batch import Batch
 from bhystream.memory.inplace import PagesInPlace
 from bhystream.memory.page import PageHasher
 from bhystream.send.precopy import Round
-from bhystream.send.scan import Piece, Scan, Span
+from bhystream.send.scan import Piece, Scan
+from bhystream.send.spans import Span, spans
 from bhystream.stream import format as fmt
-from bhystream.stream.format import Feature, Form, Header, Type
+from bhystream.stream.format import Type
 from bhystream.stream.writer import Writer
-from bhystream.strict_json import pack_json
 from bhystream.units import NS
 
 if TYPE_CHECKING:
@@ -67,26 +66,6 @@ ZSTD_BATCH_PAGES = 256
 _STRIDE_PAGES = 1 << 15
 # A zstd frame is sent if it saves more than a sixteenth; else the pages as they are.
 _WORTH = 15 / 16
-
-
-def spans(layout: Layout, touched: Iterator[tuple[int, int]]) -> Iterator[Span]:
-    """Yield spans that cover the whole guest in order, touched and untouched.
-
-    touched: extents [first, end) in global pages, which ascend; none crosses a segment
-    border.  No span is empty.
-    """
-    pending = next(touched, None)
-    for index, (base, border) in enumerate(layout.extents()):
-        at = base
-        while pending and pending[0] < border:
-            first, end = pending
-            if at < first:
-                yield Span(index, base, at - base, first - base, False)
-            yield Span(index, base, first - base, end - base, True)
-            at = end
-            pending = next(touched, None)
-        if at < border:
-            yield Span(index, base, at - base, border - base, False)
 
 
 def _compressor(level: int) -> ZstdCompressor:
@@ -291,29 +270,3 @@ class _UnderWay:
             sent_bytes=offset_bytes - self._start_bytes,
             write_ns=self.write_ns,
         )
-
-
-PROGRAM = f"bhysend {__version__}"
-
-
-def new_header(form: Form, features: Feature) -> Header:
-    """Return the header of a new stream, with an id and a seed that no other stream has."""
-    return Header(form, features, os.urandom(fmt.STREAM_ID_BYTES), new_seed())
-
-
-def new_seed() -> int:
-    """Return a seed for page hashes that nobody can guess."""
-    return int.from_bytes(os.urandom(8), "little")
-
-
-def write_head(writer: Writer, head: Head, program: str = PROGRAM) -> None:
-    """Write HOST to HEAD_END: all that cannot change while the guest runs.
-
-    Raises InputOutputError.
-    """
-    host = {**head.host, "program": program}
-    writer.section(Type.HOST, pack_json(host))
-    writer.section(Type.LAYOUT, fmt.pack_layout(head.layout))
-    writer.section(Type.CONFIG, pack_json(head.config))
-    writer.section(Type.DEVICES, pack_json(list(head.devices)))
-    writer.section(Type.HEAD_END)

@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, VMM_DIR, MemoryMap
@@ -127,7 +126,7 @@ class Machine:
         guest = Guest(memory, devices, gate, ncpus)
         if self._snapshot is not None:
             guest.hold_vcpus()
-        node.write_map(self._directory, self._name, replace(mapped, is_active=True))
+        node.write_map(self._directory, self._name, mapped._replace(is_active=True))
         return guest
 
     def _restored_size(self, snapshot: Snapshot) -> tuple[int, tuple[int, int, int]]:

@@ -5,15 +5,14 @@ StandinHost implements Host of backend/bhyve/host.py; vm.py implements its VMs.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+
+import xxhash
 
 from bhystream import inherited
 from bhystream.backend.bhyve.host import VMM_DIR, Disk
@@ -94,7 +93,7 @@ class StandinHost:
         if given is not None:
             return given
         modules = sorted(Path(__file__).parent.glob("*.py"))
-        return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
+        return xxhash.xxh3_128_hexdigest(b"".join(module.read_bytes() for module in modules))
 
     def can_snapshot(self) -> bool | None:
         """Return host.json's value."""
@@ -116,7 +115,7 @@ class StandinHost:
         if not stat.S_ISREG(found.st_mode) or not os.access(path, os.R_OK):
             return None
         disk = Disk(found.st_size, 512, False, os.access(path, os.W_OK))
-        return replace(disk, **read_settings(self._directory).disks.get(path, {}))
+        return disk._replace(**read_settings(self._directory).disks.get(path, {}))
 
     def mtu(self, interface: str) -> int | None:
         """Return host.json's MTU of a tap, else 1500; None if there is no such tap."""
@@ -249,6 +248,8 @@ def _available_bytes() -> int:
 
 def _run(*command: str) -> str:
     """Run a command; return "", or the first line of its complaint if the command fails."""
+    import subprocess  # few questions need a program
+
     try:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     except OSError as error:

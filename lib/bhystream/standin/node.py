@@ -12,8 +12,8 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, LOWMEM_LIMIT_BYTES, MemoryMap
 from bhystream.errors import GuestError, from_oserror
@@ -63,8 +63,7 @@ def destroy(directory: Path, name: str) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class Map:
+class Map(NamedTuple):
     """The content of NAME.map.
 
     topology: sockets, cores, threads.  is_active: the VM's vCPUs were activated
@@ -91,7 +90,8 @@ def write_map(directory: Path, name: str, written: Map) -> None:
     """Replace a VM's map atomically.  Raises OSError if the map cannot be written."""
     path = beside(directory, name, "map")
     new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(asdict(written)))
+    maps = [entry._asdict() for entry in written.maps]
+    new.write_text(json.dumps({**written._asdict(), "maps": maps}))
     new.replace(path)
 
 

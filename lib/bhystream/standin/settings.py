@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from bhystream.errors import GuestError
 
@@ -33,8 +33,7 @@ FAILURES = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """The keys of host.json, each with its default.
 
     generation: the version of the checkpoint interface, 4 (FreeBSD 14 and 15) or 5 (16); it
@@ -58,9 +57,9 @@ class Settings:
     knows_suspending_lock: bool = True
     can_snapshot: bool | None = True
     module_hash: str = "766d6d2e6b6f"
-    disks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    mtus: Mapping[str, int] = field(default_factory=dict)
-    sysctl: Mapping[str, str] = field(default_factory=dict)
+    disks: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    mtus: Mapping[str, int] = MappingProxyType({})
+    sysctl: Mapping[str, str] = MappingProxyType({})
 
     @property
     def clamps_devices(self) -> bool:
@@ -82,7 +81,7 @@ def read_settings(directory: Path) -> Settings:
         raise GuestError(f"cannot read {path}: {error}") from error
     if not isinstance(found, dict):
         raise GuestError(f"{path} is not a JSON object")
-    unknown = found.keys() - {f.name for f in fields(Settings)}
+    unknown = found.keys() - set(Settings._fields)
     if unknown:
         raise GuestError(f"{path}: unknown key: {', '.join(sorted(unknown))}")
     if "fail" in found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 
 from .settings import read_settings
@@ -37,6 +36,8 @@ def sysctl(directory: Path, name: str) -> str | None:
     settings = read_settings(directory)
     given = settings.sysctl.get(name)
     if given is None and name == "kern.hostuuid":
+        import uuid
+
         return str(uuid.uuid5(uuid.NAMESPACE_URL, str(directory)))
     own = {**_SYSCTL, **_RELEASE[settings.generation]}
     return own.get(name) if given is None else given

@@ -15,7 +15,6 @@ from bhystream.guest import PAGE_BYTES
 
 from . import node
 from .cpu import Cpus
-from .interpreter import Interpreter
 from .settings import read_settings
 from .sysctl import sysctl
 
@@ -130,6 +129,8 @@ class StandinVm:
 
         Raises GuestError as Interpreter.run() does.
         """
+        from .interpreter import Interpreter  # a dry run runs no vCPU
+
         lowmem = self._lowmem
         with self._cpus.locked():
             return Interpreter(self._cpus[vcpu], lowmem).run()

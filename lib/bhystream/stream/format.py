@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Any, NamedTuple, NoReturn
 
@@ -146,8 +145,7 @@ END_MAY_START = 1
 END_NO_MEMORY = 2
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """The first 72 bytes.  stream_id: 16 bytes; seed: u64."""
 
     form: Form
@@ -157,8 +155,7 @@ class Header:
     version: int = VERSION
 
 
-@dataclass(frozen=True)
-class RoundEnd:
+class RoundEnd(NamedTuple):
     """The counts of one round, in pages."""
 
     round: int
@@ -166,8 +163,7 @@ class RoundEnd:
     zero_pages: int
 
 
-@dataclass(frozen=True)
-class Time:
+class Time(NamedTuple):
     """When the source paused the guest, in ns since the Epoch, and for how long so far, in ns."""
 
     paused_at_ns: int

@@ -7,6 +7,7 @@ The pieces, in the order in which a move meets them:
       freebsd_vm.py ioctl.py   one VM: memory map, mapping, topology, dirty log
       freebsd_text.py libc.py  what programs print; mincore(2) and sysctl(3)
       freebsd_kld.py freebsd_disk.py  what vmm.ko can; disks and interfaces
+    datastore.py  where vm-bhyve keeps a guest
     vmbhyve.py    vm-bhyve's description of a guest, and its last start
       vmconf.py   vm-bhyve's files, read by vm-bhyve's rules, and what has changed in them
     locks.py      vm-bhyve's locks: told before the guest is killed, changed afterwards
@@ -22,6 +23,7 @@ The pieces, in the order in which a move meets them:
     verdict.py    the reasons against a guest on this host
       backing.py  what stands behind disks and cards, at the source and at the destination
       supervisors.py  what would start a guest again after the guest has moved
+    layout.py     where bhyve puts a guest's memory
     memory.py     guest memory, mapped; residency.py: which pages were touched
     restoredguest.py  the record of a guest at the destination, and its two directories
     nvlist.py     libnv, the language of the checkpoint socket
@@ -38,6 +40,7 @@ The pieces, in the order in which a move meets them:
       fifo.py       the FIFO in which bhyve's last write waits
     paused.py     BhyvePaused: base.Paused of a source's guest, and its record
     fpu.py        the FPU that snapshots leave out: stored and loaded by the vCPUs
+      carriable.py  which vCPUs' FPU cannot be carried, as far as a running guest shows
       fpustate.py   the FPU of a held guest, with the directory's journal
       stub.py       the few instructions that the vCPUs run
       lent.py       a vCPU and twelve pages, lent to the stub and given back

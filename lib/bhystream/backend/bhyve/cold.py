@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from bhystream import durable
-from bhystream.backend.base import BHYVE
 from bhystream.backend.bhyve import snapshot, snapshotfiles
-from bhystream.backend.bhyve.snapshot import Meta, layout_of, memory_spans
+from bhystream.backend.bhyve.layout import layout_of, memory_spans
+from bhystream.backend.bhyve.snapshot import Meta
 from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.errors import GuestError, IncompatibleError, InternalError, from_oserror
-from bhystream.guest import GUEST_NAME, Head, Json, State
+from bhystream.guest import BHYVE, GUEST_NAME, Head, Json, State
 from bhystream.memory import hole
 from bhystream.memory.mapping import unmap
 from bhystream.memory.target import FileTarget

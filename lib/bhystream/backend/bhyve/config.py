@@ -15,8 +15,7 @@ bhyve expands %(name) when bhyve reads a value; this module expands it before.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from bhystream.backend.bhyve import keys as known
 from bhystream.backend.bhyve.defaults import explicit, memory_bytes
@@ -36,8 +35,7 @@ _RENAMED = {
 }
 
 
-@dataclass(frozen=True)
-class GuestConfig:
+class GuestConfig(NamedTuple):
     """One guest's configuration, in both forms.
 
     name: [A-Za-z0-9._-]{1,64}.  full: every key with its value, so that no
@@ -48,7 +46,7 @@ class GuestConfig:
     name: str
     full: Mapping[str, str]
     section: Mapping[str, Any]
-    computed: frozenset[str] = field(default=frozenset())
+    computed: frozenset[str] = frozenset()
 
     def resources(self) -> dict[str, str]:
         """Return the resource keys with the values of this host: paths, taps, addresses."""

@@ -14,6 +14,7 @@ from typing import Any
 from bhystream.backend.bhyve import fpu, snapshot
 from bhystream.backend.bhyve.config import devices as devices_of
 from bhystream.backend.bhyve.keys import shown
+from bhystream.backend.bhyve.layout import layout_of
 from bhystream.backend.bhyve.snapshot import Meta
 from bhystream.backend.bhyve.validate import is_bare, validate
 from bhystream.errors import FormatError, GuestError, IncompatibleError
@@ -36,7 +37,7 @@ class BhyveContents:
     def layout(self, layout: Layout) -> None:
         """Compare LAYOUT with CONFIG.  Raises IncompatibleError if the two differ."""
         size = int(self._section["keys"]["memory.size"])
-        if layout != snapshot.layout_of(size):
+        if layout != layout_of(size):
             raise IncompatibleError(f"the segments are not those of memory.size={size}")
 
     def devices(self, devices: tuple[str, ...]) -> None:

@@ -24,7 +24,6 @@ Read, not run.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -42,14 +41,20 @@ _TOPOLOGY = ("sockets", "cores", "threads")
 def default_mac(slot: Slot, name: str) -> str:
     """Return the MAC address of a card without a mac key.  name: the guest's."""
     seed = f"{slot.slot}-{slot.func}-{name}"[:79]
-    digest = hashlib.md5(os.fsencode(seed), usedforsecurity=False).digest()
+    digest = _md5(seed)
     return ":".join(f"{octet:02x}" for octet in b"\x00\xa0\x98" + digest[:3])
 
 
 def default_serial(path: str) -> str:
     """Return the serial number of a disk without a ser key, 20 characters."""
-    digest = hashlib.md5(os.fsencode(path), usedforsecurity=False).hexdigest().upper()
+    digest = _md5(path).hex().upper()
     return f"BHYVE-{digest[0:4]}-{digest[4:8]}-{digest[8:12]}"
+
+
+def _md5(text: str) -> bytes:
+    import hashlib  # loads OpenSSL, and most configurations leave nothing to make up
+
+    return hashlib.md5(os.fsencode(text), usedforsecurity=False).digest()
 
 
 def memory_bytes(size: str) -> int:

@@ -47,6 +47,7 @@ from dataclasses import dataclass, replace
 
 from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve import stub
+from bhystream.backend.bhyve.carriable import not_carried
 from bhystream.backend.bhyve.host import Vm
 from bhystream.backend.bhyve.journal import Journal
 from bhystream.backend.bhyve.lent import LIMIT_S, NotPutBackError, flag, lent, run_to_end
@@ -83,22 +84,6 @@ class Saved:
     reasons: tuple[str, ...]
 
 
-def carriable(vm: Vm, ncpus: int) -> list[str]:
-    """Return why FPU registers of a running guest cannot be carried, as far as known so early.
-
-    Returns one line for each such vCPU.  Costs each vCPU one exit.  Raises
-    GuestError, or AccessError if vmm may not be asked.
-    """
-    waiting = vm.waiting_vcpus()
-    reasons = []
-    for vcpu in range(ncpus):
-        if vcpu in waiting:
-            reasons.append(_reason(vcpu, "it was never started"))
-        elif not vm.registers(vcpu, (reg.EFER,))[0] & reg.EFER_LMA:
-            reasons.append(_reason(vcpu, "it is not in long mode"))
-    return reasons
-
-
 def save(vm: Vm, memory: Lowmem, ncpus: int, journal: Journal) -> Saved:
     """Save the FPU registers of every vCPU of a guest that stands held at the source.
 
@@ -117,7 +102,7 @@ def save(vm: Vm, memory: Lowmem, ncpus: int, journal: Journal) -> Saved:
             except NotPutBackError:
                 raise
             except (GuestError, AccessError) as error:
-                reasons.append(_reason(vcpu, str(error)))
+                reasons.append(not_carried(vcpu, str(error)))
     return Saved(tuple(states), tuple(reasons))
 
 
@@ -202,10 +187,6 @@ def _cpl(values: Mapping[int, int]) -> int:
     if not values[reg.CR0] & reg.CR0_PE:
         return 0
     return 3 if values[reg.RFLAGS] & reg.RFLAGS_VM else values[reg.CS] & 3
-
-
-def _reason(vcpu: int, why: str) -> str:
-    return f"the FPU registers of vCPU {vcpu} are not carried: {why}"
 
 
 def parse(state: State) -> tuple[int, int, bytes]:

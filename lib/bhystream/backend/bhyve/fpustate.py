@@ -22,20 +22,6 @@ from bhystream.errors import AccessError, GuestError
 from bhystream.guest import State
 
 
-def reasons(host: Host, name: str, ncpus: int) -> list[str]:
-    """Return why FPU registers of a running guest cannot be carried, as far as is known so early.
-
-    Raises GuestError if the VM cannot be opened, AccessError if it may not be.
-    """
-    vm = host.open_vm(name)
-    try:
-        return fpu.carriable(vm, ncpus)
-    except GuestError as error:
-        return [f"fpu: {error}"]
-    finally:
-        vm.close()
-
-
 def save(
     host: Host, name: str, ncpus: int, directory: SnapshotDir
 ) -> tuple[Sequence[State], Sequence[str]]:

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from bhystream.errors import GuestError
 
@@ -29,8 +28,7 @@ class NoBhyveError(GuestError):
     """This host has no bhyve: it does not run FreeBSD, and no stand-in is named."""
 
 
-@dataclass(frozen=True)
-class MemoryMap:
+class MemoryMap(NamedTuple):
     """One entry of a guest's memory map.  Source: vmm_dev.h, struct vm_memmap.
 
     gpa: guest physical address, in bytes.  length_bytes: a multiple of 4096.
@@ -46,8 +44,7 @@ class MemoryMap:
     is_wired: bool
 
 
-@dataclass(frozen=True)
-class SegmentDescriptor:
+class SegmentDescriptor(NamedTuple):
     """The hidden part of a segment register.  Source: vmm.h, struct seg_desc."""
 
     base: int
@@ -55,8 +52,7 @@ class SegmentDescriptor:
     access: int
 
 
-@dataclass(frozen=True)
-class Disk:
+class Disk(NamedTuple):
     """The facts of a disk's backing on which a guest's saved state depends.
 
     size_bytes, sector_bytes: as bhyve finds them.  can_delete: bhyve offers

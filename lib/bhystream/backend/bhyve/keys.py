@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bhystream.errors import IncompatibleError
 
@@ -68,8 +68,7 @@ Source: usr.sbin/bhyve/net_backends.c, netbe_init(); net_backend_*.c, FreeBSD 15
 """
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """What becomes of a key.
 
     role: "guest", "resource" or "host".  clean: the check of the key's value.
@@ -79,8 +78,7 @@ class Rule:
     clean: Clean
 
 
-@dataclass(frozen=True, order=True)
-class Slot:
+class Slot(NamedTuple):
     """Where a PCI device sits: bus 0 to 255, slot 0 to 31, function 0 to 7."""
 
     bus: int
@@ -125,8 +123,7 @@ def number(low: int, high: int) -> Clean:
 
 def text(pattern: str) -> Clean:
     """Return a Clean for values that match a pattern; letters keep their case."""
-    compiled = re.compile(pattern)
-    return lambda value: value if compiled.fullmatch(value) else None
+    return lambda value: value if re.fullmatch(pattern, value) else None
 
 
 def one_of(*words: str) -> Clean:

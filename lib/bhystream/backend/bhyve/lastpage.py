@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bhystream import durable
-from bhystream.backend.bhyve.snapshot import memory_spans
+from bhystream.backend.bhyve.layout import memory_spans
 from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.guest import PAGE_BYTES
 

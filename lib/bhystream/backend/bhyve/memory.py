@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import chain
 
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, LOWMEM_LIMIT_BYTES, Host, MemoryMap, Vm
+from bhystream.backend.bhyve.layout import layout_of, memory_spans
 from bhystream.backend.bhyve.residency import believes_mincore, dirty_extents, extents
-from bhystream.backend.bhyve.snapshot import layout_of, memory_spans
 from bhystream.errors import IncompatibleError
 from bhystream.memory.mapping import unmap
 
@@ -39,8 +38,7 @@ def system_memory(maps: Sequence[MemoryMap], who: str) -> list[MemoryMap]:
             continue
         if found and found[-1].gpa + found[-1].length_bytes == one.gpa:
             before = found.pop()
-            one = replace(
-                before,
+            one = before._replace(
                 length_bytes=before.length_bytes + one.length_bytes,
                 is_wired=before.is_wired and one.is_wired,
             )

@@ -19,7 +19,7 @@ import os
 import socket
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bhystream.errors import FormatError
 
@@ -44,8 +44,7 @@ _U64 = struct.Struct("<Q")
 _INT = array.array("i").itemsize
 
 
-@dataclass(frozen=True)
-class Descriptor:
+class Descriptor(NamedTuple):
     """A file descriptor as a value; pack() and receive() say who owns the descriptor."""
 
     fd: int

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from bhystream.backend.bhyve import backing, verdict, vmbhyve
+from bhystream.backend.bhyve import backing, verdict
 from bhystream.backend.bhyve.checkpoint import Checkpoint
 from bhystream.backend.bhyve.config import GuestConfig, parse, split
+from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.memory import Memory
-from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 from bhystream.backend.process import Identity, is_alive, is_same
 from bhystream.errors import AccessError, BhyError, GuestEndedError, GuestError, IncompatibleError
+
+if TYPE_CHECKING:
+    from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 
 _SYNC_S = 10.0
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """One opened guest.
 
     manager: vm-bhyve's guest, None if vm-bhyve does not manage it.  process: the
@@ -99,7 +101,7 @@ def open_guest(host: Host, name: str, config_path: str | None, *, force: bool) -
     overrule soft reasons.  Raises GuestError if the guest is not here or does
     not answer, IncompatibleError if it cannot be sent, or AccessError.
     """
-    manager = vmbhyve.find(host.datastores(), name, socket.gethostname())
+    manager = find(host.datastores(), name, socket.gethostname())
     if not host.exists(name):
         raise GuestError(f"guest {name}: no VM of that name is here")
     if manager:

@@ -89,7 +89,7 @@ class PausedRecord:
 
     def to_json(self) -> Json:
         """Return the record as JSON."""
-        found = asdict(self)
+        found = {**asdict(self), "process": self.process._asdict()}
         return {"hypervisor": found.pop("kind"), "role": _ROLE, **found}
 
     @staticmethod

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from bhystream.backend.bhyve import fifo, fpustate, snapshot, verdict
 from bhystream.backend.bhyve.checkpoint import Checkpoint, Outcome
 from bhystream.backend.bhyve.host import VMM_DIR
+from bhystream.backend.bhyve.layout import clamped
 from bhystream.backend.bhyve.opened import Opened
 from bhystream.backend.bhyve.paused import BhyvePaused, PausedRecord
 from bhystream.backend.bhyve.rehearsal import UNSAVED, MemoryFileError, Rehearsal, changes, rehearse
 from bhystream.backend.bhyve.snapshot import FILE
-from bhystream.backend.bhyve.snapshotdir import SnapshotDir, clamped
+from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.errors import BhyError, FormatError, GuestEndedError, GuestError, from_oserror
 
 _HOLD_S = 30.0

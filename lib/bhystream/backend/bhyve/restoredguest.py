@@ -144,7 +144,7 @@ class RestoredGuest:
 
         Raises InputOutputError or AccessError if the file cannot be written.
         """
-        fields = {"process": started.process and asdict(started.process), "node": started.node}
+        fields = {"process": started.process and started.process._asdict(), "node": started.node}
         try:
             durable.write(self.started_path, json.dumps(fields))
         except OSError as error:
@@ -158,7 +158,7 @@ class RestoredGuest:
     def to_json(self, started: Started | None = None) -> Json:
         """Return the record as JSON, with the process and VM of `started` if it is given."""
         whole = replace(self, process=started.process, node=started.node) if started else self
-        fields = asdict(whole)
+        fields = {**asdict(whole), "process": whole.process and whole.process._asdict()}
         return {"hypervisor": fields.pop("kind"), "role": ROLE, **fields}
 
     @staticmethod

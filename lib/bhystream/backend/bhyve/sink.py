@@ -30,9 +30,11 @@ from pathlib import Path
 
 from bhystream import durable
 from bhystream.backend.base import Target
-from bhystream.backend.bhyve import snapshot, vmbhyve
+from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.command import config_file
+from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.host import Host
+from bhystream.backend.bhyve.layout import memory_spans
 from bhystream.backend.bhyve.loaded import HELD, keep_files, start_waiting
 from bhystream.backend.bhyve.resources import Wishes
 from bhystream.backend.bhyve.restoredguest import RestoredGuest
@@ -111,7 +113,7 @@ class BhyveSink:
             id_,
             is_kept=is_kept,
             is_unstarted=unstarted,
-            manager=vmbhyve.find(host.datastores(), name, socket.gethostname()),
+            manager=find(host.datastores(), name, socket.gethostname()),
         )
         self._force = force
         self._stage: Checked | None = None
@@ -173,7 +175,7 @@ class BhyveSink:
         self._made.callback(guest.remove)
         fd = self._make_memory_file(guest)
         if planned is None:
-            spans = snapshot.memory_spans(guest.memory_bytes)
+            spans = memory_spans(guest.memory_bytes)
             return [FileTarget(fd, offset) for _, offset, _ in spans]
         self._opened.close()
         _write(guest.files.meta, plan)

@@ -29,9 +29,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, LOWMEM_LIMIT_BYTES
 from bhystream.errors import FormatError
-from bhystream.guest import MAX_GUEST_PAGES, MAX_STATE_BYTES, PAGE_BYTES, Layout, Segment, State
+from bhystream.guest import MAX_GUEST_PAGES, MAX_STATE_BYTES, PAGE_BYTES, State
 from bhystream.strict_json import unpack_json
 
 # FILE's name in the directories that bhysend and bhyrecv make.
@@ -94,30 +93,6 @@ class Meta:
     def devices(self) -> tuple[str, ...]:
         """Return the names of the devices, in the order of FILE.kern."""
         return tuple(item.name for item in self.items if item.kind == "dev")
-
-
-def memory_spans(memory_bytes: int) -> list[tuple[int, int, int]]:
-    """Return (gpa, offset in FILE, length) of lowmem and, above 3 GiB, of highmem.
-
-    All in bytes.  Source: FreeBSD lib/libvmmapi/vmmapi.c, vm_setup_memory().
-    """
-    low = min(memory_bytes, LOWMEM_LIMIT_BYTES)
-    spans = [(0, 0, low)]
-    if memory_bytes > low:
-        spans.append((HIGHMEM_BASE_GPA, low, memory_bytes - low))
-    return spans
-
-
-def layout_of(memory_bytes: int) -> Layout:
-    """Return the segments of a guest with this much memory."""
-    names = ("lowmem", "highmem")
-    spans = memory_spans(memory_bytes)
-    return Layout(
-        tuple(
-            Segment(name, gpa, length // PAGE_BYTES)
-            for name, (gpa, _, length) in zip(names, spans, strict=False)
-        )
-    )
 
 
 def parse(text: bytes) -> Meta:

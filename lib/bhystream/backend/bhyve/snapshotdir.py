@@ -28,36 +28,14 @@ from pathlib import Path
 from bhystream.backend.bhyve import fifo
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.journal import Journal
-from bhystream.backend.bhyve.snapshot import FILE, memory_spans
+from bhystream.backend.bhyve.snapshot import FILE
 from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.errors import AccessError, GuestError, InputOutputError, from_oserror
 
 _NULL_DIR = "dev"
 _SINK = f"{_NULL_DIR}/null"
-# Source: sys/kern/sys_generic.c, devfs_iosize_max().
-_CLAMP = "debug.devfs_iosize_max_clamp"
-_CLAMP_BYTES = (1 << 31) - 1
 _REMOVE_S = 1.0
 _REMOVE_POLL_S = 0.01
-
-
-def clamped(host: Host, memory_bytes: int) -> str:
-    """Return why bhyve cannot write a guest's memory to a device, or "".
-
-    bhyve writes lowmem, and then highmem, with one write(2) each, unless its
-    standard input is a terminal.  If a write has more than INT_MAX bytes, devfs
-    returns EINVAL, and the checkpoint fails.  Run on FreeBSD 15.1.
-    Source: usr.sbin/bhyve/snapshot.c, vm_snapshot_mem_part();
-    sys/fs/devfs/devfs_vnops.c, devfs_write_f().
-    """
-    longest = max(length for _, _, length in memory_spans(memory_bytes))
-    value = (host.sysctl(_CLAMP) or "0").strip()
-    if longest <= _CLAMP_BYTES or value == "0":
-        return ""
-    return (
-        f"{_CLAMP}: it is {value} here, so no device takes the {longest} bytes that bhyve"
-        f" writes at once; sysctl {_CLAMP}=0 lets the null device take them"
-    )
 
 
 @dataclass(frozen=True)

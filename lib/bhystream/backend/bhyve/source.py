@@ -22,17 +22,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bhystream.backend.base import Fixed, Prepared
-from bhystream.backend.bhyve import backing, fpustate, identity, suspended, verdict
+from bhystream.backend.bhyve import backing, identity, verdict
 from bhystream.backend.bhyve.config import devices
 from bhystream.backend.bhyve.host import Host, Vm
+from bhystream.backend.bhyve.layout import clamped
 from bhystream.backend.bhyve.opened import open_guest
-from bhystream.backend.bhyve.paused import BhyvePaused
-from bhystream.backend.bhyve.ready import Ready, make_ready
-from bhystream.backend.bhyve.snapshotdir import SnapshotDir, clamped
 from bhystream.errors import InternalError
 from bhystream.guest import Head
+
+if TYPE_CHECKING:  # a dry run pauses no guest
+    from bhystream.backend.base import Fixed, Prepared
+    from bhystream.backend.bhyve.paused import BhyvePaused
+    from bhystream.backend.bhyve.ready import Ready
 
 # Times to assume before a measurement: to pause and save, and to load at the destination.
 _SAVE_NS = 150_000_000
@@ -83,10 +86,12 @@ class BhyveSource:
 
     def warnings(self) -> Sequence[str]:
         """Return what no program can repair, and why bhyve writes a memory file, if it does."""
+        from bhystream.backend.bhyve.carriable import reasons
+
         guest = self._opened
         is_wired = guest.memory.is_wired
         found = verdict.warnings(guest.config.section, guest.host, is_wired=is_wired)
-        found += fpustate.reasons(guest.host, guest.name, guest.ncpus)
+        found += reasons(guest.host, guest.name, guest.ncpus)
         why = self._ready.warning if self._ready else ""
         if why := why or clamped(guest.host, guest.memory.size_bytes):
             found.append(
@@ -116,6 +121,8 @@ class BhyveSource:
 
     def fixed(self) -> Fixed:
         """Return what the rehearsal took, or what is usual; and what the load usually takes."""
+        from bhystream.backend.base import Fixed
+
         if self._ready:
             return Fixed(self._ready.rehearsal.took_ns, _LOAD_NS)
         size = self._opened.memory.size_bytes
@@ -124,6 +131,10 @@ class BhyveSource:
 
     def prepare(self, id_: str) -> Prepared:
         """Make the directory, rehearse, make the FIFO.  Raises what make_ready() raises."""
+        from bhystream.backend.base import Prepared
+        from bhystream.backend.bhyve.ready import make_ready
+        from bhystream.backend.bhyve.snapshotdir import SnapshotDir
+
         guest, base = self._opened, self._base
         guest.require_started()
         directory = SnapshotDir(base / "held" / id_)
@@ -134,12 +145,16 @@ class BhyveSource:
 
     def suspend_vcpus(self) -> None:
         """Suspend every vCPU; the devices go on.  Raises GuestError, AccessError."""
+        from bhystream.backend.bhyve import suspended
+
         if self._control is None:
             self._control = self._opened.host.open_vm(self.name, is_writable=True)
         suspended.suspend(self._control)
 
     def resume_vcpus(self) -> None:
         """Let every vCPU run that suspend_vcpus() has suspended.  Raises GuestError."""
+        from bhystream.backend.bhyve import suspended
+
         if self._control is not None:
             suspended.resume(self._control)
 

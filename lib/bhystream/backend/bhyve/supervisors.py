@@ -20,8 +20,12 @@ Only bhyve's parent is checked: a supervisor above the parent is not noticed.
 
 from __future__ import annotations
 
-from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
+from typing import TYPE_CHECKING
+
 from bhystream.backend.supervisors import may_start_again, program_of, reason
+
+if TYPE_CHECKING:
+    from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 
 _HARMLESS = frozenset({"bhyve", "vmrun.sh"})
 _LIBVIRT = frozenset({"libvirtd", "virtbhyved"})

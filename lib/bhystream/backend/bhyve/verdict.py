@@ -16,15 +16,17 @@ Source: usr.sbin/bhyve, lib/libvmmapi, sys/dev/vmm and sys/amd64/vmm of FreeBSD 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bhystream.backend.bhyve import keys as known
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.identity import integer
 from bhystream.backend.bhyve.residency import believes_mincore
 from bhystream.backend.bhyve.supervisors import reasons as supervisor_reasons
-from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 from bhystream.guest import Json
+
+if TYPE_CHECKING:
+    from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 
 MIN_OSRELDATE = 1400000  # FreeBSD 14.0, the first with the checkpoint messages of nvlist.py
 

@@ -20,7 +20,7 @@ one entry per line, in the order options, devices, console, ISO device.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,20 +164,6 @@ class VmBhyveGuest:
                 raise refuse(
                     f"{self.name}.conf has {key} {shown(ours)}, the last start had {had}", cure
                 )
-
-
-def find(datastores: Sequence[Path], name: str, hostname: str) -> VmBhyveGuest | None:
-    """Return vm-bhyve's guest of that name, the first in the datastores' order, or None.
-
-    datastores: from Host.datastores(), the default one first.
-    """
-    if not known.NAME.fullmatch(name):
-        return None
-    for datastore in datastores:
-        directory = datastore / name
-        if (directory / f"{name}.conf").is_file():
-            return VmBhyveGuest(name, directory, hostname)
-    return None
 
 
 @dataclass(frozen=True)
