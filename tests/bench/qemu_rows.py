@@ -12,7 +12,11 @@ bhysend that is the pause in its closing line; for QEMU it is what QMP's stop, m
 (completed) and cont take, without the 128 MiB/s that QEMU allows itself by default.  The start of
 the programs is not in it: QEMU's destination waits before the clock runs, and bhysend pauses the
 guest when bhyrecv has accepted the head.  (bhyrecv then still has to start its QEMU, in the
-pause.)  Source: docs/devel/migration in QEMU; qapi/migration.json.
+pause.)
+
+`cat` gives no answers, so bhysend copies the pages for it.  The command form, in the second row,
+passes them with vmsplice(2); the plain form, in the third, copies them again.
+Source: docs/devel/migration.rst and qapi/migration.json in QEMU.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 RssAnon of /proc/PID/status is read as often as possible while the programs run; the guest's own
 memory is shared, and counts as RssShmem.  The allowance is 64 MiB, and 8 bytes for each page of
-the guest.  Two guests move: the proof guest, and a large guest that has only its firmware, and of
-which every 256th page was filled from outside, so that no two touched pages are neighbours.
+the guest; the figure is the largest of all turns.  Two guests move: the proof guest, and a large
+guest that has only its firmware, and of which every 256th page was filled from outside, so that
+no two touched pages are neighbours.
 Source: proc_pid_status(5).
 """
 
