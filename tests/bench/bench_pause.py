@@ -17,29 +17,24 @@ usage: PYTHONPATH=tests python tests/bench/bench_pause.py [turns]
 
 from __future__ import annotations
 
-import re
 import statistics
 import sys
 from collections import defaultdict
 
 from backend.bhyve_rig import Two, sink_prefix, two_hosts
+from bench.closing import closing
 from cli.pipeline import report
 from standin.rig import Spec, await_true
 
 SIZES = ("1G", "8G")
 PARTS = ("paused", "state", "last pages", "answers")
-_PAUSED = re.compile(r"is gone here; .*; (paused .*)")
-_MS = {"ms": 1.0, "s": 1e3}
 
 
 def parts_ms(said: str) -> dict[str, float]:
     """Return the parts of the pause, in ms, from bhysend's last line."""
-    line = _PAUSED.findall(said)[-1]
-    found = {}
-    for name in PARTS:
-        number, unit = re.findall(rf"\b{name} ([\d.]+) (ms|s)\b", line)[0]
-        found[name] = float(number) * _MS[unit]
-    return found
+    line = closing(said)
+    found = {"paused": line.paused_s, **line.parts_s}
+    return {name: found[name] * 1e3 for name in PARTS}
 
 
 def measure(two: Two, size: str, name: str) -> dict[str, float]:

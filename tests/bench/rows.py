@@ -7,19 +7,23 @@ on a shared machine, and are shown only to be read.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
-from xml.sax.saxutils import escape
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure.  at_most: the target is an upper limit.  note: for people."""
+    """One figure.
+
+    at_most: the target is an upper limit.  note: for people.  is_share: the figure is not the
+    median of the runs, but the share of the runs that are good enough.  group: the subject.
+    """
 
     name: str
     ratio: float
@@ -27,6 +31,8 @@ class Row:
     runs: Sequence[float] = field(default=())
     at_most: bool = False
     note: str = ""
+    is_share: bool = False
+    group: str = ""
 
     @property
     def met(self) -> bool | None:
@@ -35,13 +41,21 @@ class Row:
             return None
         return self.ratio <= self.target if self.at_most else self.ratio >= self.target
 
+    def target_text(self) -> str:
+        """Return the target in words."""
+        if self.target is None:
+            return ""
+        return f"at {'most' if self.at_most else 'least'} {self.target:g}"
+
     def fields(self) -> dict[str, Any]:
         """Return the row for --json."""
         return {
+            "group": self.group,
             "name": self.name,
             "ratio": round(self.ratio, 3),
             "target": self.target,
             "met": self.met,
+            "is_share": self.is_share,
             "runs": [round(value, 3) for value in self.runs],
         }
 
@@ -77,53 +91,27 @@ def ratio_row(
     return Row(name, statistics.median(runs), target, runs, at_most, note)
 
 
+def grouped(group: str, rows: Sequence[Row]) -> list[Row]:
+    """Return the rows as rows of this group."""
+    return [replace(row, group=group) for row in rows]
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Return the rows for people, a line each."""
-    width = max(len(row.name) for row in rows)
+    """Return the rows for people, a line each, and a line for each group."""
+    width = max(len(row.name) for row in rows) + 2
     lines = [f"{'':{width}}  ratio  (min to max)     target"]
-    for row in rows:
-        spread = f"({min(row.runs):.2f} to {max(row.runs):.2f})" if row.runs else ""
-        target = ""
-        if row.target is not None:
-            target = f"{'at most' if row.at_most else 'at least'} {row.target:g}"
-            target += "" if row.met else ": not met"
-        lines.append(
-            f"{row.name:{width}} {row.ratio:6.2f}  {spread:16}  {target}"
-            + (f"  [{row.note}]" if row.note else "")
-        )
+    for group, members in itertools.groupby(rows, key=lambda row: row.group):
+        lines += [group, *(_line(row, width) for row in members)]
     return "\n".join(lines)
+
+
+def _line(row: Row, width: int) -> str:
+    spread = f"({min(row.runs):.2f} to {max(row.runs):.2f})" if row.runs else ""
+    target = row.target_text() + (": not met" if row.met is False else "")
+    note = f"  [{row.note}]" if row.note else ""
+    return f"  {row.name:{width - 2}} {row.ratio:6.2f}  {spread:16}  {target}{note}"
 
 
 def as_json(rows: Sequence[Row]) -> str:
     """Return the rows for programs."""
     return json.dumps({"rows": [row.fields() for row in rows]})
-
-
-_WIDTH, _LINE, _LEFT, _BAR = 960, 26, 430, 380
-
-
-def picture(rows: Sequence[Row]) -> str:
-    """Return an SVG picture: each ratio as a bar, its target as a mark."""
-    height = _LINE * (len(rows) + 1)
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}"'
-        ' font-family="sans-serif" font-size="14">',
-        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
-    ]
-    for index, row in enumerate(rows):
-        y = _LINE * index + 8
-        scale = _BAR / max(row.ratio, 2 * (row.target or row.ratio), 1e-9)
-        color = {True: "#2a7", False: "#c52", None: "#68a"}[row.met]
-        out.append(
-            f'<text x="{_LEFT - 10}" y="{y + 14}" text-anchor="end">{escape(row.name)}</text>'
-            f'<rect x="{_LEFT}" y="{y}" width="{row.ratio * scale:.0f}" height="18"'
-            f' fill="{color}"/>'
-            f'<text x="{_LEFT + row.ratio * scale + 6:.0f}" y="{y + 14}">{row.ratio:.2f}</text>'
-        )
-        if row.target is not None:
-            x = _LEFT + row.target * scale
-            out.append(f'<path d="M{x:.0f} {y - 3}v24" stroke="black" stroke-width="2"/>')
-    out.append(
-        f'<text x="{_LEFT}" y="{height - 6}" fill="#555">black mark: the target</text></svg>'
-    )
-    return "\n".join(out) + "\n"

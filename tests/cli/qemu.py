@@ -177,6 +177,16 @@ class QemuTraveller(Traveller):
     def named_memory(self, to: Site) -> list[str]:
         return ["-o", f"mem={qemu_place(to).ram}"]
 
+    def memory_file(self) -> Path:
+        """Return a path of the file with the guest's memory, wherever the guest lives."""
+        if self.at.ram.exists():
+            return self.at.ram
+        # The files that bhyrecv makes have no names.
+        for entry in Path(f"/proc/{self.place.pid}/fd").iterdir():
+            if "/bhyrecv-" in str(entry.readlink()):
+                return entry
+        raise LookupError("the guest's memory is in no file")
+
     def argv(self, to: QemuPlace) -> list[str]:
         """Return the QEMU command line, program first, that an operator would write for a place."""
         return self.spec.argv(

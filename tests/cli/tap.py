@@ -16,14 +16,24 @@ stream also shows before the end, however short the rest is: otherwise the rest 
 buffer, and the sender would be done.
 
 AnswerTap does the same on the way back, before the first answer with a word; it has no flip().
+
+Hold stops before the end of the stream, and holds the last bytes back as the sender gave them to
+the pipe, without a copy:
+
+    hold = Hold()
+    with Pipeline(send, hold.argv, receive, env=env) as pipeline:
+        hold.reached()          # the sender has written everything, and has closed the pipe
+        hold.go()
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import socket
 import sys
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -34,6 +44,8 @@ from bhystream.stream.format import Type
 ANY_ROUND = -1
 _DEADLINE_S = 120.0
 _CHUNK = 1 << 18
+HOLD_BYTES = 16 << 20
+_WIDE_BYTES = 1 << 20
 _GO, _FLIP, _CLOSE, _SWALLOW, _REACHED = b"g", b"f", b"c", b"s", b"r"
 
 
@@ -94,6 +106,13 @@ class AnswerTap(_Control):
     def __init__(self, word: str) -> None:
         """Stop before the first answer with this word."""
         super().__init__(word)
+
+
+class Hold(_Control):
+    """A stage that holds the last HOLD_BYTES back until go() or close(); it has no swallow()."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
 
 class _GoneError(Exception):
@@ -193,9 +212,45 @@ def _listen(name: str, word: bytes) -> NoReturn:
             _write(line + b"\n")
 
 
+def _hold(name: str) -> None:
+    """Move standard input into a row of pipes, and the oldest pipe's bytes to standard output."""
+    full: deque[int] = deque()
+    read_fd, write_fd = _wide_pipe()
+    while select.select([0], [], [])[0]:
+        try:
+            if not os.splice(0, write_fd, HOLD_BYTES, flags=os.SPLICE_F_NONBLOCK):
+                break
+        except BlockingIOError:  # there is input, so the pipe is full
+            os.close(write_fd)
+            full.append(read_fd)
+            if len(full) * _WIDE_BYTES > HOLD_BYTES:
+                _drain(full.popleft())
+            read_fd, write_fd = _wide_pipe()
+    os.close(write_fd)
+    full.append(read_fd)
+    _ask(name)
+    for fd in full:
+        _drain(fd)
+
+
+def _wide_pipe() -> tuple[int, int]:
+    read_fd, write_fd = os.pipe()
+    fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, _WIDE_BYTES)
+    return read_fd, write_fd
+
+
+def _drain(fd: int) -> None:
+    while data := os.read(fd, _CHUNK):
+        _write(data)
+    os.close(fd)
+
+
 def main(argv: list[str]) -> int:
-    """Copy standard input to standard output: SOCKET TYPE ROUND NTH, or SOCKET WORD."""
+    """Copy standard input to standard output: SOCKET [TYPE ROUND NTH], or SOCKET WORD."""
     with suppress(_GoneError):
+        if len(argv) == 2:
+            _hold(argv[1])
+            return 0
         if len(argv) == 3:
             _listen(argv[1], argv[2].encode())
         _walk(argv[1], Type[argv[2]], int(argv[3]), int(argv[4]))

@@ -8,7 +8,6 @@ on the way, and one page that is too old.
 from __future__ import annotations
 
 import filecmp
-from pathlib import Path
 
 import pytest
 
@@ -45,8 +44,7 @@ def loaded(host: Host, guest: QemuTraveller) -> QemuPlace:
 
 
 def test_memory_arrives_byte_for_byte(host: Host, ours: QemuTraveller) -> None:
-    # The memory file of the first source has a name; those of later sources have none.
-    source = ram_of(ours)
+    source = ours.memory_file()
     to = loaded(host, ours)
     assert filecmp.cmp(source, to.ram, shallow=False)
     assert ram.allocated_bytes(to.ram) <= ram.allocated_bytes(source)
@@ -54,16 +52,6 @@ def test_memory_arrives_byte_for_byte(host: Host, ours: QemuTraveller) -> None:
     assert host.rows(BHYRECV) == []
     ours.settle(host, to)
     ours.prove()
-
-
-def ram_of(guest: QemuTraveller) -> Path:
-    """Return a path of the guest's memory file, wherever the guest lives."""
-    if guest.at.ram.exists():
-        return guest.at.ram
-    for entry in Path(f"/proc/{guest.place.pid}/fd").iterdir():
-        if "/bhyrecv-" in str(entry.readlink()):
-            return entry
-    raise LookupError("the guest's memory is in no file")
 
 
 # The guest's proof can fail.

@@ -318,10 +318,10 @@ class BhyvePaused:
     def _end_throttle(self) -> None:
         """Let the vCPUs run if bhysend was killed while it held them back.
 
-        Called only if no checkpoint stands: else bhyve itself has suspended them.
+        Called only if our checkpoint does not stand: else bhyve has suspended them itself.
         """
         name = self.record.name
-        if self._host.node_id(name) != self.record.node:
+        if not self._directory.throttled.exists() or self._host.node_id(name) != self.record.node:
             return
         vm = self._host.open_vm(name, is_writable=True)
         try:

@@ -5,6 +5,7 @@
     ckp.meta   a regular file in the rehearsal; the FIFO afterwards
     dev/       the null device, mounted
     journal    while a vCPU has the stub's registers: the guest's own registers
+    throttled  while bhysend may have suspended vCPUs of the running guest: an empty file
 
 bhyve gets the directory as a descriptor, and opens ckp.kern there first.  So
 bhysend withdraws a request by a directory of that name: bhyve's open(2) fails,
@@ -164,6 +165,16 @@ class SnapshotDir:
     def journal(self) -> Journal:
         """Return the journal of what must be put back into the guest before it runs."""
         return Journal(self.path / "journal")
+
+    # The throttle.
+
+    @property
+    def throttled(self) -> Path:
+        """Return the mark of a guest whose vCPUs bhysend may have suspended.
+
+        Without the mark a suspended vCPU is another program's, and is left alone.
+        """
+        return self.path / "throttled"
 
     def remove(self, host: Host) -> None:
         """Remove the directory with its mount.  Never raises; may be called twice."""

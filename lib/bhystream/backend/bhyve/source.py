@@ -29,7 +29,7 @@ from bhystream.backend.bhyve.config import devices
 from bhystream.backend.bhyve.host import Host, Vm
 from bhystream.backend.bhyve.layout import clamped
 from bhystream.backend.bhyve.opened import open_guest
-from bhystream.errors import InternalError
+from bhystream.errors import InternalError, from_oserror
 from bhystream.guest import Head
 
 if TYPE_CHECKING:  # a dry run pauses no guest
@@ -144,12 +144,26 @@ class BhyveSource:
         return Prepared(ready.record.to_json(), ready.rehearsal.text, guest.ncpus)
 
     def suspend_vcpus(self) -> None:
-        """Suspend every vCPU; the devices go on.  Raises GuestError, AccessError."""
+        """Suspend every vCPU; the devices go on.
+
+        Raises GuestError, AccessError, and InputOutputError if that cannot be noted.
+        """
         from bhystream.backend.bhyve import suspended
 
         if self._control is None:
             self._control = self._opened.host.open_vm(self.name, is_writable=True)
+            self._mark_throttled()
         suspended.suspend(self._control)
+
+    def _mark_throttled(self) -> None:
+        """Note, for the keeper, that the vCPUs may be suspended by us."""
+        if self._ready is None:
+            raise InternalError("BhyveSource: prepare() was not called")
+        mark = self._ready.directory.throttled
+        try:
+            mark.touch(0o600)
+        except OSError as error:
+            raise from_oserror(error, f"make {mark}") from None
 
     def resume_vcpus(self) -> None:
         """Let every vCPU run that suspend_vcpus() has suspended.  Raises GuestError."""
@@ -169,6 +183,8 @@ class BhyveSource:
         # From here on the paused guest removes the directory, even if the request fails.
         self._was_asked = True
         self._made.pop_all()
+        with contextlib.suppress(OSError):
+            self._ready.directory.throttled.unlink(missing_ok=True)
         return self._ready.pause()
 
     def close(self) -> None:
