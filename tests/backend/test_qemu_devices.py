@@ -53,6 +53,7 @@ def test_an_ejected_cd_is_not_put_back(rig: Rig) -> None:
     copy_memory(source, destination)
     sink.load(paused.states())
     sink.start()
+    sink.settle()
     with monitor(str(rig.state_dir / "there.qmp")) as ask:
         [tray] = ask("query-block")
     assert tray["tray_open"] and "inserted" not in tray

@@ -140,6 +140,7 @@ def test_a_guest_moves_into_huge_pages_that_wait(rig: Rig, pool: None) -> None:
     assert os.fstat(there).st_blocks * 512 < SIZE
     sink.load(paused.states())
     sink.start()
+    sink.settle()
     assert state_of(waiting) == "running"
     with monitor(waiting) as ask:
         ask("stop")

@@ -57,6 +57,7 @@ def move(
     begin = time.perf_counter()
     sink.start()
     timed("start", begin)
+    sink.settle()
     return took
 
 

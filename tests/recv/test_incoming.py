@@ -15,6 +15,7 @@ from bhystream.guest import Head, Json, State
 from bhystream.handover import state
 from bhystream.handover.answers import unpack
 from bhystream.recv import reply
+from bhystream.recv.arrival import Arrival
 from bhystream.recv.incoming import Incoming
 from bhystream.recv.options import Options
 from bhystream.recv.receiving import RecvJob
@@ -69,6 +70,9 @@ class Sink:
 
     def start(self) -> None:
         self.done.append("start")
+
+    def settle(self) -> None:
+        self.done.append("settle")
 
     def leave_paused(self) -> None:
         raise AssertionError
@@ -139,6 +143,18 @@ def test_what_the_operator_has_to_know_of_a_start_is_said(
     sink = Sink()
     incoming = incoming_of("plain.bhys", sink, base, monkeypatch)
     incoming.run()
-    assert sink.done == ["load", "start"]
+    assert sink.done == ["load", "start", "settle"]
     assert "guest web1: its clock chip is not set\n" in capfd.readouterr().err
+    incoming.close()
+
+
+def test_what_the_guest_can_wait_for_comes_after_the_news_that_it_runs(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source counts the pause up to RUNNING."""
+    sink = Sink()
+    monkeypatch.setattr(Arrival, "say_running", lambda self: sink.done.append("RUNNING"))
+    incoming = incoming_of("plain.bhys", sink, base, monkeypatch)
+    incoming.run()
+    assert sink.done == ["load", "start", "RUNNING", "settle"]
     incoming.close()

@@ -277,6 +277,13 @@ class Sink(Protocol):
         If start() raises, may_have_run says whether abort() may undo the guest.
         """
 
+    def settle(self) -> None:
+        """Do what a guest that runs can wait for.  Never raises.
+
+        Called once after start(), when the source has been told that the guest runs: so this
+        takes no time of the pause, and is not done if bhyrecv is killed first.
+        """
+
     def leave_paused(self) -> None:
         """Release the loaded guest without running it (bhyrecv -u)."""
 

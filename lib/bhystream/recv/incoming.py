@@ -84,6 +84,8 @@ class Incoming:
             what = "it runs here"
         self.is_let_go = True
         self._arrival.say_running()
+        if not job.opts.unstarted:
+            building.sink.settle()
         self._say_end(building, what, ended, ended_ns)
 
     def undo(self, error: BhyError) -> BhyError:

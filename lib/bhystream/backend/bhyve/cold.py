@@ -316,6 +316,9 @@ class FilesSink:
         self._placed.pop_all()
         self._hidden.close()
 
+    def settle(self) -> None:
+        """Do nothing."""
+
     def leave_paused(self) -> None:
         """Do as start(), and raise what start() raises: a guest in files does not run."""
         self.start()

@@ -249,6 +249,9 @@ class BhyveSink:
                 locks = self._wanted.manager.locks
                 locks.runs_here(config_file(guest.keys), restore.started.process)
 
+    def settle(self) -> None:
+        """Do nothing."""
+
     def leave_paused(self) -> None:
         """Leave the guest in its files on disk; open_loaded() finds it by its record.
 

@@ -282,16 +282,22 @@ class QemuSink:
             raise guest.blame(error) from None
         if state != "running":
             raise GuestError(f"guest {guest.name}: cannot start: it is '{state}' after cont")
-        # Tell the network first: the guest's peers wait for that only.
-        migration.announce(qmp)
-        migration.restore(qmp, guest.settings)
         self._let_go(guest)
+
+    def settle(self) -> None:
+        """Tell the network where the guest is, and put QEMU's settings back."""
+        guest = self._at(Opened)
+        # The network first: the guest's peers wait for that only.
+        migration.announce(guest.qmp)
+        migration.restore(guest.qmp, guest.settings)
+        guest.qmp.close()
 
     def leave_paused(self) -> None:
         """Let go of the loaded guest; record() and open_paused() find it again."""
         guest = self._at(Opened)
         migration.restore(guest.qmp, guest.settings)
         self._let_go(guest)
+        guest.qmp.close()
 
     def record(self) -> Json:
         """Return what open_paused() needs; known after open()."""
@@ -300,7 +306,6 @@ class QemuSink:
     def _let_go(self, guest: Opened) -> None:
         """Give the guest up: from here on abort() does nothing."""
         self._made.pop_all()
-        guest.qmp.close()
         if guest.empty is not None:
             guest.empty.let_go()
         self._ram.close()
