@@ -72,7 +72,7 @@ class Layout:
         return hash(self.segments)
 
     def __repr__(self) -> str:
-        return f"Layout({self.segments!r})"
+        return f"Layout(segments={self.segments!r})"
 
     @property
     def size_bytes(self) -> int:
