@@ -57,6 +57,7 @@ class BhyveSource:
         self._ready: Ready | None = None
         self._was_asked = False
         self._control: Vm | None = None  # opened for the first suspend_vcpus()
+        self._is_suspended = False
         # close() removes the directory through this stack, unless pause() was called.
         self._made = contextlib.ExitStack()
 
@@ -136,12 +137,14 @@ class BhyveSource:
         """Suspend every vCPU; the devices go on.  Raises GuestError, AccessError."""
         if self._control is None:
             self._control = self._opened.host.open_vm(self.name, is_writable=True)
+        self._is_suspended = True
         suspended.suspend(self._control)
 
     def resume_vcpus(self) -> None:
         """Let every vCPU run that suspend_vcpus() has suspended.  Raises GuestError."""
         if self._control is not None:
             suspended.resume(self._control)
+            self._is_suspended = False
 
     def pause(self) -> BhyvePaused:
         """Pause the guest in a checkpoint, and take its state.
@@ -157,7 +160,13 @@ class BhyveSource:
         return self._ready.pause()
 
     def close(self) -> None:
-        """Release the mappings, and undo prepare() if pause() was never called."""
+        """Release the mappings, and undo prepare() if pause() was never called.
+
+        If the vCPUs could not be resumed, the directory stays: whoever finds the guest by its
+        record needs it, to see that no checkpoint stands.
+        """
+        if self._is_suspended:
+            self._made.pop_all()
         self._made.close()
         if self._control is not None:
             self._control.close()
