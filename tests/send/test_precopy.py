@@ -77,6 +77,10 @@ OTHERS = (70_000, 400, 400), (30_000, 200, 200)
         pytest.param([FULL, MOST], Limits(time_ns=1900 * MS, finish=True), STOP, id="forced-at-T"),
         pytest.param([FULL, MOST], Limits(time_ns=1900 * MS + 1), GO_ON, id="just-before-T"),
         pytest.param([FULL, SAME], Limits(time_ns=MS), STOP, id="after-T-but-it-fits"),
+        # Another round like the last would take until 1400 ms.
+        pytest.param([FULL, SAME], Limits(time_ns=1400 * MS), STOP, id="no-time-for-another"),
+        pytest.param([FULL, SAME], Limits(time_ns=1400 * MS + 1), GO_ON, id="time-for-another"),
+        pytest.param([FULL, MOST], Limits(time_ns=2000 * MS), GO_ON, id="no-time-and-too-many"),
         pytest.param([FULL], Limits(rounds=1), GIVE_UP, id="r1-too-large"),
         pytest.param([FULL], Limits(rounds=1, finish=True), STOP, id="r1-forced"),
         pytest.param([(20_000, 200, 200)], Limits(rounds=1), STOP, id="r1-fits"),

@@ -181,11 +181,13 @@ def decide(rounds: Sequence[Round], view: Outlook, limits: Limits, now_ns: int) 
     calls decide().  view: their outlook().  now_ns: since the start of round 0.
     """
     at_limit = len(rounds) >= limits.rounds or now_ns >= limits.time_ns
+    # bhysend would give up in a round that does not end in time, even though the guest fits now.
+    is_last = at_limit or now_ns + rounds[-1].end_ns - rounds[-1].start_ns >= limits.time_ns
     fits = view.copy_ns <= limits.downtime_ns
     # Two rounds after round 0 show how the guest changes.  Before that the outlook is a guess
     # on the large side, and another round makes the pause shorter even if the guess fits.
     is_known = len(rounds) > 2 or not rounds[-1].changed_pages or not rounds[0].data_pages
-    if fits and (is_known or at_limit):
+    if fits and (is_known or is_last):
         return Decision.STOP
     if at_limit:
         return Decision.STOP if limits.finish else Decision.GIVE_UP
