@@ -268,18 +268,34 @@ TWICE = [(100_000, 10_000, 10_000), (100_000, 10_000, 10_000)]
 
 
 def throttled(rounds: list[tuple[int, int, int]], limits: Limits, percent: int = 0) -> int:
-    made = history(*rounds)
-    return next_throttle(made, outlook(made, NPAGES, limits), limits, percent)
+    made = throttled_by(percent, history(*rounds))
+    return next_throttle(made, outlook(made, NPAGES, limits), limits)
+
+
+def throttled_by(percent: int, rounds: list[Round]) -> list[Round]:
+    return [replace(one, throttle=percent) for one in rounds]
 
 
 def test_the_throttle_that_is_needed_halves_each_round() -> None:
     made = history((100_000, 10_000, 10_000), (200_000, 10_000, 10_000))
     # 15 000 pages a second are carried, and 20 000 change: 7500 may.
-    assert needed_throttle(made, Limits(), 0) == 63
+    assert needed_throttle(made, Limits()) == 63
     # The same changes, of a guest that stood for half of the time: it would change 40 000.
-    assert needed_throttle(made, Limits(), 50) == 82
-    assert needed_throttle(history((100, 10, 10), (10, 10, 10)), Limits(), 0) == 0
-    assert needed_throttle(history((100, 10, 10), (0, 10, 0)), Limits(), 0) == 0
+    assert needed_throttle(throttled_by(50, made), Limits()) == 82
+    assert needed_throttle(history((100, 10, 10), (10, 10, 10)), Limits()) == 0
+    assert needed_throttle(history((100, 10, 10), (0, 10, 0)), Limits()) == 0
+
+
+def test_a_throttle_that_was_just_set_does_not_hide_the_rate_of_change() -> None:
+    """The first half of the exposure was not throttled: 20 000 change in a second that runs."""
+    first, second = history((300_000, 10_000, 10_000), (120_000, 10_000, 10_000))
+    made = [first, replace(second, throttle=80)]
+    # 21 000 pages a second are carried: half of that may change.
+    assert needed_throttle(made, Limits()) == 48
+    # In 2 s of running, 40 000: always others.  Up to the pause the vCPUs run for 1 s of 5.
+    third = Round(20_000 * MS, 30_000 * MS, 40_000, 0, 40_000 * PAGE_BYTES, 1, throttle=80)
+    assert outlook([*made, third], NPAGES, Limits()).last_pages == 20_000
+    assert outlook([*made, third], NPAGES, Limits(), delay_ns=10_000 * MS).last_pages == 60_000
 
 
 def test_a_guest_is_throttled_only_if_it_does_not_fit_and_does_not_shrink() -> None:
@@ -303,14 +319,14 @@ def test_a_throttle_grows_by_steps_and_never_beyond_what_is_allowed() -> None:
 def test_the_cure_is_said_only_if_one_is_needed_and_known() -> None:
     made = history(*TWICE)
 
-    def said(limits: Limits, percent: int = 0, rounds: list[Round] = made) -> str:
-        return cures(rounds, outlook(rounds, NPAGES, limits), limits, percent)
+    def said(limits: Limits, rounds: list[Round] = made) -> str:
+        return cures(rounds, outlook(rounds, NPAGES, limits), limits)
 
     assert said(Limits()) == "-d 10000ms would fit, --throttle 50 may"
     assert said(Limits(throttle=49)) == "-d 10000ms would fit, --throttle 50 may"
     assert said(Limits(throttle=50)) == "-d 10000ms would fit"
     assert said(Limits(downtime_ns=10**11)) == ""
-    assert said(Limits(), 0, made[:1]) == ""
+    assert said(Limits(), made[:1]) == ""
 
 
 # The forecast of a dry run.

@@ -116,7 +116,8 @@ class Rounds:
         decision = Decision.GO_ON
         while decision == Decision.GO_ON:
             self._progress.enter("round", self.live)
-            self._found.append(self._transfer.round(rate_bytes=self._limits.rate_bytes))
+            found = self._transfer.round(rate_bytes=self._limits.rate_bytes)
+            self._found.append(replace(found, throttle=self._throttle.percent))
             if self.live == 1:
                 self._rehearse()
             now_ns = time.monotonic_ns() - start_ns
@@ -219,13 +220,13 @@ class Rounds:
 
     def _cures(self, view: Outlook) -> list[str]:
         """Return a line that says what would make the last pages fit, none if nobody knows."""
-        cure = cures(self._found, view, self._limits, self._throttle.percent)
+        cure = cures(self._found, view, self._limits)
         return [cure] if cure else []
 
     def _throttle_more(self, view: Outlook, before_throttle: Callable[[], None]) -> None:
         """Throttle the guest from now on, or more than before, if it changes too fast."""
         now = self._throttle.percent
-        percent = next_throttle(self._found, view, self._limits, now)
+        percent = next_throttle(self._found, view, self._limits)
         if percent > now:
             # No signal may raise while the guest is recorded, or before the thread is known.
             with self._job.signals.deferred():
