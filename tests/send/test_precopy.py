@@ -349,20 +349,23 @@ class Link:
         if limits.rounds == 0:
             return 0
         made: list[Round] = []
-        at, pending = 0, float(self.pages)
+        at, percent, pending = 0, 0, float(self.pages)
         while True:
             write_ns = pending * PAGE_BYTES * NS / self.rate
             end = at + self.scan_ns + int(write_ns)
             sent = int(pending * PAGE_BYTES)
-            made.append(Round(at, end, int(pending), 0, sent, int(write_ns)))
-            decision = decide(made, outlook(made, self.pages, limits), limits, end)
+            made.append(Round(at, end, int(pending), 0, sent, int(write_ns), throttle=percent))
+            view = outlook(made, self.pages, limits)
+            decision = decide(made, view, limits, end)
             if decision != GO_ON:
                 return len(made) if decision == STOP else None
             # What changes within half of this round and half of the next, which sends that.
-            spent_ns, before, pending = end - at, -1.0, 0.0
+            ran_ns, before, pending = (end - at) * (1 - percent / 100), -1.0, 0.0
+            percent = next_throttle(made, view, limits)
             while pending - before > 0.01:
                 before = pending
-                exposure_ns = (spent_ns + self.scan_ns + pending * PAGE_BYTES * NS / self.rate) / 2
+                coming_ns = self.scan_ns + pending * PAGE_BYTES * NS / self.rate
+                exposure_ns = (ran_ns + coming_ns * (1 - percent / 100)) / 2
                 pending = min(self.dirty_bytes * exposure_ns / NS / PAGE_BYTES, self.pages)
             at = end
 
@@ -379,6 +382,9 @@ GBIT = 10**9 / 8
         pytest.param(Link(GIB_PAGES, 0.0, 0, GBIT), Limits(), (2, 0), id="idle"),
         pytest.param(Link(0, 0.0, MS, GBIT), Limits(), (1, 0), id="nothing-to-send"),
         pytest.param(Link(GIB_PAGES, 2 * GBIT, 0, GBIT), Limits(), None, id="too-fast"),
+        pytest.param(
+            Link(GIB_PAGES, 2 * GBIT, 0, GBIT), Limits(throttle=95), (6, 280), id="slowed"
+        ),
         pytest.param(
             Link(GIB_PAGES, 2 * GBIT, 0, GBIT), Limits(finish=True), (30, 8589), id="forced"
         ),
@@ -412,6 +418,7 @@ def test_a_forecast_is_what_the_policy_then_does(rng: random.Random) -> None:
             rounds=rng.randint(0, 12),
             time_ns=int(10 ** rng.uniform(9, 13)),
             finish=rng.random() < 0.3,
+            throttle=rng.choice([0, 0, rng.randint(1, 99)]),
         )
         told, moved = link.told(limits), link.moved(limits)
         if moved != (told[0] if told else None):
@@ -428,8 +435,8 @@ def test_a_forecast_is_what_the_policy_then_does(rng: random.Random) -> None:
     assert gave_up > 100
 
 
-def _rest(limits: Limits, factor: float) -> tuple[int, int, bool]:
-    return limits.rounds, int(limits.time_ns * factor), limits.finish
+def _rest(limits: Limits, factor: float) -> tuple[int, int, bool, None, int]:
+    return limits.rounds, int(limits.time_ns * factor), limits.finish, None, limits.throttle
 
 
 def test_a_forecast_never_has_more_in_the_last_set_than_the_guest(rng: random.Random) -> None:

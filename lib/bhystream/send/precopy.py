@@ -219,9 +219,10 @@ def needed_throttle(rounds: Sequence[Round], limits: Limits) -> int:
 def next_throttle(rounds: Sequence[Round], view: Outlook, limits: Limits) -> int:
     """Return by how many percent to throttle the guest in the next round.
 
-    rounds: the live rounds so far, not empty.  view: their outlook().  More than now only if the last set does not fit and the rounds do not shrink; then what
-    needed_throttle() says, but a step at least: a guest that changes the same pages again
-    and again has to be slowed down more than its rate of change shows.
+    rounds: the live rounds so far, not empty.  view: their outlook().  More than now only if
+    the last set does not fit and the rounds do not shrink; then what needed_throttle() says,
+    but a step at least: a guest that changes the same pages again and again has to be slowed
+    down more than its rate of change shows.
     """
     percent = rounds[-1].throttle
     if len(rounds) < 2 or view.copy_ns <= limits.downtime_ns:
@@ -261,22 +262,26 @@ def forecast(
     if limits.rounds == 0:
         return 0, int(touched_pages * PAGE_BYTES * NS / rate)
     made: list[Round] = []
-    at, pending = 0, float(touched_pages)
+    at, percent, pending = 0, 0, float(touched_pages)
     while True:
         write_ns = int(pending * PAGE_BYTES * NS / rate)
         end = at + scan_ns + write_ns
-        made.append(Round(at, end, int(pending), 0, int(pending) * PAGE_BYTES, write_ns))
-        decision = decide(made, outlook(made, touched_pages, limits), limits, end)
+        sent_bytes = int(pending) * PAGE_BYTES
+        made.append(Round(at, end, int(pending), 0, sent_bytes, write_ns, throttle=percent))
+        view = outlook(made, touched_pages, limits)
+        decision = decide(made, view, limits, end)
         if decision == Decision.GIVE_UP:
             return None
         # The mean exposures: up to the pause half of this round, and up to the next round
         # half of both; the next round takes longer the more has changed.
         changing = dirty_bytes / PAGE_BYTES / NS / 2
+        changed = changing * made[-1].ran_ns(end - at)
         if decision == Decision.STOP:
-            last = min(changing * (end - at), touched_pages)
-            return len(made), int(last * PAGE_BYTES * NS / rate)
+            return len(made), int(min(changed, touched_pages) * PAGE_BYTES * NS / rate)
+        percent = next_throttle(made, view, limits)
+        changing *= (100 - percent) / 100
         share = changing * PAGE_BYTES * NS / rate
         pending = float(touched_pages)
         if share < 1:
-            pending = min(changing * (end - at + scan_ns) / (1 - share), pending)
+            pending = min((changed + changing * scan_ns) / (1 - share), pending)
         at = end
