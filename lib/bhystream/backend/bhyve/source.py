@@ -57,7 +57,7 @@ class BhyveSource:
         self._ready: Ready | None = None
         self._was_asked = False
         self._control: Vm | None = None  # opened for the first suspend_vcpus()
-        self._is_suspended = False
+        self._suspended: set[int] = set()
         # close() removes the directory through this stack, unless pause() was called.
         self._made = contextlib.ExitStack()
 
@@ -134,17 +134,16 @@ class BhyveSource:
         return Prepared(ready.record.to_json(), ready.rehearsal.text, guest.ncpus)
 
     def suspend_vcpus(self) -> None:
-        """Suspend every vCPU; the devices go on.  Raises GuestError, AccessError."""
+        """Suspend every vCPU that runs; the devices go on.  Raises GuestError, AccessError."""
         if self._control is None:
             self._control = self._opened.host.open_vm(self.name, is_writable=True)
-        self._is_suspended = True
-        suspended.suspend(self._control)
+        suspended.suspend(self._control, self._suspended)
 
     def resume_vcpus(self) -> None:
         """Let every vCPU run that suspend_vcpus() has suspended.  Raises GuestError."""
         if self._control is not None:
-            suspended.resume(self._control)
-            self._is_suspended = False
+            suspended.resume(self._control, self._suspended)
+            self._suspended.clear()
 
     def pause(self) -> BhyvePaused:
         """Pause the guest in a checkpoint, and take its state.
@@ -165,7 +164,7 @@ class BhyveSource:
         If the vCPUs could not be resumed, the directory stays: whoever finds the guest by its
         record needs it, to see that no checkpoint stands.
         """
-        if self._is_suspended:
+        if self._suspended:
             self._made.pop_all()
         self._made.close()
         if self._control is not None:
