@@ -207,6 +207,42 @@ def test_the_time_is_over_by_itself_and_ends_with_the_block() -> None:
         assert interval == 0
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     signal.raise_signal(signal.SIGALRM)  # a late alarm has no effect
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_another_thread_ends_the_time_and_only_within_the_block() -> None:
+    signals = Signals()
+    waking = threading.Thread(target=signals.wake)
+    waking.start()  # before the first such block too
+    waking.join()
+    with pytest.raises(DowntimeError), signals.until(time.monotonic() + 1000, out_of_time):
+        signals.wake()
+
+
+def test_a_deferred_signal_raises_at_the_end_of_its_part() -> None:
+    signals = Signals()
+    done: list[str] = []
+    with pytest.raises(Interrupted, match="SIGTERM"), signals.interruptible():
+        with signals.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("the part")
+        done.append("the rest")
+    assert done == ["the part"]
+    with signals.deferred():  # outside an interruptible block nothing raises
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Interrupted), signals.interruptible():
+        pass
+
+
+def test_the_time_is_not_over_in_a_deferred_part() -> None:
+    signals = Signals()
+    done: list[str] = []
+    with pytest.raises(DowntimeError), signals.until(time.monotonic() + 1000, out_of_time):
+        with signals.deferred():
+            signal.raise_signal(signal.SIGALRM)
+            done.append("the part")
+        threading.Event().wait(60)
+    assert done == ["the part"]
 
 
 def test_a_time_that_is_over_already_is_over_at_once() -> None:

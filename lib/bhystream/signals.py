@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -41,6 +42,7 @@ class Signals:
         self.on_report: Callable[[], None] | None = None
         self.on_deferred: Callable[[str], None] | None = None
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, _too_late)
         for number in _INTERRUPTS:
             # A signal that was ignored at the start (HUP by nohup) stays ignored.
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -74,6 +76,17 @@ class Signals:
             yield
         finally:
             self._open = False
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let nothing raise in this part of an interruptible block; a signal raises after it."""
+        was_open, self._open = self._open, False
+        try:
+            yield
+        finally:
+            self._open = was_open
+        if was_open and self._pending:
+            self._raise()
 
     @contextlib.contextmanager
     def watching(self, progress: Callable[[], int], seconds: int) -> Iterator[None]:
@@ -147,7 +160,16 @@ class Signals:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, _too_late)
             self._has_alarm = False
+
+    @staticmethod
+    def wake() -> None:
+        """End the time of until() now, also out of a blocked write(2).  For other threads.
+
+        Does nothing outside such a block.
+        """
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
 
     @staticmethod
     def ignore_stops() -> None:
@@ -158,6 +180,10 @@ class Signals:
     def forget(self) -> None:
         """Drop a signal that came too late to change anything."""
         self._pending = ""
+
+
+def _too_late(number: int, frame: FrameType | None) -> None:
+    """Take an alarm that comes outside its block.  A child gets the default action again."""
 
 
 class Interrupts:

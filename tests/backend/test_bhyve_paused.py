@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.process import Identity
 from bhystream.errors import BhyError, GuestEndedError, GuestError, StaleError
 from bhystream.guest import Json
+from bhystream.standin.vm import StandinVm
 from standin.rig import await_true
 
 from .bhyve_rig import ID, Two, require_sink
@@ -178,6 +180,50 @@ def test_one_that_has_begun_is_let_through(two: Two) -> None:
     found.resume()
     made.close()
     two.assert_runs_on()
+
+
+@pytest.mark.parametrize("error", [0, errno.ENOSPC, errno.EROFS])
+def test_a_throttled_guest_that_is_found_runs_again(
+    two: Two, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the request that bhyve never got cannot be withdrawn, because the disk is full."""
+    two.start()
+    made, record = two.prepared()
+    found = open_paused(record)
+    made.suspend_vcpus()
+    assert found._vcpus_stand()
+    make = Path.mkdir
+
+    def mkdir(self: Path, *args: Any, **given: Any) -> None:
+        if error and self.name == "ckp.kern":
+            raise OSError(error, os.strerror(error))
+        make(self, *args, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", mkdir)
+        found.resume()
+    assert not found._vcpus_stand()
+    made.close()
+    two.assert_runs_on()
+
+
+def test_a_guest_whose_vcpus_were_not_resumed_is_resumed_by_its_record(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.start()
+    made, record = two.prepared()
+
+    def resume_cpu(self: StandinVm, vcpu: int) -> None:
+        raise GuestError(f"cannot resume vCPU {vcpu}: Device busy")
+
+    with monkeypatch.context() as patch, pytest.raises(GuestError, match="Device busy"):
+        patch.setattr(StandinVm, "resume_cpu", resume_cpu)
+        made.suspend_vcpus()
+        made.resume_vcpus()
+    made.close()  # as bhysend does before it opens the guest by its record
+    open_paused(record).resume()
+    two.assert_runs_on()
+    assert two.held() == []
 
 
 def test_a_client_that_says_nothing_holds_nobody_up(two: Two, impatient: None) -> None:

@@ -215,6 +215,26 @@ def test_a_device_that_bhyve_may_not_open_is_replaced_by_a_file(
     two.assert_runs_on()
 
 
+def test_the_throttle_resumes_only_what_it_has_suspended(two: Two) -> None:
+    """The other vCPU waits for its SIPI: its registers are not those of a vCPU that runs."""
+    two.start()
+    made, _ = two.prepared()
+    vm = two.here.host.open_vm("g", is_writable=True)
+    for waiting in (set[int](), {1}, set[int]()):
+        for vcpu in waiting:
+            vm.suspend_cpu(vcpu)
+        made.suspend_vcpus()
+        assert vm.waiting_vcpus() == {0, 1}
+        made.resume_vcpus()
+        assert vm.waiting_vcpus() == waiting
+        for vcpu in waiting:
+            vm.resume_cpu(vcpu)
+    vm.close()
+    made.close()
+    two.assert_runs_on()
+    assert two.held() == []
+
+
 def test_a_device_that_takes_no_write_of_that_size_is_not_tried(two: Two) -> None:
     two.here.settings(sysctl={"debug.devfs_iosize_max_clamp": "1"})
     two.start(Spec(memory="2G"))

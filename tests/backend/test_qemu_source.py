@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bhystream.backend.process import end_process, identify, is_alive
-from bhystream.backend.qemu import qmp
+from bhystream.backend.qemu import facts, qmp
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.ram import extents
 from bhystream.backend.qemu.source import QemuSource
@@ -99,6 +99,28 @@ def test_a_paused_guest_is_refused_with_the_cure(rig: Rig) -> None:
     with pytest.raises(GuestError, match="guest here: cannot send it: it is 'paused'") as caught:
         QemuSource(path)
     assert "cont" in caught.value.hint
+
+
+def test_the_throttle_stops_a_guest_and_lets_it_run(rig: Rig) -> None:
+    source = QemuSource(rig.start("here"))
+    source.resume_vcpus()  # nothing to undo
+    for _ in range(2):
+        source.suspend_vcpus()
+        assert facts.status(source._opened.qmp) == "paused"
+        source.resume_vcpus()
+        assert facts.status(source._opened.qmp) == "running"
+    source.close()
+
+
+def test_the_throttle_leaves_a_guest_alone_that_another_monitor_has_stopped(rig: Rig) -> None:
+    source = QemuSource(rig.start("here"))
+    qmp = source._opened.qmp
+    qmp.execute("stop", doing="stand in for another monitor")
+    with pytest.raises(GuestError, match="guest here: cannot throttle it: it is 'paused'"):
+        source.suspend_vcpus()
+    source.resume_vcpus()
+    assert facts.status(qmp) == "paused"
+    source.close()
 
 
 def test_a_guest_with_another_capability_is_refused_by_name(rig: Rig) -> None:

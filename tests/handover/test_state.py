@@ -309,9 +309,11 @@ def test_a_record_is_synced_then_renamed_then_its_directory_synced(
     base: Path, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records.write(RECORD)
-    old = json.dumps(RECORD._asdict())
+    old = (base / "source" / f"{ID}.json").read_text()
     held = RECORD.with_phase(HELD)
-    new = json.dumps(held._asdict())
+    new = old.replace(json.dumps(PAUSED), json.dumps(HELD)).replace(
+        f'"time_ns": {RECORD.time_ns}', f'"time_ns": {held.time_ns}'
+    )
     disk = Disk(base, monkeypatch)
     records.write(held)
     assert disk.seen == [
@@ -425,3 +427,16 @@ def test_what_cannot_be_remembered_is_told_again(base: Path) -> None:
     (base / "told/web1").mkdir()
     for _ in range(2):
         assert state.Told(base, "web1").new(["a"]) == ["a"]
+
+
+def test_only_a_throttled_guest_s_record_has_what_an_older_program_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
+    records = Records(state.directory(), "source")
+    for throttled in (True, False):
+        written = RECORD._replace(throttled=throttled)
+        records.write(written)
+        assert records.all() == [written]
+        [path] = (tmp_path / "state/source").iterdir()
+        assert ("throttled" in json.loads(path.read_bytes())) == throttled

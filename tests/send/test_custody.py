@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -202,6 +203,13 @@ def test_a_throttled_guest_that_is_paused_is_no_longer_throttled(case: Case) -> 
     assert (record.phase, record.throttled) == (PAUSED, False)
     where = case.custody.recover(GuestError("the -p command failed")).where
     assert "it was paused for " in where
+
+
+def test_ctrl_z_does_not_stop_a_throttled_guest(case: Case) -> None:
+    """The guest would stand until the keeper has ended bhysend, and the move with it."""
+    signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    case.custody.throttle()
+    assert signal.getsignal(signal.SIGTSTP) == signal.SIG_IGN
 
 
 def test_a_throttle_needs_a_keeper(case: Case) -> None:

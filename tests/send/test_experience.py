@@ -12,12 +12,12 @@ from bhystream.send.experience import Experience
 
 def test_a_part_takes_what_it_took_before(tmp_path: Path) -> None:
     first = Experience(tmp_path)
-    assert not first.knows("state") and first.factor("state") == 1.0
+    assert first.noted("state") is None and first.factor("state") == 1.0
     first.learn("state", 10, 25)
     first.save()
     second = Experience(tmp_path)
-    assert second.knows("state") and second.factor("state") == 2.5
-    assert not second.knows("answers")
+    assert second.noted("state") == second.factor("state") == 2.5
+    assert second.noted("answers") is None
 
 
 def test_one_busy_moment_spoils_nothing(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_nothing_is_learned_from_what_was_no_estimate(
 ) -> None:
     made = Experience(tmp_path)
     made.learn("state", estimate, taken)
-    assert not made.knows("state")
+    assert made.noted("state") is None
 
 
 def test_a_factor_has_bounds(tmp_path: Path) -> None:
@@ -48,6 +48,7 @@ def test_a_factor_has_bounds(tmp_path: Path) -> None:
     made.learn("long", 1, 10**12)
     made.learn("short", 10**12, 1)
     assert (made.factor("long"), made.factor("short")) == (50.0, 0.02)
+    assert (made.noted("long"), made.noted("short")) == (1e6, 0.001)
 
 
 def test_the_oldest_parts_are_dropped(tmp_path: Path) -> None:
@@ -71,22 +72,24 @@ def test_the_oldest_parts_are_dropped(tmp_path: Path) -> None:
         b"[" * 100_000,
         b'{"state": 3}',
         b'{"state": ["x", null, {}]}',
-        b'{"state": [NaN, Infinity]}',
+        b'{"state": [NaN]}',
     ],
 )
 def test_a_broken_file_is_no_experience(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "experience.json").write_bytes(text)
     made = Experience(tmp_path)
-    assert not made.knows("state") and made.factor("state") == 1.0
+    assert made.noted("state") is None and made.factor("state") == 1.0
     made.learn("state", 1, 3)
     made.save()
     assert Experience(tmp_path).factor("state") == 3.0
 
 
 def test_absurd_notes_are_bounded(tmp_path: Path) -> None:
-    (tmp_path / "experience.json").write_text('{"a": [1e300], "b": [-5], "c": [2, 2, "x", 2]}')
+    # A number of 401 digits is no float.
+    notes = f'{{"a": [1e300], "b": [-5], "c": [2, 2, "x", 2], "d": [{10**400}], "e": [Infinity]}}'
+    (tmp_path / "experience.json").write_text(notes)
     made = Experience(tmp_path)
-    assert (made.factor("a"), made.factor("b"), made.factor("c")) == (50.0, 0.02, 2.0)
+    assert [made.factor(part) for part in "abcde"] == [50.0, 0.02, 2.0, 50.0, 50.0]
 
 
 def test_a_directory_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

@@ -77,6 +77,10 @@ OTHERS = (70_000, 400, 400), (30_000, 200, 200)
         pytest.param([FULL, MOST], Limits(time_ns=1900 * MS, finish=True), STOP, id="forced-at-T"),
         pytest.param([FULL, MOST], Limits(time_ns=1900 * MS + 1), GO_ON, id="just-before-T"),
         pytest.param([FULL, SAME], Limits(time_ns=MS), STOP, id="after-T-but-it-fits"),
+        # Another round like the last would take until 1400 ms.
+        pytest.param([FULL, SAME], Limits(time_ns=1400 * MS), STOP, id="no-time-for-another"),
+        pytest.param([FULL, SAME], Limits(time_ns=1400 * MS + 1), GO_ON, id="time-for-another"),
+        pytest.param([FULL, MOST], Limits(time_ns=2000 * MS), GO_ON, id="no-time-and-too-many"),
         pytest.param([FULL], Limits(rounds=1), GIVE_UP, id="r1-too-large"),
         pytest.param([FULL], Limits(rounds=1, finish=True), STOP, id="r1-forced"),
         pytest.param([(20_000, 200, 200)], Limits(rounds=1), STOP, id="r1-fits"),
@@ -264,18 +268,34 @@ TWICE = [(100_000, 10_000, 10_000), (100_000, 10_000, 10_000)]
 
 
 def throttled(rounds: list[tuple[int, int, int]], limits: Limits, percent: int = 0) -> int:
-    made = history(*rounds)
-    return next_throttle(made, outlook(made, NPAGES, limits), limits, percent)
+    made = throttled_by(percent, history(*rounds))
+    return next_throttle(made, outlook(made, NPAGES, limits), limits)
+
+
+def throttled_by(percent: int, rounds: list[Round]) -> list[Round]:
+    return [one._replace(throttle=percent) for one in rounds]
 
 
 def test_the_throttle_that_is_needed_halves_each_round() -> None:
     made = history((100_000, 10_000, 10_000), (200_000, 10_000, 10_000))
     # 15 000 pages a second are carried, and 20 000 change: 7500 may.
-    assert needed_throttle(made, Limits(), 0) == 63
+    assert needed_throttle(made, Limits()) == 63
     # The same changes, of a guest that stood for half of the time: it would change 40 000.
-    assert needed_throttle(made, Limits(), 50) == 82
-    assert needed_throttle(history((100, 10, 10), (10, 10, 10)), Limits(), 0) == 0
-    assert needed_throttle(history((100, 10, 10), (0, 10, 0)), Limits(), 0) == 0
+    assert needed_throttle(throttled_by(50, made), Limits()) == 82
+    assert needed_throttle(history((100, 10, 10), (10, 10, 10)), Limits()) == 0
+    assert needed_throttle(history((100, 10, 10), (0, 10, 0)), Limits()) == 0
+
+
+def test_a_throttle_that_was_just_set_does_not_hide_the_rate_of_change() -> None:
+    """The first half of the exposure was not throttled: 20 000 change in a second that runs."""
+    first, second = history((300_000, 10_000, 10_000), (120_000, 10_000, 10_000))
+    made = [first, second._replace(throttle=80)]
+    # 21 000 pages a second are carried: half of that may change.
+    assert needed_throttle(made, Limits()) == 48
+    # In 2 s of running, 40 000: always others.  Up to the pause the vCPUs run for 1 s of 5.
+    third = Round(20_000 * MS, 30_000 * MS, 40_000, 0, 40_000 * PAGE_BYTES, 1, throttle=80)
+    assert outlook([*made, third], NPAGES, Limits()).last_pages == 20_000
+    assert outlook([*made, third], NPAGES, Limits(), delay_ns=10_000 * MS).last_pages == 60_000
 
 
 def test_a_guest_is_throttled_only_if_it_does_not_fit_and_does_not_shrink() -> None:
@@ -299,14 +319,14 @@ def test_a_throttle_grows_by_steps_and_never_beyond_what_is_allowed() -> None:
 def test_the_cure_is_said_only_if_one_is_needed_and_known() -> None:
     made = history(*TWICE)
 
-    def said(limits: Limits, percent: int = 0, rounds: list[Round] = made) -> str:
-        return cures(rounds, outlook(rounds, NPAGES, limits), limits, percent)
+    def said(limits: Limits, rounds: list[Round] = made) -> str:
+        return cures(rounds, outlook(rounds, NPAGES, limits), limits)
 
     assert said(Limits()) == "-d 10000ms would fit, --throttle 50 may"
     assert said(Limits(throttle=49)) == "-d 10000ms would fit, --throttle 50 may"
     assert said(Limits(throttle=50)) == "-d 10000ms would fit"
     assert said(Limits(downtime_ns=10**11)) == ""
-    assert said(Limits(), 0, made[:1]) == ""
+    assert said(Limits(), made[:1]) == ""
 
 
 # The forecast of a dry run.
@@ -329,20 +349,23 @@ class Link:
         if limits.rounds == 0:
             return 0
         made: list[Round] = []
-        at, pending = 0, float(self.pages)
+        at, percent, pending = 0, 0, float(self.pages)
         while True:
             write_ns = pending * PAGE_BYTES * NS / self.rate
             end = at + self.scan_ns + int(write_ns)
             sent = int(pending * PAGE_BYTES)
-            made.append(Round(at, end, int(pending), 0, sent, int(write_ns)))
-            decision = decide(made, outlook(made, self.pages, limits), limits, end)
+            made.append(Round(at, end, int(pending), 0, sent, int(write_ns), throttle=percent))
+            view = outlook(made, self.pages, limits)
+            decision = decide(made, view, limits, end)
             if decision != GO_ON:
                 return len(made) if decision == STOP else None
             # What changes within half of this round and half of the next, which sends that.
-            spent_ns, before, pending = end - at, -1.0, 0.0
+            ran_ns, before, pending = (end - at) * (1 - percent / 100), -1.0, 0.0
+            percent = next_throttle(made, view, limits)
             while pending - before > 0.01:
                 before = pending
-                exposure_ns = (spent_ns + self.scan_ns + pending * PAGE_BYTES * NS / self.rate) / 2
+                coming_ns = self.scan_ns + pending * PAGE_BYTES * NS / self.rate
+                exposure_ns = (ran_ns + coming_ns * (1 - percent / 100)) / 2
                 pending = min(self.dirty_bytes * exposure_ns / NS / PAGE_BYTES, self.pages)
             at = end
 
@@ -359,6 +382,9 @@ GBIT = 10**9 / 8
         pytest.param(Link(GIB_PAGES, 0.0, 0, GBIT), Limits(), (2, 0), id="idle"),
         pytest.param(Link(0, 0.0, MS, GBIT), Limits(), (1, 0), id="nothing-to-send"),
         pytest.param(Link(GIB_PAGES, 2 * GBIT, 0, GBIT), Limits(), None, id="too-fast"),
+        pytest.param(
+            Link(GIB_PAGES, 2 * GBIT, 0, GBIT), Limits(throttle=95), (6, 280), id="slowed"
+        ),
         pytest.param(
             Link(GIB_PAGES, 2 * GBIT, 0, GBIT), Limits(finish=True), (30, 8589), id="forced"
         ),
@@ -392,6 +418,7 @@ def test_a_forecast_is_what_the_policy_then_does(rng: random.Random) -> None:
             rounds=rng.randint(0, 12),
             time_ns=int(10 ** rng.uniform(9, 13)),
             finish=rng.random() < 0.3,
+            throttle=rng.choice([0, 0, rng.randint(1, 99)]),
         )
         told, moved = link.told(limits), link.moved(limits)
         if moved != (told[0] if told else None):
@@ -408,8 +435,8 @@ def test_a_forecast_is_what_the_policy_then_does(rng: random.Random) -> None:
     assert gave_up > 100
 
 
-def _rest(limits: Limits, factor: float) -> tuple[int, int, bool]:
-    return limits.rounds, int(limits.time_ns * factor), limits.finish
+def _rest(limits: Limits, factor: float) -> tuple[int, int, bool, None, int]:
+    return limits.rounds, int(limits.time_ns * factor), limits.finish, None, limits.throttle
 
 
 def test_a_forecast_never_has_more_in_the_last_set_than_the_guest(rng: random.Random) -> None:

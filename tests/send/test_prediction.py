@@ -75,7 +75,11 @@ def test_a_hook_is_known_from_its_second_run_on(tmp_path: Path) -> None:
     known = predicting(tmp_path, hook=hook).parts(VIEW, 50)
     # The command runs beside the last pages, and the pause waits for the rest of it.
     assert known.last_ns + known.hook_ns == 5_000_000_000
-    assert predicting(tmp_path, hook="another").parts(VIEW, 50).hook_ns == 0
+    made = predicting(tmp_path, hook="another")
+    made.learn(Parts(0, 340, 600_000_000_000, 0))  # ten minutes, which no estimate bounds
+    slow = predicting(tmp_path, hook="another").parts(VIEW, 50)
+    assert slow.last_ns + slow.hook_ns == 600_000_000_000
+    assert predicting(tmp_path, hook="a third").parts(VIEW, 50).hook_ns == 0
     assert predicting(tmp_path).parts(VIEW, 50).hook_ns == 0
     assert "secret" not in (tmp_path / "experience.json").read_text()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import cast
 
 import pytest
@@ -10,22 +11,27 @@ import pytest
 from bhystream.backend.base import Source
 from bhystream.errors import GuestError
 from bhystream.send.throttle import Throttle
+from support.clock import Clock
 from support.waiting import until
 
 
 class Guest:
     """A source whose vCPUs only note what was asked of them."""
 
+    name = "web1"
+
     def __init__(self) -> None:
         self.stands = False
         self.stops = 0
         self.fails = ""
+        self.on_stop: Callable[[], None] = lambda: None
         self.threads: set[int] = set()
 
     def suspend_vcpus(self) -> None:
         self.threads.add(threading.get_ident())
         self.stands = True
         self.stops += 1
+        self.on_stop()
         if self.fails == "suspend":
             raise GuestError("cannot throttle it: it is 'shutdown'")
 
@@ -36,7 +42,7 @@ class Guest:
 
 
 def throttle(guest: Guest) -> Throttle:
-    return Throttle(cast(Source, guest))
+    return Throttle(cast(Source, guest), lambda: None)
 
 
 def test_a_throttle_that_is_never_set_does_nothing() -> None:
@@ -68,6 +74,40 @@ def test_a_failure_lets_the_guest_run_at_once() -> None:
     assert not guest.stands
 
 
+def test_a_thread_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    guest = Guest()
+    with pytest.raises(GuestError, match="guest web1: cannot throttle it: can't start new thread"):  # noqa: SIM117
+        with throttle(guest) as made:
+            made.set(50)
+    assert guest.stops == 0
+
+
+def test_a_guest_that_is_slow_to_stop_runs_the_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands from the beginning of the stop on, and never for more than its percent."""
+    clock = Clock()
+    guest = Guest()
+    guest.on_stop = lambda: clock.sleep(3.0)
+    waits: list[float] = []
+
+    class Over(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            return len(waits) > 3
+
+    monkeypatch.setattr("bhystream.send.throttle.time", clock)
+    made = throttle(guest)
+    made.percent, made._is_over = 75, Over()
+    working = threading.Thread(target=made._work)
+    working.start()
+    working.join()
+    # It runs, stands, runs for a third of the stop, and would stand again.
+    assert waits == pytest.approx([0.025, 0.075, 1.0, 0.075, 1.0])
+
+
 @pytest.mark.parametrize("step", ["suspend", "resume"])
 def test_what_stops_the_throttle_is_told(step: str) -> None:
     guest = Guest()
@@ -80,7 +120,7 @@ def test_what_stops_the_throttle_is_told(step: str) -> None:
             return "shutdown" in str(error)
         return False
 
-    with throttle(guest) as made:
+    with pytest.raises(GuestError, match="shutdown"), throttle(guest) as made:
         made.set(99)
         until(is_told, "the failure")
     assert guest.stands == (step == "resume")

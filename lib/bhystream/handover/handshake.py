@@ -99,7 +99,7 @@ class Act(Enum):
 class Event(Enum):
     """One thing that happens to a party."""
 
-    THROTTLE = "the guest changes too fast, and --throttle allows to hold its vCPUs back"
+    THROTTLE = "the guest changes too fast, and --throttle lets bhysend hold its vCPUs back"
     PAUSE = "the rounds are over"
     COPIED = "the last pages, the state and the -p command are done (answered form)"
     COPIED_PLAIN = "the same, in the plain form"

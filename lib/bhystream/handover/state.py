@@ -289,7 +289,11 @@ class Records:
         """Write a record durably.  Raises AccessError, InputOutputError."""
         path = self._dir / f"{record.id}.json"
         try:
-            durable.write(path, json.dumps(record._asdict()))
+            fields = record._asdict()
+            if not record.throttled:
+                # An older bhysend takes a record with a field that it does not know for broken.
+                del fields["throttled"]
+            durable.write(path, json.dumps(fields))
         except OSError as error:
             raise from_oserror(error, f"record the guest in {path}") from error
 

@@ -97,6 +97,7 @@ class Custody:
         Raises what pause() raises; the guest was not touched then.
         """
         self._require_keeper()
+        self._job.signals.ignore_stops()
         self._machine.on(Event.THROTTLE)
 
     def pause(self) -> None:

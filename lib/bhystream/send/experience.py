@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import statistics
 from pathlib import Path
 
@@ -25,6 +24,8 @@ _KEPT = 5
 _MAX_PARTS = 64
 # A factor outside comes from an estimate that was no estimate.
 _LEAST, _MOST = 0.02, 50.0
+# What may stand in the file: a -p command, whose estimate is a second, may take days.
+_SMALLEST, _LARGEST = 0.001, 1e6
 
 
 class Experience:
@@ -40,19 +41,19 @@ class Experience:
                 self._notes = {part: _factors(noted) for part, noted in found.items()}
 
     def factor(self, part: str) -> float:
-        """Return how many times its estimate a part usually takes; 1.0 if nothing is known."""
-        noted = self._notes.get(part)
-        return statistics.median(noted) if noted else 1.0
+        """Return by what to multiply the estimate of a part, in bounds; 1.0 if nothing is known."""
+        return min(max(self.noted(part) or 1.0, _LEAST), _MOST)
 
-    def knows(self, part: str) -> bool:
-        """Say whether anything is known of a part."""
-        return bool(self._notes.get(part))
+    def noted(self, part: str) -> float | None:
+        """Return how many times its estimate a part usually took; None if nothing is known."""
+        noted = self._notes.get(part)
+        return statistics.median(noted) if noted else None
 
     def learn(self, part: str, estimated_ns: float, measured_ns: float) -> None:
         """Note what a part has taken."""
         if estimated_ns <= 0 or measured_ns <= 0:
             return
-        factor = min(max(measured_ns / estimated_ns, _LEAST), _MOST)
+        factor = min(max(measured_ns / estimated_ns, _SMALLEST), _LARGEST)
         # The part moves to the end: the parts that no move has had for long are dropped.
         noted = [*self._notes.pop(part, []), round(factor, 3)]
         self._notes[part] = noted[-_KEPT:]
@@ -69,5 +70,5 @@ def _factors(noted: object) -> list[float]:
     """Return what is usable of the notes of one part."""
     if not isinstance(noted, list):
         return []
-    usable = [one for one in noted if isinstance(one, int | float) and math.isfinite(one)]
-    return [min(max(float(one), _LEAST), _MOST) for one in usable[-_KEPT:]]
+    usable = [one for one in noted if isinstance(one, int | float) and one == one]
+    return [float(min(max(one, _SMALLEST), _LARGEST)) for one in usable[-_KEPT:]]

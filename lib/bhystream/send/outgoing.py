@@ -38,7 +38,6 @@ from bhystream.send.stopwatch import Stopwatch
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Form, Header, Type
 from bhystream.stream.writer import Writer
-from bhystream.units import NS
 
 _STDOUT = 1
 
@@ -81,9 +80,7 @@ class Outgoing:
             rounds = Rounds(job, head, begun, progress, self._watch, prepared)
         # A keeper watches from here on: if bhysend dies, the keeper acts on the record.
         custody = self._custody = Custody(job, begun, record, self._watch)
-        deadline_s = time.monotonic() + job.opts.limits.time_ns / NS
-        with signals.until(deadline_s, rounds.out_of_time):
-            rounds.precopy(custody.throttle)
+        rounds.precopy(custody.throttle)
         # The guest is paused from here on; until END or GO is out, recover() resumes it.
         custody.pause()
         progress.enter("paused, round", rounds.live)

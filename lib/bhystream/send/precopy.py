@@ -7,7 +7,8 @@ Pre-copy pays if fewer pages change during a round than the round sent.  The
 policy estimates what is left for the pause after round n from what round n
 found: D pages had changed, each within an exposure of E seconds, which is the time
 from the look at the page in round n-1 to the look in round n.  The exposure of the
-last round ends with the pause, when all pages stand still: e seconds.
+last round ends with the pause, when all pages stand still: e seconds.  The time in which
+the throttle has stopped the vCPUs does not count.
 
 A guest that always writes to other pages changes D * e / E pages in that time, and a
 guest that writes to the same pages again and again changes D.  Which of the two the
@@ -74,7 +75,7 @@ class Round(NamedTuple):
     the round in write(2), in compressing, and in waiting for -B, which grows with
     the number of pages sent, not with the size of the guest.  settle_ns: how long after
     the round the destination had read the bytes that write(2) had taken; 0 if
-    nobody has asked.
+    nobody has asked.  throttle: for how many percent of the round the vCPUs stood.
     """
 
     start_ns: int
@@ -84,6 +85,7 @@ class Round(NamedTuple):
     sent_bytes: int
     write_ns: int
     settle_ns: int = 0
+    throttle: int = 0
 
     @property
     def changed_pages(self) -> int:
@@ -92,6 +94,10 @@ class Round(NamedTuple):
         Pages that became zero count: they cost no bytes now, but may at the pause.
         """
         return self.data_pages + self.zero_pages
+
+    def ran_ns(self, time_ns: float) -> float:
+        """Return for how long the vCPUs have run in time_ns, throttled as in this round."""
+        return time_ns * (100 - self.throttle) / 100
 
 
 class Outlook(NamedTuple):
@@ -128,9 +134,13 @@ def page_cost_bytes(rounds: Sequence[Round]) -> float:
 
 
 def _exposure_ns(before: Round, after: Round) -> int:
-    """Return the mean time between the looks at a page in two rounds, at least 1."""
-    looks_ns = after.start_ns + after.end_ns - before.start_ns - before.end_ns
-    return max(looks_ns // 2, 1)
+    """Return how long the vCPUs ran between the looks at a page in two rounds, at least 1.
+
+    It is the mean for all pages.  The throttle changes just before a round.
+    """
+    first_ns, second_ns = before.end_ns - before.start_ns, after.end_ns - after.start_ns
+    ran_ns = before.ran_ns(first_ns / 2 + after.start_ns - before.end_ns)
+    return max(int(ran_ns + after.ran_ns(second_ns / 2)), 1)
 
 
 def _growth(rounds: Sequence[Round]) -> float | None:
@@ -160,7 +170,7 @@ def outlook(rounds: Sequence[Round], npages: int, limits: Limits, *, delay_ns: i
     if len(rounds) == 1:
         expected = last.data_pages
     else:
-        coming = (last.end_ns - last.start_ns) / 2 + delay_ns
+        coming = last.ran_ns((last.end_ns - last.start_ns) / 2 + delay_ns)
         exposures = coming / _exposure_ns(rounds[-2], last)
         growth = _growth(rounds)
         if growth is None:
@@ -178,47 +188,49 @@ def decide(rounds: Sequence[Round], view: Outlook, limits: Limits, now_ns: int) 
     calls decide().  view: their outlook().  now_ns: since the start of round 0.
     """
     at_limit = len(rounds) >= limits.rounds or now_ns >= limits.time_ns
+    # bhysend would give up in a round that does not end in time, even though the guest fits now.
+    is_last = at_limit or now_ns + rounds[-1].end_ns - rounds[-1].start_ns >= limits.time_ns
     fits = view.copy_ns <= limits.downtime_ns
     # Two rounds after round 0 show how the guest changes.  Before that the outlook is a guess
     # on the large side, and another round makes the pause shorter even if the guess fits.
     is_known = len(rounds) > 2 or not rounds[-1].changed_pages or not rounds[0].data_pages
-    if fits and (is_known or at_limit):
+    if fits and (is_known or is_last):
         return Decision.STOP
     if at_limit:
         return Decision.STOP if limits.finish else Decision.GIVE_UP
     return Decision.GO_ON
 
 
-def needed_throttle(rounds: Sequence[Round], limits: Limits, percent: int) -> int:
+def needed_throttle(rounds: Sequence[Round], limits: Limits) -> int:
     """Return by how many percent to throttle so that each round halves what is left.
 
-    rounds: at least two.  percent: by how many the guest was throttled in the last round.
+    rounds: at least two.
     """
-    exposure_ns = _exposure_ns(rounds[-2], rounds[-1])
-    changing = rounds[-1].changed_pages * NS / exposure_ns / (1 - percent / 100)
+    changing = rounds[-1].changed_pages * NS / _exposure_ns(rounds[-2], rounds[-1])
     carried = bandwidth_bytes(rounds, limits) / page_cost_bytes(rounds)
     if not changing:
         return 0
     return min(max(math.ceil(100 * (1 - carried / changing / 2)), 0), MAX_THROTTLE)
 
 
-def next_throttle(rounds: Sequence[Round], view: Outlook, limits: Limits, percent: int) -> int:
+def next_throttle(rounds: Sequence[Round], view: Outlook, limits: Limits) -> int:
     """Return by how many percent to throttle the guest in the next round.
 
-    rounds: the live rounds so far, not empty.  view: their outlook().  percent: as now.
-    More only if the last set does not fit and the rounds do not shrink; then what
-    needed_throttle() says, but a step at least: a guest that changes the same pages again
-    and again has to be slowed down more than its rate of change shows.
+    rounds: the live rounds so far, not empty.  view: their outlook().  More than now only if
+    the last set does not fit and the rounds do not shrink; then what needed_throttle() says,
+    but a step at least: a guest that changes the same pages again and again has to be slowed
+    down more than its rate of change shows.
     """
+    percent = rounds[-1].throttle
     if len(rounds) < 2 or view.copy_ns <= limits.downtime_ns:
         return percent
     if rounds[-1].data_pages <= _SHRINKS * rounds[-2].data_pages:
         return percent
-    wanted = max(percent + _STEP, needed_throttle(rounds, limits, percent))
+    wanted = max(percent + _STEP, needed_throttle(rounds, limits))
     return max(min(wanted, limits.throttle), percent)
 
 
-def cures(rounds: Sequence[Round], view: Outlook, limits: Limits, percent: int) -> str:
+def cures(rounds: Sequence[Round], view: Outlook, limits: Limits) -> str:
     """Say what would make the last set fit; return "" if it fits or nothing is known yet.
 
     A throttle slows a guest down that always writes to other pages as it says, and one that
@@ -229,8 +241,8 @@ def cures(rounds: Sequence[Round], view: Outlook, limits: Limits, percent: int) 
     if len(rounds) < 2 or view.copy_ns <= limits.downtime_ns:
         return ""
     found = f"-d {math.ceil(view.copy_ns / 1e6)}ms would fit"
-    needed = needed_throttle(rounds, limits, percent)
-    if needed > max(limits.throttle, percent):
+    needed = needed_throttle(rounds, limits)
+    if needed > limits.throttle:
         found += f", --throttle {needed} may"
     return found
 
@@ -247,22 +259,26 @@ def forecast(
     if limits.rounds == 0:
         return 0, int(touched_pages * PAGE_BYTES * NS / rate)
     made: list[Round] = []
-    at, pending = 0, float(touched_pages)
+    at, percent, pending = 0, 0, float(touched_pages)
     while True:
         write_ns = int(pending * PAGE_BYTES * NS / rate)
         end = at + scan_ns + write_ns
-        made.append(Round(at, end, int(pending), 0, int(pending) * PAGE_BYTES, write_ns))
-        decision = decide(made, outlook(made, touched_pages, limits), limits, end)
+        sent_bytes = int(pending) * PAGE_BYTES
+        made.append(Round(at, end, int(pending), 0, sent_bytes, write_ns, throttle=percent))
+        view = outlook(made, touched_pages, limits)
+        decision = decide(made, view, limits, end)
         if decision == Decision.GIVE_UP:
             return None
         # The mean exposures: up to the pause half of this round, and up to the next round
         # half of both; the next round takes longer the more has changed.
         changing = dirty_bytes / PAGE_BYTES / NS / 2
+        changed = changing * made[-1].ran_ns(end - at)
         if decision == Decision.STOP:
-            last = min(changing * (end - at), touched_pages)
-            return len(made), int(last * PAGE_BYTES * NS / rate)
+            return len(made), int(min(changed, touched_pages) * PAGE_BYTES * NS / rate)
+        percent = next_throttle(made, view, limits)
+        changing *= (100 - percent) / 100
         share = changing * PAGE_BYTES * NS / rate
         pending = float(touched_pages)
         if share < 1:
-            pending = min(changing * (end - at + scan_ns) / (1 - share), pending)
+            pending = min((changed + changing * scan_ns) / (1 - share), pending)
         at = end

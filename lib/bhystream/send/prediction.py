@@ -57,17 +57,16 @@ class Prediction:
         }
         if self._answers:
             self._estimates[self._answers] = 2 * trip_ns + fixed.load_ns
-        if self._hook and self._experience.knows(self._hook):
-            self._estimates[self._hook] = NS
         found = {
             part: int(estimate * self._experience.factor(part))
             for part, estimate in self._estimates.items()
         }
         last_ns = found[self._last]
+        hook_ns = int(NS * (self._experience.noted(self._hook) or 0.0))
         return Parts(
             state_ns=found[self._state],
             last_ns=last_ns,
-            hook_ns=max(found.get(self._hook, 0) - last_ns, 0),
+            hook_ns=max(hook_ns - last_ns, 0),
             answers_ns=found.get(self._answers, 0),
         )
 
@@ -79,8 +78,7 @@ class Prediction:
             self._answers: measured.answers_ns,
         }
         for part, estimate in self._estimates.items():
-            if part != self._hook:
-                self._experience.learn(part, estimate, taken[part])
+            self._experience.learn(part, estimate, taken[part])
         if self._hook:
             # The command runs beside the last pages: its own end is not seen before theirs.
             self._experience.learn(self._hook, NS, measured.last_ns + measured.hook_ns)

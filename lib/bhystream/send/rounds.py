@@ -22,7 +22,7 @@ from bhystream.send.stopwatch import Stopwatch
 from bhystream.send.throttle import Throttle
 from bhystream.send.transfer import Transfer
 from bhystream.stream.format import Form, Type
-from bhystream.units import counted, duration, size
+from bhystream.units import NS, counted, duration, size
 
 # How long a transport may take nothing: while the guest is paused, and after -T with -f.
 STALL_SECONDS = 30
@@ -68,7 +68,7 @@ class Rounds:
             last_in_place=job.opts.form == Form.ANSWERED,
             on_batch=self._on_batch,
         )
-        self._throttle = Throttle(job.source)
+        self._throttle = Throttle(job.source, job.signals.wake)
         self._found: list[Round] = []
         self._is_late = False
         self._done_at_limit = -1
@@ -97,15 +97,17 @@ class Rounds:
     def precopy(self, before_throttle: Callable[[], None]) -> None:
         """Send rounds while the guest runs, until the last dirty set is small enough.
 
-        before_throttle: called once, before the guest's vCPUs are held back.  Raises
-        DowntimeError if a limit is reached first, InputOutputError if a write fails, what
-        before_throttle raises, and what ends the conversation: the destination's failure, or
-        a pipeline that holds the stream back.
+        Interruptible.  before_throttle: called once, before the guest's vCPUs are held back.
+        Raises DowntimeError if a limit is reached first, InputOutputError if a write fails,
+        what before_throttle raises, GuestError if the throttle fails, and what ends the
+        conversation: the destination's failure, or a pipeline that holds the stream back.
         """
-        if self._plan:
-            self._begun.writer.section(Type.REHEARSAL, self._plan)
-        if self._limits.rounds:
-            with self._throttle:
+        deadline_s = time.monotonic() + self._limits.time_ns / NS
+        # The throttle's block is the outer one: no signal raises where it ends.
+        with self._throttle, self._job.signals.until(deadline_s, self._out_of_time):
+            if self._plan:
+                self._begun.writer.section(Type.REHEARSAL, self._plan)
+            if self._limits.rounds:
                 self._send_live(before_throttle)
 
     def _send_live(self, before_throttle: Callable[[], None]) -> None:
@@ -113,7 +115,8 @@ class Rounds:
         decision = Decision.GO_ON
         while decision == Decision.GO_ON:
             self._progress.enter("round", self.live)
-            self._found.append(self._transfer.round(rate_bytes=self._limits.rate_bytes))
+            found = self._transfer.round(rate_bytes=self._limits.rate_bytes)
+            self._found.append(found._replace(throttle=self._throttle.percent))
             if self.live == 1:
                 self._rehearse()
             now_ns = time.monotonic_ns() - start_ns
@@ -148,12 +151,14 @@ class Rounds:
         if self._watch.predicted:
             self._prediction.learn(self._watch.measured)
 
-    def out_of_time(self) -> float:
+    def _out_of_time(self) -> float:
         """Give up, because the time of -T is over; with -f only if the transport takes nothing.
 
-        Called by Signals.until().  Returns in how many seconds to call again.  Raises
-        DowntimeError, or with -f InputOutputError.
+        Called by Signals.until(), also if the throttle has failed.  Returns in how many
+        seconds to call again.  Raises DowntimeError, or with -f InputOutputError; and
+        what has stopped the throttle.
         """
+        self._throttle.check()
         if not self._limits.finish:
             if self._is_late or self._begun.writer.at_border:
                 raise self._late()
@@ -213,17 +218,19 @@ class Rounds:
 
     def _cures(self, view: Outlook) -> list[str]:
         """Return a line that says what would make the last pages fit, none if nobody knows."""
-        cure = cures(self._found, view, self._limits, self._throttle.percent)
+        cure = cures(self._found, view, self._limits)
         return [cure] if cure else []
 
     def _throttle_more(self, view: Outlook, before_throttle: Callable[[], None]) -> None:
         """Throttle the guest from now on, or more than before, if it changes too fast."""
         now = self._throttle.percent
-        percent = next_throttle(self._found, view, self._limits, now)
+        percent = next_throttle(self._found, view, self._limits)
         if percent > now:
-            if not now:
-                before_throttle()
-            self._throttle.set(percent)
+            # No signal may raise while the guest is recorded, or before the thread is known.
+            with self._job.signals.deferred():
+                if not now:
+                    before_throttle()
+                self._throttle.set(percent)
 
     def _say_round(self, found: Round, cure: Sequence[str]) -> None:
         if self._job.opts.verbose:

@@ -7,6 +7,9 @@ how many: none as long as the rounds get smaller, and never more than the operat
 A thread does it, because the main thread may wait in write(2) for long.  The guest counts
 as running all the time, but it may stand at any moment.  So it is on record as paused
 before the throttle begins: if bhysend dies, its keeper lets the guest run.
+
+The block begins and ends, and set() is called, where no signal raises.  Else a signal could
+leave the thread at work on a guest that somebody else resumes, or that nobody does.
 """
 
 from __future__ import annotations
@@ -14,11 +17,14 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from bhystream.backend.base import Source
+from bhystream.errors import GuestError
 
 _PERIOD_S = 0.1
+_AGAIN_S = 1.0
 
 
 class Throttle:
@@ -28,10 +34,15 @@ class Throttle:
     percent so far.  took_ns: how long the throttle was at work.
     """
 
-    def __init__(self, source: Source) -> None:
-        """source: stays the caller's; nobody else may pause it or ask it about its state."""
+    def __init__(self, source: Source, wake: Callable[[], None]) -> None:
+        """source: stays the caller's; nobody else may pause it or ask it about its state.
+
+        wake: makes the main thread call check(), also out of a blocked write(2); called by
+        the throttle's thread when it has failed, and again each second until the block ends.
+        """
         self.percent = self.most = self.took_ns = 0
         self._source = source
+        self._wake = wake
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -46,19 +57,30 @@ class Throttle:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        """Let the guest run.  Raises what has stopped the throttle, if nothing else is raised."""
         self._is_over.set()
         if self._thread:
-            # If a signal raises here, the thread lets the guest run all the same.
             self._thread.join()
             self.took_ns = time.monotonic_ns() - self._start_ns
+        if kind is None:
+            # The guest may stand, so it is not paused as if it ran.
+            self.check()
 
     def set(self, percent: int) -> None:
-        """Let the vCPUs stand for so many percent of the time, 1 to 99, from now on."""
+        """Let the vCPUs stand for so many percent of the time, 1 to 99, from now on.
+
+        Raises GuestError if no thread can be started.
+        """
         self.percent, self.most = percent, max(self.most, percent)
         if self._thread is None:
-            self._start_ns = time.monotonic_ns()
-            self._thread = threading.Thread(target=self._work)
-            self._thread.start()
+            thread = threading.Thread(target=self._work)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise GuestError(
+                    f"guest {self._source.name}: cannot throttle it: {error}"
+                ) from None
+            self._thread, self._start_ns = thread, time.monotonic_ns()
 
     def check(self) -> None:
         """Raise what has stopped the throttle, usually a GuestError, if anything has."""
@@ -69,11 +91,27 @@ class Throttle:
         # A signal has to interrupt the main thread, which may be in a write(2).
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            while not self._is_over.wait(_PERIOD_S * (100 - self.percent) / 100):
+            stood_s = 0.0
+            while not self._is_over.wait(self._rest_s(stood_s)):
+                start_s = time.monotonic()
                 try:
                     self._source.suspend_vcpus()
                     self._is_over.wait(_PERIOD_S * self.percent / 100)
                 finally:
                     self._source.resume_vcpus()
+                stood_s = time.monotonic() - start_s
         except BaseException as raised:  # for the main thread
             self._failure = raised
+            # The guest may stand, and a signal may come just before a write(2) that blocks.
+            self._wake()
+            while not self._is_over.wait(_AGAIN_S):
+                self._wake()
+
+    def _rest_s(self, stood_s: float) -> float:
+        """Return how long the vCPUs run now, after they stood for stood_s seconds.
+
+        A hypervisor may take long to stop a guest (QEMU flushes its disks), and the guest
+        stands meanwhile.
+        """
+        runs = (100 - self.percent) / 100
+        return max(_PERIOD_S * runs, stood_s * runs / (1 - runs))

@@ -313,15 +313,22 @@ class BhyvePaused:
             pass  # see _is_lost()
         except OSError as error:
             raise from_oserror(error, f"read {meta}") from None
+        # A full disk may keep a request from being withdrawn that was never made.
+        self._end_throttle()
         return bytes(found).lstrip()
 
     def _end_throttle(self) -> None:
         """Let the vCPUs run if bhysend was killed while it held them back.
 
-        Called only if our checkpoint does not stand: else bhyve has suspended them itself.
+        Does nothing if a checkpoint may stand, or its release be under way: then bhyve itself
+        has suspended them, and the devices stand too.  bhyve makes ckp.kern first; if the
+        directory was removed, nobody knows.  Without our mark another program has suspended
+        them.
         """
-        name = self.record.name
-        if not self._directory.throttled.exists() or self._host.node_id(name) != self.record.node:
+        name, directory = self.record.name, self._directory
+        if directory.files.kern.is_file() or not directory.throttled.exists():
+            return
+        if self._host.node_id(name) != self.record.node:
             return
         vm = self._host.open_vm(name, is_writable=True)
         try:

@@ -60,6 +60,7 @@ class BhyveSource:
         self._ready: Ready | None = None
         self._was_asked = False
         self._control: Vm | None = None  # opened for the first suspend_vcpus()
+        self._suspended: set[int] = set()
         # close() removes the directory through this stack, unless pause() was called.
         self._made = contextlib.ExitStack()
 
@@ -144,7 +145,7 @@ class BhyveSource:
         return Prepared(ready.record.to_json(), ready.rehearsal.text, guest.ncpus)
 
     def suspend_vcpus(self) -> None:
-        """Suspend every vCPU; the devices go on.
+        """Suspend every vCPU that runs; the devices go on.
 
         Raises GuestError, AccessError, and InputOutputError if that cannot be noted.
         """
@@ -153,7 +154,7 @@ class BhyveSource:
         if self._control is None:
             self._control = self._opened.host.open_vm(self.name, is_writable=True)
             self._mark_throttled()
-        suspended.suspend(self._control)
+        suspended.suspend(self._control, self._suspended)
 
     def _mark_throttled(self) -> None:
         """Note, for the keeper, that the vCPUs may be suspended by us."""
@@ -170,7 +171,8 @@ class BhyveSource:
         from bhystream.backend.bhyve import suspended
 
         if self._control is not None:
-            suspended.resume(self._control)
+            suspended.resume(self._control, self._suspended)
+            self._suspended.clear()
 
     def pause(self) -> BhyvePaused:
         """Pause the guest in a checkpoint, and take its state.
@@ -188,7 +190,13 @@ class BhyveSource:
         return self._ready.pause()
 
     def close(self) -> None:
-        """Release the mappings, and undo prepare() if pause() was never called."""
+        """Release the mappings, and undo prepare() if pause() was never called.
+
+        If the vCPUs could not be resumed, the directory stays: whoever finds the guest by its
+        record needs it, to see that no checkpoint stands.
+        """
+        if self._suspended:
+            self._made.pop_all()
         self._made.close()
         if self._control is not None:
             self._control.close()
