@@ -8,6 +8,7 @@ import signal
 import termios
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from bhystream.errors import GuestError
 from bhystream.report import Console, Progress
 from bhystream.send.job import Begun, SendJob
 from bhystream.send.options import SendOptions
-from bhystream.send.precopy import Limits
+from bhystream.send.precopy import Limits, Round
 from bhystream.send.rounds import Rounds
 from bhystream.send.stopwatch import Stopwatch
 from bhystream.send.throttle import Throttle
@@ -133,6 +134,14 @@ def test_no_signal_comes_between_the_record_and_the_throttle(
         case.rounds.precopy(before_throttle)
     assert done == ["recorded"]
     case.assert_over()
+
+
+def test_a_move_that_ends_in_a_round_says_what_would_fit_too(case: Case) -> None:
+    """As far as the rounds before it show that."""
+    assert case.rounds._late().hint.endswith("pause it anyway with -f")
+    first = Round(0, 10**9, 100, 0, 409_600, 10**9)
+    case.rounds._found = [first, replace(first, start_ns=10**9, end_ns=2 * 10**9)]
+    assert case.rounds._late().hint.endswith("-f\n-d 1000ms would fit")
 
 
 def test_a_throttle_that_fails_in_the_end_lets_nobody_pause_the_guest(

@@ -174,10 +174,13 @@ class Rounds:
         return STALL_SECONDS
 
     def _late(self) -> DowntimeError:
+        known = []
+        if self._found:
+            known = self._cures(outlook(self._found, self._transfer.npages, self._limits))
         return DowntimeError(
             f"{self._job.who}: -T {duration(self._limits.time_ns)} is over; "
             f"{self._progress.share:.0%} of round {self.live} is done",
-            _MORE,
+            "\n".join([_MORE, *known]),
         )
 
     def _rehearse(self) -> None:
