@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -169,6 +168,8 @@ class Signals:
 
         Does nothing outside such a block.
         """
+        import threading  # only a throttle calls this
+
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
 
     @staticmethod

@@ -8,7 +8,6 @@ import signal
 import termios
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +139,7 @@ def test_a_move_that_ends_in_a_round_says_what_would_fit_too(case: Case) -> None
     """As far as the rounds before it show that."""
     assert case.rounds._late().hint.endswith("pause it anyway with -f")
     first = Round(0, 10**9, 100, 0, 409_600, 10**9)
-    case.rounds._found = [first, replace(first, start_ns=10**9, end_ns=2 * 10**9)]
+    case.rounds._found = [first, first._replace(start_ns=10**9, end_ns=2 * 10**9)]
     assert case.rounds._late().hint.endswith("-f\n-d 1000ms would fit")
 
 
