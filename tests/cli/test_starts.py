@@ -20,7 +20,7 @@ USED = {
         "commandline durable errors guest hypervisors inherited report signals strict_json units"
     ),
     "bhystream.handover": "prune standing state",
-    "bhystream.send": "dryrun head main options precopy spans",
+    "bhystream.send": "dryrun head main options precopy strides",
     "bhystream.stream": "format writer",
     "bhystream.memory": "extent mapping page xxh3",
     "bhystream.backend": "files process supervisors",

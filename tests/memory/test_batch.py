@@ -6,21 +6,18 @@ import mmap
 import random
 import struct
 import threading
-from array import array
 from collections.abc import Callable
 
 import pytest
 import xxhash
 
 from bhystream.memory.batch import Batch
-from bhystream.memory.page import PageHasher
+from bhystream.memory.page import PageHasher, PageHashes, find_changed
 from support.nogil import released
 
-PAGE = 4096
+from .pages import DATA, PAGE, WRONG_BUFFER, ZERO, all_bits, bits, hashes_in, table_of, words
+
 SEED = 0x5EED_0123_4567_89AB
-DATA, ZERO = 0, 1
-# Which of the two is raised depends on the buffer's fault, and on its type.
-WRONG_BUFFER = (ValueError, BufferError)
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +32,14 @@ def digest(page: bytes | bytearray | memoryview) -> int:
 ZERO_HASH = digest(bytes(PAGE))
 
 
-def words(n: int, value: int = 0) -> array[int]:
-    return array("Q", [value]) * n
-
-
 def listed(batch: Batch) -> tuple[list[tuple[int, int, int]], list[int], bytes]:
     """Parse what a batch would write: extents, hashes, pages."""
     raw = batch.list_view()
     assert len(raw) == batch.nextents * 16 + batch.npages * 8
     middle = batch.nextents * 16
     extents = list(struct.iter_unpack("<QII", raw[:middle]))
-    pages = bytes(batch.page_view())
-    assert len(pages) == batch.npages * PAGE
+    pages = b"" if batch.in_place else bytes(batch.page_view())
+    assert len(pages) == (0 if batch.in_place else batch.npages * PAGE)
     return extents, [value for (value,) in struct.iter_unpack("<Q", raw[middle:])], pages
 
 
@@ -78,18 +71,24 @@ class Model:
 
     def collect(
         self,
-        segment: memoryview | None,
+        segment: memoryview,
         base: int,
         first: int,
         end: int,
         table: list[int],
+        touched: set[int],
         everything: bool,
+        absent: bool,
     ) -> int:
-        """Do what collect() does; for the segment None, what collect_absent() does."""
+        """Do what collect() does."""
         for page in range(first, end):
-            if segment is not None and len(self.hashes) == self.max_pages:
-                return page
-            data = bytes(PAGE) if segment is None else segment[page * PAGE : (page + 1) * PAGE]
+            data: bytes | memoryview = bytes(PAGE)
+            if base + page in touched:
+                if len(self.hashes) == self.max_pages:
+                    return page
+                data = segment[page * PAGE : (page + 1) * PAGE]
+            elif not absent:
+                continue
             value = digest(data)
             if not everything and table[base + page] == value:
                 continue
@@ -108,7 +107,7 @@ class Model:
         extents, hashes, pages = listed(batch)
         assert [list(extent) for extent in extents] == self.extents
         assert hashes == self.hashes
-        assert pages == self.pages
+        assert batch.in_place or pages == self.pages
         assert (batch.npages, batch.nextents) == (len(self.hashes), len(self.extents))
         assert batch.nzero == self.nzero
         assert batch.full is (self.overflow or len(self.hashes) == self.max_pages)
@@ -130,39 +129,57 @@ def change(rng: random.Random, segment: memoryview) -> None:
                 view[:] = bytes(PAGE)
 
 
+def some_runs(rng: random.Random, npages: int) -> set[int]:
+    """Return pages in runs of random lengths, often longer than a word of a bitmap."""
+    found: set[int] = set()
+    at, longest = 0, rng.choice((1, 5, 300))
+    while at < npages:
+        end = at + rng.randint(1, longest)
+        found.update(range(at, min(end, npages)))
+        at = end + rng.randint(1, longest)
+    return found
+
+
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("turn", range(40))
-def test_rounds_agree_with_the_model(rng: random.Random, hasher: PageHasher, turn: int) -> None:
-    """Three rounds run over two segments with holes, and all limits are small."""
+def test_rounds_agree_with_the_model(
+    rng: random.Random, hasher: PageHasher, turn: int, in_place: bool
+) -> None:
+    """Several rounds run over two segments, and all limits are small.
+
+    A page that was not touched counts as zero, whatever its memory holds: it is not read.
+    """
     limits = (
         rng.choice((1, 2, 5, 100)),
         rng.choice((1, 2, 5, 100)),
         rng.choice((1, 2, 3, 2**32 - 1)),
     )
-    batch, model = Batch(hasher, *limits), Model(*limits)
-    sizes = rng.randint(1, 20), rng.randint(1, 20)
+    batch, model = Batch(hasher, *limits, in_place), Model(*limits)
+    sizes = rng.choice((3, 20, 64, 200)), rng.choice((1, 20, 300))
     shift = rng.randint(0, 9)
     segments = [memoryview(bytearray(n * PAGE + 16))[shift : shift + n * PAGE] for n in sizes]
-    table = words(sum(sizes) + 2, 3)
-    expected = table.tolist()
-    for number in range(3):
+    table = PageHashes(hasher, sum(sizes) + 2)
+    expected = [ZERO_HASH] * len(table)
+    for number in range(4):
+        everything, absent = number == 0, number == 0 or rng.random() < 0.7
+        touched = some_runs(rng, len(table))
+        bitmap = bits(len(table), touched)
         base = 1
         for segment, npages in zip(segments, sizes, strict=True):
             change(rng, segment)
             page = 0
             while page < npages:
                 end = rng.randint(page, npages)
-                absent = rng.random() < 0.3
                 while True:
-                    arguments = base, page, end
-                    if absent:
-                        after = batch.collect_absent(*arguments, table, number == 0)
-                        also = model.collect(None, *arguments, expected, number == 0)
-                    else:
-                        after = batch.collect(segment, *arguments, table, number == 0)
-                        also = model.collect(segment, *arguments, expected, number == 0)
+                    after = batch.collect(
+                        segment, base, page, end, table, bitmap, everything, absent=absent
+                    )
+                    also = model.collect(
+                        segment, base, page, end, expected, touched, everything, absent
+                    )
                     assert after == also
                     model.compare(batch)
-                    assert table.tolist() == expected
+                    assert hashes_in(table) == expected
                     page = after
                     if page == end:
                         break
@@ -179,10 +196,11 @@ def test_an_empty_batch_and_empty_ranges(hasher: PageHasher) -> None:
     batch = Batch(hasher, 4, 4)
     assert listed(batch) == ([], [], b"")
     for everything in (False, True):
-        assert batch.collect(b"", 0, 0, 0, words(0), everything) == 0
-        assert batch.collect(b"x" * PAGE, 5, 1, 1, words(6), everything) == 1
-        assert batch.collect_absent(0, 0, 0, words(0), everything) == 0
-        assert batch.collect_absent(3, 4, 4, words(7), everything) == 4
+        for touched in (words(1), words(1, 2**64 - 1)):
+            table = PageHashes(hasher, 7)
+            assert batch.collect(b"", 0, 0, 0, table, touched, everything) == 0
+            assert batch.collect(b"x" * PAGE, 5, 1, 1, table, touched, everything) == 1
+            assert batch.collect(b"", 0, 0, 0, PageHashes(hasher, 0), words(0), everything) == 0
     assert listed(batch) == ([], [], b"")
     assert not batch.full
 
@@ -190,58 +208,110 @@ def test_an_empty_batch_and_empty_ranges(hasher: PageHasher) -> None:
 def test_a_full_batch_takes_nothing_and_changes_nothing(hasher: PageHasher) -> None:
     batch = Batch(hasher, 2, 4)
     segment = b"x" * (5 * PAGE)
-    table = words(5)
-    assert batch.collect(segment, 0, 0, 5, table, True) == 2
+    table, touched = PageHashes(hasher, 5), all_bits(5)
+    assert batch.collect(segment, 0, 0, 5, table, touched, True) == 2
     assert batch.full
     before = listed(batch)
     for everything in (False, True):
-        assert batch.collect(segment, 0, 2, 5, table, everything) == 2
+        assert batch.collect(segment, 0, 2, 5, table, touched, everything) == 2
     assert listed(batch) == before
-    assert list(table[2:]) == [0, 0, 0]
+    assert hashes_in(table)[2:] == [ZERO_HASH] * 3
 
 
 def test_exactly_full_is_done(hasher: PageHasher) -> None:
     batch = Batch(hasher, 3, 1)
-    assert batch.collect(b"y" * (3 * PAGE), 0, 0, 3, words(3), True) == 3
+    table = PageHashes(hasher, 3)
+    assert batch.collect(b"y" * (3 * PAGE), 0, 0, 3, table, all_bits(3), True) == 3
     assert batch.full
     assert listed(batch)[0] == [(0, 3, DATA)]
 
 
 def test_holes_need_no_room_for_pages(hasher: PageHasher) -> None:
     batch = Batch(hasher, 1, 2)
-    table = words(9)
-    assert batch.collect(b"y" * PAGE, 0, 0, 1, table, True) == 1
+    segment = b"y" * (9 * PAGE)
+    touched = bits(9, [0, 8])
+    assert batch.collect(segment, 0, 0, 9, PageHashes(hasher, 9), touched, True) == 8
     assert batch.full
-    assert batch.collect_absent(0, 1, 9, table, True) == 9
-    assert listed(batch)[0] == [(0, 1, DATA), (1, 8, ZERO)]
+    assert listed(batch)[0] == [(0, 1, DATA), (1, 7, ZERO)]
 
 
 def test_an_extent_too_many_leaves_the_table(hasher: PageHasher) -> None:
     batch = Batch(hasher, 9, 1)
-    table = words(3)
-    assert batch.collect(b"y" * PAGE + bytes(2 * PAGE), 0, 0, 3, table, True) == 1
+    memory = b"w" * (3 * PAGE)
+    table = table_of(hasher, memory)
+    before = hashes_in(table)
+    now = b"y" * PAGE + bytes(2 * PAGE)
+    assert batch.collect(now, 0, 0, 3, table, all_bits(3), True) == 1
     assert batch.full
-    assert list(table[1:]) == [0, 0]
-    assert batch.collect_absent(0, 1, 3, table, False) == 1
-    assert list(table[1:]) == [0, 0]
+    assert hashes_in(table)[1:] == before[1:]
+    assert batch.collect(now, 0, 1, 3, table, bits(3, [0]), False) == 1
+    assert hashes_in(table)[1:] == before[1:]
     batch.clear()
     assert not batch.full
-    assert batch.collect_absent(0, 1, 3, table, False) == 3
+    assert batch.collect(now, 0, 1, 3, table, bits(3, [0]), False) == 3
     assert listed(batch)[0] == [(1, 2, ZERO)]
 
 
 def test_absent_pages_are_stated_once(hasher: PageHasher) -> None:
     batch = Batch(hasher, 1, 9)
-    table = array("Q", [1, ZERO_HASH, 1, 1, ZERO_HASH, ZERO_HASH, 1, ZERO_HASH])
-    assert batch.collect_absent(0, 1, 8, table, False) == 8
+    x = b"x" * PAGE
+    memory = x + bytes(PAGE) + x + x + bytes(2 * PAGE) + x + bytes(PAGE)
+    table, nothing = table_of(hasher, memory), words(1)
+    assert batch.collect(memory, 0, 1, 8, table, nothing, False, absent=False) == 8
+    assert listed(batch)[0] == []
+    assert batch.collect(memory, 0, 1, 8, table, nothing, False) == 8
     assert listed(batch)[0] == [(2, 2, ZERO), (6, 1, ZERO)]
     assert batch.nzero == 3
-    assert list(table) == [1] + [ZERO_HASH] * 7
+    assert hashes_in(table) == [digest(x)] + [ZERO_HASH] * 7
     batch.clear()
-    assert batch.collect_absent(0, 1, 8, table, False) == 8
+    assert batch.collect(memory, 0, 1, 8, table, nothing, False) == 8
     assert listed(batch)[0] == []
-    assert batch.collect_absent(0, 1, 8, table, True) == 8
+    assert batch.collect(memory, 0, 1, 8, table, nothing, True) == 8
     assert listed(batch)[0] == [(1, 7, ZERO)]
+
+
+def test_pages_come_and_go_in_a_large_guest(hasher: PageHasher) -> None:
+    """A page is absent, touched, absent, zero and touched in turn, among many never touched."""
+    npages = 3 << 18
+    memory = memoryview(mmap.mmap(-1, npages * PAGE))
+    table = PageHashes(hasher, npages)
+    batch = Batch(hasher, 8, 64)
+    pages = [0, 63, 64, 4095, 4096, (1 << 18) - 1, 1 << 18, npages - 1]
+
+    def found(touched: list[int], everything: bool = False) -> list[tuple[int, int, int]]:
+        batch.clear()
+        bitmap = bits(npages, touched)
+        assert batch.collect(memory, 0, 0, npages, table, bitmap, everything) == npages
+        return listed(batch)[0]
+
+    assert found([], True) == [(0, npages, ZERO)]
+    for page in pages:
+        memory[page * PAGE] = page % 251 + 1
+    assert found([]) == []
+    data = [(0, 1, DATA), (63, 2, DATA), (4095, 2, DATA), ((1 << 18) - 1, 2, DATA)]
+    data.append((npages - 1, 1, DATA))
+    assert found(pages) == data
+    assert found(pages) == []
+    assert [table[page] for page in pages] == [
+        digest(memory[page * PAGE : (page + 1) * PAGE]) for page in pages
+    ]
+    assert found(pages[:2]) == [(first, n, ZERO) for first, n, _ in [(64, 1, 0), *data[2:]]]
+    assert found(pages[:2]) == []
+    memory[0] = 0
+    assert found(pages[:2]) == [(0, 1, ZERO)]
+    assert found(pages) == [(64, 1, DATA), *data[2:]]
+    assert found([]) == [(first, n, ZERO) for first, n, _ in data[1:]]
+    assert {table[page] for page in pages} == {ZERO_HASH}
+
+
+@pytest.mark.parametrize("first", [0, 1, 62, 63, 64, 65])
+def test_no_page_is_passed_over_from_any_page_on(hasher: PageHasher, first: int) -> None:
+    """The table takes memory for 64 pages at once: those before it have none here."""
+    page = 64
+    memory = bytes(page * PAGE) + b"p" * PAGE + bytes(PAGE)
+    table, batch = table_of(hasher, memory), Batch(hasher, 9, 9)
+    assert batch.collect(memory, 0, first, 66, table, words(2), False) == 66
+    assert listed(batch)[0] == ([(page, 1, ZERO)] if first <= page else [])
 
 
 @pytest.mark.parametrize("byte", [0, 1, 7, 8, 63, 64, 2047, 4088, 4095])
@@ -250,47 +320,45 @@ def test_one_byte_makes_a_page_not_zero(hasher: PageHasher, byte: int) -> None:
     page[byte] = 0x80
     for everything in (False, True):
         batch = Batch(hasher, 1, 1)
-        assert batch.collect(page, 0, 0, 1, words(1), everything) == 1
+        assert batch.collect(page, 0, 0, 1, PageHashes(hasher, 1), words(1, 1), everything) == 1
         assert listed(batch) == ([(0, 1, DATA)], [digest(page)], bytes(page))
 
 
 def test_pages_must_ascend(hasher: PageHasher) -> None:
     batch = Batch(hasher, 9, 9)
-    table = words(9)
-    batch.collect(b"z" * (4 * PAGE), 2, 1, 3, table, True)
+    table, touched = PageHashes(hasher, 9), all_bits(9)
+    batch.collect(b"z" * (4 * PAGE), 2, 1, 3, table, touched, True)
     for first in (0, 1, 2):
-        with pytest.raises(ValueError, match="must ascend"):
-            batch.collect(b"z" * (4 * PAGE), 2, first, 3, table, True)
-        with pytest.raises(ValueError, match="must ascend"):
-            batch.collect_absent(2, first, 3, table, True)
-    assert batch.collect(b"z" * (4 * PAGE), 2, 3, 4, table, True) == 4
+        for some in (touched, words(1)):
+            with pytest.raises(ValueError, match="must ascend"):
+                batch.collect(b"z" * (4 * PAGE), 2, first, 3, table, some, True)
+    assert batch.collect(b"z" * (4 * PAGE), 2, 3, 4, table, touched, True) == 4
     batch.clear()
-    assert batch.collect(b"z" * (4 * PAGE), 2, 0, 4, table, True) == 4
+    assert batch.collect(b"z" * (4 * PAGE), 2, 0, 4, table, touched, True) == 4
 
 
 @pytest.mark.parametrize(
-    "base, first, end, nentries",
+    "base, first, end, nentries, nwords",
     [
-        (0, -1, 1, 9),
-        (0, 2, 1, 9),
-        (0, 0, 3, 9),
-        (-1, 0, 2, 9),
-        (8, 0, 2, 9),
-        (2**64 - 1, 0, 2, 9),
-        (0, 0, 2, 1),
-        (0, 0, 2**64, 9),
+        (0, -1, 1, 9, 1),
+        (0, 2, 1, 9, 1),
+        (0, 0, 3, 9, 1),
+        (-1, 0, 2, 9, 1),
+        (8, 0, 2, 9, 1),
+        (2**64 - 1, 0, 2, 9, 1),
+        (0, 0, 2, 1, 1),
+        (0, 0, 2**64, 9, 1),
+        (0, 0, 2, 9, 0),
+        (63, 0, 2, 99, 1),
     ],
 )
 def test_ranges_are_checked(
-    hasher: PageHasher, base: int, first: int, end: int, nentries: int
+    hasher: PageHasher, base: int, first: int, end: int, nentries: int, nwords: int
 ) -> None:
     batch = Batch(hasher, 9, 9)
-    with pytest.raises(ValueError):
-        batch.collect(bytes(2 * PAGE), base, first, end, words(nentries), True)
-    # collect_absent() has no buffer, so no range can lie outside one.
-    if (end, nentries) != (3, 9):
-        with pytest.raises(ValueError):
-            batch.collect_absent(base, first, end, words(nentries), True)
+    table = PageHashes(hasher, nentries)
+    with pytest.raises(ValueError, match="pages"):
+        batch.collect(bytes(2 * PAGE), base, first, end, table, words(nwords), True)
 
 
 @pytest.mark.parametrize("limits", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (2**32, 1, 1), (-1, 1, 1)])
@@ -301,24 +369,24 @@ def test_limits_are_checked(hasher: PageHasher, limits: tuple[int, int, int]) ->
 
 def test_wrong_buffers_are_refused(hasher: PageHasher) -> None:
     batch = Batch(hasher, 9, 9)
-    good, table = bytes(PAGE), words(1)
+    good, table = bytes(PAGE), PageHashes(hasher, 1)
     for bad in (memoryview(bytes(2 * PAGE))[::2], words(512)):
         with pytest.raises(WRONG_BUFFER):
-            batch.collect(bad, 0, 0, 1, table, True)
-    for wrong in (memoryview(table).toreadonly(), bytearray(8), bytes(8)):
+            batch.collect(bad, 0, 0, 1, table, words(1), True)
+    for wrong in (bytearray(8), memoryview(words(3))[::2]):
         with pytest.raises(WRONG_BUFFER):
-            batch.collect(good, 0, 0, 1, wrong, True)
-        with pytest.raises(WRONG_BUFFER):
-            batch.collect_absent(0, 0, 1, wrong, True)
+            batch.collect(good, 0, 0, 1, table, wrong, True)
     with pytest.raises(TypeError):
-        batch.collect(None, 0, 0, 0, table, True)  # type: ignore[arg-type]
+        batch.collect(None, 0, 0, 0, table, words(1), True)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        batch.collect(good, 0, 0, 1, words(1), words(1), True)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         Batch(None, 1, 1)  # type: ignore[arg-type]
 
 
 def test_views_are_read_only_aligned_and_outlive_the_batch(hasher: PageHasher) -> None:
     batch = Batch(hasher, 3, 3)
-    batch.collect(b"v" * (2 * PAGE), 0, 0, 2, words(2), True)
+    batch.collect(b"v" * (2 * PAGE), 0, 0, 2, PageHashes(hasher, 2), all_bits(2), True)
     pages, lists = batch.page_view(), batch.list_view()
     assert pages.readonly
     assert lists.readonly
@@ -333,19 +401,19 @@ def test_views_are_read_only_aligned_and_outlive_the_batch(hasher: PageHasher) -
 
 def test_the_list_may_be_asked_for_twice(hasher: PageHasher) -> None:
     batch = Batch(hasher, 3, 3)
-    table = words(4)
-    batch.collect(b"v" * PAGE, 0, 0, 1, table, True)
+    table = PageHashes(hasher, 4)
+    batch.collect(b"v" * PAGE, 0, 0, 1, table, all_bits(4), True)
     first = bytes(batch.list_view())
     assert bytes(batch.list_view()) == first
-    batch.collect(b"v" * (4 * PAGE), 0, 2, 3, table, True)
+    batch.collect(b"v" * (4 * PAGE), 0, 2, 3, table, all_bits(4), True)
     assert listed(batch)[0] == [(0, 1, DATA), (2, 1, DATA)]
 
 
 def test_everything_states_also_what_the_table_has(hasher: PageHasher) -> None:
     segment = b"e" * PAGE + bytes(PAGE)
-    table = array("Q", [digest(segment[:PAGE]), ZERO_HASH])
     batch = Batch(hasher, 2, 2)
-    assert batch.collect(segment, 0, 0, 2, table, True) == 2
+    table = table_of(hasher, segment)
+    assert batch.collect(segment, 0, 0, 2, table, all_bits(2), True) == 2
     assert listed(batch)[0] == [(0, 1, DATA), (1, 1, ZERO)]
 
 
@@ -365,23 +433,23 @@ def test_a_page_that_changes_back_before_it_is_copied_is_not_sent(
     hasher: PageHasher,
 ) -> None:
     batch = Batch(hasher, 2, 2)
-    table = words(2)
-    batch.collect(bytes(range(256)) * 16, 0, 0, 1, table, True)
+    page = bytes(range(256)) * 16
+    batch.collect(page, 0, 0, 1, PageHashes(hasher, 1), all_bits(1), True)
     live, copy = changing(batch)
-    before = table[1] = digest(copy)
-    assert digest(live) != before
-    assert batch.collect(live, 1, 0, 1, table, False) == 1
+    table = table_of(hasher, page + copy)
+    assert digest(live) != table[1]
+    assert batch.collect(live, 1, 0, 1, table, all_bits(2), False) == 1
     assert listed(batch)[0] == [(0, 1, DATA)]
-    assert table[1] == before
+    assert table[1] == digest(copy)
 
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_the_copy_is_hashed_and_not_the_live_page(hasher: PageHasher, everything: bool) -> None:
     batch = Batch(hasher, 2, 2)
-    table = words(2)
-    batch.collect(bytes(range(256)) * 16, 0, 0, 1, table, True)
+    table, touched = PageHashes(hasher, 2), all_bits(2)
+    batch.collect(bytes(range(256)) * 16, 0, 0, 1, table, touched, True)
     live, copy = changing(batch)
-    assert batch.collect(live, 1, 0, 1, table, everything) == 1
+    assert batch.collect(live, 1, 0, 1, table, touched, everything) == 1
     _, hashes, pages = listed(batch)
     assert pages[PAGE:] == copy
     assert hashes[1] == table[1] == digest(copy)
@@ -410,12 +478,13 @@ def test_hash_and_bytes_agree_while_the_guest_writes(
     npages = 48
     segment = memoryview(bytearray(npages * PAGE))
     images = [rng.randbytes(len(segment)), bytes(len(segment)), rng.randbytes(len(segment))]
-    table, replica = words(npages), bytearray(len(segment))
+    table, replica = PageHashes(hasher, npages), bytearray(len(segment))
+    touched = all_bits(npages)
     batch = Batch(hasher, npages, npages)
 
     def do_round(everything: bool) -> int:
-        before = table.tolist()
-        assert batch.collect(segment, 0, 0, npages, table, everything) == npages
+        before = hashes_in(table)
+        assert batch.collect(segment, 0, 0, npages, table, touched, everything) == npages
         extents, hashes, data = listed(batch)
         index = 0
         for first, n, kind in extents:
@@ -447,18 +516,19 @@ def test_hash_and_bytes_agree_while_the_guest_writes(
 def test_a_batch_is_not_for_two_threads(hasher: PageHasher) -> None:
     npages = 1 << 14
     segment = memoryview(mmap.mmap(-1, npages * PAGE))
-    table = words(npages, ZERO_HASH)
+    table, touched = PageHashes(hasher, npages), all_bits(npages)
     batch = Batch(hasher, 1, 1)
     probes: dict[str, Callable[[], object]] = {
         "clear": batch.clear,
         "list_view": batch.list_view,
         "page_view": batch.page_view,
-        "collect": lambda: batch.collect(segment, 0, 0, 0, table, True),
-        "collect_absent": lambda: batch.collect_absent(0, 0, 0, table, True),
+        "collect": lambda: batch.collect(segment, 0, 0, 0, table, touched, True),
     }
     refused: set[str] = set()
     for _ in range(20):  # the thread may have finished too early to be seen
-        thread = threading.Thread(target=lambda: batch.collect(segment, 0, 0, npages, table, False))
+        thread = threading.Thread(
+            target=lambda: batch.collect(segment, 0, 0, npages, table, touched, False)
+        )
         thread.start()
         while thread.is_alive():
             for name, probe in probes.items():
@@ -477,43 +547,12 @@ def test_a_batch_is_not_for_two_threads(hasher: PageHasher) -> None:
 def test_the_gil_is_released(hasher: PageHasher) -> None:
     npages = 1 << 14
     segment = memoryview(mmap.mmap(-1, npages * PAGE))
-    table = words(1 << 21, ZERO_HASH)
+    table, touched = PageHashes(hasher, npages), all_bits(npages)
     batch = Batch(hasher, 1, 1)
-    assert released(lambda: batch.collect(segment, 0, 0, npages, table, False))
-    assert released(lambda: batch.collect_absent(0, 0, len(table), table, False))
+    assert released(lambda: batch.collect(segment, 0, 0, npages, table, touched, False))
 
 
 # In place.
-
-
-@pytest.mark.parametrize("everything", [True, False])
-def test_in_place_it_lists_what_it_would_copy(hasher: PageHasher, everything: bool) -> None:
-    rng = random.Random(11)
-    npages = 500
-    memory = bytearray(npages * PAGE)
-    for page in range(npages):
-        if rng.random() < 0.6:
-            memory[page * PAGE : (page + 1) * PAGE] = rng.randbytes(PAGE)
-    before = words(npages, ZERO_HASH)
-    for page in range(npages):
-        if rng.random() < 0.3:
-            before[page] = digest(memory[page * PAGE : (page + 1) * PAGE])
-    tables = [before[:], before[:]]
-    batches = [Batch(hasher, 64, 1000), Batch(hasher, 64, 1000, in_place=True)]
-    assert [batch.in_place for batch in batches] == [False, True]
-    at = 0
-    while at < npages:
-        ends = [
-            batch.collect(memory, 0, at, npages, table, everything)
-            for batch, table in zip(batches, tables, strict=True)
-        ]
-        assert ends[0] == ends[1] > at
-        assert bytes(batches[0].list_view()) == bytes(batches[1].list_view())
-        assert (batches[0].npages, batches[0].nzero) == (batches[1].npages, batches[1].nzero)
-        at = ends[0]
-        for batch in batches:
-            batch.clear()
-    assert tables[0] == tables[1] != before
 
 
 def test_in_place_there_are_no_copies(hasher: PageHasher) -> None:
@@ -523,14 +562,18 @@ def test_in_place_there_are_no_copies(hasher: PageHasher) -> None:
 
 
 def test_in_place_only_pages_of_zeros_are_zero(hasher: PageHasher) -> None:
-    memory, table = bytearray(2 * PAGE), words(2)
+    memory, table, touched = bytearray(2 * PAGE), PageHashes(hasher, 2), all_bits(2)
     batch = Batch(hasher, 64, 64, in_place=True)
-    batch.collect(memory, 0, 0, 2, table, True)
+    batch.collect(memory, 0, 0, 2, table, touched, True)
     assert (batch.npages, batch.nzero) == (0, 2)
     memory[PAGE + 4095] = 1
     batch.clear()
-    batch.collect(memory, 0, 0, 2, table, True)
+    batch.collect(memory, 0, 0, 2, table, touched, True)
     assert (batch.npages, batch.nzero) == (1, 1)
+
+
+def test_in_place_is_said(hasher: PageHasher) -> None:
+    assert [Batch(hasher, 1, 1, in_place=way).in_place for way in (False, True)] == [False, True]
 
 
 # Marked pages.
@@ -538,41 +581,59 @@ def test_in_place_only_pages_of_zeros_are_zero(hasher: PageHasher) -> None:
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("max_pages", [1, 7, 64])
-def test_marked_pages_are_added_and_no_other(
-    hasher: PageHasher, in_place: bool, max_pages: int
+def test_marked_pages_are_added_and_absent_ones_and_no_other(
+    rng: random.Random, hasher: PageHasher, in_place: bool, max_pages: int
 ) -> None:
-    rng = random.Random(13)
+    """find_changed() marks the pages of a piece, which begins anywhere."""
     npages, origin, base = 300, 17, 40
-    memory = bytearray(rng.randbytes(npages * PAGE))
-    for page in range(60, 75):
-        memory[page * PAGE : (page + 1) * PAGE] = bytes(PAGE)
-    marked = {page for page in range(origin, npages) if rng.random() < 0.5 or 100 <= page < 240}
-    bits = words((npages - origin + 63) // 64)
-    for page in marked:
-        bits[(page - origin) >> 6] |= 1 << ((page - origin) & 63)
-    table = words(base + npages, 1)
+    before = bytearray(rng.randbytes(npages * PAGE))
+    before[200 * PAGE : 230 * PAGE] = bytes(30 * PAGE)
+    table = table_of(hasher, bytes(base * PAGE) + before)
+    memory = bytearray(before)
+    memory[60 * PAGE : 75 * PAGE] = bytes(15 * PAGE)
+    for page in {*range(100, 180), *(rng.randrange(npages) for _ in range(60))}:
+        memory[page * PAGE] ^= 1
+    touched = some_runs(rng, npages)
+    expected: dict[int, int | None] = {}  # the hash of each page that is stated
+    for page in range(origin, npages):
+        at = slice(page * PAGE, (page + 1) * PAGE)
+        now = memory[at] if page in touched else bytes(PAGE)
+        if now != before[at]:
+            expected[page] = digest(now) if any(now) else None
+    bitmap = bits(base + npages, [base + page for page in touched])
+    marks = words((npages - origin + 63) // 64)
+    find_changed(hasher, memory, base, origin, npages, table, bitmap, marks)
     batch = Batch(hasher, max_pages, 1000, in_place=in_place)
-    found: set[int] = set()
-    at = origin
-    while at < npages:
-        at = batch.collect(memory, base, at, npages, table, True, bits, origin)
-        raw = bytes(batch.list_view())
-        hashes = iter(struct.iter_unpack("<Q", raw[batch.nextents * 16 :]))
-        for first, count, kind in struct.iter_unpack("<QII", raw[: batch.nextents * 16]):
+    found: dict[int, int | None] = {}
+    at_page = origin
+    while at_page < npages:
+        at_page = batch.collect(
+            memory, base, at_page, npages, table, bitmap, False, bits=marks, origin=origin
+        )
+        listed_extents, hashes, _ = listed(batch)
+        left = iter(hashes)
+        for first, count, kind in listed_extents:
             for page in range(first - base, first - base + count):
-                found.add(page)
-                digested = digest(memory[page * PAGE : (page + 1) * PAGE])
-                assert table[base + page] == digested
-                assert (kind == ZERO) == (60 <= page < 75)
-                assert kind == ZERO or next(hashes) == (digested,)
+                found[page] = next(left) if kind == DATA else None
         assert batch.npages <= max_pages
         batch.clear()
-    assert found == marked
-    assert [page for page in range(npages) if table[base + page] != 1] == sorted(marked)
+    assert found == expected
+    for page, value in expected.items():
+        assert table[base + page] == (ZERO_HASH if value is None else value)
+
+
+def test_a_marked_page_is_not_compared_again(hasher: PageHasher) -> None:
+    """So what was marked is added, even if the table has it."""
+    memory = b"m" * (3 * PAGE)
+    table, batch = table_of(hasher, memory), Batch(hasher, 9, 9)
+    batch.collect(memory, 0, 0, 3, table, all_bits(3), False, bits=bits(3, [1]))
+    assert listed(batch)[0] == [(1, 1, DATA)]
 
 
 def test_bits_that_do_not_cover_the_pages_are_refused(hasher: PageHasher) -> None:
-    batch, memory, table = Batch(hasher, 64, 64), bytearray(130 * PAGE), words(130)
+    batch, memory, table = Batch(hasher, 64, 64), bytearray(130 * PAGE), PageHashes(hasher, 130)
+    touched = words(3)
     for first, end, nwords, origin in ((0, 130, 2, 0), (5, 10, 1, 6), (0, 1, 1, -1)):
+        marks = words(nwords)
         with pytest.raises(ValueError, match="are not marked from"):
-            batch.collect(memory, 0, first, end, table, True, words(nwords), origin)
+            batch.collect(memory, 0, first, end, table, touched, True, bits=marks, origin=origin)

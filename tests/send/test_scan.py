@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import random
 import threading
-from array import array
 from collections.abc import Iterator
 
 import pytest
 
-from bhystream.guest import PAGE_BYTES
-from bhystream.memory.page import PageHasher, find_changed
+from bhystream.guest import PAGE_BYTES, Layout, Segment
+from bhystream.memory.page import PageHasher, PageHashes, find_changed, mark_changed
 from bhystream.send import scan
 from bhystream.send.scan import Piece, Scan, threads_for
-from bhystream.send.spans import Span
+from bhystream.send.strides import bitmap
 
 NPAGES = (5000, 70, 1)
+STARTS = (0, 5000, 5070)
 
 
 class Case:
@@ -24,38 +24,34 @@ class Case:
     def __init__(self, rng: random.Random) -> None:
         self.hasher = PageHasher(7)
         total = sum(NPAGES)
-        self.table = array("Q", bytes(8 * total))
+        self.layout = Layout(tuple(Segment(f"s{n}", None, n) for n in NPAGES))
+        self.table = PageHashes(self.hasher, total)
         self.memory = [memoryview(bytearray(n * PAGE_BYTES)) for n in NPAGES]
-        self.spans: list[Span] = []
+        self.touched, every = bitmap(total), bitmap(total)
+        every[:] = memoryview(b"\xff" * every.nbytes).cast("Q")
+        # Differences where nothing was touched are not found: nothing is read there.
+        runs = [rng.random() < 0.5 for _ in range(total // 200 + 1)]
         self.differs: set[int] = set()
-        base = 0
-        for segment, npages in enumerate(NPAGES):
-            view = self.memory[segment]
-            at = 0
-            while at < npages:
-                end = min(npages, at + rng.randrange(1, 1500))
-                self.spans.append(Span(segment, base, at, end, rng.random() < 0.8))
-                at = end
+        for base, npages, view in zip(STARTS, NPAGES, self.memory, strict=True):
             for page in range(npages):
                 view[page * PAGE_BYTES : page * PAGE_BYTES + 8] = rng.randbytes(8)
-            hashes = array("Q", bytes(8 * npages))
-            self.hasher.hash_pages(view, hashes)
-            self.table[base : base + npages] = hashes
-            for span in self.spans:
-                if span.segment == segment and span.present:
-                    for page in range(span.first, span.end):
-                        if rng.random() < 0.1:
-                            self.differs.add(base + page)
-                            view[page * PAGE_BYTES] ^= 1
-            base += npages
+            mark_changed(self.hasher, view, base, 0, npages, self.table, every, bitmap(total))
+            for page in range(base, base + npages):
+                is_touched = runs[page // 200] and rng.random() < 0.9
+                self.touched[page >> 6] |= is_touched << (page & 63)
+                if rng.random() < 0.1:
+                    view[(page - base) * PAGE_BYTES] ^= 1
+                    if is_touched:
+                        self.differs.add(page)
 
     def scan(self) -> Scan:
-        return Scan(self.hasher, self.memory, memoryview(self.table), self.spans)
+        return Scan(self.hasher, self.memory, self.table, self.layout, self.touched)
 
 
 @pytest.fixture
 def case(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> Case:
     monkeypatch.setattr(scan, "PIECE_PAGES", 100)
+    monkeypatch.setattr(scan, "_MAX_PIECE_PAGES", 300)
     return Case(rng)
 
 
@@ -63,9 +59,10 @@ def pages(found: Iterator[Piece]) -> tuple[list[tuple[int, int]], set[int]]:
     """Return the extents that were yielded, and the pages that were marked, in global pages."""
     extents, marked = [], set[int]()
     for piece in found:
+        assert piece.base_page == STARTS[piece.segment]
+        assert 0 <= piece.first < piece.end <= NPAGES[piece.segment]
         extents.append((piece.base_page + piece.first, piece.base_page + piece.end))
         bits = int.from_bytes(piece.bits, "little")
-        assert piece.count == bits.bit_count()
         marked |= {
             piece.base_page + piece.first + bit
             for bit in range(piece.end - piece.first)
@@ -79,28 +76,37 @@ def pages(found: Iterator[Piece]) -> tuple[list[tuple[int, int]], set[int]]:
 def test_every_page_that_differs_is_marked_and_no_other(case: Case, nthreads: int) -> None:
     extents, marked = pages(case.scan().changed(nthreads))
     assert marked == case.differs
-    assert extents == sorted(extents)
-    covered = [page for first, end in extents for page in range(first, end)]
-    present = [
-        span.base_page + page
-        for span in case.spans
-        if span.present
-        for page in range(span.first, span.end)
-    ]
-    assert covered == present
+    assert [page for first, end in extents for page in range(first, end)] == [*range(sum(NPAGES))]
+
+
+def test_a_piece_is_long_where_little_was_touched(case: Case) -> None:
+    extents, _ = pages(case.scan().changed(1))
+    lengths = {end - first for first, end in extents}
+    assert max(lengths) == 300
+    assert len(extents) < sum(NPAGES) / 100
+    case.touched[:] = bitmap(sum(NPAGES))
+    extents, marked = pages(case.scan().changed(1))
+    assert marked == set()
+    assert [end - first for first, end in extents[:17]] == [300] * 16 + [200]
+    case.touched[:] = memoryview(b"\xff" * case.touched.nbytes).cast("Q")
+    extents, _ = pages(case.scan().changed(1))
+    assert [end - first for first, end in extents] == [100] * 50 + [70, 1]
 
 
 def test_the_table_is_left_alone(case: Case) -> None:
-    before = bytes(case.table)
+    before = list(map(case.table.__getitem__, range(sum(NPAGES))))
     pages(case.scan().changed(3))
-    assert bytes(case.table) == before
+    assert list(map(case.table.__getitem__, range(sum(NPAGES)))) == before
 
 
-def test_nothing_to_scan_takes_no_thread(case: Case) -> None:
-    case.spans = [Span(0, 0, 0, 10, False)]
-    before = threading.active_count()
-    assert pages(case.scan().changed(8)) == ([], set())
-    assert threading.active_count() == before
+def test_one_piece_takes_no_second_thread(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case.layout = Layout((Segment("s", None, 10),))
+
+    def start(_: threading.Thread) -> None:
+        raise AssertionError("a thread was started")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert pages(case.scan().changed(8))[0] == [(0, 10)]
 
 
 @pytest.mark.parametrize("nthreads", [1, 4])

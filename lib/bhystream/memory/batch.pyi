@@ -1,22 +1,21 @@
 """Collect changed pages into what one MEMORY section carries.
 
-page.pyi describes the buffers, the table, and the exceptions for wrong arguments.
+page.pyi describes the buffers, bitmaps, the table, and the exceptions for wrong arguments.
 """
 
 from typing import final
 
 from typing_extensions import Buffer
 
-from bhystream.memory.page import PageHasher
+from bhystream.memory.page import PageHasher, PageHashes
 
 @final
 class Batch:
     """The list and the pages of one MEMORY section, filled page by page.
 
-    For each section the caller fills the batch with collect() and
-    collect_absent(), writes list_view() and page_view(), and calls clear().  Pages
-    must be added in ascending order.  Adjacent pages of one kind share an extent,
-    even across two calls, or the border of two segments.
+    For each section the caller fills the batch with collect(), writes list_view() and
+    page_view(), and calls clear().  Pages must be added in ascending order.  Adjacent
+    pages of one kind share an extent, even across two calls, or the border of two segments.
 
     The memory is allocated once: max_pages * 4104 + max_extents * 32 bytes, of
     which only the used part is touched.  A batch of 64 pages or more runs at full
@@ -71,8 +70,11 @@ class Batch:
         base_page: int,
         first: int,
         end: int,
-        table: Buffer,
+        table: PageHashes,
+        touched: Buffer,
         everything: bool,
+        *,
+        absent: bool = True,
         bits: Buffer | None = None,
         origin: int = 0,
     ) -> int:
@@ -80,35 +82,27 @@ class Batch:
 
         segment: bytes, the segment's memory, which may change meanwhile.
         first, end: counted from the segment's first page, which is the guest's
-        page `base_page`.  everything: add all pages, as in round 0; if false, add
-        those whose hash differs from the table.  bits: words of find_changed(), the
-        first bit for the page `origin`, counted as first is; if given, only pages
-        whose bit is set are added, all of these.  A zero page is added to a ZERO
-        extent; any other page is copied, and the copy is hashed.  The table gets
-        the hash of each page that was added.
+        page `base_page`.  touched: a bitmap; only pages whose bit is set are read.
+        absent: the other pages are holes, that is zero; if false, they are passed over.
+        everything: add all pages, as in round 0; if false, add those whose hash
+        differs from the table.  bits: words of find_changed(), the first bit for the
+        page `origin`, counted as first is; if given, the touched pages whose bit is set
+        are added, and no other touched page.
+
+        A zero page is added to a ZERO extent; any other page is copied, and the copy is
+        hashed.  The table gets the hash of each page that was added.  A batch that holds
+        max_pages still takes absent pages, a batch without room for an extent does not.
 
         Returns the first page not handled: `end`, or less if the batch is
         full.  Raises ValueError also for a page that does not follow the last
         page held.  Releases the GIL.
         """
 
-    def collect_absent(
-        self, base_page: int, first: int, end: int, table: Buffer, everything: bool
-    ) -> int:
-        """Add pages that are holes at the source, without reading them.
-
-        The arguments, the result and the exceptions are those of collect().  All
-        pages, or those whose table entry is not zero_hash, are added to ZERO
-        extents, and their entries become zero_hash.  A batch that holds max_pages
-        still takes them, a batch without room for an extent does not.  Releases
-        the GIL.
-        """
-
     def list_view(self) -> memoryview:
         """Return the extents and after them the hashes, as in the section.
 
         The view has nextents * 16 + npages * 8 bytes, read-only.  It is valid until
-        the next collect(), collect_absent() or clear(); after that its memory
+        the next collect() or clear(); after that its memory
         stays readable, with the bytes of other pages.
         """
 

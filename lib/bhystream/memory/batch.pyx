@@ -12,23 +12,29 @@ anonymous mappings, which Python's mmap owns: they are page-aligned, and a view
 that outlives the batch keeps its mapping alive.
 """
 
-import mmap
-
 cimport cython
-from libc.stdint cimport UINT32_MAX, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport UINT32_MAX, UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from bhystream.memory.page cimport (
-    DATA, PAGE_BYTES, ZERO, Extent, PageHasher, copy_page, hash_ahead, hash_page,
-    is_zero, word_t
+    DATA, PAGE_BYTES, ZERO, Extent, PageHasher, PageHashes, anonymous, copy_page,
+    entry_of, has_hash, hash_ahead, hash_page, is_zero, next_bit, next_not_zero,
+    set_hash, set_zero, word_t
 )
 
 __all__ = ["Batch"]
 
 
-cdef object anonymous(Py_ssize_t nbytes):
-    # mmap's default is MAP_SHARED, a file in the kernel, with slower page faults.
-    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)
+# What one collect() works on.  The pages are global: those of the segment begin at
+# `base`, bit 0 of `touched` is page 0, and bit 0 of `bits`, unless NULL, is `origin`.
+cdef struct Walk:
+    const uint8_t *memory
+    uint64_t base
+    const word_t *touched
+    const word_t *bits
+    uint64_t origin
+    bint everything
+    bint absent
 
 
 @cython.final
@@ -101,45 +107,38 @@ cdef class Batch:
         base_page,
         first,
         end,
-        uint64_t[::1] table not None,
+        PageHashes table not None,
+        const uint64_t[::1] touched not None,
         bint everything,
+        *,
+        bint absent=True,
         const uint64_t[::1] bits=None,
         origin=0,
     ):
         npages = segment.shape[0] // PAGE_BYTES
-        self.check(base_page, first, end, npages, table.shape[0])
-        cdef uint64_t base = base_page, page = first, stop = end, bit = 0
-        cdef const uint8_t *memory = &segment[0]
-        cdef word_t *entries = <word_t *>&table[0]
-        cdef const word_t *words = NULL
+        nknown = min(len(table), touched.shape[0] * 64)
+        self.check(base_page, first, end, npages, nknown)
+        cdef Walk walk
+        walk.memory = &segment[0]
+        walk.base = base_page
+        walk.touched = <const word_t *>&touched[0]
+        walk.bits = NULL
+        walk.origin = 0
+        walk.everything = everything
+        walk.absent = absent
         if bits is not None:
             if not 0 <= origin <= first or end - origin > bits.shape[0] * 64:
                 raise ValueError(
                     f"pages [{first}, {end}) are not marked from {origin} on"
                 )
-            bit = origin
-            words = <const word_t *>&bits[0]
-        entries += base
+            walk.origin = base_page + origin
+            walk.bits = <const word_t *>&bits[0]
+        cdef uint64_t page = base_page + first, stop = base_page + end
         self.busy = True
         with nogil:
-            if words == NULL:
-                page = self.take_pages(memory, base, page, stop, entries, everything)
-            else:
-                page = self.take_marked(memory, base, page, stop, entries, words, bit)
+            page = self.walk_pages(&walk, page, stop, table)
         self.busy = False
-        return page
-
-    def collect_absent(
-        self, base_page, first, end, uint64_t[::1] table not None, bint everything
-    ):
-        self.check(base_page, first, end, end, table.shape[0])
-        cdef uint64_t start = base_page + first, stop = base_page + end
-        cdef word_t *entries = <word_t *>&table[0]
-        self.busy = True
-        with nogil:
-            start = self.take_absent(start, stop, entries, everything)
-        self.busy = False
-        return start - <uint64_t>base_page
+        return page - walk.base
 
     cdef int check_idle(self) except -1:
         if self.busy:
@@ -151,97 +150,104 @@ cdef class Batch:
         if not 0 <= first <= end <= npages:
             raise ValueError(f"pages [{first}, {end}) are not within [0, {npages})")
         if not 0 <= base_page <= nentries - end:
-            raise ValueError(f"pages up to {base_page} + {end} are not in the table")
+            raise ValueError(
+                f"pages up to {base_page} + {end} are not in table and bitmap"
+            )
         if self.nextents > 0:
             last = self.extents[self.nextents - 1]
             if base_page + first < last.first + last.count:
                 raise ValueError("pages of one batch must ascend")
         return 0
 
+    cdef uint64_t walk_pages(
+        self, const Walk *walk, uint64_t page, uint64_t end, PageHashes table
+    ) noexcept nogil:
+        """Handle touched and absent pages; return the first one without room."""
+        cdef uint64_t stop, next_run = next_bit(walk.touched, 0, page, end)
+        while page < end:
+            if walk.absent:
+                page = self.take_absent(page, next_run, table, walk.everything)
+                if page < next_run:
+                    break
+            page = next_run
+            stop = next_bit(walk.touched, UINT64_MAX, page, end)
+            next_run = next_bit(walk.touched, 0, stop, end)
+            if walk.bits == NULL:
+                page = self.take_pages(
+                    walk, page, stop, min(next_run, end - 1), table, walk.everything
+                )
+            else:
+                page = self.take_marked(walk, page, stop, table)
+            if page < stop:
+                break
+        return page
+
     cdef uint64_t take_pages(
         self,
-        const uint8_t *segment,
-        uint64_t base,
+        const Walk *walk,
         uint64_t page,
         uint64_t end,
-        word_t *entries,
+        uint64_t next_run,
+        PageHashes table,
         bint everything,
     ) noexcept nogil:
-        """Handle pages of a segment; return the first one without room.
+        """Handle pages of the segment; return the first one without room.
 
-        base: the segment's first global page; entries: its part of the table.
+        next_run: a page that is fetched at the end, because it is needed next.
         """
         cdef const uint8_t *live
         cdef const uint8_t *ahead
-        cdef uint64_t h = 0
+        cdef uint64_t h = 0, distance
         cdef bint has_room, zero
         while page < end and self.npages < self.max_pages:
-            live = segment + page * PAGE_BYTES
+            live = walk.memory + (page - walk.base) * PAGE_BYTES
             # The best distances, as measured: one page ahead of a hash, two of a copy.
-            if everything and not self.in_place:
-                ahead = segment + min(page + 2, end - 1) * PAGE_BYTES
+            distance = 2 if everything and not self.in_place else 1
+            if page + distance < end:
+                ahead = live + distance * PAGE_BYTES
             else:
-                ahead = segment + min(page + 1, end - 1) * PAGE_BYTES
+                ahead = walk.memory + (next_run - walk.base) * PAGE_BYTES
+            if not everything or self.in_place:
                 h = hash_ahead(self.hasher, live, ahead)
-                if not everything and h == entries[page]:
+                if not everything and has_hash(table, page, h):
                     page += 1
                     continue
             if self.in_place:
                 zero = h == self.hasher.zero_hash and is_zero(live)
-                has_room = self.add(base + page, zero, h, entries + page)
+                has_room = self.add(page, zero, h, table)
             else:
-                has_room = self.take(
-                    live, ahead, base + page, entries + page, everything
-                )
+                has_room = self.take(live, ahead, page, table, everything)
             if not has_room:
                 break
             page += 1
         return page
 
     cdef uint64_t take_marked(
-        self,
-        const uint8_t *segment,
-        uint64_t base,
-        uint64_t page,
-        uint64_t end,
-        word_t *entries,
-        const word_t *words,
-        uint64_t origin,
+        self, const Walk *walk, uint64_t page, uint64_t end, PageHashes table
     ) noexcept nogil:
         """Handle the pages whose bit is set; return the first one without room."""
-        cdef uint64_t at, stop
+        cdef uint64_t origin = walk.origin, stop
         while page < end:
-            at = page - origin
-            if words[at >> 6] >> (at & 63) == 0:
-                page = min(end, origin + (at | 63) + 1)  # no more bits in this word
-                continue
-            if words[at >> 6] >> (at & 63) & 1 == 0:
-                page += 1
-                continue
-            stop = page
-            while stop < end:
-                at = stop - origin
-                if words[at >> 6] >> (at & 63) & 1 == 0:
-                    break
-                stop += 1
-            page = self.take_pages(segment, base, page, stop, entries, True)
+            page = origin + next_bit(walk.bits, 0, page - origin, end - origin)
+            stop = origin + next_bit(walk.bits, UINT64_MAX, page - origin, end - origin)
+            page = self.take_pages(walk, page, stop, stop - 1, table, True)
             if page < stop:
                 break
         return page
 
     cdef bint add(
-        self, uint64_t page, bint zero, uint64_t h, word_t *entry
+        self, uint64_t page, bint zero, uint64_t h, PageHashes table
     ) noexcept nogil:
         """Add a page with its hash; return False if there is no room for it.
 
-        The entry changes last, so a page without room is found changed again.
+        The table changes last, so a page without room is found changed again.
         """
         if self.append(page, 1, ZERO if zero else DATA) == 0:
             return False
         if not zero:
             self.hashes[self.npages] = h
             self.npages += 1
-        entry[0] = h
+        set_hash(table, page, h)
         return True
 
     cdef bint take(
@@ -249,7 +255,7 @@ cdef class Batch:
         const uint8_t *live,
         const uint8_t *ahead,
         uint64_t page,
-        word_t *entry,
+        PageHashes table,
         bint everything,
     ) noexcept nogil:
         """Copy one page and add it; return False if there is no room for it."""
@@ -258,29 +264,28 @@ cdef class Batch:
         cdef uint64_t h = self.hasher.zero_hash
         if not zero:
             h = hash_page(self.hasher, copy)
-        if not everything and h == entry[0]:
+        if not everything and has_hash(table, page, h):
             return True  # the page changed back before it was copied
-        return self.add(page, zero, h, entry)
+        return self.add(page, zero, h, table)
 
     cdef uint64_t take_absent(
-        self, uint64_t page, uint64_t end, word_t *entries, bint everything
+        self, uint64_t page, uint64_t end, PageHashes table, bint everything
     ) noexcept nogil:
         """Handle pages that are holes; return the first one without room."""
-        cdef uint64_t zero = self.hasher.zero_hash
         cdef uint64_t stop
         while page < end:
             # A run, possibly empty, of pages that all have to be added.
-            stop = page
-            while stop < end and (everything or entries[stop] != zero):
-                stop += 1
+            stop = end
+            if not everything:
+                page = next_not_zero(table, page, end)
+                stop = page
+                while stop < end and entry_of(table, stop)[0] != 0:
+                    stop += 1
             stop = page + self.append(page, stop - page, ZERO)
-            while page < stop:
-                entries[page] = zero
-                page += 1
+            set_zero(table, page, stop)
+            page = stop
             if self.overflow:
                 break
-            while page < end and not everything and entries[page] == zero:
-                page += 1
         return page
 
     cdef uint64_t append(

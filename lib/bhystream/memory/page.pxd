@@ -1,4 +1,4 @@
-"""What page.pyx and batch.pyx share in C: the hash, the copy, the words."""
+"""What the loops share in C: the hash, the table of hashes, the copy, the words."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
@@ -14,6 +14,8 @@ cdef extern from *:
     """
     ctypedef uint64_t word_t "bhys_word"
     void prefetch "__builtin_prefetch"(const void *) noexcept nogil
+    int trailing_zeros "__builtin_ctzll"(unsigned long long) noexcept nogil
+    int count_ones "__builtin_popcountll"(unsigned long long) noexcept nogil
 
 cdef enum:
     PAGE_BYTES = 4096
@@ -21,6 +23,9 @@ cdef enum:
     LINE_BYTES = 64
     PAGE_LINES = 64
     LINE_WORDS = 8
+    # The entries of one block of the table.
+    BLOCK_SHIFT = 6
+    BLOCK_PAGES = 64
 
 ctypedef uint64_t (*hash_t)(const void *, size_t, const void *, size_t) noexcept nogil
 ctypedef void (*make_secret_t)(void *, uint64_t) noexcept nogil
@@ -36,10 +41,85 @@ cdef enum:
     ZERO = 1
 
 
+cdef object anonymous(Py_ssize_t nbytes)
+
+
 cdef class PageHasher:
     cdef hash_t function
     cdef uint8_t secret[SECRET_BYTES]
     cdef readonly uint64_t zero_hash
+
+
+# See page.pyx.  blocks: for each 64 pages of the guest, the number of their block;
+# block 0 is for the pages without one, and stays zero.
+cdef class PageHashes:
+    cdef readonly uint64_t npages
+    cdef uint64_t zero_hash
+    cdef word_t *entries
+    cdef uint32_t *blocks
+    cdef uint32_t nblocks
+    # The two mappings, and a view of each, so that nobody can close the mapping.
+    cdef object entry_map, block_map
+    cdef uint8_t[::1] entry_hold, block_hold
+
+
+cdef inline word_t *entry_of(PageHashes table, uint64_t page) noexcept nogil:
+    cdef uint64_t block = table.blocks[page >> BLOCK_SHIFT]
+    return table.entries + block * BLOCK_PAGES + (page & (BLOCK_PAGES - 1))
+
+
+cdef inline bint has_hash(PageHashes table, uint64_t page, uint64_t h) noexcept nogil:
+    return entry_of(table, page)[0] == h ^ table.zero_hash
+
+
+cdef inline void set_hash(PageHashes table, uint64_t page, uint64_t h) noexcept nogil:
+    cdef uint64_t entry = h ^ table.zero_hash
+    if table.blocks[page >> BLOCK_SHIFT] == 0:
+        if entry == 0:
+            return
+        table.nblocks += 1
+        table.blocks[page >> BLOCK_SHIFT] = table.nblocks
+    entry_of(table, page)[0] = entry
+
+
+cdef inline uint64_t next_not_zero(
+    PageHashes table, uint64_t page, uint64_t end
+) noexcept nogil:
+    """Return the first page of [page, end) that has not the zero hash, or end."""
+    while page < end:
+        if table.blocks[page >> BLOCK_SHIFT] == 0:
+            page = (page | (BLOCK_PAGES - 1)) + 1
+        elif entry_of(table, page)[0] != 0:
+            return page
+        else:
+            page += 1
+    return end
+
+
+cdef inline void set_zero(PageHashes table, uint64_t page, uint64_t end) noexcept nogil:
+    """Give the pages [page, end) the zero page's hash."""
+    while True:
+        page = next_not_zero(table, page, end)
+        if page == end:
+            break
+        entry_of(table, page)[0] = 0
+        page += 1
+
+
+cdef inline uint64_t next_bit(
+    const word_t *words, uint64_t flip, uint64_t at, uint64_t end
+) noexcept nogil:
+    """Return the first bit of [at, end) that is set, or end.
+
+    flip: 0, or all ones to find the first bit that is clear.
+    """
+    cdef uint64_t word
+    while at < end:
+        word = (words[at >> 6] ^ flip) >> (at & 63)
+        if word != 0:
+            return min(end, at + <uint64_t>trailing_zeros(word))
+        at = (at | 63) + 1
+    return end
 
 
 cdef inline uint64_t hash_page(PageHasher hasher, const uint8_t *page) noexcept nogil:

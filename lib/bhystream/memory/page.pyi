@@ -1,8 +1,8 @@
-"""Hash and compare pages: the loops of the MEMORY section.
+"""Hash and compare pages, and keep their hashes: the loops of the MEMORY section.
 
-A page is 4096 bytes.  Its hash is XXH3-64 with the stream's seed.  The table
-is a writable buffer of one u64 per page of the guest (format "Q"), indexed by
-global page number: the hash of the page as last sent.
+A page is 4096 bytes.  Its hash is XXH3-64 with the stream's seed.  A bitmap is a
+buffer of words with a bit for each page: page p is bit p % 64 of word p / 64, by
+global page number.
 
 Every buffer must be contiguous; it may lie at any address.  Bytes are format
 "B", words format "Q" (a memoryview's cast("Q"), or an array of type "Q").
@@ -15,6 +15,7 @@ that is not a buffer or not a number.
 Importing fails with ImportError on a big-endian host.
 """
 
+from collections.abc import Iterable
 from typing import final
 
 from typing_extensions import Buffer
@@ -43,11 +44,35 @@ class PageHasher:
         pages: bytes, 4096 for each word of `out`.  Releases the GIL.
         """
 
-    def fill(self, table: Buffer, first: int, end: int) -> None:
-        """Set the entries [first, end) of the table to zero_hash.
+@final
+class PageHashes:
+    """The table: a hash for each page of a guest, that of the page as last sent.
 
-        Releases the GIL.
+    At first every page has the hash of the zero page, which is what the destination
+    has.  The table has 8 bytes for each page, and takes memory only where a page has
+    had another hash.  Only mark_changed() and Batch.collect() change it.
+    """
+
+    def __init__(self, hasher: PageHasher, npages: int) -> None:
+        """Make the table of a guest of so many pages.
+
+        Raises OSError if there is not enough memory.
         """
+
+    def __len__(self) -> int:
+        """Return the number of pages."""
+
+    def __getitem__(self, page: int) -> int:
+        """Return the hash of a page.  Raises IndexError outside of the guest."""
+
+def mark_extents(extents: Iterable[tuple[int, int]], bitmap: Buffer) -> int:
+    """Set the bits of extents [first, end), which are disjoint; return how many pages they have.
+
+    Clears no bit.  Raises what the iterable raises.
+    """
+
+def count_bits(bitmap: Buffer, first: int, end: int) -> int:
+    """Return how many bits of the pages [first, end) are set.  Releases the GIL."""
 
 def check_pages(hasher: PageHasher, pages: Buffer, hashes: Buffer) -> int:
     """Compare received pages with their listed hashes.
@@ -63,7 +88,8 @@ def find_changed(
     base_page: int,
     first: int,
     end: int,
-    table: Buffer,
+    table: PageHashes,
+    touched: Buffer,
     bits: Buffer,
 ) -> int:
     """Find the pages that differ from the table, and change nothing but `bits`.
@@ -79,15 +105,16 @@ def mark_changed(
     base_page: int,
     first: int,
     end: int,
-    table: Buffer,
+    table: PageHashes,
+    touched: Buffer,
     bitmap: Buffer,
 ) -> int:
     """Find the pages that changed since the table was made, and send nothing.
 
     segment: bytes, the segment's memory; [first, end): its pages to look at,
     counted from its own first page, which is the guest's page `base_page`.
-    table, bitmap: words.  If a page's hash differs from its entry, the page's bit
-    is set (page p is bit p % 64 of word p / 64, by global number) and the entry
-    becomes the new hash; no bit is cleared.  Returns the number of pages that
-    differed.  Releases the GIL.
+    touched: a bitmap; a page whose bit is clear is not read.  If a page's hash differs
+    from the table's, its bit in the other bitmap is set, and the table gets the new
+    hash; no bit is cleared.  Returns the number of pages that differed.  Releases
+    the GIL.
     """

@@ -6,9 +6,12 @@ outgoing.py      one move, as a list of steps
 job.py           what all parts of one move share
 custody.py       the guest from its pause on: the acts on it, and what a failure means
 stopwatch.py     the pause, measured and reported
+prediction.py    the pause, foretold
+  experience.py  how far off earlier moves were
 rounds.py        the rounds of one move
+throttle.py      the vCPUs held back in the rounds
 head.py          the header and the head sections
-spans.py         the guest's memory in the order of a round
+strides.py       the guest's memory in the order of a round
 transfer.py      one round: from a mapping through the hash table to MEMORY sections
 scan.py          the last scan, by as many threads as the guest has vCPUs
 precopy.py       when to go on, stop or give up: pure functions

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from bhystream.errors import EXIT_OK, BhyError, InternalError
 from bhystream.guest import PAGE_BYTES, Head
-from bhystream.memory.page import PageHasher, mark_changed
+from bhystream.memory.page import PageHasher, PageHashes, mark_changed, mark_extents
 from bhystream.report import Console
 from bhystream.send.head import new_header, new_seed, write_head
 from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits, forecast
-from bhystream.send.spans import spans
+from bhystream.send.strides import bitmap, strides
 from bhystream.signals import Signals
 from bhystream.stream.format import Feature, Form
 from bhystream.stream.writer import Writer, write_all
@@ -69,30 +69,31 @@ class _Scanner:
         self.npages = head.layout.npages
         self._memory = source.memory()
         self._hasher = PageHasher(new_seed())
-        self._table = memoryview(bytearray(8 * self.npages)).cast("Q")
-        self._hasher.fill(self._table, 0, self.npages)
-        self.bits = memoryview(bytearray(8 * (self.npages // 64 + 1))).cast("Q")
+        self._table = PageHashes(self._hasher, self.npages)
+        self.bits = bitmap(self.npages)
 
     def scan(self) -> tuple[int, int]:
         """Return (touched pages, pages that differ from the last scan, or at first from zero)."""
-        touched = changed = 0
-        for span in spans(self._layout, self._source.touched()):
-            if span.present:
-                touched += span.end - span.first
-                changed += mark_changed(
-                    self._hasher,
-                    self._memory[span.segment],
-                    span.base_page,
-                    span.first,
-                    span.end,
-                    self._table,
-                    self.bits,
-                )
-        return touched, changed
+        touched = bitmap(self.npages)
+        npages = mark_extents(self._source.touched(), touched)
+        changed = sum(
+            mark_changed(
+                self._hasher,
+                self._memory[segment],
+                base,
+                first,
+                end,
+                self._table,
+                touched,
+                self.bits,
+            )
+            for segment, base, first, end in strides(self._layout)
+        )
+        return npages, changed
 
     def clear(self) -> None:
         """Forget which pages changed."""
-        self.bits[:] = memoryview(bytes(8 * len(self.bits))).cast("Q")
+        self.bits = bitmap(self.npages)
 
 
 def places(bits: memoryview) -> int:

@@ -18,24 +18,26 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-from bhystream.memory.page import PageHasher, find_changed
-from bhystream.send.spans import Span
+from bhystream.guest import Layout
+from bhystream.memory.page import PageHasher, PageHashes, count_bits, find_changed
 
 # 32 MiB take some milliseconds: long against a switch of threads, short against a pause.
 PIECE_PAGES = 8192
+# A piece of a guest that has touched little holds more pages: its bits take 32 KiB.
+_MAX_PIECE_PAGES = 32 * PIECE_PAGES
 _MAX_THREADS = 64
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a span that was compared with the table, in pages of its segment: [first, end).
+    """A piece of a segment that was compared with the table, in pages of it: [first, end).
 
-    bits: words, bit 0 is the piece's first page; a bit is set if its page differs
-    from the table.  count: how many bits are set.
+    base_page: the segment's first page, in global pages.  bits: words, bit 0 is the
+    piece's first page; a bit is set if its page was touched and differs from the table.
     """
 
     segment: int
@@ -43,7 +45,6 @@ class Piece:
     first: int
     end: int
     bits: memoryview
-    count: int
 
 
 def threads_for(vcpus: int) -> int:
@@ -65,24 +66,21 @@ class Scan:
         self,
         hasher: PageHasher,
         memory: Sequence[memoryview],
-        table: memoryview,
-        spans: Sequence[Span],
+        table: PageHashes,
+        layout: Layout,
+        touched: memoryview,
     ) -> None:
-        """memory: a view for each segment.  table: a hash for each page of the guest.
+        """memory: a view for each segment.  touched: a bit for each page of the guest.
 
-        spans: those that are present are scanned, in pieces.  The memory does not
-        change during the scan.  The caller may change the table only for pieces that
-        changed() has yielded.
+        The pieces cover the guest; only the touched pages in them are read.  The memory
+        does not change during the scan.  The caller may change the table only for pieces
+        that changed() has yielded.
         """
         self._hasher = hasher
         self._memory = memory
         self._table = table
-        self._tasks = [
-            (span, first, min(first + PIECE_PAGES, span.end))
-            for span in spans
-            if span.present
-            for first in range(span.first, span.end, PIECE_PAGES)
-        ]
+        self._touched = touched
+        self._tasks = list(_pieces(layout, touched))
         # next() of a count is atomic, so no piece is scanned twice.
         self._next = itertools.count()
         self._is_over = False
@@ -132,8 +130,34 @@ class Scan:
                 self._done.put((index, raised))
 
     def _scan(self, index: int) -> Piece:
-        span, first, end = self._tasks[index]
+        segment, base, first, end = self._tasks[index]
         bits = memoryview(bytearray((end - first + 63) // 64 * 8)).cast("Q")
-        memory, base = self._memory[span.segment], span.base_page
-        count = find_changed(self._hasher, memory, base, first, end, self._table, bits)
-        return Piece(span.segment, base, first, end, bits, count)
+        find_changed(
+            self._hasher,
+            self._memory[segment],
+            base,
+            first,
+            end,
+            self._table,
+            self._touched,
+            bits,
+        )
+        return Piece(segment, base, first, end, bits)
+
+
+def _pieces(layout: Layout, touched: memoryview) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (segment, its first global page, first, end) of pieces that cover the guest.
+
+    A piece has PIECE_PAGES touched pages, or a few more, unless it would be too long
+    or leave its segment.
+    """
+    for segment, (base, border) in enumerate(layout.extents()):
+        first = at = base
+        work = 0
+        while at < border:
+            end = min(at + PIECE_PAGES, border)
+            work += count_bits(touched, at, end)
+            at = end
+            if work >= PIECE_PAGES or at - first >= _MAX_PIECE_PAGES or at == border:
+                yield segment, base, first - base, at - base
+                first, work = at, 0

@@ -27,9 +27,11 @@ release the GIL, so a thread can still be added here if a machine shows a gain.
 The batch is small (256 KiB of pages), so that a page is copied, hashed and written
 while the page is in the second-level cache.
 
-The hash table has 8 bytes per page: the hash of the page that the destination has,
-which is the page as it was last sent, or else the zero page.  The table is the only
-memory here that grows with the guest.
+The hash table has 8 bytes for each page that was ever other than zero: the hash of the page
+that the destination has, which is the page as it was last sent.  All other pages are the
+zero page there.  The pages that a round reads are a bitmap, so that the loops take long
+stretches of the guest in one call, however many pieces the guest has touched.  Table and
+bitmap are the only memory here that grows with the guest.
 """
 
 from __future__ import annotations
@@ -37,17 +39,17 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from bhystream.backend.base import Readable
 from bhystream.guest import Layout
 from bhystream.memory.batch import Batch
 from bhystream.memory.inplace import PagesInPlace
-from bhystream.memory.page import PageHasher
+from bhystream.memory.page import PageHasher, PageHashes, count_bits, mark_extents
 from bhystream.send.precopy import Round
-from bhystream.send.scan import Piece, Scan
-from bhystream.send.spans import Span, spans
+from bhystream.send.scan import Scan
+from bhystream.send.strides import bitmap, strides
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Type
 from bhystream.stream.writer import Writer
@@ -62,8 +64,6 @@ IN_PLACE_PAGES = 256
 HAS_VMSPLICE = hasattr(os, "splice")  # both are Linux's
 # zstd saves more in a larger window, and the speed of zstd, not the cache, is the limit.
 ZSTD_BATCH_PAGES = 256
-# The pages of one kernel call: this bounds how long a signal waits, and costs nothing.
-_STRIDE_PAGES = 1 << 15
 # A zstd frame is sent if it saves more than a sixteenth; else the pages as they are.
 _WORTH = 15 / 16
 
@@ -79,8 +79,7 @@ class Transfer:
     """The memory of one source, sent round by round.
 
     walked_pages: the pages looked at so far, in all rounds.  work_pages: two counts of
-    the pages of this round that may be other than zero: how many are done, and how many
-    there are, as far as that is known.
+    the pages of this round that are read: how many are done, and how many there are.
     """
 
     def __init__(
@@ -108,8 +107,7 @@ class Transfer:
         pages = BATCH_PAGES if level is None else ZSTD_BATCH_PAGES
         self._batch = Batch(self._hasher, pages, fmt.MAX_EXTENTS)
         self._last_in_place = last_in_place and level is None and HAS_VMSPLICE
-        self._table = memoryview(bytearray(8 * self.npages)).cast("Q")
-        self._hasher.fill(self._table, 0, self.npages)
+        self._table = PageHashes(self._hasher, self.npages)
         self._memory = source.memory()
         self.walked_pages = 0
         self.work_pages = (0, 0)
@@ -125,82 +123,70 @@ class Transfer:
         """
         if last and self._last_in_place:
             self._batch = Batch(self._hasher, IN_PLACE_PAGES, fmt.MAX_EXTENTS, in_place=True)
-        everything = self._writer.rounds == 0
-        way = _UnderWay(everything, rate_bytes, self._writer.offset_bytes)
-        # The number of touched pages hardly changes from round to round: count them once.
-        done, known = self.work_pages
-        total = known or sum(end - first for first, end in self._source.touched())
-        self.work_pages = (0, max(done, total))
+        way = _UnderWay(self._writer, rate_bytes, self.npages)
+        # This begins the log anew, so that round 0 looks at a page only afterwards.
         changed = self._source.changed()
-        if everything or changed is None:
-            found = spans(self._layout, self._source.touched())
+        if changed is None or way.everything:
+            changed = self._source.touched()
+            way.absent = True
+        self.work_pages = (0, mark_extents(changed, way.read))
+        if last and way.absent and not way.everything and nthreads > 1:
+            self._walk_scanned(way, nthreads)
         else:
-            found = (span for span in spans(self._layout, changed) if span.present)
-        if last and not everything and changed is None and nthreads > 1:
-            self._walk_scanned(way, list(found), nthreads)
-        else:
-            for span in found:
-                self._enter(way, span)
-                self._walk(way, span)
+            for segment, base, first, end in strides(self._layout):
+                self._walk(way, segment, base, first, end)
         self._flush(way, self.npages)
         self._writer.round_end(way.data_pages, way.zero_pages, last=last)
         return way.over(self._writer.offset_bytes)
 
-    def _enter(self, way: _UnderWay, span: Span) -> None:
-        """Write the batch if the span is in another segment: a section has pages of one only."""
-        if span.segment != way.segment:
-            self._flush(way, span.base_page)
-            way.segment = span.segment
-
-    def _walk_scanned(self, way: _UnderWay, found: Sequence[Span], nthreads: int) -> None:
-        """Collect the spans of a paused guest, which several threads compare with the table."""
-        scan = Scan(self._hasher, self._memory, self._table, found)
+    def _walk_scanned(self, way: _UnderWay, nthreads: int) -> None:
+        """Collect the pages of a paused guest, which several threads compare with the table."""
+        scan = Scan(self._hasher, self._memory, self._table, self._layout, way.read)
         with contextlib.closing(scan.changed(nthreads)) as pieces:
-            for span in found:
-                self._enter(way, span)
-                if not span.present:
-                    self._walk(way, span)
-                    continue
-                at = span.first
-                while at < span.end:
-                    piece = next(pieces)
-                    self._collect(way, piece)
-                    at = piece.end
+            for piece in pieces:
+                self._walk(way, piece.segment, piece.base_page, piece.first, piece.end, piece.bits)
 
-    def _collect(self, way: _UnderWay, piece: Piece) -> None:
-        """Collect the changed pages of a piece that was scanned."""
-        batch, memory, at = self._batch, self._memory[piece.segment], piece.first
-        while piece.count and at < piece.end:
-            at = batch.collect(
-                memory, piece.base_page, at, piece.end, self._table, True, piece.bits, piece.first
+    def _walk(
+        self,
+        way: _UnderWay,
+        segment: int,
+        base_page: int,
+        first: int,
+        end: int,
+        bits: memoryview | None = None,
+    ) -> None:
+        """Collect pages of a segment, and write a section whenever a batch is full.
+
+        bits: of a Piece that was scanned.
+        """
+        if segment != way.segment:  # a section has pages of one segment only
+            self._flush(way, base_page)
+            way.segment = segment
+        at = first
+        while at < end:
+            before = at
+            at = self._batch.collect(
+                self._memory[segment],
+                base_page,
+                at,
+                end,
+                self._table,
+                way.read,
+                way.everything,
+                absent=way.absent,
+                bits=bits,
+                origin=first,
             )
-            if batch.full:
-                self._flush(way, piece.base_page + at)
-        self._count(piece.end - piece.first)
+            self._count(way, base_page + before, base_page + at)
+            if self._batch.full:
+                self._flush(way, base_page + at)
 
-    def _count(self, npages: int) -> None:
-        """Count pages of this round that were looked at, and may be other than zero."""
-        self.walked_pages += npages
+    def _count(self, way: _UnderWay, first: int, end: int) -> None:
+        """Count the global pages [first, end) as done."""
+        npages = count_bits(way.read, first, end)
+        self.walked_pages += end - first if way.absent else npages
         done, total = self.work_pages
         self.work_pages = (done + npages, total)
-
-    def _walk(self, way: _UnderWay, span: Span) -> None:
-        """Collect one span, and write a section whenever a batch is full."""
-        batch = self._batch
-        at = span.first
-        while at < span.end:
-            before, end = at, min(at + _STRIDE_PAGES, span.end)
-            if span.present:
-                memory = self._memory[span.segment]
-                at = batch.collect(memory, span.base_page, at, end, self._table, way.everything)
-            else:
-                at = batch.collect_absent(span.base_page, at, end, self._table, way.everything)
-            if span.present:
-                self._count(at - before)
-            else:
-                self.walked_pages += at - before
-            if batch.full:
-                self._flush(way, span.base_page + at)
 
     def _flush(self, way: _UnderWay, done: int) -> None:
         """Write the batch as one MEMORY section, unless the batch is empty; keep to the rate.
@@ -238,15 +224,21 @@ class Transfer:
 
 
 class _UnderWay:
-    """One round under way: its counts, and the brake that keeps the round to its rate."""
+    """One round under way: its counts, and the brake that keeps the round to its rate.
 
-    def __init__(self, everything: bool, rate_bytes: int | None, start_bytes: int) -> None:
-        """Begin the round now.  start_bytes: the stream's offset at which the round begins."""
-        self.everything = everything
+    everything: all pages are stated.  read: a bit for each page of the guest, set if
+    the page is read.  absent: the other pages are zero; else they have not changed.
+    """
+
+    def __init__(self, writer: Writer, rate_bytes: int | None, npages: int) -> None:
+        """Begin the round now.  writer: stands where the round begins.  npages: the guest's."""
+        self.everything = writer.rounds == 0
+        self.read = bitmap(npages)
+        self.absent = False
         self.segment = 0  # where the pages of the batch lie
         self.write_ns = self.data_pages = self.zero_pages = 0
         self._rate_bytes = rate_bytes
-        self._start_bytes = start_bytes
+        self._start_bytes = writer.offset_bytes
         self._start_ns = time.monotonic_ns()
 
     def brake(self, offset_bytes: int) -> None:

@@ -1,0 +1,25 @@
+"""The guest's memory in the pieces and the order of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bhystream.guest import Layout
+
+# The pages of one kernel call: this bounds how long a signal waits, and costs nothing.
+_STRIDE_PAGES = 1 << 15
+
+
+def strides(layout: Layout) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (segment, its first global page, first, end): the guest in pieces, in order.
+
+    first, end: counted from the segment's first page.  One kernel call takes one piece.
+    """
+    for segment, (base, border) in enumerate(layout.extents()):
+        for first in range(0, border - base, _STRIDE_PAGES):
+            yield segment, base, first, min(first + _STRIDE_PAGES, border - base)
+
+
+def bitmap(npages: int) -> memoryview:
+    """Return words with a bit for each page, all clear."""
+    return memoryview(bytearray(8 * (npages // 64 + 1))).cast("Q")
