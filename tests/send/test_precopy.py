@@ -322,10 +322,12 @@ def test_the_cure_is_said_only_if_one_is_needed_and_known() -> None:
     def said(limits: Limits, rounds: list[Round] = made) -> str:
         return cures(rounds, outlook(rounds, NPAGES, limits), limits)
 
-    assert said(Limits()) == "-d 10000ms would fit, --throttle 50 may"
-    assert said(Limits(throttle=49)) == "-d 10000ms would fit, --throttle 50 may"
-    assert said(Limits(throttle=50)) == "-d 10000ms would fit"
+    assert said(Limits()) == "-d 10s would fit, --throttle 50 may"
+    assert said(Limits(throttle=49)) == "-d 10s would fit, --throttle 50 may"
+    assert said(Limits(throttle=50)) == "-d 10s would fit"
     assert said(Limits(downtime_ns=10**11)) == ""
+    short = history((90, 10_000, 9_000), (90, 10_000, 9_000))
+    assert said(Limits(throttle=99), rounds=short).startswith("-d 9000ms would fit")
     assert said(Limits(), made[:1]) == ""
 
 

@@ -240,7 +240,9 @@ def cures(rounds: Sequence[Round], view: Outlook, limits: Limits) -> str:
     """
     if len(rounds) < 2 or view.copy_ns <= limits.downtime_ns:
         return ""
-    found = f"-d {math.ceil(view.copy_ns / 1e6)}ms would fit"
+    is_long = view.copy_ns >= 10 * NS
+    limit = f"{-(-view.copy_ns // NS)}s" if is_long else f"{math.ceil(view.copy_ns / 1e6)}ms"
+    found = f"-d {limit} would fit"
     needed = needed_throttle(rounds, limits)
     if needed > limits.throttle:
         found += f", --throttle {needed} may"
