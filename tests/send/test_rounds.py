@@ -183,3 +183,17 @@ def test_a_throttle_that_fails_is_told_out_of_a_write_that_blocks(
         os.close(theirs)
         os.close(ours)
         case.guest.close()
+
+
+@pytest.mark.parametrize(("rounds", "is_mapped"), [(0, True), (2, False)])
+def test_without_live_rounds_the_memory_is_mapped_before_the_pause(
+    rounds: int, is_mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd = os.open(os.devnull, os.O_WRONLY)
+    made = Case(tmp_path, fd, Limits(rounds=rounds, finish=True))
+    calls: list[None] = []
+    monkeypatch.setattr(made.rounds._transfer, "map_touched", lambda: calls.append(None))
+    made.rounds.precopy(lambda: None)
+    os.close(fd)
+    made.guest.close()
+    assert bool(calls) == is_mapped

@@ -16,7 +16,7 @@ def layout_of(sizes: list[int]) -> Layout:
 
 
 def test_a_stride_ends_at_the_border_of_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_STRIDE_PAGES", 3)
+    monkeypatch.setattr(module, "STRIDE_PAGES", 3)
     assert list(strides(layout_of([7, 2]))) == [
         (0, 0, 0, 3),
         (0, 0, 3, 6),
@@ -29,7 +29,7 @@ def test_strides_cover_the_guest_exactly(
     rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(500):
-        monkeypatch.setattr(module, "_STRIDE_PAGES", rng.randint(1, 50))
+        monkeypatch.setattr(module, "STRIDE_PAGES", rng.randint(1, 50))
         sizes = [rng.choice([1, 2, rng.randint(1, 200)]) for _ in range(rng.randint(1, 6))]
         at = 0
         for segment, base, first, end in strides(layout_of(sizes)):

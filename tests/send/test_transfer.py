@@ -620,3 +620,24 @@ def test_threads_send_what_one_thread_sends(
     done, total = sending.transfer.work_pages
     assert done <= total
     assert sending.finish().memory == source.contents()
+
+
+def mapped_pages() -> int:
+    """Return how many pages of memory files this process has mapped: its RssShmem."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [found] = [line.split()[1] for line in lines if line.startswith("RssShmem:")]
+    return int(found) * 1024 // PAGE_BYTES
+
+
+def test_touched_pages_are_mapped_before_a_pause_and_holes_stay_holes(tmp_path: Path) -> None:
+    source = MemorySource(5000, 3000)
+    for page in (*range(1000, 3000), 4999, *range(5000, 6000)):
+        source.write(page, b"x")
+    allocated = source.allocated_bytes()
+    sending = Sending(tmp_path / "stream", source)
+    before = mapped_pages()
+    sending.transfer.map_touched()
+    assert mapped_pages() - before >= 3001
+    assert source.allocated_bytes() == allocated
+    assert sending.transfer.walked_pages == 0
+    source.close()

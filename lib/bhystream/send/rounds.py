@@ -109,6 +109,8 @@ class Rounds:
                 self._begun.writer.section(Type.REHEARSAL, self._plan)
             if self._limits.rounds:
                 self._send_live(before_throttle)
+            else:
+                self._transfer.map_touched()
 
     def _send_live(self, before_throttle: Callable[[], None]) -> None:
         start_ns = time.monotonic_ns()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from bhystream.guest import Layout
 
 # The pages of one kernel call: this bounds how long a signal waits, and costs nothing.
-_STRIDE_PAGES = 1 << 15
+STRIDE_PAGES = 1 << 15
 
 
 def strides(layout: Layout) -> Iterator[tuple[int, int, int, int]]:
@@ -16,8 +16,8 @@ def strides(layout: Layout) -> Iterator[tuple[int, int, int, int]]:
     first, end: counted from the segment's first page.  One kernel call takes one piece.
     """
     for segment, (base, border) in enumerate(layout.extents()):
-        for first in range(0, border - base, _STRIDE_PAGES):
-            yield segment, base, first, min(first + _STRIDE_PAGES, border - base)
+        for first in range(0, border - base, STRIDE_PAGES):
+            yield segment, base, first, min(first + STRIDE_PAGES, border - base)
 
 
 def bitmap(npages: int) -> memoryview:

@@ -43,13 +43,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from bhystream.backend.base import Readable
-from bhystream.guest import Layout
+from bhystream.guest import PAGE_BYTES, Layout
 from bhystream.memory.batch import Batch
 from bhystream.memory.inplace import PagesInPlace
 from bhystream.memory.page import PageHasher, PageHashes, count_bits, mark_extents
 from bhystream.send.precopy import Round
 from bhystream.send.scan import Scan
-from bhystream.send.strides import bitmap, strides
+from bhystream.send.strides import STRIDE_PAGES, bitmap, strides
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Type
 from bhystream.stream.writer import Writer
@@ -111,6 +111,19 @@ class Transfer:
         self._memory = source.memory()
         self.walked_pages = 0
         self.work_pages = (0, 0)
+
+    def map_touched(self) -> None:
+        """Map the touched pages here, so that reading them takes no page faults any more.
+
+        The faults take longer than the hashes: without a live round, which maps the pages by
+        reading them, this shortens the pause by 80 to 100 ms a GiB.
+        """
+        for first, end in self._source.touched():
+            segment = self._layout.segment_of(first)
+            base, memory = self._layout.starts[segment], self._memory[segment]
+            for at in range(first - base, end - base, STRIDE_PAGES):
+                stop = min(at + STRIDE_PAGES, end - base)
+                bytes(memory[at * PAGE_BYTES : stop * PAGE_BYTES : PAGE_BYTES])
 
     def round(
         self, *, last: bool = False, rate_bytes: int | None = None, nthreads: int = 1
