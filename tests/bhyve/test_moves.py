@@ -68,10 +68,10 @@ def test_it_moves_in_the_command_form(host: Host, options: tuple[str, ...]) -> N
 
 
 def test_it_moves_throttled(host: Host) -> None:
-    """Nothing fits into -d 0ms, so the throttle goes as far as it may; -f pauses the guest then."""
+    """Nothing fits into -d 0ms, so the throttle grows until -f pauses the guest."""
     options = ("-f", "-d", "0ms", "-r", "8", "-B", "4M", "--throttle", "90")
     done = move(host, *options)
-    assert "; throttled by 90 % for " in done.said
+    assert "; throttled by " in done.said
     host.prove()
     tidy(host)
 
