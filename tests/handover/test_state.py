@@ -365,6 +365,15 @@ def test_what_a_crash_left_behind_is_no_record(base: Path, records: Records) -> 
         json.dumps({**asdict(RECORD), "more": 1}),
         json.dumps({**asdict(RECORD), "phase": "gone"}),
         json.dumps({**asdict(RECORD), "lock": 1}),
+        json.dumps({**asdict(RECORD), "time_ns": "1"}),
+        json.dumps({**asdict(RECORD), "time_ns": 1 << 63}),
+        json.dumps({**asdict(RECORD), "time_ns": -1}),
+        json.dumps({**asdict(RECORD), "keeper": True}),
+        json.dumps({**asdict(RECORD), "keeper": -1}),
+        json.dumps({**asdict(RECORD), "revive": []}),
+        json.dumps({**asdict(RECORD), "ask": ["ssh", 1]}),
+        json.dumps({**asdict(RECORD), "host": None}),
+        "[" * 100_000,
         "\ud800".encode("utf-8", "surrogatepass"),
     ],
 )
@@ -376,6 +385,14 @@ def test_a_broken_record_is_named(base: Path, records: Records, text: str | byte
             ask()
         assert str(caught.value).startswith(f"the record {path} is broken: ")
         assert caught.value.hint.endswith(f"anywhere: rm {path}")
+
+
+def test_a_record_has_the_id_of_its_file(base: Path, records: Records) -> None:
+    """A record is written, and removed, under its id."""
+    records.write(RECORD)
+    (base / f"source/{ID}.json").rename(base / f"source/{'f' * 32}.json")
+    with pytest.raises(RecordError, match=f"its id is '{ID}'"):
+        records.get("f" * 32)
 
 
 def test_a_broken_record_hides_no_other(base: Path, records: Records) -> None:

@@ -69,5 +69,6 @@ def _factors(noted: object) -> list[float]:
     """Return what is usable of the notes of one part."""
     if not isinstance(noted, list):
         return []
-    usable = [one for one in noted if isinstance(one, int | float) and math.isfinite(one)]
-    return [min(max(float(one), _LEAST), _MOST) for one in usable[-_KEPT:]]
+    # Compare before converting: float() and math.isfinite() raise for a long integer.
+    usable = [one for one in noted if isinstance(one, int | float) and abs(one) < math.inf]
+    return [float(min(max(one, _LEAST), _MOST)) for one in usable[-_KEPT:]]
