@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bhystream.backend.qemu import facts, graph, migration, plugged
 from bhystream.backend.qemu.paused import open_paused
-from bhystream.backend.qemu.qmp import Qmp
+from bhystream.backend.qemu.qmp import ConnectionLostError, Qmp
 from bhystream.errors import GuestError
 from support.qmp_answers import Answers
 
@@ -52,6 +57,73 @@ def test_a_name_that_no_file_has_leads_to_no_file(file: str) -> None:
 
 def test_a_name_in_json_that_nests_deep_is_a_name() -> None:
     assert graph.file_of("json:" + "[" * 100_000) == "json:" + "[" * 100_000
+
+
+GREETING = b'{"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, '
+GREETING += b'"capabilities": []}}\r\n'
+READY = b'{"return": {}, "id": ID}\r\n'
+
+
+@pytest.fixture
+def spoken(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Return a function that makes a socket which says each of some bytes after a command of ours.
+
+    "ID" stands for the id of the command.
+    """
+    servers: list[socket.socket] = []
+
+    def serve(server: socket.socket, said: tuple[bytes, ...]) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = server.accept()
+            with connection:
+                for number, each in enumerate(said):
+                    asked = json.loads(connection.recv(4096)) if number else {}
+                    connection.sendall(each.replace(b"ID", json.dumps(asked.get("id")).encode()))
+
+    def make(*said: bytes) -> str:
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        servers.append(server)
+        server.bind(path := str(tmp_path / f"q{len(servers)}"))
+        server.listen()
+        threading.Thread(target=serve, args=(server, said), daemon=True).start()
+        return path
+
+    yield make
+    for server in servers:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [
+        b"", b"\n", b"SSH-2.0-OpenSSH\r\n", b"{}\n", b"[]\n", b"7\n", b"\xff\n",
+        b"[" * 100_000 + b"\n", b'{"QMP": {"a": "\\ud800"}}\n',
+        b'{"QMP": {}}\n', b'{"QMP": {"version": [], "capabilities": {}}}\n', b'{"QMP": 1e999}\n',
+        b'{"return": {}}\n', b'{"error": {"class": "a", "desc": "b"}}\n',
+    ],
+)  # fmt: skip
+def test_what_does_not_greet_as_qmp_does_is_an_error(
+    spoken: Callable[..., str], greeting: bytes
+) -> None:
+    with pytest.raises(GuestError, match="does not speak QMP"):
+        Qmp(spoken(greeting), "guest web1")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"", b"\n", b"x\n", b"[]\n", b"[" * 100_000 + b"\n", b"\xff\n", b'{"return": 1}\n',
+        b'{"return": 1, "id": "other"}\n', b'{"error": 7, "id": ID}\n',
+        b'{"error": {"class": 1}, "id": ID}\n', b'{"event": 7}\n',
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_none_is_a_lost_connection(
+    spoken: Callable[..., str], answer: bytes
+) -> None:
+    qmp = Qmp(spoken(GREETING, READY, answer), "guest web1")
+    with pytest.raises(ConnectionLostError, match="guest web1: cannot examine it: "):
+        qmp.execute("query-status", doing="examine it", limit_s=1)
+    qmp.close()
 
 
 RECORD: dict[str, Any] = {

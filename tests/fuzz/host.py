@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
+from bhystream.backend.bhyve.paused import PausedRecord
+from bhystream.backend.bhyve.restoredguest import RestoredGuest
+from bhystream.backend.qemu.paused import open_paused as open_qemu
 from bhystream.errors import BhyError, RecordError
 from bhystream.handover import prune, state
 from bhystream.handover.answers import MAX_LINE_BYTES, Answer, Inbox, Parser, pack, unpack
@@ -14,7 +18,7 @@ from bhystream.handover.state import Record, Records
 from bhystream.report import printable
 from bhystream.send.experience import Experience
 from bhystream.strict_json import pack_json, unpack_json
-from fuzz.target import fail
+from fuzz.target import attempt, fail
 
 
 def answers(data: bytes) -> None:
@@ -91,6 +95,8 @@ def record(data: bytes) -> None:
     if again != found:
         fail("a record changes when it is written")
     prune.prune(base, records)
+    for revive in (PausedRecord.from_json, RestoredGuest.from_json, open_qemu):
+        attempt(partial(revive, found.revive))
 
 
 def over(data: bytes) -> None:

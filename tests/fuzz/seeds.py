@@ -131,7 +131,26 @@ def _answers() -> list[bytes]:
 def _records() -> list[str]:
     fields: dict[str, object] = {"id": ID, "guest": "web1", "operand": "web1", "lock": "bhyve-web1"}
     fields |= {"phase": "started", "revive": {"hypervisor": "qemu"}, "time_ns": 1, "keeper": 7}
-    return [json.dumps(fields), json.dumps(fields | {"ask": ["ssh", "hv2", "bhyrecv"]})]
+    process = {"pid": 1, "start_ticks": 2, "boot_id": "b"}
+    kept: dict[str, object] = {
+        "hypervisor": "bhyve",
+        "vmm_dir": "",
+        "name": "web1",
+        "manager": "",
+        "node": "7:8",
+    }
+    kept |= {"process": process}
+    revived: list[object] = [
+        {"hypervisor": "qemu", "name": "web1", "qmp": "/q", "announce": False, **process}
+        | {"restore": {"capabilities": {"x": True}, "parameters": {"y": 1}}},
+        kept | {"role": "source", "directory": "/d", "full_bytes": 65536},
+        kept
+        | {"role": "destination", "staging": "/s", "kept": "/k/l", "keys": {"cpus": "1"}}
+        | {"memory_bytes": 4096},
+    ]
+    records = [fields, fields | {"ask": ["ssh", "hv2", "bhyrecv"]}]
+    records += [fields | {"revive": each} for each in revived]
+    return [json.dumps(each) for each in records]
 
 
 def _meta() -> bytes:
