@@ -102,7 +102,7 @@ _directory: list[Path] = []
 
 def _guest() -> Path:
     if not _directory:
-        _directory.append(Path(tempfile.mkdtemp(dir="/dev/shm")) / "web1")
+        _directory.append(Path(tempfile.mkdtemp()) / "web1")
         _directory[0].mkdir()
     return _directory[0]
 

@@ -64,7 +64,7 @@ _base: list[Path] = []
 
 def _state() -> Path:
     if not _base:
-        _base.append(Path(tempfile.mkdtemp(dir="/dev/shm")))
+        _base.append(Path(tempfile.mkdtemp()))
         for name in ("destination", "source", "lock", "loaded", "told"):
             (_base[0] / name).mkdir()
     return _base[0]

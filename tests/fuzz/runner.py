@@ -21,6 +21,7 @@ _REACHED = re.compile(r"cov: (\d+) ft: (\d+)")
 _TRIED = re.compile(r"stat::number_of_executed_units: (\d+)")
 _SPEED = re.compile(r"stat::average_exec_per_sec: +(\d+)")
 _SAVED = re.compile(r"Test unit written to (\S+)")
+_IN_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 # Allocations are limited by the target itself; this is a limit for what calls leave behind.
 _RSS_MIB = 1024
 
@@ -52,13 +53,15 @@ class Fuzzer:
 
     def __init__(self, table: str, directory: Path) -> None:
         self.directory = directory
+        # The targets' own files; libFuzzer ends a process without a chance to remove them.
+        self._files = tempfile.TemporaryDirectory(prefix="fuzz-", dir=_IN_MEMORY)
         paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fuzz.fuzzed", table],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": self._files.name},
             text=True,
         )
 
@@ -67,6 +70,7 @@ class Fuzzer:
 
     def __exit__(self, *_: object) -> None:
         self._process.communicate()
+        self._files.cleanup()
 
     def fuzz(
         self,

@@ -100,7 +100,7 @@ def _streams() -> Iterable[bytes]:
 
 def _of_bhyve() -> bytes:
     """Return a stream of a guest of bhyve whose contents obey bhystream(5)."""
-    value, kern = made()
+    value, _ = made()
     text = text_of(value)
     host = {"hypervisor": "bhyve", "program": "t", "hw.machine": "amd64", "hw.pagesize": 4096}
     names = json.dumps([each["device"] for each in value["devices"]]).encode()
@@ -111,8 +111,8 @@ def _of_bhyve() -> bytes:
     maker.state(b"meta", 0, text, flags=1)
     for key, kind in (("kern_structs", "kern"), ("devices", "dev")):
         for each in value[key]:
-            at, name = each["file_offset"], f"{kind}/{each['device']}".encode()
-            maker.state(name, 0, kern[at : at + each["size"]], flags=1)
+            name = f"{kind}/{each['device']}".encode()
+            maker.state(name, 0, bytes(each["size"]), flags=1)
     return maker.time().end().raw
 
 

@@ -105,7 +105,7 @@ class Rig:
     def __init__(self) -> None:
         self._stdin = os.memfd_create("stdin")
         self._answers = os.memfd_create("answers")
-        self._directory = tempfile.mkdtemp(dir="/dev/shm")
+        self._directory = tempfile.mkdtemp()
         self.sink = MemorySink()
         self.said = ""
         os.environ["BHYSEND_STATE_DIR"] = f"{self._directory}/s"
