@@ -25,7 +25,7 @@ PARTS: dict[str, str] = {
     "units": "errors",
     "guest": "",
     "strict_json": "errors",
-    "durable": "errors",
+    "durable": "errors strict_json",
     "signals": "errors",
     "inherited": "errors",
     "commandline": "errors",

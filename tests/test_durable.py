@@ -73,3 +73,26 @@ def test_a_disk_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(InputOutputError, match="cannot read"):
         durable.read(tmp_path / "a", dict)
+
+
+def test_json_that_nests_deep_is_a_broken_record(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("[" * 100_000)
+    with pytest.raises(RecordError, match="nests too deep"):
+        durable.read(tmp_path / "a", dict)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "fits"),
+    [
+        (1, int, True), (True, int, False), (1.0, int, False), (True, bool, True),
+        ("a", str, True), (None, str, False),
+        (("a",), tuple[str, ...], True), ((1,), tuple[str, ...], False), ("a", tuple[str, ...], False),
+        ({"a": [1]}, dict[str, Any], True), ({"a": True}, dict[str, int | bool], True),
+        ({"a": "b"}, dict[str, int | bool], False), ([], dict[str, Any], False),
+        (None, int | None, True), ("1", int | None, False),
+        ({"a": {"b": 1}}, dict[str, dict[str, int]], True),
+        ({"a": 1}, dict[str, dict[str, int]], False),
+    ],
+)  # fmt: skip
+def test_what_was_read_is_of_its_type(value: object, kind: object, fits: bool) -> None:
+    assert durable.is_of(value, kind) == fits

@@ -15,13 +15,14 @@ never for "there is no record".
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from bhystream.errors import RecordError, from_oserror
+from bhystream.strict_json import loads
 
 _T = TypeVar("_T")
 
@@ -52,7 +53,7 @@ def read(path: Path, make: Callable[[Any], _T]) -> _T | None:
     or not JSON; AccessError, InputOutputError if the file cannot be read.
     """
     try:
-        return make(json.loads(path.read_bytes()))
+        return make(loads(path.read_bytes()))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -62,6 +63,37 @@ def read(path: Path, make: Callable[[Any], _T]) -> _T | None:
             f"the record {path} is broken: {error}; its guest may have run",
             f"if no such guest runs, or stands paused, anywhere: rm {path}",
         ) from error
+
+
+def typed(made: _T) -> _T:
+    """Return an object that was made of JSON, if its annotated fields are of their types.
+
+    Raises TypeError for the first field that is not of the type in its annotation.
+    """
+    for name, kind in get_type_hints(type(made)).items():
+        value = getattr(made, name)
+        if not is_of(value, kind):
+            raise TypeError(f"{name} is {str(value)[:40]!r}")
+    return made
+
+
+def is_of(value: object, kind: Any) -> bool:
+    """Say whether a value is of a type, its items included: str, dict[str, int | bool].
+
+    Unlike isinstance(), this takes no truth value for an integer.
+    """
+    items = get_args(kind)
+    match get_origin(kind):
+        case None:
+            return kind is Any or type(value) is kind
+        case origin if origin is UnionType:
+            return any(is_of(value, each) for each in items)
+        case origin if origin is dict and type(value) is dict:
+            pairs = value.items()
+            return all(is_of(key, items[0]) and is_of(each, items[1]) for key, each in pairs)
+        case origin if origin is tuple and type(value) is tuple:
+            return all(is_of(each, items[0]) for each in value)
+    return False
 
 
 def remove(path: Path) -> None:

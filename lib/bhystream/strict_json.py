@@ -1,4 +1,8 @@
-"""JSON by the rules of bhystream(5), which refuse what two readers could read in two ways."""
+"""JSON by the rules of bhystream(5), which refuse what two readers could read in two ways.
+
+loads() is for all other JSON.  No other module calls json.loads(), which raises RecursionError
+for a text that nests deep.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,14 @@ from typing import Any, NoReturn
 from bhystream.errors import FormatError
 
 MAX_DEPTH = 16
+
+
+def loads(text: str | bytes) -> Any:
+    """Return the value of a JSON text.  Raises ValueError for a text that cannot be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON nests too deep") from None
 
 
 def pack_json(value: Any) -> bytes:

@@ -108,7 +108,17 @@ def test_a_record_that_lacks_a_field_is_refused(base: Path, key: str) -> None:
 
 def test_a_record_of_another_kind_is_refused(base: Path) -> None:
     record = dict(restored(base).to_json())
-    for changed in ({"role": "source"}, {"more": 1}, {"process": {"pid": 1}}):
+    process = {"pid": "1", "start_ticks": 2, "boot_id": "b"}
+    for changed in (
+        *({"role": "source"}, {"more": 1}, {"process": {"pid": 1}}, {"process": process}),
+        *(
+            {"process": 7},
+            {"keys": ["a"]},
+            {"keys": {"a": 1}},
+            {"memory_bytes": "1"},
+            {"name": None},
+        ),
+    ):
         with pytest.raises(GuestError, match="cannot read the record"):
             RestoredGuest.from_json({**record, **changed})
 

@@ -426,3 +426,9 @@ def test_a_lock_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path: 
     with pytest.raises(InputOutputError):
         locks.held("x")
     assert [path.name for path in (tmp_path / "none").iterdir()] == ["run.lock"]
+
+
+def test_a_nul_in_the_log_is_dropped() -> None:
+    """A power cut leaves NULs; no argument of a program holds one."""
+    start = last_start(log_of(OPTIONS.replace("-c 2", "-c\0 2")))
+    assert start is not None and start.argv() == last_start(log_of()).argv()  # type: ignore[union-attr]

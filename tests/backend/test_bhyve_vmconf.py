@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.bhyve.vmconf import parse
+from bhystream.backend.bhyve.vmconf import changes, parse
 
 # config::load() and config::get(), unchanged but for setvar, which only FreeBSD's sh(1) has.
 VM_BHYVE = r"""
@@ -72,3 +72,10 @@ def test_a_line_is_what_vm_bhyve_makes_of_it(tmp_path: Path, text: str, value: s
     )
     assert (theirs.stdout.decode() if theirs.returncode == 0 else None) == value
     assert [entry.name for entry in tmp_path.iterdir()] == ["g.conf"]
+
+
+def test_a_nul_in_the_name_of_a_disk_is_dropped() -> None:
+    """No path holds a NUL: os.path would raise ValueError."""
+    conf = parse('disk0_type="virtio-blk"\ndisk0_name="di\0sk0.img"\n')
+    assert conf["disk0_name"] == "disk0.img"
+    assert changes(conf, Path("/vm/web1"), ["/vm/web1/disk0.img"], 0, (None, None)) == []

@@ -465,3 +465,11 @@ def test_missing_resources_are_named_ready_to_paste() -> None:
 def test_a_key_that_the_guest_has_no_use_for_is_named() -> None:
     reasons = Resources.parse({"disk3": "/x", "kernel": "/x"}).reasons(validate(reduced()))
     assert [reason.split(":")[0] for reason in reasons] == ["disk3", "kernel"]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a":' * 100_000, '{"a":' * 100 + "1" + "}" * 100, '{"driver": "a\\u0000b"}', '{"a"']
+)
+def test_json_that_no_option_holds_is_refused(text: str) -> None:
+    with pytest.raises(IncompatibleError, match="cannot read the JSON of an option"):
+        split_keyval(text)

@@ -107,6 +107,33 @@ def test_the_last_argument_is_cut_and_the_first_is_not() -> None:
     assert len(pack(found)) == MAX_LINE_BYTES
 
 
+@pytest.mark.parametrize(
+    ("host", "is_good"),
+    [
+        ("h" * 254 + "/0", True), ("h" * 255 + "/0", False),
+        ("h/" + "0" * 64, True), ("h/" + "0" * 65, False), ("/0", False), ("h/", False),
+    ],
+)  # fmt: skip
+def test_the_name_and_the_id_of_a_host_have_a_longest_form(host: str, is_good: bool) -> None:
+    line = line_of(f"HELLO {host} /d")
+    if is_good:
+        assert unpack(line).args == (host, "/d")
+        return
+    with pytest.raises(FormatError, match="HELLO with a broken host or directory"):
+        unpack(line)
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_line_has_a_longest_form(beyond: int) -> None:
+    line = line_of("FAILED " + "x" * (MAX_LINE_BYTES - len(line_of("FAILED ")) + beyond))
+    assert len(line) == MAX_LINE_BYTES + beyond
+    if not beyond:
+        assert pack(unpack(line)) == line
+        return
+    with pytest.raises(FormatError, match=r"^not an answer$"):
+        unpack(line)
+
+
 HOSTILE = {
     "empty": b"",
     "newline": b"\n",

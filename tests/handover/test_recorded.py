@@ -284,11 +284,11 @@ def test_a_command_is_asked_by_its_own_words(command: list[str], words: list[str
 def test_the_words_of_a_command_come_back(directory: str) -> None:
     name = f"BHYSEND_STATE_DIR={directory}"
     record = RECORDED._replace(directory=directory)
-    far = record._replace(ask=["/usr/bin/ssh", "-p", "22", "hv2", "/opt/bhyrecv"])
+    far = record._replace(ask=("/usr/bin/ssh", "-p", "22", "hv2", "/opt/bhyrecv"))
     there = pipeline(in_doubt(far, Path("/s")).splitlines()[1])[0]
     assert there[:3] == ["/usr/bin/ssh", "-p", "22"]
     assert remote_shell(there)[1] == ["env", name, "/opt/bhyrecv", "-q", A]
-    near = record._replace(ask=["jexec", "a b", "bhyrecv"])
+    near = record._replace(ask=("jexec", "a b", "bhyrecv"))
     there = pipeline(in_doubt(near, Path("/s")).splitlines()[1])[0]
     assert there == ["env", name, "jexec", "a b", "bhyrecv", "-q", A]
 

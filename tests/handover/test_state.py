@@ -366,6 +366,15 @@ def test_what_a_crash_left_behind_is_no_record(base: Path, records: Records) -> 
         json.dumps({**RECORD._asdict(), "more": 1}),
         json.dumps({**RECORD._asdict(), "phase": "gone"}),
         json.dumps({**RECORD._asdict(), "lock": 1}),
+        json.dumps({**RECORD._asdict(), "time_ns": "1"}),
+        json.dumps({**RECORD._asdict(), "time_ns": 1 << 63}),
+        json.dumps({**RECORD._asdict(), "time_ns": -1}),
+        json.dumps({**RECORD._asdict(), "keeper": True}),
+        json.dumps({**RECORD._asdict(), "keeper": -1}),
+        json.dumps({**RECORD._asdict(), "revive": []}),
+        json.dumps({**RECORD._asdict(), "ask": ["ssh", 1]}),
+        json.dumps({**RECORD._asdict(), "host": None}),
+        "[" * 100_000,
         "\ud800".encode("utf-8", "surrogatepass"),
     ],
 )
@@ -377,6 +386,14 @@ def test_a_broken_record_is_named(base: Path, records: Records, text: str | byte
             ask()
         assert str(caught.value).startswith(f"the record {path} is broken: ")
         assert caught.value.hint.endswith(f"anywhere: rm {path}")
+
+
+def test_a_record_has_the_id_of_its_file(base: Path, records: Records) -> None:
+    """A record is written, and removed, under its id."""
+    records.write(RECORD)
+    (base / f"source/{ID}.json").rename(base / f"source/{'f' * 32}.json")
+    with pytest.raises(RecordError, match=f"its id is '{ID}'"):
+        records.get("f" * 32)
 
 
 def test_a_broken_record_hides_no_other(base: Path, records: Records) -> None:

@@ -188,7 +188,8 @@ def slow_writes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     subprocess.run(
         [compiler, "-shared", "-fPIC", "-o", library, str(where / "shim.c"), "-ldl"], check=True
     )
-    return {**os.environ, "LD_PRELOAD": library}
+    before = os.environ.get("LD_PRELOAD", "")  # a sanitizer's library, which has to be the first
+    return {**os.environ, "LD_PRELOAD": f"{before} {library}".strip()}
 
 
 SLOW = """

@@ -34,6 +34,11 @@ def test_a_change_that_lasts_is_learned_in_three_moves(tmp_path: Path) -> None:
     assert made.factor("state") == 4.0
 
 
+def test_notes_of_any_size_do_not_stop_a_move(tmp_path: Path) -> None:
+    (tmp_path / "experience.json").write_text(f'{{"state": [1{"0" * 400}, 1e999, NaN]}}')
+    assert Experience(tmp_path).factor("state") == 50.0
+
+
 @pytest.mark.parametrize(("estimate", "taken"), [(0, 5), (5, 0), (-1, 5)])
 def test_nothing_is_learned_from_what_was_no_estimate(
     tmp_path: Path, estimate: int, taken: int

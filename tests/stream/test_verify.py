@@ -321,6 +321,14 @@ def test_both_readers_agree(make: Make) -> None:
     assert recorder.input.largest <= LARGEST_CAP
 
 
+def test_rounds_and_sections_that_are_skipped_have_no_largest_number() -> None:
+    maker = Maker().head().round_0(flags=0)
+    for number in range(1, 5000):
+        maker.add(OPTIONAL, b"new").add(PAD).round_end(number, 0, 0, flags=number == 4999)
+    recorder, _ = agree(maker.time().end().raw)
+    assert len(recorder.rounds) == 5000
+
+
 def test_what_the_rounds_leave() -> None:
     assert agree(rounds().raw)[0].memory == {1: page(2), 3: page(8)}
     assert agree(compressed().raw)[0].memory == {0: page(1), 1: page(2), 6: page(3)}

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 
-from bhystream.errors import BhyError
+from bhystream.errors import AbortedError, BhyError, StreamError
 from bhystream.guest import Head, State
 from bhystream.memory.extent import EXTENT
 from bhystream.stream.format import Form, Header, RoundEnd
@@ -179,6 +180,38 @@ def agree(raw: bytes) -> tuple[Recorder, Stream]:
     for one, other in checks:
         assert one == other
     return walked, found
+
+
+def compare(
+    raw: bytes, bound: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Recorder | None:
+    """Read any stream with both readers; assert that they agree, also on the section that is wrong.
+
+    bound: Walk reads within it.  Returns what a sound stream holds, None for any other stream.  An
+    error of Walk names the place, and no broken or aborted stream has an end that may be believed.
+    """
+    recorder, error = Recorder(Input(raw)), None
+    try:
+        with bound():
+            recorder.run()
+    except BhyError as caught:
+        error = caught
+    assert recorder.input.largest <= LARGEST_CAP
+    try:
+        found = read(io.BytesIO(raw))
+    except Refused as refused:
+        assert isinstance(error, StreamError), f"only the page refuses it: {refused}"
+        place = str(refused).removesuffix(f": {refused.why}")
+        assert str(error).startswith(f"{place}: "), f"{error} is not {refused}"
+        end = recorder.ended.end.sections if recorder.ended else None
+        number = refused.section_number
+        assert end is None or (number is not None and number > end), f"it has ended: {refused}"
+        return None
+    if found.abort is not None:
+        assert isinstance(error, AbortedError) and not recorder.ended, error
+        return None
+    assert error is None, f"only Walk refuses it: {error}"
+    return agree(raw)[0]
 
 
 def _time(ended: Ended) -> tuple[int, int] | None:

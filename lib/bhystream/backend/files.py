@@ -43,6 +43,8 @@ def identity_of(path: str) -> str:
         return identity(os.stat(path))
     except OSError:
         return os.path.realpath(path)
+    except ValueError:  # a NUL or a lone surrogate: no file can have such a name
+        return path
 
 
 _NULL = identity_of(os.devnull)

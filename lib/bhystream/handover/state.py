@@ -44,6 +44,7 @@ from bhystream.guest import PHASES
 from bhystream.report import host_name
 
 _ATTEMPTS = 5
+_MAX_TIME_NS = (1 << 63) - 1  # in the year 2262
 _HOST_ID = re.compile("[0-9a-f]{16}")
 _OVER = "over"
 _OVER_LINE = re.compile("([0-9a-f]{32}) ([a-z-]{1,20})")
@@ -74,7 +75,7 @@ class Record(NamedTuple):
     host: str = ""
     directory: str = ""
     keeper: int = 0
-    ask: Sequence[str] = ()
+    ask: tuple[str, ...] = ()
     throttled: bool = False
 
     @property
@@ -85,10 +86,11 @@ class Record(NamedTuple):
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> Record:
         """Return the record with these fields.  Raises ValueError, TypeError if it is none."""
-        made = Record(**fields)
-        made = made._replace(ask=tuple(made.ask))
-        texts = (made.id, made.guest, made.operand, made.lock, made.phase)
-        if made.phase not in PHASES or not all(isinstance(text, str) for text in texts):
+        found = dict(fields)
+        if isinstance(found.get("ask"), list):
+            found["ask"] = tuple(found["ask"])
+        made = durable.typed(Record(**found))
+        if made.phase not in PHASES or not 0 <= made.time_ns <= _MAX_TIME_NS or made.keeper < 0:
             raise ValueError("not a record of bhysend or bhyrecv")
         return made
 
@@ -402,4 +404,10 @@ class Records:
 
     @staticmethod
     def _read(path: Path) -> Record | None:
-        return durable.read(path, Record.from_json)
+        def make(fields: Mapping[str, Any]) -> Record:
+            made = Record.from_json(fields)
+            if made.id != path.stem:  # the record would be written, and removed, under its id
+                raise ValueError(f"its id is {made.id[:40]!r}")
+            return made
+
+        return durable.read(path, make)

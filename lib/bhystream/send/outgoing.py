@@ -179,7 +179,7 @@ class Outgoing:
             lock=self._job.source.lock_name,
             phase=PAUSED,
             revive=dict(prepared.record),
-            ask=asking(self._job.opts.command),
+            ask=tuple(asking(self._job.opts.command)),
         )
 
     def _say_reasons(self, custody: Custody) -> None:

@@ -170,9 +170,9 @@ class RestoredGuest:
                 raise KeyError("role")
             fields["kind"] = fields.pop("hypervisor")
             if fields["process"] is not None:
-                fields["process"] = Identity(**fields["process"])
-            return RestoredGuest(**fields)
-        except (KeyError, TypeError) as error:
+                fields["process"] = durable.typed(Identity(**fields["process"]))
+            return durable.typed(RestoredGuest(**fields))
+        except (KeyError, TypeError, ValueError) as error:
             raise GuestError(f"cannot read the record of a bhyve guest: {error}") from None
 
     # The directories.

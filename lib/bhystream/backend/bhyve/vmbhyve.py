@@ -188,10 +188,13 @@ class Start:
 
 
 def last_start(log: str) -> Start | None:
-    """Return the last start that a vm-bhyve.log records, or None if it records none."""
+    """Return the last start that a vm-bhyve.log records, or None if it records none.
+
+    NULs are dropped: no argument of a program holds one, and a power cut may leave some.
+    """
     parts: dict[str, str] = {}
     ended = ""
-    for line in log.split("\n"):
+    for line in log.replace("\0", "").split("\n"):
         entry, said = _ENTRY.fullmatch(line), _SAID.fullmatch(line)
         if entry and entry[1] == "options":
             parts, ended = {"options": _RESUMED.sub("", entry[2])}, ""

@@ -4,7 +4,7 @@ A line counts if it begins with a lower-case letter.  The text from the first "#
 on is a comment, also within quotes.  Then spaces at the end are removed, then
 every double quote; nothing else is special.  The key is the text before the
 first "=".  If a key has several lines, the first line counts.  A line without
-"=" is both key and value.
+"=" is both key and value.  NULs are dropped: no value of a shell holds one.
 
 Source: freebsd/vm-bhyve@89c21d0e, lib/vm-config, config::load(), config::get(),
 config::core::load(); lib/vm-run, vm::bhyve_device_disks(), vm::get_disk_path(),
@@ -28,7 +28,7 @@ _ANYWHERE = "iscsi"
 def parse(text: str) -> dict[str, str]:
     """Return the keys of a file with their values."""
     found: dict[str, str] = {}
-    for line in text.split("\n"):
+    for line in text.replace("\0", "").split("\n"):
         if _LINE.match(line):
             kept = line.partition("#")[0].rstrip(" ").replace('"', "")
             key, equals, value = kept.partition("=")

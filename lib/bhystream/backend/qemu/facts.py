@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from bhystream.backend.qemu import graph
 from bhystream.backend.qemu.graph import Drive
@@ -39,11 +40,11 @@ def gather(qmp: Qmp) -> Facts:
     doing = "examine"
     directory = working_directory(qmp.pid)
     machine = qmp.execute("qom-get", {"path": "/machine", "property": "type"}, doing=doing)
-    kvm = qmp.execute("query-kvm", doing=doing)
+    has_kvm = qmp.ask("query-kvm", lambda reply: bool(reply["enabled"]), doing=doing)
     return Facts(
-        arch=str(qmp.execute("query-target", doing=doing)["arch"]),
+        arch=qmp.ask("query-target", lambda reply: str(reply["arch"]), doing=doing),
         machine=str(machine).removesuffix("-machine"),
-        accel="kvm" if kvm["enabled"] else "tcg",
+        accel="kvm" if has_kvm else "tcg",
         drives=graph.drives(qmp, directory),
         directory=directory,
     )
@@ -51,10 +52,11 @@ def gather(qmp: Qmp) -> Facts:
 
 @dataclass(frozen=True)
 class Backend:
-    """The one memory backend of a guest: its id and its size in bytes."""
+    """A memory backend of a guest: its id and its size in bytes."""
 
     ident: str
     size_bytes: int
+    is_shared: bool = True
 
 
 CURE = (
@@ -71,22 +73,26 @@ def memory_backend(qmp: Qmp) -> Backend:
     at the start of its file.  Raises GuestError if QEMU fails.
     """
     doing = "examine memory"
-    backends = qmp.execute("query-memdev", doing=doing)
+    backends = qmp.ask("query-memdev", _backends, doing=doing)
     if len(backends) != 1:
-        names = ", ".join(str(b.get("id")) for b in backends) or "none"
+        names = ", ".join(each.ident for each in backends) or "none"
         raise IncompatibleError(
             f"{qmp.who}: memory backends: {names}; exactly one is needed", hint=CURE
         )
-    ident, size_bytes = str(backends[0].get("id", "")), int(backends[0]["size"])
-    if not backends[0].get("share"):
+    ident, size_bytes = backends[0].ident, backends[0].size_bytes
+    if not backends[0].is_shared:
         raise IncompatibleError(f"{qmp.who}: memory backend {ident} is not share=on", hint=CURE)
     used = qmp.execute("qom-get", {"path": "/machine", "property": "memory-backend"}, doing=doing)
     if str(used).rsplit("/", 1)[-1] != ident:
         raise IncompatibleError(
             f"{qmp.who}: memory backend {ident} is not the machine's memory", hint=CURE
         )
-    total = qmp.execute("query-memory-size-summary", doing=doing)
-    if total["base-memory"] != size_bytes or total.get("plugged-memory", 0):
+    base_bytes, plugged_bytes = qmp.ask(
+        "query-memory-size-summary",
+        lambda reply: (reply["base-memory"], reply.get("plugged-memory", 0)),
+        doing=doing,
+    )
+    if base_bytes != size_bytes or plugged_bytes:
         raise IncompatibleError(
             f"{qmp.who}: memory backend {ident} is not all of the guest's memory", hint=CURE
         )
@@ -98,7 +104,14 @@ def memory_backend(qmp: Qmp) -> Backend:
         offset = 0  # the property came with QEMU 8.1
     if offset:
         raise IncompatibleError(f"{qmp.who}: memory backend {ident} has offset={offset}", hint=CURE)
-    return Backend(ident, size_bytes)
+    return backends[0]
+
+
+def _backends(reply: Any) -> list[Backend]:
+    return [
+        Backend(str(each.get("id", "")), int(each["size"]), bool(each.get("share")))
+        for each in reply
+    ]
 
 
 def status(qmp: Qmp) -> str:

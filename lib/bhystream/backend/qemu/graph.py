@@ -11,7 +11,6 @@ the job does not move along, and its work is lost without a message.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from bhystream.backend.files import identity
 from bhystream.backend.qemu.options import protocol_of
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.errors import AccessError, GuestError
+from bhystream.strict_json import loads
 
 # The drivers below an image format; as the top node of a drive they mean a raw image.
 PROTOCOLS = frozenset({"file", "host_device", "host_cdrom", "nbd", "rbd", "iscsi", "ssh"})
@@ -77,15 +77,18 @@ def drives(qmp: Qmp, directory: str) -> tuple[Drive, ...]:
             return found
         return replace(found, is_there=False)
 
-    return tuple(
-        Drive(
-            str(each.get("device", "")),
-            _device_id(str(each.get("qdev", ""))),
-            bool(each.get("removable")),
-            medium(each.get("inserted")),
+    def made(blocks: Any) -> tuple[Drive, ...]:
+        return tuple(
+            Drive(
+                str(each.get("device", "")),
+                _device_id(str(each.get("qdev", ""))),
+                bool(each.get("removable")),
+                medium(each.get("inserted")),
+            )
+            for each in blocks
         )
-        for each in qmp.execute("query-block", doing="examine the disks")
-    )
+
+    return qmp.ask("query-block", made, doing="examine the disks")
 
 
 def _device_id(qdev: str) -> str:
@@ -114,7 +117,7 @@ def file_of(name: str) -> str:
     if not name.startswith("json:"):
         return name
     try:
-        node = json.loads(name[len("json:") :])
+        node = loads(name[len("json:") :])
         while isinstance(node.get("file"), dict):
             node = node["file"]
         return str(node.get("filename", name))
@@ -141,7 +144,7 @@ def refuse_jobs(qmp: Qmp) -> None:
 
     A job that has ended, and only waits to be dismissed, no longer works on them.
     """
-    for job in qmp.execute("query-jobs", doing="examine the jobs"):
+    for job in qmp.ask("query-jobs", _tables, doing="examine the jobs"):
         if job.get("status") not in _ENDED:
             name = str(job.get("id", ""))
             raise GuestError(
@@ -151,13 +154,18 @@ def refuse_jobs(qmp: Qmp) -> None:
                 hint=f"wait until the job ends, or end it (QMP: job-complete or job-cancel,"
                 f" id {name})",
             )
-    for export in qmp.execute("query-block-exports", doing="examine the exports"):
+    for export in qmp.ask("query-block-exports", _tables, doing="examine the exports"):
         name = str(export.get("id", ""))
         raise GuestError(
             f"{qmp.who}: the {export.get('type')} export '{name}' gives one of the guest's disks"
             " to another program, and does not move along",
             hint=f"end the export first (QMP: block-export-del, id {name})",
         )
+
+
+def _tables(reply: Any) -> list[dict[str, Any]]:
+    """Return the items of a list; each is a table."""
+    return [dict(each) for each in reply]
 
 
 def _open_files(pid: int) -> frozenset[str]:
@@ -191,5 +199,5 @@ def is_open(file: str, directory: str, pid: int, opened: frozenset[str]) -> bool
     try:
         # This is the path as QEMU sees it, whatever QEMU's root and mounts are.
         return identity(os.stat(f"/proc/{pid}/root{path}")) in opened
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no file can have such a name
         return False

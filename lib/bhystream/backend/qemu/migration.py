@@ -32,8 +32,18 @@ UNLIMITED = 1_000_000_000_000
 
 def capabilities(qmp: Qmp) -> dict[str, bool]:
     """Return all migration capabilities by name.  Raises GuestError."""
-    found = qmp.execute("query-migrate-capabilities", doing="examine migration")
-    return {str(each["capability"]): bool(each["state"]) for each in found}
+
+    def made(found: Any) -> dict[str, bool]:
+        return {str(each["capability"]): bool(each["state"]) for each in found}
+
+    return qmp.ask("query-migrate-capabilities", made, doing="examine migration")
+
+
+def parameter(qmp: Qmp, name: str) -> int:
+    """Return a migration parameter that is a number.  Raises GuestError."""
+    return qmp.ask(
+        "query-migrate-parameters", lambda found: int(found[name]), doing="examine migration"
+    )
 
 
 def set_capabilities(qmp: Qmp, wanted: Mapping[str, bool]) -> None:
@@ -51,8 +61,11 @@ def set_parameters(qmp: Qmp, wanted: Mapping[str, int]) -> None:
 
 def progress(qmp: Qmp) -> tuple[str, str]:
     """Return (status of the migration or "none", its error or "").  Raises GuestError."""
-    found = qmp.execute("query-migrate", doing="query migration")
-    return str(found.get("status", "none")), str(found.get("error-desc", ""))
+
+    def made(found: Any) -> tuple[str, str]:
+        return str(found.get("status", "none")), str(found.get("error-desc", ""))
+
+    return qmp.ask("query-migrate", made, doing="query migration")
 
 
 def is_busy(migration: str) -> bool:

@@ -148,10 +148,9 @@ def _settings(qmp: Qmp) -> dict[str, Any]:
     """Return the migration settings that we change; refuse a guest that another tool set up."""
     found = migration.capabilities(qmp)
     migration.refuse_unusual(qmp, found)
-    parameters = qmp.execute("query-migrate-parameters", doing="examine migration")
     return {
         "capabilities": {"x-ignore-shared": found["x-ignore-shared"]},
-        "parameters": {"max-bandwidth": int(parameters["max-bandwidth"])},
+        "parameters": {"max-bandwidth": migration.parameter(qmp, "max-bandwidth")},
     }
 
 

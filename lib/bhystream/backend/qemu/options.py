@@ -7,13 +7,13 @@ nbd:host:1   a file name that begins with a protocol
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections.abc import Iterator
 from fractions import Fraction
 
 from bhystream.errors import IncompatibleError
+from bhystream.strict_json import MAX_DEPTH, loads
 
 _SIZE = re.compile(r"(0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}(?:\.[0-9]{1,20})?)([bBkKmMgGtTpPeE]?)")
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}")
@@ -56,21 +56,26 @@ def split_keyval(text: str, implied: str = "") -> list[tuple[str, str]]:
 
 
 def _flatten_json(text: str) -> list[tuple[str, str]]:
+    # The message leaves the text out, which may hold a secret's data.
+    unreadable = IncompatibleError("cannot read the JSON of an option")
     try:
-        value = json.loads(text)
+        value = loads(text)
     except ValueError:
-        # The message leaves the text out, which may hold a secret's data.
-        raise IncompatibleError("cannot read the JSON of an option") from None
+        raise unreadable from None
     pairs: list[tuple[str, str]] = []
 
     def walk(prefix: str, node: object) -> None:
         if isinstance(node, dict):
+            if prefix.count(".") > MAX_DEPTH:
+                raise unreadable
             for key, below in node.items():
                 walk(f"{prefix}.{key}" if prefix else str(key), below)
         elif isinstance(node, list):
             raise IncompatibleError(f"{prefix}: a list cannot be carried")
         elif isinstance(node, bool):
             pairs.append((prefix, "on" if node else "off"))
+        elif "\0" in str(node):  # no file can have such a name
+            raise unreadable
         else:
             pairs.append((prefix, str(node)))
 
@@ -85,7 +90,7 @@ def json_address(text: str) -> dict[str, str]:
     the same number as text would be the slot.  Returns {} otherwise.
     Source: qemu/qemu hw/core/qdev-properties-system.c, set_pci_devfn().
     """
-    address = json.loads(text).get("addr") if text.startswith("{") else None
+    address = loads(text).get("addr") if text.startswith("{") else None
     return {"addr": f"{address >> 3:x}.{address & 7:x}"} if type(address) is int else {}
 
 

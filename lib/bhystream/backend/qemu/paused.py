@@ -15,6 +15,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from bhystream import durable
 from bhystream.backend.process import Identity, await_end, end_process, identify, is_alive
 from bhystream.backend.qemu import migration
 from bhystream.backend.qemu.facts import status
@@ -39,16 +40,21 @@ def open_paused(record: Json) -> QemuPaused:
     try:
         if record["hypervisor"] != "qemu":
             raise ValueError("hypervisor")
-        identity = Identity(int(record["pid"]), int(record["start_ticks"]), str(record["boot_id"]))
         return QemuPaused(
-            str(record["name"]),
-            str(record["qmp"]),
-            identity,
-            dict(record["restore"]),
-            announce=bool(record["announce"]),
+            _of(str, record["name"]),
+            _of(str, record["qmp"]),
+            durable.typed(Identity(record["pid"], record["start_ticks"], record["boot_id"])),
+            _of(dict[str, dict[str, int | bool]], record["restore"]),
+            announce=_of(bool, record["announce"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise GuestError(f"cannot read the record of a paused QEMU guest: {error}") from None
+
+
+def _of(kind: Any, value: Any) -> Any:
+    if not durable.is_of(value, kind):
+        raise TypeError(f"{str(value)[:40]!r} is not of its type")
+    return value
 
 
 def gone(who: str, identity: Identity) -> GuestEndedError:

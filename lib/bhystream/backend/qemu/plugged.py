@@ -49,7 +49,7 @@ def check_plugged(qmp: Qmp, config: Mapping[str, Any]) -> None:
     for word, kinds in (("plugged in", found - anonymous), ("unplugged", anonymous - found)):
         if kinds:
             raise _refuse(qmp, f"a {min(kinds)} without an id was {word} after the start")
-    if len(qmp.execute("query-cpus-fast", doing="examine the vCPUs")) != config["smp"]["cpus"]:
+    if qmp.ask("query-cpus-fast", len, doing="examine the vCPUs") != config["smp"]["cpus"]:
         raise _refuse(qmp, "vCPUs were plugged in or unplugged after the start")
 
 
@@ -59,12 +59,15 @@ def _refuse(qmp: Qmp, why: str) -> IncompatibleError:
 
 def _children(qmp: Qmp, path: str) -> list[tuple[str, str]]:
     """Return (name, type) of each object right below a path of QOM."""
-    items = qmp.execute("qom-list", {"path": path}, doing="examine the devices")
-    return [
-        (str(item["name"]), str(item["type"])[len("child<") : -1])
-        for item in items
-        if str(item["type"]).startswith("child<")
-    ]
+
+    def made(items: Any) -> list[tuple[str, str]]:
+        return [
+            (str(item["name"]), str(item["type"])[len("child<") : -1])
+            for item in items
+            if str(item["type"]).startswith("child<")
+        ]
+
+    return qmp.ask("qom-list", made, {"path": path}, doing="examine the devices")
 
 
 def _check_props(qmp: Qmp, ident: str, props: Mapping[str, str]) -> None:

@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bhystream.backend.process import await_end, identify, peer_pid
@@ -191,6 +191,28 @@ class Qmp:
             # EOFError, OSError, StateError and ProtocolError mean the same to us.
             raise ConnectionLostError(
                 f"{self.who}: cannot {doing}: lost QEMU ({error or type(error).__name__})"
+            ) from None
+
+    def ask(
+        self,
+        command: str,
+        make: Callable[[Any], T],
+        arguments: Mapping[str, object] | None = None,
+        *,
+        doing: str,
+    ) -> T:
+        """Run one command and return what `make` makes of its value.
+
+        make: raises KeyError, TypeError, ValueError, AttributeError or ArithmeticError for
+        a value that it cannot use.  Raises GuestError if `make` does so, and what
+        execute() raises.
+        """
+        value = self.execute(command, arguments, doing=doing)
+        try:
+            return make(value)
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+            raise GuestError(
+                f"{self.who}: cannot {doing}: QEMU's answer to {command} is not what QMP says"
             ) from None
 
     def send_fd(self, name: str, fd: int, *, doing: str) -> None:

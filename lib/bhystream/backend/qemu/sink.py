@@ -233,11 +233,10 @@ class QemuSink:
         process_incoming_migration_bh().
         """
         found = migration.capabilities(qmp)
-        parameters = qmp.execute("query-migrate-parameters", doing="examine migration")
         wanted = {"x-ignore-shared": True, "late-block-activate": True}
         settings = {
             "capabilities": {name: found.get(name, False) for name in wanted},
-            "parameters": {"announce-rounds": int(parameters["announce-rounds"])},
+            "parameters": {"announce-rounds": migration.parameter(qmp, "announce-rounds")},
         }
         if empty is None:
             self._made.callback(migration.restore, qmp, settings)
