@@ -86,7 +86,8 @@ def test_json_that_nests_deep_is_a_broken_record(tmp_path: Path) -> None:
     [
         (1, int, True), (True, int, False), (1.0, int, False), (True, bool, True),
         ("a", str, True), (None, str, False),
-        (("a",), tuple[str, ...], True), ((1,), tuple[str, ...], False), ("a", tuple[str, ...], False),
+        (("a",), tuple[str, ...], True), ((1,), tuple[str, ...], False),
+        ("a", tuple[str, ...], False),
         ({"a": [1]}, dict[str, Any], True), ({"a": True}, dict[str, int | bool], True),
         ({"a": "b"}, dict[str, int | bool], False), ([], dict[str, Any], False),
         (None, int | None, True), ("1", int | None, False),
