@@ -148,6 +148,8 @@ def _go_on(source: Session, *capabilities: str) -> int:
     """Let the guest go on at the source; return how much of its memory QEMU has sent."""
     while (info := source.ask("query-migrate"))["status"] != "completed":
         time.sleep(0.001)
+    while source.ask("query-status")["status"] == "finish-migrate":
+        time.sleep(0.001)
     _set(source, False, "events", *capabilities)
     source.ask("cont")
     sent: int = info["ram"]["normal-bytes"]

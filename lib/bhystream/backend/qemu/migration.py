@@ -122,7 +122,7 @@ def let_run(qmp: Qmp) -> None:
     QEMU has locked its disk.
     """
     cancel(qmp)
-    now = status(qmp)
+    now = _settled(qmp)
     if now == "running":
         return
     if now not in ("paused", "postmigrate", "prelaunch", "finish-migrate"):
@@ -131,6 +131,19 @@ def let_run(qmp: Qmp) -> None:
     now = status(qmp)
     if now != "running":
         raise GuestError(f"{qmp.who}: cannot resume: it is '{now}' after cont")
+
+
+def _settled(qmp: Qmp, limit_s: float = 10.0) -> str:
+    """Return the state of the guest once no migration is about to end.
+
+    QEMU says "completed" a moment before it leaves finish-migrate, in which it refuses `cont`.
+    Source: QEMU 7.2, migration/migration.c, migration_completion() and
+    migration_iteration_finish().
+    """
+    end = time.monotonic() + limit_s
+    while (now := status(qmp)) == "finish-migrate" and time.monotonic() < end:
+        time.sleep(POLL_S)
+    return now
 
 
 def announce(qmp: Qmp) -> None:
