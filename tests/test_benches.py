@@ -52,7 +52,8 @@ def test_a_closing_line_is_taken_apart() -> None:
         "bhyrecv(hv2): guest g: it runs here; 2 rounds, 229.9 MiB; paused 158 ms, 101 ms of it"
         " here, plus the transit of END\n"
         "bhysend: guest g: it runs on hv2, and is gone here; 2 rounds, 229.5 MiB; paused 1.10 s"
-        " (state 7.1 ms, last pages 49 ms, another part 2 m 05 s, 1.20 s predicted)\n"
+        " (state 7.1 ms, last pages 49 ms, another part 2 m 05 s), predicted 1.20 s (8.0 ms, 50 ms,"
+        " 1.10 s)\n"
     )
     found = closing(said)
     parts_s = {"state": 0.0071, "last pages": 0.049, "another part": 125.0}

@@ -1,7 +1,7 @@
 """bhysend's closing line, taken apart.
 
-    ... is gone here; 3 rounds, 229.9 MiB; paused 160 ms (state 7.1 ms, last pages 49 ms,
-    answers 102 ms, 164 ms predicted)
+    ... is gone here; 4 rounds, 229.9 MiB; paused 160 ms (state 7.1 ms, last pages 49 ms,
+    answers 102 ms), predicted 164 ms (8.0 ms, 52 ms, 104 ms)
 
 Parts that are not known here are kept by their names.
 """
@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass
 
 _LINE = re.compile(
-    r"^bhysend: .*; \d+ rounds?, (?P<size>[^;]+); paused (?P<pause>[^(\n]+) \((?P<parts>.*)\)$",
+    r"^bhysend: .*; \d+ rounds?, (?P<size>[^;]+); paused (?P<pause>[^(\n]+) \((?P<parts>[^)]*)\)"
+    r"(, predicted (?P<predicted>[^(\n]+) \(.*\))?$",
     re.MULTILINE,
 )
 _RECEIVED = re.compile(r"^bhyrecv.*; paused (.+), .+ of it here,", re.MULTILINE)
@@ -43,13 +44,11 @@ def closing(said: str) -> Closing:
     if not found:
         raise ValueError(f"bhysend does not say how long the pause was:\n{said}")
     line = found[-1]
-    parts, predicted = {}, 0.0
+    parts = {}
     for part in line["parts"].split(", "):
-        name = _TIME.sub("", part).strip()
-        if name == "predicted":
-            predicted = seconds(part)
-        elif _TIME.search(part):
-            parts[name] = seconds(part)
+        if _TIME.search(part):
+            parts[_TIME.sub("", part).strip()] = seconds(part)
+    predicted = seconds(line["predicted"]) if line["predicted"] else 0.0
     sent = size_bytes(line["size"])
     rounds = sum(size_bytes(text) for text in _ROUND.findall(said))
     return Closing(seconds(line["pause"]), predicted, parts, sent, max(sent - rounds, 0))
