@@ -48,7 +48,12 @@ _RECORD += b'"phase": "started", "revive": {}, "time_ns": 1}'
 MENDED: dict[str, list[bytes]] = {
     "experience": [b'{"load": [1' + b"0" * 400 + b"]}"],
     "qemu-option": [b'{"a":' + b"[" * 4000, b'json:{"filename": "\\u0000"}', b'{"a": "\\u0000"}'],
-    "qmp": [b"\x0a[]", b"\1[7]", b"\3" + b'[[{"inserted": {"drv": "raw", "file": "/a\\u0000"}}]]'],
+    "qmp": [
+        b'\3[[{"qdev": "/m/peripheral"}]]',
+        b"\x0a[]",
+        b"\1[7]",
+        b"\3" + b'[[{"inserted": {"drv": "raw", "file": "/a\\u0000"}}]]',
+    ],
     "record": [b"[" * 4000, _RECORD.replace(b'"time_ns": 1', b'"time_ns": "1"')],
     "vm-bhyve-text": [b'disk0_type="x"\ndisk0_name="\0"'],
 }
