@@ -48,7 +48,7 @@ def write(path: Path, data: str | bytes, mode: int = 0o600) -> None:
 def read(path: Path, make: Callable[[Any], _T]) -> _T | None:
     """Return what `make` makes of a file's JSON, None if there is no such file.
 
-    make: raises ValueError, TypeError, KeyError or AttributeError for JSON that
+    make: raises ValueError, TypeError, LookupError or AttributeError for JSON that
     it cannot use.  Raises RecordError if `make` does so, or if the file is empty
     or not JSON; AccessError, InputOutputError if the file cannot be read.
     """
@@ -58,7 +58,7 @@ def read(path: Path, make: Callable[[Any], _T]) -> _T | None:
         return None
     except OSError as error:
         raise from_oserror(error, f"read {path}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise RecordError(
             f"the record {path} is broken: {error}; its guest may have run",
             f"if no such guest runs, or stands paused, anywhere: rm {path}",

@@ -32,6 +32,7 @@ ODD: list[tuple[str, Ask, list[Any]]] = [
     ("query-block", lambda qmp: graph.drives(qmp, "/"), [{"a": 1}]),
     ("query-block", lambda qmp: graph.drives(qmp, "/"), [[{"inserted": {"image": 1}}]]),
     ("query-block", lambda qmp: graph.drives(qmp, "/"), [[{"inserted": "x"}]]),
+    ("query-x", lambda qmp: qmp.ask("query-x", lambda reply: reply[3], doing="ask"), [[]]),
     ("query-jobs", graph.refuse_jobs, [7]),
     ("query-block-exports", graph.refuse_jobs, [[], [7]]),
     ("qom-list", lambda qmp: plugged.check_plugged(qmp, NO_DEVICES), [[{"name": 1}]]),
@@ -53,6 +54,16 @@ def test_a_name_that_no_file_has_leads_to_no_file(file: str) -> None:
     block = {"device": "d0", "inserted": {"drv": "raw", "file": file}}
     (drive,) = graph.drives(Answers([[block]]), "/srv")
     assert drive.medium is not None and not drive.medium.is_there
+
+
+@pytest.mark.parametrize(
+    ("qdev", "device"),
+    [("vd0", "vd0"), ("/machine/peripheral/vd0/virtio-backend", "vd0"), ("/machine/peripheral", ""),
+     ("/m/peripheral/", ""), ("/machine/peripheral-anon/device[0]", ""), ("", "")],
+)  # fmt: skip
+def test_a_path_of_qom_that_ends_early_names_no_device(qdev: str, device: str) -> None:
+    (drive,) = graph.drives(Answers([[{"device": "d0", "qdev": qdev}]]), "/srv")
+    assert drive.device == device
 
 
 def test_a_name_in_json_that_nests_deep_is_a_name() -> None:

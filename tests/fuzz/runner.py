@@ -137,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
             print(result, flush=True)
             if result.status:
                 failed = True
-                print(result.log)
+                print(re.sub("^#.*\n", "", result.log, flags=re.MULTILINE))
                 print(
                     f"alone: python -m fuzz.fuzzed {given.table} {name} {result.saved}", flush=True
                 )

@@ -96,7 +96,7 @@ def _device_id(qdev: str) -> str:
     parts = qdev.split("/")
     if len(parts) == 1:
         return qdev
-    return parts[3] if parts[2:3] == ["peripheral"] else ""
+    return parts[3] if parts[2:3] == ["peripheral"] and len(parts) > 3 else ""
 
 
 def _medium(inserted: Mapping[str, Any] | None) -> Medium | None:

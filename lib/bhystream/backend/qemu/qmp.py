@@ -203,14 +203,14 @@ class Qmp:
     ) -> T:
         """Run one command and return what `make` makes of its value.
 
-        make: raises KeyError, TypeError, ValueError, AttributeError or ArithmeticError for
+        make: raises LookupError, TypeError, ValueError, AttributeError or ArithmeticError for
         a value that it cannot use.  Raises GuestError if `make` does so, and what
         execute() raises.
         """
         value = self.execute(command, arguments, doing=doing)
         try:
             return make(value)
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
             raise GuestError(
                 f"{self.who}: cannot {doing}: QEMU's answer to {command} is not what QMP says"
             ) from None
