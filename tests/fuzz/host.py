@@ -91,7 +91,7 @@ def record(data: bytes) -> None:
     printable(f"{found.guest} {found.operand} {found.there} {' '.join(found.ask)}")
     if found.time_ns < 0 or found.revive.get("hypervisor") == found:
         fail(f"{found}")
-    again = Record.from_json(json.loads(json.dumps(found.__dict__)))
+    again = Record.from_json(json.loads(json.dumps(found._asdict())))
     if again != found:
         fail("a record changes when it is written")
     prune.prune(base, records)
