@@ -84,9 +84,10 @@ class Incoming:
             what = "it runs here"
         self.is_let_go = True
         self._arrival.say_running()
+        here_ns = time.monotonic_ns() - ended_ns
         if not job.opts.unstarted:
             building.sink.settle()
-        self._say_end(building, what, ended, ended_ns)
+        self._say_end(building, what, ended, here_ns)
 
     def undo(self, error: BhyError) -> BhyError:
         """Leave the host as it was found, and say so in the error's hint.
@@ -177,14 +178,16 @@ class Incoming:
             raise IncompatibleError(f"{where}: GO has another nonce: it is not the answer to READY")
         self._arrival.go()
 
-    def _say_end(self, building: Building, what: str, ended: Ended, ended_ns: int) -> None:
-        """Say where the guest is now, and how long it stood still."""
+    def _say_end(self, building: Building, what: str, ended: Ended, here_ns: int) -> None:
+        """Say where the guest is now, and how long it stood still.
+
+        here_ns: from END to the answer that it runs.
+        """
         job, name = self._job, building.name
         text = (
             f"guest {name}: {what}; {counted(ended.end.rounds, 'round')}, "
             f"{size(job.walk.reader.offset_bytes)}"
         )
-        here_ns = time.monotonic_ns() - ended_ns
         is_moved = job.walk.header.form != Form.KEPT and job.opts.directory is None
         if is_moved and ended.time and ended.time.paused_for_ns:
             total = ended.time.paused_for_ns + here_ns
