@@ -24,7 +24,7 @@ def _hang(data: bytes) -> None:
 
 
 def _memory(data: bytes) -> None:
-    bytes(65 * MIB)
+    bytes(1024 * MIB)  # more than a long-lived process may have free
 
 
 def _property(data: bytes) -> None:
