@@ -249,6 +249,7 @@ class BhyvePaused:
         if self.is_alive():
             self._put_back()
             self.release()
+            self._end_throttle()
             if self._is_lost():
                 raise GuestError(
                     f"{self._who}: it stands paused, and the FIFO that would resume it was removed:"
@@ -295,7 +296,6 @@ class BhyvePaused:
         bhyve does not say that it was, and InputOutputError if the FIFO cannot be read.
         """
         if self._directory.withdraw():
-            self._end_throttle()
             return b""
         found = bytearray()
         meta = self._directory.files.meta
@@ -313,8 +313,6 @@ class BhyvePaused:
             pass  # see _is_lost()
         except OSError as error:
             raise from_oserror(error, f"read {meta}") from None
-        # A full disk may keep a request from being withdrawn that was never made.
-        self._end_throttle()
         return bytes(found).lstrip()
 
     def _end_throttle(self) -> None:
