@@ -20,7 +20,7 @@ from bhystream.errors import (
     ReaderGoneError,
     UsageError,
 )
-from bhystream.handover.answers import Answer, LostError, pack
+from bhystream.handover.answers import Answer, Inbox, LostError, pack
 from bhystream.handover.handshake import Event
 from bhystream.report import Console
 from bhystream.send import conversation, flush
@@ -30,9 +30,11 @@ from bhystream.send.rendezvous import connect
 from bhystream.signals import Signals
 from bhystream.stream.format import Type
 from bhystream.stream.writer import Body, Bytes, Writer
+from support.clock import Clock
 from support.hoarding import HEADER, HELLO, ID, Hoarding
 
 MIB = 1 << 20
+MS = 1_000_000
 NONCE = "00ff" * 8
 TAKEN = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE, signal.SIGUSR1)
 
@@ -164,6 +166,31 @@ def test_settling_measures_the_way_with_what_is_known(case: Case) -> None:
     assert 3 * MIB - 10240 <= sum(writer.pads) <= sum(ladder) + 2 * MIB
     assert set(writer.pads[:-1]) == {MIB}
     assert talk.trip_ns > 0
+
+
+def test_what_a_filter_holds_is_no_time_of_the_link(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one full buffer of a filter would make every later estimate of the rate too small."""
+    clock = Clock()
+    monkeypatch.setattr(flush, "time", clock)
+    monkeypatch.setattr(conversation, "time", clock)
+    real_wait = Inbox.wait
+
+    def wait(self: Inbox, condition: Callable[[], bool], seconds: float) -> bool:
+        came = real_wait(self, condition, 0)
+        clock.now_ns += 2 * MS if came else 600 * MS
+        return came
+
+    monkeypatch.setattr(Inbox, "wait", wait)
+    talk, writer = case.begin()
+    writer.held = 3 * MIB
+    writer.section(Type.ROUND_END, bytes(24))
+    before_ns = clock.now_ns
+    took_ns = talk.settle()
+    # Two pushes from nothing wait for each step of the ladder; then the amount is known.
+    assert clock.now_ns - before_ns >= 2 * 5 * 600 * MS
+    assert took_ns <= 3 * 2 * MS
 
 
 def test_a_link_that_hesitated_once_holds_nothing_back(

@@ -11,7 +11,14 @@ from typing import Any, cast
 import pytest
 
 from bhystream import hypervisors
-from bhystream.errors import BhyError, GuestEndedError, GuestError, HeldError, InputOutputError
+from bhystream.errors import (
+    BhyError,
+    GuestEndedError,
+    GuestError,
+    HeldError,
+    InputOutputError,
+    StaleError,
+)
 from bhystream.guest import HELD, PAUSED
 from bhystream.handover.answers import Answer
 from bhystream.handover.handshake import Event
@@ -75,6 +82,10 @@ class Guest(Paused):
     def pause(self) -> Guest:
         self.do("pause")
         return self
+
+    def require_paused(self) -> None:
+        if "require_paused" in self.fails:
+            raise self.fails["require_paused"]
 
     def close(self) -> None:
         self.closed += 1
@@ -317,3 +328,32 @@ def test_the_paused_guest_is_closed_once_nothing_is_done_to_it_any_more(case: Ca
     assert case.guest.closed == 0
     case.custody.close()
     assert case.guest.closed == 1
+
+
+@pytest.mark.parametrize("is_offered", [False, True])
+def test_a_page_that_changed_is_explained_by_who_let_the_guest_run(
+    case: Case, is_offered: bool
+) -> None:
+    """The destination may be the first to notice, because a page is not what was sent."""
+    case.custody.pause()
+    if is_offered:
+        case.custody.offer()
+    case.guest.fails["require_paused"] = StaleError("web1: it was let run", "leave it to bhysend")
+    found = case.custody.recover(GuestError("hv2: the bytes of page 3 are not what was sent"))
+    assert found.instead is None
+    lines = found.where.splitlines()
+    assert lines[:2] == ["web1: it was let run", "leave it to bhysend"]
+    assert lines[2].startswith("guest web1: it runs here; it was paused for ")
+    assert "resume" in case.guest.done
+
+
+@pytest.mark.parametrize(
+    "asked", [GuestError("its QEMU does not answer"), GuestEndedError("ended"), ValueError("odd")]
+)
+def test_a_guest_that_cannot_be_asked_is_resumed_all_the_same(case: Case, asked: Exception) -> None:
+    case.custody.pause()
+    case.guest.fails["require_paused"] = asked
+    found = case.custody.recover(GuestError("hv2: no disk"))
+    assert found.instead is None
+    assert found.where.startswith("guest web1: it runs here; it was paused for ")
+    assert "resume" in case.guest.done

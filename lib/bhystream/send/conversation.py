@@ -277,14 +277,16 @@ class Conversation:
             self._flush.through()
             self._await(lambda: self._inbox.accepted, ACCEPT_SECONDS, "ACCEPT")
 
-    def settle(self) -> None:
-        """Wait until the destination has read all that was written.
+    def settle(self) -> int:
+        """Wait until the destination has read all that was written; return the link's time in ns.
 
         The call measures how much the pipeline holds back, and then trip_ns, the time
         there and back with so much PAD.  If the amount has grown, the call measures it
         again from nothing, and keeps the smaller one, because the link may only have
-        hesitated.  Raises what await_accept() raises.
+        hesitated.  The time in which a filter held the bytes and nothing moved is not the
+        link's.  Raises what await_accept() raises.
         """
+        start_ns, idle_ns = time.monotonic_ns(), self._flush.idle_ns
         before = self._flush.held_bytes
         self._flush.through()
         found = self._flush.held_bytes
@@ -293,6 +295,7 @@ class Conversation:
             self._flush.through()
             self._flush.held_bytes = min(found, self._flush.held_bytes)
             self._flush.through()
+        return time.monotonic_ns() - start_ns - (self._flush.idle_ns - idle_ns)
 
     def refuse_early_ready(self) -> None:
         """Raise GuestError if READY has come before END is written."""

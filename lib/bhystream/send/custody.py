@@ -21,6 +21,7 @@ from bhystream.errors import (
     HeldError,
     InDoubtError,
     InternalError,
+    StaleError,
     as_error,
 )
 from bhystream.guest import GO, HELD, MOVED, PAUSED, State
@@ -41,6 +42,7 @@ from bhystream.units import duration
 # The act on the guest that leads to this state, and that may have failed.
 _ACTS_OF = {SourceState.RUNS_THERE: (Act.DISCARD,), SourceState.RUNS_HERE: (Act.RESUME,)}
 _PHASES = {Act.RECORD_HELD: HELD, Act.RECORD_GO: GO}
+_STANDS = (SourceState.PAUSED, SourceState.OFFERED)
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ class Custody:
         if self._hook:
             # The command belongs to a move that is over; end it before the guest runs.
             self._hook.kill()
+        ran = self._who_let_it_run(error)
         try:
             ended = self._undo(error)
         except Exception as raised:  # any kind: the guest may stand paused
@@ -220,7 +223,7 @@ class Custody:
         if ended:
             return Recovered("" if str(error) == str(ended) else str(ended))
         stood = f"; it was paused for {duration(self._watch.pause_ns)}" if self._has_stood else ""
-        return Recovered(f"{who}: it runs here{stood}")
+        return Recovered("\n".join([*ran, f"{who}: it runs here{stood}"]))
 
     def close(self) -> None:
         """Release the connection to the hypervisor; the guest stays as it is.
@@ -234,6 +237,20 @@ class Custody:
         """Return the error for a guest that may run at the destination, and what to type."""
         hint = what_to_type(Where.DOUBT, self.record, self._job.base)
         return InDoubtError(f"{self._job.who}: in doubt: {why}", hint)
+
+    def _who_let_it_run(self, error: BhyError) -> list[str]:
+        """Return the lines that say that another program let the paused guest run, if it did.
+
+        The failure may be what follows: the destination finds that a page is not what was sent.
+        """
+        if self._paused and self._machine.at in _STANDS and not isinstance(error, StaleError):
+            try:
+                self._paused.require_paused()
+            except StaleError as stale:
+                return [str(stale), *filter(None, [stale.hint])]
+            except Exception:  # any kind: what counts now is that the guest is resumed
+                pass
+        return []
 
     def _undo(self, error: BhyError) -> GuestEndedError | None:
         """Do what the table says for a failure.

@@ -39,7 +39,8 @@ class Flush:
     """The push of one stream through its pipeline.
 
     held_bytes: the bytes of PAD that a push needs.  trip_ns: how long the last push
-    took, until the destination's answer was here.
+    took, until the destination's answer was here.  idle_ns: for how long, in all pushes,
+    a filter held the bytes and nothing came back: that time says nothing about the link.
     """
 
     def __init__(self, writer: Writer, inbox: Inbox) -> None:
@@ -48,6 +49,7 @@ class Flush:
         self._inbox = inbox
         self.held_bytes = 0
         self.trip_ns = 0
+        self.idle_ns = 0
 
     def through(self) -> None:
         """Push until the destination has read all that was written so far.
@@ -72,9 +74,11 @@ class Flush:
             pushed += part
         since_ns = start_ns
         while not condition():
+            waits_ns = time.monotonic_ns()
             if self._flows(condition):
                 since_ns = time.monotonic_ns()
                 continue
+            self.idle_ns += time.monotonic_ns() - waits_ns
             self._inbox.check()
             if pushed < MAX_BYTES:
                 step = min(step, MAX_BYTES - pushed)

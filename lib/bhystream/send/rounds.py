@@ -189,15 +189,16 @@ class Rounds:
         """Measure, in the answered forms, what the pipeline holds back, and its rate.
 
         The bytes that write(2) took in round 0 may still be in buffers.  So wait until the
-        destination has read them all, and count that time and the PAD as part of round 0.
+        destination has read them all, and count the link's part of that time, and the PAD, as
+        part of round 0.
         """
         if self._begun.talk is None:
             return
         writer = self._begun.writer
-        before, start_ns = writer.offset_bytes, time.monotonic_ns()
-        self._begun.talk.settle()
+        before = writer.offset_bytes
+        settle_ns = self._begun.talk.settle()
         self._found[0] = self._found[0]._replace(
-            settle_ns=time.monotonic_ns() - start_ns,
+            settle_ns=settle_ns,
             sent_bytes=self._found[0].sent_bytes + writer.offset_bytes - before,
         )
 
