@@ -13,6 +13,7 @@ import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from support.processes import is_gone
@@ -20,12 +21,21 @@ from support.waiting import until
 
 from .pipeline import BHYRECV, BHYSEND, Ended, Pipeline, Words, report
 from .tap import AnswerTap, Tap
-from .travel import Host, Traveller, keeper_of, program_at
+from .travel import Host, Traveller, keeper_of, processes_with, program_at
 
 Gate = tuple[Path, int]
+# The points in the stream: a section, in whose middle the stream is held up.
+_SECTIONS = {
+    "round-0": partial(Tap, "MEMORY", 0, 9),
+    "state": partial(Tap, "STATE"),
+    "END": partial(Tap, "END"),
+    "GO": partial(Tap, "GO"),
+}
 THIRD = (*BHYSEND, "-A")
 # After two live rounds comes the pause, whatever the guest does.
 ROUNDS = ("-f", "-r", "2")
+# What sh(1) may be.
+SHELLS = ("sh", "dash", "bash")
 # The processes of the three-stage form.  In the command form bhysend does the third stage's work.
 STAGES = ("bhysend", "there", "bhyrecv", "back", "third")
 
@@ -45,7 +55,8 @@ class Attempt:
 
     round-0   in the first round
     paused    by the command at the pause, before END
-    GO        when half of GO is on its way
+    state     when half of the state's first section is on its way
+    END, GO   when half of it is on its way
     any other before the first answer with that word is passed on
     """
 
@@ -61,8 +72,8 @@ class Attempt:
         self.back: Words = ["cat", "-"]
         if point == "paused":
             self.send[-1:-1] = ["-p", f": > {self.marker}; read -r line < {gate[0]}"]
-        elif point in ("round-0", "GO"):
-            self.tap = Tap("GO") if point == "GO" else Tap("MEMORY", 0, 9)
+        elif point in _SECTIONS:
+            self.tap = _SECTIONS[point]()
             self.there = self.tap.argv
         else:
             self.tap = AnswerTap(point)
@@ -89,6 +100,10 @@ class Attempt:
         """Return the pid of one of the processes that take part."""
         if who == "keeper":
             return self.keeper
+        if who == "hook":
+            found = processes_with(str(self.marker))
+            [pid] = [one for one in found if Path(f"/proc/{one}/exe").resolve().name in SHELLS]
+            return pid
         if who == "source":
             return self.guest.place.pid
         if who == "destination":
@@ -151,6 +166,10 @@ class Attempt:
 
     def said(self) -> str:
         return report(*self.ended)
+
+    def said_so_far(self) -> str:
+        """Return what all processes have written to their standard errors by now."""
+        return "".join(stage.stderr for stage in self.pipeline.stages)
 
     # The outcome.
 

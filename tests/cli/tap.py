@@ -16,6 +16,7 @@ stream also shows before the end, however short the rest is: otherwise the rest 
 buffer, and the sender would be done.
 
 AnswerTap does the same on the way back, before the first answer with a word; it has no flip().
+Both also obey the signals of valve.py.
 
 Hold stops before the end of the stream, and holds the last bytes back as the sender gave them to
 the pipe, without a copy:
@@ -40,6 +41,7 @@ from typing import NoReturn
 
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Type
+from cli import valve
 
 ANY_ROUND = -1
 _DEADLINE_S = 120.0
@@ -247,6 +249,7 @@ def _drain(fd: int) -> None:
 
 def main(argv: list[str]) -> int:
     """Copy standard input to standard output: SOCKET [TYPE ROUND NTH], or SOCKET WORD."""
+    valve.listen()
     with suppress(_GoneError):
         if len(argv) == 2:
             _hold(argv[1])

@@ -8,12 +8,11 @@ test_handshake_failures.py.
 from __future__ import annotations
 
 import os
-import re
 import signal
-from pathlib import Path
 
 import pytest
 
+from support.processes import ignores
 from support.waiting import until
 
 from .attempt import Attempt, Gate
@@ -70,13 +69,6 @@ def test_a_signal_after_go_is_told_that_it_is_too_late(
         assert sent.status == 0, attempt.said()
         assert attempt.end() == "there"
         attempt.settle("there")
-
-
-def ignores(pid: int, number: signal.Signals) -> bool:
-    """Say whether a process ignores a signal.  Source: proc_pid_status(5), SigIgn."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    [mask] = re.findall(r"^SigIgn:\s+([0-9a-f]+)$", text, re.MULTILINE)
-    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize(

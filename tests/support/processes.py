@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import select
+import signal
 from pathlib import Path
 
 
@@ -14,6 +16,13 @@ def process_state(pid: int) -> str:
     except (FileNotFoundError, ProcessLookupError):
         return "X"
     return text[text.rindex(")") + 2]
+
+
+def ignores(pid: int, number: signal.Signals) -> bool:
+    """Say whether a process ignores a signal.  Source: proc_pid_status(5), SigIgn."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    [mask] = re.findall(r"^SigIgn:\s+([0-9a-f]+)$", text, re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def is_gone(pid: int, seconds: float = 0.0) -> bool:
