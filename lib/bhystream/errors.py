@@ -170,7 +170,9 @@ def as_error(raised: Exception) -> BhyError:
     if isinstance(raised, BhyError):
         return raised
     error: BhyError
-    if isinstance(raised, MemoryError):
+    # A module that is loaded late needs memory too, and the linker has its own words for that.
+    is_unmapped = isinstance(raised, ImportError) and "failed to map segment" in str(raised)
+    if is_unmapped or isinstance(raised, MemoryError):
         return GuestError("there is not enough memory", "allow more (ulimit -v), or free some")
     if isinstance(raised, OSError):
         name = raised.filename

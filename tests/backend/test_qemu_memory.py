@@ -60,8 +60,11 @@ def test_memory_that_cannot_be_mapped_is_no_fault_of_the_program(tmp_path: Path)
     os.close(fd)
 
 
-def test_a_program_without_memory_says_so() -> None:
-    error = as_error(MemoryError())
+@pytest.mark.parametrize(
+    "raised", [MemoryError(), ImportError("termios.so: failed to map segment from shared object")]
+)
+def test_a_program_without_memory_says_so(raised: Exception) -> None:
+    error = as_error(raised)
     assert (error.status, str(error)) == (69, "there is not enough memory")
     assert "ulimit -v" in error.hint
 

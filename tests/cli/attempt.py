@@ -57,6 +57,7 @@ class Attempt:
     paused    by the command at the pause, before END
     state     when half of the state's first section is on its way
     END, GO   when half of it is on its way
+    nowhere   it is not held up
     any other before the first answer with that word is passed on
     """
 
@@ -75,7 +76,7 @@ class Attempt:
         elif point in _SECTIONS:
             self.tap = _SECTIONS[point]()
             self.there = self.tap.argv
-        else:
+        elif point != "nowhere":
             self.tap = AnswerTap(point)
             self.back = self.tap.argv
         self.killed: list[str] = []
@@ -91,10 +92,14 @@ class Attempt:
         with Pipeline(*commands, env=self.host.env) as self.pipeline, self.to.reaped():
             if self.tap:
                 self.tap.reached()
-            else:
+            elif self.point == "paused":
                 until(self.marker.exists, "the pause")
-            self.keeper = keeper_of(self.pipeline[0].pid)
+            self.look()
             yield self
+
+    def look(self) -> None:
+        """Find bhysend's keeper, if there is one by now."""
+        self.keeper = keeper_of(self.pipeline[0].pid)
 
     def pid(self, who: str) -> int:
         """Return the pid of one of the processes that take part."""
@@ -218,7 +223,7 @@ class Attempt:
         self._clear()
         self.to.assert_nothing_left()
         # If bhysend was killed before it had a keeper, the next bhysend removes what it left.
-        was_early = self.point == "HELLO" and "bhysend" in self.killed
+        was_early = self.point in ("HELLO", "nowhere") and "bhysend" in self.killed
         self.guest.run_on(self.host, sweeps=1, is_tidy=not was_early)
         self.guest.move(self.host, sweeps=1)
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 FORMS = ("three-stages", "command")
 KINDS = ("g5", "g4", "qemu")
 
+# A move that nothing holds up, whose fault comes at any moment.
+NOWHERE = "nowhere"
 # The points of cli.attempt, in the order of a move.  At "paused" a -p command is under way; at
 # READY, GO and RUNNING this message is; at the others a section of the stream.
 POINTS = ("HELLO", "round-0", "paused", "state", "END", "READY", "GO", "RUNNING")
@@ -105,6 +107,9 @@ _UNKNOWN = frozenset((HERE, THERE, DOUBT_HERE, DOUBT_THERE))
 
 def ends(cell: Cell) -> frozenset[str]:
     """Return where the guest may be in the end; no cell allows two copies, or none but for GONE."""
+    if cell.point == NOWHERE:
+        # Whoever kills the hypervisor that has the guest by then kills the guest.
+        return _UNKNOWN | {GONE, OFF} if cell.who in ("source", "destination") else _UNKNOWN
     if cell.who == "operator":
         return _after_a_verb(cell)
     if cell.who == "source" and cell.fault != "SIGSTOP":

@@ -56,6 +56,8 @@ def fault(cell: Cell, attempt: Attempt, full: Path) -> Iterator[None]:
 def _terminate(who: str, attempt: Attempt) -> None:
     """Send SIGTERM, and wait until it has an effect, unless the process ignores it."""
     pid = attempt.pid(who)
+    if who == "third":
+        until(lambda: ignores(pid, signal.SIGTERM), "the start of bhysend -A")
     os.kill(pid, signal.SIGTERM)
     if ignores(pid, signal.SIGTERM) or who in ("source", "destination"):
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -48,13 +47,9 @@ def try_cell(cell: Cell, stable: Stable) -> str:
     copies, a lost guest, a wrong page or a missing heartbeat, a status that lies, something left
     behind, or a second move that fails.
     """
-    with _host() as host, ExitStack() as stack, ExitStack() as disk:
-        gate = host.directory / "gate"
-        fd = stack.enter_context(fifo(gate))
-        guest = small(cell.kind, stable)
-        attempt = Attempt(cell.form, cell.point, host, guest, (gate, fd))
+    with _attempt(cell, stable) as attempt, ExitStack() as disk:
         _prepare(cell, attempt)
-        full = host.directory / "full"
+        full = attempt.host.directory / "full"
         if cell.who == "disk":
             full = disk.enter_context(_on_a_small_disk(attempt)) / "full"
         with attempt.begin():
@@ -63,17 +58,78 @@ def try_cell(cell: Cell, stable: Stable) -> str:
                 if cell.is_lingering:
                     _await_the_others(cell, attempt)
             if cell.who == "hook":
-                os.write(fd, b"\n")
+                attempt.release("late")
             attempt.wait()
             end = _judged(cell, attempt)
             if cell.kind != "qemu":
                 disk.close()  # QEMU's memory lies there until the guest has moved on
-            assert end in ends(cell), f"{end}, not one of {sorted(ends(cell))}\n{attempt.said()}"
-            if end == GONE:
-                _assert_gone(attempt)
-            else:
-                _go_on(attempt, end)
+            _finish(cell, attempt, end)
         return end
+
+
+# How long the last move of each kind took, from the start of its processes.
+_move_s: dict[str, float] = {}
+
+
+def try_moment(cell: Cell, share: float, stable: Stable) -> str:
+    """Run a move that nothing holds up, and kill one of its processes on the way.
+
+    cell: with the point "nowhere" and SIGKILL.  share: of the time that a move took before.
+    Returns and raises what try_cell() does; returns "too early" or "too late" if there was no
+    such process at that moment.
+    """
+    if cell.kind not in _move_s:
+        with _attempt(cell, stable) as attempt:
+            _moved(cell, attempt, None)
+    with _attempt(cell, stable) as attempt:
+        return _moved(cell, attempt, share * _move_s[cell.kind])
+
+
+def _moved(cell: Cell, attempt: Attempt, kill_s: float | None) -> str:
+    """Run a move whose process is killed after kill_s, if ever; return what try_moment() does."""
+    missed = ""
+    _prepare(cell, attempt)
+    start = time.monotonic()
+    with attempt.begin():
+        if kill_s is not None:
+            time.sleep(kill_s)
+            attempt.look()
+            try:
+                attempt.kill(cell.who)
+            except (ProcessLookupError, ValueError):
+                missed = "too late" if is_gone(attempt.pipeline[0].pid) else "too early"
+        attempt.wait()
+        end = _judged(cell, attempt)
+        if end == THERE:
+            _move_s[cell.kind] = time.monotonic() - start
+        _finish(cell, attempt, end)
+    return missed or end
+
+
+def _finish(cell: Cell, attempt: Attempt, end: str) -> None:
+    """Assert that the guest is where it may be; let it prove itself, and move it again."""
+    assert end in ends(cell), f"{end}, not one of {sorted(ends(cell))}\n{attempt.said()}"
+    if end == GONE:
+        _assert_gone(attempt)
+        return
+    where = THERE if end in (THERE, DOUBT_THERE) else HERE
+    if end == OFF:
+        _resume_in_doubt(attempt)
+        attempt.guest.run_on(attempt.host, sweeps=1)
+    else:
+        attempt.settle(where)
+    if end == OFF or where == THERE:
+        attempt.guest.move(attempt.host, sweeps=1)
+
+
+@contextmanager
+def _attempt(cell: Cell, stable: Stable) -> Iterator[Attempt]:
+    with _host() as host:
+        path = host.directory / "gate"
+        with fifo(path) as fd:
+            gate = (path, fd)
+            guest = small(cell.kind, stable)
+            yield Attempt(cell.form, cell.point, host, guest, gate)
 
 
 @contextmanager
@@ -140,7 +196,8 @@ def _judged(cell: Cell, attempt: Attempt) -> str:
     _check_statuses(cell, attempt, end)
     if end != "doubt":
         return end
-    return OFF if OFF in ends(cell) else f"doubt-{attempt.ask()}"
+    is_off = OFF in ends(cell) and not there.hypervisors()
+    return OFF if is_off else f"doubt-{attempt.ask()}"
 
 
 def _check_statuses(cell: Cell, attempt: Attempt, end: str) -> None:
@@ -165,18 +222,6 @@ def _assert_gone(attempt: Attempt) -> None:
     assert not attempt.to.runs()
     assert attempt.host.rows() == []
     attempt.guest.close()
-
-
-def _go_on(attempt: Attempt, end: str) -> None:
-    """Let the guest prove itself, and move it again."""
-    where = THERE if end in (THERE, DOUBT_THERE) else HERE
-    if end == OFF:
-        _resume_in_doubt(attempt)
-        attempt.guest.run_on(attempt.host, sweeps=1)
-    else:
-        attempt.settle(where)
-    if end == OFF or where == THERE:
-        attempt.guest.move(attempt.host, sweeps=1)
 
 
 def _resume_in_doubt(attempt: Attempt) -> None:
