@@ -121,6 +121,13 @@ class Host:
         self.at = name
         until(lambda: self.beats() and self.pid(), "heartbeat of the guest")
 
+    def reboot(self) -> None:
+        """Boot the guest anew, after its end: what it has printed before does not count."""
+        for console in self.lived:
+            console.close()
+        self.lived.clear()
+        self.start("rom1")
+
     def _make_console(self, name: str) -> None:
         """Give the guest a new serial port under a name."""
         self.units[name] = _UNIT + next(_COUNT)

@@ -80,6 +80,8 @@ class Attempt:
             self.tap = AnswerTap(point)
             self.back = self.tap.argv
         self.killed: list[str] = []
+        # Whether bhysend can be expected to clean up; else the next bhysend does.
+        self.is_tidy = True
         self.ended: list[Ended] = []
 
     @contextmanager
@@ -224,7 +226,7 @@ class Attempt:
         self.to.assert_nothing_left()
         # If bhysend was killed before it had a keeper, the next bhysend removes what it left.
         was_early = self.point in ("HELLO", "nowhere") and "bhysend" in self.killed
-        self.guest.run_on(self.host, sweeps=1, is_tidy=not was_early)
+        self.guest.run_on(self.host, sweeps=1, is_tidy=self.is_tidy and not was_early)
         self.guest.move(self.host, sweeps=1)
 
     def _clear(self) -> None:

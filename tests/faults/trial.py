@@ -146,6 +146,8 @@ def _prepare(cell: Cell, attempt: Attempt) -> None:
         attempt.there = (*_VALVE, "there")
     if attempt.back == ["cat", "-"]:
         attempt.back = (*_VALVE, "back")
+    # Without a read(2) bhysend does not see what it has to remove.
+    attempt.is_tidy = (cell.who, cell.fault) != ("bhysend", "EIO")
     if cell.fault in _SILENT:
         hypervisor = "qemu" if cell.kind == "qemu" else "bhyve"
         found = {**_LIMITS, **_LIMITS_OF[hypervisor]}
