@@ -8,7 +8,7 @@ set -eu
 packages="gcc libc6-dev qemu-system-x86 seabios cpio"
 extras="qemu"
 if [ "$1" = tests ]; then
-    packages="$packages qemu-utils mandoc mbuffer moreutils pv netcat-openbsd openssh-server openssh-client zstd"
+    packages="$packages qemu-utils mandoc mbuffer moreutils pv strace netcat-openbsd openssh-server openssh-client zstd"
     extras="qemu,test,lint"
 fi
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import sys
 import time
 import traceback
@@ -62,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("patterns", nargs="*", metavar="PATTERN")
     words = parser.parse_args(argv)
     part, parts = map(int, words.part.split("/"))
+    # So that the guests end too if the runner is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.environ["PYTHONPATH"] = os.pathsep.join(str(_ROOT / name) for name in ("lib", "tests"))
     if words.kills:
         some = kills(words.patterns, words.kills, words.seed)[part::parts]
