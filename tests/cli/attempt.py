@@ -167,7 +167,7 @@ class Attempt:
         self.ended[0] = self.pipeline[0].await_end()
         if self.ended[0].status == -signal.SIGKILL:
             # The socket of a killed bhysend stays until a program tries to connect.
-            for path in (self.host.state / "run").iterdir():
+            for path in (self.host.state / "run").glob("*"):
                 path.unlink()
         return self.ended
 
