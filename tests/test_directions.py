@@ -24,6 +24,7 @@ PARTS: dict[str, str] = {
     "errors": "",
     "units": "errors",
     "guest": "",
+    "beneath": "",
     "strict_json": "errors",
     "durable": "errors strict_json",
     "signals": "errors",
@@ -38,18 +39,19 @@ PARTS: dict[str, str] = {
     "backend.process": "errors backend.process_freebsd",
     "backend": "errors units guest strict_json durable memory backend.process_freebsd",
     "backend.qemu": (
-        "errors units guest strict_json durable memory"
+        "errors units guest beneath strict_json durable memory"
         " backend backend.base backend.process backend.process_freebsd"
     ),
     "backend.bhyve": (
-        "errors units guest strict_json durable memory"
+        "errors units guest beneath strict_json durable memory"
         " backend backend.base backend.process backend.process_freebsd"
     ),
     # The stand-in plays the other side: STANDIN names what it shares with bhyve's backend.
     "standin": "errors guest inherited backend.bhyve",
     "hypervisors": "errors guest stream backend.base backend.bhyve backend.qemu standin",
     "handover": (
-        "errors units guest commandline durable signals report stream backend.base hypervisors"
+        "errors units guest beneath commandline durable signals report stream backend.base"
+        " hypervisors"
     ),
     "send": (
         "errors units guest commandline strict_json durable inherited signals report memory stream"

@@ -185,7 +185,7 @@ def test_the_variables_that_are_read_are_on_a_page() -> None:
     """A program reads each variable on its page, and each variable that it reads is there."""
     read: set[str] = set()
     for path in Path(bhystream.__path__[0]).rglob("*.py"):
-        read |= set(re.findall(r'"((?:BHYSEND|BHYRECV|XDG)_[A-Z_]+)"', path.read_text()))
+        read |= set(re.findall(r'"((?:BHYSEND|BHYRECV|SSH|XDG)_[A-Z_]+)"', path.read_text()))
     said = {
         page: set(re.findall(r"^\.It Ev (\S+)$", section(f"{page}.8", "ENVIRONMENT"), re.M))
         for page in PROGRAMS

@@ -54,7 +54,7 @@ class Receiving(NamedTuple):
     operand: the destination's, or None for the guest's name in the stream.
     base: the state directory.  id_: the stream's id.  resources: -o.  dropped:
     -x.  directory: -S, or None.  force: -f.  is_kept: the stream is of the kept
-    form.  unstarted: -u.
+    form.  unstarted: -u.  below: --below.
     """
 
     operand: str | None
@@ -66,6 +66,7 @@ class Receiving(NamedTuple):
     force: bool = False
     is_kept: bool = False
     unstarted: bool = False
+    below: Sequence[str] = ()
 
 
 def open_source(what: Sending) -> Source:
@@ -181,7 +182,14 @@ def open_sink(hypervisor: str, stream_name: str, what: Receiving) -> tuple[Sink,
     else:
         name = _name(what.operand or stream_name)
         path = str(what.base / f"{name}.qmp")
-    sink = QemuSink(path, what.resources, name, state_dir=str(what.base), force=what.force)
+    sink = QemuSink(
+        path,
+        what.resources,
+        name,
+        state_dir=str(what.base),
+        force=what.force,
+        below=what.below,
+    )
     return sink, name, _QEMU + path
 
 
@@ -212,6 +220,7 @@ def _open_bhyve(hypervisor: str, stream_name: str, what: Receiving) -> tuple[Sin
         force=what.force,
         is_kept=what.is_kept,
         unstarted=what.unstarted,
+        below=what.below,
     )
     return sink, name, name
 

@@ -41,6 +41,18 @@ def rate_bytes(text: str, option: str) -> int:
     return int(value)
 
 
+def size_bytes(text: str, option: str) -> int:
+    """Parse "8G" into bytes.  Units: K M G T, powers of 1024.
+
+    Raises UsageError for anything else, and for less than one byte.
+    """
+    match = re.fullmatch(rf"({_NUMBER})([A-Z]?)", text)
+    value = float(match[1]) * _SIZE[match[2]] if match and match[2] in _SIZE else 0.0
+    if value < 1:
+        raise UsageError(f"{option} {text}: not a size, such as 8G")
+    return int(value)
+
+
 def size(count: float) -> str:
     """Show a number of bytes with a unit, a power of 1024: "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -94,13 +94,15 @@ class BhyveSink:
         force: bool,
         is_kept: bool = False,
         unstarted: bool = False,
+        below: Sequence[str] = (),
     ) -> None:
         """Prepare; change nothing on the host.
 
         name: the guest's name on this host.  resources: the -o words.  dropped:
         the -x keys.  base: the state directory.  id_: the stream id.  is_kept:
         the stream was kept (-k), so it has no plan.  unstarted: leave_paused()
-        will be called, not start().  Raises UsageError if a word or key is wrong.
+        will be called, not start().  below: the directories in which the disks have to
+        lie, () for any.  Raises UsageError if a word or key is wrong.
         """
         self.may_have_run = False
         self.notices: list[str] = []
@@ -113,6 +115,7 @@ class BhyveSink:
             id_,
             is_kept=is_kept,
             is_unstarted=unstarted,
+            below=below,
             manager=find(host.datastores(), name, socket.gethostname()),
         )
         self._force = force

@@ -7,6 +7,7 @@ what killed bhyrecvs have left here.  Nothing is made.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from bhystream.backend.bhyve import backing, identity, verdict
 from bhystream.backend.bhyve.compare import differences
 from bhystream.backend.bhyve.host import VMM_DIR, Host
-from bhystream.backend.bhyve.resources import Wishes
+from bhystream.backend.bhyve.resources import Resolved, Wishes
 from bhystream.backend.bhyve.restoredguest import (
     Leftover,
     RestoredGuest,
@@ -27,6 +28,7 @@ from bhystream.backend.bhyve.restoredguest import (
     stream_of,
 )
 from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
+from bhystream.beneath import fault_below
 from bhystream.errors import IncompatibleError
 from bhystream.guest import Head
 
@@ -38,6 +40,7 @@ class Wanted:
     name: the guest's name on this host.  wishes: the -o words and -x keys.
     base: the state directory.  id: the stream id.  is_kept: the stream was kept
     (-k), so it has no plan.  is_unstarted: the guest is to be left loaded (-u).
+    below: the directories in which the disks have to lie, () for any.
     manager: vm-bhyve's guest of that name, None if there is none.
     """
 
@@ -48,6 +51,7 @@ class Wanted:
     id: str
     is_kept: bool
     is_unstarted: bool
+    below: Sequence[str]
     manager: VmBhyveGuest | None
 
     def judge(
@@ -127,13 +131,25 @@ class Wanted:
             lent = {key: value for key, value in own.resources().items() if key not in named}
             wishes = replace(wishes, values={**lent, **wishes.values})
         resolved = wishes.resolve(section)
-        reasons = [*resolved.reasons]
+        reasons = [*resolved.reasons, *self._place_reasons(resolved)]
         if self.manager:
             reasons += self.manager.locks.reasons()
         hard, soft = backing.reasons(self.host, resolved.section, resolved.values)
         reasons += hard
         differ = [*differ, *soft]
         return {**resolved.section["keys"], **resolved.values}, reasons, differ
+
+    def _place_reasons(self, resolved: Resolved) -> list[str]:
+        """Return a reason for each disk that does not lie below a directory of --below."""
+        if not self.below:
+            return []
+        lent = [
+            (word, resolved.values[key])
+            for word, key in resolved.section["resources"].items()
+            if key in resolved.values and word.startswith(("disk", "bootvars"))
+        ]
+        found = [(word, path, fault_below(path, self.below)) for word, path in lent]
+        return [f"{word}: {path}: {why}" for word, path, why in found if why]
 
     def _names_all(self, section: dict[str, Any]) -> bool:
         """Say whether the operator has named every resource."""

@@ -99,6 +99,7 @@ class QemuSink:
         name: str | None,
         force: bool,
         state_dir: str,
+        below: Sequence[str] = (),
     ) -> None:
         """Prepare; change nothing on the host.
 
@@ -106,9 +107,10 @@ class QemuSink:
         resources: the -o keys.  name: the guest's name here, or None for the
         stream's.  force: overrule differences of host and configuration.
         state_dir: an existing directory, 0700, with a directory log/; for the
-        socket and the log.  Raises UsageError for an -o key or value that is wrong.
+        socket and the log.  below: the directories in which the disks have to lie, ()
+        for any.  Raises UsageError for an -o key or value that is wrong.
         """
-        parsed = Resources.parse(resources)
+        parsed = Resources.parse(resources, below)
         given = parsed.get("qmp")
         if qmp_path is not None and given not in (None, qmp_path):
             raise UsageError("-o qmp= and the operand name two sockets")
