@@ -37,7 +37,7 @@ PARTS: dict[str, str] = {
     "backend.base": "guest",
     "backend.process_freebsd": "errors",
     "backend.process": "errors backend.process_freebsd",
-    "backend": "errors units guest strict_json durable memory backend.process_freebsd",
+    "backend": "errors units guest beneath strict_json durable memory backend.process_freebsd",
     "backend.qemu": (
         "errors units guest beneath strict_json durable memory"
         " backend backend.base backend.process backend.process_freebsd"

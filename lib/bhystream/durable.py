@@ -10,12 +10,16 @@ may run, so no guest that ran lacks its record.  A record that cannot be read,
 because a lying disk left the file empty or torn, counts as that record: read()
 raises RecordError, which every caller takes for "the guest may have run", and
 never for "there is no record".
+
+No link is followed and no FIFO is waited for, whatever stands in a file's place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
@@ -31,7 +35,7 @@ def write(path: Path, data: str | bytes, mode: int = 0o600) -> None:
     """Write a file whole or not at all, and sync it to the disk.  Raises OSError."""
     temporary = path.with_suffix(f".{os.getpid()}.new")
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        fd = create(temporary, mode)
         raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
         with os.fdopen(fd, "wb") as file:
             file.write(raw)
@@ -45,6 +49,37 @@ def write(path: Path, data: str | bytes, mode: int = 0o600) -> None:
         raise
 
 
+def create(path: Path, mode: int = 0o600) -> int:
+    """Make a new file in the place of an old one; return a descriptor for writing, the caller's.
+
+    Whatever the old one was, a link or a FIFO, it is removed, and not written to.
+    Raises OSError, also if another process makes a file there at the same time.
+    """
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+
+
+def read_file(path: Path) -> bytes:
+    """Return the contents of a regular file.  Raises OSError for a link, a FIFO, a directory."""
+    # Without O_NONBLOCK, the open(2) of a FIFO would wait for a writer.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        require_regular(fd, path)
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(fd)
+
+
+def require_regular(fd: int, path: Path) -> None:
+    """Raise OSError if an open file is no regular file.  path: for the message."""
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "It is not a regular file", str(path))
+
+
 def read(path: Path, make: Callable[[Any], _T]) -> _T | None:
     """Return what `make` makes of a file's JSON, None if there is no such file.
 
@@ -53,7 +88,7 @@ def read(path: Path, make: Callable[[Any], _T]) -> _T | None:
     or not JSON; AccessError, InputOutputError if the file cannot be read.
     """
     try:
-        return make(loads(path.read_bytes()))
+        return make(loads(read_file(path)))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -127,7 +127,7 @@ class Arriving:
 
     # The sink.
 
-    def sink(self, name: str = "g", *, id_: str = ID, **options: bool) -> BhyveSink:
+    def sink(self, name: str = "g", *, id_: str = ID, **options: Any) -> BhyveSink:
         """Make a sink.  options: those of BhyveSink."""
         given = {word: value for word, value in self.resources.items() if value is not None}
         options = {"force": False, **options}

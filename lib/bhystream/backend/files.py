@@ -10,6 +10,8 @@ import os
 import stat
 from collections.abc import Iterable
 
+from bhystream.beneath import is_trusted
+
 
 def identity(status: os.stat_result) -> str:
     """Return a text that tells a file from all other files of this host.
@@ -35,6 +37,11 @@ def _behind(number: int) -> str:
             return identity(os.stat(file.read().removesuffix("\n")))
     except OSError:
         return ""
+
+
+def is_ours_alone(status: os.stat_result) -> bool:
+    """Say whether a file belongs to us or to root, and no other user may open it."""
+    return is_trusted(status) and not status.st_mode & 0o077
 
 
 def identity_of(path: str) -> str:

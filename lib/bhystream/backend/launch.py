@@ -13,7 +13,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
+from bhystream import durable
 from bhystream.errors import ending, from_oserror
 
 _LOG_LINES = 4
@@ -31,7 +33,8 @@ class Child:
         pass_fds: Collection[int] = (),
         stdin: int = subprocess.DEVNULL,
     ) -> None:
-        """Start the program.  argv: program first.  log_path: created, 0600.
+        """Start the program.  argv: program first.  log_path: created, 0600,
+        in the place of an older log.
 
         environment: set in addition to our own.  pass_fds: descriptors that the
         child inherits; ours stay open.  stdin: a descriptor, which stays the
@@ -40,7 +43,7 @@ class Child:
         """
         self.log_path = log_path
         try:
-            log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            log = durable.create(Path(log_path))
         except OSError as error:
             raise from_oserror(error, f"open {log_path}") from None
         try:

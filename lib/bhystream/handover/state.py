@@ -26,12 +26,14 @@ import json
 import os
 import pwd
 import re
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bhystream import durable
+from bhystream.beneath import exchangeable
 from bhystream.errors import (
     BhyError,
     GuestError,
@@ -44,6 +46,8 @@ from bhystream.guest import PHASES
 from bhystream.report import host_name
 
 _ATTEMPTS = 5
+# Without O_NONBLOCK, the open(2) of a device could wait.
+_LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _MAX_TIME_NS = (1 << 63) - 1  # in the year 2262
 _HOST_ID = re.compile("[0-9a-f]{16}")
 _OVER = "over"
@@ -114,7 +118,7 @@ def directory() -> Path:
     It is BHYSEND_STATE_DIR, else default_directory() for root, else under
     XDG_STATE_HOME.  Raises UsageError if no home directory is known; AccessError,
     InputOutputError if it cannot be made; IncompatibleError if it belongs to
-    another user, or others may enter it.
+    another user, others may enter it or could exchange it, or there is a link in it.
     """
     named = os.environ.get("BHYSEND_STATE_DIR")
     if named:
@@ -133,8 +137,15 @@ def directory() -> Path:
                 f"state directory {path}: not ours alone (mode 0700)",
                 f"if nobody else could write in it: chmod 700 {path}; or set BHYSEND_STATE_DIR",
             )
+        if why := exchangeable(path):
+            raise IncompatibleError(
+                f"state directory {path}: another user could exchange it: {why}",
+                "name a directory in a place that only root and you may write to",
+            )
         for name in ("lock", "run", "source", "destination", "log", "told"):
             durable.make_directory(path / name)
+            if not stat.S_ISDIR((path / name).lstat().st_mode):
+                raise IncompatibleError(f"state directory {path}: {name} is a link")
     except OSError as error:
         raise from_oserror(error, f"use the state directory {path}") from error
     return path
@@ -182,9 +193,13 @@ def host_id(base: Path) -> str:
     path = base / "host-id"
     try:
         with Lock(base, "host-id", "the host id", wait=True):
-            if not path.exists() or not _HOST_ID.fullmatch(path.read_text(errors="replace")):
-                durable.write(path, os.urandom(8).hex())
-            return f"{host_name()}/{path.read_text('ascii')}"
+            with contextlib.suppress(FileNotFoundError):
+                found = durable.read_file(path).decode(errors="replace")
+                if _HOST_ID.fullmatch(found):
+                    return f"{host_name()}/{found}"
+            made = os.urandom(8).hex()
+            durable.write(path, made)
+            return f"{host_name()}/{made}"
     except OSError as error:
         raise from_oserror(error, f"read {path}") from error
 
@@ -229,7 +244,13 @@ class Lock:
 
     def _open(self) -> int:
         try:
-            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self._path, _LOCK_FLAGS, 0o600)
+            try:
+                durable.require_regular(fd, self._path)
+            except BaseException:
+                os.close(fd)
+                raise
+            return fd
         except OSError as error:
             raise from_oserror(error, f"open {self._path}") from error
 
@@ -267,7 +288,8 @@ class Told:
         """Return the new lines, or all lines if `everything`; note all lines as printed."""
         before: list[str] = []
         with contextlib.suppress(OSError, ValueError):
-            before = self._path.read_text("utf-8", "surrogateescape").splitlines()
+            text = durable.read_file(self._path).decode("utf-8", "surrogateescape")
+            before = text.splitlines()
         found = [line for line in lines if everything or line not in before]
         if found:
             # If this fails, the lines are printed once more, which does no harm.
@@ -346,7 +368,7 @@ class Records:
     def _over(self) -> dict[str, str]:
         path = self._dir / _OVER
         try:
-            lines = path.read_text(errors="replace").splitlines()
+            lines = durable.read_file(path).decode(errors="replace").splitlines()
         except FileNotFoundError:
             return {}
         except OSError as error:

@@ -145,6 +145,13 @@ class StandinHost:
             raise from_oserror(error, f"look at VM {name}") from error
         return f"{found.st_dev}:{found.st_ino}"
 
+    def node_status(self, name: str) -> os.stat_result:
+        """Return the node's status.  Raises AccessError, InputOutputError, also without a node."""
+        try:
+            return os.stat(node.node_path(self._directory, name))
+        except OSError as error:
+            raise from_oserror(error, f"look at VM {name}") from None
+
     def open_vm(self, name: str, *, is_writable: bool = False) -> StandinVm:
         """Open a VM.  Raises GuestError if there is none, else as StandinVm does."""
         return StandinVm(self._directory, name, is_writable=is_writable)

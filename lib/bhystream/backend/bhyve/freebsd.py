@@ -164,6 +164,13 @@ class FreeBsdHost:
             raise from_oserror(error, f"look at {self._node(name)}") from None
         return f"{found.st_dev}:{found.st_ino}:{found.st_ctime_ns}"
 
+    def node_status(self, name: str) -> os.stat_result:
+        """See host.Host.  Source: sys/dev/vmm/vmm_dev.c, vmmdev_create(): root's, 0600."""
+        try:
+            return os.stat(self._node(name))
+        except OSError as error:
+            raise from_oserror(error, f"look at VM {name}") from None
+
     def open_vm(self, name: str, *, is_writable: bool = False) -> FreeBsdVm:
         """See host.Host."""
         return FreeBsdVm(name, self._node(name), is_writable=is_writable)

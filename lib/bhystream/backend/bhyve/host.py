@@ -12,6 +12,7 @@ refuses those, and the stand-in's refuses bhyve's.
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -216,6 +217,9 @@ class Host(Protocol):
 
     def node_id(self, name: str) -> str:
         """Return an id that no later node of that name has, "" if there is no such VM."""
+
+    def node_status(self, name: str) -> os.stat_result:
+        """Return whose a VM's node is, and who may open it.  Raises also if there is none."""
 
     def open_vm(self, name: str, *, is_writable: bool = False) -> Vm:
         """Open a VM, to be read, or to be changed too.  Raises GuestError if there is none."""

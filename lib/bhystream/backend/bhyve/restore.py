@@ -44,9 +44,10 @@ from bhystream.backend.bhyve.restoredguest import RestoredGuest, Started
 from bhystream.backend.bhyve.restoring import Bhyve, Mapped, map_memory, writing
 from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.backend.bhyve.waitingrestore import WaitingRestore
+from bhystream.backend.files import is_ours_alone
 from bhystream.backend.launch import Child
 from bhystream.backend.process import identify
-from bhystream.errors import BhyError, GuestError, from_oserror
+from bhystream.errors import AccessError, BhyError, GuestError, from_oserror
 from bhystream.guest import SLOW_BYTES_PER_SECOND
 
 _LIMIT_S = 60.0
@@ -148,6 +149,11 @@ class Restore:
         self._host.create(self._name)
         node = self._host.node_id(self._name)
         undo.callback(self._destroy, node)
+        if not is_ours_alone(self._host.node_status(self._name)):
+            raise AccessError(
+                f"{self._who}: other users may open the VM's node, which has all of its memory;"
+                " take back the rule that opens it (devfs.rules(5))"
+            )
         self._guest.write_started(Started(None, node))
         words = argv(self._host.program(), self._name, str(self._config), str(self._files.memory))
         gate, opener = os.pipe()

@@ -30,6 +30,7 @@ from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.snapshot import FILE
 from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.backend.process import Identity, boot_id, is_alive, kill_process
+from bhystream.beneath import exchangeable
 from bhystream.errors import BhyError, GuestError, from_oserror
 from bhystream.guest import DEAD, Json
 
@@ -184,6 +185,8 @@ class RestoredGuest:
                 f"staging: {self.files.memory}: bhyve -r takes no path longer than"
                 f" {_MAX_FILE_BYTES} bytes; name another staging or state directory"
             ]
+        if why := exchangeable(self.staging):
+            return [f"staging: another user could exchange {self.staging}: {why}"]
         parent = os.path.dirname(self.staging)
         # For a guest that is left loaded, the parent is made together with the directory.
         if self.staging != self.kept and not os.access(parent, os.W_OK | os.X_OK):
@@ -292,7 +295,7 @@ def last_directory(lock: Path) -> Path | None:
     lock: the lock's file, which names the directory.
     """
     with contextlib.suppress(OSError, ValueError):
-        text = lock.read_text("utf-8", "surrogateescape")
+        text = durable.read_file(lock).decode("utf-8", "surrogateescape")
         return Path(text) if text.startswith("/") else None
     return None
 

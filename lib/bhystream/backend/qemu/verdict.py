@@ -21,6 +21,7 @@ from bhystream.backend.qemu.plugged import check_plugged
 from bhystream.backend.qemu.process import read_argv
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.resources import Resources
+from bhystream.beneath import exchangeable
 from bhystream.errors import BhyError, GuestError, IncompatibleError
 from bhystream.guest import Head
 
@@ -191,6 +192,8 @@ def resource_reasons(resources: Resources, config: dict[str, Any]) -> list[str]:
     """Return the reasons against the operator's keys if we start QEMU ourselves."""
     out = resources.reasons(config)
     path = resources.get("mem")
+    if why := exchangeable(os.path.join(ram_directory(resources), "bhyrecv")):
+        out.append(f"mem: another user could exchange the memory file: {why}")
     if path is not None and not os.path.isdir(path):
         if os.path.lexists(path):
             out.append(f"mem: {path} exists; remove it or name another")
