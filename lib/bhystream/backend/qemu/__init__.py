@@ -15,6 +15,7 @@ The pieces, in the order in which a move meets them:
     validate.py   the check of a CONFIG section, hostile until it has passed
     contents.py   QemuContents: contents.Contents of the stream
     compare.py    two configurations, and how they differ
+    image.py      what an image file leads QEMU to
     resources.py  the operator's -o key=value
     command.py    configuration + resources -> argv of the destination
     migration.py  the hand-over: capabilities, cancel, continue

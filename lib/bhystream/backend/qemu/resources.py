@@ -19,28 +19,20 @@ import os
 import re
 import shlex
 import stat
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bhystream.backend.files import Lent, identity_of
-from bhystream.backend.qemu.graph import LOCAL, local_path
+from bhystream.backend.qemu import image
+from bhystream.backend.qemu.graph import LOCAL
 from bhystream.backend.qemu.options import escape, protocol_of, told
-from bhystream.beneath import fault_below, is_trusted, is_written_by_others
 from bhystream.errors import UsageError
 
 _KEY = re.compile(r"(disk|net|serial)(0|[1-9][0-9]{0,2})")
 _PLAIN = ("mem", "qmp", "kernel", "initrd", "bios", "template")
 _BOOT = ("kernel", "initrd", "bios")
 _NET = re.compile(r"tap:[A-Za-z0-9._-]{1,15}|user|none")
-_QCOW2_MAGIC = b"QFI\xfb"
-# The place of the size in the header, big-endian.  Source: qemu/qemu docs/interop/qcow2.txt.
-_QCOW2_SIZE = slice(24, 32)
-_QCOW2_FEATURES = slice(72, 80)
-_QCOW2_DATA_FILE = 1 << 2  # an incompatible feature: the data lies in an external file
-_HEADER_BYTES = 80
-_MAX_BACKING_BYTES = 1023
 _SECTOR_BYTES = 512
 # QEMU's protocols that name no disk, but a directory or no storage at all.
 _NO_DISKS = ("fat", "vvfat", "null-co", "null-aio")
@@ -169,7 +161,7 @@ class Resources:
 
     def _disk(self, disk: Mapping[str, Any]) -> list[str]:
         key, path = disk["key"], self.values.get(disk["key"])
-        if path is not None and self.below and (why := _fault(path, self.below)):
+        if path is not None and self.below and (why := image.place_fault(path, self.below)):
             return [f"{key}: {told(path)}: {why}"]
         if path is not None and not path.startswith("/"):
             return []  # QEMU opens it; verdict.disk_differences() then compares the disk
@@ -187,17 +179,17 @@ class Resources:
         """Compare an image file's format and size, as the guest sees it, with the source's."""
         key, wanted = disk["key"], disk["size_bytes"]
         with open(path, "rb", buffering=0) as file:
-            header = file.read(_HEADER_BYTES)
+            header = file.read(image.HEADER_BYTES)
             size_bytes = -(-file.seek(0, os.SEEK_END) // _SECTOR_BYTES) * _SECTOR_BYTES
-        is_qcow2 = header.startswith(_QCOW2_MAGIC)
+        is_qcow2 = image.is_qcow2(header)
         if (disk["props"]["format"] == "raw") == is_qcow2:
             here = "qcow2" if is_qcow2 else "raw"
             return [f"{key}: {path} is {here}, the source's is {disk['props']['format']}"]
         if is_qcow2:
-            if self.below and (why := _leads_on(path, header)):
+            if self.below and (why := image.leads_on(path, header)):
                 return [f"{key}: {path}: {why}"]
-            size_bytes = int.from_bytes(header[_QCOW2_SIZE], "big")
-            below = _backing_file(path, header)
+            size_bytes = image.size_bytes(header)
+            below = image.backing_file(path, header)
             if below and not os.path.exists(below):
                 return [f"{key}: {path}: its backing file {below} does not exist"]
         if wanted and size_bytes != wanted:
@@ -243,42 +235,6 @@ class Resources:
         if value == path and not (stat.S_ISREG(kind) or stat.S_ISCHR(kind)):
             return [f"{key}: {path} is not a file and not a terminal"]
         return []
-
-
-def _fault(path: str, below: Sequence[str]) -> str:
-    """Return why a disk does not lie below one of the directories; "" if it does."""
-    if not path.startswith("/"):
-        return "--below allows no disk that QEMU opens by a protocol"
-    return fault_below(path, below)
-
-
-def _leads_on(path: str, header: bytes) -> str:
-    """Return why a qcow2 image could lead QEMU to another file than itself; "" if it could not.
-
-    header: the image's first bytes.  The guest of a raw disk can write such a header.
-    """
-    version, backing = struct.unpack_from(">IQ", header.ljust(_HEADER_BYTES, b"\0"), 4)
-    incompatible = int.from_bytes(header[_QCOW2_FEATURES], "big") if version > 2 else 0
-    if backing or incompatible & _QCOW2_DATA_FILE:
-        return "--below allows no image that names another file"
-    found = os.stat(path)
-    if is_written_by_others(found) or not is_trusted(found):
-        return "--below allows no qcow2 image that another user may write to"
-    return ""
-
-
-def _backing_file(path: str, header: bytes) -> str:
-    """Return the path of a qcow2 image's backing file; "" if it has none, or none with a path.
-
-    header: the image's first bytes.
-    """
-    offset_bytes, length_bytes = struct.unpack_from(">QI", header.ljust(20, b"\0"), 8)
-    if not offset_bytes or length_bytes > _MAX_BACKING_BYTES:
-        return ""
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset_bytes)
-        name = os.fsdecode(file.read(length_bytes))
-    return local_path(name, os.path.dirname(path)) or ""
 
 
 def _wanted(config: Mapping[str, Any]) -> set[str]:
