@@ -99,8 +99,21 @@ class Sshd:
         self._port = port
         return server.process.poll() is None
 
+    def allow(self, options: str = "") -> None:
+        """Say what the key may do.  options: those of authorized_keys, "" for a key of every right.
+
+        Source: sshd(8), AUTHORIZED_KEYS FILE FORMAT.
+        """
+        key = (self._directory / "user.pub").read_text()
+        (self._directory / "authorized_keys").write_text(f"{options} {key}".lstrip())
+
     def command(self, argv: Words, **environment: str) -> list[str]:
         """Return the ssh command that runs argv at the server, with these variables set."""
+        words = ["env", *(f"{key}={value}" for key, value in environment.items())]
+        return self.typed(shlex.join([*words, *(str(word) for word in argv)]))
+
+    def typed(self, remote: str) -> list[str]:
+        """Return the ssh command that has the server run what is typed, in its shell."""
         here = self._directory
         settings = [
             f"UserKnownHostsFile={here}/known_hosts", "StrictHostKeyChecking=yes",
@@ -108,8 +121,6 @@ class Sshd:
             "BatchMode=yes",
         ]  # fmt: skip
         options = [word for setting in settings for word in ("-o", setting)]
-        words = ["env", *(f"{key}={value}" for key, value in environment.items())]
-        remote = shlex.join([*words, *(str(word) for word in argv)])
         user = pwd.getpwuid(os.geteuid()).pw_name
         return [
             "ssh", "-F", "none", "-T", *options, "-p", str(self._port),
