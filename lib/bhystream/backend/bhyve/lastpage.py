@@ -133,7 +133,7 @@ def arm(files: Files, memory_bytes: int, kern_bytes: int) -> LastPage:
             durable.write(saved, tail)
         marks = (os.urandom(_MARK_BYTES), os.urandom(_MARK_BYTES))
         _write(file.fileno(), b"".join(marks), at + PAGE_BYTES - _MARK_BYTES)
-    kern = os.open(files.kern, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    kern = durable.create(files.kern)
     try:
         os.truncate(kern, kern_bytes)
     finally:

@@ -87,7 +87,7 @@ def keep_files(guest: RestoredGuest, states: Sequence[State]) -> None:
     texts[files.fpu] = [snapshotfiles.pack_fpu(snapshot.fpu_states(states))]
     try:
         for path, pieces in texts.items():
-            with path.open("wb") as file:
+            with open(durable.create(path), "wb") as file:
                 file.writelines(pieces)
         kept = Path(guest.kept)
         for path in (*kept.iterdir(), kept, kept.parent):

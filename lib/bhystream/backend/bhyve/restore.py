@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from bhystream import durable
 from bhystream.backend.bhyve import lastpage
 from bhystream.backend.bhyve.command import argv, config_file
 from bhystream.backend.bhyve.host import (
@@ -133,7 +134,7 @@ class Restore:
     def _write_files(self, kern_bytes: int) -> LastPage:
         text = config_file(self._guest.keys)
         with self._writing():
-            fd = os.open(self._config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            fd = durable.create(self._config)
             with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(text)  # may contain a VNC password
             return lastpage.arm(self._files, self._guest.memory_bytes, kern_bytes)

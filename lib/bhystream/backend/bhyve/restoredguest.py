@@ -18,7 +18,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.snapshot import FILE
 from bhystream.backend.bhyve.snapshotfiles import Files
+from bhystream.backend.files import remove_tree
 from bhystream.backend.process import Identity, boot_id, is_alive, kill_process
 from bhystream.beneath import exchangeable
 from bhystream.errors import BhyError, GuestError, from_oserror
@@ -203,7 +203,7 @@ class RestoredGuest:
     def remove(self) -> None:
         """Remove both directories.  Never raises."""
         for directory in (self.staging, self.kept):
-            shutil.rmtree(directory, ignore_errors=True)
+            remove_tree(directory)
 
 
 def read_started(path: Path) -> Started | None:
@@ -245,7 +245,7 @@ class Leftover:
         for path, one in self.started.items():
             one.end(host, self.name)
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        remove_tree(self.directory)
 
 
 def find_leftover(base: Path, directory: Path, name: str) -> Leftover | None:

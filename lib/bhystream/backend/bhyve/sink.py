@@ -277,6 +277,7 @@ class BhyveSink:
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        path.write_bytes(data)
+        with open(durable.create(path), "wb") as file:
+            file.write(data)
     except OSError as error:
         raise from_oserror(error, f"write {path}") from None
