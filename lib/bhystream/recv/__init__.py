@@ -2,6 +2,7 @@
 
 main.py        wiring, and the one error handler
 options.py     the command line
+forced.py      the words that the holder of a key may add to it
 incoming.py    one guest rebuilt, as a list of steps
 receiving.py   the stream to receive, and what is refused whatever it contains
 building.py    the guest that is built
