@@ -80,7 +80,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Make the one directory that the demonstration may use; assert that it is empty at the end."""
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     path = Path(tempfile.mkdtemp(prefix="d", dir=base))
-    path.chmod(0o777)
+    path.chmod(0o1777)
     try:
         yield path
         assert left_in(path) == []
