@@ -181,6 +181,11 @@ def everybodys_top(top: Path) -> Path:
     return top / "web1/disk"
 
 
+def everybodys_parent(top: Path) -> Path:
+    top.parent.chmod(0o777)
+    return top / "web1/disk"
+
+
 TRICKS: dict[Callable[[Path], Path], str] = {
     link: "it is a link",
     link_to_its_own: "it is a link",
@@ -194,6 +199,7 @@ TRICKS: dict[Callable[[Path], Path], str] = {
     everybodys: "others may write to",
     everybodys_sticky: "others may write to",
     everybodys_top: "others may write to",
+    everybodys_parent: "others may write to",
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bhystream.backend.bhyve.resources import Resolved
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.files import is_ours_alone
 from bhystream.errors import AccessError, BhyError
@@ -77,6 +78,13 @@ def test_a_disk_by_its_key_is_judged_too(guest: Arriving) -> None:
     guest.resources[key] = str(outside)
     [reason] = guest.sink(below=[str(guest.there.directory)]).check(guest.head)
     assert reason.startswith("disk0: ") and "does not lie below" in reason
+
+
+def test_the_file_of_boot_variables_is_judged_too(guest: Arriving) -> None:
+    section = {"resources": {"bootvars": "lpc.bootvars", "com1": "lpc.com1.path"}}
+    resolved = Resolved(section, {"lpc.bootvars": "/etc/vars", "lpc.com1.path": "/dev/x"}, ())
+    found = guest.sink(below=["/vm"])._wanted._place_reasons(resolved)
+    assert found == ["bootvars: /etc/vars: it does not lie below /vm"]
 
 
 # The staging directory.
