@@ -109,7 +109,10 @@ class Sshd:
 
     def command(self, argv: Words, **environment: str) -> list[str]:
         """Return the ssh command that runs argv at the server, with these variables set."""
-        words = ["env", *(f"{key}={value}" for key, value in environment.items())]
+        # sshd passes on no variable, and the programs there are to be those of this checkout.
+        whole = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+        whole |= environment
+        words = ["env", *(f"{key}={value}" for key, value in whole.items())]
         return self.typed(shlex.join([*words, *(str(word) for word in argv)]))
 
     def typed(self, remote: str) -> list[str]:
