@@ -45,6 +45,7 @@ class Sink:
         self.on_wait: Callable[[], None] = lambda: None
         self.dies = dies
         self.stops = False
+        self.asked = 0
         self.done: list[str] = []
 
     def check(self, head: Head) -> list[str]:
@@ -62,6 +63,7 @@ class Sink:
         return [Nowhere()] * self.segments
 
     def require_alive(self) -> None:
+        self.asked += 1
         if self.dies:
             raise GuestError("bhyve -r: it has ended")
 
@@ -134,6 +136,17 @@ def test_a_hypervisor_that_has_ended_is_seen_at_the_end_of_a_round(
     with pytest.raises(GuestError, match="it has ended"):
         incoming.run()
     assert sink.done == []
+    incoming.close()
+
+
+def test_a_hypervisor_is_not_asked_in_the_pause(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = Sink()
+    incoming = incoming_of("plain.bhys", sink, base, monkeypatch)
+    incoming.run()
+    # Two rounds while the guest ran, and one in the pause.
+    assert (sink.asked, sink.done) == (2, ["load", "start", "settle"])
     incoming.close()
 
 

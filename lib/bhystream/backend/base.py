@@ -261,7 +261,7 @@ class Sink(Protocol):
     def require_alive(self) -> None:
         """Raise GuestError if the hypervisor that open() started has ended.
 
-        Called after each round, so that a failure at the destination ends the
+        Called after each live round, so that a failure at the destination ends the
         move before the pause.
         """
 

@@ -86,8 +86,12 @@ class Building:
         self._report_pages(event)
 
     def end_round(self, event: RoundEnd) -> None:
-        """Report a round, with -v.  Raises GuestError if the hypervisor has ended."""
-        self.sink.require_alive()
+        """Report a round, with -v.  Raises GuestError if the hypervisor has ended.
+
+        After the last round nobody asks: the guest stands still, and load() finds that out.
+        """
+        if not event.is_last:
+            self.sink.require_alive()
         self._progress.enter("round", event.round + 1)
         self._progress.work_total = 0
         if self._job.opts.verbose:

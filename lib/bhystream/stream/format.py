@@ -156,11 +156,12 @@ class Header(NamedTuple):
 
 
 class RoundEnd(NamedTuple):
-    """The counts of one round, in pages."""
+    """The counts of one round, in pages.  is_last: the guest was paused in it."""
 
     round: int
     data_pages: int
     zero_pages: int
+    is_last: bool = False
 
 
 class Time(NamedTuple):

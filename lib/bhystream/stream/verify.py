@@ -325,7 +325,7 @@ class Walk:
         tally.rounds += 1
         tally.round += 1
         tally.cursor = tally.data_pages = tally.zero_pages = 0
-        return RoundEnd(round_, data, zero)
+        return RoundEnd(round_, data, zero, bool(section.flags & fmt.FLAG_LAST))
 
     def _take_state(self, section: Section) -> State | None:
         name, part, data = fmt.unpack_state(bytes(section.payload))
