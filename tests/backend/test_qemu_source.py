@@ -249,6 +249,38 @@ def test_a_command_has_a_time_limit(rig: Rig) -> None:
     connection.close()
 
 
+def test_commands_sent_ahead_are_done_in_order_each_with_its_answer(rig: Rig) -> None:
+    connection = Qmp(rig.start("here"), "guest here")
+    with connection.ahead("query-status", "stop", "query-status", "query-name"):
+        assert facts.status(connection) == "running"
+        connection.execute("stop", doing="ask")
+        assert facts.status(connection) == "paused"
+        assert connection.execute("query-name", doing="ask") == {"name": "here"}
+    connection.close()
+
+
+def test_an_answer_that_nobody_took_is_no_later_answer(rig: Rig) -> None:
+    connection = Qmp(rig.start("here"), "guest here")
+    with (
+        pytest.raises(GuestError, match="cannot frob"),
+        connection.ahead("nix", "query-status", "query-status"),
+    ):
+        connection.execute("nix", doing="frob")
+    connection.execute("stop", doing="ask")
+    assert facts.status(connection) == "paused"
+    connection.close()
+
+
+def test_another_command_than_was_sent_ahead_gets_its_own_answer(rig: Rig) -> None:
+    connection = Qmp(rig.start("here"), "guest here")
+    with connection.ahead("query-status"):
+        assert connection.execute("query-name", doing="ask") == {"name": "here"}
+        found = {"path": "/machine", "property": "type"}
+        assert connection.execute("qom-get", found, doing="ask") == "pc-q35-7.2-machine"
+        assert facts.status(connection) == "running"
+    connection.close()
+
+
 def test_signals_set_flags_and_interrupt_nothing(rig: Rig) -> None:
     source = QemuSource(rig.start("here"))
     seen: list[int] = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from bhystream.backend.qemu.qmp import Qmp
@@ -20,6 +22,10 @@ class Answers(Qmp):
 
     def execute(self, command: str, *_: object, **__: object) -> Any:
         return next(self._values, None)
+
+    @contextlib.contextmanager
+    def ahead(self, *_: str) -> Iterator[None]:
+        yield
 
     def __del__(self) -> None:
         """Do nothing: nothing is open."""

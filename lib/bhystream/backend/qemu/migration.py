@@ -23,8 +23,9 @@ _BUSY = {
     "setup", "active", "cancelling", "pre-switchover", "device", "wait-unplug", "colo",
     "postcopy-active", "postcopy-paused", "postcopy-recover", "postcopy-recover-setup",
 }  # fmt: skip
-# How long to sleep between two questions; short, because the guest is paused.
-POLL_S = 0.001
+# How long to sleep between two questions: no longer than QEMU takes for an answer, because
+# the guest is paused.
+POLL_S = 0.0002
 PIPE_BYTES = 1 << 20  # the size of a pipe to QEMU, if the host allows it
 # In bytes a second; too high to limit anything.  QEMU's default is 128 MiB/s.
 UNLIMITED = 1_000_000_000_000

@@ -138,15 +138,17 @@ class QemuPaused:
         QEMU has ended, GuestError if a job works on the guest's disks.
         """
         with ending(self._who, self._identity):
-            now = status(self._connect())
-        if now != "postmigrate":
-            raise StaleError(
-                f"{self._who}: another program let the guest run while it stood paused; its QEMU"
-                f" is now '{now}'",
-                "what was sent is no longer this guest; keep other monitors away from the guest",
-            )
-        with ending(self._who, self._identity):
-            refuse_jobs(self._connect())
+            qmp = self._connect()
+            with qmp.ahead("query-status", "query-jobs", "query-block-exports"):
+                now = status(qmp)
+                if now != "postmigrate":
+                    raise StaleError(
+                        f"{self._who}: another program let the guest run while it stood paused;"
+                        f" its QEMU is now '{now}'",
+                        "what was sent is no longer this guest; keep other monitors away from"
+                        " the guest",
+                    )
+                refuse_jobs(qmp)
 
     def resume(self) -> None:
         """Let the guest run; leave a running guest alone.

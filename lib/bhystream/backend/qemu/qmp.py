@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bhystream.backend.process import await_end, identify, peer_pid
@@ -105,6 +105,7 @@ class Qmp:
         # Keep asyncio from printing errors: our own exceptions report them.
         self._loop.set_exception_handler(lambda loop, context: None)
         self._client: QMPClient = client_class("bhystream")
+        self._ahead: list[tuple[str, asyncio.Task[Any]]] = []
         try:
             self._greet(sock)
         except BaseException:
@@ -160,7 +161,7 @@ class Qmp:
         except (KeyError, TypeError):
             return "unknown"
 
-    def _run(self, work: Coroutine[Any, Any, T], limit_s: float) -> T:
+    def _run(self, work: Awaitable[T], limit_s: float) -> T:
         return self._loop.run_until_complete(asyncio.wait_for(work, limit_s))
 
     def execute(
@@ -179,8 +180,13 @@ class Qmp:
         """
         from qemu.qmp import ExecuteError
 
+        work: Awaitable[Any]
+        if self._ahead and self._ahead[0][0] == command and not arguments:
+            work = self._ahead.pop(0)[1]
+        else:
+            work = self._client.execute(command, arguments)
         try:
-            return self._run(self._client.execute(command, arguments), limit_s)
+            return self._run(work, limit_s)
         except ExecuteError as error:
             raise CommandError(f"{self.who}: cannot {doing}: {error}") from None
         except TimeoutError:
@@ -192,6 +198,27 @@ class Qmp:
             raise ConnectionLostError(
                 f"{self.who}: cannot {doing}: lost QEMU ({error or type(error).__name__})"
             ) from None
+
+    @contextlib.contextmanager
+    def ahead(self, *commands: str) -> Iterator[None]:
+        """Send commands without arguments all at once; in this block execute() takes their answers.
+
+        For the pause: QEMU does the commands in their order, and the connection is crossed once
+        instead of once for each.  QEMU also does the commands behind one that has failed, so
+        a command that may follow only a success does not belong here.  The block runs them in
+        the same order; the answers to those that it does not run are dropped at its end.
+        """
+        self._ahead = [
+            (command, self._loop.create_task(self._client.execute(command))) for command in commands
+        ]
+        try:
+            yield
+        finally:
+            left, self._ahead = self._ahead, []
+            # A later command must not get the answer to one of these.
+            with contextlib.suppress(Exception):
+                for _, task in left:
+                    self._run(task, COMMAND_LIMIT_S)
 
     def ask(
         self,

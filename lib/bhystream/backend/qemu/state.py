@@ -7,6 +7,7 @@ import fcntl
 import os
 import select
 import time
+from collections.abc import Iterator
 
 from bhystream.backend.process import Identity, is_alive
 from bhystream.backend.qemu import migration
@@ -22,12 +23,15 @@ MAX_STATE_BYTES = 64 << 20
 STATE_LIMIT_S = 60.0
 
 
-def take_state(qmp: Qmp, who: Identity) -> bytes:
-    """Return the device state of a stopped guest.
+_NAME = "bhysend"
 
-    Afterwards QEMU is `postmigrate` and the guest's disks are inactive; `cont`
-    undoes both.  who: QEMU's process.  Raises GuestError; migration.let_run() can
-    then cancel whatever still runs in QEMU.
+
+@contextlib.contextmanager
+def state_pipe(qmp: Qmp) -> Iterator[int]:
+    """Give QEMU, which still runs, a pipe for its state; yield our end of the pipe to read.
+
+    If the block raises, QEMU has no end of the pipe any more.  Raises CommandError or
+    ConnectionLostError.
     """
     read_end, write_end = os.pipe()
     try:
@@ -35,20 +39,31 @@ def take_state(qmp: Qmp, who: Identity) -> bytes:
             # A state of usual size fits into the pipe, so that QEMU does not wait for us.
             fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         try:
-            qmp.send_fd("bhysend", write_end, doing="save state")
+            qmp.send_fd(_NAME, write_end, doing="save state")
         finally:
             # Leave QEMU the only copy, so that we get EOF when QEMU closes it.
             os.close(write_end)
         try:
-            qmp.execute("migrate", {"uri": "fd:bhysend"}, doing="save state")
+            yield read_end
         except GuestError:
+            # QEMU refuses this if a migration has taken its end.
             with contextlib.suppress(GuestError):
-                qmp.execute("closefd", {"fdname": "bhysend"}, doing="save state")
+                qmp.execute("closefd", {"fdname": _NAME}, doing="save state")
             raise
-        data = _drain(qmp, who, read_end)
     finally:
         # Close before any cancel, so that a migration blocked in write(2) gets EPIPE.
         os.close(read_end)
+
+
+def take_state(qmp: Qmp, who: Identity, fd: int) -> bytes:
+    """Return the device state of a stopped guest.
+
+    Afterwards QEMU is `postmigrate` and the guest's disks are inactive; `cont`
+    undoes both.  who: QEMU's process.  fd: of state_pipe().  Raises GuestError;
+    migration.let_run() can then cancel whatever still runs in QEMU.
+    """
+    qmp.execute("migrate", {"uri": f"fd:{_NAME}"}, doing="save state")
+    data = _drain(qmp, who, fd)
     _await_completed(qmp)
     return data
 
