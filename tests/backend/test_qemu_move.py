@@ -21,6 +21,7 @@ from bhystream.errors import (
 )
 from bhystream.guest import PAGE_BYTES, Head, State
 from bhystream.memory.target import FileTarget
+from support.waiting import until
 
 from .qemu_rig import SIZE, Rig, copy_memory, monitor, peer, state_of, stop
 
@@ -149,6 +150,23 @@ def test_a_destination_whose_disk_is_locked_never_ran(rig: Rig) -> None:
     source.close()
 
 
+def test_a_qemu_that_has_ended_before_the_start_has_not_run(rig: Rig) -> None:
+    source, sink = QemuSource(rig.start("here")), rig.sink()
+    assert sink.check(source.head()) == []
+    [destination] = sink.open(b"")
+    paused = source.pause()
+    copy_memory(source, destination)
+    sink.load(paused.states())
+    os.kill(sink.record()["pid"], 9)
+    until(lambda: not open_paused(sink.record()).is_alive(), "the end of QEMU")
+    with pytest.raises(GuestError, match="QEMU has ended"):
+        sink.start()
+    assert not sink.may_have_run
+    sink.abort()
+    paused.resume()
+    source.close()
+
+
 def test_many_devices_move(rig: Rig) -> None:
     path = rig.start(
         "here", "-device", "pcie-root-port,id=rp0,chassis=1", "-object", "rng-builtin,id=r0",
@@ -269,6 +287,7 @@ def test_a_waiting_qemu_is_filled_and_started(rig: Rig) -> None:
     with monitor(waiting) as ask:  # as it was found: another attempt may follow
         assert ask("query-status")["status"] == "inmigrate"
         assert not any(each["state"] for each in ask("query-migrate-capabilities"))
+        assert "not found" in ask("closefd", fdname="bhyrecv")["error"]["desc"]
     move(source, QemuSink(waiting, {}, None, False, str(rig.state_dir)))
     assert state_of(waiting) == "running"
     source.close()

@@ -1,4 +1,4 @@
-"""Load the device state into a QEMU that waits, without a deadlock."""
+"""The way of the device state into a QEMU that waits: prepared before the pause, no deadlock."""
 
 from __future__ import annotations
 
@@ -15,28 +15,54 @@ from bhystream.backend.qemu.qmp import ConnectionLostError, Qmp
 from bhystream.errors import GuestError
 
 LOAD_LIMIT_S = 60.0
+_NAME = "bhyrecv"
 
 
-def feed_state(qmp: Qmp, data: bytes) -> None:
-    """Load `data` into a QEMU that is `inmigrate`; its guest is paused afterwards.
+class StatePipe:
+    """A pipe to a QEMU that is `inmigrate`, which reads nothing from it before feed()."""
 
-    Raises GuestError if QEMU does not load the state; QEMU 7.2 then ends by itself.
-    """
-    end = time.monotonic() + LOAD_LIMIT_S
-    read_end, write_end = os.pipe()
-    try:
+    def __init__(self, qmp: Qmp) -> None:
+        """Make the pipe, and give QEMU its reading end.  qmp stays the caller's.
+
+        Raises CommandError or ConnectionLostError.
+        """
+        self._qmp = qmp
+        read_end, self._fd = os.pipe()
         try:
             with contextlib.suppress(OSError):
-                fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-            qmp.send_fd("bhyrecv", read_end, doing="load state")
+                fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            qmp.send_fd(_NAME, read_end, doing="load state")
+        except BaseException:
+            self.close()
+            raise
         finally:
             # Leave QEMU the only copy, so that we get EPIPE if QEMU dies.
             os.close(read_end)
-        qmp.execute("migrate-incoming", {"uri": "fd:bhyrecv"}, doing="load state")
-        _write_all(qmp, write_end, data, end)
-    finally:
-        os.close(write_end)
-    _await_loaded(qmp, end)
+
+    def feed(self, data: bytes) -> None:
+        """Load `data` into QEMU; its guest is paused afterwards.  Called once.
+
+        Raises GuestError if QEMU does not load the state; QEMU 7.2 then ends by itself.
+        """
+        end = time.monotonic() + LOAD_LIMIT_S
+        try:
+            self._qmp.execute("migrate-incoming", {"uri": f"fd:{_NAME}"}, doing="load state")
+            _write_all(self._qmp, self._fd, data, end)
+        finally:
+            self.close()
+        _await_loaded(self._qmp, end)
+
+    def take_back(self) -> None:
+        """Take the reading end from a QEMU that goes on waiting.  Never raises."""
+        if self._fd >= 0:
+            with contextlib.suppress(GuestError):
+                self._qmp.execute("closefd", {"fdname": _NAME}, doing="take the pipe back")
+
+    def close(self) -> None:
+        """Close our end.  May be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def _write_all(qmp: Qmp, fd: int, data: bytes, end: float) -> None:

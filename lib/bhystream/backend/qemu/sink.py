@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from bhystream.backend.base import Target
+from bhystream.backend.process import Identity, identify, is_alive
 from bhystream.backend.qemu import facts, migration, ram, verdict
 from bhystream.backend.qemu.empty import Empty
-from bhystream.backend.qemu.load import feed_state
+from bhystream.backend.qemu.load import StatePipe
 from bhystream.backend.qemu.qmp import CommandError, Qmp
 from bhystream.backend.qemu.resources import Resources
 from bhystream.backend.qemu.source import record_of
@@ -64,7 +65,7 @@ class Opened(Checked):
 
     empty: the waiting QEMU if we started it, else None.  settings: QEMU's migration
     settings before we changed them.  record: what open_paused() needs to find the
-    guest again.
+    guest again.  identity: QEMU's process.  pipe: the state goes to QEMU through it.
     """
 
     MISSING = "open() was not called"
@@ -72,6 +73,8 @@ class Opened(Checked):
     empty: Empty | None
     settings: Mapping[str, Any]
     record: Json
+    identity: Identity
+    pipe: StatePipe
 
     @contextlib.contextmanager
     def blaming(self) -> Iterator[None]:
@@ -245,7 +248,21 @@ class QemuSink:
         record = dict(record_of(qmp, checked.name, settings)) | {"announce": True}
         migration.set_capabilities(qmp, wanted)
         migration.set_parameters(qmp, {"announce-rounds": 0})
-        return Opened(checked.config, checked.name, checked.qmp_path, qmp, empty, settings, record)
+        pipe = StatePipe(qmp)
+        self._ram.callback(pipe.close)
+        if empty is None:
+            self._made.callback(pipe.take_back)
+        return Opened(
+            checked.config,
+            checked.name,
+            checked.qmp_path,
+            qmp,
+            empty,
+            settings,
+            record,
+            identify(qmp.pid, "QEMU"),
+            pipe,
+        )
 
     # ---- load and start
 
@@ -262,18 +279,19 @@ class QemuSink:
         guest = self._at(Opened)
         [data] = [state.data for state in states if not state.is_optional]
         with guest.blaming():
-            feed_state(guest.qmp, data)
+            guest.pipe.feed(data)
 
     def start(self) -> None:
         """Let the guest run, verify that it does, and let go of it."""
         guest = self._at(Opened)
         qmp = guest.qmp
-        with guest.blaming():
-            facts.status(qmp)  # if QEMU has ended meanwhile, its guest has not run
+        if not is_alive(guest.identity):  # QEMU has ended meanwhile, so its guest has not run
+            raise guest.blame(GuestError(f"{qmp.who}: cannot start: its QEMU has ended"))
         self.may_have_run = True
         try:
-            qmp.execute("cont", doing="start", limit_s=30.0)
-            state = facts.status(qmp)
+            with qmp.ahead("cont", "query-status"):
+                qmp.execute("cont", doing="start", limit_s=30.0)
+                state = facts.status(qmp)
         except CommandError:
             # QEMU has answered that it did not start the vCPUs (a disk is locked, say).
             with contextlib.suppress(GuestError):
