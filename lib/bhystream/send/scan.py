@@ -3,8 +3,9 @@
 In the pause bhysend hashes every page that the guest has touched, and compares the
 hashes with the table.  That is the only part of the pause that grows with the
 guest's memory, and memory bandwidth is its limit, which one core alone does not
-reach on most machines.  So the scan gets as many threads as the guest has vCPUs,
-which stand still, but no more than the host has CPUs.
+reach on most machines.  So the scan gets a thread for the CPU on which bhysend has
+scanned so far, and one for each of the guest's vCPUs, which stand still, but no more
+than the host has CPUs.
 
 The pieces of memory are scanned by whichever thread is free, and handed on in the
 order of the memory: the caller's thread sends the changed pages of a piece while the
@@ -49,7 +50,7 @@ class Piece:
 
 def threads_for(vcpus: int) -> int:
     """Return how many threads scan the memory of a paused guest with so many vCPUs."""
-    return max(1, min(vcpus, _cpus(), _MAX_THREADS))
+    return min(vcpus + 1, _cpus(), _MAX_THREADS)
 
 
 def _cpus() -> int:
