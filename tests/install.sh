@@ -6,10 +6,10 @@
 set -eu
 
 packages="gcc libc6-dev qemu-system-x86 seabios cpio"
-extras="qemu"
+checkout="."
 if [ "$1" = tests ]; then
     packages="$packages qemu-utils mandoc mbuffer moreutils pv strace netcat-openbsd openssh-server openssh-client zstd"
-    extras="qemu,test,lint"
+    checkout=".[test,lint]"
 fi
 
 as_root() {
@@ -35,4 +35,4 @@ python3 -c 'import pathlib, sysconfig
 [ -z "$missing" ] || install_packages $missing
 
 [ -x .venv/bin/pip ] || python3 -m venv .venv
-BHYSTREAM_WERROR=1 .venv/bin/pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+BHYSTREAM_WERROR=1 .venv/bin/pip install --quiet --disable-pip-version-check --editable "$checkout"

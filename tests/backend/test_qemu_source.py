@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -205,37 +203,6 @@ def test_a_guest_of_libvirt_is_refused_by_name(rig: Rig) -> None:
     with pytest.raises(GuestError, match="libvirt") as caught:
         QemuSource(path)
     assert caught.value.hint == "virsh migrate"
-
-
-def test_without_the_library_the_cure_is_named(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "qemu.qmp", None)
-    with pytest.raises(GuestError, match=r"qemu\.qmp is missing") as caught:
-        QemuSource(rig.path("x.qmp"))
-    assert caught.value.hint == "pip install bhystream[qemu]"
-
-
-@pytest.mark.parametrize("program", ["send", "recv"])
-def test_without_the_library_a_program_names_the_cure(tmp_path: Path, program: str) -> None:
-    """Not a module of the backend that needs the library before it is asked for."""
-    words = ["qemu:/nonexistent"] if program == "send" else ["--discard", "x"]
-    text = (
-        "import sys; sys.modules['qemu.qmp'] = None\n"
-        f"from bhystream.{program}.main import main\n"
-        "from bhystream import hypervisors\n"
-        "from bhystream.backend import qemu\n"
-        f"sys.exit(main({words!r}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", text],
-        env={**os.environ, "BHYSEND_STATE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 69 and "Traceback" not in done.stderr, done.stderr
-    if program == "send":
-        assert "the Python package qemu.qmp is missing" in done.stderr
-        assert "pip install bhystream[qemu]" in done.stderr
 
 
 def test_a_command_has_a_time_limit(rig: Rig) -> None:

@@ -134,7 +134,8 @@ def test_a_scan_that_is_left_ends_its_threads(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vcpus", "cpus", "threads"), [(1, 64, 2), (4, 64, 5), (8, 2, 2), (999, 999, 64), (0, 4, 1), (1, 1, 1)]
+    ("vcpus", "cpus", "threads"),
+    [(1, 64, 2), (4, 64, 5), (8, 2, 2), (999, 999, 64), (0, 4, 1), (1, 1, 1)],
 )
 def test_the_guests_vcpus_and_the_hosts_cpus_bound_the_threads(
     vcpus: int, cpus: int, threads: int, monkeypatch: pytest.MonkeyPatch

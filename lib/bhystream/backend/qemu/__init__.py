@@ -2,7 +2,8 @@
 
 The pieces, in the order in which a move meets them:
 
-    qmp.py        one QMP connection: time limits, descriptors, errors
+    qmp.py        one QMP connection: whose it is, time limits, errors
+    wire.py       its protocol: lines of JSON, ids, descriptors
     process.py    who listens at the socket: pid, start time, argv
     ram.py        the file behind guest memory: found, and walked
     facts.py      what only QMP knows: the pinned machine, the accelerator

@@ -24,11 +24,6 @@ from bhystream.backend.qemu.qmp import ConnectionLostError, NobodyListensError, 
 from bhystream.errors import GuestEndedError, GuestError, StaleError
 from bhystream.guest import Json, State
 
-# Import now, also in the keeper, because the file system may fail later.  If the package
-# is missing, qmp.py says so, with the cure.
-with contextlib.suppress(ImportError):
-    import qemu.qmp  # noqa: F401
-
 _END_S = 2.0
 
 

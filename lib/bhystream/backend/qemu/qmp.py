@@ -1,11 +1,9 @@
-"""One synchronous QMP connection, with a time limit on every command.
+"""One QMP connection, with a time limit on every command.
 
-The protocol itself is the QEMU project's `qemu.qmp` package, an asyncio
-library.  This class drives it from a private event loop that runs only while
-a command is under way: no thread, no signal handler, no wake-up descriptor.
-A signal handler of the program that only sets a flag interrupts nothing here:
-the system calls are restarted, and a command ends with its reply, at its limit
-or with the loss of the connection.
+The protocol itself is in wire.py; this class knows whose socket it is, and says
+in our errors what has failed.  A signal handler of the program that only sets a
+flag interrupts nothing here: the system calls are restarted, and a command ends
+with its reply, at its limit or with the loss of the connection.
 
 QEMU serves one client at a time: a second client can connect, but is not
 greeted.  So if no greeting comes within GREETING_LIMIT_S, another client holds
@@ -14,19 +12,15 @@ the socket.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from bhystream.backend.process import await_end, identify, peer_pid
 from bhystream.backend.qemu.process import read_argv
+from bhystream.backend.qemu.wire import RefusedError, Wire
 from bhystream.errors import AccessError, GuestError
-
-if TYPE_CHECKING:
-    from qemu.qmp import QMPClient
 
 GREETING_LIMIT_S = 5.0
 COMMAND_LIMIT_S = 10.0
@@ -45,23 +39,6 @@ class ConnectionLostError(GuestError):
 
 class NobodyListensError(GuestError):
     """No process listens at the path: there is no socket, or its QEMU is gone."""
-
-
-def _library() -> type[QMPClient]:
-    """Import qemu.qmp, an optional dependency.  Raises GuestError if it is missing."""
-    try:
-        from qemu.qmp import QMPClient
-    except ImportError:
-        raise GuestError(
-            "cannot talk to QEMU: the Python package qemu.qmp is missing",
-            hint="pip install bhystream[qemu]",
-        ) from None
-    log = logging.getLogger("qemu.qmp")
-    if not log.handlers:
-        # Without a handler, the logging module prints to standard error what
-        # we report ourselves, in one line.
-        log.addHandler(logging.NullHandler())
-    return QMPClient
 
 
 def _managed_by_libvirt(path: str, argv: list[str]) -> bool:
@@ -88,7 +65,6 @@ class Qmp:
 
     def __init__(self, path: str, who: str) -> None:
         """Connect.  Raises AccessError if the socket is forbidden, else GuestError."""
-        client_class = _library()
         self.path = path
         self.who = who
         sock = self._connect()
@@ -98,29 +74,20 @@ class Qmp:
                 raise GuestError(
                     f"{who}: cannot connect: libvirt manages this QEMU", hint="virsh migrate"
                 )
-            self._loop = asyncio.new_event_loop()
+            self._wire = Wire(sock)
+            self.version = self._greet()
         except BaseException:
             sock.close()
             raise
-        # Keep asyncio from printing errors: our own exceptions report them.
-        self._loop.set_exception_handler(lambda loop, context: None)
-        self._client: QMPClient = client_class("bhystream")
-        self._ahead: list[tuple[str, asyncio.Task[Any]]] = []
-        try:
-            self._greet(sock)
-        except BaseException:
-            sock.close()
-            self._loop.close()
-            raise
-        self.version = self._version()
+        # Sent by ahead(), in order: each command, and its id.
+        self._ahead: list[tuple[str, int]] = []
 
     def _connect(self) -> socket.socket:
-        """Return a connected, non-blocking socket, which the caller closes."""
+        """Return a connected socket, which the caller closes."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(GREETING_LIMIT_S)
             sock.connect(self.path)
-            sock.setblocking(False)
         except (TimeoutError, BlockingIOError):
             sock.close()
             raise self._busy() from None
@@ -141,10 +108,13 @@ class Qmp:
             hint="end that client, or give QEMU a second -qmp socket",
         )
 
-    def _greet(self, sock: socket.socket) -> None:
+    def _greet(self) -> str:
+        """Take the greeting, and leave the negotiation; return QEMU's version."""
         who = identify(self.pid, "QEMU")
         try:
-            self._run(self._client.connect(sock), GREETING_LIMIT_S)
+            greeting = self._wire.greeting(GREETING_LIMIT_S)
+            id_ = self._wire.send("qmp_capabilities", None, GREETING_LIMIT_S)
+            self._wire.answer(id_, GREETING_LIMIT_S)
         except TimeoutError:
             raise self._busy() from None
         except Exception as error:
@@ -152,17 +122,11 @@ class Qmp:
                 text = f"{self.who}: its QEMU (process {self.pid}) has ended"
                 raise NobodyListensError(text) from None
             raise GuestError(f"{self.who}: {self.path} does not speak QMP: {error}") from None
-
-    def _version(self) -> str:
-        greeting = self._client.greeting
         try:
-            number: Any = greeting.QMP.version["qemu"] if greeting else {}
+            number = greeting["version"]["qemu"]
             return f"{number['major']}.{number['minor']}.{number['micro']}"
         except (KeyError, TypeError):
             return "unknown"
-
-    def _run(self, work: Awaitable[T], limit_s: float) -> T:
-        return self._loop.run_until_complete(asyncio.wait_for(work, limit_s))
 
     def execute(
         self,
@@ -178,23 +142,30 @@ class Qmp:
         limit_s: how long to wait for the reply, in seconds.
         Raises CommandError if QEMU answers with an error, else ConnectionLostError.
         """
-        from qemu.qmp import ExecuteError
+        return self._execute(command, arguments, doing, limit_s)
 
-        work: Awaitable[Any]
-        if self._ahead and self._ahead[0][0] == command and not arguments:
-            work = self._ahead.pop(0)[1]
-        else:
-            work = self._client.execute(command, arguments)
+    def _execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None,
+        doing: str,
+        limit_s: float,
+        *fds: int,
+    ) -> Any:
         try:
-            return self._run(work, limit_s)
-        except ExecuteError as error:
+            if self._ahead and self._ahead[0][0] == command and not arguments:
+                _, id_ = self._ahead.pop(0)
+            else:
+                id_ = self._wire.send(command, arguments, limit_s, *fds)
+            return self._wire.answer(id_, limit_s)
+        except RefusedError as error:
             raise CommandError(f"{self.who}: cannot {doing}: {error}") from None
         except TimeoutError:
             raise ConnectionLostError(
                 f"{self.who}: cannot {doing}: QEMU did not answer {command} in {limit_s:g} s"
             ) from None
         except Exception as error:
-            # EOFError, OSError, StateError and ProtocolError mean the same to us.
+            # WireError and OSError mean the same to us.
             raise ConnectionLostError(
                 f"{self.who}: cannot {doing}: lost QEMU ({error or type(error).__name__})"
             ) from None
@@ -208,17 +179,15 @@ class Qmp:
         a command that may follow only a success does not belong here.  The block runs them in
         the same order; the answers to those that it does not run are dropped at its end.
         """
-        self._ahead = [
-            (command, self._loop.create_task(self._client.execute(command))) for command in commands
-        ]
+        # If the connection is lost already, execute() says so.
+        with contextlib.suppress(Exception):
+            for command in commands:
+                self._ahead.append((command, self._wire.send(command, None, COMMAND_LIMIT_S)))
         try:
             yield
         finally:
-            left, self._ahead = self._ahead, []
-            # A later command must not get the answer to one of these.
-            with contextlib.suppress(Exception):
-                for _, task in left:
-                    self._run(task, COMMAND_LIMIT_S)
+            self._wire.forget([id_ for _, id_ in self._ahead])
+            self._ahead.clear()
 
     def ask(
         self,
@@ -245,36 +214,10 @@ class Qmp:
     def send_fd(self, name: str, fd: int, *, doing: str) -> None:
         """Give QEMU a duplicate of `fd` under `name`, for "fd:name".
 
-        `fd` stays the caller's.  Do not call this while a command is under way:
-        the byte that carries the descriptor has to arrive with, or before, the
-        getfd that claims it.  Raises CommandError or ConnectionLostError.
+        `fd` stays the caller's.  Raises CommandError or ConnectionLostError.
         """
-        try:
-            # qemu.qmp uses asyncio's private socket here.  If asyncio withdraws
-            # that socket, only this call has to change.
-            self._client.send_fd_scm(fd)
-        except Exception as error:
-            raise ConnectionLostError(f"{self.who}: cannot {doing}: {error}") from None
-        self.execute("getfd", {"fdname": name}, doing=doing)
+        self._execute("getfd", {"fdname": name}, doing, COMMAND_LIMIT_S, fd)
 
     def close(self) -> None:
         """Disconnect; QEMU and its guest stay as they are.  May be called twice."""
-        if self._loop.is_closed():
-            return
-        with contextlib.suppress(Exception):
-            self._run(self._client.disconnect(), 2.0)
-        with contextlib.suppress(Exception):
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.close()
-
-    def __del__(self) -> None:
-        """Close a connection that an error path left open: asyncio would print a page about it.
-
-        Do nothing if the garbage collector calls this within another
-        connection's command, where a second loop cannot run.
-        """
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            with contextlib.suppress(Exception):
-                self.close()
+        self._wire.close()
