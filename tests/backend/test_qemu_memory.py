@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,38 @@ def test_a_program_without_memory_says_so(raised: Exception) -> None:
     error = as_error(raised)
     assert (error.status, str(error)) == (69, "there is not enough memory")
     assert "ulimit -v" in error.hint
+
+
+def test_a_walk_by_a_thread_finds_what_extents_yields(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
+    os.pwrite(fd, b"x" * PAGE_BYTES, 5 * PAGE_BYTES)
+    arguments = fd, 64 * PAGE_BYTES, os.getpid()
+    with ram.Walk(*arguments) as walk:
+        pass
+    assert walk.found == list(ram.extents(*arguments)) != []
+    os.close(fd)
+
+
+def test_a_walk_that_fails_finds_nothing() -> None:
+    with ram.Walk(-1, 64 * PAGE_BYTES, os.getpid()) as walk:
+        pass
+    assert walk.found is None
+
+
+@pytest.mark.guest
+def test_a_system_without_threads_left_walks_with_the_callers(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    source = QemuSource(rig.start("here"))
+    until(lambda: list(source.touched()), "memory", DEADLINE_S)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        source.pause()
+    assert list(source.touched()) == list(source.touched()) != []
+    source.close()
 
 
 def test_only_hugetlbfs_has_huge_pages(tmp_path: Path) -> None:

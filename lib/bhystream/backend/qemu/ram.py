@@ -8,14 +8,18 @@ shared, writable, of the whole size and from offset 0.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
 import os
 import re
+import signal
 import struct
 import sys
+import threading
 from collections.abc import Iterator
+from types import TracebackType
 from typing import NamedTuple
 
 from bhystream.errors import AccessError, GuestError
@@ -133,6 +137,42 @@ def extents(fd: int, size_bytes: int, pid: int) -> Iterator[tuple[int, int]]:
             yield from hole.data_extents(fd, 0, size_bytes, (errno.EINVAL,))
     except OSError as error:
         raise GuestError(f"cannot walk the guest's memory: {error.strerror}") from None
+
+
+class Walk:
+    """A walk by a thread of its own, over the memory of a guest that stands still.
+
+    with Walk(fd, size_bytes, pid) as walk: ...  # the thread ends with the block
+
+    found: what extents() yields, known after the block; None if the walk has failed, or if
+    the system has no thread left.
+    """
+
+    def __init__(self, fd: int, size_bytes: int, pid: int) -> None:
+        """Walk nothing yet.  The arguments are those of extents()."""
+        self._arguments = (fd, size_bytes, pid)
+        self._thread = threading.Thread(target=self._work)
+        self.found: list[tuple[int, int]] | None = None
+
+    def __enter__(self) -> Walk:
+        with contextlib.suppress(RuntimeError):
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        # A signal has to interrupt the main thread.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        with contextlib.suppress(GuestError):
+            self.found = list(extents(*self._arguments))
 
 
 def _huge_extents(fd: int, size_bytes: int, pid: int) -> Iterator[tuple[int, int]]:

@@ -51,6 +51,7 @@ class QemuSource:
         """
         self._opened = open_guest(qmp_path, force=force)
         self._is_suspended = False
+        self._walked: list[tuple[int, int]] | None = None
 
     def _require_quiet(self) -> None:
         """Raise GuestError if the disks of the paused guest changed just before, or are in use."""
@@ -114,8 +115,13 @@ class QemuSource:
         return self._opened.ram.views
 
     def touched(self) -> Iterator[tuple[int, int]]:
-        """Yield the page extents of the memory's file that hold data."""
-        memory = self._opened.ram
+        """Yield the page extents of the memory's file that hold data.
+
+        The first call after pause() yields what pause() has found.
+        """
+        memory, walked, self._walked = self._opened.ram, self._walked, None
+        if walked is not None:
+            return iter(walked)
         return ram.extents(memory.fd, memory.size_bytes, self._opened.identity.pid)
 
     def changed(self) -> Iterator[tuple[int, int]] | None:
@@ -177,8 +183,13 @@ class QemuSource:
         )
 
     def _stop(self) -> bytes:
-        """Stop the guest and return its state."""
-        qmp = self._opened.qmp
+        """Stop the guest and return its state.
+
+        The memory is walked while QEMU saves the state.  The state of the devices is saved
+        last, and changes no memory: in a migration with memory QEMU has sent all of it by then.
+        Source: QEMU 7.2, migration/savevm.c, qemu_savevm_state_complete_precopy().
+        """
+        qmp, memory, who = self._opened.qmp, self._opened.ram, self._opened.identity
         migration.set_parameters(qmp, {"max-bandwidth": migration.UNLIMITED})
         migration.set_capabilities(qmp, {"x-ignore-shared": True})
         with state_pipe(qmp) as pipe:
@@ -189,7 +200,10 @@ class QemuSource:
                 if state != "paused":
                     raise GuestError(f"{qmp.who}: cannot pause: it is '{state}'")
                 self._require_quiet()
-            return take_state(qmp, self._opened.identity, pipe)
+            with ram.Walk(memory.fd, memory.size_bytes, who.pid) as walk:
+                data = take_state(qmp, who, pipe)
+        self._walked = walk.found
+        return data
 
     def close(self) -> None:
         """Release connection, descriptor and mapping; the guest stays as it is.
