@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -70,6 +71,8 @@ class Guest(Paused):
         self.done: list[str] = []
         self.fails: dict[str, BaseException] = {}
         self.closed = 0
+        self.preparing: Callable[[], None] = lambda: None
+        self.pausing: Callable[[], None] = lambda: None
 
     def do(self, act: str, there: str = "") -> None:
         if act in self.fails:
@@ -79,7 +82,10 @@ class Guest(Paused):
     def require_described(self) -> None:
         pass
 
-    def pause(self) -> Guest:
+    def pause(self, stopping: Callable[[], None] = lambda: None) -> Guest:
+        self.preparing()
+        stopping()
+        self.pausing()
         self.do("pause")
         return self
 
@@ -110,7 +116,8 @@ class Case:
         job = SendJob(opts, base, Console("bhysend"), Signals(), cast(Any, self.guest), self.lock)
         record = Record(ID, "web1", "web1", "bhyve-web1", PAUSED, {})
         begun = Begun(writer, cast(Conversation, Talk()))
-        self.custody = Custody(job, begun, record, Stopwatch())
+        self.watch = Stopwatch()
+        self.custody = Custody(job, begun, record, self.watch)
 
     @property
     def keeper(self) -> Keeper:
@@ -191,6 +198,30 @@ def test_a_guest_that_was_brought_back_is_said_to_have_stood(case: Case) -> None
     where = case.custody.recover(GuestError("the -p command failed")).where
     assert where.startswith("guest web1: it runs here; it was paused for ")
     assert Records(case.base, "source").all() == []
+
+
+def test_what_comes_before_the_stop_is_not_the_pause(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1]
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now[0])
+    case.guest.preparing = lambda: now.__setitem__(0, 1000)
+    case.guest.pausing = lambda: now.__setitem__(0, 1010)
+    case.custody.pause()
+    assert case.watch.measured.state_ns == case.watch.elapsed_ns() == 10
+
+
+def test_a_pause_that_fails_before_the_stop_is_short(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise GuestError("no")
+
+    monkeypatch.setattr(hypervisors, "open_paused", lambda _: case.guest)
+    case.guest.preparing = fail
+    told, where = recovered(case, case.custody.pause)
+    assert told is None
+    assert where.endswith(" ms")
 
 
 def test_a_throttled_guest_is_on_record_and_runs_after_a_failure(

@@ -14,7 +14,7 @@ import io
 import mmap
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bhystream.backend.base import Fixed, Paused, Prepared
@@ -103,7 +103,7 @@ class MemorySource:
     def resume_vcpus(self) -> None:
         """Do nothing."""
 
-    def pause(self) -> Paused:
+    def pause(self, stopping: Callable[[], None] = lambda: None) -> Paused:
         raise GuestError("not asked for here")
 
     def close(self) -> None:

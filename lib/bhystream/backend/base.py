@@ -158,9 +158,10 @@ class Source(Described, Protocol):
     def resume_vcpus(self) -> None:
         """Undo suspend_vcpus(), even if it has raised; leave a running guest alone."""
 
-    def pause(self) -> Paused:
+    def pause(self, stopping: Callable[[], None] = lambda: None) -> Paused:
         """Stop every vCPU and device, and take the state; the hypervisor then holds the guest.
 
+        stopping: called when all is ready, just before the guest is told to stop.
         Returns when nothing writes memory any more.  Before pause() raises, it
         tries to let the guest run on; the caller may try again with
         open_paused() of the record.  The caller closes the Paused before the Source.

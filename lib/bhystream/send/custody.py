@@ -388,7 +388,7 @@ class Custody:
         self._watch.start()
         self._has_stood = True
         # If pause() raises, _paused stays None, and _resume() finds the guest by its record.
-        paused = self._paused = self._job.source.pause()
+        paused = self._paused = self._job.source.pause(self._watch.start)
         self.states, self.reasons = paused.states(), paused.reasons
         self._watch.measured.state_ns = self._watch.elapsed_ns()
         hook = self._job.opts.hook

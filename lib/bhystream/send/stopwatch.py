@@ -46,7 +46,7 @@ class Stopwatch:
         self._start_ns = 0
 
     def start(self) -> None:
-        """Start the measurement, just before the guest is paused."""
+        """Start the measurement, just before the guest is paused.  A later call starts it anew."""
         self.paused_at_ns = time.time_ns()
         self._start_ns = time.monotonic_ns()
 

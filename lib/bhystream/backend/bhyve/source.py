@@ -20,7 +20,7 @@ Run on FreeBSD 15.1, emulated AMD: rehearsal, pause, resume and discard.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,7 +174,7 @@ class BhyveSource:
             suspended.resume(self._control, self._suspended)
             self._suspended.clear()
 
-    def pause(self) -> BhyvePaused:
+    def pause(self, stopping: Callable[[], None] = lambda: None) -> BhyvePaused:
         """Pause the guest in a checkpoint, and take its state.
 
         If that fails, the guest is resumed, and a request that bhyve has not
@@ -187,6 +187,7 @@ class BhyveSource:
         self._made.pop_all()
         with contextlib.suppress(OSError):
             self._ready.directory.throttled.unlink(missing_ok=True)
+        stopping()
         return self._ready.pause()
 
     def close(self) -> None:

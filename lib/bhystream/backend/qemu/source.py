@@ -17,7 +17,7 @@ configuration that config.py made of the argv.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bhystream.backend.base import Fixed, Prepared
@@ -103,7 +103,7 @@ class QemuSource:
         return out
 
     def prepare(self, id_: str) -> Prepared:
-        """Return the record.  pause() itself makes all settings, which takes a millisecond."""
+        """Return the record.  pause() itself makes all settings, before it stops the guest."""
         opened = self._opened
         return Prepared(
             record_of(opened.qmp, self.name, opened.settings),
@@ -157,7 +157,7 @@ class QemuSource:
             migration.let_run(self._opened.qmp)
             self._is_suspended = False
 
-    def pause(self) -> QemuPaused:
+    def pause(self, stopping: Callable[[], None] = lambda: None) -> QemuPaused:
         """Set up the migration while the guest runs; stop the guest and take its state.
 
         Raises GuestEndedError if QEMU has ended, else GuestError, after an attempt
@@ -166,7 +166,7 @@ class QemuSource:
         guest = self._opened
         try:
             with ending(guest.qmp.who, guest.identity):
-                data = self._stop()
+                data = self._stop(stopping)
         except BaseException:
             with contextlib.suppress(GuestError):
                 migration.let_run(guest.qmp)
@@ -182,7 +182,7 @@ class QemuSource:
             states=(State("qemu", data),),
         )
 
-    def _stop(self) -> bytes:
+    def _stop(self, stopping: Callable[[], None]) -> bytes:
         """Stop the guest and return its state.
 
         The memory is walked while QEMU saves the state.  The state of the devices is saved
@@ -193,6 +193,7 @@ class QemuSource:
         migration.set_parameters(qmp, {"max-bandwidth": migration.UNLIMITED})
         migration.set_capabilities(qmp, {"x-ignore-shared": True})
         with state_pipe(qmp) as pipe:
+            stopping()
             with qmp.ahead("stop", *_QUIET):
                 # `stop` waits for the disks, and slow storage may take long.
                 qmp.execute("stop", doing="pause", limit_s=60.0)
