@@ -33,9 +33,9 @@ from bhystream.backend.qemu.state import state_pipe, take_state
 from bhystream.errors import GuestError
 from bhystream.guest import Head, Json, State
 
-# Measured with QEMU 7.2 under TCG on two busy cores: stop 2 to 6 ms, state 2 to 5; load 2
-# to 12, cont under 1, and the records that both programs write in between.
-_FIXED = Fixed(state_ns=10_000_000, load_ns=20_000_000)
+# Measured with QEMU 7.2 under TCG on two cores: stop and questions 1 to 2 ms, state and walk 4
+# to 6; load 3 to 5, cont 1, and the answers and records of both programs in between.
+_FIXED = Fixed(state_ns=8_000_000, load_ns=10_000_000)
 # What is asked when the guest is stopped, in this order.
 _QUIET = ("query-status", "query-jobs", "query-block-exports", "query-block")
 
