@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from bhystream.backend import programs
@@ -34,3 +36,9 @@ def test_a_failure_is_told_in_the_program_s_last_words() -> None:
 def test_a_program_that_is_not_there_is_named() -> None:
     with pytest.raises(GuestError, match="cannot run /nowhere/x: No such file"):
         programs.run("/nowhere/x")
+
+
+def test_no_ctrl_c_reaches_a_program() -> None:
+    """The terminal sends SIGINT to our process group, while a program cleans up for us."""
+    group = programs.ask("/bin/sh", "-c", "cut -d ' ' -f 5 /proc/$$/stat")
+    assert int(group) != os.getpgrp()

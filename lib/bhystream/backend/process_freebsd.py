@@ -57,6 +57,7 @@ def _run(*argv: str) -> bytes:
             capture_output=True,
             timeout=_LIMIT_S,
             check=False,
+            process_group=0,  # no Ctrl-C reaches it
             env={"LC_ALL": "C", "TZ": "UTC0"},
         )
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -13,7 +13,8 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
     """Run a program to its end, without a shell; the caller judges its exit status.
 
     argv: the program by its absolute path.  The program gets none of our
-    environment, but the C locale, UTC, and no LIBXO_OPTIONS, which could make
+    environment, but a process group of its own, so that no Ctrl-C cuts off what we
+    clean up; the C locale, UTC, and no LIBXO_OPTIONS, which could make
     it print JSON or XML instead of text.  Raises GuestError if the program
     cannot be run, or does not end in LIMIT_S seconds.
     """
@@ -24,6 +25,7 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
             capture_output=True,
             timeout=LIMIT_S,
             check=False,
+            process_group=0,
             encoding="utf-8",
             errors="surrogateescape",
             env={"LC_ALL": "C", "TZ": "UTC0", "PATH": "/sbin:/bin:/usr/sbin:/usr/bin"},

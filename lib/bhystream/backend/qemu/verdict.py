@@ -74,12 +74,12 @@ def machines(program: str) -> tuple[set[str], dict[str, str], str]:
         run = subprocess.run(
             [program, "-machine", "help"],
             capture_output=True, timeout=30, encoding="utf-8",
-            errors="replace", stdin=subprocess.DEVNULL,
+            errors="replace", stdin=subprocess.DEVNULL, process_group=0,
         )  # fmt: skip
         version = subprocess.run(
             [program, "--version"],
             capture_output=True, timeout=30, encoding="utf-8",
-            errors="replace", stdin=subprocess.DEVNULL,
+            errors="replace", stdin=subprocess.DEVNULL, process_group=0,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise GuestError(f"cannot run {program}: {error}") from None
