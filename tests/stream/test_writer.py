@@ -460,3 +460,29 @@ def pipe_ends() -> Iterator[tuple[int, int]]:
     for fd in ends:
         with contextlib.suppress(OSError):
             os.close(fd)
+
+
+def test_a_signal_ends_the_wait_for_a_slow_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No signal ends fsync(2), which writes as much as a guest has memory."""
+    is_in, may_end = threading.Event(), threading.Event()
+
+    def fsync(fd: int) -> None:
+        is_in.set()
+        may_end.wait()
+        raise OSError(28, "No space left on device")  # nobody is there to be told
+
+    def interrupt() -> None:
+        is_in.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with (tmp_path / "s").open("wb") as file, pytest.raises(KeyboardInterrupt):
+            Writer(file.fileno(), HEADER).sync()
+    finally:
+        may_end.set()
+        thread.join()

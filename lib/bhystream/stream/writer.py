@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import stat
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -220,12 +221,36 @@ class Writer:
         return end
 
     def sync(self) -> None:
-        """Sync a stream that is a file; leave a pipe alone.  Raises InputOutputError."""
-        try:
-            if stat.S_ISREG(os.fstat(self._fd).st_mode):
+        """Sync a stream that is a file; leave a pipe alone.  Raises InputOutputError.
+
+        A thread waits for the disk, because no signal ends fsync(2), and a file may have as
+        many bytes as the guest has memory.  If a signal handler raises, the thread goes on.
+        """
+        found: list[OSError] = []
+
+        def sync() -> None:
+            try:
                 os.fsync(self._fd)
+            except OSError as error:
+                found.append(error)
+
+        try:
+            is_file = stat.S_ISREG(os.fstat(self._fd).st_mode)
         except OSError as error:
             raise from_oserror(error, "write the stream") from error
+        if not is_file:
+            return
+        import threading  # a dry run has no use for it
+
+        thread = threading.Thread(target=sync, daemon=True)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            thread.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        thread.join()
+        if found:
+            raise from_oserror(found[0], "write the stream") from found[0]
 
     def await_room(self, seconds: int) -> None:
         """Wait until write(2) would take a short section at once.
