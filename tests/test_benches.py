@@ -97,3 +97,10 @@ def test_the_downtime_is_measured() -> None:
     said = printed("bench_downtime.py", "1").splitlines()
     names = [line.partition(":")[0] for line in said if "median" in line]
     assert names == ["plain, pipe", "plain, ssh", "answered, pipe", "answered, ssh"]
+
+
+@pytest.mark.standin
+def test_the_time_from_ctrl_c_to_the_end_is_measured() -> None:
+    said = printed("bench_interrupts.py", "1").splitlines()
+    assert [line for line in said if line.startswith("three-stages, READY")]
+    assert said[-1].startswith("one piece of a scan")

@@ -31,6 +31,7 @@ PARTS: dict[str, str] = {
     "inherited": "errors",
     "commandline": "errors",
     "report": "errors units guest",
+    "start": "errors signals report",
     "memory": "errors guest",
     "stream": "errors guest strict_json memory",
     # These are not backends: engine and backends agree on base, and find processes by process.
@@ -54,11 +55,11 @@ PARTS: dict[str, str] = {
         " hypervisors"
     ),
     "send": (
-        "errors units guest commandline strict_json durable inherited signals report memory stream"
-        " backend.base backend.process hypervisors handover"
+        "errors units guest commandline strict_json durable inherited signals report start memory"
+        " stream backend.base backend.process hypervisors handover"
     ),
     "recv": (
-        "errors units guest commandline durable inherited signals report memory stream"
+        "errors units guest commandline durable inherited signals report start memory stream"
         " backend.base backend.process hypervisors handover"
     ),
     "demo": "errors units inherited standin",

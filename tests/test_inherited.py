@@ -15,7 +15,7 @@ import pytest
 
 from bhystream.commandline import refuse_closed
 from bhystream.errors import UsageError
-from bhystream.send.conversation import Command
+from bhystream.send.command import Command
 from bhystream.send.hook import Hook
 
 # A process that begins as all our programs do, and writes down what it then finds.

@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from bhystream.errors import DowntimeError, InputOutputError, InternalError
-from bhystream.signals import Interrupted, Signals
+from bhystream.errors import DowntimeError, InputOutputError, InternalError, Interrupted
+from bhystream.signals import Ended, Interrupts, Signals, end_early, ignore_all
 from support.waiting import wait_until_full
 
 INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
@@ -390,3 +390,87 @@ def test_limits_of_time_do_not_nest(handlers: None, outer: str, inner: str) -> N
         pass
     with blocks[inner]():  # and after it, the timer is free again
         pass
+
+
+def test_within_a_block_another_may_begin_and_end() -> None:
+    signals = Signals()
+    with pytest.raises(Interrupted), signals.interruptible():
+        with signals.interruptible():
+            pass
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("went on after the signal")
+
+
+def test_after_an_exception_no_outer_block_raises() -> None:
+    """What cleans up after an exception is not interrupted."""
+    signals = Signals()
+    with signals.interruptible():
+        try:
+            with signals.interruptible():
+                raise ValueError
+        except ValueError:
+            signal.raise_signal(signal.SIGINT)
+
+
+# Where the work waits for a hypervisor.
+
+
+def test_a_wait_is_ended_by_a_signal_that_came_before_it() -> None:
+    signals = Signals()
+    signals.check()
+    with pytest.raises(Interrupted, match="SIGTERM"), signals.at_waits():
+        signal.raise_signal(signal.SIGTERM)  # raises nothing
+        signals.check()
+        pytest.fail("went on")
+    signals.check()
+
+
+def test_outside_of_such_a_block_a_wait_goes_on() -> None:
+    signals = Signals()
+    with signals.at_waits():
+        pass
+    signal.raise_signal(signal.SIGTERM)
+    signals.check()
+
+
+# A program that may be ended anywhere.
+
+
+@pytest.mark.parametrize("number", INTERRUPTS)
+def test_it_ends_once_with_a_hint(number: signal.Signals) -> None:
+    end_early("nothing was begun")
+    with pytest.raises(Ended) as caught:
+        signal.raise_signal(number)
+    for again in INTERRUPTS:
+        signal.raise_signal(again)
+    error = caught.value.as_error()
+    assert (str(error), error.hint) == (f"interrupted by {number.name}", "nothing was begun")
+    assert error.status == 75
+    assert not isinstance(caught.value, Exception)  # no part of the program takes it for its own
+
+
+def test_what_is_ignored_stays_ignored_by_both() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    end_early("")
+    signal.raise_signal(signal.SIGHUP)
+    Interrupts()
+    signal.raise_signal(signal.SIGHUP)
+
+
+def test_during_its_short_act_it_says_what_came_and_then_ends_again() -> None:
+    interrupts = Interrupts("nothing was changed")
+    told: list[str] = []
+    interrupts.ignore(told.append)
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTSTP)
+    assert told == ["SIGINT", "SIGTERM"]
+    interrupts.obey()
+    with pytest.raises(Ended, match="SIGHUP"):
+        signal.raise_signal(signal.SIGHUP)
+
+
+def test_at_its_end_nothing_ends_it_otherwise() -> None:
+    ignore_all()
+    for number in INTERRUPTS:
+        signal.raise_signal(number)

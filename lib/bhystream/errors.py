@@ -109,8 +109,14 @@ class ReaderGoneError(InputOutputError):
 class DowntimeError(BhyError):
     """The guest changes faster than bhysend can move it, and runs on at the source.
 
-    An interrupt has the same status; see signals.py.
+    Interrupted has the same status.
     """
+
+    status = 75
+
+
+class Interrupted(BhyError):
+    """The operator, or a closed terminal, asked the program to stop; see signals.py."""
 
     status = 75
 

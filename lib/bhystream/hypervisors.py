@@ -14,7 +14,7 @@ A backend is imported when it is needed, so a program loads only one backend.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,8 +69,10 @@ class Receiving(NamedTuple):
     below: Sequence[str] = ()
 
 
-def open_source(what: Sending) -> Source:
+def open_source(what: Sending, on_wait: Callable[[], None] = lambda: None) -> Source:
     """Open the guest that an operand names.
+
+    on_wait: called now and then while this waits for the hypervisor; what it raises ends the wait.
 
     Raises UsageError if the operand cannot name a guest of this host, GuestError,
     AccessError, and IncompatibleError if the guest cannot be moved.
@@ -80,7 +82,7 @@ def open_source(what: Sending) -> Source:
             raise UsageError("-C: QEMU tells its own configuration")
         from bhystream.backend.qemu.source import QemuSource
 
-        return QemuSource(_qmp_path(what.operand), force=what.force)
+        return QemuSource(_qmp_path(what.operand), force=what.force, on_wait=on_wait)
     name = _name(what.operand)
     host = _host_of(f"guest {name}: bhyve guests live on FreeBSD")
     from bhystream.backend.bhyve.source import BhyveSource

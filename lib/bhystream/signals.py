@@ -3,10 +3,12 @@
 A move may be given up at almost any moment, but not inside a QMP exchange, nor
 while a record is written, nor after the point of no return.  So a signal only
 sets a flag.  The signal becomes an exception only within `interruptible()` and
-the blocks built on it, and there even out of a blocked write(2).
+the blocks built on it, and there even out of a blocked write(2).  Within at_waits()
+it becomes one only where the work waits for a hypervisor, and calls check().
 
 watching(), ticking() and until() use the one alarm timer of the process, and do not
-nest.  A program uses Signals or Interrupts, never both.
+nest.  A program uses Signals or Interrupts, never both.  Before it has one of them,
+end_early() lets a signal end it.
 """
 
 from __future__ import annotations
@@ -17,17 +19,58 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from bhystream.errors import BhyError, InputOutputError, InternalError
+from bhystream.errors import InputOutputError, InternalError, Interrupted
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _REPORTS = [getattr(signal, name) for name in ("SIGUSR1", "SIGINFO") if hasattr(signal, name)]
 _SOON_S = 0.01
 
 
-class Interrupted(BhyError):
-    """The operator, or a closed terminal, asked the program to stop."""
+class Ended(BaseException):
+    """A signal ends a program that may be ended anywhere.
 
-    status = 75
+    No Exception, so that no part of a program takes it for a failure of its own.  hint: what
+    the operator has to know, for a line of its own; may be "".
+    """
+
+    def __init__(self, name: str, hint: str) -> None:
+        super().__init__(f"interrupted by {name}")
+        self.hint = hint
+
+    def as_error(self) -> Interrupted:
+        """Return the error to report."""
+        return Interrupted(str(self), self.hint)
+
+
+def end_early(hint: str) -> None:
+    """Let INT, HUP and TERM raise Ended, wherever the program is, and the next ones do nothing.
+
+    A signal that is ignored now stays ignored.
+    """
+    _end_by(_taken(), hint)
+
+
+def _taken() -> list[int]:
+    return [number for number in _INTERRUPTS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def _end_by(numbers: list[int], hint: str) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise Ended(signal.Signals(number).name, hint)
+
+    for number in numbers:
+        signal.signal(number, end)
+
+
+def ignore_all() -> None:
+    """Ignore INT, HUP and TERM: the program ends now, and with the status that it has.
+
+    Python would else give the signals their default actions back before the process ends.
+    """
+    for number in _INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Signals:
@@ -37,15 +80,14 @@ class Signals:
         """Ignore SIGPIPE and take over the other signals.  Main thread only."""
         self._pending = ""
         self._open = False
+        self._is_at_waits = False
         self._has_alarm = False
         self.on_report: Callable[[], None] | None = None
         self.on_deferred: Callable[[str], None] | None = None
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, _too_late)
-        for number in _INTERRUPTS:
-            # A signal that was ignored at the start (HUP by nohup) stays ignored.
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._interrupt)
+        for number in _taken():  # HUP that nohup(1) ignores stays ignored
+            signal.signal(number, self._interrupt)
         for number in _REPORTS:
             signal.signal(number, self._report)
 
@@ -67,14 +109,33 @@ class Signals:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let signals raise Interrupted in this block, also a signal that came before it."""
-        self._open = True
+        """Let signals raise Interrupted in this block, also a signal that came before it.
+
+        After an exception nothing raises any more, not even in an outer such block.
+        """
+        was_open, self._open = self._open, True
         try:
             if self._pending:
                 self._raise()
             yield
-        finally:
+        except BaseException:
             self._open = False
+            raise
+        self._open = was_open
+
+    @contextlib.contextmanager
+    def at_waits(self) -> Iterator[None]:
+        """Let check() raise in this block, which may start programs and talk to hypervisors."""
+        self._is_at_waits = True
+        try:
+            yield
+        finally:
+            self._is_at_waits = False
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come, and this is within at_waits()."""
+        if self._is_at_waits and self._pending:
+            self._raise()
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -193,23 +254,30 @@ class Interrupts:
     A signal that was ignored at the start stays ignored.
     """
 
-    def __init__(self) -> None:
-        """Let signals end the program at once; ignore SIGPIPE and requests for a report."""
-        self._numbers = [
-            number
-            for number in (*_INTERRUPTS, signal.SIGTSTP)
-            if signal.getsignal(number) != signal.SIG_IGN
-        ]
+    def __init__(self, hint: str = "") -> None:
+        """Let signals end the program at once; ignore SIGPIPE and requests for a report.
+
+        hint: of the Ended that a signal then raises.
+        """
+        self._hint = hint
+        self._numbers = _taken()
+        self._stops = [signal.SIGTSTP] if signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN else []
         for number in (*_REPORTS, signal.SIGPIPE):
             signal.signal(number, signal.SIG_IGN)
         self.obey()
 
     def obey(self) -> None:
-        """Let the signals end or stop the program, as they do by default."""
-        for number in self._numbers:
+        """Let INT, HUP and TERM raise Ended, and let Ctrl-Z stop the program."""
+        for number in self._stops:
             signal.signal(number, signal.SIG_DFL)
+        _end_by(self._numbers, self._hint)
 
-    def ignore(self) -> None:
-        """Ignore the signals until obey()."""
-        for number in self._numbers:
+    def ignore(self, tell: Callable[[str], None]) -> None:
+        """Let no signal end or stop the program until obey().
+
+        tell: called with the name of INT, HUP or TERM when one comes.
+        """
+        for number in self._stops:
             signal.signal(number, signal.SIG_IGN)
+        for each in self._numbers:
+            signal.signal(each, lambda number, frame: tell(signal.Signals(number).name))

@@ -23,6 +23,7 @@ from bhystream.errors import (
     BhyError,
     GuestError,
     IncompatibleError,
+    Interrupted,
     UsageError,
 )
 from bhystream.guest import PAGE_BYTES, Head, Layout, Segment, State
@@ -30,7 +31,7 @@ from bhystream.report import Console
 from bhystream.send import cold as cold_send
 from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits
-from bhystream.signals import Interrupted, Signals
+from bhystream.signals import Signals
 from bhystream.stream.format import Form, Header
 from bhystream.stream.verify import Ended, Pages, Walk
 from support.descriptors import descriptors

@@ -15,7 +15,7 @@ import pytest
 from bhystream.backend.qemu import facts, graph, migration, plugged
 from bhystream.backend.qemu.paused import open_paused
 from bhystream.backend.qemu.qmp import ConnectionLostError, Qmp
-from bhystream.errors import GuestError
+from bhystream.errors import GuestError, Interrupted
 from support.qmp_answers import Answers
 
 Ask = Callable[[Qmp], object]
@@ -159,3 +159,42 @@ def test_a_record_is_opened() -> None:
 def test_a_record_with_a_field_of_another_type_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(GuestError, match="cannot read the record of a paused QEMU guest"):
         open_paused({**RECORD, **change})
+
+
+def test_a_qemu_that_does_not_answer_is_waited_for_until_the_caller_gives_up(
+    tmp_path: Path,
+) -> None:
+    """The limit of the greeting is not what ends this wait, nor is that of a command."""
+    path = str(tmp_path / "qmp")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        for greets in (False, True):
+            waited: list[int] = []
+
+            def give_up(waited: list[int] = waited) -> None:
+                waited.append(1)
+                if len(waited) == 2:
+                    raise Interrupted("interrupted by SIGINT")
+
+            serving = threading.Thread(target=_greet, args=(listener, greets))
+            serving.start()
+            try:
+                with pytest.raises(Interrupted):
+                    qmp = Qmp(path, "guest web1", give_up)
+                    qmp.execute("query-status", doing="ask")
+            finally:
+                serving.join()
+            assert len(waited) == 2
+
+
+def _greet(listener: socket.socket, greets: bool) -> None:
+    """Accept one client, and answer nothing but, if greets, the negotiation; then wait for EOF."""
+    peer, _ = listener.accept()
+    with contextlib.suppress(OSError, ValueError), peer, peer.makefile("rb", buffering=0) as lines:
+        if greets:
+            peer.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\r\n')
+            request = json.loads(lines.readline())
+            peer.sendall(json.dumps({"return": {}, "id": request.get("id")}).encode() + b"\r\n")
+        while lines.read(1 << 16):
+            pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from bhystream.handover.answers import Answer, Inbox, LostError, pack
 from bhystream.handover.handshake import Event
 from bhystream.report import Console
 from bhystream.send import conversation, flush
-from bhystream.send.conversation import Command, Conversation, Ready, Route
+from bhystream.send.conversation import Conversation, Ready, Route
 from bhystream.send.flush import Flush
 from bhystream.send.rendezvous import connect
 from bhystream.signals import Signals
@@ -62,7 +63,7 @@ class Case:
     def route(self) -> Route:
         """Open the route in the test, with the standard error that the test reads."""
         names = ("web1", "qemu:/web1")
-        return Route(Console("bhysend"), self.base, names, ID, self.command)
+        return Route(Console("bhysend"), self.signals, self.base, names, ID, self.command)
 
     def put(self, word: str, *args: str) -> None:
         self.route.inbox.put(HELLO, Answer(ID, word, args))
@@ -426,6 +427,26 @@ def test_a_way_back_that_was_closed_is_explained_by_the_end_of_the_command(
     assert str(case.route.explain(caught.value)).endswith(": it was killed by SIGKILL (signal 9)")
 
 
+@pytest.mark.parametrize("has_answers", [True, False])
+def test_a_signal_ends_the_wait_for_an_explanation_and_for_the_command(
+    case: Case, monkeypatch: pytest.MonkeyPatch, has_answers: bool
+) -> None:
+    for name in ("_LAST_WORDS_S", "_END_SECONDS", "_SHORT_SECONDS"):
+        monkeypatch.setattr(conversation, name, 9999)
+    case.command = python("signal.pause()")
+    if has_answers:
+        case.put("ACCEPT")
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    assert case.route.explain(GONE) is GONE
+    timer.join()
+    signal.raise_signal(signal.SIGINT)
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    case.route.close(74)
+    timer.join()
+
+
 def test_a_command_that_lives_explains_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command would end only because bhysend closes its input."""
     monkeypatch.setattr(conversation, "_LAST_WORDS_S", 0)
@@ -455,39 +476,6 @@ def test_a_third_stage_is_greeted_and_told_the_status(case: Case) -> None:
 
 def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", f"import os, signal, sys\n{code}")
-
-
-@pytest.mark.parametrize("status", [0, 3])
-def test_a_command_ends_when_its_input_does(status: int) -> None:
-    command = Command(python(f"sys.stdin.buffer.read(); sys.exit({status})"))
-    os.write(command.stream_fd, b"stream")
-    assert command.end(60) == status
-    command.hang_up()  # a second call is no error
-
-
-def test_a_command_that_does_not_end_is_killed() -> None:
-    command = Command(python("signal.pause()"))
-    assert command.end(0) is None
-
-
-def test_a_command_is_not_ended_by_the_terminal() -> None:
-    """A Ctrl-C at the terminal must not cut the way back while GO may be out."""
-    numbers = "signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP"
-    command = Command(
-        python(f"sys.exit(any(signal.getsignal(n) != signal.SIG_IGN for n in ({numbers})))")
-    )
-    assert command.end(60) == 0
-
-
-def test_a_command_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(GuestError, match="cannot run /none/ssh: No such file or directory"):
-        Command(["/none/ssh", "hv2"])
-
-
-def test_the_words_of_a_command_can_be_typed() -> None:
-    command = Command(["true", "a b", "$c"])
-    assert command.words == "true 'a b' '$c'"
-    assert command.end(60) == 0
 
 
 def test_the_answers_of_a_command_are_its_standard_output(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bhystream.backend.base import Prepared
-from bhystream.errors import GuestError
+from bhystream.errors import GuestError, Interrupted
 from bhystream.report import Console, Progress
 from bhystream.send.job import Begun, SendJob
 from bhystream.send.options import SendOptions
@@ -22,7 +22,7 @@ from bhystream.send.precopy import Limits, Round
 from bhystream.send.rounds import Rounds
 from bhystream.send.stopwatch import Stopwatch
 from bhystream.send.throttle import Throttle
-from bhystream.signals import Interrupted, Signals
+from bhystream.signals import Signals
 from bhystream.stream.format import Feature, Form, Header
 from bhystream.stream.writer import Writer
 from support.memory_source import MemorySource

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,41 @@ def test_an_interrupt_is_bhysends_to_decide(source: Source) -> None:
     assert source.final() == "RUNNING"
     source.rendezvous.close(0)
     assert ended(third) == (0, [], "")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_ends_the_wait_for_the_end_of_the_input(source: Source, when: str) -> None:
+    """before, after: the status was told."""
+    third = start(guest="patient")
+    feed(third, HELLO + RUNNING)
+    assert source.final() == "RUNNING"
+    if when == "before":
+        third.send_signal(signal.SIGINT)
+        # A later answer proves that the signal was taken.
+        feed(third, HELLO)
+    source.rendezvous.close(0)
+    while when == "after" and third.poll() is None:
+        third.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    assert third.wait(LIMIT_S) == 0
+    assert ended(third) == (0, [], "")
+
+
+@pytest.mark.parametrize("phase", [None, GO])
+def test_an_interrupt_before_any_answer_says_whether_a_guest_is_in_doubt(
+    base: Path, phase: str | None
+) -> None:
+    if phase:
+        Records(base, "source").write(RECORD.with_phase(phase))
+    third = start()
+    feed(third, b"Last login: Mon\n")
+    assert third.stderr
+    assert third.stderr.readline() == b"bhysend: Last login: Mon\n"
+    third.send_signal(signal.SIGINT)
+    assert third.wait(LIMIT_S) == (81 if phase else 69)
+    said = third.stderr.read().decode()
+    assert said.startswith("bhysend: interrupted by SIGINT\nbhysend: no answer came")
+    assert ("in doubt, and paused here: web1" in said) == bool(phase)
 
 
 def test_what_still_comes_when_it_was_told_is_read(source: Source) -> None:

@@ -58,6 +58,8 @@ hypervisors.open_paused = lambda revive: Guest()
 time.sleep = sleep
 if sys.argv[1] == "impatient":
     recovery._LOCK_SECONDS = third_stage._DRAIN_SECONDS = 0.0
+if sys.argv[1] == "patient":
+    third_stage._DRAIN_SECONDS = 9999.0
 sys.exit(send.main(["-A", *sys.argv[2:]]))
 """
 
@@ -69,7 +71,11 @@ def feed(process: subprocess.Popen[bytes], data: bytes) -> None:
 
 
 def start(*names: str, guest: str = "alive") -> subprocess.Popen[bytes]:
-    """Start a third stage.  guest: "alive", "gone", or "impatient": alive, and -A never waits."""
+    """Start a third stage.
+
+    guest: "alive" or "gone"; or "impatient" or "patient": alive, and -A drains its input not at
+    all, or for ever.
+    """
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, guest, *names],
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'lib'}:{ROOT / 'tests'}"},

@@ -235,7 +235,10 @@ class Sink(Protocol):
         """What the operator has to know about a start that succeeded, each in one line."""
 
     on_wait: Callable[[], None]
-    """Called often while open() and load() wait for a hypervisor; must not raise."""
+    """Called often while check(), open(), require_alive() and load() wait for a hypervisor.
+
+    If it raises a BhyError, the wait ends, and abort() undoes what was made.
+    """
 
     def check(self, head: Head) -> list[str]:
         """Compare the head with this host and the given resources.

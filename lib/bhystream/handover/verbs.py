@@ -36,7 +36,7 @@ def run(verb: Verb, role: Role, console: Console) -> int:
 
     Raises BhyError if the verb cannot be done.
     """
-    interrupts = Interrupts()
+    interrupts = Interrupts("nothing was changed")
     base = state.directory()
     records = Records(base, role)
     if verb.name == "-l":
@@ -44,7 +44,9 @@ def run(verb: Verb, role: Role, console: Console) -> int:
     guest = verb.guest or ""
     record = _one(records, guest, verb.name)
     lock = Lock(base, record.lock, f"guest {record.guest}")
-    interrupts.ignore()
+    interrupts.ignore(
+        lambda name: console.say(f"{name}: too late, {verb.name} ends as soon as it is done")
+    )
     try:
         # Read again under the lock: a keeper may have acted meanwhile.
         current = records.get(record.id)

@@ -2,7 +2,7 @@
 
 import sys
 
-from bhystream.recv.main import main
+from bhystream.start import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("bhyrecv", "recv"))

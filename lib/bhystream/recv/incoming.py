@@ -55,7 +55,8 @@ class Incoming:
     def run(self) -> None:
         """Build and start the guest.  Raises BhyError; then call undo(), and close() in the end."""
         job = self._job
-        job.reply.hello()
+        with job.signals.interruptible():
+            job.reply.hello()
         job.source.on_quiet = job.reply.hello if job.is_answered else None
         # The lock is held to the end: it refuses a second bhyrecv of the same
         # stream now, and the record refuses one later.
@@ -64,10 +65,11 @@ class Incoming:
             raise UsageError("the stream is a dry run (bhysend -n): read it with bhyrecv -n")
         require_startable(job.opts, job.walk, job.records)
         events = self._events()
-        building = self._accept(events)
-        ended, ended_ns = self._build(building, events)
-        job.seen(now=True)
-        building.load()
+        with job.signals.at_waits():
+            building = self._accept(events)
+            ended, ended_ns = self._build(building, events)
+            job.seen(now=True)
+            building.load()
         if job.opts.directory is not None:
             building.sink.start()
             what = f"its snapshot files are made: {building.operand}"
@@ -75,10 +77,12 @@ class Incoming:
             self._await_go(building.record(), events)
             what = "it runs here"
         elif job.opts.unstarted:
+            self._say_too_late("the guest is loaded")
             self._arrival.record(building.record(), LOADED)
             building.sink.leave_paused()
             what = "loaded, paused"
         else:
+            self._say_too_late("the guest is started")
             self._arrival.record(building.record(), STARTED)
             building.sink.start()
             what = "it runs here"
@@ -143,13 +147,27 @@ class Incoming:
         job = self._job
         head = next(event for event in events if isinstance(event, Head))
         building = self._building = Building(job, head)
+        building.sink.on_wait = job.signals.check
         self._arrival.take(building.sink)
         building.judge()
         if job.is_answered:
             job.source.on_quiet = None
-            building.sink.on_wait = lambda: job.seen(now=False)
-            self._arrival.accept()
+            building.sink.on_wait = self._wait
+            with job.signals.interruptible():
+                self._arrival.accept()
         return building
+
+    def _wait(self) -> None:
+        """Answer how far the stream has been read; raise Interrupted if a signal has come."""
+        self._job.seen(now=False)
+        self._job.signals.check()
+
+    def _say_too_late(self, what: str) -> None:
+        """Say of every signal from now on that it is too late."""
+        console = self._job.console
+        self._job.signals.on_deferred = lambda name: console.say(
+            f"{name}: too late, {what}; bhyrecv ends as soon as that is done"
+        )
 
     def _build(self, building: Building, events: Iterator[Item]) -> tuple[Ended, int]:
         """Build the guest up to END; return END, and when END was read, in monotonic ns."""
@@ -176,6 +194,7 @@ class Incoming:
         if not secrets.compare_digest(go.nonce, nonce):
             where = job.walk.place(Type.GO)
             raise IncompatibleError(f"{where}: GO has another nonce: it is not the answer to READY")
+        self._say_too_late("the guest is started")
         self._arrival.go()
 
     def _say_end(self, building: Building, what: str, ended: Ended, here_ns: int) -> None:

@@ -5,16 +5,17 @@ incoming.py builds the guest; judge.py does what -n asks for.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 
 from bhystream import commandline, inherited
-from bhystream.errors import EXIT_OK, BhyError, UsageError, as_error
+from bhystream.errors import EXIT_OK, BhyError, Interrupted, UsageError, as_error
 from bhystream.handover import state
 from bhystream.recv.options import Options, parse_options
 from bhystream.report import Console
-from bhystream.signals import Signals
+from bhystream.signals import Ended, Signals
 from bhystream.stream.format import Form
 
 _STDIN = 0
@@ -54,6 +55,9 @@ def receive(opts: Options, console: Console) -> int:
         incoming.run()
     except Exception as raised:
         signals.forget()
+        signals.on_deferred = lambda name: console.say(
+            f"{name}: bhyrecv is ending already, and first removes what it made"
+        )
         error = as_error(raised)
         if incoming.is_let_go:
             # The guest is where it was wanted; what failed came later.
@@ -63,7 +67,8 @@ def receive(opts: Options, console: Console) -> int:
     finally:
         incoming.close()
     if is_answered:
-        source.drain()
+        with contextlib.suppress(Interrupted), signals.interruptible():
+            source.drain()
     return EXIT_OK
 
 
@@ -79,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             with inherited.taken():
                 return _run(sys.argv[1:], console)
         return _run(argv, console)
+    except Ended as ended:
+        return console.fail(ended.as_error())
     except Exception as raised:
         return console.fail(as_error(raised))
     finally:

@@ -35,7 +35,7 @@ def run(id_: str, console: Console) -> int:
     """
     if not re.fullmatch("[0-9a-f]{32}", id_):
         raise UsageError(f"-q {id_}: not a stream id, 32 hexadecimal digits")
-    Interrupts()
+    Interrupts("nothing was answered: ask again")
     base = state.directory()
     reply = Reply(base, id_)
     records = Records(base, "destination")

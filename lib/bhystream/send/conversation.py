@@ -14,14 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import shlex
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 from bhystream.errors import (
@@ -30,6 +25,7 @@ from bhystream.errors import (
     BhyError,
     GuestError,
     InputOutputError,
+    Interrupted,
     ReaderGoneError,
     as_error,
     ending,
@@ -39,6 +35,7 @@ from bhystream.handover.answers import Answer, Inbox, LostError
 from bhystream.handover.handshake import ACCEPT_SECONDS, ANSWER_SECONDS, READY_SECONDS, Event
 from bhystream.handover.recorded import EVENTS
 from bhystream.report import Console
+from bhystream.send.command import Command
 from bhystream.send.flush import Flush
 from bhystream.send.options import AS_IT_IS
 from bhystream.send.rendezvous import Rendezvous
@@ -51,76 +48,6 @@ _HELLO_STALL_S = 60.0
 _LAST_WORDS_S = 5.0
 _END_SECONDS = 10.0
 _SHORT_SECONDS = 0.5
-# The command ignores these signals: a Ctrl-C or a closed terminal must not cut the
-# way back while GO may be out.  bhysend ends the command, by closing its standard input.
-_IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP)
-
-
-class Command:
-    """The command of the command form: a child process, which the caller must end()."""
-
-    def __init__(self, argv: Sequence[str], umask: int = AS_IT_IS) -> None:
-        """Start the command.  umask: the operator's, for the command.
-
-        The caller must not have started a thread yet, because preexec_fn is not safe
-        beside threads.  Raises GuestError if the command cannot be run.
-        """
-        self.words = shlex.join(argv)
-        try:
-            # Popen gives the child copies of its ends, so `theirs` closes them here in
-            # any case; `ours` closes bhysend's ends only if a step fails.
-            with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
-                stdin, self._stream = _pipe(theirs, ours)
-                self._answers, stdout = _pipe(ours, theirs)
-                self._process = subprocess.Popen(
-                    argv, stdin=stdin, stdout=stdout, preexec_fn=_ignore, umask=umask
-                )
-                ours.pop_all()
-        except OSError as error:
-            raise GuestError(f"cannot run {argv[0]}: {error.strerror}") from error
-        self.stream_fd = self._stream.fileno()
-        self.answer_fd = self._answers.fileno()
-
-    def hang_up(self) -> None:
-        """Close the command's standard input: the command reads EOF.  May be called twice."""
-        with contextlib.suppress(OSError):
-            self._stream.close()
-
-    def ends_within(self, seconds: float) -> int | None:
-        """Return the command's status if the command ends in that time, else None."""
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def end(self, seconds: float) -> int | None:
-        """Close the command's standard input and wait; kill the command after `seconds`.
-
-        Returns the command's status, or None if it was killed.
-        """
-        self.hang_up()
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            return None
-        finally:
-            self._answers.close()
-
-
-def _pipe(reading: contextlib.ExitStack, writing: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
-    """Return both ends of a pipe; each stack owns and closes its end.  Raises OSError."""
-    read_fd, write_fd = os.pipe()
-    return (
-        reading.enter_context(FileIO(read_fd, "r")),
-        writing.enter_context(FileIO(write_fd, "w")),
-    )
-
-
-def _ignore() -> None:
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -141,6 +68,7 @@ class Route:
     def __init__(
         self,
         console: Console,
+        signals: Signals,
         base: Path,
         names: tuple[str, str],
         id_: str,
@@ -155,6 +83,7 @@ class Route:
         InputOutputError or AccessError if bhysend cannot listen for third stages.
         """
         self._console = console
+        self._signals = signals
         self.who = f"guest {names[0]}"
         self.inbox = Inbox()
         self._rendezvous = Rendezvous(self.inbox, id_, names, self._noise)
@@ -162,6 +91,7 @@ class Route:
         self.stream_fd = _STDOUT
         self._is_closed = False
         self._is_explained = False
+        self._is_hurried = False
         try:
             if command:
                 self._command = Command(command, umask)
@@ -198,9 +128,18 @@ class Route:
         The reason is the destination's last answer, or else the command's status, each
         awaited for _LAST_WORDS_S.  What bhysend itself has found needs no explanation.  A
         command that still lives gives none: it will end only because bhysend ends its input.
+        A signal ends the wait.
         """
+        # The operator who gives up waits for nobody.
+        self._is_hurried = isinstance(error, Interrupted)
         if not isinstance(error, ReaderGoneError | LostError):
             return error
+        with contextlib.suppress(Interrupted), self._signals.interruptible():
+            return self._explained(error)
+        self._is_hurried = True
+        return error
+
+    def _explained(self, error: BhyError) -> BhyError:
         if self.inbox.hello is not None:
             self.inbox.wait(lambda: False, _LAST_WORDS_S)
         if self.inbox.final is not None:
@@ -221,10 +160,19 @@ class Route:
         if self._command:
             # A command may not see EOF: before HELLO it may be asking for a password,
             # and in doubt its link may be dead.  Then kill it soon.
-            hurry = self.inbox.hello is None or status == EXIT_IN_DOUBT
-            ended = self._command.end(_SHORT_SECONDS if hurry else _END_SECONDS)
+            hurry = self.inbox.hello is None or status == EXIT_IN_DOUBT or self._is_hurried
+            ended = self._end(self._command, hurry=hurry)
             if ended and not self._is_explained and self.inbox.final is None:
                 self._console.say(f"{self._command.words}: it {ending(ended)}")
+
+    def _end(self, command: Command, *, hurry: bool) -> int | None:
+        """End the command; return its status, or None if it was killed.  A signal kills it."""
+        if hurry:
+            self._signals.forget()  # half a second is soon enough
+        with contextlib.suppress(Interrupted), self._signals.interruptible():
+            return command.end(_SHORT_SECONDS if hurry else _END_SECONDS)
+        command.kill()
+        return None
 
     def _noise(self, line: bytes) -> None:
         """Show a line that a login shell has said before the first answer."""

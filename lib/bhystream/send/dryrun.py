@@ -143,7 +143,8 @@ def run(
         if is_read:
             ask(source, head, opts, base, console, signals)
         found = survey(source, head)
-    _report(source, head, found, opts, console)
+        # Its reader may never read it.
+        _report(source, head, found, opts, console)
     return EXIT_OK
 
 
@@ -164,7 +165,7 @@ def ask(
     from bhystream.send.conversation import Conversation, Route
 
     names = (source.name, opts.guest)
-    route = Route(console, base, names, header.stream_id.hex(), opts.command, opts.umask)
+    route = Route(console, signals, base, names, header.stream_id.hex(), opts.command, opts.umask)
     status = InternalError.status
     try:
         writer = Writer(route.stream_fd, header)

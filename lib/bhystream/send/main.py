@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bhystream import commandline, hypervisors, inherited
-from bhystream.errors import InternalError, UsageError, as_error
+from bhystream.errors import InternalError, Interrupted, UsageError, as_error
 from bhystream.handover import prune, standing, state
 from bhystream.report import Console
 from bhystream.send.options import AS_IT_IS, SendOptions, parse_options
-from bhystream.signals import Signals
+from bhystream.signals import Ended, Signals
 
 if TYPE_CHECKING:
     from bhystream.send.job import SendJob
@@ -42,7 +42,12 @@ def send(opts: SendOptions, console: Console) -> int:
     what = hypervisors.Sending(opts.guest, base, config=opts.config, force=opts.limits.finish)
     if what.is_cold:
         return send_cold(what, opts, base, console, signals)
-    source = hypervisors.open_source(what)
+    try:
+        with signals.at_waits():
+            source = hypervisors.open_source(what, signals.check)
+    except Interrupted as early:
+        early.hint = "nothing was begun"
+        raise
     try:
         with state.Lock(base, source.lock_name, f"guest {source.name}") as lock:
             standing.refuse_held(base, opts.guest, source.lock_name)
@@ -95,6 +100,9 @@ def move(job: SendJob) -> int:
     except Exception as raised:
         # Drop a pending signal: bhysend brings the guest back now in any case.
         job.signals.forget()
+        job.signals.on_deferred = lambda name: job.say(
+            f"{name}: bhysend is ending already, and first makes sure where the guest is"
+        )
         error = outgoing.recover(as_error(raised))
         status = error.status
         raise error from raised
@@ -115,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             with inherited.taken() as found:
                 return _run(sys.argv[1:], console, found.umask)
         return _run(argv, console, AS_IT_IS)
+    except Ended as ended:
+        return console.fail(ended.as_error())
     except Exception as raised:
         return console.fail(as_error(raised))
     finally:

@@ -78,6 +78,10 @@ class Outgoing:
             prepared = self._prepare(begun)
             record = self._record(begun, prepared)
             rounds = Rounds(job, head, begun, progress, self._watch, prepared)
+        # Between the blocks that a signal ends, a signal is told what happens next.
+        signals.on_deferred = lambda name: job.say(
+            f"{name}: giving up; the guest runs on here as soon as its hypervisor has answered"
+        )
         # A keeper watches from here on: if bhysend dies, the keeper acts on the record.
         custody = self._custody = Custody(job, begun, record, self._watch)
         rounds.precopy(custody.throttle)
@@ -137,7 +141,7 @@ class Outgoing:
         """
         job, opts = self._job, self._job.opts
         names = (job.source.name, opts.guest)
-        return Route(job.console, job.base, names, id_, opts.command, opts.umask)
+        return Route(job.console, job.signals, job.base, names, id_, opts.command, opts.umask)
 
     def _begin(self, header: Header, head: Head) -> Begun:
         """Write the head; in the answered forms, wait until the destination has accepted it."""
@@ -208,11 +212,11 @@ class Outgoing:
         console, name = self._job.console, self._job.source.name
         with self._job.signals.interruptible():
             custody.await_room()
+            # A full disk fails here, before END, while recover() can still resume the guest.
+            begun.writer.sync()
         self._job.signals.on_deferred = lambda signal: console.say(
             f"{signal}: too late, END is on its way; waiting until it is written"
         )
-        # A full disk fails here, before END, while recover() can still resume the guest.
-        begun.writer.sync()
         if keep:
             begun.writer.end()
             begun.writer.sync()

@@ -32,7 +32,7 @@ from bhystream.handover.recorded import RecordedGuest, event_of
 from bhystream.handover.state import Lock, Record, Records
 from bhystream.handover.where import Where, outcome, unfinished, what_to_type
 from bhystream.report import Console
-from bhystream.signals import Interrupts
+from bhystream.signals import Ended, Interrupts
 
 # Longer than a keeper, which has the lock, tries to resume a guest.
 _LOCK_SECONDS = 150.0
@@ -138,8 +138,10 @@ class Recovery:
                     if time.monotonic() > deadline:
                         self._undecided(record, hello, str(error))
                     time.sleep(0.1)
+        except Ended as ended:
+            self._undecided(record, hello, str(ended))
         finally:
-            self._interrupts.ignore()
+            self._interrupts.ignore(lambda name: None)
 
     def _settle(self, recorded: RecordedGuest, hello: Answer) -> int:
         record = recorded.record

@@ -27,7 +27,7 @@ from bhystream.handover.answers import Answer, Parser, pack
 from bhystream.report import Console
 from bhystream.send.recovery import Recovery
 from bhystream.send.rendezvous import READ_BYTES, connect
-from bhystream.signals import Interrupts
+from bhystream.signals import Ended, Interrupts
 
 _STDIN = 0
 # How long to read what still comes after bhysend has told its status; nobody needs it.
@@ -105,6 +105,7 @@ class ThirdStage:
         self._asked = False
         self._believed = True
         self._open = True
+        self._drain_seconds = _DRAIN_SECONDS
 
     def relay(self) -> None:
         """Hand on answers to the end of the input, or until soon after bhysend's status."""
@@ -119,7 +120,8 @@ class ThirdStage:
             if _STDIN in ready:
                 self._read()
             if self.status() is not None and until is None:
-                until = time.monotonic() + _DRAIN_SECONDS
+                until = time.monotonic() + self._drain_seconds
+                self._interrupts.obey()
 
     def status(self) -> int | None:
         """Return the status that bhysend has told, None if it has told none."""
@@ -161,7 +163,7 @@ class ThirdStage:
             return
         self._asked = True
         # A Ctrl-C reaches the whole pipeline; only bhysend decides what it means.
-        self._interrupts.ignore()
+        self._interrupts.ignore(self._hurry)
         found = connect(self._base, hello.id)
         if found is None:
             return
@@ -169,6 +171,10 @@ class ThirdStage:
         self._bhysend = Bhysend(connection)
         if self._guest not in (None, *names):
             raise UsageError(f"stream {hello.id} is of guest {names[0]}, not {self._guest}")
+
+    def _hurry(self, name: str) -> None:
+        """Note a signal: the processes before this one end too, or have nothing more to say."""
+        self._drain_seconds = 0.0
 
     def _shut(self) -> None:
         """Let bhysend see that nothing more comes."""
@@ -183,6 +189,7 @@ class ThirdStage:
 
         Raises what the methods of Recovery raise.
         """
+        self._interrupts.ignore(self._hurry)
         recovery = Recovery(self._base, self._console, self._guest, self._words, self._interrupts)
         hello = self._parser.hello
         if hello is None:
@@ -202,6 +209,12 @@ def run(guest: str | None, console: Console) -> int:
     if os.isatty(_STDIN):
         raise UsageError("standard input is a terminal: the answers come from a pipe")
     third = ThirdStage(guest, state.directory(), console, Interrupts())
-    third.relay()
+    try:
+        third.relay()
+    except Ended as ended:
+        # Before the first answer: then the guest may be in doubt here, and the status says so;
+        # or when all is decided.
+        if third.status() is None:
+            console.say(str(ended))
     status = third.status()
     return third.settle() if status is None else status

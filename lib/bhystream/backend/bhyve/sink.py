@@ -41,7 +41,13 @@ from bhystream.backend.bhyve.restoredguest import RestoredGuest
 from bhystream.backend.bhyve.validate import validate
 from bhystream.backend.bhyve.waitingrestore import WaitingRestore
 from bhystream.backend.bhyve.wanted import Wanted
-from bhystream.errors import BhyError, IncompatibleError, InternalError, from_oserror
+from bhystream.errors import (
+    BhyError,
+    IncompatibleError,
+    InternalError,
+    Interrupted,
+    from_oserror,
+)
 from bhystream.guest import Head, Json, State
 from bhystream.memory.target import FileTarget, MappedTarget
 
@@ -133,6 +139,8 @@ class BhyveSink:
             return [f"hypervisor: the guest runs under {ascii(kind)[:40]}, not {host.kind}"]
         try:
             hard, soft, guest = self._wanted.judge(head, validate(head.config))
+        except Interrupted:  # of on_wait
+            raise
         except (BhyError, OSError) as error:
             return [str(error)]
         reasons = hard if self._force else hard + soft
@@ -185,6 +193,10 @@ class BhyveSink:
         restore = self._hold(guest, planned.kern_bytes)
         return [MappedTarget(view) for view in restore.memory]
 
+    def _wait(self) -> None:
+        # on_wait is set, and set again, after this object is made.
+        self.on_wait()
+
     def _make_memory_file(self, guest: RestoredGuest) -> int:
         """Make FILE as one hole of the guest's size; return its descriptor, which load() closes."""
         path = guest.files.memory
@@ -198,7 +210,7 @@ class BhyveSink:
 
     def _hold(self, guest: RestoredGuest, kern_bytes: int) -> WaitingRestore:
         """Start the guest's bhyve; return it when it waits for the last page."""
-        restore = start_waiting(self._wanted.host, guest, guest.files, kern_bytes, self.on_wait)
+        restore = start_waiting(self._wanted.host, guest, guest.files, kern_bytes, self._wait)
         self._made.callback(restore.undo)
         self._stage = Waiting(guest, restore)
         return restore
@@ -231,6 +243,8 @@ class BhyveSink:
     def start(self) -> None:
         """Let bhyve restore the guest and run it, independent of bhyrecv.  Raises BhyError."""
         guest, restore = self._checked.guest, self._checked.waiting()
+        # From here on nothing may end the wait for bhyve.
+        self.on_wait = lambda: None
         try:
             restore.release()
         except BaseException:

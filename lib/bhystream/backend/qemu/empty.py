@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 from bhystream.backend.qemu import facts, host, scope, verdict
@@ -29,15 +30,18 @@ class Empty:
         name: str,
         qmp_path: str,
         state_dir: str,
+        on_wait: Callable[[], None],
     ) -> None:
         """Prepare; start nothing.  config: validated.  name: the guest's at this host.
 
-        qmp_path: absolute.  state_dir: has a directory log/, for QEMU's log.
+        qmp_path: absolute.  state_dir: has a directory log/, for QEMU's log.  on_wait: as
+        in Qmp.
         """
         self._config = config
         self._resources = resources
         self._name = name
         self._who = f"guest {name}"
+        self._on_wait = on_wait
         self._qmp_path = qmp_path
         self._log = os.path.join(state_dir, "log", f"{name}.log")
         self._child: Launched | None = None
@@ -125,7 +129,7 @@ class Empty:
         words = [*scope.leaving(self._name), *argv]
         child = Launched(words, self._log, self._who, self._resources.secrets())
         try:
-            qmp = child.connect(path)
+            qmp = child.connect(path, self._on_wait)
         except BaseException:
             child.kill()
             child.remove_log()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from bhystream.backend.launch import Child
 from bhystream.backend.qemu.qmp import NobodyListensError, Qmp
@@ -45,14 +45,17 @@ class Launched(Child):
         """Say whether QEMU ends within a moment, as it does after closing its connection."""
         return self.ends_within(0.5)
 
-    def connect(self, qmp_path: str) -> Qmp:
-        """Wait until QEMU listens at its QMP socket; connect.  Raises GuestError."""
+    def connect(self, qmp_path: str, on_wait: Callable[[], None]) -> Qmp:
+        """Wait until QEMU listens at its QMP socket; connect.  Raises GuestError.
+
+        on_wait: as in Qmp.
+        """
         end = time.monotonic() + START_LIMIT_S
         while True:
             if self.has_ended():
                 raise GuestError(f"{self._who}: cannot start QEMU: {self.last_words()}")
             try:
-                return Qmp(qmp_path, self._who)
+                return Qmp(qmp_path, self._who, on_wait)
             except NobodyListensError:
                 if time.monotonic() > end:
                     raise
@@ -60,4 +63,5 @@ class Launched(Child):
                 # QEMU may have listened, and ended before it greeted us.
                 if not self._gone_soon():
                     raise
+            on_wait()
             time.sleep(0.005)

@@ -7,11 +7,13 @@ import fcntl
 import os
 import select
 import time
+from collections.abc import Callable
 
 from bhystream.backend.process import identify, is_alive
 from bhystream.backend.qemu import facts, migration
 from bhystream.backend.qemu.migration import PIPE_BYTES
 from bhystream.backend.qemu.qmp import ConnectionLostError, Qmp
+from bhystream.backend.qemu.wire import LOOK_S
 from bhystream.errors import GuestError
 
 LOAD_LIMIT_S = 60.0
@@ -21,12 +23,13 @@ _NAME = "bhyrecv"
 class StatePipe:
     """A pipe to a QEMU that is `inmigrate`, which reads nothing from it before feed()."""
 
-    def __init__(self, qmp: Qmp) -> None:
+    def __init__(self, qmp: Qmp, on_wait: Callable[[], None]) -> None:
         """Make the pipe, and give QEMU its reading end.  qmp stays the caller's.
 
-        Raises CommandError or ConnectionLostError.
+        on_wait: as in Qmp.  Raises CommandError or ConnectionLostError.
         """
         self._qmp = qmp
+        self._on_wait = on_wait
         read_end, self._fd = os.pipe()
         try:
             with contextlib.suppress(OSError):
@@ -47,10 +50,10 @@ class StatePipe:
         end = time.monotonic() + LOAD_LIMIT_S
         try:
             self._qmp.execute("migrate-incoming", {"uri": f"fd:{_NAME}"}, doing="load state")
-            _write_all(self._qmp, self._fd, data, end)
+            _write_all(self._qmp, self._fd, data, end, self._on_wait)
         finally:
             self.close()
-        _await_loaded(self._qmp, end)
+        _await_loaded(self._qmp, end, self._on_wait)
 
     def take_back(self) -> None:
         """Take the reading end from a QEMU that goes on waiting.  Never raises."""
@@ -65,14 +68,15 @@ class StatePipe:
             self._fd = -1
 
 
-def _write_all(qmp: Qmp, fd: int, data: bytes, end: float) -> None:
+def _write_all(qmp: Qmp, fd: int, data: bytes, end: float, on_wait: Callable[[], None]) -> None:
     """Write without blocking, so that a QEMU that stops reading cannot block us."""
     os.set_blocking(fd, False)
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
     view, who = memoryview(data), identify(qmp.pid, "QEMU")
     while view:
-        if not poll.poll(1000) and (time.monotonic() > end or not is_alive(who)):
+        on_wait()
+        if not poll.poll(LOOK_S * 1000) and (time.monotonic() > end or not is_alive(who)):
             raise ConnectionLostError(f"{qmp.who}: cannot load state: QEMU does not take it")
         try:
             view = view[os.write(fd, view) :]
@@ -83,7 +87,7 @@ def _write_all(qmp: Qmp, fd: int, data: bytes, end: float) -> None:
             return
 
 
-def _await_loaded(qmp: Qmp, end: float) -> None:
+def _await_loaded(qmp: Qmp, end: float, on_wait: Callable[[], None]) -> None:
     while True:
         now, error = migration.progress(qmp)
         if now == "completed":
@@ -92,6 +96,7 @@ def _await_loaded(qmp: Qmp, end: float) -> None:
             raise GuestError(
                 f"{qmp.who}: cannot load state: migration {now}" + (f": {error}" if error else "")
             )
+        on_wait()
         time.sleep(migration.POLL_S)
     state = facts.status(qmp)
     if state not in ("paused", "prelaunch"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,14 +111,14 @@ class Opened:
         self.ram.close()
 
 
-def open_guest(qmp_path: str, *, force: bool) -> Opened:
+def open_guest(qmp_path: str, *, force: bool, on_wait: Callable[[], None]) -> Opened:
     """Open a guest.  Raises GuestError, IncompatibleError or AccessError.
 
-    force: what force means for QemuSource().
+    force, on_wait: what they mean for QemuSource().
     """
     fallback = _name_of_path(qmp_path)
     with contextlib.ExitStack() as undo:
-        qmp = Qmp(os.path.abspath(qmp_path), f"guest {fallback}")
+        qmp = Qmp(os.path.abspath(qmp_path), f"guest {fallback}", on_wait)
         undo.callback(qmp.close)
         identity = identify(qmp.pid, "QEMU")
         _require_running(qmp)

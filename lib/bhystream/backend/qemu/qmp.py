@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from bhystream.backend.process import await_end, identify, peer_pid
 from bhystream.backend.qemu.process import read_argv
 from bhystream.backend.qemu.wire import RefusedError, Wire
-from bhystream.errors import AccessError, GuestError
+from bhystream.errors import AccessError, BhyError, GuestError
 
 GREETING_LIMIT_S = 5.0
 COMMAND_LIMIT_S = 10.0
@@ -61,9 +61,12 @@ class Qmp:
 
     who: names the guest in messages, "guest web1"; may be set later, when the
     name is known.  pid: the process that listens.  version: "7.2.22".
+
+    on_wait, below: as in Wire; what it raises ends the command, whose effect is then unknown,
+    and has to be a BhyError.
     """
 
-    def __init__(self, path: str, who: str) -> None:
+    def __init__(self, path: str, who: str, on_wait: Callable[[], None] = lambda: None) -> None:
         """Connect.  Raises AccessError if the socket is forbidden, else GuestError."""
         self.path = path
         self.who = who
@@ -74,7 +77,7 @@ class Qmp:
                 raise GuestError(
                     f"{who}: cannot connect: libvirt manages this QEMU", hint="virsh migrate"
                 )
-            self._wire = Wire(sock)
+            self._wire = Wire(sock, on_wait)
             self.version = self._greet()
         except BaseException:
             sock.close()
@@ -117,6 +120,8 @@ class Qmp:
             self._wire.answer(id_, GREETING_LIMIT_S)
         except TimeoutError:
             raise self._busy() from None
+        except BhyError:  # of on_wait
+            raise
         except Exception as error:
             if await_end(who, _END_S):
                 text = f"{self.who}: its QEMU (process {self.pid}) has ended"
@@ -164,6 +169,8 @@ class Qmp:
             raise ConnectionLostError(
                 f"{self.who}: cannot {doing}: QEMU did not answer {command} in {limit_s:g} s"
             ) from None
+        except BhyError:  # of on_wait
+            raise
         except Exception as error:
             # WireError and OSError mean the same to us.
             raise ConnectionLostError(

@@ -35,7 +35,14 @@ from bhystream.backend.qemu.resources import Resources
 from bhystream.backend.qemu.source import record_of
 from bhystream.backend.qemu.validate import validate
 from bhystream.backend.qemu.wanted import Wanted, connect
-from bhystream.errors import BhyError, GuestError, IncompatibleError, InternalError, UsageError
+from bhystream.errors import (
+    BhyError,
+    GuestError,
+    IncompatibleError,
+    InternalError,
+    Interrupted,
+    UsageError,
+)
 from bhystream.guest import Head, Json, State
 from bhystream.memory import hole
 from bhystream.memory.target import FileTarget, MappedTarget
@@ -139,6 +146,10 @@ class QemuSink:
             raise InternalError(f"QemuSink: {stage.MISSING}")
         return self._stage
 
+    def _wait(self) -> None:
+        # on_wait is set, and set again, after this object is made.
+        self.on_wait()
+
     # ---- check
 
     def check(self, head: Head) -> list[str]:
@@ -149,6 +160,8 @@ class QemuSink:
         try:
             config = validate(head.config)
             hard, soft = self._wanted.judge(head, config, self._connect)
+        except Interrupted:  # of on_wait
+            raise
         except (BhyError, OSError) as error:
             return [str(error)]
         reasons = hard if self._force else hard + soft
@@ -163,7 +176,7 @@ class QemuSink:
         """
         if self._waiting is None:
             who = f"guest {self._wanted.given_name or os.path.basename(path)}"
-            if found := connect(path, who):
+            if found := connect(path, who, self._wait):
                 self._made.callback(found.close)
                 self._waiting = found
         return self._waiting
@@ -200,7 +213,12 @@ class QemuSink:
         """
         wanted, fd = self._wanted, None
         empty = Empty(
-            checked.config, wanted.resources, checked.name, checked.qmp_path, wanted.state_dir
+            checked.config,
+            wanted.resources,
+            checked.name,
+            checked.qmp_path,
+            wanted.state_dir,
+            self._wait,
         )
         self._made.callback(empty.remove)
         if wanted.resources.get("template"):
@@ -248,7 +266,7 @@ class QemuSink:
         record = dict(record_of(qmp, checked.name, settings)) | {"announce": True}
         migration.set_capabilities(qmp, wanted)
         migration.set_parameters(qmp, {"announce-rounds": 0})
-        pipe = StatePipe(qmp)
+        pipe = StatePipe(qmp, self._wait)
         self._ram.callback(pipe.close)
         if empty is None:
             self._made.callback(pipe.take_back)
@@ -287,6 +305,8 @@ class QemuSink:
         qmp = guest.qmp
         if not is_alive(guest.identity):  # QEMU has ended meanwhile, so its guest has not run
             raise guest.blame(GuestError(f"{qmp.who}: cannot start: its QEMU has ended"))
+        # From here on nothing may end the wait for QEMU.
+        self.on_wait = lambda: None
         self.may_have_run = True
         try:
             with qmp.ahead("cont", "query-status"):

@@ -43,13 +43,15 @@ _QUIET = ("query-status", "query-jobs", "query-block-exports", "query-block")
 class QemuSource:
     """A running guest, named by the path of its QMP socket."""
 
-    def __init__(self, qmp_path: str, *, force: bool = False) -> None:
+    def __init__(
+        self, qmp_path: str, *, force: bool = False, on_wait: Callable[[], None] = lambda: None
+    ) -> None:
         """Open the guest.  Raises GuestError, IncompatibleError or AccessError.
 
         force: also open a guest that writes to another image than QEMU's command
-        line names, or that a supervisor might start again.
+        line names, or that a supervisor might start again.  on_wait: as in Qmp.
         """
-        self._opened = open_guest(qmp_path, force=force)
+        self._opened = open_guest(qmp_path, force=force, on_wait=on_wait)
         self._is_suspended = False
         self._walked: list[tuple[int, int]] | None = None
 

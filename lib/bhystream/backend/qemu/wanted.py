@@ -93,11 +93,11 @@ class Wanted:
         return words[0], words[1:]
 
 
-def connect(path: str, who: str) -> Qmp | None:
+def connect(path: str, who: str, on_wait: Callable[[], None]) -> Qmp | None:
     """Return a connection to the QEMU that waits at a socket; None if none waits.
 
-    Raises IncompatibleError if the path is no socket, because a QEMU that is told
-    to listen at a path unlinks the file there.  Raises GuestError as Qmp() does.
+    on_wait: as in Qmp.  Raises IncompatibleError if the path is no socket, because a QEMU
+    that is told to listen at a path unlinks the file there.  Raises GuestError as Qmp() does.
     """
     try:
         mode = os.lstat(path).st_mode
@@ -106,6 +106,6 @@ def connect(path: str, who: str) -> Qmp | None:
     if not stat.S_ISSOCK(mode):
         raise IncompatibleError(f"qmp: {path} exists and is not a socket")
     try:
-        return Qmp(path, who)
+        return Qmp(path, who, on_wait)
     except NobodyListensError:
         return None  # the socket's QEMU has ended; a QEMU of ours replaces the socket

@@ -13,13 +13,15 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bhystream.strict_json import loads
 
 # The longest answers, of query-block, have some kilobytes for each disk.
 MAX_LINE_BYTES = 10 << 20
+# How often on_wait is called.
+LOOK_S = 0.2
 _READ_BYTES = 1 << 16
 
 
@@ -34,9 +36,13 @@ class RefusedError(Exception):
 class Wire:
     """The client's end of one QMP connection.  Calls raise WireError, OSError, TimeoutError."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        """Take a connected socket over; close() closes it.  Nothing is read yet."""
+    def __init__(self, sock: socket.socket, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Take a connected socket over; close() closes it.  Nothing is read yet.
+
+        on_wait: called every LOOK_S while a line is awaited; ends the wait if it raises.
+        """
         self._socket = sock
+        self._on_wait = on_wait
         self._received = bytearray()
         self._searched = 0
         self._sent = 0
@@ -117,8 +123,12 @@ class Wire:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError
-            self._socket.settimeout(left_s)
-            more = self._socket.recv(_READ_BYTES)
+            self._socket.settimeout(min(left_s, LOOK_S))
+            try:
+                more = self._socket.recv(_READ_BYTES)
+            except TimeoutError:
+                self._on_wait()
+                continue
             if not more:
                 raise WireError("it has closed the connection")
             self._received += more

@@ -1,0 +1,28 @@
+"""The two programs, from their first instruction of ours to their last.
+
+A program spends its first tenth of a second on imports, and a Ctrl-C may come then, as it may
+when the program ends: both must not end in a traceback, or in a status that says something else.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from bhystream.signals import Ended, end_early, ignore_all
+
+
+def run(name: str, package: str) -> int:
+    """Run a program; return its exit status.
+
+    name: as messages begin.  package: its part of bhystream, whose main.main() runs it.
+    """
+    try:
+        end_early("nothing was begun")
+        return int(importlib.import_module(f"bhystream.{package}.main").main())
+    except Ended as ended:
+        # Else main() reports it.
+        from bhystream.report import Console
+
+        return Console(name).fail(ended.as_error())
+    finally:
+        ignore_all()
