@@ -10,6 +10,7 @@ import pytest
 
 from bhystream.backend.qemu.validate import validate
 from bhystream.errors import IncompatibleError
+from support.limits import of_page
 
 GOOD: dict[str, Any] = {
     "hypervisor": "qemu", "name": "web1", "arch": "x86_64",
@@ -136,3 +137,25 @@ def test_a_message_shows_hostile_text_short_and_in_ascii() -> None:
         validate({**GOOD, "\x1b[2J" + "\u202e" * 500: 1})
     text = str(caught.value)
     assert text.isascii() and text.isprintable() and len(text) < 200
+
+
+LIMITS: dict[str, Callable[[dict[str, Any], int], None]] = {
+    "entries in a list or an object of CONFIG": lambda config, count: config.update(
+        objects=[{"type": "rng", "id": f"rng{at}"} for at in range(count)]
+    ),
+    "features of the processor": lambda config, count: config["cpu"].update(
+        features=["+ssse3"] * count
+    ),
+    "bytes of memory in CONFIG": lambda config, count: config["memory"].update(size_bytes=count),
+}
+
+
+@pytest.mark.parametrize("what", LIMITS)
+def test_so_much_is_taken_and_no_more(what: str) -> None:
+    """The numbers are those of bhystream(5), LIMITS."""
+    config, most = copy.deepcopy(GOOD), of_page()[what]
+    LIMITS[what](config, most)
+    assert validate(config) == config
+    LIMITS[what](config, most + 1)
+    with pytest.raises(IncompatibleError):
+        validate(config)

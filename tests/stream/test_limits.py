@@ -82,6 +82,7 @@ def test_the_page_has_the_numbers_of_the_code() -> None:
         "states that meta lists in one array": snapshot.MAX_ITEMS,
         "bytes in a state that meta lists": snapshot.MAX_BLOB_BYTES,
         "entries in a list or an object of CONFIG": qemu._MAX_LIST,
+        "features of the processor": qemu._MAX_FEATURES,
         "bytes of memory in CONFIG": qemu._MAX_GUEST_BYTES,
     } == SAID
     assert fmt.CAPS[fmt.Type.REHEARSAL] == SAID["bytes in the state meta and in REHEARSAL"]

@@ -21,6 +21,7 @@ from bhystream.guest import PAGE_BYTES
 Check = Callable[[Any, str], Any]
 
 _MAX_LIST = 256
+_MAX_FEATURES = 512  # of a processor
 _MAX_GUEST_BYTES = 1 << 46
 _EMPTY = re.compile("")
 
@@ -198,7 +199,12 @@ _SCHEMA = _record(
         "accel": _record({"type": _one_of(allow.ACCELS), "props": _simple(allow.ACCEL_PROPS)}),
         "cpu": _either(
             _null,
-            _record({"model": _text(allow.WORD), "features": _list(_text(allow.CPU_FEATURE), 512)}),
+            _record(
+                {
+                    "model": _text(allow.WORD),
+                    "features": _list(_text(allow.CPU_FEATURE), _MAX_FEATURES),
+                }
+            ),
         ),
         "smp": _simple(allow.SMP_KEYS, _COUNT),
         "memory": _record(
