@@ -18,6 +18,7 @@ from bhystream.errors import GuestEndedError, GuestError, IncompatibleError
 from bhystream.guest import State
 from bhystream.standin.kernel import StandinHost
 from bhystream.standin.vm import StandinVm
+from standin.held import fifos_of
 from standin.rig import Spec
 
 from .bhyve_rig import ID, Two, require_sink, sink_prefix, small_tmpfs, two_hosts, without_sink
@@ -167,6 +168,20 @@ def test_a_pause_finds_it_and_the_guest_stands_until_it_is_resumed(two: Two, sin
     made.close()
     two.assert_runs_on()
     assert "nvlist_recv() failed" not in guest.stderr()
+
+
+def test_only_bhyve_has_the_fifo_open_while_the_guest_stands(two: Two, sink: str) -> None:
+    """Else the end of a request could not be seen: see fifo.has_reader()."""
+    guest = two.start()
+    made = two.source()
+    made.prepare(ID)
+    paused = made.pause()
+    path = Path(paused.record.directory, "ckp.meta")
+    assert fifos_of(os.getpid(), path) == 0
+    assert fifos_of(guest.process.pid, path) > 0
+    paused.resume()
+    made.close()
+    two.assert_runs_on()
 
 
 def test_a_device_that_cannot_be_saved_is_refused_by_the_rehearsal(two: Two, sink: str) -> None:

@@ -422,11 +422,24 @@ def changing(batch: Batch) -> tuple[memoryview, bytes]:
 
     The batch must hold one page.  The page returned begins 64 bytes before the
     place of the batch's next page, so the copy, 64 bytes at a time, meets what
-    it has itself just written.
+    it has itself just written.  When it is copied, it is what the copy is.
     """
     owner = memoryview(batch.page_view().obj)
     live = owner[PAGE - 64 : 2 * PAGE - 64]
     return live, bytes(live[:64]) * 64
+
+
+def changing_behind(batch: Batch) -> tuple[memoryview, bytes]:
+    """Return a page that changes where it was copied already, and what the copy will be.
+
+    The batch must hold one page of at least three.  The page returned begins 64 bytes
+    behind the place of the batch's next page, so the copy overwrites what it has just
+    read.  When it is copied, it is something else.
+    """
+    owner = memoryview(batch.page_view().obj)
+    live = owner[PAGE + 64 : 2 * PAGE + 64]
+    live[:] = b"".join(n.to_bytes(8, "little") for n in range(PAGE // 8))
+    return live, bytes(live)
 
 
 def test_a_page_that_changes_back_before_it_is_copied_is_not_sent(
@@ -444,12 +457,16 @@ def test_a_page_that_changes_back_before_it_is_copied_is_not_sent(
 
 
 @pytest.mark.parametrize("everything", [False, True])
-def test_the_copy_is_hashed_and_not_the_live_page(hasher: PageHasher, everything: bool) -> None:
-    batch = Batch(hasher, 2, 2)
+@pytest.mark.parametrize("make", [changing, changing_behind])
+def test_the_copy_is_hashed_and_not_the_live_page(
+    hasher: PageHasher, everything: bool, make: Callable[[Batch], tuple[memoryview, bytes]]
+) -> None:
+    batch = Batch(hasher, 3, 2)
     table, touched = PageHashes(hasher, 2), all_bits(2)
     batch.collect(bytes(range(256)) * 16, 0, 0, 1, table, touched, True)
-    live, copy = changing(batch)
+    live, copy = make(batch)
     assert batch.collect(live, 1, 0, 1, table, touched, everything) == 1
+    assert (live == copy) == (make is changing)
     _, hashes, pages = listed(batch)
     assert pages[PAGE:] == copy
     assert hashes[1] == table[1] == digest(copy)

@@ -17,10 +17,12 @@ from bhystream.errors import (
     GuestEndedError,
     GuestError,
     HeldError,
+    InDoubtError,
     InputOutputError,
+    InternalError,
     StaleError,
 )
-from bhystream.guest import HELD, PAUSED
+from bhystream.guest import GO, HELD, PAUSED
 from bhystream.handover.answers import Answer
 from bhystream.handover.handshake import Event
 from bhystream.handover.state import Lock, Record, Records
@@ -110,12 +112,12 @@ class Case:
     def __init__(self, base: Path) -> None:
         self.guest, self.base = Guest(), base
         self.fd = os.open(os.devnull, os.O_WRONLY)
-        writer = Writer(self.fd, Header(Form.ANSWERED, Feature(0), bytes.fromhex(ID), 1))
+        self.writer = Writer(self.fd, Header(Form.ANSWERED, Feature(0), bytes.fromhex(ID), 1))
         self.lock = Lock(base, "bhyve-web1", "guest web1")
         opts = SendOptions(guest="web1", limits=Limits(), answered=True)
         job = SendJob(opts, base, Console("bhysend"), Signals(), cast(Any, self.guest), self.lock)
         record = Record(ID, "web1", "web1", "bhyve-web1", PAUSED, {})
-        begun = Begun(writer, cast(Conversation, Talk()))
+        begun = Begun(self.writer, cast(Conversation, Talk()))
         self.watch = Stopwatch()
         self.custody = Custody(job, begun, record, self.watch)
 
@@ -171,6 +173,29 @@ def test_a_guest_that_cannot_be_ended_here_is_named_with_its_verb(case: Case) ->
     assert isinstance(told, HeldError)
     assert "it runs on hv2, and cannot be ended here: no" in str(told)
     assert told.hint == f"end what is left here: bhysend --discard {ID}"
+    assert case.keeper.dismissed == 0  # it goes on trying when bhysend has ended
+
+
+def test_a_failure_after_go_leaves_the_guest_paused(case: Case) -> None:
+    """Whatever fails: only an answer of the destination lets the guest run here again."""
+    case.commit()
+    told = case.custody.recover(InternalError("the answers cannot be read")).instead
+    assert isinstance(told, InDoubtError) and "the answers cannot be read" in str(told)
+    assert f"bhysend --resume --in-doubt {ID}" in told.hint
+    assert [record.phase for record in Records(case.base, "source").all()] == [GO]
+    assert case.guest.done == ["pause"]
+
+
+@pytest.mark.parametrize("end", [Custody.hold, Custody.release])
+def test_a_guest_that_another_program_let_run_is_neither_held_nor_kept(
+    case: Case, end: Callable[[Custody], None]
+) -> None:
+    case.custody.pause()
+    case.guest.fails["require_paused"] = StaleError("another program let the guest run")
+    told, where = recovered(case, lambda: end(case.custody))
+    assert told is None and where.startswith("guest web1: it runs here")
+    assert not case.writer.ended
+    assert Records(case.base, "source").all() == []
 
 
 def test_a_guest_whose_hypervisor_is_gone_is_not_left_to_the_keeper(case: Case) -> None:
