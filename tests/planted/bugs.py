@@ -1,8 +1,13 @@
-"""The bugs that are planted."""
+"""All bugs that are planted, by their kind."""
 
 from __future__ import annotations
 
-from planted import lengths, memory, stream
-from planted.bug import Bug
+from planted import bhyve, checksums, handshake, lengths, memory, parsers, records
+from planted.bug import Bug, Kind
 
-BUGS: tuple[Bug, ...] = (*stream.BUGS, *lengths.BUGS, *memory.BUGS)
+_MODULES = (checksums, lengths, parsers, handshake, records, bhyve, memory)
+_ORDER = list(Kind)
+
+BUGS: tuple[Bug, ...] = tuple(
+    sorted((bug for module in _MODULES for bug in module.BUGS), key=lambda b: _ORDER.index(b.kind))
+)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from planted.bug import Bug, Kind
 
+RESIDENCY = "backend/bhyve/residency.py"
+
 BUGS = (
     Bug(
         Kind.PAGE,
@@ -20,14 +22,6 @@ BUGS = (
         "    return seen == 0\n",
         "    return seen == word\n",
         ("memory/test_batch.py::test_one_byte_makes_a_page_not_zero",),
-    ),
-    Bug(
-        Kind.PAGE,
-        "a page in place is zero if all but its last word are",
-        "memory/page.pxd",
-        "    for i in range(PAGE_BYTES // 8):\n",
-        "    for i in range(PAGE_BYTES // 8 - 1):\n",
-        ("memory/test_batch.py::test_in_place_only_pages_of_zeros_are_zero",),
     ),
     Bug(
         Kind.PAGE,
@@ -55,10 +49,18 @@ BUGS = (
     ),
     Bug(
         Kind.PAGE,
-        "a bit is looked for one page too far",
+        "behind 64 pages that were not touched, one more is passed over",
         "memory/page.pxd",
         "        at = (at | 63) + 1\n    return end\n",
         "        at = (at | 63) + 2\n    return end\n",
+        ("memory/test_batch.py::test_pages_come_and_go_in_a_large_guest",),
+    ),
+    Bug(
+        Kind.PAGE,
+        "behind 64 pages that were zero, one more is passed over",
+        "memory/page.pxd",
+        "            page = (page | (BLOCK_PAGES - 1)) + 1\n",
+        "            page = (page | (BLOCK_PAGES - 1)) + 2\n",
         ("memory/test_batch.py::test_no_page_is_passed_over_from_any_page_on",),
     ),
     Bug(
@@ -139,10 +141,8 @@ BUGS = (
         Kind.PAGE,
         "a page that was placed is not noted",
         "memory/scatter.pyx",
-        "    for i in range(lo, hi):\n"
-        "        to.placed[i >> 6] |= <uint64_t>1 << (i & 63)\n",
-        "    for i in range(lo, hi - 1):\n"
-        "        to.placed[i >> 6] |= <uint64_t>1 << (i & 63)\n",
+        "    for i in range(lo, hi):\n        to.placed[i >> 6] |= <uint64_t>1 << (i & 63)\n",
+        "    for i in range(lo, hi - 1):\n        to.placed[i >> 6] |= <uint64_t>1 << (i & 63)\n",
         ("memory/test_scatter.py::test_scatter_into_over_segments_and_rounds",),
     ),
     Bug(
@@ -151,16 +151,13 @@ BUGS = (
         "memory/scatter.pyx",
         "        source += n\n        nbytes -= <uint64_t>n\n",
         "        source += n\n        nbytes = 0\n",
-        (
-            "memory/test_scatter.py::test_scatter_continues_short_writes_and_retries_eintr",
-        ),
+        ("memory/test_scatter.py::test_scatter_continues_short_writes_and_retries_eintr",),
     ),
     Bug(
         Kind.PAGE,
         "the dirty log begins anew after round 0, not before",
         "send/transfer.py",
-        "        changed = self._source.changed()\n"
-        "        if changed is None or way.everything:\n",
+        "        changed = self._source.changed()\n        if changed is None or way.everything:\n",
         "        changed = None if way.everything else self._source.changed()\n"
         "        if changed is None or way.everything:\n",
         ("send/test_transfer.py::test_a_dirty_log_says_what_to_look_at",),
@@ -209,6 +206,33 @@ BUGS = (
         ("backend/test_bhyve_pages.py::test_the_last_round_believes_no_log",),
     ),
     Bug(
+        Kind.PAGE,
+        "pages that were swapped out pass for never touched",
+        RESIDENCY,
+        "    if used_bytes:\n",
+        "    if False:\n",
+        ("backend/test_bhyve_pages.py::test_every_page_is_read_where_the_host_swaps",),
+    ),
+    Bug(
+        Kind.PAGE,
+        "pages that are not mapped here pass for never touched",
+        RESIDENCY,
+        '    if mapped.strip() != "0":\n',
+        "    if False:\n",
+        ("backend/test_bhyve_pages.py::test_every_page_is_read_where_mincore_tells_nothing",),
+    ),
+    Bug(
+        Kind.PAGE,
+        "swap that comes into use while mincore(2) is asked is not seen",
+        "backend/bhyve/memory.py",
+        "            if believes_mincore(self._host, self.is_wired)[0]:\n                pairs",
+        "            if True:\n                pairs",
+        (
+            "backend/test_bhyve_pages.py::"
+            "test_swap_that_comes_into_use_while_mincore_is_asked_is_seen",
+        ),
+    ),
+    Bug(
         Kind.SPLICE,
         "pages of a running guest are spliced",
         "send/transfer.py",
@@ -234,6 +258,6 @@ BUGS = (
         "            whole = fmt.EXTENT.pack(0, batch.npages, fmt.KIND_DATA)\n"
         "            return PagesInPlace(pages, 0, memoryview(whole), batch.npages), 0\n"
         "        if self._zstd",
-        ("send/test_transfer.py::test_a_guest_that_writes_during_the_rounds_arrives_as_it_was_paused",),
+        ("send/test_transfer.py::test_pages_are_copied_unless_asked_for_and_with_zstd",),
     ),
 )

@@ -40,7 +40,9 @@ def main(argv: Sequence[str]) -> int:
             sys.stdout.flush()
             uncaught += bool(why)
     if "--list" not in argv:
-        print(f"\n{len(runnable)} planted, {uncaught} not caught, {len(bugs) - len(runnable)} not run")
+        print(
+            f"\n{len(runnable)} planted, {uncaught} not caught, {len(bugs) - len(runnable)} not run"
+        )
     return 1 if uncaught else 0
 
 
