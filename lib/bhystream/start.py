@@ -10,6 +10,9 @@ import importlib
 
 from bhystream.signals import Ended, end_early, ignore_all
 
+# What an early signal has prevented, in the words of each program.
+_NOTHING = {"send": "nothing was begun", "recv": "nothing was started here"}
+
 
 def run(name: str, package: str) -> int:
     """Run a program; return its exit status.
@@ -17,7 +20,7 @@ def run(name: str, package: str) -> int:
     name: as messages begin.  package: its part of bhystream, whose main.main() runs it.
     """
     try:
-        end_early("nothing was begun")
+        end_early(_NOTHING[package])
         return int(importlib.import_module(f"bhystream.{package}.main").main())
     except Ended as ended:
         # Else main() reports it.

@@ -364,7 +364,8 @@ def test_before_it_has_begun_a_program_says_that(
     [first, second] = ended.stderr.splitlines()
     assert first.startswith(program)
     assert first.endswith(": interrupted by SIGINT")
-    assert second.endswith(": nothing was begun")
+    nothing = "begun" if program == "bhysend" else "started here"
+    assert second.endswith(f": nothing was {nothing}")
 
 
 AT_END = """
