@@ -2,7 +2,7 @@
 
     SIGUSR1   deaf: it reads no more, and its writer finds the pipe closed; its reader hears nothing
     SIGUSR2   mute: its reader finds the end of the input; what the stage reads is lost
-    SIGHUP    swallow: it reads on, and passes nothing more; both pipes stay open
+    SIGRTMIN  swallow: it reads on, and passes nothing more; both pipes stay open
 
 So a connection looks of which one direction, or one end, is gone.  A tap (tap.py) can be told the
 same.  DEAF, MUTE and SWALLOW are the signals.
@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 
-DEAF, MUTE, SWALLOW = signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP
+DEAF, MUTE, SWALLOW = signal.SIGUSR1, signal.SIGUSR2, signal.SIGRTMIN
 _CHUNK = 1 << 18
 
 

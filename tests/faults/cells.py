@@ -114,6 +114,9 @@ def ends(cell: Cell) -> frozenset[str]:
         return _after_a_verb(cell)
     if cell.who == "source" and cell.fault != "SIGSTOP":
         return _after_the_source(cell)
+    if cell.who == "disk" and cell.kind == "qemu":
+        # QEMU is killed when the guest touches a page for which its memory file has no room.
+        return _UNKNOWN | {GONE}
     if cell.point == "RUNNING":
         return frozenset((THERE, DOUBT_THERE))
     if cell.who == "keeper" or _is_ignored(cell):
