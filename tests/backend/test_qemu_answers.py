@@ -179,12 +179,12 @@ def test_a_qemu_that_does_not_answer_is_waited_for_until_the_caller_gives_up(
 
             serving = threading.Thread(target=_greet, args=(listener, greets))
             serving.start()
-            try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(serving.join)
                 with pytest.raises(Interrupted):
                     qmp = Qmp(path, "guest web1", give_up)
+                    stack.callback(qmp.close)
                     qmp.execute("query-status", doing="ask")
-            finally:
-                serving.join()
             assert len(waited) == 2
 
 
