@@ -6,9 +6,7 @@ paths to the same file, and a disk that is open for writing twice is lost.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import stat
 from collections.abc import Iterable
 
@@ -57,23 +55,6 @@ def identity_of(path: str) -> str:
 
 
 _NULL = identity_of(os.devnull)
-
-
-def remove_tree(path: str | os.PathLike[str]) -> None:
-    """Remove a directory of ours and all in it.  Never raises; leaves whatever else is there.
-
-    shutil.rmtree() alone would open(2) a FIFO in the place of the directory, and
-    wait for a writer; another user can make one in a sticky directory.
-    """
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            if not is_trusted(os.fstat(fd)):
-                return
-            shutil.rmtree(".", ignore_errors=True, dir_fd=fd)
-        finally:
-            os.close(fd)
-        os.rmdir(path)
 
 
 class Lent:

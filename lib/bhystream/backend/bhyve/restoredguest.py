@@ -28,8 +28,8 @@ from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.snapshot import FILE
 from bhystream.backend.bhyve.snapshotfiles import Files
-from bhystream.backend.files import remove_tree
 from bhystream.backend.process import Identity, boot_id, is_alive, kill_process
+from bhystream.backend.tree import remove_tree
 from bhystream.beneath import exchangeable
 from bhystream.errors import BhyError, GuestError, from_oserror
 from bhystream.guest import DEAD, Json

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.files import remove_tree
+from bhystream.backend.tree import remove_tree
 
 
 @pytest.fixture(autouse=True)
