@@ -41,6 +41,7 @@ import time
 from bhystream import hypervisors
 from bhystream.send import main as send
 from bhystream.send import recovery, third_stage
+from bhystream.signals import ignore_all
 from support.paused import Paused
 
 real = time.sleep
@@ -60,7 +61,9 @@ if sys.argv[1] == "impatient":
     recovery._LOCK_SECONDS = third_stage._DRAIN_SECONDS = 0.0
 if sys.argv[1] == "patient":
     third_stage._DRAIN_SECONDS = 9999.0
-sys.exit(send.main(["-A", *sys.argv[2:]]))
+status = send.main(["-A", *sys.argv[2:]])
+ignore_all()  # as start.run() does
+sys.exit(status)
 """
 
 

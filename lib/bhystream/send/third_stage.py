@@ -208,9 +208,12 @@ def run(guest: str | None, console: Console) -> int:
     commandline.refuse_closed(_STDIN, "standard input", os.O_WRONLY)
     if os.isatty(_STDIN):
         raise UsageError("standard input is a terminal: the answers come from a pipe")
-    third = ThirdStage(guest, state.directory(), console, Interrupts())
+    interrupts = Interrupts()
+    third = ThirdStage(guest, state.directory(), console, interrupts)
     try:
         third.relay()
+        # From here on the status that bhysend has told is the status.
+        interrupts.ignore(lambda name: None)
     except Ended as ended:
         # Before the first answer: then the guest may be in doubt here, and the status says so;
         # or when all is decided.
