@@ -104,14 +104,20 @@ class Attempt:
         self.keeper = keeper_of(self.pipeline[0].pid)
 
     def pid(self, who: str) -> int:
-        """Return the pid of one of the processes that take part."""
+        """Return the pid of one of the processes that take part.
+
+        Raises ValueError if there is no such process now.
+        """
         if who == "keeper":
+            if not self.keeper:
+                raise ValueError("there is no keeper yet")  # pid 0 would be our own group
             return self.keeper
         if who == "hook":
             found = processes_with(str(self.marker))
             [pid] = [one for one in found if Path(f"/proc/{one}/exe").resolve().name in SHELLS]
             return pid
         if who == "source":
+            assert self.guest.place.pid
             return self.guest.place.pid
         if who == "destination":
             [pid] = self.to.hypervisors()
