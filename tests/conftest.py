@@ -45,6 +45,20 @@ def handlers() -> Iterator[None]:
 
 
 @pytest.fixture
+def in_time() -> Iterator[None]:
+    """End a test that waits for the other end of a FIFO."""
+
+    def late(*_: object) -> None:
+        pytest.fail("waited for the other end of a FIFO")  # no OSError, which the code would catch
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
 def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Make a state directory whose path is short enough for a socket in the directory."""
     with tempfile.TemporaryDirectory(dir="/tmp") as made:

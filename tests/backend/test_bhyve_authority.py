@@ -6,7 +6,6 @@ The stand-in plays bhyve.
 from __future__ import annotations
 
 import os
-import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from bhystream.backend.bhyve.snapshotdir import SnapshotDir
 from bhystream.backend.files import is_ours_alone
 from bhystream.errors import AccessError, BhyError
 from bhystream.standin import node
+from support.odd_files import fifo, listener
 
 from .arriving import Arriving, arriving
 
@@ -117,18 +117,6 @@ def dangling(path: Path) -> None:
 
 def a_file(path: Path) -> None:
     path.touch()
-
-
-def fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def listener(path: Path) -> None:
-    here = os.getcwd()
-    os.chdir(path.parent)
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(path.name)
-    os.chdir(here)
 
 
 @pytest.mark.parametrize("trick", [link, dangling, a_file, fifo, listener])

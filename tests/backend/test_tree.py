@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bhystream.backend.tree import remove_tree
 
-
-@pytest.fixture(autouse=True)
-def in_time() -> Iterator[None]:
-    """End a test that waits for a writer of a FIFO."""
-
-    def late(*_: object) -> None:
-        pytest.fail("waited for a writer")  # no OSError, which the code would catch
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("in_time")
 
 
 def test_a_directory_goes_with_all_in_it(tmp_path: Path) -> None:

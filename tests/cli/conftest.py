@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +10,13 @@ import pytest
 
 from . import kinds
 from .sshd import Sshd
-from .travel import Host, Stable, Traveller, fifo, short_directory
+from .travel import Host, Stable, Traveller, fifo, new_host
 
 
 @pytest.fixture
 def host() -> Iterator[Host]:
-    directory = short_directory()
-    try:
-        yield Host(directory)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with new_host() as made:
+        yield made
 
 
 @pytest.fixture

@@ -26,8 +26,13 @@ def main(argv: list[str]) -> None:
         module, _, attribute = name.rpartition(".")
         found = importlib.import_module(f"bhystream.{module}")
         setattr(found, attribute, type(getattr(found, attribute))(value))
-    program = argv[at + 1]
-    sys.argv = argv[at + 1 :]
+    become(argv[at + 1 :])
+
+
+def become(argv: list[str]) -> None:
+    """Run a program in this process, as if Python had been started with it."""
+    program = argv[0]
+    sys.argv = argv
     # Python would search this directory first if it had been started with the program itself.
     sys.path[0] = str(Path(program).parent)
     runpy.run_path(program, run_name="__main__")

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import atexit
 import importlib
-import runpy
 import sys
 from functools import wraps
-from pathlib import Path
 from typing import Any
+
+from cli.limited import become
 
 
 def main(argv: list[str]) -> None:
@@ -36,11 +36,7 @@ def main(argv: list[str]) -> None:
         sys.stderr.write(f"loaded: {' '.join(loaded)}\n")
 
     setattr(cls, method, marked)
-    program = argv[3]
-    sys.argv = argv[3:]
-    # Python would search this directory first if it had been started with the program itself.
-    sys.path[0] = str(Path(program).parent)
-    runpy.run_path(program, run_name="__main__")
+    become(argv[3:])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -157,6 +158,16 @@ class Host:
     def files(self, name: str) -> list[str]:
         """Return the names in one directory of the state directory."""
         return sorted(path.name for path in (self.state / name).glob("*"))
+
+
+@contextmanager
+def new_host() -> Iterator[Host]:
+    """Make a host, and remove its directory after the with block."""
+    directory = short_directory()
+    try:
+        yield Host(directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 class Site(ABC):

@@ -123,19 +123,6 @@ def _filled(path: Path) -> Iterator[None]:
     path.unlink()
 
 
-@contextmanager
-def small_disk(directory: Path, size: str) -> Iterator[Path]:
-    """Mount a file system of that size."""
-    directory.mkdir(mode=0o700, exist_ok=True)
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "t", directory], check=True
-    )
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", "-l", directory], check=True)
-
-
 def _type(verb: str, attempt: Attempt) -> None:
     """Type a command while the programs are at work; all but the question must be refused."""
     host, name = attempt.host, attempt.guest.name

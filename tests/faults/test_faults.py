@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
@@ -18,15 +17,6 @@ from .trial import try_cell, try_moment
 SEED = 12
 _MARKED = {"g5": G5, "g4": G4, "qemu": QEMU}
 _COUNTS = {"g5": 10, "g4": 4, "qemu": 5}
-
-
-@pytest.fixture(scope="module")
-def stable() -> Iterator[Stable]:
-    made = Stable()
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def test_the_matrix_has_every_process_at_every_point() -> None:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from backend.bhyve_rig import small_tmpfs
 from cli import valve
 from cli.attempt import STAGES, Attempt
 from cli.kinds import small
 from cli.pipeline import BHYSEND, report
 from cli.qemu import QemuPlace
 from cli.standin import StandinPlace
-from cli.travel import Host, Stable, fifo, limited, short_directory
+from cli.travel import Stable, fifo, limited, new_host
 from support.processes import is_gone
 from support.waiting import until
 
 from .cells import DOUBT_THERE, GONE, HERE, OFF, THERE, Cell, ends
-from .inflict import fault, small_disk
+from .inflict import fault
 
 # For faults in which nothing moves any more: every limit of the programs is shorter than _LONG_S.
 _LONG_S = 8.0
@@ -124,21 +124,12 @@ def _finish(cell: Cell, attempt: Attempt, end: str) -> None:
 
 @contextmanager
 def _attempt(cell: Cell, stable: Stable) -> Iterator[Attempt]:
-    with _host() as host:
+    with new_host() as host:
         path = host.directory / "gate"
         with fifo(path) as fd:
             gate = (path, fd)
             guest = small(cell.kind, stable)
             yield Attempt(cell.form, cell.point, host, guest, gate)
-
-
-@contextmanager
-def _host() -> Iterator[Host]:
-    directory = short_directory()
-    try:
-        yield Host(directory)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _prepare(cell: Cell, attempt: Attempt) -> None:
@@ -161,10 +152,11 @@ def _on_a_small_disk(attempt: Attempt) -> Iterator[Path]:
     """Put what the destination writes on a file system with room for one guest and little more."""
     place = attempt.to
     if isinstance(place, StandinPlace):
-        with small_disk(place.staging, "72m") as directory:
+        with small_tmpfs(place.staging, "72m") as directory:
+            directory.chmod(0o700)
             yield directory
     elif isinstance(place, QemuPlace):
-        with small_disk(attempt.host.directory / "disk", "136m") as directory:
+        with small_tmpfs(attempt.host.directory / "disk", "136m") as directory:
             place.ram = directory / "ram"
             attempt.receive = attempt.guest.receive(place, *attempt.guest.named_memory(place))
             yield directory

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,10 +13,12 @@ from bhystream.errors import BhyError, IncompatibleError, InputOutputError
 from bhystream.guest import PAUSED
 from bhystream.handover import state
 from bhystream.handover.state import Lock, Record, Records, Told
+from support.odd_files import fifo, listener
 
 ID = "0123456789abcdef0123456789abcdef"
 RECORD = Record(ID, "web1", "qemu:/run/web1.qmp", "lock", PAUSED, {})
 NOBODY = 65534
+pytestmark = pytest.mark.usefixtures("in_time")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 
 
@@ -29,20 +29,6 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("BHYSEND_STATE_DIR", str(tmp_path / "state"))
     (tmp_path / "victim").write_text("untouched")
     return state.directory()
-
-
-@pytest.fixture(autouse=True)
-def in_time() -> Iterator[None]:
-    """End a test that waits for the other end of a FIFO."""
-
-    def late(*_: object) -> None:
-        pytest.fail("waited for the other end of a FIFO")  # no OSError, which the code would catch
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 # Whose the directory is.
@@ -102,18 +88,6 @@ def link(path: Path) -> None:
 
 def dangling(path: Path) -> None:
     path.symlink_to(path.parents[2] / "new")
-
-
-def fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def listener(path: Path) -> None:
-    here = os.getcwd()
-    os.chdir(path.parent)
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(path.name)
-    os.chdir(here)
 
 
 def directory(path: Path) -> None:
