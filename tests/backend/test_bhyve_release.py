@@ -163,6 +163,13 @@ def test_nobody_listens_where_there_is_no_socket(guest: Arriving) -> None:
     assert listener(guest.there.host, "g") is None
 
 
+def test_a_socket_that_cannot_be_asked_does_not_mean_that_nobody_listens(guest: Arriving) -> None:
+    (guest.there.host.run_dir / "g").symlink_to("g")
+    for ask in (listens, listener):
+        with pytest.raises(GuestError, match="guest g: cannot connect to its checkpoint socket"):
+            ask(guest.there.host, "g")
+
+
 def test_one_whose_queue_is_full_listens_and_cannot_be_told_apart(
     guest: Arriving, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,6 +167,11 @@ def test_one_that_made_its_socket_may_have_run(tmp_path: Path) -> None:
     assert here.may_have_run(tmp_path, "web1")
 
 
+def test_one_whose_socket_cannot_be_looked_for_may_have_run(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to("run")
+    assert Started(Identity(1, 2, boot_id()), "").may_have_run(tmp_path / "run", "web1")
+
+
 def test_of_one_before_a_reboot_nobody_knows_whether_it_ran(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -52,6 +53,30 @@ def test_another_pid_start_or_boot_is_another_process(
     assert process.open_ending(other) is None
     assert process.await_end(other, 0)
     assert process.end_process(other)
+    assert sleeper.poll() is None
+
+
+@pytest.mark.parametrize("path", ["stat", "boot_id"])
+def test_a_process_that_cannot_be_looked_at_has_not_ended(
+    sleeper: Child, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its guest may stand paused, and a guest that is said to have ended is left alone."""
+    who = process.identify(sleeper.pid, "sleep")
+
+    def fails(name: str, mode: str) -> object:
+        if name.endswith(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open(name, mode)
+
+    monkeypatch.setattr(process, "open", fails, raising=False)
+    if path == "boot_id":
+        assert process.is_alive(who)  # it was read before, and is the same until the reboot
+        process.boot_id.cache_clear()
+    with pytest.raises(GuestError, match="Input/output error"):
+        process.is_alive(who)
+    with pytest.raises(GuestError, match="Input/output error"):
+        process.open_ending(who)
+    assert not process.end_process(who)
     assert sleeper.poll() is None
 
 
@@ -223,6 +248,12 @@ def test_no_line_and_a_zombie_are_no_process() -> None:
 def test_another_answer_of_ps_is_not_guessed_at() -> None:
     with pytest.raises(GuestError, match="cannot read what ps says"):
         process_freebsd.parse_ps("S    mer. 30 sept. 16:04:44 2026\n")
+
+
+def test_a_program_that_only_complains_has_not_said_that_there_is_no_process() -> None:
+    assert process_freebsd._run("/bin/sh", "-c", "exit 1") == b""  # ps(1) of no process
+    with pytest.raises(GuestError, match="/bin/sh failed: ps: no memory"):
+        process_freebsd._run("/bin/sh", "-c", "echo 'ps: no memory' >&2; exit 1")
 
 
 def xucred(version: int, pid: int) -> bytes:

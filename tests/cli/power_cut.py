@@ -299,7 +299,7 @@ def _main(argv: list[str]) -> None:
     else:
         from bhystream.backend import process
 
-        process.boot_id = lambda: "another boot"
+        vars(process)["boot_id"] = lambda: "another boot"
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as ended:

@@ -10,6 +10,7 @@ names the process in messages: "QEMU", "bhyve".
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -58,36 +59,48 @@ def peer_pid(sock: socket.socket, what: str) -> int:
     return pid
 
 
+@functools.cache
 def boot_id() -> str:
-    """Return the running kernel's boot id, or "" if the kernel has none."""
+    """Return the running kernel's boot id, or "" if the kernel has none.
+
+    Raises GuestError if the boot id cannot be read.
+    """
     if _IS_FREEBSD:
         return process_freebsd.boot_id()
     try:
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
             return file.read().decode("ascii").strip()
-    except OSError:
+    except FileNotFoundError:
         return ""
+    except OSError as error:
+        raise GuestError(f"cannot read the boot id: {error.strerror}") from None
 
 
 def _stat(pid: int) -> tuple[str, int] | None:
     """Return (state letter, start ticks), or None if there is no such process.
 
     Source: proc_pid_stat(5), fields 3 and 22; field 2 may hold spaces and
-    parentheses, so counting begins after its last ")".
+    parentheses, so counting begins after its last ")".  Raises GuestError if the
+    process cannot be looked at: it may be alive, and its guest may stand paused.
     """
     if _IS_FREEBSD:
         return process_freebsd.stat(pid)
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
+    except OSError as error:
+        raise GuestError(f"cannot look at process {pid}: {error.strerror}") from None
     fields = text[text.rindex(b")") + 2 :].split()
     return fields[0].decode("ascii"), int(fields[19])
 
 
 def identify(pid: int, what: str) -> Identity:
-    """Return the identity of a living process.  Raises EndedError if the process has ended."""
+    """Return the identity of a living process.
+
+    Raises EndedError if the process has ended, GuestError if it cannot be looked at.
+    """
     found = _stat(pid)
     if found is None:
         raise EndedError(f"cannot find the {what} process {pid}: it has ended")
@@ -109,7 +122,8 @@ def is_alive(who: Identity) -> bool:
 
     On Linux a process whose first thread has ended looks like a zombie while its
     other threads still hold its descriptors and memory; such a process counts as
-    alive until its last thread ends.
+    alive until its last thread ends.  Raises GuestError if the process cannot be
+    looked at.
     """
     found = _stat(who.pid)
     return (
@@ -125,8 +139,10 @@ def _has_threads(pid: int) -> bool:
         return False
     try:
         return len(os.listdir(f"/proc/{pid}/task")) > 1
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
+    except OSError as error:
+        raise GuestError(f"cannot look at process {pid}: {error.strerror}") from None
 
 
 class Ending:
@@ -202,12 +218,12 @@ def end_process(who: Identity, polite_s: float = 5.0) -> bool:
     """End exactly this process: SIGTERM, then SIGKILL; say whether it has ended.
 
     polite_s: how long SIGTERM may take.  Returns False also if we may not signal
-    the process.
+    the process, or cannot watch it.
     """
     try:
         ending = open_ending(who)
     except GuestError:
-        return not is_alive(who)
+        return False
     if ending is None:
         return True
     try:
@@ -245,7 +261,8 @@ def kill_process(who: Identity, limit_s: float = 10.0) -> bool:
 def is_stopped(who: Identity) -> bool:
     """Say whether this very process stands stopped (SIGSTOP).
 
-    Source: proc_pid_stat(5) and FreeBSD's ps(1): state T.
+    Source: proc_pid_stat(5) and FreeBSD's ps(1): state T.  Raises GuestError if the
+    process cannot be looked at.
     """
     found = _stat(who.pid)
     return found is not None and found[0] == "T" and is_alive(who)

@@ -48,7 +48,7 @@ def _run(*argv: str) -> bytes:
 
     The program runs in the C locale and UTC, and without LIBXO_OPTIONS, which
     could make ps print JSON or XML instead of text.  Raises GuestError if the
-    program cannot be run, or does not end in _LIMIT_S seconds.
+    program cannot be run, does not end in _LIMIT_S seconds, or prints only an error.
     """
     try:
         done = subprocess.run(
@@ -62,6 +62,9 @@ def _run(*argv: str) -> bytes:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise GuestError(f"cannot run {argv[0]}: {error}") from None
+    if done.stderr and not done.stdout:
+        said = done.stderr.decode("ascii", "replace").strip()
+        raise GuestError(f"{argv[0]} failed: {said}")
     return done.stdout
 
 

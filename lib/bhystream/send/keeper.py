@@ -211,7 +211,7 @@ class Guard:
 
     def look(self) -> None:
         """Look once; kill a bhysend that has been stopped for 10 s while its guest is PAUSED."""
-        if self._who is None or not is_stopped(self._who):
+        if self._who is None or not self._sees_stopped(self._who):
             self._since = None
             return
         self._since = self._since or time.monotonic()
@@ -221,6 +221,13 @@ class Guard:
             record = self._records.get(self._id)
             if record is not None and record.phase == PAUSED:
                 kill_process(self._who, _END_SECONDS)
+
+    @staticmethod
+    def _sees_stopped(who: Identity) -> bool:
+        """Say whether bhysend is seen to be stopped; one that cannot be looked at is not."""
+        with contextlib.suppress(GuestError):
+            return is_stopped(who)
+        return False
 
 
 def _listen(peer: socket.socket, lines: socket.SocketIO, guard: Guard) -> bytes:

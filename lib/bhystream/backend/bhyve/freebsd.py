@@ -146,7 +146,7 @@ class FreeBsdHost:
 
     def exists(self, name: str) -> bool:
         """See host.Host."""
-        return os.path.exists(self._node(name))
+        return bool(self.node_id(name))
 
     def node_id(self, name: str) -> str:
         """See host.Host.  Returns the node's device, inode number, and time of the last change.

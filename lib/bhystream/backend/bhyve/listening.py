@@ -8,6 +8,7 @@ here sends a command that bhyve does not know and passes over.
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 from collections.abc import Mapping
 
@@ -23,14 +24,18 @@ _PROBE_S = 5.0
 
 
 def listens(host: Host, name: str) -> bool:
-    """Say whether a bhyve answers at a guest's checkpoint socket."""
+    """Say whether a bhyve answers at a guest's checkpoint socket.
+
+    Raises GuestError if that cannot be found out.
+    """
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(_PROBE_S)
         try:
             probe.connect(str(host.run_dir / name))
         except (TimeoutError, BlockingIOError):
             return True  # the socket's queue is full, so a process listens
-        except OSError:
+        except OSError as error:
+            _require_nobody(error, name)
             return False
         _say_a_word(probe)
     return True
@@ -39,7 +44,8 @@ def listens(host: Host, name: str) -> bool:
 def listener(host: Host, name: str) -> Identity | None:
     """Return the process that listens at a guest's checkpoint socket, or None if none does.
 
-    Raises GuestError if the socket's queue is full, so that the process cannot be identified.
+    Raises GuestError if the process cannot be identified: the socket's queue is full, for
+    example.
     """
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(_PROBE_S)
@@ -47,12 +53,23 @@ def listener(host: Host, name: str) -> Identity | None:
             probe.connect(str(host.run_dir / name))
         except (TimeoutError, BlockingIOError):
             raise GuestError(f"guest {name}: the bhyve of that name is busy, or hangs") from None
-        except OSError:
+        except OSError as error:
+            _require_nobody(error, name)
             return None
         _say_a_word(probe)
         with contextlib.suppress(EndedError):
             return identify(peer_pid(probe, "bhyve"), "bhyve")
     return None
+
+
+def _require_nobody(error: OSError, name: str) -> None:
+    """Raise GuestError unless connect(2) has failed because nobody listens.
+
+    The error for a path that is too long has no errno; nobody can listen there.
+    """
+    if error.errno not in (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR, None):
+        text = f"guest {name}: cannot connect to its checkpoint socket: {error.strerror}"
+        raise GuestError(text) from None
 
 
 def ask(connection: socket.socket, pairs: Mapping[str, nvlist.Value]) -> None:

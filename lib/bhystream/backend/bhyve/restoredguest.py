@@ -77,7 +77,15 @@ class Started:
             return True
         if self.process is None:
             return False
-        return self.process.boot_id != boot_id() or os.path.lexists(run_dir / name)
+        if self.process.boot_id != boot_id():
+            return True
+        try:
+            os.lstat(run_dir / name)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            pass  # it cannot be seen, so it may be there
+        return True
 
     def end(self, host: Host, name: str) -> None:
         """Kill the process and destroy its VM, but no other VM of that name.
