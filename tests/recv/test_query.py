@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from bhystream import hypervisors
-from bhystream.errors import EXIT_OK, GuestError, InDoubtError, RecordError, UsageError
+from bhystream.errors import (
+    EXIT_OK,
+    GuestError,
+    InDoubtError,
+    InputOutputError,
+    RecordError,
+    UsageError,
+)
 from bhystream.guest import DEAD, LOADED, READY, STARTED
 from bhystream.handover.answers import Answer, unpack
 from bhystream.handover.state import Lock, Records, host_id
@@ -80,6 +87,21 @@ def test_a_guest_that_waits_for_go_is_dead_before_it_is_said(host: Host, said: S
     assert said.texts[-1] == "it was not started there, and will not be"
     assert host.guest.asked == [("discard", DEAD), ("close", DEAD)]
     assert host.phases("destination") == [DEAD]
+
+
+def test_a_guest_whose_record_cannot_be_read_may_have_run(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(records: Records, id_: str) -> None:
+        raise InputOutputError("Input/output error")
+
+    words = []
+    host.record(STARTED)
+    monkeypatch.setattr(Records, "get", fail)
+    monkeypatch.setattr(Reply, "say", lambda reply, word, *args: words.append(word))
+    with pytest.raises(InDoubtError, match="Input/output error"):
+        ask()
+    assert words[-1] == "RAN"
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"phase": "dead"}'])

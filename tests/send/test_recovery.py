@@ -325,6 +325,17 @@ def test_a_guest_that_cannot_be_resumed_is_held_whatever_fails(
     assert told.hint == f"let it run on: {RESUME}"
 
 
+@pytest.mark.parametrize("answer", ["RUNNING", "FAILED", "RAN"])
+def test_a_guest_whose_record_cannot_be_read_is_in_doubt(
+    base: Path, records: Records, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    records.write(RECORD.with_phase(GO))
+    guest = Stubborn()
+    told = acted(base, monkeypatch, guest, answer, fails="get")
+    assert isinstance(told, InDoubtError) and str(told) == "Input/output error"
+    assert guest.done == []
+
+
 def test_a_guest_that_was_resumed_is_not_called_paused_for_its_record(
     base: Path, records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from bhystream import hypervisors
-from bhystream.errors import EXIT_OK, BhyError, GuestError, InDoubtError, RecordError, UsageError
+from bhystream.errors import EXIT_OK, BhyError, GuestError, InDoubtError, UsageError
 from bhystream.guest import DEAD, READY, STARTED
 from bhystream.handover import leftover, state
 from bhystream.handover.handshake import QUERY, Act
@@ -30,8 +30,9 @@ _START_SECONDS = 40.0
 def run(id_: str, console: Console) -> int:
     """Answer for one stream; return the exit status.
 
-    Raises UsageError if id_ is not a stream id, InDoubtError if the record cannot
-    be read, GuestError if the stream was never ready here; InputOutputError.
+    Raises UsageError if id_ is not a stream id, GuestError if the stream was never ready
+    here, InDoubtError if the record cannot be read, or the guest not be looked at; and
+    InputOutputError if nothing can be answered.
     """
     if not re.fullmatch("[0-9a-f]{32}", id_):
         raise UsageError(f"-q {id_}: not a stream id, 32 hexadecimal digits")
@@ -43,7 +44,7 @@ def run(id_: str, console: Console) -> int:
     try:
         word = _ask(base, records, id_, console)
         record = records.get(id_)
-    except RecordError as error:
+    except BhyError as error:
         reply.say("RAN")
         raise InDoubtError(str(error), error.hint) from error
     if record and record.phase == DEAD:

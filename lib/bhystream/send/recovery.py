@@ -21,7 +21,6 @@ from bhystream.errors import (
     GuestError,
     HeldError,
     InDoubtError,
-    RecordError,
     UsageError,
     as_error,
 )
@@ -116,11 +115,11 @@ class Recovery:
     def _get(self, hello: Answer) -> Record | None:
         """Return the stream's record, None if there is none.
 
-        Raises InDoubtError if the record is broken, because its guest may be in doubt.
+        Raises InDoubtError if the record cannot be read, because its guest may be in doubt.
         """
         try:
             return self._records.get(hello.id)
-        except RecordError as error:
+        except BhyError as error:
             raise InDoubtError(str(error), error.hint) from error
 
     def _lock(self, record: Record, hello: Answer) -> Lock:
