@@ -25,6 +25,7 @@ PARTS: dict[str, str] = {
     "units": "errors",
     "guest": "",
     "beneath": "",
+    "threads": "",
     "strict_json": "errors",
     "durable": "errors strict_json",
     "signals": "errors",
@@ -33,14 +34,14 @@ PARTS: dict[str, str] = {
     "report": "errors units guest",
     "start": "errors signals report",
     "memory": "errors guest",
-    "stream": "errors guest strict_json memory",
+    "stream": "errors guest strict_json threads memory",
     # These are not backends: engine and backends agree on base, and find processes by process.
     "backend.base": "guest",
     "backend.process_freebsd": "errors",
     "backend.process": "errors backend.process_freebsd",
     "backend": "errors units guest beneath strict_json durable memory backend.process_freebsd",
     "backend.qemu": (
-        "errors units guest beneath strict_json durable memory"
+        "errors units guest beneath threads strict_json durable memory"
         " backend backend.base backend.process backend.process_freebsd"
     ),
     "backend.bhyve": (
@@ -55,7 +56,8 @@ PARTS: dict[str, str] = {
         " hypervisors"
     ),
     "send": (
-        "errors units guest commandline strict_json durable inherited signals report start memory"
+        "errors units guest commandline strict_json durable inherited signals threads report start"
+        " memory"
         " stream backend.base backend.process hypervisors handover"
     ),
     "recv": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -339,6 +340,50 @@ def test_an_interrupt_ends_a_blocked_write() -> None:
     finish = threading.Event()
     with pytest.raises(Interrupted, match="SIGTERM"):
         blocked_write(Signals().interruptible(), signal.SIGTERM, finish)
+
+
+def test_an_interrupt_that_came_just_before_the_write_ends_it() -> None:
+    """Another thread takes it, so it does not end the call; its handler has only been marked."""
+    theirs, ours = os.pipe()
+    over = threading.Event()
+
+    def interrupt() -> None:
+        wait_until_full(theirs)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        if not over.wait(60):
+            os.close(theirs)
+
+    helper = threading.Thread(target=interrupt)
+    helper.start()
+    try:
+        with pytest.raises(Interrupted, match="SIGTERM"), Signals().interruptible():
+            os.write(ours, bytes(1 << 21))
+    finally:
+        over.set()
+        helper.join()
+        os.close(ours)
+        with contextlib.suppress(OSError):
+            os.close(theirs)
+
+
+@pytest.mark.parametrize("limit", ["watching", "until", "ticking"])
+def test_after_a_limit_of_time_within_a_block_it_ticks_again(limit: str) -> None:
+    signals = Signals()
+    limits: dict[str, AbstractContextManager[None]] = {
+        "watching": signals.watching(lambda: 0, 1000),
+        "until": signals.until(time.monotonic() + 1000, out_of_time),
+        "ticking": signals.ticking(lambda: None, 1000),
+    }
+    with signals.interruptible():
+        before = signal.getitimer(signal.ITIMER_REAL)[1]
+        assert before > 0
+        with limits[limit]:
+            assert signal.getitimer(signal.ITIMER_REAL)[0] > 900
+        assert signal.getitimer(signal.ITIMER_REAL)[1] == before
+        with signals.interruptible():
+            pass
+        assert signal.getitimer(signal.ITIMER_REAL)[1] == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_standing_still_ends_a_blocked_write() -> None:

@@ -24,6 +24,7 @@ from bhystream.errors import InputOutputError, InternalError, Interrupted
 _INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _REPORTS = [getattr(signal, name) for name in ("SIGUSR1", "SIGINFO") if hasattr(signal, name)]
 _SOON_S = 0.01
+_TICK_S = 0.5
 
 
 class Ended(BaseException):
@@ -114,6 +115,7 @@ class Signals:
         After an exception nothing raises any more, not even in an outer such block.
         """
         was_open, self._open = self._open, True
+        self._tick()
         try:
             if self._pending:
                 self._raise()
@@ -121,7 +123,20 @@ class Signals:
         except BaseException:
             self._open = False
             raise
-        self._open = was_open
+        else:
+            self._open = was_open
+        finally:
+            self._tick()
+
+    def _tick(self) -> None:
+        """Wake up from time to time in an interruptible block that has no limit of time.
+
+        A signal that comes just before a call that blocks does not end the call: its handler
+        is called only when the call returns.
+        """
+        if not self._has_alarm:
+            tick_s = _TICK_S if self._open else 0.0
+            signal.setitimer(signal.ITIMER_REAL, tick_s, tick_s)
 
     @contextlib.contextmanager
     def at_waits(self) -> Iterator[None]:
@@ -222,6 +237,7 @@ class Signals:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, _too_late)
             self._has_alarm = False
+            self._tick()
 
     @staticmethod
     def wake() -> None:
@@ -245,7 +261,10 @@ class Signals:
 
 
 def _too_late(number: int, frame: FrameType | None) -> None:
-    """Take an alarm that comes outside its block.  A child gets the default action again."""
+    """Take a tick, or an alarm that comes outside its block.
+
+    A handler, and not SIG_IGN, which a child would inherit.
+    """
 
 
 class Interrupts:

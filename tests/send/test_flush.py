@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from bhystream.errors import (
     GuestError,
     IncompatibleError,
     InputOutputError,
+    ReaderGoneError,
     StreamError,
     UsageError,
 )
@@ -105,6 +107,32 @@ def test_what_is_held_is_never_forgotten(null: int) -> None:
     case.pipeline.held = 0
     case.push.through()
     assert case.push.held_bytes == learned
+
+
+def test_a_reader_that_ends_when_all_is_pushed_is_noticed_at_once() -> None:
+    """As an ssh whose remote bhyrecv has ended: nothing is written any more that could fail."""
+    reader, writer = os.pipe()
+    pushed = threading.Event()
+
+    def read() -> None:
+        while not pushed.is_set():
+            if select.select([reader], [], [], 0.01)[0]:
+                os.read(reader, MIB)
+        os.close(reader)
+
+    with os.fdopen(writer, "wb", buffering=0):
+        case = Case(writer, 2 * MAX_BYTES)
+        thread = threading.Thread(target=read)
+        thread.start()
+
+        def seen() -> bool:
+            if sum(case.pads) == MAX_BYTES:
+                pushed.set()
+            return False
+
+        with pytest.raises(ReaderGoneError):
+            case.push.until(seen, stall_s=20.0)
+        thread.join()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from bhystream.handover.answers import Answer, pack
 from bhystream.send.rendezvous import connect, path_of
 from support.bhysend import Brief, Source
 from support.descriptors import descriptors
+from support.processes import blocked
 from support.third_stage import ID, LIMIT_S, NAMES
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -69,12 +70,6 @@ def test_a_third_stage_is_told_the_guest_and_brings_answers(source: Source) -> N
         peer.sendall(pack(HELLO) + seen(3))
         assert source.seen(3)
         assert source.inbox.hello == HELLO
-
-
-def blocked(thread_id: int | None) -> set[int]:
-    text = Path(f"/proc/self/task/{thread_id}/status").read_text()
-    bits = int(next(line.split()[1] for line in text.splitlines() if line.startswith("SigBlk")), 16)
-    return {number for number in range(1, 65) if bits >> (number - 1) & 1}
 
 
 def test_a_signal_goes_to_the_thread_that_may_be_blocked_and_not_to_this_one(

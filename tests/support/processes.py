@@ -25,6 +25,13 @@ def ignores(pid: int, number: signal.Signals) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
+def blocked(thread_id: int | None) -> set[int]:
+    """Return the signals that a thread of this process blocks.  Source: proc_pid_status(5)."""
+    text = Path(f"/proc/self/task/{thread_id}/status").read_text()
+    bits = int(next(line.split()[1] for line in text.splitlines() if line.startswith("SigBlk")), 16)
+    return {number for number in range(1, 65) if bits >> (number - 1) & 1}
+
+
 def is_gone(pid: int, seconds: float = 0.0) -> bool:
     """Say whether a process has ended with all of its threads, even if its parent has not waited.
 

@@ -80,6 +80,7 @@ class Flush:
                 continue
             self.idle_ns += time.monotonic_ns() - waits_ns
             self._inbox.check()
+            self._writer.require_reader()
             if pushed < MAX_BYTES:
                 step = min(step, MAX_BYTES - pushed)
                 self.pad(step)

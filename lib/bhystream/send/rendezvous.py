@@ -21,13 +21,13 @@ import contextlib
 import json
 import os
 import selectors
-import signal
 import socket
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from bhystream import threads
 from bhystream.errors import FormatError, UsageError, from_oserror
 from bhystream.handover.answers import Answer, Inbox, Parser
 
@@ -121,15 +121,8 @@ class Rendezvous:
         self._selector.register(fd, selectors.EVENT_READ, partial(self._take, fd))
 
     def start(self) -> None:
-        """Start the thread, the first one of the program beside the main thread.
-
-        The thread blocks all signals, so that a signal interrupts the main thread.
-        """
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            self._thread.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        """Start the thread, the first one of the program beside the main thread."""
+        threads.start(self._thread)
 
     def close(self, status: int) -> None:
         """End the thread, tell the third stages the status, and stop listening.

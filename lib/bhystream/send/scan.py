@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+from bhystream import threads
 from bhystream.guest import Layout
 from bhystream.memory.page import PageHasher, PageHashes, count_bits, find_changed
 
@@ -95,12 +95,12 @@ class Scan:
         have ended.
         """
         nthreads = min(nthreads, len(self._tasks))
-        threads = [threading.Thread(target=self._work) for _ in range(nthreads - 1)]
+        others = [threading.Thread(target=self._work) for _ in range(nthreads - 1)]
         found: dict[int, Piece | BaseException] = {}
         try:
-            for thread in threads:
+            for thread in others:
                 try:
-                    thread.start()
+                    threads.start(thread)
                 except RuntimeError:  # a limit of the system: the caller's thread does the rest
                     break
             for index in range(len(self._tasks)):
@@ -117,13 +117,11 @@ class Scan:
                 yield piece
         finally:
             self._is_over = True
-            for thread in threads:
+            for thread in others:
                 if thread.ident is not None:
                     thread.join()
 
     def _work(self) -> None:
-        # A signal has to interrupt the thread that may raise, which may be in a write(2).
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while not self._is_over and (index := next(self._next)) < len(self._tasks):
             try:
                 self._done.put((index, self._scan(index)))

@@ -30,6 +30,7 @@ from bhystream.send.rendezvous import READ_BYTES, connect
 from bhystream.signals import Ended, Interrupts
 
 _STDIN = 0
+_LOOK_SECONDS = 0.5
 # How long to read what still comes after bhysend has told its status; nobody needs it.
 _DRAIN_SECONDS = 5.0
 _DECISIVE = ("READY", "RUNNING", "FAILED", "RAN", "UNKNOWN", "REFUSED")
@@ -111,9 +112,10 @@ class ThirdStage:
         """Hand on answers to the end of the input, or until soon after bhysend's status."""
         until = None
         while watched := self._watched():
-            left = None if until is None else max(until - time.monotonic(), 0.0)
+            # A signal that comes just before select() does not end it, so it never waits for long.
+            left = _LOOK_SECONDS if until is None else max(until - time.monotonic(), 0.0)
             ready, _, _ = select.select(watched, [], [], left)
-            if not ready:
+            if not ready and until is not None:
                 return
             if self._bhysend and self._bhysend in ready:
                 self._bhysend.hear()

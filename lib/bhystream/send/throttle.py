@@ -14,12 +14,12 @@ leave the thread at work on a guest that somebody else resumes, or that nobody d
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
 
+from bhystream import threads
 from bhystream.backend.base import Source
 from bhystream.errors import GuestError
 
@@ -59,7 +59,7 @@ class Throttle:
     ) -> None:
         """Let the guest run.  Raises what has stopped the throttle, if nothing else is raised."""
         self._is_over.set()
-        if self._thread:
+        if self._thread and self._thread.ident is not None:
             self._thread.join()
             self.took_ns = time.monotonic_ns() - self._start_ns
         if kind is None:
@@ -73,14 +73,13 @@ class Throttle:
         """
         self.percent, self.most = percent, max(self.most, percent)
         if self._thread is None:
-            thread = threading.Thread(target=self._work)
+            self._thread, self._start_ns = threading.Thread(target=self._work), time.monotonic_ns()
             try:
-                thread.start()
+                threads.start(self._thread)
             except RuntimeError as error:
                 raise GuestError(
                     f"guest {self._source.name}: cannot throttle it: {error}"
                 ) from None
-            self._thread, self._start_ns = thread, time.monotonic_ns()
 
     def check(self) -> None:
         """Raise what has stopped the throttle, usually a GuestError, if anything has."""
@@ -88,8 +87,6 @@ class Throttle:
             raise self._failure
 
     def _work(self) -> None:
-        # A signal has to interrupt the main thread, which may be in a write(2).
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             stood_s = 0.0
             while not self._is_over.wait(self._rest_s(stood_s)):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import stat
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -40,6 +39,7 @@ class Pages(Protocol):
 
 
 Body = Bytes | Pages
+_LOOK_S = 0.5
 _EMPTY = b""
 # A device's buffers are mostly zero: the blocks of a state like this one go into
 # STATE_ZEROS sections.
@@ -240,15 +240,14 @@ class Writer:
             raise from_oserror(error, "write the stream") from error
         if not is_file:
             return
-        import threading  # a dry run has no use for it
+        import threading  # a dry run has no use for them
+
+        from bhystream import threads
 
         thread = threading.Thread(target=sync, daemon=True)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            thread.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        thread.join()
+        threads.start(thread)
+        while thread.is_alive():
+            thread.join(_LOOK_S)  # a signal that comes just before a wait does not end the wait
         if found:
             raise from_oserror(found[0], "write the stream") from found[0]
 
@@ -259,13 +258,12 @@ class Writer:
         then written without blocking, and whole.  Raises InputOutputError if there is no
         room after so many seconds, ReaderGoneError if nobody reads any more.
         """
-        poller = select.poll()
-        poller.register(self._fd, select.POLLOUT)
-        found = poller.poll(seconds * 1000)
-        if not found:
+        if not self._poll(seconds):
             raise InputOutputError(f"nothing was taken from the stream for {seconds} s")
-        if found[0][1] & select.POLLERR:
-            raise ReaderGoneError("cannot write the stream: Broken pipe")
+
+    def require_reader(self) -> None:
+        """Raise ReaderGoneError if nobody reads any more; needs no write to find that out."""
+        self._poll(0)
 
     def abort(self, status: int, text: str) -> None:
         """Write ABORT, which tells the reader why the stream ends here, or write nothing.
@@ -277,12 +275,22 @@ class Writer:
         if self.ended or not self.at_border:
             return
         try:
-            poller = select.poll()
-            poller.register(self._fd, select.POLLOUT)
-            if any(event == select.POLLOUT for _, event in poller.poll(0)):
+            if self._poll(0):
                 self.section(Type.ABORT, fmt.pack_abort(status, text, _ABORT_ROOM_BYTES))
         except Exception:  # the stream is lost either way, and the guest is safe
             return
+
+    def _poll(self, seconds: int) -> bool:
+        """Say whether write(2) would take a byte, within so many seconds.
+
+        Raises ReaderGoneError if nobody reads any more.
+        """
+        poller = select.poll()
+        poller.register(self._fd, select.POLLOUT)
+        found = poller.poll(seconds * 1000)
+        if found and found[0][1] & select.POLLERR:
+            raise ReaderGoneError("cannot write the stream: Broken pipe")
+        return bool(found)
 
     def _write_body(self, body: Body) -> None:
         if isinstance(body, Bytes):

@@ -14,7 +14,6 @@ import errno
 import mmap
 import os
 import re
-import signal
 import struct
 import sys
 import threading
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import NamedTuple
 
+from bhystream import threads
 from bhystream.errors import AccessError, GuestError
 from bhystream.guest import PAGE_BYTES
 from bhystream.memory import hole
@@ -156,7 +156,7 @@ class Walk:
 
     def __enter__(self) -> Walk:
         with contextlib.suppress(RuntimeError):
-            self._thread.start()
+            threads.start(self._thread)
         return self
 
     def __exit__(
@@ -169,8 +169,6 @@ class Walk:
             self._thread.join()
 
     def _work(self) -> None:
-        # A signal has to interrupt the main thread.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         with contextlib.suppress(GuestError):
             self.found = list(extents(*self._arguments))
 
