@@ -114,9 +114,13 @@ def ends(cell: Cell) -> frozenset[str]:
         return _after_a_verb(cell)
     if cell.who == "source" and cell.fault != "SIGSTOP":
         return _after_the_source(cell)
-    if cell.who == "disk" and cell.kind == "qemu":
-        # QEMU is killed when the guest touches a page for which its memory file has no room.
-        return _UNKNOWN | {GONE}
+    if cell.kind == "qemu" and (cell.who, cell.fault) in (
+        ("disk", "full"),
+        ("destination", "memory"),
+    ):
+        # QEMU is killed when the guest touches a page for which its memory file has no room, and
+        # ends when it gets no memory, perhaps with a guest that runs there by then.
+        return _UNKNOWN | {GONE, OFF}
     if cell.point == "RUNNING":
         return frozenset((THERE, DOUBT_THERE))
     if cell.who == "keeper" or _is_ignored(cell):
@@ -134,7 +138,12 @@ def ends(cell: Cell) -> frozenset[str]:
 
 
 def _is_ignored(cell: Cell) -> bool:
-    """Say whether SIGTERM is ignored, as by the command that brings RUNNING back to bhysend."""
+    """Say whether SIGTERM is ignored, as by the command that brings RUNNING back to bhysend.
+
+    A bhysend -A ignores SIGTERM from the first answer on.
+    """
+    if (cell.who, cell.point) == ("third", "HELLO"):
+        return False
     ignoring = {"command": ("there", "bhyrecv", "back"), "three-stages": ("third",)}
     return cell.fault == "SIGTERM" and cell.who in ignoring[cell.form]
 

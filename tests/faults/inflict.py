@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from cli import valve
 from cli.attempt import THIRD, Attempt
-from cli.pipeline import BHYRECV, BHYSEND, report, run
+from cli.pipeline import BHYRECV, BHYSEND, Pipeline, report, run
 from support.processes import ignores, is_gone, process_state
 from support.waiting import until
 
@@ -35,7 +36,7 @@ def fault(cell: Cell, attempt: Attempt, full: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if cell.who == "operator":
-            _type(cell.fault, attempt)
+            stack.enter_context(_typed(cell.fault, attempt))
         elif cell.who == "disk":
             stack.enter_context(_filled(full))
         elif cell.fault in _VALVES:
@@ -54,13 +55,13 @@ def fault(cell: Cell, attempt: Attempt, full: Path) -> Iterator[None]:
 
 
 def _terminate(who: str, attempt: Attempt) -> None:
-    """Send SIGTERM, and wait until it has an effect, unless the process ignores it."""
+    """Send SIGTERM, and wait until it has an effect, if it has one that can be seen."""
     pid = attempt.pid(who)
-    if who == "third":
-        until(lambda: ignores(pid, signal.SIGTERM), "the start of bhysend -A")
     os.kill(pid, signal.SIGTERM)
     if ignores(pid, signal.SIGTERM) or who in ("source", "destination"):
         return
+    if who == "third" and attempt.point != "HELLO":
+        return  # from the first answer on it says nothing, and goes on
     before = attempt.said_so_far()
     until(lambda: is_gone(pid) or attempt.said_so_far() != before, "an effect of SIGTERM")
     if is_gone(pid):
@@ -104,11 +105,20 @@ def _failing_reads(pid: int) -> Iterator[None]:
 
 def _starve(pid: int, what: str) -> None:
     """Let a process get no more memory than it has, or write no byte into a file."""
-    limit = "--fsize=0"
+    number, limit = resource.RLIMIT_FSIZE, 0
     if what == "memory":
         [has] = re.findall(r"^VmSize:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.M)
-        limit = f"--as={int(has) << 10}"
-    subprocess.run(["prlimit", limit, "--pid", str(pid)], check=True)
+        number, limit = resource.RLIMIT_AS, int(has) << 10
+    _, hard = resource.prlimit(pid, number)
+    resource.prlimit(pid, number, (limit, hard))
+
+
+def relieve(cell: Cell, attempt: Attempt) -> None:
+    """Let the destination's hypervisor have memory again: its guest is to move on."""
+    if (cell.who, cell.fault) == ("destination", "memory"):
+        for pid in attempt.to.hypervisors():
+            _, hard = resource.prlimit(pid, resource.RLIMIT_AS)
+            resource.prlimit(pid, resource.RLIMIT_AS, (hard, hard))
 
 
 @contextmanager
@@ -123,14 +133,27 @@ def _filled(path: Path) -> Iterator[None]:
     path.unlink()
 
 
-def _type(verb: str, attempt: Attempt) -> None:
+@contextmanager
+def _typed(verb: str, attempt: Attempt) -> Iterator[None]:
     """Type a command while the programs are at work; all but the question must be refused."""
     host, name = attempt.host, attempt.guest.name
     id_ = next((row.id for row in host.rows()), "")
+    if verb != "query":
+        _refused(verb, attempt, id_)
+        yield
+        return
+    with Pipeline([*BHYRECV, "-q", id_], [*THIRD, name], env=host.env) as asked:
+        # This bhysend -A ends with bhysend, which waits for its command at the pause.
+        if attempt.point != "paused":
+            asked.wait()
+        yield
+        asked.wait()
+
+
+def _refused(verb: str, attempt: Attempt, id_: str) -> None:
+    """Type a command that is refused.  id_: the stream's id, "" if it is not in bhysend -l yet."""
+    host, name = attempt.host, attempt.guest.name
     match verb:
-        case "query":
-            run([*BHYRECV, "-q", id_], [*THIRD, name], env=host.env)
-            return
         case "send":
             [refused] = run([*attempt.guest.send(), "cat"], env=host.env)
         case "resume" | "discard":

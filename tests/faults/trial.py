@@ -20,7 +20,7 @@ from support.processes import is_gone
 from support.waiting import until
 
 from .cells import DOUBT_THERE, GONE, HERE, OFF, THERE, Cell, ends
-from .inflict import fault
+from .inflict import fault, relieve
 
 # For faults in which nothing moves any more: every limit of the programs is shorter than _LONG_S.
 _LONG_S = 8.0
@@ -60,6 +60,7 @@ def try_cell(cell: Cell, stable: Stable) -> str:
             if cell.who == "hook":
                 attempt.release("late")
             attempt.wait()
+            relieve(cell, attempt)
             end = _judged(cell, attempt)
             if cell.kind != "qemu":
                 disk.close()  # QEMU's memory lies there until the guest has moved on
@@ -129,7 +130,12 @@ def _attempt(cell: Cell, stable: Stable) -> Iterator[Attempt]:
         with fifo(path) as fd:
             gate = (path, fd)
             guest = small(cell.kind, stable)
-            yield Attempt(cell.form, cell.point, host, guest, gate)
+            attempt = Attempt(cell.form, cell.point, host, guest, gate)
+            try:
+                yield attempt
+            except Exception as error:
+                error.add_note(attempt.said())
+                raise
 
 
 def _prepare(cell: Cell, attempt: Attempt) -> None:
