@@ -127,8 +127,8 @@ def ends(cell: Cell) -> frozenset[str]:
         # Nobody needs the keeper unless bhysend dies.
         return frozenset((THERE,))
     if (cell.who, cell.fault) == ("destination", "SIGTERM") and cell.kind != "qemu":
-        # It presses the power button of a guest that does not run yet.
-        return frozenset((HERE, OFF))
+        # It presses the power button of a guest that does not run yet, and may run soon.
+        return frozenset((HERE, OFF, GONE))
     if cell.is_lingering or cell.point == "GO":
         return _UNKNOWN
     if cell.point == "READY":
