@@ -129,6 +129,9 @@ def ends(cell: Cell) -> frozenset[str]:
     if (cell.who, cell.fault) == ("destination", "SIGTERM") and cell.kind != "qemu":
         # It presses the power button of a guest that does not run yet, and may run soon.
         return frozenset((HERE, OFF, GONE))
+    if (cell.who, cell.point) == ("destination", "GO") and not cell.is_lingering:
+        # It ends with a guest that may run by then.
+        return _UNKNOWN | {GONE, OFF}
     if cell.is_lingering or cell.point == "GO":
         return _UNKNOWN
     if cell.point == "READY":

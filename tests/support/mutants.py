@@ -170,7 +170,8 @@ def _change_extent(draw: st.DrawFn, extents: list[Extent]) -> list[Extent]:
         case "drop":
             made = []
         case _:
-            return [*extents, (first + count + draw(near) * (first > 2), 1, ZERO)]
+            behind = (first + count + draw(near) * (first > 2)) % 2**64
+            return [*extents, (behind, 1, ZERO)]
     return [*extents[:at], *made, *extents[at + 1 :]]
 
 
