@@ -61,7 +61,8 @@ PARTS: dict[str, str] = {
         " stream backend.base backend.process hypervisors handover"
     ),
     "recv": (
-        "errors units guest commandline durable inherited signals report start memory stream"
+        "errors units guest commandline durable inherited signals threads report start memory"
+        " stream"
         " backend.base backend.process hypervisors handover"
     ),
     "demo": "errors units inherited standin",

@@ -113,6 +113,9 @@ def _streams() -> Iterable[bytes]:
     yield Maker(ANSWERED, NO_MEMORY).head().end().add(PAD).raw
     yield Maker().head().add(ABORT, streams.abort(b"gave up")).raw
     yield Maker().head((b"ram", 0, 2**36)).add(REHEARSAL, b"{}").memory(0, [(0, 2**31, ZERO)]).raw
+    samples = [(0, 65536, 1), (1 << 20, 512, 2)]
+    two = streams.disks((b"disk0", 1 << 30, samples), (b"pci.0.3.0.path", 1 << 20, samples[:1]))
+    yield streams.before(streams.DISKS, PLAIN).add(streams.DISKS, two).end().raw
     yield _of_bhyve()
     golden = Path(__file__).parents[1] / "data"
     for name in ("dry-run", "aborted", "answered", "zstd"):

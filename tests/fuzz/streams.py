@@ -75,6 +75,9 @@ class MemorySink:
     def late_reasons(self) -> list[str]:
         return []
 
+    def disks(self) -> dict[str, str]:
+        return {"disk0": os.devnull}
+
     def open(self, plan: bytes) -> Sequence[_Keeper]:
         return [_Keeper(self.memory)] * self._segments
 

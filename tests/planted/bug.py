@@ -30,6 +30,7 @@ class Kind(Enum):
     RELEASE = "FILE.kern given before GO"
     BHYVE = "leave bhyve's guest other than it was"
     PAGE = "lose a page"
+    DISK = "take another disk"
     SPLICE = "give away pages that change"
 
 

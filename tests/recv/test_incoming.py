@@ -52,6 +52,9 @@ class Sink:
         self.segments = len(head.layout.segments)
         return []
 
+    def disks(self) -> dict[str, str]:
+        return {}
+
     def late_reasons(self) -> list[str]:
         return []
 

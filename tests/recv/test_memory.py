@@ -24,6 +24,7 @@ from support.streams import (
     CONFIG,
     CONFIG_JSON,
     DEVICES,
+    DISKS,
     HEAD_END,
     HOST,
     LAYOUT,
@@ -35,6 +36,7 @@ from support.streams import (
     ZERO,
     Maker,
     before,
+    disks,
     layout,
     memory_list,
     page,
@@ -146,6 +148,12 @@ def what_is_skipped() -> Pieces:
         yield maker.add(kind, bytes(MIB)).raw
 
 
+def all_the_samples() -> Pieces:
+    """DISKS with as many samples as fit, and then not another byte."""
+    given = [(b"d%d" % n, 1 << 40, [(at * 512, 512, at) for at in range(1000)]) for n in range(10)]
+    yield before(DISKS, PLAIN).add(DISKS, disks(*given)).raw
+
+
 def a_claim(kind: int, length: int) -> Pieces:
     """A section that says to be this long, and the bytes that it says to have, up to 256 MiB."""
     maker = before(kind, PLAIN)
@@ -162,7 +170,7 @@ def claimed_counts() -> Pieces:
     yield maker.add(MEMORY, raw).raw
 
 
-WITHOUT_STATES = {
+WITHOUT_STATES: dict[str, Callable[[], Pieces]] = {
     "nested": nested,
     "small values": small_values,
     "many keys": many_keys,
@@ -175,6 +183,8 @@ WITHOUT_STATES = {
     "a long STATE": lambda: a_claim(STATE, 1 << 32),
     "a long PAD": lambda: a_claim(PAD, 1 << 33),
     "claimed counts": claimed_counts,
+    "samples": all_the_samples,
+    "long DISKS": lambda: a_claim(DISKS, 1 << 32),
 }
 
 

@@ -69,6 +69,18 @@ class Time(NamedTuple):
     paused_for_ns: int
 
 
+class Sample(NamedTuple):
+    offset: int
+    length: int
+    hash: int
+
+
+class Disk(NamedTuple):
+    name: str
+    size: int
+    samples: tuple[Sample, ...]
+
+
 class Abort(NamedTuple):
     status: int
     text: str
@@ -94,6 +106,7 @@ class Stream:
     states: dict[str, bytes] = field(default_factory=dict)
     optional_states: dict[str, bytes] = field(default_factory=dict)
     time: Time | None = None
+    disks: list[Disk] = field(default_factory=list)
     what: int | None = None
     digest: bytes | None = None
     nonce: bytes | None = None

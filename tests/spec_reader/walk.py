@@ -9,6 +9,7 @@ from typing import BinaryIO, Final, NamedTuple
 import xxhash
 
 from spec_reader import values
+from spec_reader.disks import disks
 from spec_reader.found import (
     ANSWERED,
     NO_MEMORY,
@@ -365,7 +366,10 @@ class Reader:
     def time(self, payload: bytes, _flags: int) -> None:
         self.out.time = Time(*struct.unpack("<QQ", payload))
         need(self.out.time.paused_at_ns > 0 or self.out.time.paused_for_ns == 0, "paused never")
-        self.phase = "END"
+        self.phase = "DISKS"
+
+    def disks(self, payload: bytes, _flags: int) -> None:
+        self.out.disks, self.phase = disks(payload), "END"
 
     # The trailer
 
@@ -417,7 +421,7 @@ TYPES: Final = {
     0x8: _Type("ROUND_END", 24, 24, LAST, Reader.round_end, ROUNDS),
     0x9: _Type("STATE", 16, 1048840, LAST, Reader.state, ("STATE",)),
     0xA: _Type("TIME", 16, 16, 0, Reader.time, ("STATE", "OPTIONAL")),
-    0xB: _Type("END", 64, 64, 0, Reader.end, ("END",)),
+    0xB: _Type("END", 64, 64, 0, Reader.end, ("END", "DISKS")),
     0xC: _Type("GO", 16, 16, 0, Reader.go, ("GO",)),
     0xD: _Type("ABORT", 9, 1024, 0, Reader.abort, ()),
     0xF: _Type("STATE_ZEROS", 24, 272, LAST, Reader.state_zeros, ("STATE",)),
@@ -425,6 +429,7 @@ TYPES: Final = {
         "STATE_OPTIONAL", 16, 1048840, LAST, Reader.state_optional, ("STATE", "OPTIONAL")
     ),
     0x8000000E: _Type("REHEARSAL", 1, 1048576, 0, Reader.rehearsal, ("REHEARSAL",)),
+    0x80000010: _Type("DISKS", 8, 262144, 0, Reader.disks, ("DISKS",)),
 }
 
 

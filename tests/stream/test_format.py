@@ -124,6 +124,7 @@ def test_the_caps_are_the_sums_of_their_parts() -> None:
         Type.STATE_ZEROS: 272,
         Type.STATE_OPTIONAL: 1048840,
         Type.REHEARSAL: 1048576,
+        Type.DISKS: 262144,
     }
     assert fmt.cap(Type.MEMORY) == 4268048
     assert fmt.cap(1 << 31) == fmt.cap((1 << 32) - 1) == 1048576

@@ -21,6 +21,7 @@ from bhystream.backend.qemu import validate as qemu
 from bhystream.errors import AbortedError, FormatError, TruncatedError
 from bhystream.guest import GUEST_NAME, MAX_GUEST_PAGES
 from bhystream.handover import answers
+from bhystream.stream import disks
 from bhystream.stream import format as fmt
 from spec_reader import Refused, read
 from support.both import Input, Recorder
@@ -29,6 +30,7 @@ from support.streams import (
     ABORT,
     CONFIG,
     DEVICES,
+    DISKS,
     HOST,
     LAYOUT,
     MEMORY,
@@ -43,6 +45,7 @@ from support.streams import (
     page,
     state,
 )
+from support.streams import disks as packed
 
 SAID = of_page()
 
@@ -70,6 +73,9 @@ def test_the_page_has_the_numbers_of_the_code() -> None:
         "bytes in a part of a state": fmt.MAX_STATE_PART_BYTES,
         "bytes in all states": fmt.MAX_STATE_BYTES,
         "bytes in all optional states": fmt.MAX_OPTIONAL_STATE_BYTES,
+        "disks with samples": disks.MAX_DISKS,
+        "samples of a disk": disks.MAX_SAMPLES,
+        "bytes in a sample": disks.MAX_SAMPLE_BYTES,
         "bytes in the text of ABORT": fmt.MAX_ABORT_TEXT_BYTES,
         "bytes in an answer": answers.MAX_LINE_BYTES,
         "bytes before the first answer": answers.MAX_NOISE_BYTES,
@@ -152,6 +158,10 @@ def segments(count: int) -> Maker:
     return before(LAYOUT).add(LAYOUT, raw)
 
 
+def sampled(*given: tuple[bytes, list[tuple[int, int, int]]]) -> Maker:
+    return before(DISKS).add(DISKS, packed(*((name, 1 << 30, each) for name, each in given)))
+
+
 TRIED: dict[str, Callable[[int], Maker]] = {
     "segments": segments,
     "pages in all segments": lambda n: before(LAYOUT).layout((b"a", 0, n - 7), (b"b", 1 << 49, 7)),
@@ -170,6 +180,9 @@ TRIED: dict[str, Callable[[int], Maker]] = {
     "bytes in a part of a state": lambda n: before(STATE).add(STATE, state(b"n", 0, bytes(n))),
     "bytes in all states": lambda n: before(STATE).state_zeros(b"n", 0, n),
     "bytes in all optional states": optional_bytes,
+    "disks with samples": lambda n: sampled(*((b"d%d" % at, [(0, 512, 0)]) for at in range(n))),
+    "samples of a disk": lambda n: sampled((b"d", [(512 * at, 512, 0) for at in range(n)])),
+    "bytes in a sample": lambda n: sampled((b"d", [(0, n if n % 512 == 0 else n + 511, 0)])),
     "bytes in the text of ABORT": lambda n: before(ABORT).add(ABORT, abort(b"x" * n)),
 }
 

@@ -17,7 +17,7 @@ from bhystream.errors import AbortedError, BhyError, StreamError
 from bhystream.guest import Head, State
 from bhystream.memory.extent import EXTENT
 from bhystream.stream.format import Form, Header, RoundEnd
-from bhystream.stream.verify import Ended, Go, Item, Pages, Rehearsal, Walk
+from bhystream.stream.verify import Disks, Ended, Go, Item, Pages, Rehearsal, Walk
 from spec_reader import Refused, Stream, read
 from support.streams import NAMES, Maker
 
@@ -58,6 +58,7 @@ class Recorder:
         self.rounds: list[RoundEnd] = []
         self.rehearsal: Rehearsal | None = None
         self.states: list[State] = []
+        self.disks: Disks | None = None
         self.ended: Ended | None = None
         self.go: Go | None = None
 
@@ -86,6 +87,9 @@ class Recorder:
             case State():
                 assert self.ended is None
                 self.states.append(event)
+            case Disks():
+                assert self.disks is None and self.ended is None
+                self.disks = event
             case Ended():
                 self.ended = event
                 self.started = bool(event.end.what & 1)
@@ -164,6 +168,7 @@ def agree(raw: bytes) -> tuple[Recorder, Stream]:
         (walked.memory, found.memory),
         ([(one.data_pages, one.zero_pages) for one in walked.rounds],
          [(one.data_pages, one.zero_pages) for one in found.rounds]),
+        (walked.disks.disks if walked.disks else (), tuple(found.disks)),
         (walked.rehearsal.plan if walked.rehearsal else None, found.rehearsal),
         ([(one.name, one.data, one.is_optional) for one in walked.states],
          [(*one, False) for one in found.states.items()]

@@ -66,6 +66,9 @@ class MemorySource:
     def resources(self) -> Sequence[str]:
         return ("disk0=", "net0=")
 
+    def disks(self) -> dict[str, str]:
+        return {}
+
     def require_described(self) -> None:
         """Do nothing: the guest's description never changes."""
 

@@ -21,12 +21,13 @@ PLAIN, KEPT, ANSWERED = 1, 2, 3
 ZSTD, NO_MEMORY = 1, 2
 HOST, LAYOUT, CONFIG, DEVICES, HEAD_END, PAD, MEMORY = 1, 2, 3, 4, 5, 6, 7
 ROUND_END, STATE, TIME, END, GO, ABORT = 8, 9, 10, 11, 12, 13
-STATE_ZEROS, STATE_OPTIONAL, REHEARSAL = 15, 0x80000009, 0x8000000E
+STATE_ZEROS, STATE_OPTIONAL, REHEARSAL, DISKS = 15, 0x80000009, 0x8000000E, 0x80000010
 OPTIONAL = 0x80000ABC
 NAMES = {
     1: "HOST", 2: "LAYOUT", 3: "CONFIG", 4: "DEVICES", 5: "HEAD_END", 6: "PAD", 7: "MEMORY",
     8: "ROUND_END", 9: "STATE", 10: "TIME", 11: "END", 12: "GO", 13: "ABORT",
     STATE_ZEROS: "STATE_ZEROS", STATE_OPTIONAL: "STATE_OPTIONAL", REHEARSAL: "REHEARSAL",
+    DISKS: "DISKS",
 }  # fmt: skip
 HOST_JSON = b'{"hypervisor": "qemu", "program": "test 1"}'
 CONFIG_JSON = b'{"name": "web1", "smp": 2}'
@@ -90,6 +91,27 @@ def state(name: bytes, part: int, raw: bytes, *, zero: int = 0, length: int | No
 
 def state_zeros(name: bytes, part: int, count: int, **wrong: Any) -> bytes:
     return state(name, part, struct.pack("<Q", count), **wrong)
+
+
+Sample = tuple[int, int, int]  # offset, length, hash
+
+
+def disks(
+    *given: tuple[bytes, int, Sequence[Sample]], zero: int = 0, count: int | None = None
+) -> bytes:
+    """Pack DISKS; a disk is (name, size, samples)."""
+    return struct.pack("<II", len(given) if count is None else count, zero) + b"".join(
+        disk(*one) for one in given
+    )
+
+
+def disk(
+    name: bytes, size: int, samples: Sequence[Sample], *, zero: int = 0, sample_zero: int = 0
+) -> bytes:
+    raw = struct.pack("<HHIQ", len(name), len(samples), zero, size) + name + bytes(-len(name) % 8)
+    return raw + b"".join(
+        struct.pack("<QIIQ", at, length, sample_zero, digest) for at, length, digest in samples
+    )
 
 
 def round_end(number: int, data: int, zeros: int, *, zero: int = 0) -> bytes:
@@ -246,17 +268,17 @@ def before(kind: int, form: int = ANSWERED, mandatory: int = 0) -> Maker:
     if kind in (STATE, STATE_ZEROS, STATE_OPTIONAL, TIME):
         return maker
     maker.time()
-    return maker if kind == END else maker.end()
+    return maker if kind in (END, DISKS) else maker.end()
 
 
 # The shortest payload of each type, in bytes; the payloads of other types may be empty.
 SHORTEST = {
     LAYOUT: 56, MEMORY: 32, ROUND_END: 24, STATE: 16, TIME: 16, END: 64, GO: 16, ABORT: 9,
-    STATE_ZEROS: 24, STATE_OPTIONAL: 16, REHEARSAL: 1,
+    STATE_ZEROS: 24, STATE_OPTIONAL: 16, REHEARSAL: 1, DISKS: 8,
 }  # fmt: skip
 CAPS = [
     (HOST, 65536), (LAYOUT, 3080), (CONFIG, 65536), (DEVICES, 65536), (HEAD_END, 0),
     (PAD, 1048576), (MEMORY, 4268048), (ROUND_END, 24), (STATE, 1048840), (TIME, 16), (END, 64),
     (GO, 16), (ABORT, 1024), (OPTIONAL, 1048576), (STATE_ZEROS, 272), (STATE_OPTIONAL, 1048840),
-    (REHEARSAL, 1048576),
+    (REHEARSAL, 1048576), (DISKS, 262144),
 ]  # fmt: skip

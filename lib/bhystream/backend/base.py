@@ -9,7 +9,7 @@ how the walk of a stream has a backend check the backend's sections.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -136,6 +136,13 @@ class Source(Described, Protocol):
         call if the guest was not paused.
         """
 
+    def disks(self) -> Mapping[str, str]:
+        """Return the paths on this host of the disks that can be sampled, by their -o keys.
+
+        A disk in an image format, a CD and a disk that QEMU opens by a protocol are left out:
+        the same disk may have other bytes at the destination.
+        """
+
     def require_described(self) -> None:
         """Raise one of Readable's errors if the guest no longer matches what head() returned.
 
@@ -253,6 +260,9 @@ class Sink(Protocol):
         The reasons have the form of check()'s.  Called after check(), if the
         memory begins and no REHEARSAL section has come before.
         """
+
+    def disks(self) -> Mapping[str, str]:
+        """Return the paths on this host of the disks that Source.disks() samples; after check()."""
 
     def open(self, plan: bytes) -> Sequence[Target]:
         """Make the empty guest and return one Target for each segment.

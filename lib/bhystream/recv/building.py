@@ -11,8 +11,10 @@ from bhystream.guest import PAGE_BYTES, READY, Head, State
 from bhystream.handover import leftover
 from bhystream.handover.state import Lock, Record
 from bhystream.recv.receiving import RecvJob, refuse
+from bhystream.recv.sampled import Comparison
 from bhystream.report import Progress
 from bhystream.stream import format as fmt
+from bhystream.stream.disks import Disk
 from bhystream.stream.format import Form, RoundEnd
 from bhystream.stream.verify import Pages
 
@@ -41,6 +43,7 @@ class Building:
         self.lock = Lock(job.base, self.lock_name, f"guest {self.name}")
         self._targets: Sequence[Target] = ()
         self._states: list[State] = []
+        self._comparison: Comparison | None = None
         self._progress = Progress(
             job.console,
             self.name,
@@ -99,6 +102,22 @@ class Building:
                 f"guest {self.name}: round {event.round}: {event.data_pages} pages, "
                 f"{event.zero_pages} zero"
             )
+
+    def compare_disks(self, sampled: Sequence[Disk]) -> None:
+        """Begin to compare the disks here with the samples of the source's."""
+        seed = self._job.walk.header.seed
+        self._comparison = Comparison(self.sink.disks(), sampled, seed)
+
+    def require_disks(self) -> None:
+        """Raise IncompatibleError if a disk here is not the source's; with -f, say so.
+
+        Waits until all samples are compared.
+        """
+        reasons = self._comparison.reasons() if self._comparison else []
+        if not self._job.opts.force:
+            refuse(reasons, self.name)
+        for reason in reasons:
+            self._job.console.say(f"guest {self.name}: {reason}")
 
     def take_state(self, state: State) -> None:
         """Keep a state until the whole stream has been verified."""

@@ -34,7 +34,7 @@ from bhystream.recv.arrival import Arrival
 from bhystream.recv.building import Building
 from bhystream.recv.receiving import RecvJob, require_startable
 from bhystream.stream.format import Form, RoundEnd, Type
-from bhystream.stream.verify import Ended, Go, Item, Pad, Pages, Rehearsal
+from bhystream.stream.verify import Disks, Ended, Go, Item, Pad, Pages, Rehearsal
 from bhystream.units import counted, duration, size
 
 
@@ -70,6 +70,7 @@ class Incoming:
             ended, ended_ns = self._build(building, events)
             job.seen(now=True)
             building.load()
+            building.require_disks()
         if job.opts.directory is not None:
             building.sink.start()
             what = f"its snapshot files are made: {building.operand}"
@@ -181,6 +182,8 @@ class Incoming:
                     building.end_round(end)
                 case State() as state:
                     building.take_state(state)
+                case Disks() as sampled:
+                    building.compare_disks(sampled.disks)
                 case Ended() as ended:
                     return ended, time.monotonic_ns()
 

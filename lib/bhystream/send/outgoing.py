@@ -34,6 +34,7 @@ from bhystream.send.custody import Custody, Recovered
 from bhystream.send.head import new_header, write_head
 from bhystream.send.job import Begun, SendJob
 from bhystream.send.rounds import STALL_SECONDS, Rounds
+from bhystream.send.sampling import Sampler
 from bhystream.send.stopwatch import Stopwatch
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Form, Header, Type
@@ -53,6 +54,7 @@ class Outgoing:
         self._route: Route | None = None
         self._writer: Writer | None = None
         self._custody: Custody | None = None
+        self._sampler: Sampler | None = None
 
     def run(self) -> int:
         """Send the guest; return the exit status: 0, or EXIT_HELD in the plain form.
@@ -77,6 +79,7 @@ class Outgoing:
             begun = self._begin(header, head)
             prepared = self._prepare(begun)
             record = self._record(begun, prepared)
+            self._sampler = Sampler(job.source.disks(), header.seed, job.say)
             rounds = Rounds(job, head, begun, progress, self._watch, prepared)
         # Between the blocks that a signal ends, a signal is told what happens next.
         signals.on_deferred = lambda name: job.say(
@@ -92,14 +95,16 @@ class Outgoing:
             rounds.last()
             self._say_reasons(custody)
         if job.opts.keep:
-            with signals.interruptible():
-                custody.wait_for_hook()
+            sampled = self._end_hook(custody)
             custody.release()
             progress.enter("runs again, round", rounds.live)
         with signals.watching(rounds.done, STALL_SECONDS):
             self._write_state(begun.writer, custody)
-        with signals.interruptible():
-            custody.wait_for_hook()
+        if not job.opts.keep:
+            sampled = self._end_hook(custody)
+        if sampled:
+            with signals.watching(rounds.done, STALL_SECONDS):
+                begun.writer.section(Type.DISKS, sampled)
         if begun.talk:
             return self._hand_over(begun, begun.talk, custody, rounds)
         return self._finish(begun, custody, rounds)
@@ -133,6 +138,8 @@ class Outgoing:
             self._custody.close()
         if self._route:
             self._route.close(status)
+        if self._sampler:
+            self._sampler.close()
 
     def _open_route(self, id_: str) -> Route:
         """Open the way there and the way back.
@@ -201,6 +208,15 @@ class Outgoing:
             watch.measured.last_ns += time.monotonic_ns() - start_ns
         paused_for_ns = watch.pause_ns if self._job.opts.keep else watch.elapsed_ns()
         writer.section(Type.TIME, fmt.TIME.pack(watch.paused_at_ns, paused_for_ns))
+
+    def _end_hook(self, custody: Custody) -> bytes:
+        """Wait for the -p command, and sample the disks; return the payload of DISKS, or b""."""
+        with self._job.signals.interruptible():
+            custody.wait_for_hook()
+        start_ns = time.monotonic_ns()
+        sampled = self._sampler.take() if self._sampler else b""
+        self._watch.measured.last_ns += time.monotonic_ns() - start_ns
+        return sampled
 
     def _finish(self, begun: Begun, custody: Custody, rounds: Rounds) -> int:
         """Write END in the forms without answers; return the exit status.

@@ -1,4 +1,4 @@
-"""Every constant and structure of bhystream(5), and nothing else.
+"""Every constant and structure of bhystream(5) but those in disks.py, and nothing else.
 
 Pure functions between bytes and values: no I/O, no state, no policy.  The
 functions check what a structure demands of its own bytes, and raise FormatError
@@ -60,7 +60,7 @@ MAX_DEVICES = 1024
 GPA_UNSTATED = (1 << 64) - 1
 
 MAX_NAME_CHARS = 128  # in the name of a device, a hypervisor or a program
-_TOKEN = re.compile(rb"[\x21-\x7e]+")
+TOKEN = re.compile(rb"[\x21-\x7e]+")
 
 
 class Form(IntEnum):
@@ -105,6 +105,7 @@ class Type(IntEnum):
     STATE_ZEROS = 0x0F
     STATE_OPTIONAL = OPTIONAL | 0x09
     REHEARSAL = OPTIONAL | 0x0E
+    DISKS = OPTIONAL | 0x10
 
 
 _STATE_NAME_CAP = STATE_HEAD.size + 256  # the name and its padding
@@ -128,6 +129,7 @@ CAPS: dict[int, int] = {
     Type.STATE_ZEROS: _STATE_NAME_CAP + STATE_COUNT.size,
     Type.STATE_OPTIONAL: _STATE_NAME_CAP + MAX_STATE_PART_BYTES,
     Type.REHEARSAL: 1 << 20,
+    Type.DISKS: 1 << 18,
 }
 
 FLAG_ZSTD = 1  # MEMORY
@@ -349,7 +351,7 @@ def _check_addresses(segments: tuple[Segment, ...]) -> None:
 
 def _unpack_segment(raw: bytes, gpa: int, npages: int) -> Segment:
     name = raw.rstrip(b"\0")
-    if len(name) > 31 or not _TOKEN.fullmatch(name):
+    if len(name) > 31 or not TOKEN.fullmatch(name):
         raise FormatError("a segment's name is not 1 to 31 printable characters")
     if gpa != GPA_UNSTATED and gpa % PAGE_BYTES:
         raise FormatError(f"segment {name.decode()}: gpa 0x{gpa:x} is not a multiple of 4096")
@@ -401,7 +403,7 @@ def _unpack_part(data: bytes) -> tuple[str, int, bytes]:
     name = data[STATE_HEAD.size : STATE_HEAD.size + length]
     if reserved:
         raise FormatError("reserved field is not zero")
-    if len(data) < start or length > MAX_STATE_NAME_BYTES or not _TOKEN.fullmatch(name):
+    if len(data) < start or length > MAX_STATE_NAME_BYTES or not TOKEN.fullmatch(name):
         raise FormatError(f"the name is not 1 to {MAX_STATE_NAME_BYTES} printable characters")
     if any(data[STATE_HEAD.size + length : start]):
         raise FormatError("padding after the name is not zero")

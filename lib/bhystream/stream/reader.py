@@ -46,7 +46,8 @@ _NEXT: dict[Type | None, frozenset[Type]] = {
     Type.STATE: _STATES,
     Type.STATE_ZEROS: _STATES,
     Type.STATE_OPTIONAL: frozenset({Type.STATE_OPTIONAL, Type.TIME}),
-    Type.TIME: frozenset({Type.END}),
+    Type.TIME: frozenset({Type.DISKS, Type.END}),
+    Type.DISKS: frozenset({Type.END}),
     Type.END: frozenset(),
     Type.GO: frozenset(),
 }

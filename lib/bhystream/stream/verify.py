@@ -31,8 +31,10 @@ from bhystream.errors import (
 )
 from bhystream.guest import PAGE_BYTES, Head, Layout, State
 from bhystream.memory.page import PageHasher, check_pages
+from bhystream.stream import disks
 from bhystream.stream import format as fmt
 from bhystream.stream.contents import Contents
+from bhystream.stream.disks import Disk
 from bhystream.stream.format import End, Feature, Form, Header, RoundEnd, Time, Type
 from bhystream.stream.reader import HEAD, RawInput, Reader, Section, place
 
@@ -59,6 +61,13 @@ class Rehearsal:
 
 
 @dataclass(frozen=True)
+class Disks:
+    """The samples of the guest's disks."""
+
+    disks: tuple[Disk, ...]
+
+
+@dataclass(frozen=True)
 class Ended:
     """END, verified: nothing before it is missing or changed."""
 
@@ -78,7 +87,7 @@ class Go:
     nonce: bytes
 
 
-Item = Header | Head | Rehearsal | Pages | RoundEnd | Pad | State | Ended | Go
+Item = Header | Head | Rehearsal | Pages | RoundEnd | Pad | State | Disks | Ended | Go
 
 
 @dataclass
@@ -142,13 +151,14 @@ class Walk:
             Type.STATE_ZEROS: self._take_state_zeros,
             Type.STATE_OPTIONAL: self._take_state,
             Type.TIME: self._take_time,
+            Type.DISKS: lambda section: Disks(disks.unpack(bytes(section.payload))),
             Type.END: self._take_end,
             Type.GO: self._take_go,
             Type.ABORT: self._take_abort,
         }
 
     def events(self) -> Iterator[Item]:
-        """Yield the header, the head, a rehearsal, pages, round ends, PAD, states, END, perhaps GO.
+        """Yield the header, the head, a rehearsal, pages, round ends, PAD, states, disks, END, GO.
 
         Ends after END in the plain and kept forms, without looking at what
         follows, and at the end of the input in the answered form.  Raises

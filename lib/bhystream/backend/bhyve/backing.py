@@ -65,6 +65,21 @@ def described(host: Host, config: GuestConfig) -> dict[str, Any]:
     return {**section, "disks": disks, "nets": nets}
 
 
+def disks(section: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, str]:
+    """Return the paths of a guest's disks but CDs, by their words.
+
+    section: a CONFIG section.  values: the path for each key that has one.
+    """
+    keys = section["keys"]
+    return {
+        word: values[key]
+        for word, key in section["resources"].items()
+        if word.startswith("disk")
+        and key in values
+        and keys.get(f"{key.removesuffix('.path')}.type") != "cd"
+    }
+
+
 def missing(host: Host, config: GuestConfig) -> list[str]:
     """Return one line for each resource that a running guest's bhyve cannot be using.
 

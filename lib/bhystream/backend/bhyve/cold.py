@@ -21,7 +21,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -238,6 +238,10 @@ class FilesSink:
     def late_reasons(self) -> list[str]:
         """Return no reason: files that can be made need no plan."""
         return []
+
+    def disks(self) -> Mapping[str, str]:
+        """Return no disk: files are no guest yet."""
+        return {}
 
     def _reasons_of_place(self, size: int) -> list[str]:
         """Return what is wrong with the directory, with the names in it, or with its space."""

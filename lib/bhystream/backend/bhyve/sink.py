@@ -30,7 +30,7 @@ from pathlib import Path
 
 from bhystream import durable
 from bhystream.backend.base import Target
-from bhystream.backend.bhyve import snapshot
+from bhystream.backend.bhyve import backing, snapshot
 from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.host import Host
@@ -126,6 +126,7 @@ class BhyveSink:
         )
         self._force = force
         self._stage: Checked | None = None
+        self._disks: Mapping[str, str] = {}
         # load() closes what is open; abort() closes that, and undoes what was made.
         self._opened = contextlib.ExitStack()
         self._made = contextlib.ExitStack()
@@ -138,7 +139,8 @@ class BhyveSink:
         if kind != host.kind:
             return [f"hypervisor: the guest runs under {ascii(kind)[:40]}, not {host.kind}"]
         try:
-            hard, soft, guest = self._wanted.judge(head, validate(head.config))
+            section = validate(head.config)
+            hard, soft, guest = self._wanted.judge(head, section)
         except Interrupted:  # of on_wait
             raise
         except (BhyError, OSError) as error:
@@ -146,6 +148,7 @@ class BhyveSink:
         reasons = hard if self._force else hard + soft
         if not reasons:
             self._stage = Checked(guest)
+            self._disks = backing.disks(section, guest.keys)
         return reasons
 
     @property
@@ -154,6 +157,10 @@ class BhyveSink:
         if self._stage is None:
             raise InternalError("BhyveSink: check() was not called, or refused the guest")
         return self._stage
+
+    def disks(self) -> Mapping[str, str]:
+        """Return the paths of the disks here, by their words."""
+        return self._disks
 
     # ---- open
 

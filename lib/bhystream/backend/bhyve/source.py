@@ -20,7 +20,7 @@ Run on FreeBSD 15.1, emulated AMD: rehearsal, pause, resume and discard.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,11 @@ class BhyveSource:
     def resources(self) -> Sequence[str]:
         """Return the -o keys that bhyrecv will ask for."""
         return [f"{word}=" for word in self._opened.config.section["resources"]]
+
+    def disks(self) -> Mapping[str, str]:
+        """Return the paths of the disks, by their words."""
+        config = self._opened.config
+        return backing.disks(config.section, config.full)
 
     def warnings(self) -> Sequence[str]:
         """Return what no program can repair, and why bhyve writes a memory file, if it does."""

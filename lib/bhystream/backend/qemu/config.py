@@ -45,14 +45,19 @@ _SHORT_DISKS = {"hda": "0", "hdb": "1", "hdc": "2", "hdd": "3"}
 
 
 def reduce_argv(
-    argv: list[str], facts: Facts, name: str = "", changes: list[str] | None = None
+    argv: list[str],
+    facts: Facts,
+    name: str = "",
+    changes: list[str] | None = None,
+    images: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return the configuration that an argv (without the program) describes.
 
     facts: what QMP adds; a default Facts() leaves aliases as they are.
     name: the guest's name if -name gives none.  changes: gets a line for each
     disk on which QEMU writes to another image than argv names; without this
-    list, such a disk is refused.
+    list, such a disk is refused.  images: gets the path, as QEMU sees it, of each raw
+    image of a disk that is no CD, by the disk's key.
     Raises IncompatibleError that names the first thing that cannot travel.
     """
     reducer = _Reducer(facts)
@@ -61,6 +66,10 @@ def reduce_argv(
         raise IncompatibleError(reducer.changes[0], hint=OTHER_IMAGE)
     if changes is not None:
         changes += reducer.changes
+    if images is not None:
+        for disk, path in zip(config["disks"], reducer.images, strict=True):
+            if path and disk["props"].get("media") != "cdrom":
+                images[disk["key"]] = path
     return config
 
 
@@ -164,6 +173,11 @@ class _Reducer:
         out["accel"] = self._finish_accel()
         out["flags"].sort()
         return out
+
+    @property
+    def images(self) -> list[str]:
+        """Return the path of the raw image in each disk, "" if there is none."""
+        return self._parts.images
 
     @property
     def changes(self) -> list[str]:

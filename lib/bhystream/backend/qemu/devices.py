@@ -13,7 +13,7 @@ from typing import Any
 from bhystream.backend.files import identity_of
 from bhystream.backend.qemu import allow
 from bhystream.backend.qemu.facts import CURE, Facts
-from bhystream.backend.qemu.graph import Drive, Medium, local_path
+from bhystream.backend.qemu.graph import DESCRIPTORS, Drive, Medium, local_path
 from bhystream.backend.qemu.options import (
     as_dict,
     is_on,
@@ -76,6 +76,8 @@ class Parts:
         self._devices: list[dict[str, Any]] = []
         # How the images in QEMU's drives differ from its command line's, one line each.
         self.changes: list[str] = []
+        # The path of the image in each disk, in the order of the disks; "" if there is none.
+        self.images: list[str] = []
         self.ram: dict[str, Any] | None = None
 
     def device(self, text: str) -> None:
@@ -300,6 +302,7 @@ class Parts:
         two images differ.
         """
         props = dict(disk["props"])
+        self.images.append(self._image(drive))
         if drive is None:
             if props.get("format", "raw") not in allow.DISK_FORMATS:
                 raise refuse(f"disk format {props['format'][:60]}")
@@ -320,6 +323,14 @@ class Parts:
         if props.get("media") != "cdrom" and is_read_only != medium.is_read_only:
             props["readonly"] = "on" if medium.is_read_only else "off"
         return disk | {"empty": False, "size_bytes": medium.size_bytes, "props": props}
+
+    def _image(self, drive: Drive | None) -> str:
+        """Return the path, as QEMU sees it, of the raw image in a disk; "" if there is none."""
+        medium = drive.medium if drive else None
+        if medium is None or medium.format != "raw" or not medium.is_there:
+            return ""
+        path = local_path(medium.file, self._facts.directory)
+        return "" if path is None or path.startswith(DESCRIPTORS) else path
 
     def _changes(self, what: str, file: str, wanted: str | None, medium: Medium) -> list[str]:
         """Say how the image in a drive differs from the one that the command line names.

@@ -26,7 +26,7 @@ from bhystream.strict_json import loads
 PROTOCOLS = frozenset({"file", "host_device", "host_cdrom", "nbd", "rbd", "iscsi", "ssh"})
 LOCAL = ("file", "host_device", "host_cdrom")
 # Names of descriptors that were passed to QEMU; such a name is no path.
-_DESCRIPTORS = ("/dev/fdset/", "/dev/fd/", "/proc/self/fd/")
+DESCRIPTORS = ("/dev/fdset/", "/dev/fd/", "/proc/self/fd/")
 _ENDED = frozenset({"concluded", "null"})
 
 
@@ -192,7 +192,7 @@ def is_open(file: str, directory: str, pid: int, opened: frozenset[str]) -> bool
     directory, pid: QEMU's.  opened: the identities of QEMU's open files.
     """
     path = local_path(file, directory)
-    if path is None or path.startswith(_DESCRIPTORS):
+    if path is None or path.startswith(DESCRIPTORS):
         return True
     if directory == "/" and not file_of(file).startswith("/"):
         return True  # a QEMU with -daemonize has changed to / after it opened the disks

@@ -26,10 +26,14 @@ from bhystream.memory.mapping import unmap
 
 @dataclass(frozen=True)
 class Described:
-    """A guest's configuration, and the images in its drives, at one moment."""
+    """A guest's configuration, and the images in its drives, at one moment.
+
+    images: the paths, as QEMU sees them, of the raw images of disks, by the disks' keys.
+    """
 
     config: dict[str, Any]
     drives: tuple[graph.Drive, ...] | None
+    images: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,11 @@ class Program:
         """
         graph.refuse_jobs(self.qmp)
         found = facts.gather(self.qmp)
-        config = reduce_argv(self.argv, found, self.fallback, changes if self.force else None)
+        images: dict[str, str] = {}
+        allowed = changes if self.force else None
+        config = reduce_argv(self.argv, found, self.fallback, allowed, images)
         check_plugged(self.qmp, config)
-        return Described(config, found.drives)
+        return Described(config, found.drives, images)
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,17 @@ class Resources:
                 out += self._file(key)
         return out + self._unwanted(config) + self._twice(config)
 
+    def raw_disks(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Return the paths given for a guest's raw disks but CDs, by their keys."""
+        return {
+            disk["key"]: path
+            for disk in config["disks"]
+            if not disk["empty"]
+            and disk["props"].get("format") == "raw"
+            and disk["props"].get("media") != "cdrom"
+            and (path := self.values.get(disk["key"], "")).startswith("/")
+        }
+
     def _unwanted(self, config: Mapping[str, Any]) -> list[str]:
         """Return a reason for each key that the guest has no use for."""
         wanted = _wanted(config)

@@ -93,6 +93,12 @@ class QemuSource:
         keys += [key for key in ("kernel", "initrd", "bios") if config[key]]
         return [f"{key}=" for key in keys]
 
+    def disks(self) -> Mapping[str, str]:
+        """Return the paths of the raw disks, by their keys, through QEMU's own root and mounts."""
+        pid = self._opened.qmp.pid
+        images = self._opened.described.images
+        return {key: f"/proc/{pid}/root{path}" for key, path in images.items()}
+
     def warnings(self) -> Sequence[str]:
         """Return the images that the destination has to lend, and a name that cannot be kept."""
         out = [f"{change}; lend the guest the former" for change in self._opened.changes]
