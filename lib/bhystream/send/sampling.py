@@ -99,6 +99,7 @@ class _Open:
         """Raises OSError if the disk cannot be read."""
         self.name = name
         self._fd = fd
+        # Of a disk device, too.  Unverified on FreeBSD.  Source: sys/kern/vfs_vnops.c, vn_seek().
         self._size_bytes = os.lseek(fd, 0, os.SEEK_END)
         self.places = places(name, self._size_bytes, os.pread(fd, _TABLE_BYTES, 0), seed)
 
