@@ -114,30 +114,34 @@ def ends(cell: Cell) -> frozenset[str]:
         return _after_a_verb(cell)
     if cell.who == "source" and cell.fault != "SIGSTOP":
         return _after_the_source(cell)
-    if cell.kind == "qemu" and (cell.who, cell.fault) in (
-        ("disk", "full"),
-        ("destination", "memory"),
-    ):
-        # QEMU is killed when the guest touches a page for which its memory file has no room, and
-        # ends when it gets no memory, perhaps with a guest that runs there by then.
+    if cell.who == "destination" and (found := _after_the_destination(cell)):
+        return found
+    if cell.who == "disk" and cell.kind == "qemu":
+        # QEMU is killed when the guest touches a page for which its memory file has no room.
         return _UNKNOWN | {GONE, OFF}
     if cell.point == "RUNNING":
         return frozenset((THERE, DOUBT_THERE))
     if cell.who == "keeper" or _is_ignored(cell):
         # Nobody needs the keeper unless bhysend dies.
         return frozenset((THERE,))
-    if (cell.who, cell.fault) == ("destination", "SIGTERM") and cell.kind != "qemu":
-        # It presses the power button of a guest that does not run yet, and may run soon.
-        return frozenset((HERE, OFF, GONE))
-    if (cell.who, cell.point) == ("destination", "GO") and not cell.is_lingering:
-        # It ends with a guest that may run by then.
-        return _UNKNOWN | {GONE, OFF}
     if cell.is_lingering or cell.point == "GO":
         return _UNKNOWN
     if cell.point == "READY":
         # READY is delivered, and GO may be sent to a bhyrecv that is not there any more.
         return frozenset((HERE, DOUBT_HERE))
     return frozenset((HERE,))
+
+
+def _after_the_destination(cell: Cell) -> frozenset[str]:
+    """A destination's hypervisor that ends may have let the guest run before; else nothing."""
+    if cell.fault == "SIGTERM" and cell.kind != "qemu":
+        # It presses the power button of a guest that does not run yet, and may run soon.
+        return frozenset((HERE, OFF, GONE))
+    if cell.fault == "memory" and cell.kind == "qemu":
+        return _UNKNOWN | {GONE, OFF}  # it may end at any later time, too
+    if cell.point in ("READY", "GO") and not cell.is_lingering:
+        return _UNKNOWN | {GONE, OFF}
+    return frozenset()
 
 
 def _is_ignored(cell: Cell) -> bool:
