@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from bhystream.backend.qemu.launch import Launched
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.resources import Resources
 from bhystream.errors import GuestError, IncompatibleError
+
+_LEFT_S = 600.0
 
 
 class Empty:
@@ -102,6 +105,7 @@ class Empty:
         path = self._resources.get("mem") or "/dev/shm"
         is_kept = not os.path.isdir(path)
         if not is_kept:
+            _remove_left(path, f"bhyrecv-{self._name}-")
             path = os.path.join(path, f"bhyrecv-{self._name}-{os.getpid()}")
         try:
             self._ram_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -168,3 +172,18 @@ class Empty:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         self._made = []
+
+
+def _remove_left(directory: str, prefix: str) -> None:
+    """Remove the memory files that killed bhyrecvs have left while they started QEMU.
+
+    Such a file has no page yet.  A young one may belong to a bhyrecv that we cannot see.
+    """
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            path, pid = os.path.join(directory, name), name.removeprefix(prefix)
+            is_pid = name == prefix + pid and pid.isascii() and pid.isdigit()
+            if is_pid and not os.path.exists(f"/proc/{pid}"):
+                with contextlib.suppress(OSError):
+                    if os.lstat(path).st_mtime < time.time() - _LEFT_S:
+                        os.unlink(path)
