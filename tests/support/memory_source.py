@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bhystream.backend.base import Fixed, Paused, Prepared
-from bhystream.errors import GuestError
+from bhystream.errors import GuestError, Reason
 from bhystream.guest import PAGE_BYTES, Head, Layout, Segment, State
 from bhystream.memory.hole import punch
 from bhystream.stream import format as fmt
@@ -72,7 +72,7 @@ class MemorySource:
     def fixed(self) -> Fixed:
         return Fixed(0, 0)
 
-    def warnings(self) -> Sequence[str]:
+    def warnings(self) -> Sequence[Reason]:
         return ()
 
     def prepare(self, id_: str) -> Prepared:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from bhystream.errors import Reason
 from bhystream.guest import Head, Json, State
 
 
@@ -106,8 +107,8 @@ class Described(Readable, Protocol):
     def resources(self) -> Sequence[str]:
         """Return the -o keys that the destination's operator has to give: "disk0="."""
 
-    def warnings(self) -> Sequence[str]:
-        """Return what the operator has to know and no program can repair, each in one line."""
+    def warnings(self) -> Sequence[Reason]:
+        """Return what the operator has to know and no program can repair."""
 
 
 class Snapshot(Described, Protocol):

@@ -28,8 +28,8 @@ from bhystream.backend.bhyve import backing, identity, verdict
 from bhystream.backend.bhyve.config import devices
 from bhystream.backend.bhyve.host import Host, Vm
 from bhystream.backend.bhyve.layout import clamped
-from bhystream.backend.bhyve.opened import open_guest
-from bhystream.errors import InternalError, from_oserror
+from bhystream.backend.bhyve.opened import in_its_words, open_guest
+from bhystream.errors import InternalError, Reason, from_oserror
 from bhystream.guest import Head
 
 if TYPE_CHECKING:  # a dry run pauses no guest
@@ -85,7 +85,7 @@ class BhyveSource:
         """Return the -o keys that bhyrecv will ask for."""
         return [f"{word}=" for word in self._opened.config.section["resources"]]
 
-    def warnings(self) -> Sequence[str]:
+    def warnings(self) -> Sequence[Reason]:
         """Return what no program can repair, and why bhyve writes a memory file, if it does."""
         from bhystream.backend.bhyve.carriable import reasons
 
@@ -93,13 +93,16 @@ class BhyveSource:
         is_wired = guest.memory.is_wired
         found = verdict.warnings(guest.config.section, guest.host, is_wired=is_wired)
         found += reasons(guest.host, guest.name, guest.ncpus)
-        why = self._ready.warning if self._ready else ""
+        why = self._ready.warning if self._ready else None
         if why := why or clamped(guest.host, guest.memory.size_bytes):
-            found.append(
+            what = (
                 f"memory file: bhyve writes the memory into {self._base / 'held'} while the guest"
-                f" stands, in a rehearsal and in the pause: {why}"
+                f" stands, in a rehearsal and in the pause: {why.what}"
             )
-        return found
+            found.append(Reason(what, why.cure))
+        if guest.manager is None:
+            return found
+        return in_its_words(found, guest.manager, guest.config.full)
 
     def memory(self) -> Sequence[memoryview]:
         """Return the guest's memory."""

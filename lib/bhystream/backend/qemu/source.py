@@ -30,7 +30,7 @@ from bhystream.backend.qemu.paused import QemuPaused, ending
 from bhystream.backend.qemu.process import working_directory
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.state import state_pipe, take_state
-from bhystream.errors import GuestError
+from bhystream.errors import GuestError, Reason
 from bhystream.guest import Head, Json, State
 
 # Measured with QEMU 7.2 under TCG on two cores: stop and questions 1 to 2 ms, state and walk 4
@@ -93,14 +93,16 @@ class QemuSource:
         keys += [key for key in ("kernel", "initrd", "bios") if config[key]]
         return [f"{key}=" for key in keys]
 
-    def warnings(self) -> Sequence[str]:
+    def warnings(self) -> Sequence[Reason]:
         """Return the images that the destination has to lend, and a name that cannot be kept."""
-        out = [f"{change}; lend the guest the former" for change in self._opened.changes]
+        out = [Reason(change, "lend the guest the former") for change in self._opened.changes]
         own = guest_name(self._opened.program.argv)
         if own not in ("", self.name):
             out.append(
-                f"name: {ascii(own)[:80]} cannot be a guest's name in a stream; the guest is"
-                f" called {self.name}, or as bhyrecv's operand says"
+                Reason(
+                    f"name: {ascii(own)[:80]} cannot be a guest's name in a stream; the guest is"
+                    f" called {self.name}, or as bhyrecv's operand says"
+                )
             )
         return out
 
