@@ -73,6 +73,13 @@ def test_one_error_alone_is_raised_as_it_was() -> None:
     assert (str(error), error.hint) == ("uuid: none", "set it")
 
 
+def test_one_edit_is_named_once() -> None:
+    found = Refusals()
+    found.extend([Reason("a", "edit"), Reason("b", "other"), Reason("c", "edit")])
+    found.keep_first("edit")
+    assert found.reasons == ["a; edit", "b; other"]
+
+
 @pytest.mark.parametrize(
     "error", [AccessError("no"), GuestError("no"), GuestEndedError("it has ended")]
 )

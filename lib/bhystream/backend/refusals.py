@@ -36,6 +36,11 @@ class Refusals:
         for one in reasons:
             self.add(refusal(one))
 
+    def keep_first(self, cure: str) -> None:
+        """Drop all reasons with this cure but the first."""
+        same = [one for one in self.reasons if one.cure == cure]
+        self.reasons = [one for one in self.reasons if one not in same[1:]]
+
     @contextlib.contextmanager
     def collecting(self, *kinds: type[BhyError]) -> Iterator[None]:
         """Take the IncompatibleError that ends the with block, or an error of just these kinds.

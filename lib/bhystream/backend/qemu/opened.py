@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bhystream.backend.process import Identity, identify
@@ -56,9 +56,14 @@ class Program:
         graph.refuse_jobs(self.qmp)
         return self.read(changes)
 
-    def read(self, changes: list[str]) -> Described:
-        """Do as describe(), whatever jobs work on the disks."""
+    def read(self, changes: list[str], *, has_jobs: bool = False) -> Described:
+        """Do as describe(), whatever jobs work on the disks.
+
+        has_jobs: leave the images in the drives out; a job may have put others there.
+        """
         found = facts.gather(self.qmp)
+        if has_jobs:
+            found = replace(found, drives=None)
         config = reduce_argv(self.argv, found, self.fallback, changes if self.force else None)
         check_plugged(self.qmp, config)
         return Described(config, found.drives)
@@ -175,11 +180,14 @@ def _asked(
         settings = _settings(qmp)
     with against.collecting():
         backend = facts.memory_backend(qmp)
-    for busy in graph.users(qmp):
-        against.add(busy)
+    busy = list(graph.users(qmp))
+    for error in busy:
+        against.add(error)
     with against.collecting(GuestError):
-        described = program.read(changes)
+        described = program.read(changes, has_jobs=bool(busy))
         qmp.who = f"guest {described.config['name']}"
+    if backend is None:
+        against.keep_first(facts.CURE)  # QEMU and its command line say the same of the memory
     if backend is not None:
         memory = _open_ram(qmp, backend.ident, backend.size_bytes)
         undo.callback(memory.close)
