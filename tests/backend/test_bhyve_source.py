@@ -207,7 +207,7 @@ def test_a_rehearsal_tells_what_the_pause_will_find(two: Two, sink: str) -> None
     )
     assert (directory / "ckp.meta").is_fifo()
     assert made._ready is not None and made._ready.rehearsal.took_ns > 0
-    assert made.fixed() == replace(before, state_ns=made._ready.rehearsal.took_ns)
+    assert made.fixed() == before._replace(state_ns=made._ready.rehearsal.took_ns)
     assert any("memory file: " in line for line in made.warnings()) == (sink == "file")
     assert guest.process.poll() is None
     made.close()

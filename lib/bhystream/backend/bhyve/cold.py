@@ -124,6 +124,9 @@ class SnapshotSource:
             ]
         return []
 
+    def fixed(self) -> None:
+        """Return None: snapshot files have no pause."""
+
     def memory(self) -> Sequence[memoryview]:
         """Return the mapped memory, read-only, by segment."""
         if not self._views:

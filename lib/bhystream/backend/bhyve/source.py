@@ -30,10 +30,10 @@ from bhystream.backend.bhyve.host import Host, Vm
 from bhystream.backend.bhyve.layout import clamped
 from bhystream.backend.bhyve.opened import in_its_words, open_guest
 from bhystream.errors import InternalError, Reason, from_oserror
-from bhystream.guest import Head
+from bhystream.guest import Fixed, Head
 
 if TYPE_CHECKING:  # a dry run pauses no guest
-    from bhystream.backend.base import Fixed, Prepared
+    from bhystream.backend.base import Prepared
     from bhystream.backend.bhyve.paused import BhyvePaused
     from bhystream.backend.bhyve.ready import Ready
 
@@ -125,13 +125,13 @@ class BhyveSource:
 
     def fixed(self) -> Fixed:
         """Return what the rehearsal took, or what is usual; and what the load usually takes."""
-        from bhystream.backend.base import Fixed
-
+        guest = self._opened
+        size = guest.memory.size_bytes
+        written = size if clamped(guest.host, size) else 0
+        state_ns = _SAVE_NS + written * 10**9 // _WRITE_BYTES_PER_SECOND
         if self._ready:
-            return Fixed(self._ready.rehearsal.took_ns, _LOAD_NS)
-        size = self._opened.memory.size_bytes
-        written = size if clamped(self._opened.host, size) else 0
-        return Fixed(_SAVE_NS + written * 10**9 // _WRITE_BYTES_PER_SECOND, _LOAD_NS)
+            state_ns = self._ready.rehearsal.took_ns
+        return Fixed(state_ns, _LOAD_NS, guest.ncpus, is_early=True)
 
     def prepare(self, id_: str) -> Prepared:
         """Make the directory, rehearse, make the FIFO.  Raises what make_ready() raises."""
@@ -145,7 +145,7 @@ class BhyveSource:
         self._made.callback(directory.remove, guest.host)
         directory.sweep(guest.host, base / "lock" / self.lock_name, base / "source")
         self._ready = ready = make_ready(guest, directory)
-        return Prepared(ready.record.to_json(), ready.rehearsal.text, guest.ncpus)
+        return Prepared(ready.record.to_json(), ready.rehearsal.text)
 
     def suspend_vcpus(self) -> None:
         """Suspend every vCPU that runs; the devices go on.
