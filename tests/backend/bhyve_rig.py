@@ -124,12 +124,12 @@ class Two:
             guest.console.await_beats(1)
             yield guest
 
-    def hide_work(self, name: str = "g") -> None:
+    def hide_work(self, name: str = "g", host: Rig | None = None) -> None:
         """Leave what a guest does out of the file that its bhyve was started with.
 
         No bhyve has keys for that, and bhysend reads the file that vm-bhyve's log names.
         """
-        path = self.here.directory / f"{name}.config"
+        path = (host or self.here).directory / f"{name}.config"
         lines = [line for line in path.read_text().splitlines() if "standin." not in line]
         path.write_text("\n".join([*lines, ""]))
 
