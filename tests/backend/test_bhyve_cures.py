@@ -169,6 +169,13 @@ def test_what_bhyve_options_made_has_to_go_from_there(tmp_path: Path) -> None:
     )
 
 
+def test_a_key_without_a_device_has_to_go_whatever_its_name(tmp_path: Path) -> None:
+    for key in ("pci.0.25.0.backend", "pci.0.11.0.slot.9.device"):
+        found = managed(tmp_path / key, f" -o {key}=nvme")
+        [cure] = [one.cure for one in found if f"key {key} is not known" in one]
+        assert cure.endswith(f"take {key} out of bhyve_options {AGAIN}")
+
+
 @pytest.mark.parametrize(
     ("about", "cure"),
     [

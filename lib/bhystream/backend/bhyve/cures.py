@@ -84,26 +84,28 @@ def translated(
 def _edit(conf: Mapping[str, str], keys: Mapping[str, str], key: str) -> tuple[str, bool]:
     """Return (the line to set, True), or (what has to go from bhyve_options, False)."""
     part, _, last = key.rpartition(".")
-    kind = keys.get(key, "") if last == "device" else ""
+    # A key that is not known may end as one that is.
+    devices = {str(slot): kind for slot, kind in known.pci_devices(keys).items()}
+    kind = devices.get(part, "") if last == "device" else ""
     line = _SWITCHES.get(kind, "")
     if line and _is_on(conf, line.partition("=")[0]):
         return line, True
     if kind in _NUMBERED:
-        slots = [str(slot) for slot, one in known.pci_devices(keys).items() if one == kind]
+        slots = [slot for slot, one in devices.items() if one == kind]
         lines = _numbered(conf, _NUMBERED[kind], "" if kind == "passthru" else kind)
         if len(lines) == len(slots):
             return f'{lines[slots.index(part)]}="{_REPLACED.get(kind, "")}"', True
     if last == "backend":
         nets = known.nets(known.pci_devices(keys))
         lines = _numbered(conf, "network{}_type", "")
-        if len(lines) == len(nets):
+        if part in nets and len(lines) == len(nets):
             line = lines[nets.index(part)].replace("_type", "_switch")
             return f"{line} to a switch of another type than vale", True
     if key == "memory.wired":
         return 'wired_memory="yes"', True
     if key.startswith("cpus="):
         return f'cpu="{key.removeprefix("cpus=")}"', True
-    return part if last == "device" else key, False
+    return part if kind else key, False
 
 
 def _is_on(conf: Mapping[str, str], key: str) -> bool:
