@@ -18,18 +18,12 @@ from bhystream.backend.qemu import resources as qemu_resources
 from bhystream.errors import UsageError
 from bhystream.recv import options as recv
 from bhystream.send import options as send
+from support.man_pages import ROOT, examples, section
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {"bhysend": send, "bhyrecv": recv}
 Letters = dict[str, bool]
 
 needs_mandoc = pytest.mark.skipif(shutil.which("mandoc") is None, reason="mandoc is not here")
-
-
-def section(page: str, name: str) -> str:
-    """Return the source of one section of a page."""
-    text = (ROOT / "man" / page).read_text()
-    return text.split(f".Sh {name}\n")[1].split("\n.Sh ")[0]
 
 
 def flags(lines: Sequence[str]) -> Letters:
@@ -262,21 +256,6 @@ while read -r _; do :; done
 """
 
 
-def examples(page: str) -> list[str]:
-    """Return the examples of a page as lines for a shell; blocks that show output are left out."""
-    text = (ROOT / "man" / page).read_text()
-    found = [f"{line}\n" for line in re.findall(r"^\.Dl (.* ?# .*)$", text, re.M)]
-    found += re.findall(r"^\.Bd -literal[^\n]*\n(.*?)^\.Ed$", text, re.M | re.S)
-    commands: list[str] = []
-    for block in found:
-        plain = block.replace("\\e", "\\").replace("\\&", "")
-        if plain.startswith(("#!/bin/sh", "qemu-system")):
-            commands.append(plain)
-        else:
-            commands += re.split(r"^(?:hv\d)?# ", plain, flags=re.M)[1:]
-    return commands
-
-
 def run_example(command: str, before: Sequence[str], directory: Path) -> list[list[str]]:
     """Run one example after the assignments of earlier examples; return each program's words."""
     programs = directory / "bin"
@@ -293,7 +272,7 @@ def run_example(command: str, before: Sequence[str], directory: Path) -> list[li
     notes.write_text("")
     script = "".join([*before, command, "wait\n"]).replace("/backup/", f"{directory}/backup/")
     done = subprocess.run(
-        ["/bin/sh", "-c", script],
+        ["/bin/sh", "-c", script, "sh", "hv2", "web1", "web2"],
         cwd=directory,
         env={"PATH": str(programs), "NOTES": str(notes)},
         stdin=subprocess.DEVNULL,

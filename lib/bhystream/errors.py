@@ -21,18 +21,50 @@ EXIT_HELD = 80
 EXIT_IN_DOUBT = 81
 
 
+class Reason(str):
+    """Why a guest cannot be moved as it is, or what its move costs: one line.
+
+    what: the reason, which begins with its key.  cure: the edit or the command that helps,
+    "" if none is known.  The line joins the two.  about: the keys of the guest's
+    configuration that the cure changes, for a manager that has other names for them.
+    """
+
+    __slots__ = ("about", "cure", "what")
+
+    what: str
+    cure: str
+    about: tuple[str, ...]
+
+    def __new__(cls, what: str, cure: str = "", *about: str) -> Reason:
+        made = super().__new__(cls, f"{what}; {cure}" if cure else what)
+        made.what, made.cure, made.about = what, cure, about
+        return made
+
+
 class BhyError(Exception):
     """Anything that the two programs report in one line and a status.
 
     One module raises it to another, unless a docstring names another exception.
     The text follows "bhysend: " in the shape of err(3); `hint`: what to type next.
+    collected: every reason, if the error has been put together of several.
     """
 
     status = 70
+    collected: tuple[Reason, ...] = ()
 
     def __init__(self, text: str, hint: str = "") -> None:
         super().__init__(text)
         self.hint = hint
+
+    def reasons(self, who: str = "") -> tuple[Reason, ...]:
+        """Return every reason that the error states, at least one.
+
+        who: "guest web1", which the text of an error may begin with, and a reason does not.
+        """
+        if self.collected:
+            return self.collected
+        cure = "; ".join(filter(None, self.hint.splitlines()))
+        return (Reason(str(self).removeprefix(f"{who}: "), cure),)
 
 
 class UsageError(BhyError):

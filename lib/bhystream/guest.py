@@ -105,6 +105,21 @@ class Head(NamedTuple):
     devices: tuple[str, ...]
 
 
+class Fixed(NamedTuple):
+    """What no round shortens of a pause, and what it depends on.
+
+    state_ns: to stop the guest and take its state.  load_ns: to load the state at the
+    destination and start the guest, and what bhyrecv does meanwhile.  vcpus: how many vCPUs
+    the guest has, which use none of the host's CPUs in the pause.  is_early: whether a
+    destination can start its hypervisor before the pause.
+    """
+
+    state_ns: int
+    load_ns: int
+    vcpus: int = 1
+    is_early: bool = False
+
+
 class State(NamedTuple):
     """One named blob of device or vCPU state, opaque to the engine.
 

@@ -93,7 +93,9 @@ def test_what_a_running_guest_cannot_run_with_is_said(
     assert backing.missing(host.host, config(host, *lines)) == []
     value = value.format(at=at)
     found = backing.missing(host.host, config(host, *lines, f"{key}={value}"))
-    assert found == [f"{key}: {value!r}: {why}"]
+    cure = f"give with -C the {key} that the guest was started with"
+    assert found == [f"{key}: {value!r}: {why}; {cure}"]
+    assert found[0].cure == cure
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ def test_mincore_of_our_own_mappings_is_not_believed() -> None:
     assert believed("1", 0, wired=True) == (
         False,
         "vm.mincore_mapped: it is 1 here, not 0, so every page of the guest is read, and so"
-        " allocated; sysctl vm.mincore_mapped=0 spares the pages never touched",
+        " allocated; sysctl vm.mincore_mapped=0 spares the pages never touched, and"
+        " vm.mincore_mapped=0 in /etc/sysctl.conf keeps it so",
     )
 
 
@@ -79,8 +80,8 @@ def test_mincore_is_not_believed_where_pages_of_the_guest_may_be_in_swap() -> No
     assert believed("0", 4096, wired=False) == (
         False,
         "swap: 4096 bytes are in use here, not 0, and the guest is not wired, so every page of"
-        " the guest is read, and so allocated; memory.wired=true or unused swap spares the pages"
-        " never touched",
+        " the guest is read, and so allocated; to spare the pages never touched, use no swap"
+        " (swapoff -a), or start it with memory.wired=true",
     )
 
 

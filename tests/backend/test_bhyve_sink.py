@@ -420,6 +420,5 @@ def test_a_guest_that_is_another_hosts_is_refused(guest: Arriving, lock: Path) -
     lock.write_text("elsewhere\n")
     [reason] = reasons(guest, options=FORCE)
     assert reason == (
-        f"{lock}: the guest belongs to 'elsewhere'; "
-        "if it surely does not run there: remove that file"
+        f"{lock}: the guest belongs to 'elsewhere'; if it surely does not run there: rm {lock}"
     )

@@ -21,7 +21,16 @@ from bhystream.standin.vm import StandinVm
 from standin.held import fifos_of
 from standin.rig import Spec
 
-from .bhyve_rig import ID, Two, require_sink, sink_prefix, small_tmpfs, two_hosts, without_sink
+from .bhyve_rig import (
+    ID,
+    UUID,
+    Two,
+    require_sink,
+    sink_prefix,
+    small_tmpfs,
+    two_hosts,
+    without_sink,
+)
 from .revived import open_paused
 
 NVME = Spec(devices=(*Spec().devices, ("0.9.0", "nvme")))
@@ -62,6 +71,66 @@ def test_a_guest_without_a_configuration_is_refused(two: Two) -> None:
     two.start()
     with pytest.raises(IncompatibleError, match="its configuration is not known"):
         BhyveSource(two.here.host, "g", two.base, None, force=False)
+
+
+def test_everything_that_speaks_against_a_move_is_said_at_once(two: Two) -> None:
+    two.start(Spec(keys={"standin.waiting": "1"}))
+    two.here.settings(can_snapshot=False)
+    path = two.config()
+    text = path.read_text().replace("memory.size=64M", "memory.size=128M")
+    path.write_text(text.replace(f"uuid={UUID}", "pci.0.9.0.device=nvme\npci.0.9.0.path=/none"))
+    with pytest.raises(IncompatibleError) as caught:
+        BhyveSource(two.here.host, "g", two.base, str(path), force=False)
+    lines = [str(caught.value), *caught.value.hint.splitlines()]
+    assert [line.split(";")[0].removeprefix("guest g: ") for line in lines] == [
+        "configuration: bhyve does not save nvme@pci.0.9.0",
+        "configuration: uuid is not set: the default changes with the host",
+        "memory.size: the configuration says 134217728, the running guest has 67108864",
+        "vcpus: 1 of 2 were never started, or are stopped: a checkpoint would let them run",
+        "vmm: the vmm here has no snapshots",
+    ]
+    assert all(line.startswith("guest g: ") for line in lines)
+    assert all(one.cure for one in caught.value.reasons())
+    assert "or start it with cpus=1" in lines[3]
+    two.assert_runs_on()
+
+
+def test_a_guest_without_a_configuration_is_examined_all_the_same(two: Two) -> None:
+    two.start(Spec(keys={"standin.waiting": "1"}))
+    with pytest.raises(IncompatibleError, match="its configuration is not known") as caught:
+        BhyveSource(two.here.host, "g", two.base, None, force=False)
+    assert "vcpus: 1 of 2 were never started" in caught.value.hint
+    two.assert_runs_on()
+
+
+def test_what_ends_the_search_is_said_behind_what_was_found(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first reason gives the status, as if the search had ended there."""
+    monkeypatch.setattr(opened, "_SYNC_S", 0.2)
+    two.start()
+    path = two.config("g", "device=virtio-blk")
+    with two.here.connect("g"), pytest.raises(IncompatibleError, match="is not known") as caught:
+        BhyveSource(two.here.host, "g", two.base, str(path), force=False)
+    assert "has not answered for" in caught.value.hint.splitlines()[-1]
+    two.assert_runs_on()
+
+
+def test_a_guest_of_vm_bhyve_is_refused_in_the_words_of_its_conf(two: Two) -> None:
+    with two.supervise(replace(NVME, keys={"uuid": UUID})):
+        two.hide_work()
+        conf = two.here.directory / "vm" / "g" / "g.conf"
+        conf.write_text(conf.read_text() + 'disk0_type="nvme"\ndisk0_name="x"\n')
+        (conf.parent / "g.save").touch()
+        with pytest.raises(IncompatibleError) as caught:
+            BhyveSource(two.here.host, "g", two.base, None, force=False)
+        assert caught.value.reasons() == (
+            f"{conf.parent}/g.save exists: vm-bhyve would resume that state again; run vm discard"
+            " g",
+            'configuration: bhyve does not save nvme@pci.0.9.0; set disk0_type="virtio-blk" in'
+            " g.conf, then vm stop g and vm start g",
+        )
+        two.assert_runs_on()
 
 
 def test_a_bhyve_that_does_not_answer_is_told(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +207,7 @@ def test_a_rehearsal_tells_what_the_pause_will_find(two: Two, sink: str) -> None
     )
     assert (directory / "ckp.meta").is_fifo()
     assert made._ready is not None and made._ready.rehearsal.took_ns > 0
-    assert made.fixed() == replace(before, state_ns=made._ready.rehearsal.took_ns)
+    assert made.fixed() == before._replace(state_ns=made._ready.rehearsal.took_ns)
     assert any("memory file: " in line for line in made.warnings()) == (sink == "file")
     assert guest.process.poll() is None
     made.close()

@@ -100,7 +100,7 @@ def test_an_old_vm_bhyve_that_restarts_on_a_fault_is_refused(tmp_path: Path) -> 
         [
             "vm-bhyve: on_fault is restart, and this host's vm-bhyve is older than 1.7.0, or not"
             " where the port puts it: vm-bhyve would start the guest again once it has moved;"
-            " update vm-bhyve, or start the guest with on_fault=shutdown"
+            ' update vm-bhyve, or start the guest with on_fault="shutdown" in web1.conf'
         ],
         [],
     )

@@ -362,7 +362,8 @@ def test_a_vmm_without_snapshots_is_refused() -> None:
         [],
         [
             "vmm: the vmm here has no snapshots; build and install vmm.ko, bhyve and bhyvectl"
-            " with WITH_BHYVE_SNAPSHOT=yes (the kernel stays), or -f"
+            " with WITH_BHYVE_SNAPSHOT=yes (the kernel stays), by the commands of"
+            " bhysend-bhyve(7), or -f"
         ],
     )
 
@@ -372,7 +373,7 @@ def test_a_vmm_that_is_not_seen_is_refused_too() -> None:
         [],
         [
             "vmm: it cannot be seen whether the vmm here has snapshots;"
-            " kldload vmm, keep debug.link_elf_obj_leak_locals at 1, or -f"
+            " kldload vmm, sysctl debug.link_elf_obj_leak_locals=1, or -f"
         ],
     )
 
@@ -454,8 +455,8 @@ def test_devices_that_bhyve_does_not_stop_are_named() -> None:
     assert verdict.warnings(found, host()) == [
         CLOCK,
         "devices: bhyve does not stop e1000@pci.0.5.0, xhci@pci.0.6.0, fbuf@pci.0.29.0 while"
-        " it saves, so the guest may lose what they do in that moment; bhyve stops virtio"
-        " devices",
+        " it saves, so the guest may lose what they do in that moment; if that matters, start it"
+        " with pci.0.5.0.device=virtio-net and without pci.0.6.0 and without pci.0.29.0",
     ]
 
 

@@ -69,7 +69,8 @@ def test_a_job_on_a_disk_is_refused_by_name(rig: Rig, start: Callable[[Ask, Rig]
     kind = start.__name__.removeprefix("start_")
     with pytest.raises(GuestError, match=rf"guest here: the job 'd0' \({kind}, ") as caught:
         QemuSource(path)
-    assert "id d0" in caught.value.hint
+    [reason] = caught.value.reasons()
+    assert "id d0" in reason.cure
     with monitor(path) as ask:
         ask("block-job-cancel", device="d0", force=True)
         until(lambda: ask("query-jobs") == [], "the end of the job", DEADLINE_S)
@@ -95,7 +96,8 @@ def test_a_disk_that_is_exported_is_refused_by_name(rig: Rig) -> None:
         export(ask, rig)
     with pytest.raises(GuestError, match="the nbd export 'backup'") as caught:
         QemuSource(path)
-    assert "block-export-del" in caught.value.hint
+    [reason] = caught.value.reasons()
+    assert "block-export-del" in reason.cure
 
 
 @pytest.mark.parametrize("step", ["require_described", "pause"])
@@ -178,7 +180,8 @@ def test_a_guest_that_writes_to_another_image_needs_force(
     text = f"disk (d|n)0: QEMU writes to {now}, but its command line names {base}"
     with pytest.raises(IncompatibleError, match=text) as caught:
         QemuSource(path)
-    assert "or use -f" in caught.value.hint
+    [reason] = caught.value.reasons()
+    assert "or use -f" in reason.cure
     source = QemuSource(path, force=True)
     [found] = source.head().config["disks"]
     assert found["props"]["format"] == kind_now

@@ -78,7 +78,8 @@ def test_unshared_memory_is_refused_by_name(rig: Rig) -> None:
     path = rig.start("here", ram="memory-backend-ram")
     with pytest.raises(IncompatibleError, match="memory backend ram0 is not share=on") as caught:
         QemuSource(path)
-    assert "memory-backend-file" in caught.value.hint
+    [reason] = caught.value.reasons()
+    assert "memory-backend-file" in reason.cure
 
 
 def test_two_memory_backends_are_refused(rig: Rig) -> None:
@@ -96,7 +97,8 @@ def test_a_paused_guest_is_refused_with_the_cure(rig: Rig) -> None:
         ask("stop")
     with pytest.raises(GuestError, match="guest here: cannot send it: it is 'paused'") as caught:
         QemuSource(path)
-    assert "cont" in caught.value.hint
+    [reason] = caught.value.reasons()
+    assert "cont" in reason.cure
 
 
 def test_the_throttle_stops_a_guest_and_lets_it_run(rig: Rig) -> None:

@@ -15,7 +15,7 @@ from bhystream import hypervisors
 from bhystream.backend.lineage import Above, Unit, has_systemd
 from bhystream.backend.qemu import supervisors
 from bhystream.backend.qemu.source import QemuSource
-from bhystream.errors import IncompatibleError
+from bhystream.errors import IncompatibleError, Reason
 from bhystream.hypervisors import Sending
 from support.waiting import until
 
@@ -39,7 +39,10 @@ def judged(*commands: str, fed: Collection[int] = (), top: int = 1) -> str:
         Above(pid, command, at in fed)
         for at, (pid, command) in enumerate(zip(pids, commands, strict=True))
     ]
-    return supervisors.judge(QEMU, chain, {OURS}, lambda waiting: f"unit {sorted(waiting)}")
+    found = supervisors.judge(
+        QEMU, chain, {OURS}, lambda waiting: Reason(f"unit {sorted(waiting)}")
+    )
+    return found or ""
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,8 @@ def test_process_1_may_be_there_for_qemu(command: str) -> None:
 
 
 def test_a_qemu_that_is_process_1_is_its_containers() -> None:
-    found = supervisors.judge(1, [], set(), lambda waiting: "")
+    found = supervisors.judge(1, [], set(), lambda waiting: None)
+    assert found is not None
     assert found.startswith("supervisor: the guest's QEMU is process 1 of its container")
 
 
@@ -113,12 +117,16 @@ def test_systemd_is_asked_for_the_unit() -> None:
 
 def test_a_script_that_runs_bhysend_too_knows_of_the_move() -> None:
     chain = [Above(OURS, "sh move.sh"), Above(1, "init")]
-    assert supervisors.judge(QEMU, chain, {OURS}, lambda waiting: "unit") == ""
+
+    def unit(waiting: Collection[int]) -> Reason:
+        return Reason("unit")
+
+    assert supervisors.judge(QEMU, chain, {OURS}, unit) is None
     # A copy of the script is another process.
-    assert supervisors.judge(QEMU, [Above(78, "sh move.sh")], {OURS}, lambda waiting: "unit")
+    assert supervisors.judge(QEMU, [Above(78, "sh move.sh")], {OURS}, unit)
     # A supervisor that is above both still counts as a supervisor.
     for command in ("supervisord", "python3 /usr/bin/supervisord -n", "runsv web1"):
-        assert supervisors.judge(QEMU, [Above(OURS, command)], {OURS}, lambda waiting: "unit")
+        assert supervisors.judge(QEMU, [Above(OURS, command)], {OURS}, unit)
 
 
 @pytest.mark.parametrize("login", ["sshd: root@pts/0", "cron", "tmux: server", "/sbin/init"])
@@ -158,7 +166,7 @@ def test_a_unit_is_judged_by_what_starts_it_again(
         return None if shown is None else SHOWN | dict(shown)
 
     monkeypatch.setattr(supervisors, "show", show)
-    found = supervisors.unit_reason(Unit(unit), {QEMU, 900})
+    found = supervisors.unit_reason(Unit(unit), {QEMU, 900}) or Reason("")
     assert why in found
     assert bool(found) == bool(why)
     if why:

@@ -15,6 +15,7 @@ from bhystream.backend.bhyve.argv import parse_argv
 from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.config import GuestConfig
 from bhystream.backend.bhyve.contents import BhyveContents
+from bhystream.backend.bhyve.cures import translated
 from bhystream.backend.bhyve.fpu import parse as parse_fpu
 from bhystream.backend.bhyve.journal import Journal
 from bhystream.backend.bhyve.layout import layout_of
@@ -22,6 +23,8 @@ from bhystream.backend.bhyve.snapshotfiles import Files, read_fpu
 from bhystream.backend.bhyve.validate import validate
 from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest, last_start
 from bhystream.backend.process import Identity
+from bhystream.backend.refusals import Refusals
+from bhystream.errors import IncompatibleError
 from bhystream.guest import State
 from bhystream.strict_json import pack_json, unpack_json
 from fuzz.target import attempt, fail
@@ -80,8 +83,24 @@ def nvlist_socket(data: bytes) -> None:
 
 
 def config_text(data: bytes) -> None:
-    """Read a bhyve_config(5) file: what can travel passes the check at the destination."""
-    _travels(config.read(text_of(data), "web1"))
+    """Read a bhyve_config(5) file: what can travel passes the check at the destination.
+
+    What cannot is refused for the same reasons whether or not these are collected.
+    """
+    text, against = text_of(data), Refusals()
+    made = config.split(config.parse(text), "web1", against)
+    told = [translated(one, "web1", vmconf.parse(text), made.full) for one in against.reasons]
+    if any("\n" in one for one in told):
+        fail("a reason has more than one line")
+    try:
+        found = config.read(text, "web1")
+    except IncompatibleError as error:
+        if list(error.reasons()) != against.reasons:
+            fail(f"{error.reasons()} are not {against.reasons}")
+        raise
+    if against.reasons:
+        fail(f"{against.reasons} refuse nothing")
+    _travels(found)
 
 
 def _travels(found: GuestConfig) -> None:

@@ -25,8 +25,8 @@ BUGS = (
         Kind.DISK,
         "the disks are sampled before the command at the pause has ended",
         "send/outgoing.py",
-        "            custody.wait_for_hook()\n        start_ns",
-        "            pass\n        start_ns",
+        "            custody.wait_for_hook()\n        watch, start_ns",
+        "            pass\n        watch, start_ns",
         ("cli/test_disks.py::test_the_disks_are_sampled_after_the_command_at_the_pause",),
     ),
     Bug(

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.errors import EXIT_OK, InputOutputError
-from bhystream.guest import PAGE_BYTES
+from bhystream.backend.refusals import Refusals
+from bhystream.errors import EXIT_OK, GuestError, InputOutputError, Reason
+from bhystream.guest import Fixed
 from bhystream.report import Console
-from bhystream.send import dryrun
-from bhystream.send.dryrun import Survey, places, survey
+from bhystream.send import dryrun, survey
 from bhystream.send.options import SendOptions
-from bhystream.send.precopy import Limits
+from bhystream.send.precopy import Limits, Outlook
+from bhystream.send.prediction import ASSUMED, EARLIER, UNKNOWN, Foretold, Prediction
+from bhystream.send.stopwatch import Parts
 from bhystream.signals import Signals
 from bhystream.units import NS
 from support.clock import Clock
@@ -25,93 +27,41 @@ SIZES = (500, 100, 400)
 NPAGES = sum(SIZES)
 
 
+FIXED = Fixed(state_ns=8_000_000, load_ns=10_000_000)
+
+
 @pytest.fixture
-def source() -> Iterator[MemorySource]:
+def source(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemorySource]:
     made = MemorySource(*SIZES)
+    monkeypatch.setattr(made, "fixed", lambda: FIXED)
     yield made
     made.close()
 
 
-def dry_run(source: MemorySource, limits: Limits, console: Console, *, machine: bool) -> int:
-    opts = SendOptions(guest="qemu:/g", limits=limits, machine=machine, dry_run=True)
-    return dryrun.run(source, opts, Path("/nonexistent"), console, Signals())
+def dry_run(
+    source: MemorySource,
+    limits: Limits,
+    console: Console,
+    *,
+    machine: bool,
+    base: Path = Path("/nonexistent"),
+    hook: str | None = None,
+) -> int:
+    opts = SendOptions(guest="qemu:/g", limits=limits, machine=machine, dry_run=True, hook=hook)
+    return dryrun.run(source, opts, base, console, Signals())
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The time of a dry run: it passes, and the guest runs, only in sleep()."""
     made = Clock(now_ns=12345)
-    monkeypatch.setattr(dryrun, "time", made)
+    monkeypatch.setattr(survey, "time", made)
     return made
 
 
 def fill(source: MemorySource, mark: bytes) -> None:
     for page in range(NPAGES):
         source.write(page, mark)
-
-
-def test_a_survey_counts_pages(source: MemorySource, clock: Clock, rng: random.Random) -> None:
-    data = set(rng.sample(range(NPAGES), 200))
-    zeros = set(rng.sample(sorted(set(range(NPAGES)) - data), 50))
-    for page in data:
-        source.write(page, b"\1")
-    for page in zeros:
-        source.write(page, bytes(PAGE_BYTES))
-    changed = set(rng.sample(sorted(data), 30))
-
-    def run() -> None:
-        for page in changed:
-            source.write(page, b"\2")
-
-    clock.on_sleep = run
-    extents = sum(page - 1 not in changed for page in changed)
-    found = survey(source, source.head())
-    assert found == Survey(NPAGES, 250, 200, 30, extents, NS, 0)
-    assert found.dirty_bytes == 30 * PAGE_BYTES
-
-
-def test_the_whole_guest_changing_is_one_place(source: MemorySource, clock: Clock) -> None:
-    clock.on_sleep = lambda: fill(source, b"\1")
-    found = survey(source, source.head())
-    assert (found.data_pages, found.changed_pages, found.changed_extents) == (0, NPAGES, 1)
-
-
-def test_places_are_runs_of_ones(rng: random.Random) -> None:
-    for nwords in (0, 1, 2, 7, 64):
-        for share in (0.0, 0.01, 0.5, 0.99, 1.0):
-            bits = [rng.random() < share for _ in range(64 * nwords)]
-            whole = sum(bit << at for at, bit in enumerate(bits)).to_bytes(8 * nwords, "little")
-            runs = sum(bit and not (at and bits[at - 1]) for at, bit in enumerate(bits))
-            assert places(memoryview(whole)) == runs
-
-
-def test_every_other_page_is_a_place(clock: Clock) -> None:
-    source = MemorySource(6000)
-
-    def run() -> None:
-        for page in range(0, 6000, 2):
-            source.write(page, b"\1")
-
-    clock.on_sleep = run
-    try:
-        assert survey(source, source.head()).changed_extents == 3000
-    finally:
-        source.close()
-
-
-def test_the_scans_themselves_count_as_exposure(
-    source: MemorySource, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Pages change also while the first scan is under way.
-    touched = source.touched
-
-    def slow() -> Iterator[tuple[int, int]]:
-        clock.now_ns += NS // 4
-        return touched()
-
-    monkeypatch.setattr(source, "touched", slow)
-    found = survey(source, source.head())
-    assert (found.exposure_ns, found.scan_ns) == (NS + NS // 4, NS // 4)
 
 
 def test_a_dry_run_touches_nothing(
@@ -189,7 +139,7 @@ def test_the_machines_report_can_be_parsed(
         source.write(page, b"\1")
     clock.on_sleep = lambda: source.write(150, b"\2")
     rows = report_of(source, Limits(), capfdbinary)
-    assert {row[0]: row[1] for row in rows if row[0] != "link"} == {
+    assert {row[0]: row[1] for row in rows if len(row) == 2} == {
         "name": "stand-in",
         "hypervisor": "stand-in",
         "pages": "1000",
@@ -207,6 +157,11 @@ def test_the_machines_report_can_be_parsed(
     for _, _, rounds, copy_ns in links:
         assert int(rounds) == 2
         assert int(copy_ns) >= 0
+    assert [row for row in rows if row[0] == "pause"] == [
+        ["pause", "state", "8000000", "assumed"],
+        ["pause", "scan", "0", "measured"],
+        ["pause", "answers", "-1", "unknown"],
+    ]
 
 
 def test_the_machines_report_says_what_does_not_converge(
@@ -227,13 +182,15 @@ def test_non_convergence_is_said(
     dry_run(source, Limits(rate_bytes=100_000), console, machine=False)
     err = capfd.readouterr().err
     assert "at -B (97.7 KiB/s): it changes too fast for -d 300 ms" in err
+    assert "too many last pages at -B" in err
     # A guest that changes too fast can still be moved, if the pause may be long.
     forced = Limits(rate_bytes=100_000, finish=True, time_ns=600 * NS)
     for limits, rounds in ((forced, 15), (Limits(rounds=0, rate_bytes=100_000), 0)):
         fill(source, b"\1")
         dry_run(source, limits, console, machine=False)
         err = capfd.readouterr().err
-        assert f": {rounds} rounds, pause 40.96 s and 0.0 ms for the last scan" in err
+        assert f": {rounds} rounds, and 40.96 s for the last pages" in err
+        assert "last pages 40.96 s at -B" in err
 
 
 def test_the_report_for_people(
@@ -247,10 +204,11 @@ def test_the_report_for_people(
     assert lines == [
         "guest stand-in: 3.9 MiB of memory, 1.0 MiB touched, 512.0 KiB to send",
         "guest stand-in: changes 4.0 KiB/s, in 1 place; a scan takes 0.0 ms",
-        "guest stand-in: at -B (1.0 MiB/s): 2 rounds, pause 0.0 ms and 0.0 ms for the last scan, "
-        "and what the state and the destination take",
+        "guest stand-in: at -B (1.0 MiB/s): 2 rounds, and 0.0 ms for the last pages",
         "guest stand-in: the destination needs: -o disk0= -o net0=",
         "guest stand-in: it can be moved from here; nothing was changed",
+        "guest stand-in: the pause: state 8.0 ms (assumed), last scan 0.0 ms (grows with the"
+        " memory), last pages 0.0 ms at -B, answers unknown (no destination was asked)",
     ]
 
 
@@ -265,3 +223,123 @@ def test_a_report_that_cannot_be_written_is_no_success(
                 dry_run(source, Limits(), Console("bhysend"), machine=machine)
     finally:
         os.close(full)
+
+
+# What the pause will be made of.
+
+KIND = "stand-in"
+HOOK = "zfs send secret"
+
+
+def learned(base: Path, where: str = "hv2", hook: str | None = None) -> None:
+    """Note a move whose state took 7.9 ms, whose scan took twice as long, and so on."""
+    made = Prediction(lambda: FIXED, base, KIND, where, hook, is_early=FIXED.is_early)
+    made.parts(Outlook(1, 10**6, 4 * 10**6 * made.nthreads), 10**6)
+    made.learn(Parts(7_900_000, 10_000_000, 12 * NS, 90_000_000))
+
+
+def parts_of(
+    source: MemorySource, capfd: pytest.CaptureFixture[str], base: Path, hook: str | None = None
+) -> str:
+    """Return the last line of the report."""
+    dry_run(source, Limits(rate_bytes=1 << 20), Console("x"), machine=False, base=base, hook=hook)
+    *_, last = capfd.readouterr().err.splitlines()
+    return last.removeprefix("x: guest stand-in: the pause: ")
+
+
+def test_the_pause_is_what_it_was_in_earlier_moves(
+    source: MemorySource, clock: Clock, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clock.step_ns = (
+        2 * 10**6 * Prediction(lambda: FIXED, tmp_path, KIND, "", None, is_early=False).nthreads
+    )
+    assert parts_of(source, capfd, tmp_path).startswith(
+        "state 8.0 ms (assumed), last scan 2.0 ms (grows with the memory), "
+    )
+    learned(tmp_path)
+    # What the estimate of that move was does not matter to the state: none is known here.
+    assert parts_of(source, capfd, tmp_path) == (
+        "state 7.9 ms (as in earlier moves), last scan 4.0 ms (as in earlier moves, grows with the"
+        " memory), last pages 0.0 ms at -B, answers unknown (no destination was asked)"
+    )
+
+
+def test_a_hook_is_known_after_its_first_run(
+    source: MemorySource, clock: Clock, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    unknown = parts_of(source, capfd, tmp_path, HOOK)
+    assert unknown.endswith(", -p unknown (it has not run yet)")
+    learned(tmp_path, hook=HOOK)
+    known = parts_of(source, capfd, tmp_path, HOOK)
+    assert known.endswith(", -p 12.00 s (as in earlier moves, beside the last pages)")
+    assert "-p" not in parts_of(source, capfd, tmp_path)
+
+
+def test_a_destination_that_is_asked_answers_as_before(tmp_path: Path) -> None:
+    """Two trips and the load are assumed of a destination to which no guest was moved yet."""
+    for where, answers in (("hv3", Foretold("answers", 2 * 5 + 10_000_000, ASSUMED)),
+                           ("hv2", Foretold("answers", 90_000_000, EARLIER)),
+                           ("", Foretold("answers", -1, UNKNOWN))):  # fmt: skip
+        learned(tmp_path)
+        made = Prediction(lambda: FIXED, tmp_path, KIND, where, None, is_early=FIXED.is_early)
+        assert made.foretell(100, 5)[2] == answers
+
+
+def test_snapshot_files_have_no_pause(
+    source: MemorySource,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    monkeypatch.setattr(source, "fixed", lambda: None)
+    dry_run(source, Limits(), Console("bhysend"), machine=False)
+    assert b"the pause" not in capfdbinary.readouterr().err
+    assert not any(row[0] == "pause" for row in report_of(source, Limits(), capfdbinary))
+
+
+# The rows of warnings and of reasons against the guest.
+
+
+def test_warnings_are_rows_with_their_cures(
+    source: MemorySource,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    warnings = [Reason("clock: it falls behind", "let it run NTP"), Reason("fpu: a\tb\n\x1b")]
+    monkeypatch.setattr(source, "warnings", lambda: warnings)
+    rows = report_of(source, Limits(), capfdbinary)
+    assert [row for row in rows if row[0] == "warning"] == [
+        ["warning", "clock: it falls behind", "let it run NTP"],
+        ["warning", "fpu: a\\x09b\\x0a\\x1b", ""],
+    ]
+
+
+def test_each_reason_is_a_row(capfd: pytest.CaptureFixture[str]) -> None:
+    found = Refusals("guest web1")
+    found.add(GuestError("guest web1: it is paused", "let it run\nor not"))
+    found.extend([Reason("uuid: none", "set uuid"), Reason("a\tb")])
+    error = found.merged()
+    assert error is not None
+    dryrun.refuse(error)
+    assert capfd.readouterr().out.splitlines() == [
+        "refusal\tit is paused\tlet it run; or not",
+        "refusal\tuuid: none\tset uuid",
+        "refusal\ta\\x09b\t",
+    ]
+
+
+@pytest.mark.parametrize("text", ["guest web1: it has ended", "guest qemu:/run/web1.qmp: no"])
+def test_one_error_is_one_row_without_the_guest(
+    text: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dryrun.refuse(GuestError(text))
+    assert capfd.readouterr().out == f"refusal\t{text.partition(': ')[2]}\t\n"
+
+
+def test_a_refusal_that_cannot_be_written_is_a_refusal_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with open("/dev/full", "wb") as full:
+        monkeypatch.setattr(dryrun, "_STDOUT", full.fileno())
+        dryrun.refuse(GuestError("guest web1: it has ended"))

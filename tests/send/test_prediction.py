@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-from bhystream.backend.base import Fixed
-from bhystream.send.job import SendJob
+import pytest
+
+from bhystream.guest import Fixed
+from bhystream.send import strides
 from bhystream.send.precopy import Outlook
 from bhystream.send.prediction import Prediction
 from bhystream.send.stopwatch import Parts
@@ -15,21 +16,16 @@ from bhystream.send.stopwatch import Parts
 VIEW = Outlook(last_pages=7, copy_ns=300, scan_ns=80)
 
 
-def predicting(base: Path, **given: Any) -> Prediction:
+@pytest.fixture(autouse=True)
+def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host has CPUs for all threads: one more than the guest has vCPUs."""
+    monkeypatch.setattr(strides, "_cpus", lambda: 64)
+
+
+def predicting(base: Path, *, vcpus: int = 1, **given: Any) -> Prediction:
     """Return the prediction of a move to "hv2" by two threads."""
-    wanted = {
-        "kind": "qemu",
-        "where": "hv2",
-        "nthreads": 2,
-        "is_early": True,
-        "hook": None,
-        **given,
-    }
-    source = SimpleNamespace(fixed=lambda: Fixed(state_ns=1000, load_ns=2000))
-    opts = SimpleNamespace(hook=wanted.pop("hook"))
-    job = SimpleNamespace(source=source, opts=opts, base=base)
-    early = wanted.pop("is_early")
-    return Prediction(cast(SendJob, job), **wanted, is_early=early)
+    wanted = {"kind": "qemu", "where": "hv2", "is_early": True, "hook": None, **given}
+    return Prediction(lambda: Fixed(1000, 2000, vcpus), base, **wanted)
 
 
 def test_without_experience_the_parts_are_the_estimates(tmp_path: Path) -> None:
@@ -56,7 +52,7 @@ def test_what_one_kind_of_move_teaches_says_nothing_about_another(tmp_path: Path
     assert predicting(tmp_path, kind="bhyve").parts(VIEW, 50) == Parts(1000, 340, 0, 2100)
     assert predicting(tmp_path, where="hv3").parts(VIEW, 50) == Parts(3000, 680, 0, 2100)
     assert predicting(tmp_path, is_early=False).parts(VIEW, 50) == Parts(3000, 680, 0, 2100)
-    assert predicting(tmp_path, nthreads=1).parts(VIEW, 50) == Parts(3000, 380, 0, 4200)
+    assert predicting(tmp_path, vcpus=0).parts(VIEW, 50) == Parts(3000, 380, 0, 4200)
 
 
 def test_the_last_of_several_predictions_is_the_one_that_teaches(tmp_path: Path) -> None:

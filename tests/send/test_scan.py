@@ -10,9 +10,9 @@ import pytest
 
 from bhystream.guest import PAGE_BYTES, Layout, Segment
 from bhystream.memory.page import PageHasher, PageHashes, find_changed, mark_changed
-from bhystream.send import scan
-from bhystream.send.scan import Piece, Scan, threads_for
-from bhystream.send.strides import bitmap
+from bhystream.send import scan, strides
+from bhystream.send.scan import Piece, Scan
+from bhystream.send.strides import bitmap, threads_for
 
 NPAGES = (5000, 70, 1)
 STARTS = (0, 5000, 5070)
@@ -140,7 +140,7 @@ def test_a_scan_that_is_left_ends_its_threads(case: Case) -> None:
 def test_the_guests_vcpus_and_the_hosts_cpus_bound_the_threads(
     vcpus: int, cpus: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan, "_cpus", lambda: cpus)
+    monkeypatch.setattr(strides, "_cpus", lambda: cpus)
     assert threads_for(vcpus) == threads
 
 

@@ -17,9 +17,9 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from bhystream.backend.base import Fixed, Paused, Prepared
-from bhystream.errors import GuestError
-from bhystream.guest import PAGE_BYTES, Head, Layout, Segment, State
+from bhystream.backend.base import Paused, Prepared
+from bhystream.errors import GuestError, Reason
+from bhystream.guest import PAGE_BYTES, Fixed, Head, Layout, Segment, State
 from bhystream.memory.hole import punch
 from bhystream.stream import format as fmt
 from bhystream.stream.format import RoundEnd
@@ -75,7 +75,7 @@ class MemorySource:
     def fixed(self) -> Fixed:
         return Fixed(0, 0)
 
-    def warnings(self) -> Sequence[str]:
+    def warnings(self) -> Sequence[Reason]:
         return ()
 
     def prepare(self, id_: str) -> Prepared:

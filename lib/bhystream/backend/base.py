@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bhystream.guest import Head, Json, State
+from bhystream.errors import Reason
+from bhystream.guest import Fixed, Head, Json, State
 
 
 @dataclass(frozen=True)
@@ -23,25 +24,11 @@ class Prepared:
     record: JSON from which `hypervisors.open_paused()` finds the guest again;
     the record holds no secret and no descriptor.  plan: what the destination
     needs to start its hypervisor before the pause, for a REHEARSAL section;
-    b"" if the destination needs nothing.  vcpus: how many vCPUs the guest has,
-    which use none of the host's CPUs while the guest is paused.
+    b"" if the destination needs nothing.
     """
 
     record: Json
     plan: bytes = b""
-    vcpus: int = 1
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """The parts of a pause that have nothing to do with the memory, in ns.
-
-    state_ns: to stop the guest and take its state.  load_ns: to load the state at the
-    destination and start the guest, and what bhyrecv does meanwhile.
-    """
-
-    state_ns: int
-    load_ns: int
 
 
 class Target(Protocol):
@@ -106,8 +93,11 @@ class Described(Readable, Protocol):
     def resources(self) -> Sequence[str]:
         """Return the -o keys that the destination's operator has to give: "disk0="."""
 
-    def warnings(self) -> Sequence[str]:
-        """Return what the operator has to know and no program can repair, each in one line."""
+    def warnings(self) -> Sequence[Reason]:
+        """Return what the operator has to know and no program can repair."""
+
+    def fixed(self) -> Fixed | None:
+        """Return what no further round shortens of the pause; None if there is no pause."""
 
 
 class Snapshot(Described, Protocol):
@@ -150,9 +140,9 @@ class Source(Described, Protocol):
         """
 
     def fixed(self) -> Fixed:
-        """Return the parts of the pause that no further round shortens.
+        """Return what no further round shortens of the pause.
 
-        As prepare() measured them, or what is usual if prepare() could not.
+        As prepare() measured it, or what is usual if prepare() was not called, or could not.
         """
 
     def suspend_vcpus(self) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from bhystream.errors import Reason
+
 
 def words(*lines: str) -> frozenset[str]:
     """Return all the words of some lines."""
@@ -40,16 +42,16 @@ def is_shell(command: str) -> bool:
     return program_of(command) in _SHELLS
 
 
-def reason(hypervisor: str, command: str) -> str:
+def reason(hypervisor: str, command: str) -> Reason:
     """Return the reason against a guest whose hypervisor a process of this command started.
 
     hypervisor: "QEMU" or "bhyve".
     """
-    return (
+    return Reason(
         f"supervisor: the guest's {hypervisor} was started by"
         f" {ascii(command)[:_MAX_SHOWN_CHARS]}, which may start {hypervisor} again when"
-        f" {hypervisor} is killed: a second copy of the guest; end that program first, or use -f"
-        " if it never does"
+        f" {hypervisor} is killed: a second copy of the guest",
+        "end that program first, or use -f if it never does",
     )
 
 

@@ -11,11 +11,12 @@ prediction.py    the pause, foretold
 rounds.py        the rounds of one move
 throttle.py      the vCPUs held back in the rounds
 head.py          the header and the head sections
-strides.py       the guest's memory in the order of a round
+strides.py       the guest's memory in the order of a round; how many threads scan it
 transfer.py      one round: from a mapping through the hash table to MEMORY sections
 scan.py          the last scan, by as many threads as the guest has vCPUs
 precopy.py       when to go on, stop or give up: pure functions
 dryrun.py        -n
+  survey.py      two scans of a guest that runs on
 cold.py          snapshot files
 hook.py          -p
 conversation.py  the stream's way out, and the wait for the answers

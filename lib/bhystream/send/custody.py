@@ -135,7 +135,7 @@ class Custody:
         if self._hook:
             start_ns = time.monotonic_ns()
             self._hook.wait()
-            self._watch.measured.hook_ns = time.monotonic_ns() - start_ns
+            self._watch.note(hook_ns=time.monotonic_ns() - start_ns)
             # If wait() raises, _hook stays set, so that recover() kills the command's group.
             self._hook = None
             self._keeper.tell_hook(0)
@@ -390,7 +390,7 @@ class Custody:
         # If pause() raises, _paused stays None, and _resume() finds the guest by its record.
         paused = self._paused = self._job.source.pause(self._watch.start)
         self.states, self.reasons = paused.states(), paused.reasons
-        self._watch.measured.state_ns = self._watch.elapsed_ns()
+        self._watch.note(state_ns=self._watch.elapsed_ns())
         hook = self._job.opts.hook
         if hook is not None:
             # Start the command only now: until the pause the guest writes to its disks.

@@ -1,132 +1,61 @@
 """bhysend -n: what a move would be like, without touching the guest.
 
-Two scans over the pages that the guest has touched, a second apart, give the
-guest's size and its rate of change; from these the policy forecasts the rounds on
-a link of a given rate.  The guest runs on, and nothing is paused.  Memory that the
-guest has never touched is not read, so that this memory stays unallocated.
+survey.py measures the guest, which runs on; from the guest's size and its rate of change the
+policy forecasts the rounds on a link of a given rate.
 
 Into a pipe bhysend writes a stream with a head and no memory, for a `bhyrecv -n` at
 the other end, which gives the destination's verdict.
+
+The last line says what the pause will be made of, and how each part is known.  With -P
+all of this is a table, which has also the reasons against a guest that is refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import time
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bhystream.errors import EXIT_OK, BhyError, InternalError
-from bhystream.guest import PAGE_BYTES, Head
-from bhystream.memory.page import PageHasher, PageHashes, mark_changed, mark_extents
-from bhystream.report import Console
-from bhystream.send.head import new_header, new_seed, write_head
+from bhystream.guest import PAGE_BYTES, Fixed, Head
+from bhystream.report import Console, printable
+from bhystream.send.head import new_header, write_head
 from bhystream.send.options import SendOptions
 from bhystream.send.precopy import Limits, forecast
-from bhystream.send.strides import bitmap, strides
+from bhystream.send.prediction import (
+    ASSUMED,
+    EARLIER,
+    MEASURED,
+    UNKNOWN,
+    Foretold,
+    Prediction,
+)
+from bhystream.send.survey import Survey, survey
 from bhystream.signals import Signals
 from bhystream.stream.format import Feature, Form
 from bhystream.stream.writer import Writer, write_all
-from bhystream.units import NS, counted, duration, size
+from bhystream.units import counted, duration, size
 
 if TYPE_CHECKING:
-    from bhystream.backend.base import Described, Readable
+    from bhystream.backend.base import Described
 
 _STDOUT = 1
-_EXPOSURE_SECONDS = 1.0
 _LINKS = (("1 Gbit/s", 10**9 / 8), ("10 Gbit/s", 10**10 / 8), ("25 Gbit/s", 25 * 10**9 / 8))
+# What people read of Foretold: the name of each part, and notes, by the basis or for any.
+_PARTS: dict[str, tuple[str, dict[str, str]]] = {
+    "state": ("state", {}),
+    "scan": ("last scan", {"": "grows with the memory"}),
+    "answers": ("answers", {UNKNOWN: "no destination was asked"}),
+    "hook": ("-p", {UNKNOWN: "it has not run yet", "": "beside the last pages"}),
+}
+_BASES = {MEASURED: "", EARLIER: "as in earlier moves", ASSUMED: "assumed", UNKNOWN: ""}
+# How a message names the guest, which a row does not.
+_GUEST = re.compile(r"\Aguest \S+: ")
 
-
-class Survey(NamedTuple):
-    """The result of two scans.
-
-    touched_pages: allocated at the source.  data_pages: other than zero.
-    changed_pages: changed between the scans, in changed_extents runs of pages.
-    exposure_ns: from the start of one scan to that of the other.  scan_ns: the time
-    that the second scan took.
-    """
-
-    npages: int
-    touched_pages: int
-    data_pages: int
-    changed_pages: int
-    changed_extents: int
-    exposure_ns: int
-    scan_ns: int
-
-    @property
-    def dirty_bytes(self) -> float:
-        """Return the bytes that the guest changes per second."""
-        return self.changed_pages * PAGE_BYTES * NS / max(self.exposure_ns, 1)
-
-
-class _Scanner:
-    """Repeated scans of one guest, against one hash table.  bits: the pages that changed."""
-
-    def __init__(self, source: Readable, head: Head) -> None:
-        self._source = source
-        self._layout = head.layout
-        self.npages = head.layout.npages
-        self._memory = source.memory()
-        self._hasher = PageHasher(new_seed())
-        self._table = PageHashes(self._hasher, self.npages)
-        self.bits = bitmap(self.npages)
-
-    def scan(self) -> tuple[int, int]:
-        """Return (touched pages, pages that differ from the last scan, or at first from zero)."""
-        touched = bitmap(self.npages)
-        npages = mark_extents(self._source.touched(), touched)
-        changed = sum(
-            mark_changed(
-                self._hasher,
-                self._memory[segment],
-                base,
-                first,
-                end,
-                self._table,
-                touched,
-                self.bits,
-            )
-            for segment, base, first, end in strides(self._layout)
-        )
-        return npages, changed
-
-    def clear(self) -> None:
-        """Forget which pages changed."""
-        self.bits = bitmap(self.npages)
-
-
-def places(bits: memoryview) -> int:
-    """Count the runs of ones in a bitmap of little-endian words.
-
-    A run begins at each one above a zero.  With all bits in one integer, the count takes
-    20 ms for a guest of 64 GiB, whose scan takes seconds.
-    """
-    ones = int.from_bytes(bits, "little")
-    return (ones & ~(ones << 1)).bit_count()
-
-
-def survey(source: Readable, head: Head) -> Survey:
-    """Scan the guest twice, which takes a second and the time of the scans.
-
-    Raises what the methods of Readable raise.
-    """
-    scanner = _Scanner(source, head)
-    first_ns = time.monotonic_ns()
-    _, data = scanner.scan()
-    scanner.clear()
-    time.sleep(_EXPOSURE_SECONDS)
-    second_ns = time.monotonic_ns()
-    touched, changed = scanner.scan()
-    return Survey(
-        npages=scanner.npages,
-        touched_pages=touched,
-        data_pages=data,
-        changed_pages=changed,
-        changed_extents=places(scanner.bits),
-        exposure_ns=second_ns - first_ns,
-        scan_ns=time.monotonic_ns() - second_ns,
-    )
+Rows = Sequence[Sequence[object]]
 
 
 def run(
@@ -139,18 +68,34 @@ def run(
     """
     head = source.head()
     is_read = opts.form == Form.ANSWERED or not (opts.machine or os.isatty(_STDOUT))
+    asked = Asked()
     with signals.interruptible():
         if is_read:
-            ask(source, head, opts, base, console, signals)
+            asked = ask(source, head, opts, base, console, signals)
         found = survey(source, head)
+        pause = _pause(source, head, found, asked, opts, base)
         # Its reader may never read it.
-        _report(source, head, found, opts, console)
+        _report(source, head, found, pause, opts, console)
     return EXIT_OK
+
+
+def refuse(error: BhyError) -> None:
+    """Write the reasons against a guest for programs.  Raises nothing: the error matters more."""
+    rows = [("refusal", _GUEST.sub("", one.what), one.cure) for one in error.reasons()]
+    with contextlib.suppress(BhyError):
+        _write(rows)
+
+
+class Asked(NamedTuple):
+    """The destination that was asked: its host, and the time there and back."""
+
+    host: str = ""
+    trip_ns: int = 0
 
 
 def ask(
     source: Described, head: Head, opts: SendOptions, base: Path, console: Console, signals: Signals
-) -> None:
+) -> Asked:
     """Write the stream of a dry run; in the answered forms, wait for the verdict.
 
     The route is opened and closed here.  Raises InputOutputError, and in the answered
@@ -161,7 +106,7 @@ def ask(
         writer = Writer(_STDOUT, header)
         write_head(writer, head)
         writer.end()
-        return
+        return Asked()
     from bhystream.send.conversation import Conversation, Route
 
     names = (source.name, opts.guest)
@@ -171,9 +116,11 @@ def ask(
         writer = Writer(route.stream_fd, header)
         write_head(writer, head)
         writer.end()
-        Conversation(route, writer, console, signals).await_accept()
+        talk = Conversation(route, writer, console, signals)
+        talk.await_accept()
         console.say(f"guest {source.name}: {route.host} can take it")
         status = EXIT_OK
+        return Asked(talk.host, talk.trip_ns)
     except BhyError as raised:
         error = route.explain(raised)
         status = error.status
@@ -182,22 +129,64 @@ def ask(
         route.close(status)
 
 
+def _pause(
+    source: Described, head: Head, found: Survey, asked: Asked, opts: SendOptions, base: Path
+) -> list[Foretold]:
+    """Return the parts of the pause, but for the last pages; [] if there is no pause."""
+    fixed = source.fixed()
+    if fixed is None:
+        return []
+
+    def usual() -> Fixed:
+        return fixed
+
+    kind = str(head.host["hypervisor"])
+    # As in a move: outgoing.py drops the plan if there is a -p command.
+    is_early = fixed.is_early and opts.hook is None
+    made = Prediction(usual, base, kind, asked.host, opts.hook, is_early=is_early)
+    return made.foretell(found.scan_ns, asked.trip_ns)
+
+
 def _report(
-    source: Described, head: Head, found: Survey, opts: SendOptions, console: Console
+    source: Described,
+    head: Head,
+    found: Survey,
+    pause: Sequence[Foretold],
+    opts: SendOptions,
+    console: Console,
 ) -> None:
     """Print the report for people, or with -P write the one for programs."""
     limits = opts.limits
     links = [("-B", float(limits.rate_bytes))] if limits.rate_bytes else list(_LINKS)
+    told = [_Link(name, rate, _forecast(found, rate, limits)) for name, rate in links]
     if opts.machine:
-        rows: list[tuple[object, ...]] = [*_fields(head, found)]
-        for name, rate in links:
-            told = forecast(found.data_pages, found.dirty_bytes, found.scan_ns, rate, limits)
-            rows.append(("link", name, int(rate), *(told or (-1, -1))))
-        lines = ["\t".join(str(value) for value in row) + "\n" for row in rows]
-        write_all(_STDOUT, "".join(lines).encode(), "write the report")
+        warnings = [("warning", one.what, one.cure) for one in source.warnings()]
+        rows = [("link", one.name, int(one.rate), *(one.told or (-1, -1))) for one in told]
+        parts = [("pause", *part) for part in pause]
+        _write([*_fields(head, found), *rows, *parts, *warnings])
     else:
-        for line in _lines(head, found, links, limits, source):
-            console.say(line)
+        lines = _lines(source, found, told, limits)
+        lines += _last_line(pause, told[0])
+        for line in lines:
+            console.say(f"guest {source.name}: {line}")
+
+
+class _Link(NamedTuple):
+    """A link, and the forecast of the move on it: (rounds, ns of the last pages), or None."""
+
+    name: str
+    rate: float
+    told: tuple[int, int] | None
+
+
+def _forecast(found: Survey, rate: float, limits: Limits) -> tuple[int, int] | None:
+    return forecast(found.data_pages, found.dirty_bytes, found.scan_ns, rate, limits)
+
+
+def _write(rows: Rows) -> None:
+    """Write the table for programs.  Raises InputOutputError."""
+    lines = ["\t".join(printable(str(value)) for value in row) + "\n" for row in rows]
+    write_all(_STDOUT, "".join(lines).encode("utf-8", "replace"), "write the report")
 
 
 def _fields(head: Head, found: Survey) -> list[tuple[str, object]]:
@@ -212,39 +201,46 @@ def _fields(head: Head, found: Survey) -> list[tuple[str, object]]:
     ]
 
 
-def _lines(
-    head: Head,
-    found: Survey,
-    links: list[tuple[str, float]],
-    limits: Limits,
-    source: Described,
-) -> list[str]:
-    """Return the report for people."""
-    name = source.name
+def _lines(source: Described, found: Survey, links: Sequence[_Link], limits: Limits) -> list[str]:
+    """Return the report for people, without the last line."""
     lines = [
-        f"guest {name}: {size(found.npages * PAGE_BYTES)} of memory, "
+        f"{size(found.npages * PAGE_BYTES)} of memory, "
         f"{size(found.touched_pages * PAGE_BYTES)} touched, "
         f"{size(found.data_pages * PAGE_BYTES)} to send",
-        f"guest {name}: changes {size(found.dirty_bytes)}/s, "
-        f"in {counted(found.changed_extents, 'place')}; a scan takes {duration(found.scan_ns)}",
+        f"changes {size(found.dirty_bytes)}/s, in {counted(found.changed_extents, 'place')}; "
+        f"a scan takes {duration(found.scan_ns)}",
     ]
-    for link, rate in links:
-        told = forecast(found.data_pages, found.dirty_bytes, found.scan_ns, rate, limits)
+    for link, rate, told in links:
         if told:
             rounds, copy_ns = told
-            lines.append(
-                f"guest {name}: at {link} ({size(rate)}/s): {counted(rounds, 'round')}, pause "
-                f"{duration(copy_ns)} and {duration(found.scan_ns)} for the last scan, "
-                "and what the state and the destination take"
-            )
+            text = f"{counted(rounds, 'round')}, and {duration(copy_ns)} for the last pages"
         else:
-            lines.append(
-                f"guest {name}: at {link} ({size(rate)}/s): it changes too fast for "
-                f"-d {duration(limits.downtime_ns)}; it would run on here, or -f pauses it"
+            text = (
+                f"it changes too fast for -d {duration(limits.downtime_ns)}; "
+                "it would run on here, or -f pauses it"
             )
-    lines += [f"guest {name}: {warning}" for warning in source.warnings()]
+        lines.append(f"at {link} ({size(rate)}/s): {text}")
+    lines += source.warnings()
     if resources := source.resources():
         wanted = " ".join(f"-o {word}" for word in resources)
-        lines.append(f"guest {name}: the destination needs: {wanted}")
-    lines.append(f"guest {name}: it can be moved from here; nothing was changed")
+        lines.append(f"the destination needs: {wanted}")
+    lines.append("it can be moved from here; nothing was changed")
     return lines
+
+
+def _last_line(pause: Sequence[Foretold], link: _Link) -> list[str]:
+    """Return the line that says what the pause will be made of, none if there is no pause."""
+    if not pause:
+        return []
+    pages = f"last pages {duration(link.told[1])}" if link.told else "too many last pages"
+    state, scan, *others = [_told(part) for part in pause]
+    found = [state, scan, f"{pages} at {link.name}", *others]
+    return [f"the pause: {', '.join(found)}"]
+
+
+def _told(part: Foretold) -> str:
+    """Return a part for people: its name, its time, and what there is to know about it."""
+    name, notes = _PARTS[part.part]
+    time = "unknown" if part.basis == UNKNOWN else duration(part.time_ns)
+    found = ", ".join(filter(None, [_BASES[part.basis], notes.get(part.basis, notes.get("", ""))]))
+    return f"{name} {time} ({found})" if found else f"{name} {time}"

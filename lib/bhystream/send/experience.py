@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import statistics
 from pathlib import Path
 
 from bhystream import durable
@@ -46,8 +45,11 @@ class Experience:
 
     def noted(self, part: str) -> float | None:
         """Return how many times its estimate a part usually took; None if nothing is known."""
-        noted = self._notes.get(part)
-        return statistics.median(noted) if noted else None
+        noted = sorted(self._notes.get(part, ()))
+        middle = len(noted) // 2
+        if len(noted) % 2:
+            return noted[middle]
+        return (noted[middle - 1] + noted[middle]) / 2 if noted else None
 
     def learn(self, part: str, estimated_ns: float, measured_ns: float) -> None:
         """Note what a part has taken."""
@@ -55,7 +57,7 @@ class Experience:
             return
         factor = min(max(measured_ns / estimated_ns, _SMALLEST), _LARGEST)
         # The part moves to the end: the parts that no move has had for long are dropped.
-        noted = [*self._notes.pop(part, []), round(factor, 3)]
+        noted = [*self._notes.pop(part, []), float(f"{factor:.3g}")]
         self._notes[part] = noted[-_KEPT:]
         while len(self._notes) > _MAX_PARTS:
             del self._notes[next(iter(self._notes))]

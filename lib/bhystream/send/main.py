@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bhystream import commandline, hypervisors, inherited
-from bhystream.errors import InternalError, Interrupted, UsageError, as_error
+from bhystream.errors import (
+    BhyError,
+    InputOutputError,
+    InternalError,
+    Interrupted,
+    UsageError,
+    as_error,
+)
 from bhystream.handover import prune, standing, state
 from bhystream.report import Console
 from bhystream.send.options import AS_IT_IS, SendOptions, parse_options
@@ -23,9 +30,23 @@ if TYPE_CHECKING:
     from bhystream.send.job import SendJob
 
 _STDOUT = 1
+# What says nothing about the guest.
+_NO_REFUSALS = (UsageError, Interrupted, InternalError, InputOutputError)
 
 
 def send(opts: SendOptions, console: Console) -> int:
+    """Do as send_one(); a guest that -n -P refuses is told to programs too."""
+    try:
+        return send_one(opts, console)
+    except BhyError as error:
+        if opts.dry_run and opts.machine and not isinstance(error, _NO_REFUSALS):
+            from bhystream.send import dryrun
+
+            dryrun.refuse(error)
+        raise
+
+
+def send_one(opts: SendOptions, console: Console) -> int:
     """Send one guest, or say what sending it would mean (-n); return the exit status.
 
     The source and the guest's lock are opened and closed here.  Raises UsageError for a

@@ -205,7 +205,7 @@ class Outgoing:
         for state in custody.states:
             writer.state(state)
         if not self._job.opts.keep:
-            watch.measured.last_ns += time.monotonic_ns() - start_ns
+            watch.note(last_ns=watch.measured.last_ns + time.monotonic_ns() - start_ns)
         paused_for_ns = watch.pause_ns if self._job.opts.keep else watch.elapsed_ns()
         writer.section(Type.TIME, fmt.TIME.pack(watch.paused_at_ns, paused_for_ns))
 
@@ -213,9 +213,9 @@ class Outgoing:
         """Wait for the -p command, and sample the disks; return the payload of DISKS, or b""."""
         with self._job.signals.interruptible():
             custody.wait_for_hook()
-        start_ns = time.monotonic_ns()
+        watch, start_ns = self._watch, time.monotonic_ns()
         sampled = self._sampler.take() if self._sampler else b""
-        self._watch.measured.last_ns += time.monotonic_ns() - start_ns
+        watch.note(last_ns=watch.measured.last_ns + time.monotonic_ns() - start_ns)
         return sampled
 
     def _finish(self, begun: Begun, custody: Custody, rounds: Rounds) -> int:
@@ -272,7 +272,7 @@ class Outgoing:
         custody.go(ready)
         event, why = talk.await_outcome()
         self._watch.stop()
-        self._watch.measured.answers_ns = time.monotonic_ns() - start_ns
+        self._watch.note(answers_ns=time.monotonic_ns() - start_ns)
         try:
             custody.settle(event, f"{talk.host}: {why}")
         except GuestEndedError as gone:

@@ -1,4 +1,4 @@
-"""The prediction of the pause: each part from a measurement of this move, and from experience.
+"""The prediction of the pause: each part from a measurement, and from experience.
 
     state       what prepare() measured, or what is usual for the hypervisor
     last pages  the last live scan, by the threads that the pause has; and the pages
@@ -7,42 +7,62 @@
     answers     two trips to the destination and back, for END and GO; and the usual load
 
 experience.py corrects each estimate by how far it was off in earlier moves of the same kind.
+
+A dry run has neither rehearsed nor sent anything.  It foretells the parts that it can: from
+its own scan, and from how long the state and the answers of earlier moves have taken.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
+from bhystream.guest import Fixed
 from bhystream.send.experience import Experience
-from bhystream.send.job import SendJob
 from bhystream.send.precopy import Outlook
 from bhystream.send.stopwatch import Parts
+from bhystream.send.strides import threads_for
 from bhystream.units import NS, counted
+
+MEASURED, EARLIER, ASSUMED, UNKNOWN = "measured", "earlier", "assumed", "unknown"
+
+
+class Foretold(NamedTuple):
+    """A part of a pause that may come: its name, its time (-1 if unknown), how it is known."""
+
+    part: str
+    time_ns: int
+    basis: str
 
 
 class Prediction:
     """The predicted pause of one move, and what that move teaches."""
 
     def __init__(
-        self, job: SendJob, kind: str, where: str, nthreads: int, *, is_early: bool
+        self,
+        fixed: Callable[[], Fixed],
+        base: Path,
+        kind: str,
+        where: str,
+        hook: str | None,
+        *,
+        is_early: bool,
     ) -> None:
         """Read what earlier moves have taught.
 
-        kind: the hypervisor, "bhyve".  where: the destination's host; "" in the forms without
-        answers.  nthreads: how many scan in the pause.  is_early: the destination starts its
-        hypervisor before the pause.
+        fixed: the source's.  base: the state directory.  kind: the hypervisor, "bhyve".
+        where: the destination's host; "" if nobody answers.  hook: -p.  is_early: the
+        destination starts its hypervisor before the pause.
         """
-        self._source = job.source
-        self._nthreads = nthreads
-        self._experience = Experience(job.base)
+        self._fixed = fixed
+        self.nthreads = threads_for(fixed().vcpus)
+        self._experience = Experience(base)
         late = "" if is_early else ", started late"
         self._state = f"state of {kind}"
-        self._last = f"last pages of {kind} by {counted(nthreads, 'thread')}"
+        self._last = f"last pages of {kind} by {counted(self.nthreads, 'thread')}"
         self._answers = f"answers of {kind} on {where}{late}" if where else ""
-        self._hook = ""
-        if job.opts.hook is not None:
-            # The command may contain a secret, so only its digest is noted.
-            self._hook = f"-p {hashlib.sha256(job.opts.hook.encode(errors='replace')).hexdigest()}"
+        self._hook = "" if hook is None else _digest(hook)
         self._estimates: dict[str, float] = {}
 
     def parts(self, view: Outlook, trip_ns: int) -> Parts:
@@ -50,10 +70,10 @@ class Prediction:
 
         view: what the live rounds say.  trip_ns: the time to the destination and back.
         """
-        fixed = self._source.fixed()
+        fixed = self._fixed()
         self._estimates = {
             self._state: fixed.state_ns,
-            self._last: view.copy_ns + view.scan_ns / self._nthreads,
+            self._last: view.copy_ns + view.scan_ns / self.nthreads,
         }
         if self._answers:
             self._estimates[self._answers] = 2 * trip_ns + fixed.load_ns
@@ -70,6 +90,35 @@ class Prediction:
             answers_ns=found.get(self._answers, 0),
         )
 
+    def foretell(self, scan_ns: int, trip_ns: int) -> list[Foretold]:
+        """Return the parts of the pause of a move that may come, but for the last pages.
+
+        scan_ns: the time of a scan by one thread.  trip_ns: as for parts(), of the
+        destination that was asked.
+        """
+        fixed = self._fixed()
+        last = self._experience.noted(self._last)
+        scan_ns = int(scan_ns / self.nthreads * self._experience.factor(self._last))
+        found = [
+            self._as_before("state", self._state, Foretold("state", fixed.state_ns, ASSUMED)),
+            Foretold("scan", scan_ns, MEASURED if last is None else EARLIER),
+        ]
+        unknown = Foretold("answers", -1, UNKNOWN)
+        if self._answers:
+            usual = Foretold("answers", 2 * trip_ns + fixed.load_ns, ASSUMED)
+            unknown = self._as_before("answers", self._answers, usual)
+        found.append(unknown)
+        if self._hook:
+            noted = self._experience.noted(self._hook)
+            hook = Foretold("hook", -1, UNKNOWN)
+            found.append(hook if noted is None else Foretold("hook", int(NS * noted), EARLIER))
+        return found
+
+    def _as_before(self, name: str, part: str, otherwise: Foretold) -> Foretold:
+        """Return how long a part took in earlier moves, or something else if that is not known."""
+        noted = self._experience.noted(_in_seconds(part))
+        return otherwise if noted is None else Foretold(name, int(NS * noted), EARLIER)
+
     def learn(self, measured: Parts) -> None:
         """Note what the parts that were predicted have taken in this move."""
         taken = {
@@ -79,7 +128,21 @@ class Prediction:
         }
         for part, estimate in self._estimates.items():
             self._experience.learn(part, estimate, taken[part])
+            if part != self._last:
+                self._experience.learn(_in_seconds(part), NS, taken[part])
         if self._hook:
             # The command runs beside the last pages: its own end is not seen before theirs.
             self._experience.learn(self._hook, NS, measured.last_ns + measured.hook_ns)
         self._experience.save()
+
+
+def _in_seconds(part: str) -> str:
+    """Return under which name the time of a part is noted, whatever its estimate was."""
+    return f"{part}, in seconds"
+
+
+def _digest(hook: str) -> str:
+    """Return the name of a -p command, which may contain a secret: only a digest is noted."""
+    import hashlib  # loads OpenSSL
+
+    return f"-p {hashlib.sha256(hook.encode(errors='replace')).hexdigest()}"

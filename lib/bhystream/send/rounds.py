@@ -17,7 +17,6 @@ from bhystream.report import Progress
 from bhystream.send.job import Begun, SendJob
 from bhystream.send.precopy import Decision, Outlook, Round, cures, decide, next_throttle, outlook
 from bhystream.send.prediction import Prediction
-from bhystream.send.scan import threads_for
 from bhystream.send.stopwatch import Stopwatch
 from bhystream.send.throttle import Throttle
 from bhystream.send.transfer import Transfer
@@ -50,14 +49,15 @@ class Rounds:
         self._progress = progress
         self._watch = watch
         self._plan = prepared.plan
-        self._nthreads = threads_for(prepared.vcpus)
         self._prediction = Prediction(
-            job,
+            job.source.fixed,
+            job.base,
             str(head.host["hypervisor"]),
             begun.host if begun.talk else "",
-            self._nthreads,
+            job.opts.hook,
             is_early=bool(prepared.plan),
         )
+        self._nthreads = self._prediction.nthreads
         self._transfer = Transfer(
             job.source,
             head.layout,
@@ -146,7 +146,7 @@ class Rounds:
         """
         self._is_late = False  # if -T ended in the last live round, that round was still in time
         found = self._transfer.round(last=True, nthreads=self._nthreads)
-        self._watch.measured.last_ns = found.end_ns - found.start_ns
+        self._watch.note(last_ns=found.end_ns - found.start_ns)
 
     def learn(self) -> None:
         """Note what the parts of the pause have taken, for the predictions of later moves."""

@@ -16,7 +16,6 @@ pieces are left.  While the guest runs there is one thread: its vCPUs need the C
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from bhystream.memory.page import PageHasher, PageHashes, count_bits, find_chang
 PIECE_PAGES = 8192
 # A piece of a guest that has touched little holds more pages: its bits take 32 KiB.
 _MAX_PIECE_PAGES = 32 * PIECE_PAGES
-_MAX_THREADS = 64
 
 
 @dataclass(frozen=True)
@@ -46,18 +44,6 @@ class Piece:
     first: int
     end: int
     bits: memoryview
-
-
-def threads_for(vcpus: int) -> int:
-    """Return how many threads scan the memory of a paused guest with so many vCPUs."""
-    return min(vcpus + 1, _cpus(), _MAX_THREADS)
-
-
-def _cpus() -> int:
-    """Return how many CPUs this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Scan:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bhystream.stream.writer import Writer
 from bhystream.units import counted, duration, size
 
 
-@dataclass
-class Parts:
+class Parts(NamedTuple):
     """The parts of one pause, which follow each other, in ns.
 
     state_ns: to stop the guest and take its state.  last_ns: to send the last pages, and
@@ -49,6 +48,10 @@ class Stopwatch:
         """Start the measurement, just before the guest is paused.  A later call starts it anew."""
         self.paused_at_ns = time.time_ns()
         self._start_ns = time.monotonic_ns()
+
+    def note(self, **parts: int) -> None:
+        """Note what parts of the pause have taken, by the names of Parts."""
+        self.measured = self.measured._replace(**parts)
 
     def elapsed_ns(self) -> int:
         """Return how long the pause has taken so far."""

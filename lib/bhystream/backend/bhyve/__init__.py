@@ -23,6 +23,7 @@ The pieces, in the order in which a move meets them:
     verdict.py    the reasons against a guest on this host
       backing.py  what stands behind disks and cards, at the source and at the destination
       supervisors.py  what would start a guest again after the guest has moved
+      cures.py    the edit of a configuration that lets a guest move
     layout.py     where bhyve puts a guest's memory
     memory.py     guest memory, mapped; residency.py: which pages were touched
     restoredguest.py  the record of a guest at the destination, and its two directories

@@ -20,6 +20,7 @@ from pathlib import Path
 from bhystream.backend.bhyve import config
 from bhystream.backend.bhyve.keys import KEY, refuse, shown
 from bhystream.backend.bhyve.legacy import lpc_option, slot_option
+from bhystream.backend.refusals import Refusals
 from bhystream.errors import from_oserror
 
 _SWITCHES = {
@@ -47,16 +48,19 @@ _REFUSED = {
 }
 
 
-def parse_argv(words: Sequence[str]) -> dict[str, str]:
+def parse_argv(words: Sequence[str], against: Refusals | None = None) -> dict[str, str]:
     """Return the keys that an argv sets, with the key "name" if the argv names the guest.
 
-    words: the argv without the program.  Reads the files that -k names.
-    Raises IncompatibleError, which names the first option that is unknown,
-    wrong or refused; AccessError or InputOutputError if a file of -k cannot
-    be read.
+    words: the argv without the program.  Reads the files that -k names.  against: gets an
+    error for each option that is wrong or refused; without it, raises IncompatibleError
+    for these.  Raises IncompatibleError for an option that is unknown, and AccessError or
+    InputOutputError if a file of -k cannot be read.
     """
-    reader = _Reader()
+    found = against or Refusals()
+    reader = _Reader(found)
     rest = reader.run(words)
+    if against is None:
+        found.require_none()
     if len(rest) > 1:
         raise refuse("a word follows the guest's name: a second name")
     if rest:
@@ -65,8 +69,9 @@ def parse_argv(words: Sequence[str]) -> dict[str, str]:
 
 
 class _Reader:
-    def __init__(self) -> None:
+    def __init__(self, against: Refusals) -> None:
         self.keys: dict[str, str] = {}
+        self._against = against
         self._slots: set[str] = set()
         self._with_argument: dict[str, Callable[[str], None]] = {
             "c": self._on_topology,
@@ -95,20 +100,22 @@ class _Reader:
         while text:
             letter, text = text[0], text[1:]
             if letter in _REFUSED:
-                raise refuse(f"option -{letter}: {_REFUSED[letter]}")
+                what = f"option -{letter}: {_REFUSED[letter]}"
+                self._against.add(refuse(what, f"start it without -{letter}", f"-{letter}"))
             if letter in _WITH_ARGUMENT:
                 value = text or next(queue, None)
                 if value is None:
                     raise refuse(f"option -{letter}: its argument is missing")
-                self._take(letter, value)
+                if letter not in _REFUSED:
+                    with self._against.collecting():
+                        self._take(letter, value)
                 return
             if letter in _SWITCHES:
                 key, value = _SWITCHES[letter]
                 self.keys[key] = value
-            elif letter not in _IGNORED:
-                raise refuse(
-                    f"option -{letter if letter.isalnum() else shown(letter)} is not known"
-                )
+            elif letter not in _IGNORED and letter not in _REFUSED:
+                plain = f"-{letter if letter.isalnum() else shown(letter)}"
+                raise refuse(f"option {plain} is not known", f"start it without {plain}", plain)
 
     def _take(self, letter: str, value: str) -> None:
         if letter in _VALUES:

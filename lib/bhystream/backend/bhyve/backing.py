@@ -27,6 +27,7 @@ from typing import Any
 from bhystream.backend.bhyve.config import GuestConfig
 from bhystream.backend.bhyve.host import Disk, Host
 from bhystream.backend.files import Lent, identity_of
+from bhystream.errors import Reason
 
 _PATHS = ("bootrom", "bootvars")
 # Values of a serial port's path.  Source: usr.sbin/bhyve/uart_backend.c, uart_tty_open().
@@ -80,7 +81,7 @@ def disks(section: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, st
     }
 
 
-def missing(host: Host, config: GuestConfig) -> list[str]:
+def missing(host: Host, config: GuestConfig) -> list[Reason]:
     """Return one line for each resource that a running guest's bhyve cannot be using.
 
     bhyve has the guest's resources open, so a path that is relative, or that
@@ -91,22 +92,30 @@ def missing(host: Host, config: GuestConfig) -> list[str]:
     out = []
     for word, key in config.section["resources"].items():
         value = config.full.get(key)
-        if value is None:
-            continue
-        if word.startswith("net"):
-            if _is_interface(config.full, key, value) and not host.has_tap(value):
-                out.append(f"{key}: {value!r}: there is no such interface")
-        elif word in _PATHS or word.startswith(("disk", "com")):
-            is_cd = config.full.get(f"{key.removesuffix('.path')}.type") == "cd"
-            if value in _NO_PATHS or value.startswith(_TCP):
-                continue
-            if not value.startswith("/"):
-                out.append(f"{key}: {value!r}: it is no absolute path, and bhyve runs in /")
-            elif not (is_cd or os.path.exists(value) or _is_terminal(word, value)):
-                out.append(f"{key}: {value!r}: there is no such file")
-            elif word.startswith("disk") and not is_cd and host.disk(value) is None:
-                out.append(f"{key}: {value!r}: bhyve cannot open it as a disk")
+        why = "" if value is None else _missing(host, config, word, key, value)
+        if why:
+            cure = f"give with -C the {key} that the guest was started with"
+            out.append(Reason(f"{key}: {value!r}: {why}", cure))
     return out
+
+
+def _missing(host: Host, config: GuestConfig, word: str, key: str, value: str) -> str:
+    """Return why bhyve cannot be using a resource, "" if it can."""
+    if word.startswith("net"):
+        is_there = not _is_interface(config.full, key, value) or host.has_tap(value)
+        return "" if is_there else "there is no such interface"
+    if word not in _PATHS and not word.startswith(("disk", "com")):
+        return ""
+    if value in _NO_PATHS or value.startswith(_TCP):
+        return ""
+    is_cd = config.full.get(f"{key.removesuffix('.path')}.type") == "cd"
+    if not value.startswith("/"):
+        return "it is no absolute path, and bhyve runs in /"
+    if not (is_cd or os.path.exists(value) or _is_terminal(word, value)):
+        return "there is no such file"
+    if word.startswith("disk") and not is_cd and host.disk(value) is None:
+        return "bhyve cannot open it as a disk"
+    return ""
 
 
 def _is_terminal(word: str, path: str) -> bool:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from bhystream.backend.bhyve import registers as reg
 from bhystream.backend.bhyve.host import Host, Vm
-from bhystream.errors import GuestError
+from bhystream.errors import GuestError, Reason
 
 
-def reasons(host: Host, name: str, ncpus: int) -> list[str]:
+def reasons(host: Host, name: str, ncpus: int) -> list[Reason]:
     """Return why FPU registers of a running guest cannot be carried, as far as is known so early.
 
     Raises GuestError if the VM cannot be opened, AccessError if it may not be.
     """
     vm = host.open_vm(name)
     try:
-        return carriable(vm, ncpus)
+        return [Reason(one) for one in carriable(vm, ncpus)]
     except GuestError as error:
-        return [f"fpu: {error}"]
+        return [Reason(f"fpu: {error}")]
     finally:
         vm.close()
 

@@ -31,7 +31,7 @@ from bhystream.backend.bhyve import snapshot, snapshotfiles
 from bhystream.backend.bhyve.layout import layout_of, memory_spans
 from bhystream.backend.bhyve.snapshot import Meta
 from bhystream.backend.bhyve.snapshotfiles import Files
-from bhystream.errors import GuestError, IncompatibleError, InternalError, from_oserror
+from bhystream.errors import GuestError, IncompatibleError, InternalError, Reason, from_oserror
 from bhystream.guest import BHYVE, GUEST_NAME, Head, Json, State
 from bhystream.memory import hole
 from bhystream.memory.mapping import unmap
@@ -113,14 +113,19 @@ class SnapshotSource:
         """Return the -o words of the configuration's host resources."""
         return [f"{word}=" for word in self._config.get("resources", {})]
 
-    def warnings(self) -> Sequence[str]:
+    def warnings(self) -> Sequence[Reason]:
         """Return a warning if the stream will not tell how to start the guest."""
         if set(self._config.get("keys", {})) <= {"cpus", "memory.size"}:
             return [
-                "no configuration goes with the snapshot: the destination's operator has to know"
-                " the guest's (-C)"
+                Reason(
+                    "no configuration goes with the snapshot: the destination's operator has to"
+                    " know the guest's (-C)"
+                )
             ]
         return []
+
+    def fixed(self) -> None:
+        """Return None: snapshot files have no pause."""
 
     def memory(self) -> Sequence[memoryview]:
         """Return the mapped memory, read-only, by segment."""

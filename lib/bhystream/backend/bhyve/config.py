@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 from bhystream.backend.bhyve import keys as known
 from bhystream.backend.bhyve.defaults import explicit, memory_bytes
 from bhystream.backend.bhyve.keys import refuse, shown, told
+from bhystream.backend.refusals import Refusals
 
 MAX_FILE_BYTES = 256 << 10
 _MAX_DEPTH = 16
 _MAX_VALUE = 1023
+_NO_REFERENCE = "write the value itself instead of a reference"
 # New name -> old name.  Later versions of bhyve know both names and prefer the new one.
 # All versions know the old name, so the old name travels; command.py writes both.
 # Source: usr.sbin/bhyve/amd64/bhyverun_machdep.c, end of bhyve_optparse(), FreeBSD
@@ -33,6 +35,7 @@ _RENAMED = {
     "bootvars": "lpc.bootvars",
     "virtio.msix": "virtio_msix",
 }
+_TESTDEV = "lpc.pc-testdev"
 
 
 class GuestConfig(NamedTuple):
@@ -70,7 +73,10 @@ def parse(text: str) -> dict[str, str]:
             continue
         key, _, value = line.partition("=")
         if not key or not value:
-            raise refuse(f"line {number}: {shown(line)} is not key=value")
+            raise refuse(
+                f"line {number}: {shown(line)} is not key=value",
+                f"correct line {number}, or put # in front of it",
+            )
         if not known.KEY.fullmatch(key):
             raise refuse(f"line {number}: {shown(key)} is no key")
         found[key] = value
@@ -79,28 +85,37 @@ def parse(text: str) -> dict[str, str]:
     return found
 
 
-def expand(keys: Mapping[str, str]) -> dict[str, str]:
+def expand(keys: Mapping[str, str], against: Refusals | None = None) -> dict[str, str]:
     """Return the keys with every %(key) replaced, as bhyve does when bhyve reads the values.
 
-    Raises IncompatibleError, which names the key, if a value refers to a key
-    that is not set, runs in a circle, grows beyond 1,023 characters, or has any
-    other "%", on which bhyve's manual page and bhyve's code differ.
+    against: gets an error for each key that is then left out, because its value refers to
+    a key that is not set, runs in a circle, grows beyond 1,023 characters, or has any
+    other "%", on which bhyve's manual page and bhyve's code differ.  Without it, raises
+    IncompatibleError for these.
     """
-    return {key: _expanded(keys, key, keys[key], 0) for key in keys}
+    found = against or Refusals()
+    out: dict[str, str] = {}
+    for key, value in keys.items():
+        with found.collecting():
+            out[key] = _expanded(keys, key, value, 0)
+    if against is None:
+        found.require_none()
+    return out
 
 
 def _expanded(keys: Mapping[str, str], key: str, value: str, depth: int) -> str:
     if depth > _MAX_DEPTH:
-        raise refuse(f"{key}: its references do not end")
+        raise refuse(f"{key}: its references do not end", _NO_REFERENCE)
     out = ""
     rest = value
     while "%" in rest:
         before, _, rest = rest.partition("%")
         name, bracket, behind = rest[1:].partition(")")
         if not rest.startswith("(") or not bracket or "\\" in value:
-            raise refuse(f"{told(key, value)}: a % that is no reference")
+            raise refuse(f"{told(key, value)}: a % that is no reference", _NO_REFERENCE)
         if name not in keys:
-            raise refuse(f"{told(key, f'%({name})')} refers to a key that is not set")
+            what = f"{told(key, f'%({name})')} refers to a key that is not set"
+            raise refuse(what, _NO_REFERENCE)
         out += before + _expanded(keys, key, keys[name], depth + 1)
         if len(out) > _MAX_VALUE:
             break
@@ -120,26 +135,34 @@ def read(text: str, name: str) -> GuestConfig:
     return split(parse(text), name)
 
 
-def split(keys: Mapping[str, str], name: str | None = None) -> GuestConfig:
+def split(
+    keys: Mapping[str, str], name: str | None = None, against: Refusals | None = None
+) -> GuestConfig:
     """Part a source's keys: resources stay here, and keys that describe the guest travel.
 
-    keys: as parse() or argv.parse_argv() returns them.  name: wins over the
-    key "name".  Raises IncompatibleError, which names the first key or device
-    that cannot travel.
+    keys: as parse() or argv.parse_argv() returns them.  name: wins over the key "name".
+    against: gets an error for each key and device that cannot travel, which the section
+    then lacks.  Without it, raises IncompatibleError for these; and in any case for a name
+    that no guest can have.
     """
+    found = against or Refusals()
     if name is not None:
         keys = {**keys, "name": _guest_name(name)}
-    full = expand(keys)
+    full = expand(keys, found)
     name = _guest_name(full.pop("name", ""))
     _settle(full)
-    devices = known.pci_devices(full)
-    _refuse_unsaved(full, devices)
-    known.shape_of(full, devices)
-    added = explicit(full, devices, name)
+    kept = _without_unsaved(full, found)
+    devices = known.pci_devices(kept)
+    with found.collecting():
+        known.shape_of(kept, devices)
+    added = explicit(kept, devices, name, found)
     full |= added
-    _refuse_other_nets(full, devices)
-    guest, resources = _sort(full, devices)
+    kept |= added
+    _refuse_other_nets(kept, devices, found)
+    guest, resources = _sort(kept, devices, found)
     words = known.words(guest, devices, resources)
+    if against is None:
+        found.require_none()
     section = {"name": name, "keys": guest, "resources": words}
     return GuestConfig(name, full, section, frozenset(added))
 
@@ -168,18 +191,36 @@ def _settle(full: dict[str, str]) -> None:
             full[old] = full.pop(new)
 
 
-def _refuse_unsaved(full: Mapping[str, str], devices: Mapping[known.Slot, str]) -> None:
-    lost = [f"{kind}@{slot}" for slot, kind in devices.items() if kind in known.UNSAVED]
-    lost += ["tpm"] if any(key.startswith("tpm.") for key in full) else []
-    if known.boolean(full.get("lpc.pc-testdev", "false")) == "true":
-        lost.append("lpc.pc-testdev")
+def _without_unsaved(full: Mapping[str, str], against: Refusals) -> dict[str, str]:
+    """Return the keys without those of devices that bhyve does not save, or that are not known."""
+    lost = {}
+    gone = []
+    for slot, kind in known.pci_devices(full).items():
+        if kind not in known.SAVED:
+            gone.append(f"{slot}.")
+        if kind in known.UNSAVED:
+            lost[f"{slot}.device"] = f"{kind}@{slot}"
+        elif kind not in known.SAVED:
+            key = f"{slot}.device"
+            what = f"{told(key, kind)} is not allowed"
+            against.add(refuse(what, f"start it without {slot}", key))
+    if any(key.startswith("tpm.") for key in full):
+        gone.append("tpm.")
+        lost["tpm"] = "tpm"
+    if known.boolean(full.get(_TESTDEV, "false")) == "true":
+        gone.append(_TESTDEV)
+        lost[_TESTDEV] = _TESTDEV
     if lost:
-        raise refuse(
-            f"bhyve does not save {', '.join(lost)}", "the guest has to be started without it"
-        )
+        from bhystream.backend.bhyve.cures import of_keys
+
+        for key, what in lost.items():
+            against.add(refuse(f"bhyve does not save {what}", of_keys(full, [key]), key))
+    return {key: value for key, value in full.items() if not key.startswith(tuple(gone))}
 
 
-def _refuse_other_nets(full: Mapping[str, str], devices: Mapping[known.Slot, str]) -> None:
+def _refuse_other_nets(
+    full: Mapping[str, str], devices: Mapping[known.Slot, str], against: Refusals
+) -> None:
     """Refuse backends whose offloads the card has offered to the guest: netmap, vale.
 
     bhyve's restore compares what a virtio-net card offers with the card's saved
@@ -188,13 +229,13 @@ def _refuse_other_nets(full: Mapping[str, str], devices: Mapping[known.Slot, str
     for net in known.nets(devices):
         kind = full.get(f"{net}.type", full.get(f"{net}.backend", "tap"))
         if not kind.startswith(known.BACKENDS):
-            raise refuse(
-                f"{net}.backend: {shown(kind)} cannot travel, only {', '.join(known.BACKENDS)}"
-            )
+            key = f"{net}.backend"
+            what = f"{key}: {shown(kind)} cannot travel, only {', '.join(known.BACKENDS)}"
+            against.add(refuse(what, f"start it with {key}=tapN", key))
 
 
 def _sort(
-    full: Mapping[str, str], devices: Mapping[known.Slot, str]
+    full: Mapping[str, str], devices: Mapping[known.Slot, str], against: Refusals
 ) -> tuple[dict[str, str], set[str]]:
     """Return the guest's keys with cleaned values, and the names of the resource keys."""
     guest: dict[str, str] = {}
@@ -202,16 +243,22 @@ def _sort(
     for key, value in sorted(full.items()):
         rule = known.rule_of(key, devices)
         if rule is None:
-            raise known.unknown(key)
-        if rule.role == "resource":
+            against.add(known.unknown(key))
+        elif rule.role == "resource":
             resources.add(key)
         elif rule.role == "guest":
-            is_size = key == "memory.size" or known.is_domain_size(key)
-            cleaned = rule.clean(str(memory_bytes(value)) if is_size else value)
-            if cleaned is None:
-                raise refuse(f"{told(key, value)} is not allowed")
-            guest[key] = cleaned
+            with against.collecting():
+                guest[key] = _cleaned(key, value, rule)
     return guest, resources
+
+
+def _cleaned(key: str, value: str, rule: known.Rule) -> str:
+    """Return the value in the form that travels.  Raises IncompatibleError if it has none."""
+    is_size = key == "memory.size" or known.is_domain_size(key)
+    cleaned = rule.clean(str(memory_bytes(value)) if is_size else value)
+    if cleaned is None:
+        raise refuse(f"{told(key, value)} is not allowed", f"start it with another {key}")
+    return cleaned
 
 
 def devices(config: Mapping[str, Any]) -> tuple[str, ...]:

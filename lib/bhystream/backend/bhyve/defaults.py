@@ -30,12 +30,20 @@ from collections.abc import Mapping
 
 from bhystream.backend.bhyve import keys as known
 from bhystream.backend.bhyve.keys import Slot, refuse, shown
+from bhystream.backend.refusals import Refusals
 from bhystream.guest import PAGE_BYTES
 
 _SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([kmgtpe]?)(b?)", re.ASCII | re.IGNORECASE)
 _SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _MIB = 1 << 20
 _TOPOLOGY = ("sockets", "cores", "threads")
+# With the UUID that the guest shows, bhyve makes the same table as without one: the bytes of the
+# default, which SMBIOS 2.6 shows in this order.  Source: usr.sbin/bhyve/smbiostbl.c,
+# smbios_type1_initializer(); stand/libsa/smbios.c, smbios_setuuid(), FreeBSD 15.1, read, not run.
+_UUID_CURE = (
+    "set uuid=UUID in the file of -C to the one that the guest shows (kenv smbios.system.uuid,"
+    " or /sys/class/dmi/id/product_uuid)"
+)
 
 
 def default_mac(slot: Slot, name: str) -> str:
@@ -98,7 +106,8 @@ def topology(keys: Mapping[str, str]) -> dict[str, str]:
     if given.get("cpus", total) != total or total > 65535:
         raise refuse(
             f"{sockets} sockets of {cores} cores of {threads} threads are not"
-            f" {given.get('cpus', 'at most 65535')} cpus"
+            f" {given.get('cpus', 'at most 65535')} cpus",
+            f"set cpus={total}, or correct the others",
         )
     counts = {"cpus": total, "sockets": sockets, "cores": cores, "threads": threads}
     return {key: str(count) for key, count in counts.items()}
@@ -114,9 +123,11 @@ def domains(keys: Mapping[str, str]) -> dict[str, str]:
     found = sorted({int(domain[1]) for domain in map(known.DOMAIN.fullmatch, keys) if domain})
     for at, domain in enumerate(found):
         if domain != at:
-            raise refuse(f"domains.{domain}: there is no domains.{at}")
+            raise refuse(
+                f"domains.{domain}: there is no domains.{at}", "number the domains from 0 on"
+            )
         if f"domains.{domain}.cpus" not in keys:
-            raise refuse(f"domains.{domain}.cpus is missing")
+            raise refuse(f"domains.{domain}.cpus is missing", f"set domains.{domain}.cpus")
     if not found:
         return {}
     sizes = [keys.get(f"domains.{domain}.size") for domain in found]
@@ -130,24 +141,31 @@ def domains(keys: Mapping[str, str]) -> dict[str, str]:
     return {**shares, "memory.size": str(sum(given))}
 
 
-def explicit(keys: Mapping[str, str], devices: Mapping[Slot, str], name: str) -> dict[str, str]:
+def explicit(
+    keys: Mapping[str, str], devices: Mapping[Slot, str], name: str, against: Refusals
+) -> dict[str, str]:
     """Return the keys to add to `keys` so that no default depends on the host.
 
-    keys: the source's own, with the source's resources.  name: the guest's.
-    Raises IncompatibleError for a default that cannot be computed.
+    keys: the source's own, with the source's resources.  name: the guest's.  against: gets
+    an IncompatibleError for each default that cannot be computed.
     """
-    added = {key: value for key, value in topology(keys).items() if key not in keys}
+    added: dict[str, str] = {}
+    with against.collecting():
+        added |= {key: value for key, value in topology(keys).items() if key not in keys}
     added |= {} if "memory.size" in keys else {"memory.size": "256M"}
-    added |= domains(keys)
+    with against.collecting():
+        added |= domains(keys)
     if "uuid" not in keys:
-        raise refuse("uuid is not set: the default changes with the host", "set uuid (bhyve -U)")
+        against.add(refuse("uuid is not set: the default changes with the host", _UUID_CURE))
     for slot, device in devices.items():
         if device in ("virtio-net", "e1000") and f"{slot}.mac" not in keys:
             added[f"{slot}.mac"] = default_mac(slot, name)
     for disk in known.disks(keys, devices):
         if f"{disk}.ser" in keys or f"{disk}.serial" in keys:
             continue
-        if f"{disk}.path" not in keys:
-            raise refuse(f"set {disk}.ser: the default changes with the path")
-        added[f"{disk}.ser"] = default_serial(keys[f"{disk}.path"])
+        if f"{disk}.path" in keys:
+            added[f"{disk}.ser"] = default_serial(keys[f"{disk}.path"])
+        else:
+            what = f"{disk}.ser is not set: the default changes with the path"
+            against.add(refuse(what, f"set {disk}.ser"))
     return added

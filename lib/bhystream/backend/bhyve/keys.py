@@ -24,7 +24,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from bhystream.errors import IncompatibleError
+from bhystream.backend.refusals import refusal
+from bhystream.errors import IncompatibleError, Reason
 
 Clean = Callable[[str], str | None]
 """Returns the value in the one form that travels, or None if the value is not allowed."""
@@ -404,18 +405,18 @@ def shape_of(keys: Mapping[str, str], devices: Mapping[Slot, str]) -> None:
     for device in ("lpc", "fbuf"):
         slots = [slot for slot, kind in devices.items() if kind == device]
         if len(slots) > 1:
-            raise refuse(f"{slots[1]}: a second {device}")
+            raise refuse(f"{slots[1]}: a second {device}", f"correct {slots[1]}.device")
     for key in keys:
         place = where(key)
         if place and devices.get(place[0]) == "ahci" and place[1].startswith("port."):
             kind = f"{key.rpartition('.')[0]}.type"
             if kind not in keys:
-                raise refuse(f"{kind} is missing")
+                raise refuse(f"{kind} is missing", f"add {kind}=hd, or {kind}=cd")
 
 
-def refuse(what: str, hint: str = "") -> IncompatibleError:
-    """Return the error for a configuration that cannot travel."""
-    return IncompatibleError(f"configuration: {what}", hint=hint)
+def refuse(what: str, cure: str = "", *about: str) -> IncompatibleError:
+    """Return the error for a configuration that cannot travel.  about: as in Reason."""
+    return refusal(Reason(f"configuration: {what}", cure, *about))
 
 
 def shown(value: object) -> str:
@@ -435,4 +436,8 @@ def told(key: str, value: object) -> str:
 def unknown(key: str) -> IncompatibleError:
     """Return the error for a key that is on no list."""
     plain = key if KEY.fullmatch(key) and len(key) <= 80 else shown(key)
-    return refuse(f"key {plain} is not known")
+    return refuse(
+        f"key {plain} is not known",
+        f"delete its line if bhyve_config(5) has no {plain}, or start it without {plain}",
+        plain,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bhystream.backend.bhyve.host import HIGHMEM_BASE_GPA, LOWMEM_LIMIT_BYTES, Host
+from bhystream.errors import Reason
 from bhystream.guest import PAGE_BYTES, Layout, Segment
 
 # Source: sys/kern/sys_generic.c, devfs_iosize_max().
@@ -34,8 +35,8 @@ def layout_of(memory_bytes: int) -> Layout:
     )
 
 
-def clamped(host: Host, memory_bytes: int) -> str:
-    """Return why bhyve cannot write a guest's memory to a device, or "".
+def clamped(host: Host, memory_bytes: int) -> Reason | None:
+    """Return why bhyve cannot write a guest's memory to a device, or None.
 
     bhyve writes lowmem, and then highmem, with one write(2) each, unless its
     standard input is a terminal.  If a write has more than INT_MAX bytes, devfs
@@ -46,8 +47,10 @@ def clamped(host: Host, memory_bytes: int) -> str:
     longest = max(length for _, _, length in memory_spans(memory_bytes))
     value = (host.sysctl(_CLAMP) or "0").strip()
     if longest <= _CLAMP_BYTES or value == "0":
-        return ""
-    return (
-        f"{_CLAMP}: it is {value} here, so no device takes the {longest} bytes that bhyve"
-        f" writes at once; sysctl {_CLAMP}=0 lets the null device take them"
+        return None
+    return Reason(
+        f"{_CLAMP}: it is {value} here, so no device takes the {longest} bytes that bhyve writes"
+        " at once",
+        f"sysctl {_CLAMP}=0 lets the null device take them, and {_CLAMP}=0 in /etc/sysctl.conf"
+        " keeps it so",
     )

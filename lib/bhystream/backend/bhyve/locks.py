@@ -37,10 +37,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bhystream import durable
-from bhystream.backend.bhyve.keys import refuse, shown
+from bhystream.backend.bhyve.keys import shown
 from bhystream.backend.bhyve.vmconf import MAX_CONF_BYTES
 from bhystream.backend.process import Identity
-from bhystream.errors import GuestError, InternalError, from_oserror
+from bhystream.errors import GuestError, InternalError, Reason, from_oserror
 
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 _POLL_S = 0.05
@@ -88,44 +88,36 @@ class Locks:
         lines = _read(self._run, _MAX_LOCK_BYTES)
         return None if lines is None else lines.partition("\n")[0].strip()
 
-    def reasons(self) -> list[str]:
+    def reasons(self) -> list[Reason]:
         """Return why the guest must not be moved from or to this host, one line each."""
         out = []
         if held := self._held_by_another():
-            out.append("; ".join(held))
+            out.append(held)
         save = self.directory / f"{self.name}.save"
         if os.path.lexists(save):
-            out.append(f"{save} exists: vm-bhyve would resume that state again; run vm discard")
+            what = f"{save} exists: vm-bhyve would resume that state again"
+            out.append(Reason(what, f"run vm discard {self.name}"))
         return out
 
-    def _held_by_another(self) -> tuple[str, str] | None:
-        """Return (which other host has the guest, the cure if that is no longer true), or None."""
+    def _held_by_another(self) -> Reason | None:
+        """Return which other host has the guest, and the cure if that is no longer true."""
         holder = self.holder()
         if holder is None or holder == self.hostname:
             return None
         if not holder:
-            return (
+            return Reason(
                 f"{self._run} is empty, as after a power failure",
-                "if the guest surely runs on no other host: remove that file",
+                f"if the guest surely runs on no other host: rm {self._run}",
             )
         if holder.lower() == self.hostname.lower():
-            return (
+            return Reason(
                 f"{self._run}: it names {shown(holder)}, and this host is {shown(self.hostname)}",
-                "write this host's name into it, as hostname(1) prints it",
+                f"write this host's name into it: hostname > {self._run}",
             )
-        return (
+        return Reason(
             f"{self._run}: the guest belongs to {shown(holder)}",
-            "if it surely does not run there: remove that file",
+            f"if it surely does not run there: rm {self._run}",
         )
-
-    def require_free(self) -> None:
-        """Raise IncompatibleError with the first of reasons(); the cure is its hint."""
-        if held := self._held_by_another():
-            error = refuse(held[0])
-            error.hint = held[1]
-            raise error
-        for reason in self.reasons():
-            raise refuse(reason)
 
     def is_supervised(self) -> bool:
         """Say whether a supervisor of this host holds the guest (vm _run)."""

@@ -6,8 +6,9 @@ nothing open.  It changes nothing in the guest and makes nothing on the host.
 
 from __future__ import annotations
 
+import math
 import socket
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +19,17 @@ from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.memory import Memory
 from bhystream.backend.process import Identity, is_alive, is_same
-from bhystream.errors import AccessError, BhyError, GuestEndedError, GuestError, IncompatibleError
+from bhystream.backend.refusals import Refusals, refusal
+from bhystream.errors import (
+    AccessError,
+    BhyError,
+    GuestEndedError,
+    GuestError,
+    IncompatibleError,
+    InternalError,
+    Interrupted,
+    Reason,
+)
 
 if TYPE_CHECKING:
     from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
@@ -71,75 +82,131 @@ class Opened(NamedTuple):
     def require_started(self) -> None:
         """Refuse a guest with vCPUs that were never started.
 
-        At the end of every checkpoint bhyve lets all vCPUs run, and a vCPU that
-        the guest has not started would run from wherever its registers say: on
-        FreeBSD 15.1, emulated AMD, it ran from address 0.
-        Raises IncompatibleError if a vCPU waits, GuestEndedError if bhyve has ended.
+        Raises what require_started() raises.
         """
-        try:
-            waiting = sorted(self.memory.waiting_vcpus())
-        except GuestError:
-            self._require_alive()
-            raise
-        if waiting:
-            which, cpus = ", ".join(map(str, waiting)), self.config.section["keys"]["cpus"]
-            raise IncompatibleError(
-                f"{self.who}: vcpus: {which} of {cpus} were never"
-                " started, or are stopped: a checkpoint would let them run",
-                "wait until its operating system runs, or give it no more vCPUs than that uses",
-            )
+        require_started(self.who, self.process, self.memory)
 
     def _require_alive(self) -> None:
-        if not is_alive(self.process):
-            raise GuestEndedError(f"{self.who}: its bhyve has ended meanwhile")
+        _require_alive(self.who, self.process)
+
+
+def _require_alive(who: str, process: Identity) -> None:
+    if not is_alive(process):
+        raise GuestEndedError(f"{who}: its bhyve has ended meanwhile")
+
+
+def require_started(who: str, process: Identity, memory: Memory) -> None:
+    """Refuse a guest with vCPUs that were never started.
+
+    At the end of every checkpoint bhyve lets all vCPUs run, and a vCPU that
+    the guest has not started would run from wherever its registers say: on
+    FreeBSD 15.1, emulated AMD, it ran from address 0.
+    Raises IncompatibleError if a vCPU waits, GuestEndedError if bhyve has ended.
+    """
+    try:
+        waiting = sorted(memory.waiting_vcpus())
+    except GuestError:
+        _require_alive(who, process)
+        raise
+    if not waiting:
+        return
+    cpus = math.prod(memory.topology)
+    cure = "wait until its operating system runs"
+    about = [f"cpus={used}"] if (used := cpus - len(waiting)) else []
+    cure += "".join(f", or start it with {key}" for key in about)
+    what = (
+        f"vcpus: {', '.join(map(str, waiting))} of {cpus} were never started, or are stopped: a"
+        " checkpoint would let them run"
+    )
+    error = refusal(Reason(what, cure, *about))
+    error.args = (f"{who}: {what}",)
+    raise error
 
 
 def open_guest(host: Host, name: str, config_path: str | None, *, force: bool) -> Opened:
     """Open a guest.
 
-    config_path: the file of -C, or None to use what vm-bhyve knows.  force:
-    overrule soft reasons.  Raises GuestError if the guest is not here or does
-    not answer, IncompatibleError if it cannot be sent, or AccessError.
+    config_path: the file of -C, or None to use what vm-bhyve knows.  force: overrule soft
+    reasons.  Raises GuestError if the guest is not here or does not answer,
+    IncompatibleError if it cannot be sent, or AccessError.  The error states every reason
+    that was found, and its class is that of the first.
     """
     manager = find(host.datastores(), name, socket.gethostname())
     if not host.exists(name):
-        raise GuestError(f"guest {name}: no VM of that name is here")
+        raise GuestError(f"guest {name}: no VM of that name is here", "ls /dev/vmm shows the names")
+    against = Refusals(f"guest {name}")
     if manager:
-        manager.locks.require_free()
-    config_of = _teller(config_path, manager, name)
-    process = _listener(host, name)
-    config = config_of(process)
-    if reasons := backing.missing(host, config):
-        raise IncompatibleError(f"guest {name}: {reasons[0]}", "\n".join(reasons[1:]))
-    opened = Opened(host, name, manager, process, config, Memory(host, name))
+        against.extend(manager.locks.reasons())
+    config, opened = None, None
     try:
-        _compare(opened)
-        opened.require_started()
-        hard, soft = verdict.source_reasons(host, process.pid, manager=manager)
-        if reasons := hard + ([] if force else soft):
-            raise IncompatibleError(f"guest {name}: {reasons[0]}", "\n".join(reasons[1:]))
-    except BaseException:
-        opened.memory.close()
-        raise
-    return opened
+        config, process = _describe(host, name, config_path, manager, against)
+        memory = Memory(host, name)
+        try:
+            if config is not None:
+                opened = Opened(host, name, manager, process, config, memory)
+                _compare(config, memory, against)
+            with against.collecting():
+                require_started(against.who, process, memory)
+            hard, soft = verdict.source_reasons(host, process.pid, manager=manager)
+            against.extend(hard + ([] if force else soft))
+        except BaseException:
+            memory.close()
+            raise
+        if opened is not None and not against.reasons:
+            return opened
+        memory.close()
+    except BhyError as error:
+        if not against.reasons or isinstance(error, Interrupted):
+            raise
+        against.add(error)
+    if manager:
+        against.reasons = in_its_words(against.reasons, manager, config.full if config else {})
+    raise against.merged() or InternalError("a guest was refused without a reason")
 
 
-def _teller(
-    path: str | None, manager: VmBhyveGuest | None, name: str
-) -> Callable[[Identity], GuestConfig]:
-    """Return a function that returns a process's configuration.
+def _describe(
+    host: Host, name: str, path: str | None, manager: VmBhyveGuest | None, against: Refusals
+) -> tuple[GuestConfig | None, Identity]:
+    """Return the guest's configuration, None if it is not known, and its process.
 
-    The configuration is the file of -C, read now, or comes from vm-bhyve or bhyrecv.
+    The configuration is the file of -C, or comes from vm-bhyve or bhyrecv.  Raises what
+    read_config() and _listener() raise, but for IncompatibleError.
     """
-    if path is not None:
-        given = read_config(path, name)
-        return lambda process: given
-    if manager is None:
-        raise IncompatibleError(
-            f"guest {name}: its configuration is not known, and bhyve does not tell it",
-            "give it as a bhyve_config(5) file: -C file",
-        )
-    return manager.running
+    config = None
+    with against.collecting():
+        if path is not None:
+            config = read_config(path, name, against)
+        elif manager is None:
+            raise IncompatibleError(
+                f"{against.who}: its configuration is not known, and bhyve does not tell it",
+                "give it as a bhyve_config(5) file: -C file; its bhyve command line, with -o"
+                " config.dump=1 added, prints the file and starts nothing",
+            )
+    process = _listener(host, name)
+    with against.collecting():
+        if manager is not None and path is None:
+            config = manager.running(process, against)
+        if config is not None:
+            against.extend(backing.missing(host, config))
+    return config, process
+
+
+def in_its_words(
+    reasons: Sequence[Reason], manager: VmBhyveGuest, keys: Mapping[str, str]
+) -> list[Reason]:
+    """Return reasons about a guest of vm-bhyve with their cures in terms of its NAME.conf.
+
+    keys: the guest's configuration, as far as it is known.
+    """
+    if not any(one.about for one in reasons):
+        return list(reasons)
+    from bhystream.backend.bhyve.cures import translated
+
+    try:
+        conf = manager.conf()
+    except BhyError:  # whoever needs NAME.conf says so
+        return list(reasons)
+    return [translated(one, manager.name, conf, keys) for one in reasons]
 
 
 def _listener(host: Host, name: str) -> Identity:
@@ -157,26 +224,23 @@ def _connect(host: Host, name: str) -> Checkpoint:
     return Checkpoint(host.run_dir, name, f"guest {name}")
 
 
-def _compare(opened: Opened) -> None:
-    """Compare the configuration with the memory size and topology that the kernel reports.
-
-    Raises IncompatibleError if they differ.
-    """
-    keys, memory = opened.config.section["keys"], opened.memory
+def _compare(config: GuestConfig, memory: Memory, against: Refusals) -> None:
+    """Compare the configuration with the memory size and topology that the kernel reports."""
+    keys = config.section["keys"]
     names = ("memory.size", "sockets", "cores", "threads")
     for key, b in zip(names, (memory.size_bytes, *memory.topology), strict=True):
-        if (a := int(keys[key])) != b:
-            raise IncompatibleError(
-                f"{opened.who}: {key}: the configuration says {a}, the running guest has {b}",
-                "the guest was started with another configuration: give that one with -C",
-            )
+        # What the configuration leaves out has been refused already.
+        if key in keys and (a := int(keys[key])) != b:
+            what = f"{key}: the configuration says {a}, the running guest has {b}"
+            cure = f"give with -C the configuration that it was started with, with {key}={b}"
+            against.extend([Reason(what, cure)])
 
 
-def read_config(path: str, name: str) -> GuestConfig:
+def read_config(path: str, name: str, against: Refusals | None = None) -> GuestConfig:
     """Read a bhyve_config(5) file (-C).  name: the guest's; it overrides the name in the file.
 
-    Raises GuestError or AccessError if the file cannot be read, and
-    IncompatibleError if the configuration cannot travel.
+    against: as for split().  Raises GuestError or AccessError if the file cannot be read,
+    and IncompatibleError if it is malformed, or without `against` if it cannot travel.
     """
     try:
         text = Path(path).read_text("utf-8", "surrogateescape")
@@ -184,4 +248,4 @@ def read_config(path: str, name: str) -> GuestConfig:
         raise AccessError(f"cannot read {path}: {error.strerror}") from None
     except OSError as error:
         raise GuestError(f"cannot read {path}: {error.strerror}") from None
-    return split(parse(text), name)
+    return split(parse(text), name, against)

@@ -22,7 +22,14 @@ from bhystream.backend.bhyve.paused import BhyvePaused, PausedRecord
 from bhystream.backend.bhyve.rehearsal import UNSAVED, MemoryFileError, Rehearsal, changes, rehearse
 from bhystream.backend.bhyve.snapshot import FILE
 from bhystream.backend.bhyve.snapshotdir import SnapshotDir
-from bhystream.errors import BhyError, FormatError, GuestEndedError, GuestError, from_oserror
+from bhystream.errors import (
+    BhyError,
+    FormatError,
+    GuestEndedError,
+    GuestError,
+    Reason,
+    from_oserror,
+)
 
 _HOLD_S = 30.0
 _STATE_BYTES = 64 << 20  # room for FILE.kern and FILE.meta, before their sizes are known
@@ -34,14 +41,14 @@ class Ready:
 
     directory: removed by the caller until pause() is called, and by the paused
     guest from then on.  record: what a process needs to find the paused guest.
-    warning: why bhyve writes a memory file, "" if it writes to the null device.
+    warning: why bhyve writes a memory file, empty if it writes to the null device.
     """
 
     opened: Opened
     directory: SnapshotDir
     rehearsal: Rehearsal
     record: PausedRecord
-    warning: str
+    warning: Reason
 
     def pause(self) -> BhyvePaused:
         """Pause the guest in a checkpoint, and take its state.
@@ -137,7 +144,7 @@ def make_ready(opened: Opened, directory: SnapshotDir) -> Ready:
     """
     host, size = opened.host, opened.memory.size_bytes
     directory.make()
-    warning = clamped(host, size) or directory.make_sink(host)
+    warning = clamped(host, size) or Reason(directory.make_sink(host))
     rehearsal, warning = _rehearse(opened, directory, warning)
     try:
         full_bytes = fifo.make(directory.files.meta)
@@ -156,7 +163,7 @@ def make_ready(opened: Opened, directory: SnapshotDir) -> Ready:
     return Ready(opened, directory, rehearsal, record, warning)
 
 
-def _rehearse(opened: Opened, directory: SnapshotDir, warning: str) -> tuple[Rehearsal, str]:
+def _rehearse(opened: Opened, directory: SnapshotDir, warning: Reason) -> tuple[Rehearsal, Reason]:
     """Rehearse; if bhyve cannot write to the null device, rehearse again with a memory file.
 
     warning: as Ready's, so far as it is known.  Returns the rehearsal and the final warning.
@@ -167,7 +174,7 @@ def _rehearse(opened: Opened, directory: SnapshotDir, warning: str) -> tuple[Reh
     except MemoryFileError as error:
         if not directory.has_sink():
             raise
-        warning = f"bhyve cannot write it to the null device ({error})"
+        warning = Reason(f"bhyve cannot write it to the null device ({error})")
         directory.drop_sink(opened.host)
         _require_room(opened, directory, _STATE_BYTES, warning)
         return _rehearse_once(opened, directory), warning

@@ -29,38 +29,43 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from bhystream.backend.bhyve.host import Host
+from bhystream.errors import Reason
 
 _MINCORE_MAPPED = "vm.mincore_mapped"
 _ALL_READ = "so every page of the guest is read, and so allocated"
 _MARKS = b"\0" + b"\1" * 255
 
 
-def believes_mincore(host: Host, is_wired: bool) -> tuple[bool, str]:
+def believes_mincore(host: Host, is_wired: bool) -> tuple[bool, Reason]:
     """Say whether pages that mincore(2) does not call resident are zero, and if not, why.
 
-    is_wired: whether every map of the guest's system memory is wired.  The
-    reason is one line that begins with its key, or "".
+    is_wired: whether every map of the guest's system memory is wired.  The reason is empty
+    if they are.
 
     Swap may come into use at any time, so call this function before and after
     mincore(2), and believe mincore(2) only if both calls return True.
     """
     mapped = host.sysctl(_MINCORE_MAPPED)
     if mapped is None:
-        return False, f"{_MINCORE_MAPPED}: this host has no such sysctl, {_ALL_READ}"
+        return False, Reason(f"{_MINCORE_MAPPED}: this host has no such sysctl, {_ALL_READ}")
     if mapped.strip() != "0":
-        return False, (
-            f"{_MINCORE_MAPPED}: it is {mapped.strip()} here, not 0, {_ALL_READ};"
-            f" sysctl {_MINCORE_MAPPED}=0 spares the pages never touched"
+        return False, Reason(
+            f"{_MINCORE_MAPPED}: it is {mapped.strip()} here, not 0, {_ALL_READ}",
+            f"sysctl {_MINCORE_MAPPED}=0 spares the pages never touched, and"
+            f" {_MINCORE_MAPPED}=0 in /etc/sysctl.conf keeps it so",
         )
     if is_wired:
-        return True, ""
+        return True, Reason("")
     used_bytes = host.swap_used_bytes()
     if used_bytes:
-        return False, (
+        return False, Reason(
             f"swap: {used_bytes} bytes are in use here, not 0, and the guest is not wired,"
-            f" {_ALL_READ}; memory.wired=true or unused swap spares the pages never touched"
+            f" {_ALL_READ}",
+            "to spare the pages never touched, use no swap (swapoff -a), or start it with"
+            " memory.wired=true",
+            "memory.wired",
         )
-    return True, ""
+    return True, Reason("")
 
 
 def extents(marks: bytes, base_page: int) -> Iterator[tuple[int, int]]:

@@ -28,12 +28,12 @@ from bhystream.backend.bhyve import backing, identity, verdict
 from bhystream.backend.bhyve.config import devices
 from bhystream.backend.bhyve.host import Host, Vm
 from bhystream.backend.bhyve.layout import clamped
-from bhystream.backend.bhyve.opened import open_guest
-from bhystream.errors import InternalError, from_oserror
-from bhystream.guest import Head
+from bhystream.backend.bhyve.opened import in_its_words, open_guest
+from bhystream.errors import InternalError, Reason, from_oserror
+from bhystream.guest import Fixed, Head
 
 if TYPE_CHECKING:  # a dry run pauses no guest
-    from bhystream.backend.base import Fixed, Prepared
+    from bhystream.backend.base import Prepared
     from bhystream.backend.bhyve.paused import BhyvePaused
     from bhystream.backend.bhyve.ready import Ready
 
@@ -90,7 +90,7 @@ class BhyveSource:
         config = self._opened.config
         return backing.disks(config.section, config.full)
 
-    def warnings(self) -> Sequence[str]:
+    def warnings(self) -> Sequence[Reason]:
         """Return what no program can repair, and why bhyve writes a memory file, if it does."""
         from bhystream.backend.bhyve.carriable import reasons
 
@@ -98,13 +98,16 @@ class BhyveSource:
         is_wired = guest.memory.is_wired
         found = verdict.warnings(guest.config.section, guest.host, is_wired=is_wired)
         found += reasons(guest.host, guest.name, guest.ncpus)
-        why = self._ready.warning if self._ready else ""
+        why = self._ready.warning if self._ready else None
         if why := why or clamped(guest.host, guest.memory.size_bytes):
-            found.append(
+            what = (
                 f"memory file: bhyve writes the memory into {self._base / 'held'} while the guest"
-                f" stands, in a rehearsal and in the pause: {why}"
+                f" stands, in a rehearsal and in the pause: {why.what}"
             )
-        return found
+            found.append(Reason(what, why.cure))
+        if guest.manager is None:
+            return found
+        return in_its_words(found, guest.manager, guest.config.full)
 
     def memory(self) -> Sequence[memoryview]:
         """Return the guest's memory."""
@@ -127,13 +130,13 @@ class BhyveSource:
 
     def fixed(self) -> Fixed:
         """Return what the rehearsal took, or what is usual; and what the load usually takes."""
-        from bhystream.backend.base import Fixed
-
+        guest = self._opened
+        size = guest.memory.size_bytes
+        written = size if clamped(guest.host, size) else 0
+        state_ns = _SAVE_NS + written * 10**9 // _WRITE_BYTES_PER_SECOND
         if self._ready:
-            return Fixed(self._ready.rehearsal.took_ns, _LOAD_NS)
-        size = self._opened.memory.size_bytes
-        written = size if clamped(self._opened.host, size) else 0
-        return Fixed(_SAVE_NS + written * 10**9 // _WRITE_BYTES_PER_SECOND, _LOAD_NS)
+            state_ns = self._ready.rehearsal.took_ns
+        return Fixed(state_ns, _LOAD_NS, guest.ncpus, is_early=True)
 
     def prepare(self, id_: str) -> Prepared:
         """Make the directory, rehearse, make the FIFO.  Raises what make_ready() raises."""
@@ -147,7 +150,7 @@ class BhyveSource:
         self._made.callback(directory.remove, guest.host)
         directory.sweep(guest.host, base / "lock" / self.lock_name, base / "source")
         self._ready = ready = make_ready(guest, directory)
-        return Prepared(ready.record.to_json(), ready.rehearsal.text, guest.ncpus)
+        return Prepared(ready.record.to_json(), ready.rehearsal.text)
 
     def suspend_vcpus(self) -> None:
         """Suspend every vCPU that runs; the devices go on.

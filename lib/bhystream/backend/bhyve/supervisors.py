@@ -23,6 +23,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bhystream.backend.supervisors import may_start_again, program_of, reason
+from bhystream.errors import Reason
 
 if TYPE_CHECKING:
     from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
@@ -33,7 +34,7 @@ _LIBVIRT = frozenset({"libvirtd", "virtbhyved"})
 
 def reasons(
     parent: str, manager: VmBhyveGuest | None, knows_suspending_lock: bool
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[Reason], list[Reason]]:
     """Say what may start a killed guest again: (hard, soft), one reason at most.
 
     parent: command line of bhyve's parent, "" for init.  manager: vm-bhyve's
@@ -44,22 +45,27 @@ def reasons(
     if manager is not None:
         if knows_suspending_lock or manager.conf().get("on_fault", "shutdown") != "restart":
             return [], []
-        return [
+        what = (
             "vm-bhyve: on_fault is restart, and this host's vm-bhyve is older than 1.7.0, or not"
-            " where the port puts it: vm-bhyve would start the guest again once it has moved;"
-            " update vm-bhyve, or start the guest with on_fault=shutdown"
-        ], []
+            " where the port puts it: vm-bhyve would start the guest again once it has moved"
+        )
+        conf = f"{manager.name}.conf"
+        cure = f'update vm-bhyve, or start the guest with on_fault="shutdown" in {conf}'
+        return [Reason(what, cure)], []
     if _is_cbsd(parent):
-        return [], [
+        what = (
             "supervisor: CBSD starts a second copy of the guest once it has moved, if on_crash is"
-            " restart; set on_crash to destroy and restart the guest, or use -f if it is destroy"
-        ]
+            " restart"
+        )
+        cure = "set on_crash to destroy and restart the guest, or use -f if it is destroy"
+        return [], [Reason(what, cure)]
     if program_of(parent) in _LIBVIRT:
-        return [], [
+        what = (
             "supervisor: libvirt does not notice that the guest has moved, and may start a second"
-            " copy here; use virsh autostart --disable now, virsh destroy and undefine"
-            " afterwards, and -f"
-        ]
+            " copy here"
+        )
+        cure = "use virsh autostart --disable now, virsh destroy and undefine afterwards, and -f"
+        return [], [Reason(what, cure)]
     if may_start_again(parent, _HARMLESS):
         return [], [reason("bhyve", parent)]
     return [], []

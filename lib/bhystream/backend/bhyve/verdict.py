@@ -23,6 +23,7 @@ from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.identity import integer
 from bhystream.backend.bhyve.residency import believes_mincore
 from bhystream.backend.bhyve.supervisors import reasons as supervisor_reasons
+from bhystream.errors import Reason
 from bhystream.guest import Json
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ _HARD = {
 }
 
 _MAX_SHOWN_CHARS = 60
+_NTP = "let it run NTP"
 
 
 def host_reasons(head_host: Json, here: Json) -> tuple[list[str], list[str]]:
@@ -106,43 +108,41 @@ def _shown(value: Any) -> str:
     return "none" if value is None else ascii(value)[:_MAX_SHOWN_CHARS]
 
 
-def ability_reasons(host: Host) -> tuple[list[str], list[str]]:
+def ability_reasons(host: Host) -> tuple[list[Reason], list[Reason]]:
     """Return why this host's bhyve cannot save or restore any guest: (hard, soft).
 
     Used at both ends.  All of the kernel's part of snapshots is in vmm.ko,
     whatever kernel vmm.ko is loaded into.  Source: sys/modules/vmm/Makefile,
     FreeBSD 15.1.
     """
-    hard, soft = [], []
+    hard: list[Reason] = []
+    soft: list[Reason] = []
     machine = (host.sysctl("hw.machine") or "").strip()
     if machine != "amd64":
-        hard.append(
-            f"hw.machine: this host has {_shown(machine or None)}, bhyve's snapshots need 'amd64';"
-            " shut the guest down and move its disks"
-        )
+        what = f"this host has {_shown(machine or None)}, bhyve's snapshots need 'amd64'"
+        hard.append(Reason(f"hw.machine: {what}", "shut the guest down and move its disks"))
     date = integer(host.sysctl("kern.osreldate"))
     if date is None or date < MIN_OSRELDATE:
-        hard.append(
-            f"kern.osreldate: this host has {_shown(date)}, {MIN_OSRELDATE} is needed;"
-            " upgrade it to FreeBSD 14 or later"
-        )
+        what = f"this host has {_shown(date)}, {MIN_OSRELDATE} is needed"
+        hard.append(Reason(f"kern.osreldate: {what}", "upgrade it to FreeBSD 14 or later"))
     can = host.can_snapshot()
     if can is None:
-        soft.append(
-            "vmm: it cannot be seen whether the vmm here has snapshots;"
-            " kldload vmm, keep debug.link_elf_obj_leak_locals at 1, or -f"
-        )
+        what = "vmm: it cannot be seen whether the vmm here has snapshots"
+        cure = "kldload vmm, sysctl debug.link_elf_obj_leak_locals=1, or -f"
+        soft.append(Reason(what, cure))
     elif not can:
-        soft.append(
-            "vmm: the vmm here has no snapshots; build and install vmm.ko, bhyve and bhyvectl"
-            " with WITH_BHYVE_SNAPSHOT=yes (the kernel stays), or -f"
+        what = "vmm: the vmm here has no snapshots"
+        cure = (
+            "build and install vmm.ko, bhyve and bhyvectl with WITH_BHYVE_SNAPSHOT=yes (the kernel"
+            " stays), by the commands of bhysend-bhyve(7), or -f"
         )
+        soft.append(Reason(what, cure))
     return hard, soft
 
 
 def source_reasons(
     host: Host, pid: int, *, manager: VmBhyveGuest | None
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[Reason], list[Reason]]:
     """Say why a guest of this host cannot be sent: (hard, soft).
 
     pid: the process id of the guest's bhyve.  manager: vm-bhyve's guest, or None if
@@ -169,41 +169,46 @@ def guest_reasons(host: Host, config: Json) -> list[str]:
     ]
 
 
-def _named(keys: Mapping[str, str], kinds: frozenset[str]) -> str:
-    """Return the devices of these kinds as bhyve names them, in slot order."""
-    devices = known.pci_devices(keys)
-    return ", ".join(f"{kind}@{slot}" for slot, kind in devices.items() if kind in kinds)
+def _unpaused(keys: Mapping[str, str]) -> list[Reason]:
+    """Return a warning if there are devices that bhyve does not stop, in slot order."""
+    found = {slot: kind for slot, kind in known.pci_devices(keys).items() if kind in UNPAUSED}
+    if not found:
+        return []
+    from bhystream.backend.bhyve.cures import of_keys
+
+    names = ", ".join(f"{kind}@{slot}" for slot, kind in found.items())
+    about = [f"{slot}.device" for slot in found]
+    what = (
+        f"devices: bhyve does not stop {names} while it saves, so the guest may lose what they do"
+        " in that moment"
+    )
+    return [Reason(what, f"if that matters, {of_keys(keys, about)}", *about)]
 
 
-def warnings(config: Json, host: Host, *, is_wired: bool = False) -> list[str]:
+def warnings(config: Json, host: Host, *, is_wired: bool = False) -> list[Reason]:
     """Return what neither end can repair, to be said once before the source's guest is paused.
 
     config: the CONFIG section.  is_wired: as in residency.believes_mincore().
     No warning is a reason against a move; each is one line that begins with its key.
     """
-    out = ["clock: the guest's clock falls behind by the length of the pause; let it run NTP"]
+    out = [Reason("clock: the guest's clock falls behind by the length of the pause", _NTP)]
     if host.cpu_vendor() == "amd":
         # Source: reviews.freebsd.org/D19495; ASID and lastcpu are restored as they were.
         out.append(
-            "cpu.vendor: it is 'amd' here; restores were run on an emulated AMD processor only,"
-            " and on real ones Linux guests were reported to freeze after one"
+            Reason(
+                "cpu.vendor: it is 'amd' here; restores were run on an emulated AMD processor only,"
+                " and on real ones Linux guests were reported to freeze after one"
+            )
         )
-    unpaused = _named(config["keys"], UNPAUSED)
-    if unpaused:
-        out.append(
-            f"devices: bhyve does not stop {unpaused} while it saves, so the guest may lose what"
-            " they do in that moment; bhyve stops virtio devices"
-        )
+    out += _unpaused(config["keys"])
     if "bootvars" in config["resources"]:
-        out.append(
-            "bootvars: the guest writes the boot variables into a file, which is in no snapshot;"
-            " copy this file with the disks"
-        )
+        what = "bootvars: the guest writes the boot variables into a file, which is in no snapshot"
+        out.append(Reason(what, "copy this file with the disks"))
     is_believed, why = believes_mincore(host, is_wired)
     return out if is_believed else [*out, why]
 
 
-def room_reasons(needed_bytes: int, free_bytes: int, what: str, path: str) -> list[str]:
+def room_reasons(needed_bytes: int, free_bytes: int, what: str, path: str) -> list[Reason]:
     """Compare the bytes to be written with those that are free in a directory.
 
     what: the reason's key, like "staging".  path: the directory.
@@ -211,8 +216,10 @@ def room_reasons(needed_bytes: int, free_bytes: int, what: str, path: str) -> li
     if needed_bytes <= free_bytes:
         return []
     return [
-        f"{what}: {path} has {free_bytes} bytes free, {needed_bytes} are needed;"
-        " make room there, or name another directory"
+        Reason(
+            f"{what}: {path} has {free_bytes} bytes free, {needed_bytes} are needed",
+            "make room there, or name another directory",
+        )
     ]
 
 

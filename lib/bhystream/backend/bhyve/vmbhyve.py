@@ -27,10 +27,11 @@ from pathlib import Path
 from bhystream.backend.bhyve import keys as known
 from bhystream.backend.bhyve import vmconf
 from bhystream.backend.bhyve.argv import parse_argv
-from bhystream.backend.bhyve.config import GuestConfig, read, split
+from bhystream.backend.bhyve.config import GuestConfig, parse, read, split
 from bhystream.backend.bhyve.keys import refuse, shown
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.process import Identity, is_same
+from bhystream.backend.refusals import Refusals
 from bhystream.errors import from_oserror
 
 CURE = "name a bhyve_config(5) file of this guest with -C"
@@ -84,13 +85,23 @@ class VmBhyveGuest:
             raise refuse(f"{self._log} records no start of {self.name}", cure)
         return start
 
-    def running(self, process: Identity) -> GuestConfig:
+    def running(self, process: Identity, against: Refusals | None = None) -> GuestConfig:
         """Return the configuration with which vm-bhyve or bhyrecv started the running guest.
 
-        process: the guest's bhyve.  Raises IncompatibleError if no start is known
-        to be that of this process, if the configuration and the .conf disagree on
-        the uuid or a MAC address, or if a part of the configuration cannot travel.
+        process: the guest's bhyve.  against: as for split(); gets also the error if the
+        configuration and the .conf disagree on the uuid or a MAC address.  Raises
+        IncompatibleError if no start is known to be that of this process, and without
+        `against` for everything.
         """
+        found = against or Refusals()
+        config = self._running(process, found)
+        with found.collecting():
+            self._compare(self.conf(), config, CURE)
+        if against is None:
+            found.require_none()
+        return config
+
+    def _running(self, process: Identity, against: Refusals) -> GuestConfig:
         if ours := self.locks.started_with():
             if ours.process is None or not is_same(ours.process, process):
                 raise refuse(
@@ -98,24 +109,21 @@ class VmBhyveGuest:
                     f" {process.pid}, which runs {self.name}",
                     CURE,
                 )
-            found = read(ours.config, self.name)
-        else:
-            if not self.locks.is_supervised():
-                raise refuse(
-                    f"{self._log} does not describe the bhyve that runs: vm-bhyve has not started"
-                    f" it, as {self.directory}/run.lock does not name this host",
-                    CURE,
-                )
-            start = self._last_start(CURE)
-            if start.ended:
-                raise refuse(
-                    f"{self._log} does not describe the bhyve that runs: after the last start it"
-                    f" says {shown(start.ended)}",
-                    CURE,
-                )
-            found = split(parse_argv([*start.argv(), self.name]), self.name)
-        self._compare(self.conf(), found, CURE)
-        return found
+            return split(parse(ours.config), self.name, against)
+        if not self.locks.is_supervised():
+            raise refuse(
+                f"{self._log} does not describe the bhyve that runs: vm-bhyve has not started"
+                f" it, as {self.directory}/run.lock does not name this host",
+                CURE,
+            )
+        start = self._last_start(CURE)
+        if start.ended:
+            raise refuse(
+                f"{self._log} does not describe the bhyve that runs: after the last start it"
+                f" says {shown(start.ended)}",
+                CURE,
+            )
+        return split(parse_argv([*start.argv(), self.name], against), self.name, against)
 
     def last_started(self) -> GuestConfig:
         """Return the configuration with which vm-bhyve or bhyrecv last started the guest here.
@@ -148,12 +156,13 @@ class VmBhyveGuest:
     def _compare(self, conf: dict[str, str], found: GuestConfig, cure: str) -> None:
         """Raise IncompatibleError if the .conf has a uuid or a MAC address that the start had not.
 
-        cure: the error's hint.
+        found: may lack what was refused.  cure: the error's hint.
         """
         guest = found.section["keys"]
         # bhyve_options may add further cards, so each address only has to be among them.
-        macs = {guest[f"{net}.mac"] for net in known.nets(known.pci_devices(guest))}
-        wanted = [("uuid", {guest["uuid"]})]
+        macs = {guest.get(f"{net}.mac") for net in known.nets(known.pci_devices(guest))}
+        macs.discard(None)
+        wanted = [("uuid", {guest["uuid"]})] if "uuid" in guest else []
         wanted += [
             (f"{key.removesuffix('type')}mac", macs) for key in conf if _NETWORK.fullmatch(key)
         ]

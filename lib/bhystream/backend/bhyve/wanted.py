@@ -63,10 +63,9 @@ class Wanted:
         BhyError or OSError if something that is asked cannot be found out.
         """
         host = self.host
-        hard, soft = verdict.ability_reasons(host)
+        able_hard, able_soft = verdict.ability_reasons(host)
         theirs_hard, theirs_soft = verdict.host_reasons(head.host, identity.describe(host))
-        hard += theirs_hard
-        soft += theirs_soft
+        hard, soft = [*able_hard, *theirs_hard], [*able_soft, *theirs_soft]
         size = int(config["keys"]["memory.size"])
         hard += verdict.guest_reasons(host, config)
         keys, reasons, differences = self._lend(config)
@@ -106,13 +105,14 @@ class Wanted:
 
         is_late: whether the guest's memory goes through a file.  Raises OSError.
         """
-        out, in_memory = [], False
+        out: list[str] = []
+        in_memory = False
         if is_late or self.is_unstarted:
             root = self.base if self.is_unstarted else Path(guest.staging).parent
             found = os.statvfs(root)
             free = found.f_bavail * found.f_frsize
             what = "state" if self.is_unstarted else "staging"
-            out = verdict.room_reasons(guest.memory_bytes, free, what, str(root))
+            out += verdict.room_reasons(guest.memory_bytes, free, what, str(root))
             in_memory = self.host.is_memory(root)
         needed = verdict.needed_memory_bytes(guest.memory_bytes, is_staged_in_memory=in_memory)
         return out + verdict.memory_reasons(self.host.free_memory_bytes(), needed)

@@ -13,6 +13,7 @@ The pieces, in the order in which a move meets them:
     options.py    QEMU's own option syntax, taken apart
     config.py     argv of a running QEMU -> the CONFIG section, or a refusal
     devices.py    the parts of the argv that name a resource of the host
+    cures.py      the words that cannot travel, and what to start QEMU with in their place
     validate.py   the check of a CONFIG section, hostile until it has passed
     contents.py   QemuContents: contents.Contents of the stream
     compare.py    two configurations, and how they differ

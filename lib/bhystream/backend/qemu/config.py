@@ -23,17 +23,19 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from bhystream.backend.qemu import allow
-from bhystream.backend.qemu.devices import Parts, refuse, word
+from bhystream.backend.qemu import allow, cures
+from bhystream.backend.qemu.cures import refuse, refuse_part, word
+from bhystream.backend.qemu.devices import Parts
 from bhystream.backend.qemu.facts import CURE, Facts
 from bhystream.backend.qemu.options import (
     as_dict,
+    option_of,
     parse_number,
     parse_size,
-    split_argv,
     split_keyval,
 )
-from bhystream.errors import IncompatibleError
+from bhystream.backend.refusals import Refusals
+from bhystream.errors import IncompatibleError, Reason
 
 OTHER_IMAGE = (
     "if a snapshot or a mirror made the new image, commit it, or restart QEMU with it; or use -f,"
@@ -42,6 +44,8 @@ OTHER_IMAGE = (
 # QEMU rounds the memory's size up to this.  Source: qemu/qemu hw/core/machine.c, softmmu/vl.c.
 _RAM_ALIGN_BYTES = 8192
 _SHORT_DISKS = {"hda": "0", "hdb": "1", "hdc": "2", "hdd": "3"}
+_FILES = ("kernel", "initrd", "bios")
+_SWITCHES = ("nodefaults", "enable-kvm")
 
 
 def reduce_argv(
@@ -58,14 +62,16 @@ def reduce_argv(
     disk on which QEMU writes to another image than argv names; without this
     list, such a disk is refused.  images: gets the path, as QEMU sees it, of each raw
     image of a disk that is no CD, by the disk's key.
-    Raises IncompatibleError that names the first thing that cannot travel.
+    Raises IncompatibleError that names everything that cannot travel.
     """
-    reducer = _Reducer(facts)
+    against = Refusals()
+    reducer = _Reducer(facts, against)
     config = reducer.run(argv, name)
-    if changes is None and reducer.changes:
-        raise IncompatibleError(reducer.changes[0], hint=OTHER_IMAGE)
-    if changes is not None:
+    if changes is None:
+        against.extend(Reason(change, OTHER_IMAGE) for change in reducer.changes)
+    else:
         changes += reducer.changes
+    against.require_none()
     if images is not None:
         for disk, path in zip(config["disks"], reducer.images, strict=True):
             if path and disk["props"].get("media") != "cdrom":
@@ -96,9 +102,10 @@ def label(name: str) -> str:
 
 
 class _Reducer:
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: Facts, against: Refusals) -> None:
         self._facts = facts
-        self._parts = Parts(facts)
+        self._against = against
+        self._parts = Parts(facts, against)
         self._machine: dict[str, str] = {}
         self._accels: list[tuple[str, dict[str, str]]] = []
         self._ram_size: int | None = None
@@ -156,20 +163,37 @@ class _Reducer:
         }
 
     def run(self, argv: list[str], name: str) -> dict[str, Any]:
-        for option, rest in split_argv(argv):
-            self._take(option, rest)
+        """Return the configuration.  Raises IncompatibleError for what is not collected."""
+        rest = iter(argv)
+        is_known = True
+        for each in rest:
+            if not is_known and not each.startswith("-"):
+                is_known = True  # the argument of an option that is refused already
+                continue
+            with self._against.collecting():
+                option = option_of(each)
+                is_known = self._knows(option)
+                self._take(option, rest)
         if not self._nodefaults:
-            raise IncompatibleError(
-                "QEMU was started without -nodefaults: devices that it adds by itself are"
-                " not described",
-                hint="start it with -nodefaults, and name each device",
+            what = (
+                "QEMU was started without -nodefaults: devices that it adds by itself are not"
+                " described"
             )
+            cure = "start QEMU with -nodefaults, and name each device"
+            self._against.extend([Reason(what, cure)])
+        # Without an option that is refused, more would only seem to be missing.
+        self._against.require_none()
         out = self._out
         out |= self._parts.finish()
         self._finish_machine()
         out["name"] = label(out["name"]) or label(name) or "guest"
         if self._ram_size not in (None, out["memory"]["size_bytes"]):
-            raise IncompatibleError("-m and the memory backend differ in size")
+            self._against.add(
+                IncompatibleError(
+                    "-m and the memory backend differ in size",
+                    f"start QEMU with -m {out['memory']['size_bytes']}B",
+                )
+            )
         out["accel"] = self._finish_accel()
         out["flags"].sort()
         return out
@@ -182,6 +206,11 @@ class _Reducer:
     @property
     def changes(self) -> list[str]:
         return self._parts.changes
+
+    def _knows(self, option: str) -> bool:
+        """Say whether an option is on the lists."""
+        known = (self._with_argument, allow.IGNORED, allow.FLAGS, _FILES, _SHORT_DISKS, _SWITCHES)
+        return any(option in one for one in known)
 
     def _take(self, option: str, rest: Any) -> None:
         """Handle one option, taking its argument from `rest` if it has one."""
@@ -206,22 +235,22 @@ class _Reducer:
             return self._with_argument[option]
         if option in allow.IGNORED:
             return lambda text: None
-        if option in ("kernel", "initrd", "bios"):
+        if option in _FILES:
             return lambda text: self._out.update({option: True})
         if option in _SHORT_DISKS:
             index = _SHORT_DISKS[option]
             return lambda text: self._parts.drive(text, index=index, media="disk")
-        raise refuse(f"option -{option[:60]}")
+        raise refuse(f"option -{option[:60]}", cures.option(option))
 
     def _on_pairs(self, what: str, keys: frozenset[str], text: str) -> None:
         for key, value in split_keyval(text):
             if key not in keys:
-                raise refuse(f"option -{what}: {key[:60]}")
+                raise refuse_part(f"option -{what}: {key[:60]}", key, f"-{what}")
             self._out[what][key] = word(value, f"option -{what}: {key}")
 
     def _only_none(self, option: str, text: str) -> None:
         if text != "none":
-            raise refuse(f"option -{option}")
+            raise refuse(f"option -{option}", cures.option(option))
 
     def _on_machine(self, text: str) -> None:
         # QEMU reads "_" as "-" here.  Source: qemu/qemu softmmu/vl.c, machine_parse_property_opt().
@@ -237,7 +266,7 @@ class _Reducer:
         kind = self._facts.machine or props.get("type", "pc")
         kind = self._facts.aliases.get(kind, kind)
         if not allow.MACHINE.fullmatch(kind):
-            raise refuse(f"machine {kind[:60]}")
+            raise refuse(f"machine {kind[:60]}", "start QEMU with -machine q35, pc or microvm")
         props.pop("type", None)
         for accel in reversed(props.pop("accel", "").split(":")):
             if accel:
@@ -248,7 +277,8 @@ class _Reducer:
             )
         for key, value in props.items():
             if key not in allow.MACHINE_PROPS:
-                raise refuse(f"machine property {key[:60]}")
+                self._against.add(refuse_part(f"machine property {key[:60]}", key, "-machine"))
+                continue
             word(value, f"machine property {key}")
         self._out["machine"] = {"type": kind, "props": props}
 
@@ -259,7 +289,7 @@ class _Reducer:
             if key in allow.ACCEL_HOST_PROPS:
                 del pairs[key]
             elif key not in allow.ACCEL_PROPS:
-                raise refuse(f"accelerator property {key[:60]}")
+                raise refuse_part(f"accelerator property {key[:60]}", key, "-accel")
             else:
                 word(pairs[key], f"accelerator property {key}")
         self._accels.append((kind, pairs))
@@ -268,24 +298,27 @@ class _Reducer:
         """Return the accelerator in use: what QMP says, else the first that argv asks for."""
         kind = self._facts.accel or (self._accels[0][0] if self._accels else "tcg")
         if kind not in allow.ACCELS:
-            raise refuse(f"accelerator {kind[:60]}")
+            raise refuse(f"accelerator {kind[:60]}", cures.one_of("-accel", allow.ACCELS))
         props = next((props for name, props in self._accels if name == kind), {})
         return {"type": kind, "props": props}
 
     def _on_cpu(self, text: str) -> None:
         model, *features = text.split(",")
         if not allow.WORD.fullmatch(model) or model == "help":
-            raise IncompatibleError(f"CPU model '{model[:60]}' cannot travel")
+            raise IncompatibleError(
+                f"CPU model '{model[:60]}' cannot travel", "start QEMU with another model for -cpu"
+            )
         for feature in features:
             if not allow.CPU_FEATURE.fullmatch(feature):
-                raise IncompatibleError(f"CPU feature '{feature[:60]}' cannot travel")
+                what = f"CPU feature '{feature[:60]}' cannot travel"
+                self._against.add(IncompatibleError(what, cures.part(feature, "-cpu")))
         self._out["cpu"] = {"model": model, "features": features}
 
     def _on_smp(self, text: str) -> None:
         counts: dict[str, int] = {}
         for key, value in as_dict(split_keyval(text, "cpus"), "-smp").items():
             if key not in allow.SMP_KEYS:
-                raise refuse(f"option -smp: {key[:60]}")
+                raise refuse_part(f"option -smp: {key[:60]}", key, "-smp")
             counts[key] = parse_number(value, f"option -smp: {key}")
         if "cpus" not in counts:
             total = 1
@@ -302,19 +335,19 @@ class _Reducer:
         if "maxmem" in pairs and parse_size(pairs["maxmem"], 1) <= size:
             pairs = {key: pairs[key] for key in pairs.keys() - {"maxmem", "slots"}}
         if pairs:
-            raise refuse(f"option -m: {min(pairs)[:60]}")
+            raise refuse_part(f"option -m: {min(pairs)[:60]}", " and ".join(sorted(pairs)), "-m")
 
     def _on_name(self, text: str) -> None:
         self._out["name"] = _name_of(text)
 
     def _on_vga(self, text: str) -> None:
         if text not in allow.VGAS:
-            raise refuse(f"option -vga: {text[:60]}")
+            raise refuse(f"option -vga: {text[:60]}", cures.one_of("-vga", allow.VGAS))
         self._out["vga"] = text
 
     def _on_uuid(self, text: str) -> None:
         if not allow.UUID.fullmatch(text):
-            raise refuse(f"option -uuid: {text[:60]}")
+            raise refuse(f"option -uuid: {text[:60]}", cures.option("uuid"))
         self._out["uuid"] = text.lower()
 
     def _on_boot(self, text: str) -> None:
@@ -322,17 +355,18 @@ class _Reducer:
             if key in allow.BOOT_HOST_KEYS:
                 continue
             if key not in allow.BOOT_KEYS:
-                raise refuse(f"option -boot: {key[:60]}")
+                raise refuse_part(f"option -boot: {key[:60]}", key, "-boot")
             self._out["boot"][key] = word(value, f"option -boot: {key}")
 
     def _on_smbios(self, text: str) -> None:
         pairs = as_dict(split_keyval(text), "-smbios")
         kind = parse_number(pairs.pop("type", ""), "option -smbios: type")
         if kind not in (0, 1, 2, 3, 4, 17):
-            raise refuse(f"option -smbios: type={kind}")
+            raise refuse(f"option -smbios: type={kind}", cures.option(f"smbios type={kind}"))
         for key, value in pairs.items():
             if key not in allow.SMBIOS_KEYS or not allow.SMBIOS_TEXT.fullmatch(value):
-                raise refuse(f"option -smbios: {key[:60]}={value[:60]}")
+                what = f"option -smbios: {key[:60]}={value[:60]}"
+                raise refuse_part(what, key, f"-smbios type={kind}")
         self._out["smbios"].append({"type": kind, "props": pairs})
 
     def _on_global(self, text: str) -> None:
@@ -344,12 +378,15 @@ class _Reducer:
             key = f"{long.get('driver', '')}.{long.get('property', '')}"
             value = long.get("value", "")
         if not allow.global_allowed(key):
-            raise refuse(f"option -global: {key[:80]}")
+            raise refuse(f"option -global: {key[:80]}", cures.option(f"global {key}"))
         self._out["globals"][key] = word(value, f"option -global: {key}")
 
     def _on_append(self, text: str) -> None:
         if not allow.APPEND.fullmatch(text):
-            raise IncompatibleError("option -append: its text is not all printable ASCII")
+            raise IncompatibleError(
+                "option -append: its text is not all printable ASCII",
+                "start QEMU with printable ASCII in -append",
+            )
         self._out["append"] = text
 
     def _on_watchdog(self, text: str) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from bhystream.backend.files import identity_of
-from bhystream.backend.qemu import allow
+from bhystream.backend.qemu import allow, cures
+from bhystream.backend.qemu.cures import ident, refuse, refuse_part, word
 from bhystream.backend.qemu.facts import CURE, Facts
 from bhystream.backend.qemu.graph import DESCRIPTORS, Drive, Medium, local_path
 from bhystream.backend.qemu.options import (
@@ -22,6 +23,7 @@ from bhystream.backend.qemu.options import (
     parse_size,
     split_keyval,
 )
+from bhystream.backend.refusals import Refusals
 from bhystream.errors import IncompatibleError
 
 _ALIASES = {"ahci": "ich9-ahci", "e1000-82540em": "e1000"} | {
@@ -39,33 +41,16 @@ def driver_of(name: str) -> str:
     return _ALIASES.get(name, name)
 
 
-def refuse(what: str) -> IncompatibleError:
-    """Return the error for a word that is not on the lists.  what: as messages name the word."""
-    return IncompatibleError(f"{what} cannot travel: bhysend does not know it")
-
-
-def word(value: str, what: str) -> str:
-    """Return the value if it is allowed.  Raises IncompatibleError that names `what` if not."""
-    if not allow.VALUE.fullmatch(value):
-        raise IncompatibleError(f"{what} cannot travel: '{value[:60]}'")
-    return value
-
-
-def ident(value: str, what: str) -> str:
-    """Return the value if it is an allowed id.  Raises IncompatibleError that names `what`."""
-    if not allow.IDENT.fullmatch(value) or value.startswith(allow.RESERVED):
-        raise IncompatibleError(f"{what}: the id '{value[:60]}' cannot travel")
-    return value
-
-
 class Parts:
     """The -drive, -device and similar options of a command line, which finish() joins.
 
-    All methods raise IncompatibleError if a word cannot travel.
+    All methods raise IncompatibleError if an option cannot travel.
     """
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: Facts, against: Refusals) -> None:
+        """against: gets an error for each property, disk and device that cannot travel."""
         self._facts = facts
+        self._against = against
         self._drives: list[dict[str, str]] = []
         self._nodes: dict[str, dict[str, str]] = {}
         self._netdevs: dict[str, str] = {}
@@ -85,14 +70,16 @@ class Parts:
         props = as_dict(split_keyval(text, "driver"), "-device") | json_address(text)
         driver = driver_of(props.pop("driver", ""))
         if driver not in allow.DRIVERS:
-            raise refuse(f"device {driver[:60]}")
+            raise refuse(f"device {driver[:60]}", cures.device(driver))
         for key, value in props.items():
-            what = f"device {driver}: property {key[:60]}"
-            if key not in allow.DEVICE_PROPS:
-                raise refuse(what)
-            if key == "romfile" and value:
-                raise IncompatibleError(f"{what} cannot travel: it names a file")
-            word(value, what)
+            what, where = f"device {driver}: property {key[:60]}", f"-device {driver}"
+            with self._against.collecting():
+                if key not in allow.DEVICE_PROPS:
+                    raise refuse_part(what, key, where)
+                if key == "romfile" and value:
+                    cure = cures.part(key, where)
+                    raise IncompatibleError(f"{what} cannot travel: it names a file", cure)
+                word(value, what)
         self._devices.append({"driver": driver, "props": props})
 
     def object(self, text: str) -> None:
@@ -108,7 +95,7 @@ class Parts:
         elif kind.startswith("memory-backend"):
             raise IncompatibleError(f"object {kind}: its memory is not shared", hint=CURE)
         else:
-            raise refuse(f"object {kind[:60]}")
+            raise refuse(f"object {kind[:60]}", cures.option(f"object {kind}"))
 
     def _memory(self, pairs: dict[str, str], name: str) -> None:
         if self.ram is not None:
@@ -118,7 +105,7 @@ class Parts:
         if not is_on(pairs.get("share", default), "share"):
             raise IncompatibleError(f"memory backend {name} is not share=on", hint=CURE)
         if not allow.RAM_IDENT.fullmatch(name):
-            raise IncompatibleError(f"memory backend: the id '{name[:60]}' cannot travel")
+            raise IncompatibleError(f"memory backend: the id '{name[:60]}' cannot travel", CURE)
         self.ram = {"id": name, "size_bytes": parse_size(pairs.get("size", ""), 1)}
 
     def drive(self, text: str, **preset: str) -> None:
@@ -132,17 +119,20 @@ class Parts:
             pairs.setdefault("format", pairs.pop("driver"))
         interface = pairs.get("if", "ide")
         if interface not in allow.DISK_INTERFACES:
-            raise refuse(f"drive interface {interface[:60]}")
-        if pairs.get("file.driver", "file") not in _PROTOCOLS:
-            raise refuse(f"drive protocol {pairs['file.driver'][:60]}")
+            raise refuse(f"drive interface {interface[:60]}", cures.drive_interface())
+        driver = pairs.get("file.driver", "file")
+        if driver not in _PROTOCOLS:
+            raise refuse(f"drive protocol {driver[:60]}", cures.block_driver(driver))
         for key, value in pairs.items():
-            if key in allow.DISK_HOST_PROPS or key in ("if", "id"):
-                continue
-            if key in allow.DISK_OFF_PROPS and not is_on(value, f"drive property {key}"):
-                continue
-            if key not in allow.DISK_PROPS:
-                raise refuse(f"drive property {key[:60]}")
-            word(value, f"drive property {key}")
+            what = f"drive property {key[:60]}"
+            with self._against.collecting():
+                if key in allow.DISK_HOST_PROPS or key in ("if", "id"):
+                    continue
+                if key in allow.DISK_OFF_PROPS and not is_on(value, what):
+                    continue
+                if key not in allow.DISK_PROPS:
+                    raise refuse_part(what, key, "-drive")
+                word(value, what)
         self._drives.append(pairs | {"if": interface})
 
     def blockdev(self, text: str) -> None:
@@ -150,14 +140,17 @@ class Parts:
         pairs = as_dict(split_keyval(text, "driver"), "-blockdev")
         driver = pairs.get("driver", "")
         if driver not in allow.DISK_FORMATS | _PROTOCOLS:
-            raise refuse(f"blockdev driver {driver[:60]}")
+            raise refuse(f"blockdev driver {driver[:60]}", cures.block_driver(driver))
         for key, value in pairs.items():
-            if key in {"driver", "node-name", "read-only", "file"} | _NODE_PROPS:
-                word(value, f"blockdev property {key}")
-            elif not key.startswith("file.") and key not in _NODE_HOST_PROPS:
-                raise refuse(f"blockdev property {key[:60]}")
-        if pairs.get("file.driver", "file") not in _PROTOCOLS:
-            raise refuse(f"blockdev driver {pairs['file.driver'][:60]}")
+            what = f"blockdev property {key[:60]}"
+            with self._against.collecting():
+                if key in {"driver", "node-name", "read-only", "file"} | _NODE_PROPS:
+                    word(value, what)
+                elif not key.startswith("file.") and key not in _NODE_HOST_PROPS:
+                    raise refuse_part(what, key, "-blockdev")
+        below = pairs.get("file.driver", "file")
+        if below not in _PROTOCOLS:
+            raise refuse(f"blockdev driver {below[:60]}", cures.block_driver(below))
         self._nodes[ident(pairs.get("node-name", ""), "-blockdev")] = pairs
 
     def netdev(self, text: str) -> None:
@@ -165,9 +158,9 @@ class Parts:
         pairs = as_dict(split_keyval(text, "type"), "-netdev")
         kind = pairs.get("type", "")
         if kind not in allow.NET_BACKENDS:
-            raise refuse(f"netdev {kind[:60]}")
+            raise refuse(f"netdev {kind[:60]}", cures.one_of("-netdev", allow.NET_BACKENDS))
         if pairs.get("queues", "1") != "1":
-            raise refuse("netdev property queues")
+            raise refuse_part("netdev property queues", "queues", "-netdev")
         self._netdevs[ident(pairs.get("id", ""), "-netdev")] = kind
 
     def nic(self, text: str) -> None:
@@ -177,10 +170,11 @@ class Parts:
         if kind == "none":
             return
         if kind not in allow.NET_BACKENDS:
-            raise refuse(f"nic {kind[:60]}")
+            raise refuse(f"nic {kind[:60]}", cures.one_of("-nic", allow.NET_BACKENDS))
         props = {key: word(pairs[key], f"nic {key}") for key in allow.NIC_PROPS & pairs.keys()}
         if props.get("model", "e1000") not in allow.NIC_MODELS:
-            raise refuse(f"nic model {props['model']}")
+            cure = cures.one_of("-nic model", allow.NIC_MODELS)
+            raise refuse(f"nic model {props['model']}", cure)
         name = ident(pairs["id"], "-nic") if "id" in pairs else ""
         self._nics.append({"id": name, "kind": "nic", "backend": kind, "props": props})
 
@@ -213,6 +207,8 @@ class Parts:
             "rng": {n for n, kind in self._objects.items() if kind == "rng"},
             "iothread": {n for n, kind in self._objects.items() if kind == "iothread"},
         }
+        # What a disk that cannot travel leaves without a target says nothing new.
+        self._against.require_none()
         check_references(self._devices, known)
         return {
             "memory": self.ram,
@@ -252,8 +248,13 @@ class Parts:
                 "size_bytes": 0,
                 "props": props,
             }
-            disks.append(self._present(disk, file, self._drive_of(labels)))
-        return disks + [self._node(name) for name in used if name in self._nodes]
+            with self._against.collecting():
+                disks.append(self._present(disk, file, self._drive_of(labels)))
+        for name in used:
+            if name in self._nodes:
+                with self._against.collecting():
+                    disks.append(self._node(name))
+        return disks
 
     def _labels(self, pairs: dict[str, str], taken: set[int]) -> list[str]:
         """Return the names that QEMU may give a drive without an id.
@@ -305,7 +306,7 @@ class Parts:
         self.images.append(self._image(drive))
         if drive is None:
             if props.get("format", "raw") not in allow.DISK_FORMATS:
-                raise refuse(f"disk format {props['format'][:60]}")
+                raise refuse(f"disk format {props['format'][:60]}", cures.FORMATS)
             return disk
         what = f"disk {disk['id'] or drive.label}"
         medium = drive.medium
@@ -315,7 +316,8 @@ class Parts:
             props.pop("format", None)
             return disk | {"empty": True, "props": props}
         if medium.format not in allow.DISK_FORMATS:
-            raise refuse(f"{what}: its format {medium.format[:60]}")
+            cure = f"end the job that uses this format as a filter, or {cures.FORMATS}"
+            raise refuse(f"{what}: its format {medium.format[:60]}", cure)
         if not drive.is_removable:
             self.changes += self._changes(what, file, props.get("format"), medium)
         props["format"] = medium.format
@@ -355,7 +357,10 @@ class Parts:
         driver = pairs["driver"]
         below = pairs.get("file")
         if below is not None and below not in self._nodes:
-            raise IncompatibleError(f"blockdev {name}: its file '{below[:60]}' is not there")
+            raise IncompatibleError(
+                f"blockdev {name}: its file '{below[:60]}' is not there",
+                "start QEMU with a -blockdev for the file",
+            )
         props = {key: pairs[key] for key in sorted(_NODE_PROPS & pairs.keys())}
         props["format"] = "raw" if driver in _PROTOCOLS else driver
         if is_on(pairs.get("read-only", "off"), "read-only"):

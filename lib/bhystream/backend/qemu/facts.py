@@ -77,7 +77,7 @@ def memory_backend(qmp: Qmp) -> Backend:
     if len(backends) != 1:
         names = ", ".join(each.ident for each in backends) or "none"
         raise IncompatibleError(
-            f"{qmp.who}: memory backends: {names}; exactly one is needed", hint=CURE
+            f"{qmp.who}: memory backends: {names}, and exactly one is needed", hint=CURE
         )
     ident, size_bytes = backends[0].ident, backends[0].size_bytes
     if not backends[0].is_shared:

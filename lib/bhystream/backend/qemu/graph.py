@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,14 +140,20 @@ def local_path(name: str, directory: str) -> str | None:
 
 
 def refuse_jobs(qmp: Qmp) -> None:
-    """Raise GuestError if a job or another program works on the guest's disks.
+    """Raise GuestError if a job or another program works on the guest's disks."""
+    for error in users(qmp):
+        raise error
+
+
+def users(qmp: Qmp) -> Iterator[GuestError]:
+    """Yield an error for each job, and for each other program, that works on the guest's disks.
 
     A job that has ended, and only waits to be dismissed, no longer works on them.
     """
     for job in qmp.ask("query-jobs", _tables, doing="examine the jobs"):
         if job.get("status") not in _ENDED:
             name = str(job.get("id", ""))
-            raise GuestError(
+            yield GuestError(
                 f"{qmp.who}: the job '{name}' ({job.get('type')}, {job.get('status')}) works on"
                 " the guest's disks: the job may make QEMU die in the pause, and does not move"
                 " along",
@@ -156,7 +162,7 @@ def refuse_jobs(qmp: Qmp) -> None:
             )
     for export in qmp.ask("query-block-exports", _tables, doing="examine the exports"):
         name = str(export.get("id", ""))
-        raise GuestError(
+        yield GuestError(
             f"{qmp.who}: the {export.get('type')} export '{name}' gives one of the guest's disks"
             " to another program, and does not move along",
             hint=f"end the export first (QMP: block-export-del, id {name})",

@@ -84,12 +84,15 @@ def refuse_unusual(qmp: Qmp, found: Mapping[str, bool]) -> None:
             raise GuestError(
                 f"{qmp.who}: its migration capability {name} is on; another tool may be moving"
                 " the guest",
-                hint=f"migrate-set-capabilities {name} off",
+                hint=f"if none does, switch it off (QMP: migrate-set-capabilities, {name} false)",
             )
     if "x-ignore-shared" not in found:
         raise GuestError(f"{qmp.who}: QEMU {qmp.version} lacks x-ignore-shared")
     if is_busy(progress(qmp)[0]):
-        raise GuestError(f"{qmp.who}: a migration is in progress")
+        raise GuestError(
+            f"{qmp.who}: a migration is in progress",
+            hint="wait until it ends, or end it (QMP: migrate_cancel)",
+        )
 
 
 def cancel(qmp: Qmp, limit_s: float = 10.0) -> None:

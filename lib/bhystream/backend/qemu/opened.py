@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bhystream.backend.process import Identity, identify
@@ -19,7 +19,8 @@ from bhystream.backend.qemu.config import label, reduce_argv
 from bhystream.backend.qemu.plugged import check_plugged
 from bhystream.backend.qemu.process import read_argv
 from bhystream.backend.qemu.qmp import Qmp
-from bhystream.errors import GuestError, IncompatibleError
+from bhystream.backend.refusals import Refusals
+from bhystream.errors import BhyError, GuestError, InternalError, Interrupted
 from bhystream.guest import PAGE_BYTES, Layout, Segment
 from bhystream.memory.mapping import unmap
 
@@ -57,7 +58,16 @@ class Program:
         IncompatibleError or AccessError.
         """
         graph.refuse_jobs(self.qmp)
+        return self.read(changes)
+
+    def read(self, changes: list[str], *, has_jobs: bool = False) -> Described:
+        """Do as describe(), whatever jobs work on the disks.
+
+        has_jobs: leave the images in the drives out; a job may have put others there.
+        """
         found = facts.gather(self.qmp)
+        if has_jobs:
+            found = replace(found, drives=None)
         images: dict[str, str] = {}
         allowed = changes if self.force else None
         config = reduce_argv(self.argv, found, self.fallback, allowed, images)
@@ -127,31 +137,74 @@ def open_guest(qmp_path: str, *, force: bool, on_wait: Callable[[], None]) -> Op
         qmp = Qmp(os.path.abspath(qmp_path), f"guest {fallback}", on_wait)
         undo.callback(qmp.close)
         identity = identify(qmp.pid, "QEMU")
-        _require_running(qmp)
-        settings = _settings(qmp)
-        backend = facts.memory_backend(qmp)
         program = Program(qmp, read_argv(qmp.pid)[1:], fallback, force)
         changes: list[str] = []
-        described = program.describe(changes)
-        qmp.who = f"guest {described.config['name']}"
-        memory = _open_ram(qmp, backend.ident, backend.size_bytes)
-        undo.callback(memory.close)
-        if not force and (found := supervisors.reasons(identity.pid)):
-            raise IncompatibleError(f"{qmp.who}: {found[0]}")
+        settings, described, memory = _examine(program, identity, changes, undo)
         undo.pop_all()
     return Opened(qmp, identity, settings, program, described, changes, memory)
 
 
-def _require_running(qmp: Qmp) -> None:
+def _examine(
+    program: Program, identity: Identity, changes: list[str], undo: contextlib.ExitStack
+) -> tuple[dict[str, Any], Described, Ram]:
+    """Return the migration settings, the guest, and its memory, which undo closes.
+
+    changes: as for describe().  Raises one error that states everything that speaks against
+    the guest's move, as far as QEMU answers.
+    """
+    against = Refusals(program.qmp.who)
+    settings, described, memory = None, None, None
+    try:
+        settings, described, memory = _asked(program, against, changes, undo)
+        against.who = program.qmp.who
+        if not program.force:
+            against.extend(supervisors.reasons(identity.pid))
+    except BhyError as error:
+        if not against.reasons or isinstance(error, Interrupted):
+            raise
+        against.add(error)
+    if refused := against.merged():
+        raise refused
+    if settings is None or described is None or memory is None:
+        raise InternalError("a guest was refused without a reason")
+    return settings, described, memory
+
+
+def _asked(
+    program: Program, against: Refusals, changes: list[str], undo: contextlib.ExitStack
+) -> tuple[dict[str, Any] | None, Described | None, Ram | None]:
+    """Return what _examine() returns, None for what is refused.
+
+    against: gets the reasons.  Raises the error after which nothing can be found out.
+    """
+    qmp, settings, described, memory, backend = program.qmp, None, None, None, None
     state = facts.status(qmp)
     if state != "running":
-        raise GuestError(
-            f"{qmp.who}: cannot send it: it is '{state}', not running", hint=_cure(state)
-        )
+        what = f"{qmp.who}: cannot send it: it is '{state}', not running"
+        against.add(GuestError(what, _cure(state)))
+    with against.collecting(GuestError):
+        settings = _settings(qmp)
+    with against.collecting():
+        backend = facts.memory_backend(qmp)
+    busy = list(graph.users(qmp))
+    for error in busy:
+        against.add(error)
+    with against.collecting(GuestError):
+        described = program.read(changes, has_jobs=bool(busy))
+        qmp.who = f"guest {described.config['name']}"
+    if backend is None:
+        against.keep_first(facts.CURE)  # QEMU and its command line say the same of the memory
+    if backend is not None:
+        memory = _open_ram(qmp, backend.ident, backend.size_bytes)
+        undo.callback(memory.close)
+    return settings, described, memory
 
 
 def _settings(qmp: Qmp) -> dict[str, Any]:
-    """Return the migration settings that we change; refuse a guest that another tool set up."""
+    """Return the migration settings that we change; refuse a guest that another tool set up.
+
+    Raises what refuse_unusual() raises.
+    """
     found = migration.capabilities(qmp)
     migration.refuse_unusual(qmp, found)
     return {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterator
 from fractions import Fraction
 
 from bhystream.errors import IncompatibleError
@@ -23,13 +22,14 @@ _FALSE = ("off", "no", "false", "n")
 _SHIFT = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
 
-def split_argv(argv: list[str]) -> Iterator[tuple[str, Iterator[str]]]:
-    """Yield (option name, the words after it).  Raises IncompatibleError if a word has no "-"."""
-    words = iter(argv)
-    for word in words:
-        if not word.startswith("-") or word == "-":
-            raise IncompatibleError(f"argument {told(word)}: a disk without an option; say -drive")
-        yield word.removeprefix("-").removeprefix("-"), words
+def option_of(word: str) -> str:
+    """Return the name of an option.  Raises IncompatibleError if the word has no "-"."""
+    if not word.startswith("-") or word == "-":
+        raise IncompatibleError(
+            f"argument {told(word)}: a disk without an option",
+            "start QEMU with -drive file=",
+        )
+    return word.removeprefix("-").removeprefix("-")
 
 
 def split_keyval(text: str, implied: str = "") -> list[tuple[str, str]]:
@@ -99,7 +99,7 @@ def as_dict(pairs: list[tuple[str, str]], what: str) -> dict[str, str]:
     out: dict[str, str] = {}
     for key, value in pairs:
         if key in out and out[key] != value:
-            raise IncompatibleError(f"{what}: '{key}' is given twice")
+            raise IncompatibleError(f"{what}: '{key}' is given twice", f"give {key} once")
         out[key] = value
     return out
 

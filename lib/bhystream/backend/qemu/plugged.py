@@ -10,12 +10,13 @@ Source: qemu/qemu softmmu/qdev-monitor.c: a -device with an id is below
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bhystream.backend.qemu.devices import driver_of
 from bhystream.backend.qemu.qmp import CommandError, Qmp
-from bhystream.errors import IncompatibleError
+from bhystream.backend.refusals import Refusals
+from bhystream.errors import Reason
 
 _CURE = "restart QEMU with a command line that names the devices as they are now"
 # Properties that tell a device from another one of its kind, if argv names them.
@@ -24,37 +25,43 @@ _TOLD_BY = ("netdev", "chardev", "mac", "serial", "addr", "bus")
 
 
 def check_plugged(qmp: Qmp, config: Mapping[str, Any]) -> None:
-    """Raise IncompatibleError if a device was plugged in, unplugged or exchanged after the start.
+    """Raise IncompatibleError if devices were plugged in, unplugged or exchanged after the start.
 
-    config: made of QEMU's argv.  The error names the device.
+    config: made of QEMU's argv.  The error names the devices.
     """
+    against = Refusals(qmp.who)
     named = {d["props"]["id"]: d for d in config["devices"] if "id" in d["props"]}
     here = dict(_children(qmp, "/machine/peripheral"))
     for word, idents in (
         ("plugged in", here.keys() - named.keys()),
         ("unplugged", named.keys() - here.keys()),
     ):
-        if idents:
-            raise _refuse(qmp, f"device {min(idents)} was {word} after the start")
+        against.extend(
+            _reason(f"device {each} was {word} after the start") for each in sorted(idents)
+        )
     for ident, device in sorted(named.items()):
-        if here[ident] != device["driver"]:
-            raise _refuse(
-                qmp,
-                f"device {ident} is a {here[ident]} now, not the {device['driver']} of the start",
-            )
-        _check_props(qmp, ident, device["props"])
+        if ident not in here:
+            continue
+        if here[ident] == device["driver"]:
+            against.extend(_changed(qmp, ident, device["props"]))
+        else:
+            now, then = here[ident], device["driver"]
+            against.extend([_reason(f"device {ident} is a {now} now, not the {then} of the start")])
     anonymous = Counter(d["driver"] for d in config["devices"] if "id" not in d["props"])
     anonymous[driver_of("virtio-blk")] += sum(d["if"] == "virtio" for d in config["disks"])
     found = Counter(kind for _, kind in _children(qmp, "/machine/peripheral-anon"))
     for word, kinds in (("plugged in", found - anonymous), ("unplugged", anonymous - found)):
-        if kinds:
-            raise _refuse(qmp, f"a {min(kinds)} without an id was {word} after the start")
+        against.extend(
+            _reason(f"a {each} without an id was {word} after the start") for each in sorted(kinds)
+        )
     if qmp.ask("query-cpus-fast", len, doing="examine the vCPUs") != config["smp"]["cpus"]:
-        raise _refuse(qmp, "vCPUs were plugged in or unplugged after the start")
+        against.extend([_reason("vCPUs were plugged in or unplugged after the start")])
+    if refused := against.merged():
+        raise refused
 
 
-def _refuse(qmp: Qmp, why: str) -> IncompatibleError:
-    return IncompatibleError(f"{qmp.who}: {why}", hint=_CURE)
+def _reason(why: str) -> Reason:
+    return Reason(why, _CURE)
 
 
 def _children(qmp: Qmp, path: str) -> list[tuple[str, str]]:
@@ -70,16 +77,16 @@ def _children(qmp: Qmp, path: str) -> list[tuple[str, str]]:
     return qmp.ask("qom-list", made, {"path": path}, doing="examine the devices")
 
 
-def _check_props(qmp: Qmp, ident: str, props: Mapping[str, str]) -> None:
+def _changed(qmp: Qmp, ident: str, props: Mapping[str, str]) -> Iterator[Reason]:
+    """Yield a reason for each property that tells a device from the one of the start."""
     for key in _TOLD_BY:
         if key not in props:
             continue
         now = _prop(qmp, ident, key)
         if now is not None and _plain(key, now) != _plain(key, props[key]):
-            raise _refuse(
-                qmp,
+            yield _reason(
                 f"device {ident} is another one than at the start:"
-                f" {key} was {props[key]}, is {now or 'nothing'}",
+                f" {key} was {props[key]}, is {now or 'nothing'}"
             )
 
 

@@ -20,7 +20,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bhystream.backend.base import Fixed, Prepared
+from bhystream.backend.base import Prepared
 from bhystream.backend.process import identify
 from bhystream.backend.qemu import facts, graph, host, migration, ram
 from bhystream.backend.qemu.compare import compare
@@ -30,12 +30,12 @@ from bhystream.backend.qemu.paused import QemuPaused, ending
 from bhystream.backend.qemu.process import working_directory
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.state import state_pipe, take_state
-from bhystream.errors import GuestError
-from bhystream.guest import Head, Json, State
+from bhystream.errors import GuestError, Reason
+from bhystream.guest import Fixed, Head, Json, State
 
 # Measured with QEMU 7.2 under TCG on two cores: stop and questions 1 to 2 ms, state and walk 4
 # to 6; load 3 to 5, cont 1, and the answers and records of both programs in between.
-_FIXED = Fixed(state_ns=8_000_000, load_ns=10_000_000)
+_STATE_NS, _LOAD_NS = 8_000_000, 10_000_000
 # What is asked when the guest is stopped, in this order.
 _QUIET = ("query-status", "query-jobs", "query-block-exports", "query-block")
 
@@ -99,24 +99,23 @@ class QemuSource:
         images = self._opened.described.images
         return {key: f"/proc/{pid}/root{path}" for key, path in images.items()}
 
-    def warnings(self) -> Sequence[str]:
+    def warnings(self) -> Sequence[Reason]:
         """Return the images that the destination has to lend, and a name that cannot be kept."""
-        out = [f"{change}; lend the guest the former" for change in self._opened.changes]
+        out = [Reason(change, "lend the guest the former") for change in self._opened.changes]
         own = guest_name(self._opened.program.argv)
         if own not in ("", self.name):
             out.append(
-                f"name: {ascii(own)[:80]} cannot be a guest's name in a stream; the guest is"
-                f" called {self.name}, or as bhyrecv's operand says"
+                Reason(
+                    f"name: {ascii(own)[:80]} cannot be a guest's name in a stream; the guest is"
+                    f" called {self.name}, or as bhyrecv's operand says"
+                )
             )
         return out
 
     def prepare(self, id_: str) -> Prepared:
         """Return the record.  pause() itself makes all settings, before it stops the guest."""
         opened = self._opened
-        return Prepared(
-            record_of(opened.qmp, self.name, opened.settings),
-            vcpus=opened.described.config["smp"]["cpus"],
-        )
+        return Prepared(record_of(opened.qmp, self.name, opened.settings))
 
     def memory(self) -> Sequence[memoryview]:
         """Return the one mapping of the guest's memory, read-only."""
@@ -149,7 +148,7 @@ class QemuSource:
 
     def fixed(self) -> Fixed:
         """Return what stop and state usually take, and load and cont."""
-        return _FIXED
+        return Fixed(_STATE_NS, _LOAD_NS, self._opened.described.config["smp"]["cpus"])
 
     def suspend_vcpus(self) -> None:
         """Stop the guest by `stop`.  Raises GuestError if another program has stopped it."""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from bhystream.backend.lineage import Above, Unit, above, show, unit_of
 from bhystream.backend.supervisors import is_shell, may_start_again, program_of, reason, words
+from bhystream.errors import Reason
 
 # Programs that run another program, wait for it, and end with it.
 _THROUGH = words(
@@ -41,12 +42,12 @@ _LOGINS = words(
 _LEFT_ENDED = frozenset({"no", "on-watchdog"})
 
 
-def reasons(pid: int) -> list[str]:
+def reasons(pid: int) -> list[Reason]:
     """Return the soft reason, or [], if a program may start the QEMU `pid` again once it ends."""
 
-    def of_unit(waiting: Collection[int]) -> str:
+    def of_unit(waiting: Collection[int]) -> Reason | None:
         unit = unit_of(pid)
-        return unit_reason(unit, waiting) if unit else ""
+        return unit_reason(unit, waiting) if unit else None
 
     found = judge(pid, above(pid), ours(above(os.getpid())), of_unit)
     return [found] if found else []
@@ -69,13 +70,13 @@ def judge(
     pid: int,
     chain: Sequence[Above],
     ours: Collection[int],
-    of_unit: Callable[[Collection[int]], str],
-) -> str:
-    """Return the reason, or "".
+    of_unit: Callable[[Collection[int]], Reason | None],
+) -> Reason | None:
+    """Return the reason, or None.
 
     pid: QEMU's.  chain: QEMU's ancestors, the parent first.  ours: as returned by
     ours().  of_unit: called if systemd is above QEMU, with the pids of QEMU and of
-    the ancestors that end with QEMU; returns the unit's reason, or "".
+    the ancestors that end with QEMU; returns the unit's reason, or None.
     """
     waiting = {pid}
     for each in chain:
@@ -83,21 +84,21 @@ def judge(
         if name == "systemd" or (each.pid == 1 and name == "init"):
             return of_unit(waiting)
         if each.pid in ours and not _is_supervisor(each.command):
-            return ""
+            return None
         if each.pid == 1:
-            return reason("QEMU", each.command) if _is_main(each.command) else ""
+            return reason("QEMU", each.command) if _is_main(each.command) else None
         if name not in _THROUGH:
             may = not name or may_start_again(each.command)
             may = may or (each.is_fed and is_shell(each.command))
-            return reason("QEMU", each.command or f"process {each.pid}") if may else ""
+            return reason("QEMU", each.command or f"process {each.pid}") if may else None
         waiting.add(each.pid)
     if pid == 1:
-        return (
+        return Reason(
             "supervisor: the guest's QEMU is process 1 of its container, and the program that runs"
-            " the container may start QEMU again when QEMU is killed: a second copy of the guest;"
-            " make sure that it does not, and use -f"
+            " the container may start QEMU again when QEMU is killed: a second copy of the guest",
+            "make sure that it does not, and use -f",
         )
-    return ""
+    return None
 
 
 def _is_main(command: str) -> bool:
@@ -116,34 +117,36 @@ def _is_supervisor(command: str) -> bool:
     return any(program_of(word) in _SUPERVISORS for word in command.split()[:2])
 
 
-def unit_reason(unit: Unit, waiting: Collection[int]) -> str:
-    """Return the reason if systemd starts the unit again when its main process ends, else "".
+def unit_reason(unit: Unit, waiting: Collection[int]) -> Reason | None:
+    """Return the reason if systemd starts the unit again when its main process ends, else None.
 
     waiting: the pids of QEMU and of its ancestors that end with QEMU; if the unit's
     main process is another one, there is no reason.
     """
     if not unit.name.endswith(".service"):
-        return ""
+        return None
     found = show(unit, "Restart", "MainPID", "UpheldBy", "TriggeredBy")
     what = f"supervisor: the guest's QEMU is in {unit.name} of systemd's"
     if found is None:
-        return (
+        return Reason(
             f"{what}, and systemctl does not say whether systemd starts the unit again when QEMU"
-            " ends: a second copy of the guest; make sure that the unit has Restart=no, and use -f"
+            " ends: a second copy of the guest",
+            "make sure that the unit has Restart=no, and use -f",
         )
     # MainPID=0: systemd knows no main process; the unit ends with its last process.
     if int(found["MainPID"]) not in {0, *waiting}:
-        return ""
+        return None
     if found["Restart"] not in _LEFT_ENDED:
-        return (
+        return Reason(
             f"{what}, which with Restart={found['Restart']} starts QEMU again when QEMU ends: a"
-            " second copy of the guest; put Restart=no into a drop-in of the unit (systemctl edit"
-            " --runtime), or use -f"
+            " second copy of the guest",
+            "put Restart=no into a drop-in of the unit (systemctl edit --runtime"
+            f" {unit.name}), or use -f",
         )
     others = f"{found['UpheldBy']} {found['TriggeredBy']}".split()
     if others:
-        return (
-            f"{what}, which {others[0]} may start again when it ends: a second copy of the guest;"
-            f" systemctl stop {others[0]} first, or use -f"
+        return Reason(
+            f"{what}, which {others[0]} may start again when it ends: a second copy of the guest",
+            f"systemctl stop {others[0]} first, or use -f",
         )
-    return ""
+    return None
