@@ -4,6 +4,7 @@ import os
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.sdist import sdist
 
 WERROR = ["-Werror"] if os.environ.get("BHYSTREAM_WERROR") else []
 CFLAGS = ["-O3", "-Wall", "-Wextra", *WERROR]
@@ -15,7 +16,26 @@ EXTENSIONS = [
     for name in ("batch", "page", "scatter", "splice")
 ]
 
+
+class SourceDistribution(sdist):
+    """Put every file of the repository into the source distribution.
+
+    The tests are a packager's only proof of a build, and README.md leads through them.
+    """
+
+    def make_distribution(self):
+        for directory in (".ci", ".packages", "lib", "man", "tests"):
+            self.filelist.process_template_line(f"graft {directory}")
+        self.filelist.process_template_line("include .gitignore .pre-commit-config.yaml")
+        # What builds and runs have left there.
+        self.filelist.process_template_line("global-exclude *.so *.py[cod]")
+        self.filelist.process_template_line("prune lib/bhystream.egg-info")
+        super().make_distribution()
+
+
 setup(
+    license="BSD-2-Clause",
+    cmdclass={"sdist": SourceDistribution},
     package_dir={"": "lib"},
     packages=[
         "bhystream",

@@ -9,6 +9,7 @@ packages="gcc libc6-dev qemu-system-x86 seabios cpio"
 checkout="."
 if [ "$1" = tests ]; then
     packages="$packages qemu-utils mandoc mbuffer moreutils pv strace netcat-openbsd openssh-server openssh-client zstd"
+    packages="$packages bmake dpkg-dev lintian"
     checkout=".[test,lint]"
 fi
 
@@ -34,5 +35,20 @@ python3 -c 'import pathlib, sysconfig
 # shellcheck disable=SC2086  # a list of names
 [ -z "$missing" ] || install_packages $missing
 
+if [ "$1" = tests ] && ! dpkg-checkbuilddeps .packages/debian/control 2>/dev/null; then
+    echo "installing: what the build of the Debian package needs"
+    as_root apt-get -qq update
+    as_root env DEBIAN_FRONTEND=noninteractive \
+        apt-get -qq build-dep -y --no-install-recommends ./.packages >/dev/null
+fi
+
 [ -x .venv/bin/pip ] || python3 -m venv .venv
 BHYSTREAM_WERROR=1 .venv/bin/pip install --quiet --disable-pip-version-check --editable "$checkout"
+if [ "$1" = tests ]; then
+    # What a build and an installation require, for tests that have no network.
+    .venv/bin/python -c 'import tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))
+print(*project["build-system"]["requires"], *project["project"]["dependencies"], sep="\n")' |
+        .venv/bin/pip download --quiet --disable-pip-version-check --dest .venv/wheels \
+            --requirement /dev/stdin
+fi

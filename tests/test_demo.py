@@ -240,13 +240,22 @@ def test_a_machine_without_room_is_told_so(own: Path) -> None:
     assert "MiB are needed" in done.stderr
 
 
+def test_a_program_may_be_in_sbin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = (tmp_path / "bin", tmp_path / "sbin")
+    monkeypatch.setattr(demo, "_BINS", places)
+    for directory in places[::-1]:  # a program in bin comes first
+        directory.mkdir()
+        (directory / "bhyrecv").touch(0o755)
+        assert demo.program("bhyrecv") == [str(directory / "bhyrecv")]
+
+
 def test_the_programs_can_be_run_as_modules(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This is used if no bhysend is installed beside Python, as in a checkout on PYTHONPATH."""
     words = inherited.program("recv")
-    monkeypatch.setattr(demo, "_BIN", tmp_path)
+    monkeypatch.setattr(demo, "_BINS", (tmp_path,))
     assert demo.program("bhyrecv") == words
     assert run([*words, "-q"]).returncode == 64
-    planted = "from bhystream import demo; demo._BIN = Path('/nowhere')"
+    planted = "from bhystream import demo; demo._BINS = ()"
     assert_passed(run(in_directory(own, planted)))

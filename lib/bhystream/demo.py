@@ -39,7 +39,8 @@ from bhystream.errors import BhyError, GuestError, ending, from_oserror
 from bhystream.standin.stage import PlayedHost, Stage
 from bhystream.units import duration
 
-_BIN = Path(sys.executable).parent
+# Where the programs are: beside Python, but the packages of Debian and FreeBSD put them into sbin.
+_BINS = (Path(sys.executable).parent, Path(sys.executable).parent.parent / "sbin")
 _NAME = "web1"
 _MEMORY_MIB, _TOUCHED_MIB, _WORKING_MIB, _RATE_MIB = 256, 128, 16, 24
 _KEYS = ("cpus=2", f"memory.size={_MEMORY_MIB}M")
@@ -258,9 +259,9 @@ class Demo:
 
 def program(name: str) -> list[str]:
     """Return the words that run bhysend or bhyrecv: the installed program, else the module."""
-    installed = _BIN / name
-    if os.access(installed, os.X_OK):
-        return [str(installed)]
+    for directory in _BINS:
+        if os.access(directory / name, os.X_OK):
+            return [str(directory / name)]
     return inherited.program(name.removeprefix("bhy"))
 
 
