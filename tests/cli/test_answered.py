@@ -182,6 +182,8 @@ def test_what_waits_for_the_end_is_found_out(
     if form == "three-stages":
         assert ended[-2].status in (65, 69), report(*ended)
         assert ended[-1].status != 0
+    # bhysend does not wait for a command that takes its time to end.
+    until(lambda: not to.processes(), "the end of the command")
     to.assert_nothing_left()
     small.run_on(host)
 
