@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from bhystream.backend.bhyve import config, vmconf
+from bhystream.backend.bhyve import config, cures, vmconf
 from bhystream.backend.bhyve.cures import of_keys, translated
 from bhystream.backend.process import Identity
 from bhystream.backend.refusals import Refusals
 from bhystream.errors import IncompatibleError, Reason
+from support.man_pages import ROOT
 
 from .bhyve_samples import CONF, OPTIONS, UUID, log_of
 from .test_bhyve_vmbhyve import BHYVE, guest_in
@@ -197,3 +199,19 @@ def test_a_start_that_is_not_described_is_one_reason(tmp_path: Path) -> None:
     guest = guest_in(tmp_path, "")
     with pytest.raises(IncompatibleError, match="records no start"):
         guest.running(Identity(1, 1, "x"), Refusals())
+
+
+def test_the_page_lists_the_edits() -> None:
+    text = (ROOT / "man/bhysend-bhyve.7").read_text().split(".Ss The edits\n")[1]
+    rows = re.findall(r"^\.It (\S+) Ta (.+) Ta (.+)$", text.split("\n.Sh ")[0], re.M)
+    said = {device: (line, key) for device, line, key in rows}
+    for device, line in cures._SWITCHES.items():
+        assert said[device] == (line, "without the device")
+    for device, pattern in cures._NUMBERED.items():
+        new = cures._REPLACED.get(device, "")
+        key = f"device={new}" if new else "without the device"
+        assert said[device] == (f'{pattern.format("N")}="{new}"', key)
+    assert {"vale,", "vCPUs", "memory", "others"} >= said.keys() - {
+        *cures._SWITCHES,
+        *cures._NUMBERED,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from bhystream.send.stopwatch import Parts
 from bhystream.signals import Signals
 from bhystream.units import NS
 from support.clock import Clock
+from support.man_pages import section
 from support.memory_source import MemorySource, rebuild
 
 SIZES = (500, 100, 400)
@@ -343,3 +345,21 @@ def test_a_refusal_that_cannot_be_written_is_a_refusal_all_the_same(
     with open("/dev/full", "wb") as full:
         monkeypatch.setattr(dryrun, "_STDOUT", full.fileno())
         dryrun.refuse(GuestError("guest web1: it has ended"))
+
+
+def test_the_page_lists_every_row_with_its_fields(
+    source: MemorySource,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    monkeypatch.setattr(source, "warnings", lambda: [Reason("a", "b")])
+    rows = report_of(source, Limits(), capfdbinary)
+    dryrun.refuse(GuestError("a", "b"))
+    rows += [line.split("\t") for line in capfdbinary.readouterr().out.decode().splitlines()]
+    text = section("bhysend.8", "REPORT FOR PROGRAMS")
+    said = re.findall(r"^\.It Li (\S+) Ar (.+)$", text, re.M)
+    assert {row[0]: len(row) - 1 for row in rows} == {
+        word: len(fields.split()) for word, fields in said
+    }
+    assert set(re.findall(r"^\.Li (\w+)", text, re.M)) >= {*dryrun._PARTS, *dryrun._BASES}
