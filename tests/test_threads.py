@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 
@@ -33,7 +32,8 @@ def test_an_interrupt_raises_before_a_start_or_after_it_but_not_within() -> None
 
     class Slow(threading.Thread):
         def start(self) -> None:
-            os.kill(os.getpid(), signal.SIGTERM)
+            # To the main thread: other tests may have left threads that would take it.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             steps.append("half")
             super().start()
             steps.append("started")
