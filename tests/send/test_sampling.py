@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from bhystream.send import sampling
 from bhystream.send.sampling import (
     BEGIN_BYTES,
     END_BYTES,
@@ -177,6 +178,31 @@ def test_a_fifo_in_place_of_a_disk_does_not_hold_anything_up(tmp_path: Path) -> 
     sampler = Sampler({"disk0": str(tmp_path / "fifo")}, 7, said.append)
     assert sampler.take() == b"" and len(said) == 1
     sampler.close()
+
+
+@pytest.mark.parametrize(("most_ns", "least", "most"), [(0, 4, 4), (10**12, 150, 300)])
+def test_a_slow_disk_gets_fewer_samples_but_those_of_its_beginning(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, most_ns: int, least: int, most: int
+) -> None:
+    monkeypatch.setattr(sampling, "_MOST_NS", most_ns)
+    sampler = Sampler({"disk0": str(disk)}, 7, print)
+    [found] = disks.unpack(sampler.take())
+    assert least <= len(found.samples) <= most
+    assert covers([one[:2] for one in found.samples], 0, BEGIN_BYTES)
+    sampler.close()
+
+
+def test_places_are_left_out_evenly(disk: Path) -> None:
+    fd = os.open(disk, os.O_RDONLY)
+    one = sampling._Open("disk0", fd, 7)
+    before = one.places
+    one.thin_out(0.5)
+    assert one.places == sorted(set(one.places)) and set(one.places) <= set(before)
+    assert len(before) // 2 <= len(one.places) <= len(before) // 2 + 4
+    assert one.places[-1][0] > before[-1][0] * 0.9
+    one.thin_out(1.5)
+    assert len(one.places) <= len(before) // 2 + 4
+    os.close(fd)
 
 
 def test_all_places_are_read_while_the_guest_runs(
