@@ -77,9 +77,10 @@ class Harmed:
         (self.host.directory / "go").touch()
         self.sender.kill()
         self.sender.wait()
-        for end in ("there", "back"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid(end), signal.SIGKILL)
+        for end in ("there", "back"):  # a move that has failed early has neither
+            if found := self._pid_now(end):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(found, signal.SIGKILL)
 
     def pid(self, who: str) -> int:
         """Return the id of a process; wait for the process, which in round 0 may still start."""
