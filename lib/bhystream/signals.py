@@ -121,11 +121,10 @@ class Signals:
                 self._raise()
             yield
         except BaseException:
-            self._open = False
+            was_open = False
             raise
-        else:
-            self._open = was_open
         finally:
+            self._open = was_open
             self._tick()
 
     def _tick(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from guest import make_disk
 
 from . import kinds
 from .kinds import SMALL
-from .pipeline import BHYRECV, BHYSEND, Ended, Words, report, run
+from .pipeline import BHYRECV, BHYSEND, Ended, report, run
 from .qemu import QemuTraveller
 from .standin import StandinTraveller, standin_place
-from .travel import Host, Site, fifo
+from .travel import Host, Site
 
 MIB = 1 << 20
 DIFFERS = "it does not hold what the source's disk held when the guest was paused"
@@ -35,42 +35,47 @@ def disk_of(guest: StandinTraveller, place: Site) -> Path:
     return standin_place(place).rig.directory / f"{guest.name}-0-3-0.img"
 
 
-def assert_refused(guest: StandinTraveller, host: Host, to: Site, ended: Sequence[Ended]) -> None:
+def with_another_disk(guest: StandinTraveller) -> Site:
+    """Return a new place whose disk is not the guest's."""
+    to = guest.next()
+    disk_of(guest, to).write_bytes(os.urandom(4 * MIB))
+    return to
+
+
+def assert_refused(guest: StandinTraveller, host: Host, to: Site, refused: Ended) -> None:
     """Assert that the destination has refused the disk, and the guest runs on at the source."""
-    assert [one.status for one in ended[:2]] != [0, 0], report(*ended)
-    assert DIFFERS in ended[-1].stderr, report(*ended)
+    assert refused.status == 69, report(refused)
+    assert DIFFERS in refused.stderr, report(refused)
     to.assert_nothing_left()
     assert host.rows() == [] and host.rows(BHYRECV) == []
     guest.run_on(host, sweeps=1)
 
 
-def answered(guest: StandinTraveller, to: Site, *options: str) -> list[Words]:
-    return [[*guest.send("-r", "0"), *guest.receive(to, *options)]]
+def moved(guest: StandinTraveller, host: Host, to: Site, *options: str) -> Ended:
+    """Move the guest in the command form.  options: of bhyrecv."""
+    return host.run(*guest.send("-r", "0"), *guest.receive(to, *options))
 
 
 @pytest.mark.standin
 def test_a_wrong_and_a_stale_disk_are_refused_and_a_copy_is_taken(
     guest: StandinTraveller, host: Host
 ) -> None:
-    to = guest.next()
+    to = with_another_disk(guest)
     here, there = disk_of(guest, guest.place), disk_of(guest, to)
-    there.write_bytes(os.urandom(4 * MIB))
-    [refused] = run(*answered(guest, to), env=host.env)
-    assert refused.status == 69, report(refused)
-    assert_refused(guest, host, to, [refused])
+    assert_refused(guest, host, to, moved(guest, host, to))
 
     # A copy from before the last write of the guest's file system.
     shutil.copy(here, there)
     with here.open("r+b") as file:
         file.seek(65536)
         file.write(b"superblock")
-    [refused] = run(*answered(guest, to), env=host.env)
-    assert_refused(guest, host, to, [refused])
+    refused = moved(guest, host, to)
+    assert_refused(guest, host, to, refused)
     assert f"disk0: {there}" in refused.stderr
 
     to = guest.next()
     shutil.copy(here, disk_of(guest, to))
-    [sent] = run(*answered(guest, to), env=host.env)
+    sent = moved(guest, host, to)
     assert sent.status == 0, report(sent)
     guest.hand_over(host, to)
     guest.prove(1)
@@ -78,9 +83,8 @@ def test_a_wrong_and_a_stale_disk_are_refused_and_a_copy_is_taken(
 
 @pytest.mark.standin
 def test_with_f_another_disk_is_taken_and_said(guest: StandinTraveller, host: Host) -> None:
-    to = guest.next()
-    disk_of(guest, to).write_bytes(os.urandom(4 * MIB))
-    [sent] = run(*answered(guest, to, "-f"), env=host.env)
+    to = with_another_disk(guest)
+    sent = moved(guest, host, to, "-f")
     assert sent.status == 0, report(sent)
     assert DIFFERS in sent.stderr
     guest.hand_over(host, to)
@@ -89,8 +93,7 @@ def test_with_f_another_disk_is_taken_and_said(guest: StandinTraveller, host: Ho
 
 @pytest.mark.standin
 def test_the_plain_form_starts_nothing_on_another_disk(guest: StandinTraveller, host: Host) -> None:
-    to = guest.next()
-    disk_of(guest, to).write_bytes(os.urandom(4 * MIB))
+    to = with_another_disk(guest)
     sent, received = run(guest.send("-r", "0"), guest.receive(to), env=host.env)
     assert (sent.status, received.status) == (80, 76), report(sent, received)
     assert DIFFERS in received.stderr
@@ -101,17 +104,14 @@ def test_the_plain_form_starts_nothing_on_another_disk(guest: StandinTraveller, 
 
 @pytest.mark.standin
 def test_the_disks_are_sampled_after_the_command_at_the_pause(
-    guest: StandinTraveller, host: Host, tmp_path: Path
+    guest: StandinTraveller, host: Host
 ) -> None:
     """What -p copies is what the destination has to have."""
     to = guest.next()
     here, there = disk_of(guest, guest.place), disk_of(guest, to)
-    with fifo(tmp_path / "gate"):
-        here.write_bytes(os.urandom(4 * MIB))
-        shutil.copy(here, there)
-        change = f"printf journal | dd of={here} conv=notrunc status=none && cp {here} {there}"
-        words = [*guest.send("-r", "0", "-p", change), *guest.receive(to)]
-        [sent] = run(words, env=host.env)
+    shutil.copy(here, there)
+    change = f"printf journal | dd of={here} conv=notrunc status=none && cp {here} {there}"
+    sent = host.run(*guest.send("-r", "0", "-p", change), *guest.receive(to))
     assert sent.status == 0, report(sent)
     guest.hand_over(host, to)
     guest.prove(1)

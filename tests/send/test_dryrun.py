@@ -61,11 +61,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def fill(source: MemorySource, mark: bytes) -> None:
-    for page in range(NPAGES):
-        source.write(page, mark)
-
-
 def test_a_dry_run_touches_nothing(
     source: MemorySource,
     clock: Clock,
@@ -169,8 +164,8 @@ def test_the_machines_report_can_be_parsed(
 def test_the_machines_report_says_what_does_not_converge(
     source: MemorySource, clock: Clock, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    fill(source, b"\1")
-    clock.on_sleep = lambda: fill(source, b"\2")
+    source.fill(b"\1")
+    clock.on_sleep = lambda: source.fill(b"\2")
     rows = report_of(source, Limits(rate_bytes=100_000), capfdbinary)
     assert [row for row in rows if row[0] == "link"] == [["link", "-B", "100000", "-1", "-1"]]
 
@@ -178,8 +173,8 @@ def test_the_machines_report_says_what_does_not_converge(
 def test_non_convergence_is_said(
     source: MemorySource, clock: Clock, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    fill(source, b"\1")
-    clock.on_sleep = lambda: fill(source, b"\2")
+    source.fill(b"\1")
+    clock.on_sleep = lambda: source.fill(b"\2")
     console = Console("bhysend")
     dry_run(source, Limits(rate_bytes=100_000), console, machine=False)
     err = capfd.readouterr().err
@@ -188,7 +183,7 @@ def test_non_convergence_is_said(
     # A guest that changes too fast can still be moved, if the pause may be long.
     forced = Limits(rate_bytes=100_000, finish=True, time_ns=600 * NS)
     for limits, rounds in ((forced, 15), (Limits(rounds=0, rate_bytes=100_000), 0)):
-        fill(source, b"\1")
+        source.fill(b"\1")
         dry_run(source, limits, console, machine=False)
         err = capfd.readouterr().err
         assert f": {rounds} rounds, and 40.96 s for the last pages" in err

@@ -33,11 +33,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def fill(source: MemorySource, mark: bytes) -> None:
-    for page in range(NPAGES):
-        source.write(page, mark)
-
-
 def test_a_survey_counts_pages(source: MemorySource, clock: Clock, rng: random.Random) -> None:
     data = set(rng.sample(range(NPAGES), 200))
     zeros = set(rng.sample(sorted(set(range(NPAGES)) - data), 50))
@@ -59,7 +54,7 @@ def test_a_survey_counts_pages(source: MemorySource, clock: Clock, rng: random.R
 
 
 def test_the_whole_guest_changing_is_one_place(source: MemorySource, clock: Clock) -> None:
-    clock.on_sleep = lambda: fill(source, b"\1")
+    clock.on_sleep = lambda: source.fill(b"\1")
     found = survey(source, source.head())
     assert (found.data_pages, found.changed_pages, found.changed_extents) == (0, NPAGES, 1)
 

@@ -127,6 +127,11 @@ class MemorySource:
         fd, at = self._place(page)
         os.pwrite(fd, data, at)
 
+    def fill(self, data: bytes) -> None:
+        """Write at the start of every page."""
+        for page in range(self.layout.npages):
+            self.write(page, data)
+
     def punch(self, page: int) -> None:
         """Make a page a hole again."""
         fd, at = self._place(page)

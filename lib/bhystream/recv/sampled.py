@@ -45,24 +45,20 @@ class Comparison:
 
     def _compare(self) -> None:
         for disk in self._sampled:
-            if path := self._paths.get(disk.name):
-                try:
-                    if why := self._difference(disk, path):
-                        self._reasons.append(f"{disk.name}: {path}: {why}")
-                except OSError as error:
-                    why = f"cannot compare it with the source's disk: {error.strerror}"
-                    self._reasons.append(f"{disk.name}: {path}: {why}")
+            path = self._paths.get(disk.name)
+            if path and (why := self._difference(disk, path)):
+                self._reasons.append(f"{disk.name}: {path}: {why}")
 
     def _difference(self, disk: Disk, path: str) -> str:
-        """Return how a disk differs from the source's; "" if every sample is the same.
-
-        Raises OSError if the disk cannot be read.
-        """
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        """Return how a disk differs from the source's; "" if every sample is the same."""
         try:
-            differ = [one.offset_bytes for one in disk.samples if self._differs(fd, one)]
-        finally:
-            os.close(fd)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                differ = [one.offset_bytes for one in disk.samples if self._differs(fd, one)]
+            finally:
+                os.close(fd)
+        except OSError as error:
+            return f"cannot compare it with the source's disk: {error.strerror}"
         if not differ:
             return ""
         return (

@@ -74,7 +74,7 @@ class Sampler:
         found = []
         for disk in self._disks:
             with self._telling(disk.name):
-                found.append(disk.sampled(self._seed))
+                found.append(disk.sampled())
         return disks.pack(found) if found else b""
 
     def close(self) -> None:
@@ -85,9 +85,9 @@ class Sampler:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self._opened.callback(os.close, fd)
         disk = _Open(name, fd, self._seed)
-        disk.sampled(self._seed)
+        disk.sampled()
         start_ns = time.monotonic_ns()
-        disk.sampled(self._seed)
+        disk.sampled()
         disk.thin_out(_MOST_NS / max(time.monotonic_ns() - start_ns, 1))
         return disk
 
@@ -106,6 +106,7 @@ class _Open:
         """Raises OSError if the disk cannot be read."""
         self.name = name
         self._fd = fd
+        self._seed = seed
         # Of a disk device, too: seen on FreeBSD 15.1.  Source: sys/kern/vfs_vnops.c, vn_seek().
         self._size_bytes = os.lseek(fd, 0, os.SEEK_END)
         self.places = places(name, self._size_bytes, os.pread(fd, _TABLE_BYTES, 0), seed)
@@ -118,13 +119,13 @@ class _Open:
             count = int(len(rest) * share)
             self.places = first + [rest[at * len(rest) // count] for at in range(count)]
 
-    def sampled(self, seed: int) -> Disk:
+    def sampled(self) -> Disk:
         """Read and hash every place.  Raises OSError."""
-        samples = [Sample(*place, read_hash(self._fd, place, seed)) for place in self.places]
+        samples = [Sample(*place, _hash_of(self._fd, place, self._seed)) for place in self.places]
         return Disk(self.name, self._size_bytes, tuple(samples))
 
 
-def read_hash(fd: int, place: Place, seed: int) -> int:
+def _hash_of(fd: int, place: Place, seed: int) -> int:
     """Return the XXH3-64 of a place of a disk.  Raises OSError, also at the end of the disk."""
     offset, length = place
     data = os.pread(fd, length, offset)

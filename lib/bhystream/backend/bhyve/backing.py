@@ -75,9 +75,7 @@ def disks(section: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, st
     return {
         word: values[key]
         for word, key in section["resources"].items()
-        if word.startswith("disk")
-        and key in values
-        and keys.get(f"{key.removesuffix('.path')}.type") != "cd"
+        if word.startswith("disk") and key in values and not _is_cd(keys, key)
     }
 
 
@@ -108,7 +106,7 @@ def _missing(host: Host, config: GuestConfig, word: str, key: str, value: str) -
         return ""
     if value in _NO_PATHS or value.startswith(_TCP):
         return ""
-    is_cd = config.full.get(f"{key.removesuffix('.path')}.type") == "cd"
+    is_cd = _is_cd(config.full, key)
     if not value.startswith("/"):
         return "it is no absolute path, and bhyve runs in /"
     if not (is_cd or os.path.exists(value) or _is_terminal(word, value)):
@@ -116,6 +114,11 @@ def _missing(host: Host, config: GuestConfig, word: str, key: str, value: str) -
     if word.startswith("disk") and not is_cd and host.disk(value) is None:
         return "bhyve cannot open it as a disk"
     return ""
+
+
+def _is_cd(keys: Mapping[str, str], key: str) -> bool:
+    """Say whether a disk is a CD.  key: that of its path."""
+    return keys.get(f"{key.removesuffix('.path')}.type") == "cd"
 
 
 def _is_terminal(word: str, path: str) -> bool:
@@ -188,8 +191,7 @@ def _identities(values: Mapping[str, str], key: str, value: str) -> list[str]:
 
 def _is_written(keys: Mapping[str, str], key: str) -> bool:
     """Say whether the guest writes to what stands behind a resource."""
-    disk = key.removesuffix(".path")
-    is_read = keys.get(f"{disk}.type") == "cd" or keys.get(f"{disk}.ro") == "true"
+    is_read = _is_cd(keys, key) or keys.get(f"{key.removesuffix('.path')}.ro") == "true"
     return not is_read and key != "lpc.bootrom"
 
 
@@ -200,7 +202,8 @@ def _file_reasons(word: str, value: str) -> Reasons:
 
 
 def _disk_reasons(host: Host, section: Mapping[str, Any], word: str, value: str) -> Reasons:
-    keys, disk = section["keys"], section["resources"][word].removesuffix(".path")
+    keys, path_key = section["keys"], section["resources"][word]
+    disk = path_key.removesuffix(".path")
     found = host.disk(value)
     if found is None:
         why = "bhyve cannot open it as a disk" if os.path.exists(value) else "there is no such file"
@@ -215,9 +218,8 @@ def _disk_reasons(host: Host, section: Mapping[str, Any], word: str, value: str)
         )
     theirs = section.get("disks", {}).get(word)
     if theirs is not None:
-        is_cd = keys.get(f"{disk}.type") == "cd"
         is_virtio = ".port." not in disk
-        differences = _cd_differences if is_cd else _differences
+        differences = _cd_differences if _is_cd(keys, path_key) else _differences
         for key, is_hard, cure in differences(theirs, here, is_virtio):
             a, b = json.dumps(theirs[key]), json.dumps(here[key])
             line = f"{word}: {key}: the source has {a}, {value} {b}; {cure}"

@@ -60,8 +60,8 @@ def reduce_argv(
     facts: what QMP adds; a default Facts() leaves aliases as they are.
     name: the guest's name if -name gives none.  changes: gets a line for each
     disk on which QEMU writes to another image than argv names; without this
-    list, such a disk is refused.  images: gets the path, as QEMU sees it, of each raw
-    image of a disk that is no CD, by the disk's key.
+    list, such a disk is refused.  images: gets the path, as QEMU sees it, of the
+    image in each disk, by the disk's key.
     Raises IncompatibleError that names everything that cannot travel.
     """
     against = Refusals()
@@ -74,7 +74,7 @@ def reduce_argv(
     against.require_none()
     if images is not None:
         for disk, path in zip(config["disks"], reducer.images, strict=True):
-            if path and disk["props"].get("media") != "cdrom":
+            if path:
                 images[disk["key"]] = path
     return config
 
@@ -200,7 +200,7 @@ class _Reducer:
 
     @property
     def images(self) -> list[str]:
-        """Return the path of the raw image in each disk, "" if there is none."""
+        """Return the path of the image in each disk, "" if there is none."""
         return self._parts.images
 
     @property

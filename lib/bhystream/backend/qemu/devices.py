@@ -327,9 +327,9 @@ class Parts:
         return disk | {"empty": False, "size_bytes": medium.size_bytes, "props": props}
 
     def _image(self, drive: Drive | None) -> str:
-        """Return the path, as QEMU sees it, of the raw image in a disk; "" if there is none."""
+        """Return the path, as QEMU sees it, of the image in a disk; "" if there is none."""
         medium = drive.medium if drive else None
-        if medium is None or medium.format != "raw" or not medium.is_there:
+        if medium is None or not medium.is_there:
             return ""
         path = local_path(medium.file, self._facts.directory)
         return "" if path is None or path.startswith(DESCRIPTORS) else path

@@ -139,6 +139,20 @@ def local_path(name: str, directory: str) -> str | None:
     return os.path.normpath(os.path.join(directory, name))
 
 
+def raw_disks(config: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a guest's disks whose images have the bytes that the guest sees.
+
+    These are compared at the destination; a CD, which the guest never writes, is not.
+    """
+    return [
+        disk["key"]
+        for disk in config["disks"]
+        if not disk["empty"]
+        and disk["props"].get("format") == "raw"
+        and disk["props"].get("media") != "cdrom"
+    ]
+
+
 def refuse_jobs(qmp: Qmp) -> None:
     """Raise GuestError if a job or another program works on the guest's disks."""
     for error in users(qmp):

@@ -29,7 +29,7 @@ from bhystream.memory.mapping import unmap
 class Described:
     """A guest's configuration, and the images in its drives, at one moment.
 
-    images: the paths, as QEMU sees them, of the raw images of disks, by the disks' keys.
+    images: the paths, as QEMU sees them, of the images in the disks, by the disks' keys.
     """
 
     config: dict[str, Any]

@@ -25,7 +25,7 @@ from typing import Any
 
 from bhystream.backend.files import Lent, identity_of
 from bhystream.backend.qemu import image
-from bhystream.backend.qemu.graph import LOCAL
+from bhystream.backend.qemu.graph import LOCAL, raw_disks
 from bhystream.backend.qemu.options import escape, protocol_of, told
 from bhystream.errors import UsageError
 
@@ -116,14 +116,8 @@ class Resources:
 
     def raw_disks(self, config: Mapping[str, Any]) -> dict[str, str]:
         """Return the paths given for a guest's raw disks but CDs, by their keys."""
-        return {
-            disk["key"]: path
-            for disk in config["disks"]
-            if not disk["empty"]
-            and disk["props"].get("format") == "raw"
-            and disk["props"].get("media") != "cdrom"
-            and (path := self.values.get(disk["key"], "")).startswith("/")
-        }
+        paths = {key: self.values.get(key, "") for key in raw_disks(config)}
+        return {key: path for key, path in paths.items() if path.startswith("/")}
 
     def _unwanted(self, config: Mapping[str, Any]) -> list[str]:
         """Return a reason for each key that the guest has no use for."""

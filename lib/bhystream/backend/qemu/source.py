@@ -96,8 +96,10 @@ class QemuSource:
     def disks(self) -> Mapping[str, str]:
         """Return the paths of the raw disks, by their keys, through QEMU's own root and mounts."""
         pid = self._opened.qmp.pid
-        images = self._opened.described.images
-        return {key: f"/proc/{pid}/root{path}" for key, path in images.items()}
+        described = self._opened.described
+        images = described.images
+        keys = [key for key in graph.raw_disks(described.config) if key in images]
+        return {key: f"/proc/{pid}/root{images[key]}" for key in keys}
 
     def warnings(self) -> Sequence[Reason]:
         """Return the images that the destination has to lend, and a name that cannot be kept."""
