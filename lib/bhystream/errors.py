@@ -13,6 +13,7 @@ with this module.
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 
@@ -199,18 +200,34 @@ def ending(status: int) -> str:
         return f"was killed by signal {-status}"
 
 
+_RESERVE_BYTES = 4 << 20
+_reserve: list[mmap.mmap] = []
+
+
+def keep_reserve() -> None:
+    """Keep address space that as_error() gives back: a program without memory still has an end.
+
+    Its clean-up and its report need memory too.  The pages are never touched, so they cost none.
+    """
+    _reserve.append(mmap.mmap(-1, _RESERVE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON))
+
+
 def as_error(raised: Exception) -> BhyError:
     """Return a BhyError unchanged, or make a BhyError of any other exception.
 
     An OSError, such as a missing file or a full disk, is not an InternalError,
-    wherever it was raised.
+    wherever it was raised.  Gives the reserve back.
     """
+    while _reserve:
+        _reserve.pop().close()
     if isinstance(raised, BhyError):
         return raised
     error: BhyError
     # A module that is loaded late needs memory too, and the linker has its own words for that.
     is_unmapped = isinstance(raised, ImportError) and "failed to map segment" in str(raised)
-    if is_unmapped or isinstance(raised, MemoryError):
+    # CPython 3.11 loses the MemoryError of an import that gets no memory.
+    is_lost = isinstance(raised, SystemError) and "without exception set" in str(raised)
+    if is_unmapped or is_lost or isinstance(raised, MemoryError):
         return GuestError("there is not enough memory", "allow more (ulimit -v), or free some")
     if isinstance(raised, OSError):
         name = raised.filename

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 
+from bhystream.errors import as_error, keep_reserve
 from bhystream.signals import Ended, end_early, ignore_all
 
 # What an early signal has prevented, in the words of each program.
@@ -21,11 +22,13 @@ def run(name: str, package: str) -> int:
     """
     try:
         end_early(_NOTHING[package])
+        keep_reserve()
         return int(importlib.import_module(f"bhystream.{package}.main").main())
-    except Ended as ended:
-        # Else main() reports it.
+    except (Ended, MemoryError, OSError, ImportError, SystemError) as raised:
+        # Else main() reports it.  A program without memory fails at any line, in an import too.
+        error = raised.as_error() if isinstance(raised, Ended) else as_error(raised)
         from bhystream.report import Console
 
-        return Console(name).fail(ended.as_error())
+        return Console(name).fail(error)
     finally:
         ignore_all()

@@ -159,6 +159,9 @@ class Pipeline:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error:
+            for stage in self.stages:
+                print(f"{' '.join(map(str, stage.argv))}: {stage.stderr}")
         self.close()
 
     def wait(self, deadline_s: float = DEADLINE_S) -> list[Ended]:

@@ -94,7 +94,10 @@ class Tap(_Control):
     """A tap that stops in a section of the stream."""
 
     def __init__(self, type_: str, round_: int = ANY_ROUND, nth: int = 0) -> None:
-        """Stop in the nth section of a type in a round, or in the stream; all count from 0."""
+        """Stop in the nth section of a type in a round, or in the stream; all count from 0.
+
+        If a round has fewer of them, the tap stops in the round's last section.
+        """
         super().__init__(type_, str(round_), str(nth))
 
     def flip(self) -> None:
@@ -189,8 +192,10 @@ def _walk(name: str, wanted: Type, wanted_round: int, nth: int) -> NoReturn:
         type_, _, length, _, _ = fmt.SECTION.unpack(head)
         padding = fmt.padding_bytes(length)
         _write(head)
-        if type_ == wanted and wanted_round in (ANY_ROUND, round_):
-            if seen == nth:
+        # A busy host may have kept the guest from writing anything in the wanted round.
+        is_over = type_ == Type.ROUND_END and round_ == wanted_round
+        if is_over or (type_ == wanted and wanted_round in (ANY_ROUND, round_)):
+            if is_over or seen == nth:
                 _stop(name, length, padding)
                 break
             seen += 1

@@ -126,6 +126,6 @@ def test_a_bhysend_that_is_stopped_while_its_guest_is_paused_is_ended(
         assert (sent.status, third.status) == (-signal.SIGKILL, 69), attempt.said()
         assert "bhysend is gone; the guest runs on here" in sent.stderr
         # bhysend's -p command has ended too, because its move is over.
-        assert processes_with(str(attempt.marker)) == []
+        until(lambda: not processes_with(str(attempt.marker)), "the end of the command")
         assert attempt.end() == "here"
         attempt.settle("here")

@@ -30,6 +30,7 @@ MAX_AGE_SECONDS = 30 * 86400
 # On FreeBSD each look at a guest runs a program.
 _MOST_AT_ONCE = 50
 _LOCKS = ("stream-*", "qemu-*")
+_TRIED_AGAIN = (BhyError, OSError, MemoryError)
 
 
 def prune(base: Path, records: Records) -> None:
@@ -37,10 +38,10 @@ def prune(base: Path, records: Records) -> None:
 
     Never raises: a later call tries again what fails.
     """
-    with contextlib.suppress(BhyError, OSError):
+    with contextlib.suppress(*_TRIED_AGAIN):
         _prune_records(base, records)
     for directory in ("destination", "source", "loaded"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*_TRIED_AGAIN):
             for path in (base / directory).glob("*.new"):
                 if _is_old(path):
                     path.unlink()
@@ -75,10 +76,11 @@ def _is_gone(record: Record) -> bool:
 def prune_locks(base: Path) -> None:
     """Remove the old files of locks that are free.  Never raises."""
     for pattern in _LOCKS:
-        for path in (base / "lock").glob(pattern):
-            with contextlib.suppress(BhyError, OSError):
-                if _is_old(path):
-                    Lock(base, path.name, path.name, once=True).release()
+        with contextlib.suppress(*_TRIED_AGAIN):
+            for path in (base / "lock").glob(pattern):
+                with contextlib.suppress(*_TRIED_AGAIN):
+                    if _is_old(path):
+                        Lock(base, path.name, path.name, once=True).release()
 
 
 def _is_old(path: Path) -> bool:

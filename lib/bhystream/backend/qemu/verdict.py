@@ -22,7 +22,7 @@ from bhystream.backend.qemu.process import read_argv
 from bhystream.backend.qemu.qmp import Qmp
 from bhystream.backend.qemu.resources import Resources
 from bhystream.beneath import exchangeable
-from bhystream.errors import BhyError, GuestError, IncompatibleError
+from bhystream.errors import BhyError, GuestError, IncompatibleError, ending
 from bhystream.guest import Head
 
 _MACHINE_LINE = re.compile(r"(\S+)\s+.*")
@@ -68,31 +68,33 @@ def machines(program: str) -> tuple[set[str], dict[str, str], str]:
     """Ask a QEMU program for (machine types, aliases, version).
 
     Without -machine, QEMU takes its default type, which the alias "pc" names.
-    Raises GuestError if the program cannot be run.
+    Raises GuestError if the program cannot be run, or fails.
     """
-    try:
-        run = subprocess.run(
-            [program, "-machine", "help"],
-            capture_output=True, timeout=30, encoding="utf-8",
-            errors="replace", stdin=subprocess.DEVNULL, process_group=0,
-        )  # fmt: skip
-        version = subprocess.run(
-            [program, "--version"],
-            capture_output=True, timeout=30, encoding="utf-8",
-            errors="replace", stdin=subprocess.DEVNULL, process_group=0,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise GuestError(f"cannot run {program}: {error}") from None
     known, aliases = set(), {}
-    for line in run.stdout.splitlines()[1:]:
+    for line in _answer([program, "-machine", "help"]).splitlines()[1:]:
         found = _MACHINE_LINE.fullmatch(line)
         if found:
             known.add(found[1])
             alias = _ALIAS.search(line)
             if alias:
                 aliases[found[1]] = alias[1]
-    number = re.search(r"version (\S+)", version.stdout)
+    number = re.search(r"version (\S+)", _answer([program, "--version"]))
     return known, aliases, number[1] if number else ""
+
+
+def _answer(command: list[str]) -> str:
+    """Return what a QEMU program prints.  Raises GuestError."""
+    try:
+        run = subprocess.run(
+            command, capture_output=True, timeout=30, encoding="utf-8",
+            errors="replace", stdin=subprocess.DEVNULL, process_group=0,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise GuestError(f"cannot run {command[0]}: {error}") from None
+    if run.returncode:
+        said = "".join(f": {line[:200]}" for line in run.stderr.splitlines()[-1:])
+        raise GuestError(f"{' '.join(command)} {ending(run.returncode)}{said}")
+    return run.stdout
 
 
 def room_reasons(size_bytes: int, directory: str | None) -> list[str]:
