@@ -213,10 +213,10 @@ def test_one_that_was_too_fast_is_tried_again(
     tries: list[int] = []
     real = Restore._launch
 
-    def launch(self: Restore, undo: ExitStack) -> Any:
+    def launch(self: Restore, undo: ExitStack, start: None) -> Any:
         tries.append(1)
         guest.there.settings(fail=["late-cut"] if len(tries) < loaded.ATTEMPTS else [])
-        return real(self, undo)
+        return real(self, undo, start)
 
     monkeypatch.setattr(Restore, "_launch", launch)
     one = start_waiting(guest.there.host, restored, restored.files, len(kern(guest)))

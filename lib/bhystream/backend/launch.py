@@ -110,12 +110,7 @@ class Child:
 
     def last_words(self) -> str:
         """Return the last lines of the child's log, and its exit status, as one line."""
-        try:
-            with open(self.log_path, encoding="utf-8", errors="replace") as file:
-                lines = [line.strip() for line in file.read()[-4096:].splitlines()]
-        except OSError:
-            lines = []
-        said = [line for line in lines if line][-_LOG_LINES:]
+        said = log_lines(self.log_path)
         if self.status is not None:
             said.append(f"it {ending(self.status)}")
         return "; ".join(said)
@@ -137,3 +132,13 @@ class Child:
         if self._child.poll() is None:
             # Else Popen's destructor would warn of a child that still runs.
             self._child.returncode = 0
+
+
+def log_lines(path: str) -> list[str]:
+    """Return the last lines of a hypervisor's log that are not empty; [] if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = [line.strip() for line in file.read()[-4096:].splitlines()]
+    except OSError:
+        return []
+    return [line for line in lines if line][-_LOG_LINES:]

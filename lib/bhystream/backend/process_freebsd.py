@@ -187,3 +187,12 @@ def parent_command(pid: int) -> str:
         return ""
     command = _run("/bin/ps", "-ww", "-o", "args=", "-p", parent.decode())
     return command.decode(errors="replace").strip()
+
+
+def thread_states(pid: int) -> set[str]:
+    """Return the state letters of a process's threads; none for no process.
+
+    Source: ps(1), -H and state.  Raises GuestError as _run() does.
+    """
+    raw = _run("/bin/ps", "-H", "-o", "state=", "-p", str(pid))
+    return {line[:1] for line in raw.decode("ascii", "replace").split()}

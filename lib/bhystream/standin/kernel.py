@@ -37,11 +37,17 @@ class StandinTrace:
         """Wait until a condition holds; return False if the process ended or limit_s is over."""
         end = time.monotonic() + limit_s
         while not is_ready():
-            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            if time.monotonic() > end or os.waitid(os.P_PID, self._pid, flags) is not None:
+            if time.monotonic() > end or self._has_ended():
                 return False
             time.sleep(_POLL_S)
         return True
+
+    def _has_ended(self) -> bool:
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        try:
+            return os.waitid(os.P_PID, self._pid, flags) is not None
+        except ChildProcessError:  # its supervisor's child
+            return not os.path.exists(f"/proc/{self._pid}")
 
     def let_go(self) -> None:
         """Do nothing: the stand-in was not stopped."""
@@ -240,6 +246,15 @@ class StandinHost:
         """Return the one datastore, if this host has vm-bhyve."""
         store = self._directory / "vm"
         return [store] if store.is_dir() else []
+
+    def starter(self) -> Sequence[str]:
+        """Return the program that starts a guest of the datastore, if this host has one."""
+        program = self._directory / "vm-start"
+        return [str(program)] if program.exists() else []
+
+    def manager_finds(self, program: Path) -> bool:
+        """Return host.json's value, by default true: nothing changes PATH."""
+        return read_settings(self._directory).keeps_path
 
 
 def _available_bytes() -> int:

@@ -40,7 +40,8 @@ class Settings(NamedTuple):
     decides the sysctls of the release.  fail: words of FAILURES.
     free_memory_bytes, program_hash: null means this system's own value.  parent_command:
     the command that started bhyve.  knows_suspending_lock: vm-bhyve is 1.7.0 or
-    later.  can_snapshot: vmm has snapshots; null if no vmm is loaded.
+    later.  keeps_path: PATH reaches what vm-bhyve runs.
+    can_snapshot: vmm has snapshots; null if no vmm is loaded.
     module_hash: the digest of vmm.ko.  disks: for each path, the fields of host.Disk that
     differ from the file's own.  mtus: the MTU of each tap.  sysctl: the value of each
     name.
@@ -55,6 +56,7 @@ class Settings(NamedTuple):
     cpu_vendor: str = "intel"
     parent_command: str = ""
     knows_suspending_lock: bool = True
+    keeps_path: bool = True
     can_snapshot: bool | None = True
     module_hash: str = "766d6d2e6b6f"
     disks: Mapping[str, Mapping[str, Any]] = MappingProxyType({})

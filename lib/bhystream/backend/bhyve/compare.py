@@ -9,8 +9,10 @@ stream's one by one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+from bhystream.errors import IncompatibleError
 
 _NONE = "nothing"
 # Source: bhyve_config(5), freebsd/freebsd-src@0487408a.  acpi_tables is missing because
@@ -57,6 +59,14 @@ def differences(
         if a != b:
             lines.append(f"{word}: the stream says {a}, here {b}")
     return lines
+
+
+def another_machine(name: str, reasons: Sequence[str]) -> IncompatibleError:
+    """Return the error for a guest that vm-bhyve would not start as the stream's machine."""
+    return IncompatibleError(
+        f"guest {name}: vm-bhyve starts another machine: {'; '.join(reasons)}",
+        f"edit {name}.conf to match",
+    )
 
 
 def _default(key: str) -> str:

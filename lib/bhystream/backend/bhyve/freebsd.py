@@ -32,6 +32,7 @@ _MOUNT = "/sbin/mount"  # Source: mount(8)
 _UMOUNT = "/sbin/umount"  # Source: umount(8)
 _SWAPINFO = "/usr/sbin/swapinfo"  # Source: swapinfo(8)
 _SYSRC = "/usr/sbin/sysrc"  # Source: sysrc(8)
+_VM = Path("/usr/local/sbin/vm")
 _VM_RUN = Path("/usr/local/lib/vm-bhyve/vm-run")  # Source: freebsd-ports sysutils/vm-bhyve
 _NODES = "/dev/vmm"  # Source: sys/amd64/vmm/vmm_dev.c: make_dev("vmm/%s")
 _RUN_DIR = "/var/run/bhyve"  # Source: usr.sbin/bhyve/ipc.h, BHYVE_RUN_DIR
@@ -264,6 +265,23 @@ class FreeBsdHost:
             raise from_oserror(error, f"read {error.filename}") from None
         config = vmconf.parse(text)
         return [Path(default), *map(Path, freebsd_text.more_stores(config, table))]
+
+    def starter(self) -> Sequence[str]:
+        """See host.Host.  Source: vm-bhyve lib/vm-core, core::__start(): tmux has its own PATH."""
+        stores = self.datastores()
+        if not stores or not _VM.exists():
+            return ()
+        try:
+            text = (stores[0] / ".config" / "system.conf").read_text("utf-8", "replace")
+        except OSError:
+            text = ""
+        return () if vmconf.parse(text).get("console") == "tmux" else (str(_VM), "start")
+
+    def manager_finds(self, program: Path) -> bool:
+        """See host.Host.  Does what vm-bhyve's lib/vm-base does with PATH, and asks sh(1)."""
+        path = f"{program.parent}:/bin:/usr/bin:/usr/local/bin:/sbin:/usr/sbin:/usr/local/sbin"
+        asks = f"PATH={path}; . /etc/rc.subr; load_rc_config vm; command -v {program.name}"
+        return programs.ask("/bin/sh", "-c", asks).strip() == str(program)
 
     # The network.  Source: ifconfig(8), tap(4).
 

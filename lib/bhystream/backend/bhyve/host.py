@@ -256,3 +256,15 @@ class Host(Protocol):
 
     def datastores(self) -> Sequence[Path]:
         """Return vm-bhyve's datastores, the default one first; () if vm-bhyve is not used."""
+
+    def starter(self) -> Sequence[str]:
+        """Return the words before a guest's name that start it with vm-bhyve; () if none can.
+
+        () also if vm-bhyve would not pass its caller's PATH on to bhyve (console=tmux).
+        """
+
+    def manager_finds(self, program: Path) -> bool:
+        """Say whether vm-bhyve runs a program by its bare name, if its directory is first in PATH.
+
+        program: must exist.
+        """

@@ -21,21 +21,31 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bhystream import durable
-from bhystream.backend.bhyve import snapshot, snapshotfiles
+from bhystream.backend.bhyve import snapshot, snapshotfiles, vmdirectory
+from bhystream.backend.bhyve.argv import parse_argv
 from bhystream.backend.bhyve.command import config_file
+from bhystream.backend.bhyve.compare import another_machine, differences
+from bhystream.backend.bhyve.config import split
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.locks import Locks
-from bhystream.backend.bhyve.restore import Restore
+from bhystream.backend.bhyve.restore import Restore, Supervision, supervision
 from bhystream.backend.bhyve.restoredguest import RestoredGuest, Started
 from bhystream.backend.bhyve.restoring import TooLateError
 from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.backend.bhyve.waitingrestore import WaitingRestore
-from bhystream.backend.process import is_same, is_stopped
-from bhystream.errors import BhyError, GuestEndedError, GuestError, StaleError, from_oserror
+from bhystream.backend.process import Identity, is_same, is_stopped
+from bhystream.errors import (
+    BhyError,
+    GuestEndedError,
+    GuestError,
+    StaleError,
+    from_oserror,
+)
 from bhystream.guest import SLOW_BYTES_PER_SECOND, Json, State
 
 # A word in run.lock that names no host, so that vm-bhyve does not start the guest.
@@ -61,14 +71,15 @@ def start_waiting(
     files: Files,
     kern_bytes: int,
     on_wait: Callable[[], None] = lambda: None,
+    supervision: Supervision | None = None,
 ) -> WaitingRestore:
     """Start a bhyve for a guest's files; return it when it waits for the last page.
 
-    on_wait: as in Restore.  If bhyve reads all of FILE before FILE is cut,
+    on_wait, supervision: as in Restore.  If bhyve reads all of FILE before FILE is cut,
     bhyve is ended and started again, up to ATTEMPTS times in all.  Raises
     BhyError, TooLateError of it if bhyve was too fast each time.
     """
-    restore = Restore(host, guest, files, on_wait)
+    restore = Restore(host, guest, files, on_wait, supervision)
     for _ in range(ATTEMPTS - 1):
         with contextlib.suppress(TooLateError):
             return restore.hold(kern_bytes)
@@ -95,6 +106,18 @@ def keep_files(guest: RestoredGuest, states: Sequence[State]) -> None:
         durable.write(_synced(guest), "")
     except OSError as error:
         raise from_oserror(error, f"write {guest.kept}") from None
+
+
+def note_running(guest: RestoredGuest, who: Identity | None) -> None:
+    """Tell vm-bhyve that a guest runs here, with or without its supervisor.
+
+    who: the guest's bhyve, None if it is not known.  Raises InputOutputError or AccessError.
+    """
+    if guest.vm_start.exists():
+        vmdirectory.let_run(guest.vm_start)
+    elif guest.manager:
+        locks = Locks(guest.name, Path(guest.manager), socket.gethostname())
+        locks.runs_here(config_file(guest.keys), who)
 
 
 def _synced(guest: RestoredGuest) -> Path:
@@ -204,12 +227,10 @@ class BhyveLoaded:
             self._require_startable()
             self._start()
         self.guest.remove()
-        if self._locks:
-            # The guest runs, so an error in the note for vm-bhyve is ignored.
-            with contextlib.suppress(BhyError):
-                started = self.guest.started()
-                who = started.process if started else None
-                self._locks.runs_here(config_file(self.guest.keys), who)
+        # The guest runs, so an error in the note for vm-bhyve is ignored.
+        with contextlib.suppress(BhyError):
+            started = self.guest.started()
+            note_running(self.guest, started.process if started else None)
 
     def _require_startable(self) -> None:
         """End the bhyve that an earlier start left; refuse a guest that may have run since."""
@@ -239,7 +260,16 @@ class BhyveLoaded:
         states = self.states()
         meta, _, kern = snapshot.join(states)
         files = self._linked()
-        restore = start_waiting(self._host, self.guest, files, meta.kern_bytes)
+        if self._locks and self._locks.holder() == HELD:
+            self._locks.release()
+        restore = start_waiting(
+            self._host,
+            self.guest,
+            files,
+            meta.kern_bytes,
+            supervision=supervision(self._host, self.guest, self._adapted),
+        )
+        self.guest = replace(restore.guest, process=None, node="")
         try:
             restore.load(kern, snapshot.fpu_states(states))
         except BaseException:
@@ -254,6 +284,19 @@ class BhyveLoaded:
         with contextlib.suppress(BhyError):
             restore.set_clock()
         restore.close()
+
+    def _adapted(self, words: Sequence[str]) -> RestoredGuest:
+        """Return the guest with the resources for which vm-bhyve calls bhyve.
+
+        words: bhyve's arguments.  Raises IncompatibleError if they describe another machine.
+        """
+        own = split(parse_argv(words), self.guest.name)
+        keys = split(self.guest.keys, self.guest.name).section["keys"]
+        # The record may lack resources, which vm-bhyve gives only now.
+        ours = {"keys": keys, "resources": own.section["resources"]}
+        if lines := differences(ours, own.section, own.computed):
+            raise another_machine(self.guest.name, lines)
+        return replace(self.guest, keys={**self.guest.keys, **own.resources()})
 
     def _linked(self) -> Files:
         """Link FILE and FILE.meta to other names, beside which FILE.kern is written anew."""
@@ -279,6 +322,7 @@ class BhyveLoaded:
         self._spoil()
         if started := self.guest.started():
             self._end(started)
+        self.guest.end_supervisor()
         self.guest.remove()
         is_left_loaded = self.guest.staging == self.guest.kept
         if self._locks and is_left_loaded and self._locks.holder() == HELD:
@@ -307,6 +351,9 @@ class BhyveLoaded:
             if started is not None and not self.runs():
                 self._spoil()
                 self._end(started)
+                self.guest.end_supervisor()
+            else:
+                vmdirectory.let_run(self.guest.vm_start)
             self.guest.remove()
 
     def close(self) -> None:

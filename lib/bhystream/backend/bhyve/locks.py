@@ -46,6 +46,9 @@ _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 _POLL_S = 0.05
 _MAX_LOCK_BYTES = 1024
 _OURS = "bhysend"
+_GONE = "moved by bhysend"
+# A word in run.lock that names no host: the guest is being rebuilt here, and must not be booted.
+_WAITS = "waits-for-bhyrecv"
 _PROCESS = re.compile(r"# process ([0-9]{1,10}) (-?[0-9]{1,20}) ([0-9A-Za-z-]{1,64})")
 
 
@@ -102,7 +105,7 @@ class Locks:
     def _held_by_another(self) -> Reason | None:
         """Return which other host has the guest, and the cure if that is no longer true."""
         holder = self.holder()
-        if holder is None or holder == self.hostname:
+        if holder is None or holder == self.hostname or self._is_left():
             return None
         if not holder:
             return Reason(
@@ -138,6 +141,55 @@ class Locks:
         found = _PROCESS.fullmatch(text.partition("\n")[0])
         return Ours(text, Identity(int(found[1]), int(found[2]), found[3]) if found else None)
 
+    def _is_left(self) -> bool:
+        """Say whether run.lock keeps no guest: it has moved away, or its rebuilding here ended.
+
+        A guest that moved away from here may come back, from wherever it is.
+        """
+        lines = (_read(self._run, _MAX_LOCK_BYTES) or "").split("\n")
+        return lines[0] == _WAITS or lines[1:] == [_GONE, ""]
+
+    # A start by vm-bhyve, for bhyrecv: vmstart.py.
+
+    def forget_move(self) -> None:
+        """Remove a run.lock that keeps no guest, so that `vm start` starts it."""
+        if self._is_left():
+            self._remove(self._run)
+
+    def wait_here(self) -> None:
+        """Let run.lock, which vm-bhyve has made, name no host: nobody boots the guest meanwhile."""
+        self._write(self._run, _WAITS)
+
+    def runs_supervised(self) -> None:
+        """Let run.lock be as vm-bhyve has made it: the guest runs here, with its supervisor."""
+        self._write(self._run, self.hostname)
+
+    def is_removed_within(self, limit_s: float) -> bool:
+        """Wait until the supervisor has removed run.lock; say whether it has."""
+        end = time.monotonic() + limit_s
+        while os.path.lexists(self._run):
+            if time.monotonic() >= end:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def log_written_ns(self) -> int:
+        """Return when vm-bhyve.log was last written, in ns since the Epoch, 0 if there is none."""
+        try:
+            return os.stat(self.directory / "vm-bhyve.log").st_mtime_ns
+        except OSError:
+            return 0
+
+    def last_log_line(self) -> str:
+        """Return the last line of vm-bhyve.log, "" if there is none."""
+        try:
+            with (self.directory / "vm-bhyve.log").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _MAX_LOCK_BYTES))
+                lines = file.read().decode("utf-8", "replace").strip().splitlines()
+        except OSError:
+            return ""
+        return lines[-1] if lines else ""
+
     def before_kill(self) -> None:
         """Tell the supervisor that bhyve's coming exit is no fault, so it starts no bhyve again."""
         self._write(self._suspending, self.hostname)
@@ -164,7 +216,7 @@ class Locks:
         host: a hostname.  Raises GuestError if the supervisor has not ended or
         the name cannot stand in run.lock, InternalError if host is this host.
         """
-        self._take(host)
+        self._take(host, _GONE)
 
     def held(self, word: str) -> None:
         """Lock the guest with a word that names no host, durably, so that `vm start` refuses.
@@ -188,14 +240,14 @@ class Locks:
         if not self.is_supervised():
             self._remove(self._run)
 
-    def _take(self, word: str) -> None:
+    def _take(self, word: str, second: str = "") -> None:
         if not _WORD.fullmatch(word):
             raise GuestError(f"{self._run}: {shown(word)} cannot be written into it")
         if word == self.hostname:
             raise InternalError(f"{self._run}: {word} is this host, where vm start would run it")
         if self.is_supervised():
             raise GuestError(f"{self._run}: the guest's vm-bhyve supervisor has not ended")
-        self._write(self._run, word)
+        self._write(self._run, f"{word}\n{second}".removesuffix("\n"))
 
     def _write(self, path: Path, text: str, mode: int = 0o644) -> None:
         """Replace a file as a whole, durably, by the text and a newline."""

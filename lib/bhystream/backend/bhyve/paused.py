@@ -424,10 +424,8 @@ class BhyvePaused:
         """Keep vm-bhyve from starting a guest that has moved or was ended."""
         if self._locks is None:
             return
-        if there and there != self._locks.hostname:
-            self._locks.gone_to(there)
-        else:
-            self._locks.held(_MOVED)
+        is_known = there and there != self._locks.hostname
+        self._locks.gone_to(there if is_known else _MOVED)
 
     def close(self) -> None:
         """Do nothing: nothing is open."""

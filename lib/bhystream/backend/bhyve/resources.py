@@ -86,13 +86,17 @@ class Wishes:
                 raise UsageError(f"-x {key}: no key and no device", hint="-x pci.0.30.0")
         return cls(values, tuple(dropped))
 
-    def resolve(self, section: Mapping[str, Any]) -> Resolved:
-        """Apply these wishes to a guest.  section: as validate() returned it."""
+    def resolve(self, section: Mapping[str, Any], *, is_partial: bool = False) -> Resolved:
+        """Apply these wishes to a guest.
+
+        section: as validate() returned it.  is_partial: a resource that is not given now is
+        no reason against the guest.
+        """
         reasons: list[str] = []
         left = self._drop(section, reasons)
         values = self._lend(section, left, reasons)
         for word, key in left["resources"].items():
-            if key not in values:
+            if key not in values and not is_partial:
                 reasons.append(f"{word}: no -o {word}= is given ({_describe(left, key)})")
         return Resolved(left, values, tuple(reasons))
 

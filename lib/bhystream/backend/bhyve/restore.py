@@ -25,11 +25,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from bhystream import durable
+from bhystream.backend.adopted import Adopted
 from bhystream.backend.bhyve import lastpage
 from bhystream.backend.bhyve.command import argv, config_file
 from bhystream.backend.bhyve.host import (
@@ -41,9 +44,11 @@ from bhystream.backend.bhyve.host import (
 )
 from bhystream.backend.bhyve.lastpage import LastPage
 from bhystream.backend.bhyve.listening import listens
+from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.restoredguest import RestoredGuest, Started
 from bhystream.backend.bhyve.restoring import Bhyve, Mapped, map_memory, writing
 from bhystream.backend.bhyve.snapshotfiles import Files
+from bhystream.backend.bhyve.vmstart import VmStart
 from bhystream.backend.bhyve.waitingrestore import WaitingRestore
 from bhystream.backend.files import is_ours_alone
 from bhystream.backend.launch import Child
@@ -54,6 +59,29 @@ from bhystream.guest import SLOW_BYTES_PER_SECOND
 _LIMIT_S = 60.0
 # The shell reads a line when it may become bhyve, or the end of its input if bhyrecv has died.
 _GATE = ("/bin/sh", "-c", 'read -r _ && exec "$@" </dev/null', "sh")
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """How vm-bhyve comes to supervise a guest that is restored.
+
+    start: returns what starts the guest.  adapt: returns the guest with the configuration for
+    which vm-bhyve calls bhyve, whose arguments it gets; raises IncompatibleError if that is
+    another machine than the guest's.
+    """
+
+    start: Callable[[], VmStart]
+    adapt: Callable[[Sequence[str]], RestoredGuest]
+
+
+def supervision(
+    host: Host, guest: RestoredGuest, adapt: Callable[[Sequence[str]], RestoredGuest]
+) -> Supervision | None:
+    """Return how vm-bhyve comes to supervise a guest, None if vm-bhyve does not have the guest."""
+    if not guest.manager or not host.starter():
+        return None
+    locks = Locks(guest.name, Path(guest.manager), socket.gethostname())
+    return Supervision(lambda: VmStart(host, locks, guest.vm_start, guest.log_path), adapt)
 
 
 class Restore:
@@ -68,13 +96,16 @@ class Restore:
         guest: RestoredGuest,
         files: Files,
         on_wait: Callable[[], None] = lambda: None,
+        supervision: Supervision | None = None,
     ) -> None:
         """Start nothing yet.
 
         files: FILE, in the guest's size, and FILE.meta must exist.  on_wait:
-        called often during waits for bhyve.
+        called often during waits for bhyve.  supervision: None if the guest is to have no
+        supervisor.
         """
         self._host = host
+        self._supervision = supervision
         self._name = guest.name
         self._who = f"guest {guest.name}"
         self._guest = guest
@@ -91,8 +122,9 @@ class Restore:
         with ExitStack() as undo:
             undo.callback(self._guest.forget_started)
             self._require_free()
+            start = self._begin(undo)
             last = self._write_files(kern_bytes)
-            bhyve, started, trace = self._launch(undo)
+            bhyve, started, trace = self._launch(undo, start)
             self._await_maps(bhyve, trace)
             with self._writing():
                 last.cut()
@@ -142,10 +174,24 @@ class Restore:
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         return writing(self._files.directory)
 
-    def _launch(self, undo: ExitStack) -> tuple[Bhyve, Started, Trace]:
+    def _begin(self, undo: ExitStack) -> VmStart | None:
+        """Let vm-bhyve start the guest, if it is to supervise it; its words win over the record's.
+
+        Raises BhyError, IncompatibleError of it if vm-bhyve would start another guest.
+        """
+        if self._supervision is None:
+            return None
+        undo.callback(self._guest.end_supervisor)
+        start = self._supervision.start()
+        undo.callback(start.undo)
+        start.begin(self._on_wait)
+        self._guest = self._supervision.adapt(start.arguments)
+        return start
+
+    def _launch(self, undo: ExitStack, start: VmStart | None) -> tuple[Bhyve, Started, Trace]:
         """Make the VM and the process, record them, and let bhyve begin.
 
-        undo: gets the callbacks that end both.
+        undo: gets the callbacks that end both.  start: vm-bhyve's, None without a supervisor.
         """
         self._host.create(self._name)
         node = self._host.node_id(self._name)
@@ -157,23 +203,32 @@ class Restore:
             )
         self._guest.write_started(Started(None, node))
         words = argv(self._host.program(), self._name, str(self._config), str(self._files.memory))
-        gate, opener = os.pipe()
-        try:
-            # Not our own environment, which may be that of an operator's --resume.
-            child = Child(
-                [*_GATE, *words], self._guest.log_path, self._host.environment(), stdin=gate
-            )
-            undo.callback(child.remove_log)
+        with ExitStack() as opened:
+            child: Child | Adopted
+            if start is None:
+                child, let_begin = self._gated(words, opened)
+                undo.callback(child.remove_log)
+            else:
+                child, let_begin = start.child, lambda: start.become(words)
             undo.callback(child.kill)
             started = Started(identify(child.pid, "bhyve"), node)
             self._guest.write_started(started)
             trace = self._host.trace(child.pid)
             undo.callback(trace.let_go)
-            os.write(opener, b"\n")
-        finally:
-            os.close(gate)
-            os.close(opener)
+            let_begin()
         return Bhyve(self._who, child, self._on_wait), started, trace
+
+    def _gated(self, words: list[str], opened: ExitStack) -> tuple[Child, Callable[[], object]]:
+        """Start a shell that becomes bhyve; return it, and what lets it do that.
+
+        opened: closes what is open for that.
+        """
+        gate, opener = os.pipe()
+        opened.callback(os.close, gate)
+        opened.callback(os.close, opener)
+        # Not our own environment, which may be that of an operator's --resume.
+        child = Child([*_GATE, *words], self._guest.log_path, self._host.environment(), stdin=gate)
+        return child, lambda: os.write(opener, b"\n")
 
     def _destroy(self, node: str) -> None:
         """Destroy the VM that _launch() made, unless it is gone already."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bhystream import durable
+from bhystream.backend.bhyve import vmdirectory
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.snapshot import FILE
@@ -134,6 +135,19 @@ class RestoredGuest:
     def log_path(self) -> str:
         """Return the path of the log of the guest's bhyve, in the state directory."""
         return str(Path(self.kept).parents[1] / "log" / f"{self.name}.log")
+
+    # vm-bhyve's start of the guest.
+
+    @property
+    def vm_start(self) -> Path:
+        """Return the directory by which vm-bhyve starts the guest; it may not exist."""
+        return vmdirectory.directory_of(
+            Path(self.kept).parents[1], Path(self.kept).name[:_ID_CHARS]
+        )
+
+    def end_supervisor(self) -> None:
+        """Wait until vm-bhyve has cleaned up after a bhyve that has ended.  Never raises."""
+        vmdirectory.end(self.vm_start)
 
     # The bhyve that was started.
 
@@ -252,6 +266,7 @@ class Leftover:
         """End its bhyve and remove its files.  Raises GuestError if bhyve does not end."""
         for path, one in self.started.items():
             one.end(host, self.name)
+            vmdirectory.end(vmdirectory.directory_of(path.parents[1], path.name[:_ID_CHARS]))
             path.unlink(missing_ok=True)
         remove_tree(self.directory)
 

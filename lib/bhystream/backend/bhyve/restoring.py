@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bhystream.backend.adopted import Adopted
 from bhystream.backend.bhyve.host import Host, Vm
 from bhystream.backend.bhyve.memory import system_memory
 from bhystream.backend.launch import Child
@@ -28,7 +29,7 @@ class TooLateError(GuestError):
 
 @dataclass(frozen=True)
 class Bhyve:
-    """A bhyve that is our child.
+    """A bhyve that is our child, or that of vm-bhyve's supervisor.
 
     who: the guest, as messages name it.  on_wait: called often during waits for
     bhyve.  A method's was_too_fast: returns whether bhyve has read all the memory
@@ -36,7 +37,7 @@ class Bhyve:
     """
 
     who: str
-    child: Child
+    child: Child | Adopted
     on_wait: Callable[[], None]
 
     def until(

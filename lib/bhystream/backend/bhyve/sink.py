@@ -31,12 +31,12 @@ from pathlib import Path
 from bhystream import durable
 from bhystream.backend.base import Target
 from bhystream.backend.bhyve import backing, snapshot
-from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.layout import memory_spans
-from bhystream.backend.bhyve.loaded import HELD, keep_files, start_waiting
+from bhystream.backend.bhyve.loaded import HELD, keep_files, note_running, start_waiting
 from bhystream.backend.bhyve.resources import Wishes
+from bhystream.backend.bhyve.restore import supervision
 from bhystream.backend.bhyve.restoredguest import RestoredGuest
 from bhystream.backend.bhyve.validate import validate
 from bhystream.backend.bhyve.waitingrestore import WaitingRestore
@@ -126,6 +126,7 @@ class BhyveSink:
         )
         self._force = force
         self._stage: Checked | None = None
+        self._section: Json = {}
         self._disks: Mapping[str, str] = {}
         # load() closes what is open; abort() closes that, and undoes what was made.
         self._opened = contextlib.ExitStack()
@@ -148,6 +149,7 @@ class BhyveSink:
         reasons = hard if self._force else hard + soft
         if not reasons:
             self._stage = Checked(guest)
+            self._section = section
             self._disks = backing.disks(section, guest.keys)
         return reasons
 
@@ -217,10 +219,23 @@ class BhyveSink:
 
     def _hold(self, guest: RestoredGuest, kern_bytes: int) -> WaitingRestore:
         """Start the guest's bhyve; return it when it waits for the last page."""
-        restore = start_waiting(self._wanted.host, guest, guest.files, kern_bytes, self._wait)
+        restore = start_waiting(
+            self._wanted.host,
+            guest,
+            guest.files,
+            kern_bytes,
+            self._wait,
+            supervision(self._wanted.host, guest, self._adapt),
+        )
         self._made.callback(restore.undo)
-        self._stage = Waiting(guest, restore)
+        self._stage = Waiting(restore.guest, restore)
         return restore
+
+    def _adapt(self, words: Sequence[str]) -> RestoredGuest:
+        """Return the guest with the resources for which vm-bhyve calls bhyve."""
+        guest = self._wanted.adapted(self._checked.guest, self._section, words, force=self._force)
+        self._disks = backing.disks(self._section, guest.keys)
+        return guest
 
     # ---- load and start
 
@@ -266,12 +281,10 @@ class BhyveSink:
         restore.close()
         guest.remove()
         guest.forget_started()  # the record names it
-        if self._wanted.manager:
+        with contextlib.suppress(BhyError):
             # The guest runs, so an error in the note for vm-bhyve is ignored.  vm-bhyve does not
             # start the guest as long as its VM exists.
-            with contextlib.suppress(BhyError):
-                locks = self._wanted.manager.locks
-                locks.runs_here(config_file(guest.keys), restore.started.process)
+            note_running(guest, restore.started.process)
 
     def settle(self) -> None:
         """Do nothing."""

@@ -44,7 +44,7 @@ def rtc_seconds(keys: Mapping[str, str], now: int) -> int:
 class WaitingRestore:
     """One guest's waiting bhyve; this object owns process and VM until the guest runs.
 
-    started: the process and the VM.  is_released: whether bhyve was released.
+    guest: its record.  started: the process and the VM.  is_released: whether bhyve was released.
     may_have_run: False as long as the vCPUs provably never ran.
     limit_s: how many seconds bhyve may take to restore the guest.
     """
@@ -65,7 +65,7 @@ class WaitingRestore:
         self.is_released = False
         self.may_have_run = False
         self._host = host
-        self._guest = guest
+        self.guest = guest
         self._bhyve = bhyve
         self._mapped = mapped
         self._last = last
@@ -144,7 +144,7 @@ class WaitingRestore:
 
     def _await_socket(self) -> None:
         self._bhyve.until(
-            lambda: listens(self._host, self._guest.name),
+            lambda: listens(self._host, self.guest.name),
             "the guest is not restored",
             self.limit_s,
             self._was_too_fast,
@@ -160,7 +160,7 @@ class WaitingRestore:
         sys/amd64/vmm/io/vrtc.c, vrtc_snapshot(), FreeBSD 15.1, read: base_uptime is
         not saved.  Raises BhyError if the chip cannot be set.
         """
-        self._mapped.vm.set_rtc(rtc_seconds(self._guest.keys, int(time.time())))
+        self._mapped.vm.set_rtc(rtc_seconds(self.guest.keys, int(time.time())))
 
     # The end.
 
@@ -171,7 +171,7 @@ class WaitingRestore:
         """
         self.close()
         if self.is_released:
-            socket, child = self._host.run_dir / self._guest.name, self._bhyve.child
+            socket, child = self._host.run_dir / self.guest.name, self._bhyve.child
             if not socket.exists():
                 child.kill()
             if socket.exists():

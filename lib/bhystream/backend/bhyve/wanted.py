@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bhystream.backend.bhyve import backing, identity, verdict
-from bhystream.backend.bhyve.compare import differences
+from bhystream.backend.bhyve.argv import parse_argv
+from bhystream.backend.bhyve.compare import another_machine, differences
+from bhystream.backend.bhyve.config import GuestConfig, split
 from bhystream.backend.bhyve.host import VMM_DIR, Host
 from bhystream.backend.bhyve.resources import Resolved, Wishes
 from bhystream.backend.bhyve.restoredguest import (
@@ -30,7 +32,7 @@ from bhystream.backend.bhyve.restoredguest import (
 from bhystream.backend.bhyve.vmbhyve import VmBhyveGuest
 from bhystream.beneath import fault_below
 from bhystream.errors import IncompatibleError
-from bhystream.guest import Head
+from bhystream.guest import Head, Json
 
 
 @dataclass(frozen=True)
@@ -117,22 +119,54 @@ class Wanted:
         needed = verdict.needed_memory_bytes(guest.memory_bytes, is_staged_in_memory=in_memory)
         return out + verdict.memory_reasons(self.host.free_memory_bytes(), needed)
 
-    def _lend(self, section: dict[str, Any]) -> tuple[dict[str, str], list[str], list[str]]:
+    @property
+    def _is_supervised(self) -> bool:
+        """Say whether vm-bhyve will start the guest, and say then with which resources."""
+        return self.manager is not None and bool(self.host.starter())
+
+    def _differs_from_conf(self, section: dict[str, Any]) -> list[str]:
+        """Return whether vm-bhyve's guest is another one, before vm-bhyve says it all."""
+        assert self.manager is not None
+        theirs, ours = section["keys"].get("uuid"), self.manager.conf().get("uuid")
+        if theirs and ours and theirs.lower() != ours.lower():
+            return [f"uuid: the stream says {theirs}, here {ours}"]
+        return []
+
+    def adapted(
+        self, guest: RestoredGuest, section: Json, words: Sequence[str], *, force: bool
+    ) -> RestoredGuest:
+        """Return a guest with the resources for which vm-bhyve calls bhyve.
+
+        words: bhyve's arguments.  Raises IncompatibleError, with every reason, if they
+        describe another machine than the stream does, unless force overrules it.
+        """
+        own = split(parse_argv(words), self.name)
+        keys, hard, soft = self._lend(dict(section), own)
+        if reasons := hard if force else hard + soft:
+            raise another_machine(self.name, reasons)
+        return replace(guest, keys=keys)
+
+    def _lend(
+        self, section: dict[str, Any], own: GuestConfig | None = None
+    ) -> tuple[dict[str, str], list[str], list[str]]:
         """Return the whole configuration here, the hard reasons against it, and the soft ones.
 
         Resources that -o does not give come from vm-bhyve's guest of that name,
         if there is one; the rest of that guest's configuration is compared.
+        own: that guest as vm-bhyve starts it now; None if it is not started yet.
         """
         wishes, differ = self.wishes, []
-        if self.manager and not self._names_all(section):
-            own = self.manager.last_started()
+        if own is None and self._is_supervised:
+            differ = self._differs_from_conf(section)
+        elif self.manager and (own is not None or not self._names_all(section)):
+            own = own or self.manager.last_started()
             differ = differences(section, own.section, own.computed)
             named = {section["resources"].get(word, word) for word in wishes.values}
             lent = {key: value for key, value in own.resources().items() if key not in named}
             wishes = replace(wishes, values={**lent, **wishes.values})
-        resolved = wishes.resolve(section)
+        resolved = wishes.resolve(section, is_partial=own is None and self._is_supervised)
         reasons = [*resolved.reasons, *self._place_reasons(resolved)]
-        if self.manager:
+        if self.manager and not (own and self._is_supervised):
             reasons += self.manager.locks.reasons()
         hard, soft = backing.reasons(self.host, resolved.section, resolved.values)
         reasons += hard

@@ -1,0 +1,50 @@
+"""The directory by which vm-bhyve's `vm start` calls bhyrecv, and its end: see vmstart.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bhystream import durable
+from bhystream.backend.bhyve.locks import Locks
+from bhystream.backend.tree import remove_tree
+
+_END_S = 60.0
+
+
+def directory_of(base: Path, stem: str) -> Path:
+    """Return the directory for one start.  base: the state directory.  stem: the stream's id."""
+    return base / "vm" / stem
+
+
+def end(directory: Path) -> None:
+    """Wait for the end of the supervisor whose bhyve has ended, and remove the directory.
+
+    Never raises.  If the supervisor does not end, the directory stays, and vm-bhyve can start
+    nothing by it.
+    """
+    locks = _locks(directory)
+    if locks is None:
+        return
+    if locks.is_removed_within(_END_S):
+        remove_tree(directory)
+
+
+def let_run(directory: Path) -> None:
+    """Tell vm-bhyve that the guest runs here, and leave vm-bhyve's PATH to the system.
+
+    Raises InputOutputError or AccessError if run.lock cannot be written.
+    """
+    locks = _locks(directory)
+    if locks is not None:
+        locks.runs_supervised()
+        remove_tree(directory)
+
+
+def _locks(directory: Path) -> Locks | None:
+    """Return the locks of the guest that a start is for, None if there is no start."""
+    try:
+        name, where, hostname = json.loads(durable.read_file(directory / "locks"))
+    except (OSError, ValueError):
+        return None
+    return Locks(str(name), Path(str(where)), str(hostname))
