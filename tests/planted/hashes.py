@@ -1,0 +1,130 @@
+"""Bugs of the comparison of all memory: a page that differs is not found."""
+
+from __future__ import annotations
+
+from planted.bug import Bug, Kind
+
+TARGET = "memory/target.py"
+
+BUGS = (
+    Bug(
+        Kind.COMPARED,
+        "bhyrecv does not compare its memory",
+        "recv/incoming.py",
+        "                    building.compare_memory(hashes)\n",
+        "                    pass\n",
+        ("recv/test_incoming.py::test_memory_that_differs_is_not_even_loaded",),
+        is_quick=True,
+    ),
+    Bug(
+        Kind.COMPARED,
+        "bhysend sends no hashes",
+        "send/rounds.py",
+        "            self._transfer.hashes()\n",
+        "            pass\n",
+        ("cli/test_verify.py::test_a_page_that_the_last_scan_has_missed_is_found",),
+    ),
+    Bug(
+        Kind.COMPARED,
+        "bhysend sends no hash of a page that the guest has touched",
+        "send/transfer.py",
+        "        self.work_pages = (0, mark_extents(self._source.touched(), touched))\n",
+        "        self.work_pages = (0, 0)\n",
+        (
+            "send/test_hashes.py::test_a_page_that_the_rounds_have_missed_has_the_hash_of_what_it"
+            "_holds",
+        ),
+        is_quick=True,
+    ),
+    Bug(
+        Kind.COMPARED,
+        "bhysend reads pages that the guest has never touched",
+        "send/transfer.py",
+        "        self.work_pages = (0, mark_extents(self._source.touched(), touched))\n",
+        "        self.work_pages = (0, mark_extents([(0, self.npages)], touched))\n",
+        ("send/test_hashes.py::test_a_page_that_was_never_touched_stays_so",),
+        is_quick=True,
+    ),
+    Bug(
+        Kind.COMPARED,
+        "a page that the source says is zero is not looked at",
+        TARGET,
+        "filled(first, first + count) if is_zero else",
+        "() if is_zero else",
+        ("memory/test_target.py::test_one_bit_of_one_page_is_found",),
+        is_quick=True,
+    ),
+    Bug(
+        Kind.COMPARED,
+        "behind a page that differs no other of the same step is looked at",
+        TARGET,
+        "        at += bad + 1\n",
+        "        at += len(hashes) // 8\n",
+        ("memory/test_target.py::test_all_that_differ_are_counted_and_the_first_is_named",),
+        is_quick=True,
+    ),
+    Bug(
+        Kind.COMPARED,
+        "the hashes of the next extent begin one too early",
+        TARGET,
+        "        at += 0 if is_zero else 8 * count\n",
+        "        at += 0 if is_zero else 8 * (count - 1)\n",
+        ("memory/test_target.py::test_what_was_placed_is_the_same",),
+        is_quick=True,
+    ),
+    Bug(
+        Kind.COMPARED,
+        "what is compared is the mapping, whose holes are filled by that",
+        TARGET,
+        "        if self._file:\n",
+        "        if False:\n",
+        ("memory/test_target.py::test_memory_that_was_never_used_stays_a_hole",),
+        is_quick=True,
+    ),
+    Bug(
+        Kind.COMPARED,
+        "only the last section counts",
+        "recv/hashed.py",
+        "        if self._first:\n",
+        "        if found.npages:\n",
+        ("recv/test_hashed.py::test_the_first_page_is_named_and_all_are_counted",),
+        is_quick=True,
+    ),
+    Bug(
+        Kind.COMPARED,
+        "the last pages may have no hashes",
+        "stream/verify.py",
+        "        if self._tally.hashed_pages not in (0, self._layout.npages):\n",
+        "        if False:\n",
+        ("stream/test_hashes.py::test_the_last_pages_are_not_left_out",),
+        is_quick=True,
+    ),
+    Bug(
+        Kind.COMPARED,
+        "pages between others may have no hashes",
+        "stream/verify.py",
+        'self._tally.hashed_pages, "HASHES")',
+        'self._tally.hashed_pages, "")',
+        ("stream/test_hashes.py::test_a_malformed_one_is_refused",),
+        is_quick=True,
+    ),
+    Bug(
+        Kind.COMPARED,
+        "a list may state other pages than it has hashes for",
+        "stream/verify.py",
+        "        if found.data_pages != nhashes:\n",
+        "        if False:\n",
+        ("stream/test_hashes.py::test_a_malformed_one_is_refused",),
+        also=("StopIteration",),
+        is_quick=True,
+    ),
+    Bug(
+        Kind.COMPARED,
+        "HASHES may come after the state",
+        "stream/reader.py",
+        "_STATES = frozenset({Type.STATE,",
+        "_STATES = frozenset({Type.HASHES, Type.STATE,",
+        ("stream/test_hashes.py::test_it_stands_between_the_rounds_and_the_state",),
+        is_quick=True,
+    ),
+)
