@@ -18,6 +18,15 @@ BUGS = (
     ),
     Bug(
         Kind.COMPARED,
+        "a long comparison answers nothing, and no signal ends it",
+        "recv/building.py",
+        "self._memory.compare(target, event, where, self.sink.on_wait)",
+        "self._memory.compare(target, event, where, lambda: None)",
+        ("recv/test_incoming.py::test_a_signal_ends_a_comparison_that_takes_long",),
+        is_quick=True,
+    ),
+    Bug(
+        Kind.COMPARED,
         "bhysend sends no hashes",
         "send/rounds.py",
         "            self._transfer.hashes()\n",

@@ -219,6 +219,25 @@ def test_memory_that_differs_is_not_even_loaded(
     assert sink.done == []
 
 
+def test_a_signal_ends_a_comparison_that_takes_long(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same way a source hears that bhyrecv is at work: see on_wait in incoming.py."""
+    sink = Sink()
+    incoming = incoming_of("verified.bhys", sink, base, monkeypatch)
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) > WAITS:
+            raise GuestError("stop here")
+
+    asked: list[int] = []
+    monkeypatch.setattr(incoming._job.signals, "check", check)
+    with pytest.raises(GuestError, match="stop here"):
+        incoming.run()
+    assert sink.done == []
+
+
 def test_without_hashes_nothing_says_that_memory_was_compared(
     base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
