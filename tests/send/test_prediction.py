@@ -44,9 +44,10 @@ def test_verify_is_one_more_scan_by_one_thread(tmp_path: Path) -> None:
 def test_a_verified_move_teaches_nothing_about_another(tmp_path: Path) -> None:
     made = predicting(tmp_path, is_verified=True)
     made.parts(VIEW, 50)
-    made.learn(Parts(1000, 840, 0, 2100))
-    assert predicting(tmp_path, is_verified=True).parts(VIEW, 50).last_ns == 840
-    assert predicting(tmp_path).parts(VIEW, 50).last_ns == 340
+    made.learn(Parts(1000, 840, 0, 4200))
+    known = predicting(tmp_path, is_verified=True).parts(VIEW, 50)
+    assert known == Parts(1000, 840, 0, 4200)
+    assert predicting(tmp_path).parts(VIEW, 50) == Parts(1000, 340, 0, 2100)
 
 
 def test_each_part_is_corrected_by_its_own_experience(tmp_path: Path) -> None:

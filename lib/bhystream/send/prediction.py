@@ -62,11 +62,12 @@ class Prediction:
         self._experience = Experience(base)
         late = "" if is_early else ", started late"
         self._state = f"state of {kind}"
-        hashed = ", hashed again" if is_verified else ""
+        hashed = ", verified" if is_verified else ""
         self._last = f"last pages of {kind} by {counted(self.nthreads, 'thread')}{hashed}"
         # How many scans by one thread take as long as those of the pause.
         self._scans = 1 / self.nthreads + is_verified
-        self._answers = f"answers of {kind} on {where}{late}" if where else ""
+        # The destination may still compare the memory when END is written.
+        self._answers = f"answers of {kind} on {where}{late}{hashed}" if where else ""
         self._hook = "" if hook is None else _digest(hook)
         self._estimates: dict[str, float] = {}
 
