@@ -36,7 +36,7 @@ PARTS: dict[str, str] = {
     "memory": "errors guest",
     "stream": "errors guest strict_json threads memory",
     # These are not backends: engine and backends agree on base, and find processes by process.
-    "backend.base": "errors guest",
+    "backend.base": "errors guest memory",
     "backend.process_freebsd": "errors",
     "backend.process": "errors backend.process_freebsd",
     "backend": "errors units guest beneath strict_json durable memory backend.process_freebsd",

@@ -92,7 +92,7 @@ class TruncatedError(StreamError):
 
 
 class ChecksumError(StreamError):
-    """Bytes changed on the way: a checksum, a page hash or the digest differs."""
+    """Bytes changed on the way or since: a checksum, a hash of a page or the digest differs."""
 
 
 class GuestError(BhyError):

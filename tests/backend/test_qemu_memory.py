@@ -6,16 +6,21 @@ import mmap
 import os
 import subprocess
 import threading
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from bhystream.backend.base import Target
 from bhystream.backend.qemu import ram
 from bhystream.backend.qemu.sink import QemuSink
 from bhystream.backend.qemu.source import QemuSource
 from bhystream.errors import GuestError, as_error
 from bhystream.guest import PAGE_BYTES
+from bhystream.memory.extent import EXTENT, KIND_ZERO
+from bhystream.memory.page import PageHasher
+from bhystream.memory.target import Differing
 from support.waiting import until
 
 from .qemu_rig import DEADLINE_S, SIZE, Rig, copy_memory, monitor, peer, state_of
@@ -154,6 +159,21 @@ def test_looking_at_huge_pages_takes_none(rig: Rig, pool: None) -> None:
     source.close()
 
 
+def compared(source: QemuSource, target: Target) -> Differing:
+    """Compare a target with the hashes of a paused guest."""
+    [view] = source.memory()
+    hasher, listed, hashes, done = PageHasher(7), bytearray(), array("Q"), 0
+    for first, end in [*source.touched(), (SIZE // PAGE_BYTES,) * 2]:
+        listed += EXTENT.pack(done, first - done, KIND_ZERO) + EXTENT.pack(first, end - first, 0)
+        found = array("Q", bytes(8 * (end - first)))
+        if found:
+            hasher.hash_pages(view[first * PAGE_BYTES : end * PAGE_BYTES], found)
+        hashes += found
+        done = end
+    packed = memoryview(hashes.tobytes())
+    return target.differing(hasher, 0, memoryview(listed), packed, lambda: None)
+
+
 @pytest.mark.guest
 def test_a_guest_moves_into_huge_pages_that_wait(rig: Rig, pool: None) -> None:
     source = QemuSource(rig.start("here", ram=RAM))
@@ -173,7 +193,10 @@ def test_a_guest_moves_into_huge_pages_that_wait(rig: Rig, pool: None) -> None:
     [view] = source.memory()
     for at in range(0, SIZE, HUGE):
         assert os.pread(there, HUGE, at) == os.pread(here, HUGE, at)
-    assert os.fstat(there).st_blocks * 512 < SIZE
+    blocks = os.fstat(there).st_blocks
+    assert blocks * 512 < SIZE
+    assert compared(source, destination) == Differing(0, -1)
+    assert os.fstat(there).st_blocks == blocks
     sink.load(paused.states())
     sink.start()
     sink.settle()

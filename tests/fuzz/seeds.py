@@ -116,6 +116,10 @@ def _streams() -> Iterable[bytes]:
     samples = [(0, 65536, 1), (1 << 20, 512, 2)]
     two = streams.disks((b"disk0", 1 << 30, samples), (b"pci.0.3.0.path", 1 << 20, samples[:1]))
     yield streams.before(streams.DISKS, PLAIN).add(streams.DISKS, two).end().raw
+    maker = Maker(ANSWERED).head((b"a", 0, 2), (b"b", 1 << 32, 2)).memory(0, [(0, 2, ZERO)])
+    maker.memory(0, [(2, 1, DATA), (3, 1, ZERO)], [page(7)]).round_end(0, 1, 3, flags=1)
+    maker.hashes([(0, 1, ZERO), (1, 1, DATA)], [page(0)]).hashes([(2, 2, DATA)], [page(7), page(0)])
+    yield maker.time().end().raw
     yield _of_bhyve()
     golden = Path(__file__).parents[1] / "data"
     for name in ("dry-run", "aborted", "answered", "zstd"):

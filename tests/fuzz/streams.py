@@ -11,12 +11,17 @@ import os
 import shutil
 import sys
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator, Sequence
+
+import xxhash
 
 from bhystream import hypervisors
 from bhystream.guest import Head, Json, State
 from bhystream.handover import answers
 from bhystream.memory.extent import EXTENT
+from bhystream.memory.page import PageHasher
+from bhystream.memory.target import Differing
 from bhystream.recv import arrival, main, reply
 from fuzz.seal import seal
 from fuzz.target import MIB, fail, limited
@@ -54,6 +59,26 @@ class _Keeper:
                 at += 4096
             for number in [one for one in self.memory if kind and first <= one < first + count]:
                 del self.memory[number]
+
+    def differing(
+        self,
+        hasher: PageHasher,
+        base_page: int,
+        extents: memoryview,
+        hashes: memoryview,
+        on_step: Callable[[], None],
+    ) -> Differing:
+        on_step()
+        given, wrong, made = iter(hashes.cast("Q")), [], array("Q", [0])
+        for first, count, kind in EXTENT.iter_unpack(extents):
+            if kind:
+                wrong += [
+                    n for n, page in self.memory.items() if first <= n < first + count and any(page)
+                ]
+            for number in range(first, first + count) if not kind else ():
+                hasher.hash_pages(self.memory.get(number, bytes(4096)), made)
+                wrong += [number] if made[0] != next(given) else []
+        return Differing(len(wrong), min(wrong, default=-1))
 
 
 class MemorySink:
@@ -178,9 +203,23 @@ def receive(data: bytes) -> None:
             fail("neither END nor GO has allowed the start")
         if found.memory != {at: one for at, one in sink.memory.items() if any(one)}:
             fail("the guest has other pages")
+        if not _has_hashes(found):
+            fail("the guest has other pages than the source's hashes say")
         needed = {one.name: one.data for one in sink.states if not one.is_optional}
         if found.states != needed:
             fail("the guest has other states")
+
+
+def _has_hashes(found: Stream) -> bool:
+    """Say whether the memory of a stream is what its HASHES say."""
+    for first, count, digest in found.hashes:
+        pages = [n for n in found.memory if first <= n < first + count]
+        if digest is None and pages:
+            return False
+        page = found.memory.get(first, bytes(4096))
+        if digest is not None and digest != xxhash.xxh3_64_intdigest(page, found.header.seed):
+            return False
+    return True
 
 
 def judge(data: bytes) -> None:

@@ -31,6 +31,7 @@ class Kind(Enum):
     BHYVE = "leave bhyve's guest other than it was"
     PAGE = "lose a page"
     DISK = "take another disk"
+    COMPARED = "miss a page that differs"
     SPLICE = "give away pages that change"
 
 

@@ -10,10 +10,13 @@ import pytest
 
 from bhystream import hypervisors
 from bhystream.backend.base import Target
-from bhystream.errors import GuestError
-from bhystream.guest import Head, Json, State
+from bhystream.errors import ChecksumError, GuestError
+from bhystream.guest import PAGE_BYTES, Head, Json, State
 from bhystream.handover import state
 from bhystream.handover.answers import unpack
+from bhystream.memory.extent import EXTENT
+from bhystream.memory.page import PageHasher
+from bhystream.memory.target import Differing, FileTarget
 from bhystream.recv import reply
 from bhystream.recv.arrival import Arrival
 from bhystream.recv.incoming import Incoming
@@ -35,9 +38,25 @@ class Nowhere:
     def place(self, base_page: int, npages: int, extents: memoryview, pages: memoryview) -> None:
         """Drop the pages."""
 
+    def differing(
+        self,
+        hasher: PageHasher,
+        base_page: int,
+        extents: memoryview,
+        hashes: memoryview,
+        on_step: Callable[[], None],
+    ) -> Differing:
+        """Say of every page that it differs."""
+        on_step()
+        first, count, _ = EXTENT.unpack_from(extents)
+        return Differing(count, first)
+
 
 class Sink:
-    """base.Sink without a hypervisor.  dies: require_alive() finds that it has ended."""
+    """base.Sink without a hypervisor.
+
+    dies: require_alive() finds that it has ended.  targets: for the pages.
+    """
 
     def __init__(self, *, dies: bool = False) -> None:
         self.may_have_run = False
@@ -47,6 +66,7 @@ class Sink:
         self.stops = False
         self.asked = 0
         self.done: list[str] = []
+        self.targets: Sequence[Target] = ()
 
     def check(self, head: Head) -> list[str]:
         self.segments = len(head.layout.segments)
@@ -63,7 +83,7 @@ class Sink:
             self.on_wait()
         if self.stops:
             raise GuestError("stop here")
-        return [Nowhere()] * self.segments
+        return self.targets or [Nowhere()] * self.segments
 
     def require_alive(self) -> None:
         self.asked += 1
@@ -174,3 +194,52 @@ def test_what_the_guest_can_wait_for_comes_after_the_news_that_it_runs(
     incoming.run()
     assert sink.done == ["load", "start", "RUNNING", "settle"]
     incoming.close()
+
+
+def test_memory_that_is_the_sources_is_started(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sink = Sink()
+    with (tmp_path / "memory").open("w+b") as file:
+        os.truncate(file.fileno(), 8 * PAGE_BYTES)
+        sink.targets = [FileTarget(file.fileno(), 0), FileTarget(file.fileno(), 6 * PAGE_BYTES)]
+        incoming_of("verified.bhys", sink, base, monkeypatch).run()
+    assert sink.done == ["load", "start", "settle"]
+    assert "its memory is compared with the source's" in capfd.readouterr().err
+
+
+def test_memory_that_differs_is_not_even_loaded(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sections are compared first, so that all pages are counted."""
+    sink = Sink()
+    incoming = incoming_of("verified.bhys", sink, base, monkeypatch)
+    with pytest.raises(ChecksumError, match=r"\(HASHES\) at offset 0x.*: page 0, .*; 2 of 8 pages"):
+        incoming.run()
+    assert sink.done == []
+
+
+def test_a_signal_ends_a_comparison_that_takes_long(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same way a source hears that bhyrecv is at work: see on_wait in incoming.py."""
+    sink = Sink()
+    incoming = incoming_of("verified.bhys", sink, base, monkeypatch)
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) > WAITS:
+            raise GuestError("stop here")
+
+    asked: list[int] = []
+    monkeypatch.setattr(incoming._job.signals, "check", check)
+    with pytest.raises(GuestError, match="stop here"):
+        incoming.run()
+    assert sink.done == []
+
+
+def test_without_hashes_nothing_says_that_memory_was_compared(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    incoming_of("plain.bhys", Sink(), base, monkeypatch).run()
+    assert "compared" not in capfd.readouterr().err

@@ -25,6 +25,7 @@ from support.streams import (
     CONFIG_JSON,
     DEVICES,
     DISKS,
+    HASHES,
     HEAD_END,
     HOST,
     LAYOUT,
@@ -154,6 +155,21 @@ def all_the_samples() -> Pieces:
     yield before(DISKS, PLAIN).add(DISKS, disks(*given)).raw
 
 
+def all_the_hashes() -> Pieces:
+    """HASHES with as many extents and hashes as one may have, and then the next."""
+    maker = head((b"ram", 0, 1 << 20)).memory(0, [(0, 1 << 20, ZERO)])
+    maker.round_end(0, 0, 1 << 20, flags=1)
+    yield maker.raw
+    for first in range(0, 20 << 15, 1 << 15):
+        start = len(maker.raw)
+        extents = [
+            (at + 8 * kind, 8, kind)
+            for at in range(first, first + (1 << 15), 16)
+            for kind in (0, 1)
+        ]
+        yield maker.hashes(extents, [page(1)] * 16384).raw[start:]
+
+
 def a_claim(kind: int, length: int) -> Pieces:
     """A section that says to be this long, and the bytes that it says to have, up to 256 MiB."""
     maker = before(kind, PLAIN)
@@ -185,6 +201,8 @@ WITHOUT_STATES: dict[str, Callable[[], Pieces]] = {
     "claimed counts": claimed_counts,
     "samples": all_the_samples,
     "long DISKS": lambda: a_claim(DISKS, 1 << 32),
+    "hashes": all_the_hashes,
+    "long HASHES": lambda: a_claim(HASHES, 1 << 32),
 }
 
 

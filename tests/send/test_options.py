@@ -36,6 +36,7 @@ def test_bhysend_with_every_option() -> None:
             "1h",
             "--throttle",
             "75",
+            "--verify",
             "-z",
             "19",
             "qemu:/a",
@@ -49,8 +50,10 @@ def test_bhysend_with_every_option() -> None:
         verbose=True,
         hook="true",
         level=19,
+        verify=True,
     )
     assert sender("-k", "qemu:/a").keep
+    assert sender("-k", "--verify", "qemu:/a").verify
     assert sender("-r", "0", "qemu:/a").limits.rounds == 0
     assert sender("-p", "", "qemu:/a").hook == ""
     assert sender("-C", "/vm/web1.conf", "web1").config == "/vm/web1.conf"
@@ -103,6 +106,8 @@ def test_the_form_of_the_stream_and_the_command(
         ("-z 20 a", "-z 20: not a number from 1 to 19"),
         ("--throttle 0 a", "--throttle 0: not a number from 1 to 99"),
         ("--throttle 100 a", "--throttle 100: not a number from 1 to 99"),
+        ("--ver a", "option --ver: write it in full"),
+        ("--verify --resume a", "--resume goes with no other option"),
         ("--thr 50 a", "option --thr: write it in full"),
         ("-d 300 a", "-d 300: not a time"),
         ("-T 1 a", "-T 1: not a time"),

@@ -35,6 +35,21 @@ def test_without_experience_the_parts_are_the_estimates(tmp_path: Path) -> None:
     assert Parts(1, 2, 4, 8).total_ns == 15
 
 
+def test_verify_is_one_more_scan_by_one_thread(tmp_path: Path) -> None:
+    assert predicting(tmp_path, is_verified=True).parts(VIEW, 50) == Parts(1000, 420, 0, 2100)
+    found = predicting(tmp_path, is_verified=True).foretell(80, 50)
+    assert [each.time_ns for each in found if each.part == "scan"] == [120]
+
+
+def test_a_verified_move_teaches_nothing_about_another(tmp_path: Path) -> None:
+    made = predicting(tmp_path, is_verified=True)
+    made.parts(VIEW, 50)
+    made.learn(Parts(1000, 840, 0, 4200))
+    known = predicting(tmp_path, is_verified=True).parts(VIEW, 50)
+    assert known == Parts(1000, 840, 0, 4200)
+    assert predicting(tmp_path).parts(VIEW, 50) == Parts(1000, 340, 0, 2100)
+
+
 def test_each_part_is_corrected_by_its_own_experience(tmp_path: Path) -> None:
     made = predicting(tmp_path)
     made.parts(VIEW, 50)

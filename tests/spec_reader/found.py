@@ -91,6 +91,8 @@ class Stream:
     """What a sound stream holds.
 
     `memory` maps a page number to its 4096 bytes after all rounds; a page of zeros is absent.
+    `hashes` has (page, 1, hash) for each page of a DATA extent of HASHES, and (first, count, None)
+    for each ZERO extent.
     `what` and `digest` are END's, None in a stream that ends with ABORT.  `skipped` holds the
     types of the unknown optional sections.  `sections` counts all sections, also END, GO, ABORT.
     """
@@ -102,6 +104,7 @@ class Stream:
     devices: list[str] = field(default_factory=list)
     memory: dict[int, bytes] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
+    hashes: list[tuple[int, int, int | None]] = field(default_factory=list)
     rehearsal: bytes | None = None
     states: dict[str, bytes] = field(default_factory=dict)
     optional_states: dict[str, bytes] = field(default_factory=dict)

@@ -101,6 +101,7 @@ class Reader:
         self.name: str | None = None
         self.digest = xxhash.xxh3_128(header.checksum, seed=header.seed)
         self.cursor = 0  # the first page that the round has not passed
+        self.hashed = 0  # the first page that no HASHES section has stated
         self.data_pages = 0  # so far in this round
         self.zero_pages = 0
         self.part = 0  # the part of the state `open` that is due
@@ -235,20 +236,29 @@ class Reader:
         number, nextents, npages, zero = MEMORY_HEAD.unpack_from(raw)
         need(number == len(self.out.rounds), "wrong round")
         need(zero == 0, "reserved field is not zero")
-        made, at, data, total = [], self.cursor, 0, self.out.npages
         upto = MEMORY_HEAD.size + nextents * EXTENT.size
-        for first, count, kind in EXTENT.iter_unpack(raw[MEMORY_HEAD.size : upto]):
+        gap = "" if number else "gap in round 0"
+        made = self.checked(raw[MEMORY_HEAD.size : upto], self.cursor, gap)
+        data = sum(end - first for first, end, is_data in made if is_data)
+        need(data == npages, "number of pages is not that of the DATA extents")
+        return made
+
+    def checked(self, raw: bytes, at: int, gap: str) -> list[tuple[int, int, bool]]:
+        """Return the extents of a list, none of which begins before page `at`.
+
+        gap: what to say of a page that is left out; "" if it may be.
+        """
+        made, total = [], self.out.npages
+        for first, count, kind in EXTENT.iter_unpack(raw):
             need(kind in (0, 1), "unknown kind of extent")
             need(count >= 1, "empty extent")
             need(first + count <= total, "extent is outside the guest")
             need(first >= at, "extents do not ascend")
-            need(number > 0 or first == at, "gap in round 0")
+            need(not gap or first == at, gap)
             at = first + count
-            data += 0 if kind else count
             made.append((first, at, kind == 0))
         segment = next(one for one in self.out.layout if made[0][0] < one.first + one.npages)
         need(at <= segment.first + segment.npages, "extents are not in one segment")
-        need(data == npages, "number of pages is not that of the DATA extents")
         return made
 
     def apply(self, raw: bytes, extents: list[tuple[int, int, bool]], pages: bytes) -> None:
@@ -297,11 +307,28 @@ class Reader:
         self.out.rounds.append(Round(data_pages, zero_pages, bool(flags & LAST)))
         self.cursor = self.data_pages = self.zero_pages = 0
         if flags & LAST:
-            self.phase = "STATE"
+            self.phase = "HASHES"
+
+    def hashes(self, payload: bytes, _flags: int) -> None:
+        nextents, nhashes = struct.unpack_from("<II", payload)
+        need(1 <= nextents <= 4096, "number of extents is not 1 to 4096")
+        need(nhashes <= 16384, "more than 16384 hashes")
+        upto = 8 + nextents * EXTENT.size
+        need(len(payload) == upto + 8 * nhashes, "wrong length")
+        made = self.checked(payload[8:upto], self.hashed, "gap in HASHES")
+        data = sum(end - first for first, end, is_data in made if is_data)
+        need(data == nhashes, "number of hashes is not that of the DATA extents")
+        given = iter(struct.unpack_from(f"<{nhashes}Q", payload, upto))
+        for first, end, is_data in made:
+            pages = range(first, end) if is_data else ()
+            self.out.hashes += [(number, 1, next(given)) for number in pages]
+            self.out.hashes += [] if is_data else [(first, end - first, None)]
+        self.hashed = made[-1][1]
 
     # The state
 
     def state(self, payload: bytes, flags: int) -> None:
+        self.phase = "STATE"
         name, part, raw = self.part_of(payload)
         need(len(raw) <= 1048576, "part of a state is too long")
         self.begin_part(name, part, optional=False)
@@ -311,6 +338,7 @@ class Reader:
         self.end_part(name, raw, flags)
 
     def state_zeros(self, payload: bytes, flags: int) -> None:
+        self.phase = "STATE"
         name, part, raw = self.part_of(payload)
         need(len(raw) == 8, "wrong length")
         (count,) = struct.unpack("<Q", raw)
@@ -365,6 +393,7 @@ class Reader:
 
     def time(self, payload: bytes, _flags: int) -> None:
         self.out.time = Time(*struct.unpack("<QQ", payload))
+        need(self.hashed in (0, self.out.npages), "gap in HASHES")
         need(self.out.time.paused_at_ns > 0 or self.out.time.paused_for_ns == 0, "paused never")
         self.phase = "DISKS"
 
@@ -419,17 +448,18 @@ TYPES: Final = {
     0x6: _Type("PAD", 0, 1048576, 0, Reader.pad, ()),
     0x7: _Type("MEMORY", 0, 4268048, ZSTD, Reader.pad, ROUNDS),  # parsed by Reader.memory
     0x8: _Type("ROUND_END", 24, 24, LAST, Reader.round_end, ROUNDS),
-    0x9: _Type("STATE", 16, 1048840, LAST, Reader.state, ("STATE",)),
-    0xA: _Type("TIME", 16, 16, 0, Reader.time, ("STATE", "OPTIONAL")),
+    0x9: _Type("STATE", 16, 1048840, LAST, Reader.state, ("HASHES", "STATE")),
+    0xA: _Type("TIME", 16, 16, 0, Reader.time, ("HASHES", "STATE", "OPTIONAL")),
     0xB: _Type("END", 64, 64, 0, Reader.end, ("END", "DISKS")),
     0xC: _Type("GO", 16, 16, 0, Reader.go, ("GO",)),
     0xD: _Type("ABORT", 9, 1024, 0, Reader.abort, ()),
-    0xF: _Type("STATE_ZEROS", 24, 272, LAST, Reader.state_zeros, ("STATE",)),
+    0xF: _Type("STATE_ZEROS", 24, 272, LAST, Reader.state_zeros, ("HASHES", "STATE")),
     0x80000009: _Type(
-        "STATE_OPTIONAL", 16, 1048840, LAST, Reader.state_optional, ("STATE", "OPTIONAL")
+        "STATE_OPTIONAL", 16, 1048840, LAST, Reader.state_optional, ("HASHES", "STATE", "OPTIONAL")
     ),
     0x8000000E: _Type("REHEARSAL", 1, 1048576, 0, Reader.rehearsal, ("REHEARSAL",)),
     0x80000010: _Type("DISKS", 8, 262144, 0, Reader.disks, ("DISKS",)),
+    0x80000011: _Type("HASHES", 24, 196616, 0, Reader.hashes, ("HASHES",)),
 }
 
 

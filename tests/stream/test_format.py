@@ -23,6 +23,7 @@ SIZES = {
     "LAYOUT_HEAD": 8,
     "LAYOUT_SEGMENT": 48,
     "MEMORY_HEAD": 16,
+    "HASHES_HEAD": 8,
     "EXTENT": 16,
     "ROUND_END": 24,
     "STATE_HEAD": 8,
@@ -125,6 +126,7 @@ def test_the_caps_are_the_sums_of_their_parts() -> None:
         Type.STATE_OPTIONAL: 1048840,
         Type.REHEARSAL: 1048576,
         Type.DISKS: 262144,
+        Type.HASHES: 196616,
     }
     assert fmt.cap(Type.MEMORY) == 4268048
     assert fmt.cap(1 << 31) == fmt.cap((1 << 32) - 1) == 1048576

@@ -36,6 +36,7 @@ FROZEN = {
     "kept": "2067449e0d6b84cd8b233a0b0503dcbe707d61375671a5210ba1338f3d5fc6c0",
     "plain": "57a3b9b7bfb8475c18b1d4feb3a91b958920bf5f82ffd778944712faaab1c212",
     "rehearsed": "eb934b7a1ad5c1c4510b11896fb70c15a855c29b16fe2bc0f84d5256698c2d98",
+    "verified": "d0ccda42759ef8e6e5c30e38935f741af8ab09726164fe38c8e75c4119bfe7b3",
     "zstd": "415021dbb240186ef2531373a1ee5ac3ba072905fcfa1de127befec2570f4b49",
 }
 SOUND = [name for name in STREAMS if name != "aborted"]
@@ -46,6 +47,7 @@ MEMORY = {
     "zstd": {0: text_pages()[0], 1: text_pages()[1], 4: page(4)},
     "answered": {},
     "rehearsed": {},
+    "verified": {3: page(3), 6: page(6)},
 }
 STATES = {
     "dry-run": {},
@@ -54,6 +56,7 @@ STATES = {
     "zstd": {"machine": bytes(100)},
     "answered": {"machine": b"state"},
     "rehearsed": ZERO_STATES,
+    "verified": {"machine": b"state"},
 }
 OPTIONAL_STATES = {"rehearsed": {"fpu/0": b"xmm0xmm1", "fpu/1": bytes(4096)}}
 HEADER_BYTES = 72

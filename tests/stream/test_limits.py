@@ -31,6 +31,7 @@ from support.streams import (
     CONFIG,
     DEVICES,
     DISKS,
+    HASHES,
     HOST,
     LAYOUT,
     MEMORY,
@@ -40,6 +41,7 @@ from support.streams import (
     Maker,
     abort,
     before,
+    hashes,
     layout,
     memory_list,
     page,
@@ -66,6 +68,8 @@ def test_the_page_has_the_numbers_of_the_code() -> None:
         "JSON values within one another": strict_json.MAX_DEPTH,
         "extents in a MEMORY section": fmt.MAX_EXTENTS,
         "pages in a MEMORY section": fmt.MAX_MEMORY_PAGES,
+        "extents in a HASHES section": fmt.MAX_EXTENTS,
+        "hashes in a HASHES section": fmt.MAX_HASHES,
         "bytes in the window of a zstd frame": fmt.MAX_WINDOW_BYTES,
         "states": fmt.MAX_STATES,
         "optional states": fmt.MAX_STATES,
@@ -126,6 +130,18 @@ def extents(count: int) -> Maker:
     return maker.add(MEMORY, raw + body, covered=len(raw))
 
 
+def hashed_in_extents(count: int) -> Maker:
+    maker = Maker().head((b"ram", 0, count + 1)).memory(0, [(0, count + 1, ZERO)])
+    maker.round_end(0, 0, count + 1, flags=1)
+    return maker.hashes([(at, 1, ZERO) for at in range(count)])
+
+
+def hashed(count: int) -> Maker:
+    maker = Maker().head((b"ram", 0, count + 1)).memory(0, [(0, count + 1, ZERO)])
+    maker.round_end(0, 0, count + 1, flags=1)
+    return maker.add(HASHES, hashes([(0, count, 0)], [page(1)] * count))
+
+
 def zstd_window(window: int) -> Maker:
     """Add a frame that says that it needs this window: 8 bits of exponent and eighths."""
     exponent = window.bit_length() - 11
@@ -173,6 +189,8 @@ TRIED: dict[str, Callable[[int], Maker]] = {
     "pages in a MEMORY section": lambda n: (
         Maker().head((b"ram", 0, n)).memory(0, [(0, n, 0)], [page(1)] * n)
     ),
+    "extents in a HASHES section": hashed_in_extents,
+    "hashes in a HASHES section": hashed,
     "bytes in the window of a zstd frame": zstd_window,
     "states": states,
     "optional states": lambda n: states(n, optional=True),

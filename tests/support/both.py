@@ -17,7 +17,7 @@ from bhystream.errors import AbortedError, BhyError, StreamError
 from bhystream.guest import Head, State
 from bhystream.memory.extent import EXTENT
 from bhystream.stream.format import Form, Header, RoundEnd
-from bhystream.stream.verify import Disks, Ended, Go, Item, Pages, Rehearsal, Walk
+from bhystream.stream.verify import Disks, Ended, Go, Hashes, Item, Pages, Rehearsal, Walk
 from spec_reader import Refused, Stream, read
 from support.streams import NAMES, Maker
 
@@ -45,7 +45,8 @@ class Input:
 class Recorder:
     """A destination that keeps what a stream says.
 
-    memory: the pages that are not zero, as a dict of page number to bytes.  started: END allowed
+    memory: the pages that are not zero, as a dict of page number to bytes.  hashes: as in
+    spec_reader.Stream.  started: END allowed
     the start, or GO came in the answered form.
     """
 
@@ -54,9 +55,11 @@ class Recorder:
         self.started = False
         self.header: Header | None = None
         self.head: Head | None = None
+        self._npages = 0
         self.memory: dict[int, bytes] = {}
         self.rounds: list[RoundEnd] = []
         self.rehearsal: Rehearsal | None = None
+        self.hashes: list[tuple[int, int, int | None]] = []
         self.states: list[State] = []
         self.disks: Disks | None = None
         self.ended: Ended | None = None
@@ -73,10 +76,8 @@ class Recorder:
 
     def _take(self, event: Item) -> None:
         match event:
-            case Header():
-                self.header = event
-            case Head():
-                self.head = event
+            case Header() | Head():
+                self._begin(event)
             case Rehearsal():
                 assert self.rehearsal is None and not self.rounds
                 self.rehearsal = event
@@ -84,6 +85,9 @@ class Recorder:
                 self._place(event)
             case RoundEnd():
                 self.rounds.append(event)
+            case Hashes():
+                assert self.rounds[-1].is_last and not self.states
+                self._note(event)
             case State():
                 assert self.ended is None
                 self.states.append(event)
@@ -96,6 +100,22 @@ class Recorder:
             case Go():
                 self.go = event
                 self.started = True
+
+    def _begin(self, event: Header | Head) -> None:
+        if isinstance(event, Header):
+            self.header = event
+        else:
+            self.head, self._npages = event, event.layout.npages
+
+    def _note(self, event: Hashes) -> None:
+        given = iter(event.hashes.cast("Q"))
+        for first, count, kind in EXTENT.iter_unpack(event.extents):
+            if kind:
+                self.hashes.append((first, count, None))
+            else:
+                self.hashes += [(at, 1, next(given)) for at in range(first, first + count)]
+        assert next(given, None) is None
+        assert event.is_last == (first + count == self._npages)
 
     def _place(self, event: Pages) -> None:
         at = 0
@@ -168,6 +188,7 @@ def agree(raw: bytes) -> tuple[Recorder, Stream]:
         (walked.memory, found.memory),
         ([(one.data_pages, one.zero_pages) for one in walked.rounds],
          [(one.data_pages, one.zero_pages) for one in found.rounds]),
+        (walked.hashes, found.hashes),
         (walked.disks.disks if walked.disks else (), tuple(found.disks)),
         (walked.rehearsal.plan if walked.rehearsal else None, found.rehearsal),
         ([(one.name, one.data, one.is_optional) for one in walked.states],

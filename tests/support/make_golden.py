@@ -99,6 +99,15 @@ def memory(
     writer.section(Type.MEMORY, payload, flags=flags, body=frame or b"".join(pages))
 
 
+def hashes(writer: Writer, extents: list[tuple[int, int, int]], pages: list[bytes]) -> None:
+    """Write HASHES; extents: as for memory(); pages: those of the DATA extents."""
+    payload = fmt.HASHES_HEAD.pack(len(extents), len(pages))
+    payload += b"".join(fmt.EXTENT.pack(*extent) for extent in extents)
+    for one in pages:
+        payload += xxhash.xxh3_64_intdigest(one, writer.header.seed).to_bytes(8, "little")
+    writer.section(Type.HASHES, payload)
+
+
 def time(writer: Writer, at_ns: int = PAUSED_AT, for_ns: int = PAUSED_FOR) -> None:
     """Write TIME."""
     writer.section(Type.TIME, fmt.TIME.pack(at_ns, for_ns))
@@ -197,6 +206,24 @@ def rehearsed(fd: int) -> None:
     writer.end()
 
 
+def verified(fd: int) -> None:
+    """Write a stream with the hashes of all pages, in two segments, after two rounds."""
+    writer = begin(fd, 8, Form.PLAIN)
+    head(writer, Segment("ram", 0, 6), Segment("rom", None, 2))
+    memory(writer, [(0, 1, 0), (1, 5, 1)], [page(0)])
+    memory(writer, [(6, 1, 0), (7, 1, 1)], [page(6)])
+    writer.round_end(2, 6, last=False)
+    memory(writer, [(0, 1, 1), (3, 1, 0)], [page(3)])
+    writer.round_end(1, 1, last=True)
+    # Page 0 is zero by now: a writer may list its hash as well.
+    hashes(writer, [(0, 1, 0), (1, 2, 1), (3, 1, 0), (4, 2, 1)], [bytes(PAGE_BYTES), page(3)])
+    writer.section(Type.PAD, bytes(5))
+    hashes(writer, [(6, 1, 0), (7, 1, 1)], [page(6)])
+    writer.state(State("machine", b"state"))
+    time(writer)
+    writer.end()
+
+
 def aborted(fd: int) -> None:
     """Write a stream that its sender gave up in round 0."""
     writer = begin(fd, 6, Form.PLAIN)
@@ -213,6 +240,7 @@ STREAMS: dict[str, Callable[[int], None]] = {
     "answered": answered,
     "aborted": aborted,
     "rehearsed": rehearsed,
+    "verified": verified,
 }
 
 

@@ -22,12 +22,13 @@ ZSTD, NO_MEMORY = 1, 2
 HOST, LAYOUT, CONFIG, DEVICES, HEAD_END, PAD, MEMORY = 1, 2, 3, 4, 5, 6, 7
 ROUND_END, STATE, TIME, END, GO, ABORT = 8, 9, 10, 11, 12, 13
 STATE_ZEROS, STATE_OPTIONAL, REHEARSAL, DISKS = 15, 0x80000009, 0x8000000E, 0x80000010
+HASHES = 0x80000011
 OPTIONAL = 0x80000ABC
 NAMES = {
     1: "HOST", 2: "LAYOUT", 3: "CONFIG", 4: "DEVICES", 5: "HEAD_END", 6: "PAD", 7: "MEMORY",
     8: "ROUND_END", 9: "STATE", 10: "TIME", 11: "END", 12: "GO", 13: "ABORT",
     STATE_ZEROS: "STATE_ZEROS", STATE_OPTIONAL: "STATE_OPTIONAL", REHEARSAL: "REHEARSAL",
-    DISKS: "DISKS",
+    DISKS: "DISKS", HASHES: "HASHES",
 }  # fmt: skip
 HOST_JSON = b'{"hypervisor": "qemu", "program": "test 1"}'
 CONFIG_JSON = b'{"name": "web1", "smp": 2}'
@@ -78,6 +79,22 @@ def memory_list(
     npages = len(pages) if npages is None else npages
     nextents = len(extents) if nextents is None else nextents
     raw = struct.pack("<IIII", number, nextents, npages, zero)
+    raw += b"".join(struct.pack("<QII", *extent) for extent in extents)
+    return raw + b"".join(
+        struct.pack("<Q", xxhash.xxh3_64_intdigest(one, seed=SEED)) for one in pages
+    )
+
+
+def hashes(
+    extents: Sequence[Extent],
+    pages: Sequence[bytes],
+    *,
+    nextents: int | None = None,
+    nhashes: int | None = None,
+) -> bytes:
+    """Pack HASHES; pages: of the DATA extents.  The counts may be wrong."""
+    nextents = len(extents) if nextents is None else nextents
+    raw = struct.pack("<II", nextents, len(pages) if nhashes is None else nhashes)
     raw += b"".join(struct.pack("<QII", *extent) for extent in extents)
     return raw + b"".join(
         struct.pack("<Q", xxhash.xxh3_64_intdigest(one, seed=SEED)) for one in pages
@@ -214,6 +231,9 @@ class Maker:
         self.memory(0, [(0, 2, DATA), (2, 4, ZERO)], [page(1), page(2)])
         return self.memory(0, [(6, 1, DATA)], [page(3)]).round_end(0, 3, 4, flags=flags)
 
+    def hashes(self, extents: Sequence[Extent], pages: Sequence[bytes] = ()) -> Maker:
+        return self.add(HASHES, hashes(extents, pages))
+
     def state(self, name: bytes, part: int, raw: bytes, *, flags: int = 0) -> Maker:
         self.state_bytes += len(raw)
         return self.add(STATE, state(name, part, raw), flags=flags)
@@ -265,7 +285,7 @@ def before(kind: int, form: int = ANSWERED, mandatory: int = 0) -> Maker:
     if kind in (REHEARSAL, MEMORY, ROUND_END):
         return maker
     maker.round_0()
-    if kind in (STATE, STATE_ZEROS, STATE_OPTIONAL, TIME):
+    if kind in (HASHES, STATE, STATE_ZEROS, STATE_OPTIONAL, TIME):
         return maker
     maker.time()
     return maker if kind in (END, DISKS) else maker.end()
@@ -275,10 +295,11 @@ def before(kind: int, form: int = ANSWERED, mandatory: int = 0) -> Maker:
 SHORTEST = {
     LAYOUT: 56, MEMORY: 32, ROUND_END: 24, STATE: 16, TIME: 16, END: 64, GO: 16, ABORT: 9,
     STATE_ZEROS: 24, STATE_OPTIONAL: 16, REHEARSAL: 1, DISKS: 8,
+    HASHES: 24,
 }  # fmt: skip
 CAPS = [
     (HOST, 65536), (LAYOUT, 3080), (CONFIG, 65536), (DEVICES, 65536), (HEAD_END, 0),
     (PAD, 1048576), (MEMORY, 4268048), (ROUND_END, 24), (STATE, 1048840), (TIME, 16), (END, 64),
     (GO, 16), (ABORT, 1024), (OPTIONAL, 1048576), (STATE_ZEROS, 272), (STATE_OPTIONAL, 1048840),
-    (REHEARSAL, 1048576), (DISKS, 262144),
+    (REHEARSAL, 1048576), (DISKS, 262144), (HASHES, 196616),
 ]  # fmt: skip

@@ -15,6 +15,8 @@ from typing import Protocol
 
 from bhystream.errors import Reason
 from bhystream.guest import Fixed, Head, Json, State
+from bhystream.memory.page import PageHasher
+from bhystream.memory.target import Differing
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,21 @@ class Target(Protocol):
         base_page, npages: the segment's first page, in global page numbers, and
         its number of pages.  extents, pages: as in verify.Pages, checked.
         Raises OSError if the pages cannot be written.
+        """
+
+    def differing(
+        self,
+        hasher: PageHasher,
+        base_page: int,
+        extents: memoryview,
+        hashes: memoryview,
+        on_step: Callable[[], None],
+    ) -> Differing:
+        """Compare the memory, as it is now, with the hashes of the source's.
+
+        hasher: has the stream's seed.  base_page: as for place().  extents, hashes: as in
+        verify.Hashes, checked.  on_step: called often; what it raises ends the comparison.
+        Memory that was never allocated stays so.  Raises OSError if the memory cannot be read.
         """
 
 

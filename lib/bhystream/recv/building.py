@@ -10,13 +10,14 @@ from bhystream.errors import from_oserror
 from bhystream.guest import PAGE_BYTES, READY, Head, State
 from bhystream.handover import leftover
 from bhystream.handover.state import Lock, Record
+from bhystream.recv.hashed import MemoryComparison
 from bhystream.recv.receiving import RecvJob, refuse
 from bhystream.recv.sampled import Comparison
 from bhystream.report import Progress
 from bhystream.stream import format as fmt
 from bhystream.stream.disks import Disk
-from bhystream.stream.format import Form, RoundEnd
-from bhystream.stream.verify import Pages
+from bhystream.stream.format import Form, RoundEnd, Type
+from bhystream.stream.verify import Hashes, Pages
 
 
 class Building:
@@ -44,6 +45,7 @@ class Building:
         self._targets: Sequence[Target] = ()
         self._states: list[State] = []
         self._comparison: Comparison | None = None
+        self._memory = MemoryComparison(head.layout, job.walk.header.seed)
         self._progress = Progress(
             job.console,
             self.name,
@@ -102,6 +104,24 @@ class Building:
                 f"guest {self.name}: round {event.round}: {event.data_pages} pages, "
                 f"{event.zero_pages} zero"
             )
+
+    def compare_memory(self, event: Hashes) -> None:
+        """Compare pages with the source's hashes.
+
+        sink.on_wait() is called meanwhile: a section may state terabytes of zeros.  Raises
+        ChecksumError after the last of the pages if one differs, InputOutputError, AccessError.
+        """
+        where = self._job.walk.place(Type.HASHES)
+        target = self._targets[event.segment]
+        try:
+            self._memory.compare(target, event, where, self.sink.on_wait)
+        except OSError as error:
+            raise from_oserror(error, f"read the memory of guest {self.name}") from error
+
+    @property
+    def is_compared(self) -> bool:
+        """Say whether all of the memory was compared, and is what the source has."""
+        return self._memory.is_done
 
     def compare_disks(self, sampled: Sequence[Disk]) -> None:
         """Begin to compare the disks here with the samples of the source's."""

@@ -7,6 +7,7 @@ no part of the guest runs before END has been verified:
     head     the verdict, before any memory moves; then an
              empty guest is made                               ACCEPT, REFUSED
     pages    written into its memory, zeros punched out        SEEN
+    hashes   if there are any: compared with its memory        SEEN, FAILED
     END      the device state is loaded; in the plain form
              STARTED is recorded, and the guest started        READY
     GO       answered form: STARTED is recorded, and the
@@ -34,7 +35,7 @@ from bhystream.recv.arrival import Arrival
 from bhystream.recv.building import Building
 from bhystream.recv.receiving import RecvJob, require_startable
 from bhystream.stream.format import Form, RoundEnd, Type
-from bhystream.stream.verify import Disks, Ended, Go, Item, Pad, Pages, Rehearsal
+from bhystream.stream.verify import Disks, Ended, Go, Hashes, Item, Pad, Pages, Rehearsal
 from bhystream.units import counted, duration, size
 
 
@@ -180,6 +181,8 @@ class Incoming:
                     building.write_pages(pages)
                 case RoundEnd() as end:
                     building.end_round(end)
+                case Hashes() as hashes:
+                    building.compare_memory(hashes)
                 case State() as state:
                     building.take_state(state)
                 case Disks() as sampled:
@@ -210,6 +213,8 @@ class Incoming:
             f"guest {name}: {what}; {counted(ended.end.rounds, 'round')}, "
             f"{size(job.walk.reader.offset_bytes)}"
         )
+        if building.is_compared:
+            text += "; its memory is compared with the source's"
         is_moved = job.walk.header.form != Form.KEPT and job.opts.directory is None
         if is_moved and ended.time and ended.time.paused_for_ns:
             total = ended.time.paused_for_ns + here_ns

@@ -90,6 +90,8 @@ def _write_guest(
 
     transfer = Transfer(source, head.layout, writer, level=opts.level, on_batch=show)
     transfer.round(last=True, rate_bytes=opts.limits.rate_bytes)
+    if opts.verify:
+        transfer.hashes()
     # The states follow the memory: states() raises if the files have changed meanwhile.
     for state in source.states():
         writer.state(state)

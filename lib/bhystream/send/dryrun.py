@@ -143,7 +143,15 @@ def _pause(
     kind = str(head.host["hypervisor"])
     # As in a move: outgoing.py drops the plan if there is a -p command.
     is_early = fixed.is_early and opts.hook is None
-    made = Prediction(usual, base, kind, asked.host, opts.hook, is_early=is_early)
+    made = Prediction(
+        usual,
+        base,
+        kind,
+        asked.host,
+        opts.hook,
+        is_early=is_early,
+        is_verified=opts.verify,
+    )
     return made.foretell(found.scan_ns, asked.trip_ns)
 
 

@@ -13,7 +13,7 @@ from bhystream.units import rate_bytes, time_ns
 
 USAGE = """\
 usage: bhysend [-afknPv] [-B rate] [-C config] [-d time] [-p hook] [-r rounds]
-               [-T time] [--throttle percent] [-z level]
+               [-T time] [--throttle percent] [--verify] [-z level]
                guest [command [argument ...]]
        bhysend -A [guest]
        bhysend -l [guest]
@@ -29,7 +29,7 @@ class SendOptions(NamedTuple):
 
     guest: the operand.  command: the words of the command form, else empty.  hook: -p.
     level: -z, 1 to 19.  config: -C.  umask: the umask that bhysend inherited, for the
-    command and the hook; or AS_IT_IS.
+    command and the hook; or AS_IT_IS.  verify: --verify.
     """
 
     guest: str
@@ -44,6 +44,7 @@ class SendOptions(NamedTuple):
     level: int | None = None
     config: str | None = None
     umask: int = AS_IT_IS
+    verify: bool = False
 
     @property
     def form(self) -> Form:
@@ -61,7 +62,10 @@ class SendOptions(NamedTuple):
 def parse_options(argv: Sequence[str]) -> SendOptions | commandline.Verb:
     """Parse the command line of a move or of a verb.  Raises UsageError if it is wrong."""
     found, operands = commandline.parse(
-        argv, "AaB:C:d:fklnPp:r:T:vz:", ["discard", "in-doubt", "resume", "throttle="], USAGE
+        argv,
+        "AaB:C:d:fklnPp:r:T:vz:",
+        ["discard", "in-doubt", "resume", "throttle=", "verify"],
+        USAGE,
     )
     given = dict(found)
     verb = commandline.parse_verb([name for name, _ in found], operands, USAGE)
@@ -94,6 +98,7 @@ def parse_options(argv: Sequence[str]) -> SendOptions | commandline.Verb:
         hook=given.get("-p"),
         level=commandline.number(given["-z"], "-z", 1, 19) if "-z" in given else None,
         config=given.get("-C"),
+        verify="--verify" in given,
     )
 
 

@@ -6,7 +6,7 @@ Outgoing.run() is one flat list of steps:
     prepare   what the pause needs, while the guest runs
     rounds    the memory, while the guest runs                     rounds.py
     pause     the keeper watches; the guest is paused from here    custody.py
-    rest      the last pages, the state, the -p command
+    rest      the last pages, with --verify the hashes; the state, the -p command
     ending    END, and in the answered form GO: one step for each form
 
 main.py owns the source and the guest's lock, Outgoing owns the route, and Custody

@@ -2,7 +2,8 @@
 
     state       what prepare() measured, or what is usual for the hypervisor
     last pages  the last live scan, by the threads that the pause has; and the pages
-                that precopy.outlook() expects, at the rate so far
+                that precopy.outlook() expects, at the rate so far; with --verify,
+                one more scan, by one thread
     -p          only what earlier runs of the same command took
     answers     two trips to the destination and back, for END and GO; and the usual load
 
@@ -48,20 +49,25 @@ class Prediction:
         hook: str | None,
         *,
         is_early: bool,
+        is_verified: bool = False,
     ) -> None:
         """Read what earlier moves have taught.
 
         fixed: the source's.  base: the state directory.  kind: the hypervisor, "bhyve".
         where: the destination's host; "" if nobody answers.  hook: -p.  is_early: the
-        destination starts its hypervisor before the pause.
+        destination starts its hypervisor before the pause.  is_verified: --verify.
         """
         self._fixed = fixed
         self.nthreads = threads_for(fixed().vcpus)
         self._experience = Experience(base)
         late = "" if is_early else ", started late"
         self._state = f"state of {kind}"
-        self._last = f"last pages of {kind} by {counted(self.nthreads, 'thread')}"
-        self._answers = f"answers of {kind} on {where}{late}" if where else ""
+        hashed = ", verified" if is_verified else ""
+        self._last = f"last pages of {kind} by {counted(self.nthreads, 'thread')}{hashed}"
+        # How many scans by one thread take as long as those of the pause.
+        self._scans = 1 / self.nthreads + is_verified
+        # The destination may still compare the memory when END is written.
+        self._answers = f"answers of {kind} on {where}{late}{hashed}" if where else ""
         self._hook = "" if hook is None else _digest(hook)
         self._estimates: dict[str, float] = {}
 
@@ -73,7 +79,7 @@ class Prediction:
         fixed = self._fixed()
         self._estimates = {
             self._state: fixed.state_ns,
-            self._last: view.copy_ns + view.scan_ns / self.nthreads,
+            self._last: view.copy_ns + view.scan_ns * self._scans,
         }
         if self._answers:
             self._estimates[self._answers] = 2 * trip_ns + fixed.load_ns
@@ -98,7 +104,7 @@ class Prediction:
         """
         fixed = self._fixed()
         last = self._experience.noted(self._last)
-        scan_ns = int(scan_ns / self.nthreads * self._experience.factor(self._last))
+        scan_ns = int(scan_ns * self._scans * self._experience.factor(self._last))
         found = [
             self._as_before("state", self._state, Foretold("state", fixed.state_ns, ASSUMED)),
             Foretold("scan", scan_ns, MEASURED if last is None else EARLIER),

@@ -56,6 +56,7 @@ class Rounds:
             begun.host if begun.talk else "",
             job.opts.hook,
             is_early=bool(prepared.plan),
+            is_verified=job.opts.verify,
         )
         self._nthreads = self._prediction.nthreads
         self._transfer = Transfer(
@@ -140,13 +141,16 @@ class Rounds:
             self._look_ahead(time.monotonic_ns() - self._found[-1].end_ns)
 
     def last(self) -> None:
-        """Send the pages that changed since the last round.  Called while the guest is paused.
+        """Send the pages that changed since the last round; with --verify, hash all pages anew.
 
-        The CPUs of its vCPUs are free then: see scan.py.
+        Called while the guest is paused.  The CPUs of its vCPUs are free then: see scan.py.
         """
         self._is_late = False  # if -T ended in the last live round, that round was still in time
         found = self._transfer.round(last=True, nthreads=self._nthreads)
-        self._watch.note(last_ns=found.end_ns - found.start_ns)
+        if self._job.opts.verify:
+            self._progress.enter("paused, hashes after round", self.live)
+            self._transfer.hashes()
+        self._watch.note(last_ns=time.monotonic_ns() - found.start_ns)
 
     def learn(self) -> None:
         """Note what the parts of the pause have taken, for the predictions of later moves."""

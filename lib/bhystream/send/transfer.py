@@ -152,6 +152,29 @@ class Transfer:
         self._writer.round_end(way.data_pages, way.zero_pages, last=last)
         return way.over(self._writer.offset_bytes)
 
+    def hashes(self) -> None:
+        """Write the hash of every page, as the page is now.  Called after the last round.
+
+        The guest is paused.  All touched pages are hashed anew, because the table cannot tell
+        of a page that a round has missed.  The table is overwritten, so no round may follow.
+        Raises what round() raises.
+        """
+        batch = Batch(self._hasher, fmt.MAX_HASHES, fmt.MAX_EXTENTS, in_place=True)
+        touched = bitmap(self.npages)
+        self.work_pages = (0, mark_extents(self._source.touched(), touched))
+        for segment, base, first, end in strides(self._layout):
+            at = first
+            while at < end:
+                before = at
+                at = batch.collect(self._memory[segment], base, at, end, self._table, touched, True)
+                done, total = self.work_pages
+                self.work_pages = (done + count_bits(touched, base + before, base + at), total)
+                if batch.full or base + at == self._layout.end_of(segment):
+                    head = fmt.HASHES_HEAD.pack(batch.nextents, batch.npages)
+                    self._writer.section(Type.HASHES, head + batch.list_view())
+                    batch.clear()
+                    self._on_batch(base + at, 0)
+
     def _walk_scanned(self, way: _UnderWay, nthreads: int) -> None:
         """Collect the pages of a paused guest, which several threads compare with the table."""
         scan = Scan(self._hasher, self._memory, self._table, self._layout, way.read)

@@ -34,6 +34,7 @@ SECTION = struct.Struct("<IIQQQ")
 LAYOUT_HEAD = struct.Struct("<II")
 LAYOUT_SEGMENT = struct.Struct("<32sQQ")
 MEMORY_HEAD = struct.Struct("<IIII")
+HASHES_HEAD = struct.Struct("<II")
 ROUND_END = struct.Struct("<IIQQ")
 STATE_HEAD = struct.Struct("<HHI")
 STATE_COUNT = struct.Struct("<Q")
@@ -50,6 +51,7 @@ NONCE_BYTES = 16
 MAX_SEGMENTS = 64
 MAX_EXTENTS = 4096
 MAX_MEMORY_PAGES = 1024
+MAX_HASHES = 16384  # in one section
 MAX_WINDOW_BYTES = 8 << 20  # of a zstd frame
 MAX_STATES = 4096
 MAX_STATE_PART_BYTES = 1 << 20
@@ -106,6 +108,7 @@ class Type(IntEnum):
     STATE_OPTIONAL = OPTIONAL | 0x09
     REHEARSAL = OPTIONAL | 0x0E
     DISKS = OPTIONAL | 0x10
+    HASHES = OPTIONAL | 0x11
 
 
 _STATE_NAME_CAP = STATE_HEAD.size + 256  # the name and its padding
@@ -130,6 +133,7 @@ CAPS: dict[int, int] = {
     Type.STATE_OPTIONAL: _STATE_NAME_CAP + MAX_STATE_PART_BYTES,
     Type.REHEARSAL: 1 << 20,
     Type.DISKS: 1 << 18,
+    Type.HASHES: HASHES_HEAD.size + MAX_EXTENTS * EXTENT.size + MAX_HASHES * HASH_BYTES,
 }
 
 FLAG_ZSTD = 1  # MEMORY

@@ -43,6 +43,7 @@ _NEXT: dict[Type | None, frozenset[Type]] = {
     Type.REHEARSAL: _ROUNDS,
     Type.MEMORY: _ROUNDS,
     Type.ROUND_END: _ROUNDS,
+    Type.HASHES: _STATES | {Type.HASHES},
     Type.STATE: _STATES,
     Type.STATE_ZEROS: _STATES,
     Type.STATE_OPTIONAL: frozenset({Type.STATE_OPTIONAL, Type.TIME}),
@@ -193,7 +194,7 @@ class Reader:
         if self._last == Type.HEAD_END and self.header.features & Feature.NO_MEMORY:
             return frozenset({Type.END})
         if self._last == Type.ROUND_END and self._last_round_seen:
-            return _STATES
+            return _STATES | {Type.HASHES}
         if self._last == Type.END and self._awaits_go():
             return frozenset({Type.GO})
         return _NEXT[self._last]

@@ -31,7 +31,7 @@ from bhystream.errors import (
 )
 from bhystream.guest import PAGE_BYTES, Head, Layout, State
 from bhystream.memory.page import PageHasher, check_pages
-from bhystream.stream import disks
+from bhystream.stream import disks, extents
 from bhystream.stream import format as fmt
 from bhystream.stream.contents import Contents
 from bhystream.stream.disks import Disk
@@ -61,6 +61,20 @@ class Rehearsal:
 
 
 @dataclass(frozen=True)
+class Hashes:
+    """The checked contents of one HASHES section.
+
+    segment, extents: as in Pages.  hashes: one of 8 bytes for each page of the DATA
+    extents.  is_last: the list ends with the guest's last page, so all pages are stated.
+    """
+
+    segment: int
+    extents: memoryview
+    hashes: memoryview
+    is_last: bool
+
+
+@dataclass(frozen=True)
 class Disks:
     """The samples of the guest's disks."""
 
@@ -87,7 +101,7 @@ class Go:
     nonce: bytes
 
 
-Item = Header | Head | Rehearsal | Pages | RoundEnd | Pad | State | Disks | Ended | Go
+Item = Header | Head | Rehearsal | Pages | RoundEnd | Hashes | Pad | State | Disks | Ended | Go
 
 
 @dataclass
@@ -111,6 +125,7 @@ class _Tally:
     all_data_pages: int = 0
     all_zero_pages: int = 0
     rounds: int = 0
+    hashed_pages: int = 0
     needed: _States = field(default_factory=lambda: _States("states", fmt.MAX_STATE_BYTES))
     optional: _States = field(
         default_factory=lambda: _States("optional states", fmt.MAX_OPTIONAL_STATE_BYTES)
@@ -147,6 +162,7 @@ class Walk:
             Type.MEMORY: self._take_memory,
             Type.ROUND_END: self._take_round_end,
             Type.REHEARSAL: self._take_rehearsal,
+            Type.HASHES: self._take_hashes,
             Type.STATE: self._take_state,
             Type.STATE_ZEROS: self._take_state_zeros,
             Type.STATE_OPTIONAL: self._take_state,
@@ -158,7 +174,7 @@ class Walk:
         }
 
     def events(self) -> Iterator[Item]:
-        """Yield the header, the head, a rehearsal, pages, round ends, PAD, states, disks, END, GO.
+        """Yield the header, the head, and one event for each section or state that follows.
 
         Ends after END in the plain and kept forms, without looking at what
         follows, and at the end of the input in the answered form.  Raises
@@ -254,48 +270,29 @@ class Walk:
             raise FormatError(f"round {round_}, but round {self._tally.round} is under way")
         start = fmt.MEMORY_HEAD.size
         hashes_at = start + nextents * fmt.EXTENT.size
-        extents = section.payload[start:hashes_at]
-        segment = self._check_extents(extents, npages)
+        listed = section.payload[start:hashes_at]
+        segment = self._count_pages(listed, npages)
         pages = section.body
         if section.flags & fmt.FLAG_ZSTD:
             pages = memoryview(self._decompress(section.body, npages))
         bad = check_pages(self._hasher, pages, section.payload[hashes_at:])
         if bad >= 0:
-            page = _nth_page(extents, bad)
+            page = extents.nth_page(listed, bad)
             where = place(section.sequence, section.type, section.offset_bytes)
             raise ChecksumError(f"{where}: the bytes of page {page} are not what was sent")
-        return Pages(segment, extents, pages)
+        return Pages(segment, listed, pages)
 
-    def _check_extents(self, extents: memoryview, npages: int) -> int:
-        """Check the list of a MEMORY section; return the index of its segment."""
+    def _count_pages(self, listed: memoryview, npages: int) -> int:
+        """Check and count the extents of a MEMORY section; return the index of its segment."""
         tally = self._tally
-        first = int.from_bytes(extents[:8], "little")
-        if first >= self._layout.npages:
-            raise FormatError(f"page {first} is outside the guest's {self._layout.npages} pages")
-        segment = self._layout.segment_of(first)
-        segment_end = self._layout.end_of(segment)
-        data = zero = 0
-        for first, count, kind in fmt.EXTENT.iter_unpack(extents):
-            if first < tally.cursor:
-                raise FormatError(f"page {first} is stated again, or out of order")
-            if first != tally.cursor and tally.round == 0:
-                raise FormatError(f"round 0 leaves out page {tally.cursor}")
-            if count == 0:
-                raise FormatError(f"the extent at page {first} is empty")
-            tally.cursor = first + count
-            if tally.cursor > segment_end:
-                raise FormatError(f"the extent at page {first} leaves its segment")
-            if kind == fmt.KIND_DATA:
-                data += count
-            elif kind == fmt.KIND_ZERO:
-                zero += count
-            else:
-                raise FormatError(f"the extent at page {first} is of kind {kind}")
-        if data != npages:
-            raise FormatError(f"{npages} pages, but the extents hold {data}")
-        tally.data_pages += data
-        tally.zero_pages += zero
-        return segment
+        gapless = "" if tally.round else "round 0"
+        found = extents.count(self._layout, listed, tally.cursor, gapless)
+        if found.data_pages != npages:
+            raise FormatError(f"{npages} pages, but the extents hold {found.data_pages}")
+        tally.cursor = found.end
+        tally.data_pages += found.data_pages
+        tally.zero_pages += found.zero_pages
+        return found.segment
 
     def _decompress(self, frame: memoryview, npages: int) -> bytes:
         """Return the pages of one zstd frame.
@@ -336,6 +333,25 @@ class Walk:
         tally.round += 1
         tally.cursor = tally.data_pages = tally.zero_pages = 0
         return RoundEnd(round_, data, zero, bool(section.flags & fmt.FLAG_LAST))
+
+    def _take_hashes(self, section: Section) -> Hashes:
+        start = fmt.HASHES_HEAD.size
+        if len(section.payload) < start:
+            raise FormatError("length is too small")
+        nextents, nhashes = fmt.HASHES_HEAD.unpack_from(section.payload)
+        if not 1 <= nextents <= fmt.MAX_EXTENTS:
+            raise FormatError(f"{nextents} extents are not 1 to {fmt.MAX_EXTENTS}")
+        if nhashes > fmt.MAX_HASHES:
+            raise FormatError(f"{nhashes} hashes are more than {fmt.MAX_HASHES}")
+        hashes_at = start + nextents * fmt.EXTENT.size
+        _exact(section.payload, hashes_at + nhashes * fmt.HASH_BYTES)
+        listed = section.payload[start:hashes_at]
+        found = extents.count(self._layout, listed, self._tally.hashed_pages, "HASHES")
+        if found.data_pages != nhashes:
+            raise FormatError(f"{nhashes} hashes, but the extents hold {found.data_pages} pages")
+        self._tally.hashed_pages = found.end
+        is_last = found.end == self._layout.npages
+        return Hashes(found.segment, listed, section.payload[hashes_at:], is_last)
 
     def _take_state(self, section: Section) -> State | None:
         name, part, data = fmt.unpack_state(bytes(section.payload))
@@ -394,6 +410,8 @@ class Walk:
         _exact(section.payload, fmt.TIME.size)
         if self._tally.parts:
             raise FormatError(f"state {self._tally.open_state} is not complete")
+        if self._tally.hashed_pages not in (0, self._layout.npages):
+            raise FormatError(f"HASHES leaves out page {self._tally.hashed_pages}")
         time = Time(*fmt.TIME.unpack(section.payload))
         if time.paused_for_ns and not time.paused_at_ns:
             raise FormatError("the pause has a duration, but no time")
@@ -441,13 +459,3 @@ class Walk:
 def _exact(data: memoryview, size: int) -> None:
     if len(data) != size:
         raise FormatError(f"length is {len(data)}, not {size}")
-
-
-def _nth_page(extents: memoryview, n: int) -> int:
-    """Return the page number of the n-th DATA page of a list."""
-    for first, count, kind in fmt.EXTENT.iter_unpack(extents):
-        if kind == fmt.KIND_DATA:
-            if n < count:
-                return int(first) + n
-            n -= count
-    return -1

@@ -204,7 +204,7 @@ class QemuSink:
         if ram.is_huge(fd):
             protection = mmap.PROT_READ | mmap.PROT_WRITE
             mapping = ram.map_ram(fd, checked.size_bytes, f"guest {self.name}", protection)
-            target = mapped = MappedTarget(memoryview(mapping))
+            target = mapped = MappedTarget(memoryview(mapping), FileTarget(fd, 0))
             self._ram.callback(mapped.release)
         self._stage = self._prepare(checked, qmp, empty)
         return [target]
