@@ -31,7 +31,8 @@ _IFCONFIG = "/sbin/ifconfig"  # Source: ifconfig(8)
 _MOUNT = "/sbin/mount"  # Source: mount(8)
 _UMOUNT = "/sbin/umount"  # Source: umount(8)
 _SWAPINFO = "/usr/sbin/swapinfo"  # Source: swapinfo(8)
-_SYSRC = "/usr/sbin/sysrc"  # Source: sysrc(8)
+# What vm-bhyve's lib/vm-base does first; it reads also /etc/rc.conf.d/vm, which sysrc(8) does not.
+_RC = ". /etc/rc.subr; load_rc_config vm"
 _VM = Path("/usr/local/sbin/vm")
 _VM_RUN = Path("/usr/local/lib/vm-bhyve/vm-run")  # Source: freebsd-ports sysutils/vm-bhyve
 _NODES = "/dev/vmm"  # Source: sys/amd64/vmm/vmm_dev.c: make_dev("vmm/%s")
@@ -249,8 +250,8 @@ class FreeBsdHost:
             return False
 
     def datastores(self) -> Sequence[Path]:
-        """See host.Host.  Source: vm-bhyve lib/vm-datastore; sysrc(8) for rc.conf's vm_dir."""
-        spec = programs.ask(_SYSRC, "-n", "vm_dir").strip()
+        """See host.Host.  Source: vm-bhyve lib/vm-datastore."""
+        spec = programs.ask("/bin/sh", "-c", f'{_RC}; echo "$vm_dir"').strip()
         table = self._mounts() if spec else []
         default = freebsd_text.store_path(spec, table)
         if default is None:
@@ -280,7 +281,7 @@ class FreeBsdHost:
     def manager_finds(self, program: Path) -> bool:
         """See host.Host.  Does what vm-bhyve's lib/vm-base does with PATH, and asks sh(1)."""
         path = f"{program.parent}:/bin:/usr/bin:/usr/local/bin:/sbin:/usr/sbin:/usr/local/sbin"
-        asks = f"PATH={path}; . /etc/rc.subr; load_rc_config vm; command -v {program.name}"
+        asks = f"PATH={path}; {_RC}; command -v {program.name}"
         return programs.ask("/bin/sh", "-c", asks).strip() == str(program)
 
     # The network.  Source: ifconfig(8), tap(4).

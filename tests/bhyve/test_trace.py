@@ -1,0 +1,51 @@
+"""ptrace(2) of a process with many threads, as a bhyve with disks is: it survives the trace's end.
+
+    python -m pytest -m bhyve tests/bhyve/test_trace.py
+
+FreeBSD only, as root; no guest is needed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bhystream.backend.bhyve.freebsd_trace import Trace
+
+pytestmark = [
+    pytest.mark.bhyve,
+    pytest.mark.skipif(not sys.platform.startswith("freebsd"), reason="needs FreeBSD's ptrace(2)"),
+]
+# Threads that are in and out of system calls all the time, and one that seeks in a file.
+_BUSY = """
+import os, sys, threading, time
+def work():
+    while True:
+        time.sleep(0.0003)
+for _ in range(6):
+    threading.Thread(target=work, daemon=True).start()
+file = os.open("/dev/zero", os.O_RDONLY)
+print(flush=True)
+while True:
+    os.lseek(file, 0, 0)
+    time.sleep(0.0003)
+"""
+_TRIES = 200
+
+
+def test_no_thread_keeps_a_trap() -> None:
+    with subprocess.Popen([sys.executable, "-c", _BUSY], stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout
+            child.stdout.readline()
+            for tried in range(_TRIES):
+                trace = Trace(child.pid)
+                assert trace.run_until(lambda: True, 60.0)
+                trace.let_go()
+                time.sleep(0.01)
+                assert child.poll() is None, f"it ended by {child.returncode}, trace {tried}"
+        finally:
+            child.kill()
