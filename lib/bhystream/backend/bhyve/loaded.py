@@ -29,6 +29,7 @@ from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.locks import Locks
+from bhystream.backend.bhyve.network import announce
 from bhystream.backend.bhyve.restore import Restore
 from bhystream.backend.bhyve.restoredguest import RestoredGuest, Started
 from bhystream.backend.bhyve.restoring import TooLateError
@@ -203,9 +204,11 @@ class BhyveLoaded:
         if not self.runs():
             self._require_startable()
             self._start()
+        # The guest runs, so an error here or in the note for vm-bhyve is ignored.
+        with contextlib.suppress(BhyError):
+            announce(self._host, self.guest.keys, self.guest.started())
         self.guest.remove()
         if self._locks:
-            # The guest runs, so an error in the note for vm-bhyve is ignored.
             with contextlib.suppress(BhyError):
                 started = self.guest.started()
                 who = started.process if started else None
