@@ -45,7 +45,7 @@ PARTS: dict[str, str] = {
         " backend backend.base backend.process backend.process_freebsd"
     ),
     "backend.bhyve": (
-        "errors units guest beneath strict_json durable memory"
+        "errors units guest beneath strict_json durable inherited memory"
         " backend backend.base backend.process backend.process_freebsd"
     ),
     # The stand-in plays the other side: STANDIN names what it shares with bhyve's backend.

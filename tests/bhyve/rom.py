@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +88,8 @@ class Host:
     """Both ends of a move: two state directories on this host, and the guest.
 
     at: the guest's name now.  lived: the consoles that the guest has had, in order.
+    taps: the interface of its network card under each name; none if it has no card.  mac: of
+    that card.
     """
 
     rom: str
@@ -95,6 +98,8 @@ class Host:
     at: str = ""
     lived: list[Console] = field(default_factory=list)
     units: dict[str, int] = field(default_factory=dict)
+    taps: Mapping[str, str] = field(default_factory=dict)
+    mac: str = ""
 
     def state(self, side: str) -> Path:
         return self.directory / side
@@ -145,6 +150,9 @@ class Host:
             "pci.0.0.0.device": "hostbridge",
             "pci.0.31.0.device": "lpc",
         }
+        if self.taps:
+            card = {"device": "virtio-net", "backend": self.taps[name], "mac": self.mac}
+            keys |= {f"pci.0.4.0.{key}": value for key, value in card.items()}
         path.write_text("".join(f"{key}={value}\n" for key, value in keys.items()))
         return path
 
@@ -157,6 +165,8 @@ class Host:
         """Return the command that receives the guest under another name."""
         self._make_console(name)
         lent = ["-o", f"com1=/dev/nmdm{self.units[name]}A", "-o", f"bootrom={self.rom}"]
+        if self.taps:
+            lent += ["-o", f"net0={self.taps[name]}"]
         environment = ["env", f"BHYSEND_STATE_DIR={self.state('b')}"]
         return [*environment, *program("bhyrecv"), *lent, *options, name]
 
@@ -245,12 +255,12 @@ class Host:
 
 
 @contextmanager
-def booted(directory: Path, memory: str = "128M") -> Iterator[Host]:
-    """Boot the guest, and end it after the with block."""
+def booted(directory: Path, memory: str = "128M", **card: Any) -> Iterator[Host]:
+    """Boot the guest, and end it after the with block.  card: the fields taps and mac of Host."""
     rom = os.environ.get("BHYSEND_TEST_ROM")
     if not rom:
         pytest.skip("BHYSEND_TEST_ROM names a boot ROM that proves itself")
-    host = Host(rom, memory, directory)
+    host = Host(rom, memory, directory, **card)
     for side in "ab":
         host.state(side).mkdir(mode=0o700, exist_ok=True)
     host.end()

@@ -5,6 +5,7 @@ StandinHost implements Host of backend/bhyve/host.py; vm.py implements its VMs.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -233,6 +234,21 @@ class StandinHost:
                 file.write(f"{bridge}\n" if bridge else "")
         except OSError as error:
             raise GuestError(f"cannot create {tap}: {error.strerror}") from error
+
+    def announce(self, cards: Mapping[str, str], process: object) -> None:
+        """Write the cards into DIR/announced, one line of JSON for each call.
+
+        Raises GuestError if a tap does not exist, AccessError or InputOutputError if the
+        file cannot be written.
+        """
+        path = self._directory / "announced"
+        try:
+            with path.open("a") as file:
+                file.write(f"{json.dumps(dict(cards))}\n")
+        except OSError as error:
+            raise from_oserror(error, f"write {path}") from None
+        if gone := [tap for tap in cards if not self.has_tap(tap)]:
+            raise GuestError(f"{gone[0]}: Device not configured")
 
     def parent_command(self, pid: int) -> str:
         """Return host.json's value."""

@@ -7,6 +7,7 @@ The pieces, in the order in which a move meets them:
       freebsd_vm.py ioctl.py   one VM: memory map, mapping, topology, dirty log
       freebsd_text.py libc.py  what programs print; mincore(2) and sysctl(3)
       freebsd_kld.py freebsd_disk.py  what vmm.ko can; disks and interfaces
+      freebsd_announce.py  the frames that tell the network where a guest is
     datastore.py  where vm-bhyve keeps a guest
     vmbhyve.py    vm-bhyve's description of a guest, and its last start
       vmconf.py   vm-bhyve's files, read by vm-bhyve's rules, and what has changed in them
@@ -53,6 +54,7 @@ The pieces, in the order in which a move meets them:
       restoring.py  the process of that bhyve, and its VM's memory
       lastpage.py   the missing last page, for which that bhyve waits
     loaded.py     base.Paused of a destination's guest
+    network.py    what the network is told when a guest runs here
     cold.py       snapshot files as base.Snapshot and base.Sink
 
 All of the code but freebsd*.py, ioctl.py and libc.py also runs over the

@@ -19,10 +19,18 @@ from pathlib import Path
 import xxhash
 
 from bhystream.backend import process_freebsd, programs
-from bhystream.backend.bhyve import freebsd_disk, freebsd_kld, freebsd_text, libc, vmconf
+from bhystream.backend.bhyve import (
+    freebsd_announce,
+    freebsd_disk,
+    freebsd_kld,
+    freebsd_text,
+    libc,
+    vmconf,
+)
 from bhystream.backend.bhyve.freebsd_trace import Trace
 from bhystream.backend.bhyve.freebsd_vm import FreeBsdVm
 from bhystream.backend.bhyve.host import Disk, NoBhyveError
+from bhystream.backend.process import Identity
 from bhystream.errors import AccessError, GuestError, from_oserror
 
 BHYVE = "/usr/sbin/bhyve"  # Source: bhyve(8)
@@ -291,3 +299,9 @@ class FreeBsdHost:
         if _NG_DEVICE.fullmatch(tap):
             return os.path.exists(f"/dev/{tap}")
         return programs.run(_IFCONFIG, _checked(tap, _INTERFACE, "an interface")).returncode == 0
+
+    def announce(self, cards: Mapping[str, str], process: Identity) -> None:
+        """See host.Host."""
+        for interface in cards:
+            _checked(interface, _INTERFACE, "an interface")
+        freebsd_announce.announce(cards, process)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from bhystream.backend.process import Identity
 from bhystream.errors import GuestError
 
 VMM_DIR = "BHYSEND_VMM_DIR"
@@ -247,6 +248,14 @@ class Host(Protocol):
 
     def has_tap(self, tap: str) -> bool:
         """Say whether a network interface, or an ng_device(4) of a guest, exists."""
+
+    def announce(self, cards: Mapping[str, str], process: Identity) -> None:
+        """Tell the network that a guest is here: now, and after 1, 2 and 5 s, without waiting.
+
+        cards: the MAC address behind each tap or vmnet interface.  process: the
+        guest's bhyve, after whose end nothing more is told.  Raises GuestError
+        if an interface or a later announcement fails; the rest is done all the same.
+        """
 
     def parent_command(self, pid: int) -> str:
         """Return the command line of a process's parent, "" if the parent is init."""

@@ -33,6 +33,7 @@ from bhystream.backend.bhyve.config import split
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listener
 from bhystream.backend.bhyve.locks import Locks
+from bhystream.backend.bhyve.network import announce
 from bhystream.backend.bhyve.restore import Restore, Supervision, supervision
 from bhystream.backend.bhyve.restoredguest import RestoredGuest, Started
 from bhystream.backend.bhyve.restoring import TooLateError
@@ -226,8 +227,10 @@ class BhyveLoaded:
         if not self.runs():
             self._require_startable()
             self._start()
+        # The guest runs, so an error here or in the note for vm-bhyve is ignored.
+        with contextlib.suppress(BhyError):
+            announce(self._host, self.guest.keys, self.guest.started())
         self.guest.remove()
-        # The guest runs, so an error in the note for vm-bhyve is ignored.
         with contextlib.suppress(BhyError):
             started = self.guest.started()
             note_running(self.guest, started.process if started else None)

@@ -35,6 +35,7 @@ from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.layout import memory_spans
 from bhystream.backend.bhyve.loaded import HELD, keep_files, note_running, start_waiting
+from bhystream.backend.bhyve.network import announce
 from bhystream.backend.bhyve.resources import Wishes
 from bhystream.backend.bhyve.restore import supervision
 from bhystream.backend.bhyve.restoredguest import RestoredGuest
@@ -287,7 +288,12 @@ class BhyveSink:
             note_running(guest, restore.started.process)
 
     def settle(self) -> None:
-        """Do nothing."""
+        """Tell the network where the guest is.  Never raises a BhyError."""
+        guest, started = self._checked.guest, self._checked.waiting().started
+        try:
+            announce(self._wanted.host, guest.keys, started)
+        except BhyError as error:
+            self.notices.append(f"the network was not told where it is: {error}")
 
     def leave_paused(self) -> None:
         """Leave the guest in its files on disk; open_loaded() finds it by its record.
