@@ -63,7 +63,7 @@ class Adopted:
         end = time.monotonic() + limit_s
         self._signal(signal.SIGSTOP)
         while not self.has_ended() and time.monotonic() < end:
-            if is_all_stopped(self._who):
+            if is_all_stopped(self.pid):
                 return True
             time.sleep(_POLL_S)
         return False

@@ -268,25 +268,22 @@ def is_stopped(who: Identity) -> bool:
     return found is not None and found[0] == "T" and is_alive(who)
 
 
-def is_all_stopped(who: Identity) -> bool:
-    """Say whether no thread of this very process runs, as after SIGSTOP.
+def is_all_stopped(pid: int) -> bool:
+    """Say whether no thread of a process runs, as after SIGSTOP.
 
     Source: proc_pid_task(5) and FreeBSD's ps(1), -H: state T of each thread.  Raises
     GuestError if the process cannot be looked at.
     """
-    if not is_stopped(who):
-        return False
     if _IS_FREEBSD:
-        return process_freebsd.thread_states(who.pid) == {"T"}
+        return process_freebsd.thread_states(pid) == {"T"}
+    states = set()
     try:
-        threads = os.listdir(f"/proc/{who.pid}/task")
-        states = set()
-        for thread in threads:
-            with open(f"/proc/{who.pid}/task/{thread}/stat", "rb") as file:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/stat", "rb") as file:
                 text = file.read()
             states.add(text[text.rindex(b")") + 2 :][:1])
     except (FileNotFoundError, ProcessLookupError):
         return False
     except OSError as error:
-        raise GuestError(f"cannot look at process {who.pid}: {error.strerror}") from None
+        raise GuestError(f"cannot look at process {pid}: {error.strerror}") from None
     return states == {b"T"}
