@@ -182,6 +182,18 @@ def test_a_bhyve_that_is_killed_while_it_waits_is_not_booted_anew(
     vm.two.assert_runs_on()
 
 
+@ON_FAULT
+def test_a_bhyve_that_fails_after_go_is_not_booted_anew(vm: Managed, on_fault: str) -> None:
+    """Its vCPUs never ran, so the guest runs on at the source."""
+    before_suspending_lock(vm, on_fault)
+    vm.there.settings(fail=["restore"])
+    ended = vm.move()
+    assert ended.status == 69, ended.stderr
+    vm.await_supervisor_gone()
+    assert vm.booted() == 0
+    vm.two.assert_runs_on()
+
+
 def test_a_guest_with_a_command_at_the_pause_arrives_supervised(vm: Managed) -> None:
     """Its bhyve is started when all is there, because the disks may have to come first."""
     ended = vm.move("-p", "true")

@@ -154,6 +154,7 @@ class Locks:
     def forget_move(self) -> None:
         """Remove a run.lock that keeps no guest, so that `vm start` starts it."""
         if self._is_left():
+            self._remove(self._suspending)
             self._remove(self._run)
 
     def wait_here(self) -> None:
@@ -247,6 +248,7 @@ class Locks:
             raise InternalError(f"{self._run}: {word} is this host, where vm start would run it")
         if self.is_supervised():
             raise GuestError(f"{self._run}: the guest's vm-bhyve supervisor has not ended")
+        self._remove(self._suspending)  # vm-bhyve older than 1.7.0 does not
         self._write(self._run, f"{word}\n{second}".removesuffix("\n"))
 
     def _write(self, path: Path, text: str, mode: int = 0o644) -> None:
