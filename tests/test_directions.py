@@ -39,7 +39,10 @@ PARTS: dict[str, str] = {
     "backend.base": "errors guest memory",
     "backend.process_freebsd": "errors",
     "backend.process": "errors backend.process_freebsd",
-    "backend": "errors units guest beneath strict_json durable memory backend.process_freebsd",
+    "backend": (
+        "errors units guest beneath strict_json durable memory"
+        " backend.process backend.process_freebsd"
+    ),
     "backend.qemu": (
         "errors units guest beneath threads strict_json durable memory"
         " backend backend.base backend.process backend.process_freebsd"

@@ -11,7 +11,7 @@ The pieces, in the order in which a move meets them:
     datastore.py  where vm-bhyve keeps a guest
     vmbhyve.py    vm-bhyve's description of a guest, and its last start
       vmconf.py   vm-bhyve's files, read by vm-bhyve's rules, and what has changed in them
-    locks.py      vm-bhyve's locks: told before the guest is killed, changed afterwards
+    locks.py      vm-bhyve's locks: what they say while a guest arrives, leaves, and is gone
     argv.py legacy.py   bhyve's command line -> bhyve_config(5) keys
     config.py     a configuration -> the CONFIG section, or a refusal
     defaults.py   the values that bhyve would make up from names and paths, made explicit
@@ -52,6 +52,8 @@ The pieces, in the order in which a move meets them:
       restore.py    `bhyve -r`, started, and stopped in its read of the memory
       waitingrestore.py  that bhyve, given its state and let go
       restoring.py  the process of that bhyve, and its VM's memory
+      vmstart.py    that bhyve, started by vm-bhyve's `vm start`; vmdirectory.py: its end
+      vmshim.py     the `bhyve` that vm-bhyve finds, a program of its own
       lastpage.py   the missing last page, for which that bhyve waits
     loaded.py     base.Paused of a destination's guest
     network.py    what the network is told when a guest runs here
