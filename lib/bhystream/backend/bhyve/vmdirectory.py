@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from bhystream import durable
+from bhystream import durable, strict_json
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.tree import remove_tree
 
@@ -44,7 +43,7 @@ def let_run(directory: Path) -> None:
 def _locks(directory: Path) -> Locks | None:
     """Return the locks of the guest that a start is for, None if there is no start."""
     try:
-        name, where, hostname = json.loads(durable.read_file(directory / "locks"))
+        name, where, hostname = strict_json.loads(durable.read_file(directory / "locks"))
     except (OSError, ValueError):
         return None
     return Locks(str(name), Path(str(where)), str(hostname))

@@ -39,7 +39,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bhystream import durable
+from bhystream import durable, strict_json
 from bhystream.backend.adopted import Adopted
 from bhystream.backend.bhyve import vmshim
 from bhystream.backend.bhyve.host import Host
@@ -173,7 +173,7 @@ class VmStart:
                 if not more:
                     break
                 data += more
-            return [str(word) for word in json.loads(data)]
+            return [str(word) for word in strict_json.loads(data)]
         except (OSError, ValueError) as error:
             raise GuestError(f"{self._who}: vm start: the call is cut off: {error}") from None
 
