@@ -14,6 +14,7 @@ LIB = Path(strict_json.__file__).parent
 # RecursionError.
 OTHERS = {
     "strict_json.py",
+    "backend/bhyve/freebsd_announce.py",
     "backend/bhyve/vmshim.py",
     "send/experience.py",
     "send/keeper.py",
