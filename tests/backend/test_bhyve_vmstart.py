@@ -257,7 +257,14 @@ def test_what_vm_start_says_is_passed_on(vm: Managed) -> None:
 
 
 def test_a_guest_comes_back_to_where_it_moved_from(vm: Managed) -> None:
-    (vm.directory / "run.lock").write_text("hv2\nmoved by bhysend\n")
+    """If it does not come back after all, vm-bhyve still does not start it here."""
+    gone = ["hv2", "moved by bhysend"]
+    (vm.directory / "run.lock").write_text("\n".join([*gone, ""]))
+    vm.there.settings(fail=["restore"])
+    ended = vm.move()
+    assert ended.status == 69, ended.stderr
+    assert vm.lock() == gone
+    vm.there.settings(fail=[])
     ended = vm.move()
     assert ended.status == 0, ended.stderr
     vm.two.assert_moved()

@@ -151,11 +151,18 @@ class Locks:
 
     # A start by vm-bhyve, for bhyrecv: vmstart.py.
 
-    def forget_move(self) -> None:
-        """Remove a run.lock that keeps no guest, so that `vm start` starts it."""
-        if self._is_left():
-            self._remove(self._suspending)
-            self._remove(self._run)
+    def forget_move(self) -> str:
+        """Remove a run.lock that keeps no guest, so that `vm start` starts it.
+
+        Returns the host to which the guest had moved, for gone_to() if the guest does not come
+        back after all; "" if it had not.
+        """
+        if not self._is_left():
+            return ""
+        host = self.holder() or ""
+        self._remove(self._suspending)
+        self._remove(self._run)
+        return host if host != _WAITS else ""
 
     def wait_here(self) -> None:
         """Let run.lock, which vm-bhyve has made, name no host: nobody boots the guest meanwhile."""
@@ -248,8 +255,8 @@ class Locks:
             raise InternalError(f"{self._run}: {word} is this host, where vm start would run it")
         if self.is_supervised():
             raise GuestError(f"{self._run}: the guest's vm-bhyve supervisor has not ended")
-        self._remove(self._suspending)  # vm-bhyve older than 1.7.0 does not
         self._write(self._run, f"{word}\n{second}".removesuffix("\n"))
+        self._remove(self._suspending)  # vm-bhyve older than 1.7.0 does not
 
     def _write(self, path: Path, text: str, mode: int = 0o644) -> None:
         """Replace a file as a whole, durably, by the text and a newline."""

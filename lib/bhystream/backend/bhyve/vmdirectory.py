@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from bhystream import durable, strict_json
 from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.tree import remove_tree
+from bhystream.errors import BhyError
 
 _END_S = 60.0
 
@@ -19,13 +21,17 @@ def directory_of(base: Path, stem: str) -> Path:
 def end(directory: Path) -> None:
     """Wait for the end of the supervisor whose bhyve has ended, and remove the directory.
 
-    Never raises.  If the supervisor does not end, the directory stays, and vm-bhyve can start
-    nothing by it.
+    The guest is then as far away as before.  Never raises.  If the supervisor does not end, the
+    directory stays, and vm-bhyve can start nothing by it.
     """
-    locks = _locks(directory)
-    if locks is None:
+    found = _read(directory)
+    if found is None:
         return
+    locks, away = found
     if locks.is_removed_within(_END_S):
+        with contextlib.suppress(BhyError):
+            if away:
+                locks.gone_to(away)
         remove_tree(directory)
 
 
@@ -34,16 +40,15 @@ def let_run(directory: Path) -> None:
 
     Raises InputOutputError or AccessError if run.lock cannot be written.
     """
-    locks = _locks(directory)
-    if locks is not None:
-        locks.runs_supervised()
+    if found := _read(directory):
+        found[0].runs_supervised()
         remove_tree(directory)
 
 
-def _locks(directory: Path) -> Locks | None:
-    """Return the locks of the guest that a start is for, None if there is no start."""
+def _read(directory: Path) -> tuple[Locks, str] | None:
+    """Return the guest's locks, and the host to which it had moved; None if there is no start."""
     try:
-        name, where, hostname = strict_json.loads(durable.read_file(directory / "locks"))
+        name, where, hostname, away = strict_json.loads(durable.read_file(directory / "locks"))
     except (OSError, ValueError):
         return None
-    return Locks(str(name), Path(str(where)), str(hostname))
+    return Locks(str(name), Path(str(where)), str(hostname)), str(away)

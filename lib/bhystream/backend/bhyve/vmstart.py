@@ -8,7 +8,8 @@ first in PATH:
     bhyve                   vmshim.py: tells bhyrecv its arguments, waits, and becomes the
                             bhyve that bhyrecv wants (`bhyve -k FILE -r FILE NAME`)
     socket                  where bhyrecv waits for it
-    locks                   the guest's directory and this host's name, for vmdirectory.py
+    locks                   what vmdirectory.py needs: the guest's name and directory, this host's
+                            name, and the host to which the guest had moved from here
 
 As long as the directory exists, vm-bhyve can start nothing by it but what bhyrecv names: if
 bhyve is ended, and vm-bhyve runs `bhyve` again (on_fault), the program ends with status 1,
@@ -37,6 +38,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 
 from bhystream import durable, strict_json
@@ -86,8 +88,7 @@ class VmStart:
         on_wait: called often.  Raises GuestError if vm-bhyve does not start the guest; call
         vmdirectory.end() in any case if the guest does not run in the end.
         """
-        self._locks.forget_move()
-        with self._listening() as listener:
+        with self._listening(self._locks.forget_move()) as listener:
             if not self._host.manager_finds(self._directory / "bhyve"):
                 raise GuestError(
                     f"{self._who}: vm-bhyve does not find bhyve through the PATH of its caller",
@@ -107,8 +108,8 @@ class VmStart:
         self.child = Adopted(identify(pid, "bhyve"), self._log_path)
         self._locks.wait_here()
 
-    def _listening(self) -> contextlib.closing[socket.socket]:
-        """Make the directory, its programs and its socket."""
+    def _listening(self, away: str) -> contextlib.closing[socket.socket]:
+        """Make the directory, its programs and its socket.  away: the host that has the guest."""
         programs = {
             "bhyveload": _NOTHING,
             "grub-bhyve": _NOTHING,
@@ -125,7 +126,7 @@ class VmStart:
             os.mkdir(self._directory, 0o700)
             durable.write(
                 self._directory / "locks",
-                json.dumps([self._locks.name, str(self._locks.directory), self._locks.hostname]),
+                json.dumps([*map(str, astuple(self._locks)), away]),
             )
             for name, text in programs.items():
                 durable.write(self._directory / name, text.format(**names), 0o700)
@@ -142,6 +143,7 @@ class VmStart:
         end = time.monotonic() + _LIMIT_S
         while not select.select([listener], [], [], _POLL_S)[0]:
             if self._host.exists(self._locks.name):
+                self._locks.before_kill()
                 self._host.destroy(self._locks.name)
                 raise GuestError(
                     f"{self._who}: vm start began to boot the guest, and was stopped at once",
