@@ -357,10 +357,10 @@ def test_a_guest_of_vm_bhyves_that_cannot_move_keeps_its_supervisor(vm: Two) -> 
     vm.assert_moved()
 
 
-def test_a_guest_of_vm_bhyves_that_is_held_is_as_it_was_to_it(vm: Two) -> None:
+def test_a_guest_of_vm_bhyves_that_is_held_is_not_booted_if_this_host_restarts(vm: Two) -> None:
     sent, received = vm.run(vm.send("-f"), vm.receive())
     assert (sent.status, received.status) == (80, 0), report(sent, received)
-    assert vm.lock("run") == os.uname().nodename
+    assert vm.lock("run") == "held-by-bhysend"
     assert vm.lock("suspending") is None
     assert vm.guests[0].process.poll() is None
     assert not list((vm.here.directory / "vm" / "g").glob("*.save*"))
@@ -369,6 +369,27 @@ def test_a_guest_of_vm_bhyves_that_is_held_is_as_it_was_to_it(vm: Two) -> None:
     assert done.status == 0, report(done)
     assert vm.guests[0].await_exit() == 0
     assert vm.lock("run") == "moved-by-bhysend"
+    vm.assert_moved()
+
+
+def test_a_guest_of_vm_bhyves_that_stays_is_as_it_was_to_vm_bhyve(vm: Two) -> None:
+    """Whether it is resumed, or was never paused, or bhysend was killed before the pause."""
+    [sent] = vm.run(vm.send("-f"))
+    assert sent.status == 80, report(sent)
+    done = verb(vm, "--resume")
+    assert done.status == 0, report(done)
+    assert vm.lock("run") == os.uname().nodename
+    with Pipeline(vm.send("-B", "1M"), ["cat"], env=vm.here.environment) as pipeline:
+        await_true(lambda: vm.lock("run") == "held-by-bhysend", "the rehearsal")
+        pipeline[0].kill()
+        pipeline.wait()
+    vm.guests[0].console.await_sweeps(1)
+    assert vm.lock("run") == "held-by-bhysend"
+    [sent] = vm.run(vm.send("-T", "1s", "-B", "1M"))
+    assert sent.status == 75, report(sent)
+    assert vm.lock("run") == os.uname().nodename
+    ended = vm.move("-f")
+    assert ended.status == 0, ended.stderr
     vm.assert_moved()
 
 

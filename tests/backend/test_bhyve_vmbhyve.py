@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -406,6 +407,17 @@ def test_a_word_that_is_no_hostname_is_not_written(locks: Locks, word: str) -> N
 def test_the_word_for_held_is_never_this_host(locks: Locks) -> None:
     with pytest.raises(InternalError, match="where vm start would run it"):
         locks.held(HOST)
+
+
+def test_a_guest_that_is_about_to_leave_is_still_its_hosts(locks: Locks) -> None:
+    """In a datastore that both hosts share, the destination refuses it."""
+    supervise(locks)
+    locks.leaves()
+    assert locks.holder() != HOST and locks.is_supervised() and not locks.reasons()
+    there = replace(locks, hostname="dst.example")
+    assert not there.is_supervised() and len(there.reasons()) == 1
+    locks.take_back()
+    assert (locks.directory / "run.lock").read_text() == f"{HOST}\n"
 
 
 def test_the_end_of_the_supervisor_is_waited_for(locks: Locks) -> None:

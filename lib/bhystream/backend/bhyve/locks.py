@@ -13,11 +13,10 @@ the start.  The guest's run.lock has a second line, which vm-bhyve does not read
     bhysend.conf     the bhyve_config(5) text that the guest was started with; the first
                      line, a comment, names the process that was started
 
-At the source bhysend writes nothing while the guest stands paused: its process
-and its lock stay what they were.  After a move bhysend calls before_kill(),
-kills bhyve, and calls supervisor_gone(), then gone_to(destination) or
-held(word).  The supervisor unlinks run.lock, suspending.lock and console when
-it ends, so bhysend writes nothing but suspending.lock before that.
+At the source bhysend calls leaves() before the pause, and take_back() if the
+guest stays; in between it writes nothing.  After a move bhysend calls
+before_kill(), kills bhyve, and calls supervisor_gone(), then gone_to(destination).
+The supervisor unlinks run.lock, suspending.lock and console when it ends.
 
 The supervisor takes a killed bhyve for a failed one, and acts by on_fault,
 which is "restart" only if the operator has set it.  suspending.lock overrules
@@ -47,6 +46,9 @@ _POLL_S = 0.05
 _MAX_LOCK_BYTES = 1024
 _OURS = "bhysend"
 _GONE = "moved by bhysend"
+# The first line of run.lock while the guest may run at the destination: nobody boots it here, if
+# this host crashes.  The word names no host; the second line names the one whose vm-bhyve has it.
+_LEAVING = "held-by-bhysend"
 # A word in run.lock that names no host: the guest is being rebuilt here, and must not be booted.
 _WAITS = "waits-for-bhyrecv"
 _PROCESS = re.compile(r"# process ([0-9]{1,10}) (-?[0-9]{1,20}) ([0-9A-Za-z-]{1,64})")
@@ -105,7 +107,7 @@ class Locks:
     def _held_by_another(self) -> Reason | None:
         """Return which other host has the guest, and the cure if that is no longer true."""
         holder = self.holder()
-        if holder is None or holder == self.hostname or self._is_left():
+        if holder in (None, self.hostname) or self._is_left() or self._is_leaving():
             return None
         if not holder:
             return Reason(
@@ -124,11 +126,11 @@ class Locks:
 
     def is_supervised(self) -> bool:
         """Say whether a supervisor of this host holds the guest (vm _run)."""
-        return self.holder() == self.hostname and not self._is_ours()
+        return self._is_leaving() or (self.holder() == self.hostname and not self._is_ours())
 
     def _is_ours(self) -> bool:
         """Say whether run.lock was written by runs_here()."""
-        return (_read(self._run, _MAX_LOCK_BYTES) or "").split("\n") == [self.hostname, _OURS, ""]
+        return self._lines() == [self.hostname, _OURS, ""]
 
     def started_with(self) -> Ours | None:
         """Return what bhyrecv started the guest with, or None if bhyrecv did not start it.
@@ -146,8 +148,14 @@ class Locks:
 
         A guest that moved away from here may come back, from wherever it is.
         """
-        lines = (_read(self._run, _MAX_LOCK_BYTES) or "").split("\n")
+        lines = self._lines()
         return lines[0] == _WAITS or lines[1:] == [_GONE, ""]
+
+    def _is_leaving(self) -> bool:
+        return self._lines() == [_LEAVING, self.hostname, ""]
+
+    def _lines(self) -> list[str]:
+        return (_read(self._run, _MAX_LOCK_BYTES) or "").split("\n")
 
     # A start by vm-bhyve, for bhyrecv: vmstart.py.
 
@@ -198,13 +206,22 @@ class Locks:
             return ""
         return lines[-1] if lines else ""
 
+    # A move away.
+
+    def leaves(self) -> None:
+        """Let run.lock name no host, durably, before the guest is paused."""
+        if self.is_supervised():
+            self._write(self._run, f"{_LEAVING}\n{self.hostname}")
+
     def before_kill(self) -> None:
         """Tell the supervisor that bhyve's coming exit is no fault, so it starts no bhyve again."""
         self._write(self._suspending, self.hostname)
 
     def take_back(self) -> None:
-        """Undo before_kill(): the guest runs on, and the supervisor is to judge its next exit."""
+        """Undo leaves() and before_kill(): the guest runs on, and its supervisor goes by that."""
         self._remove(self._suspending)
+        if self._is_leaving():
+            self._write(self._run, self.hostname)
 
     def supervisor_gone(self, limit_s: float) -> bool:
         """Wait until the supervisor has ended, which shows in that it unlinks run.lock.

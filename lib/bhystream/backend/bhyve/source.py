@@ -29,11 +29,12 @@ from bhystream.backend.bhyve.config import devices
 from bhystream.backend.bhyve.host import Host, Vm
 from bhystream.backend.bhyve.layout import clamped
 from bhystream.backend.bhyve.opened import in_its_words, open_guest
-from bhystream.errors import InternalError, Reason, from_oserror
+from bhystream.errors import BhyError, InternalError, Reason, from_oserror
 from bhystream.guest import Fixed, Head
 
 if TYPE_CHECKING:  # a dry run pauses no guest
     from bhystream.backend.base import Prepared
+    from bhystream.backend.bhyve.locks import Locks
     from bhystream.backend.bhyve.paused import BhyvePaused
     from bhystream.backend.bhyve.ready import Ready
 
@@ -150,6 +151,9 @@ class BhyveSource:
         self._made.callback(directory.remove, guest.host)
         directory.sweep(guest.host, base / "lock" / self.lock_name, base / "source")
         self._ready = ready = make_ready(guest, directory)
+        if guest.manager is not None:
+            self._made.callback(_stays, guest.manager.locks)
+            guest.manager.locks.leaves()
         return Prepared(ready.record.to_json(), ready.rehearsal.text)
 
     def suspend_vcpus(self) -> None:
@@ -210,3 +214,9 @@ class BhyveSource:
         if self._control is not None:
             self._control.close()
         self._opened.memory.close()
+
+
+def _stays(locks: Locks) -> None:
+    """Tell vm-bhyve that a guest was not paused.  Never raises a BhyError."""
+    with contextlib.suppress(BhyError):
+        locks.take_back()
