@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -118,6 +119,11 @@ def test_a_guest_arrives_as_vm_bhyve_starts_it_and_reboots(vm: Managed) -> None:
     assert vm.log().endswith(": stopped\n")
 
 
+def parent_of(pid: int) -> int:
+    text = Path(f"/proc/{pid}/stat").read_text()
+    return int(text[text.rindex(")") + 2 :].split()[1])
+
+
 @contextmanager
 def waiting(vm: Managed) -> Iterator[Pipeline]:
     """Begin a move, slowly, and yield when the destination's bhyve waits for its last page."""
@@ -174,7 +180,13 @@ def test_a_bhyve_that_is_killed_while_it_waits_is_not_booted_anew(
 ) -> None:
     before_suspending_lock(vm, on_fault)
     with waiting(vm) as pipeline:
-        os.kill(vm.waiting_pid(), signal.SIGKILL)
+        pid = vm.waiting_pid()
+        supervisor = parent_of(pid)
+        os.kill(supervisor, signal.SIGSTOP)  # it acts when bhyrecv has noticed already
+        os.kill(pid, signal.SIGKILL)
+        await_true(lambda: not vm.there.host.exists("g"), "the end of the VM")
+        time.sleep(0.5)
+        os.kill(supervisor, signal.SIGCONT)
         [ended] = pipeline.wait()
         assert ended.status in (69, 74), ended.stderr
     vm.await_supervisor_gone()

@@ -29,6 +29,7 @@ class Kind(Enum):
     FIFO = "the FIFO not kept open by bhyve"
     RELEASE = "FILE.kern given before GO"
     BHYVE = "leave bhyve's guest other than it was"
+    BOOTED = "let vm-bhyve boot a guest that runs elsewhere"
     PAGE = "lose a page"
     DISK = "take another disk"
     COMPARED = "miss a page that differs"

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from planted import bhyve, checksums, disks, handshake, hashes, lengths, memory, parsers, records
+from planted import (
+    bhyve,
+    checksums,
+    disks,
+    handshake,
+    hashes,
+    lengths,
+    memory,
+    parsers,
+    records,
+    supervised,
+)
 from planted.bug import Bug, Kind
 
-_MODULES = (checksums, lengths, parsers, handshake, records, bhyve, memory, disks, hashes)
+_MODULES = (
+    checksums,
+    lengths,
+    parsers,
+    handshake,
+    records,
+    bhyve,
+    supervised,
+    memory,
+    disks,
+    hashes,
+)
 _ORDER = list(Kind)
 
 BUGS: tuple[Bug, ...] = tuple(
