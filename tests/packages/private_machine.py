@@ -37,7 +37,7 @@ class PrivateMachine:
     """The machine as the commands of run() see it."""
 
     def __init__(self, as_root: tuple[str, ...], holder: int, directory: Path) -> None:
-        self._enter = (*as_root, "nsenter", "--target", str(holder), "--mount", "--net")
+        self._enter = (*as_root, "nsenter", "--target", str(holder), "--mount", "--net", "--root")
         self._directory = directory
 
     def run(
@@ -77,8 +77,12 @@ def private_machine(directory: Path, checkout: Path) -> Iterator[PrivateMachine]
     in CI the test fails there.
     """
     as_root = () if os.geteuid() == 0 else ("sudo", "-n")
+    # unshare(1) makes the mount at / private, but in a chroot there is none at /.
+    namespaces = ["--mount", "--net"]
+    if subprocess.run(["mountpoint", "-q", "/"]).returncode:
+        namespaces += ["--propagation", "unchanged"]
     holder = subprocess.Popen(
-        [*as_root, "unshare", "--mount", "--net", "sh", "-c", _MOUNT, "sh", directory, checkout],
+        [*as_root, "unshare", *namespaces, "sh", "-c", _MOUNT, "sh", directory, checkout],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
