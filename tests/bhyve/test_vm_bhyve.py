@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -88,28 +88,52 @@ class Store:
         until(lambda: os.path.exists(f"/var/run/bhyve/{name}"), "checkpoint socket")
         time.sleep(3.0)  # the ROM starts its vCPU
 
-    def move(self, source: str, to: str, *options: str) -> subprocess.Popen[str]:
-        """Begin a move in the command form."""
+    def environment(self, side: str) -> dict[str, str]:
+        return {**os.environ, "BHYSEND_STATE_DIR": f"{self.directory}/{side}"}
+
+    def moved(self, source: str, to: str, *options: str) -> None:
+        """Move a guest, and assert that vm-bhyve knows where it is."""
         receive = ["env", f"BHYSEND_STATE_DIR={self.directory}/b", *program("bhyrecv"), to]
-        return subprocess.Popen(
+        done = subprocess.run(
             [*program("bhysend"), "-f", *options, source, *receive],
-            env={**os.environ, "BHYSEND_STATE_DIR": f"{self.directory}/a"},
+            env=self.environment("a"),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            timeout=900.0,
         )
-
-    def moved(self, source: str, to: str, *options: str) -> None:
-        """Move a guest, and assert that vm-bhyve knows where it is."""
-        move = self.move(source, to, *options)
-        _, said = move.communicate(timeout=600.0)
-        print(said)
-        assert move.returncode == 0, said
+        print(done.stderr)
+        assert done.returncode == 0
         assert self.state(source).startswith("Locked")
         assert "already" in vm("start", source)
         assert self.state(to) == "Running"
         assert self.lock(to) == os.uname().nodename
+
+    @contextmanager
+    def moving(self, source: str, to: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Begin a slow move in three stages, and yield the first."""
+        sending = [*program("bhysend"), "-f", "-B", "1M", "-a", source]
+        stages: list[subprocess.Popen[bytes]] = []
+        for words, side in (
+            (sending, "a"),
+            ([*program("bhyrecv"), to], "b"),
+            ([*program("bhysend"), "-A"], "a"),
+        ):
+            reader = stages[-1].stdout if stages else subprocess.DEVNULL
+            stages.append(
+                subprocess.Popen(
+                    words, env=self.environment(side), stdin=reader, stdout=subprocess.PIPE
+                )
+            )
+        try:
+            yield stages[0]
+        finally:
+            for stage in stages:
+                assert stage.stdout
+                stage.stdout.close()
+            for stage in stages:
+                stage.wait(900.0)
 
     def end(self) -> None:
         for name in NAMES:
@@ -176,15 +200,12 @@ def test_a_move_that_fails_boots_nothing(store: Store, on_fault: str) -> None:
     conf = store.path / there / f"{there}.conf"
     conf.write_text(f'{CONF}on_fault="{on_fault}"\n')
     store.start(here)
-    move = store.move(here, there, "-B", "1M")
-    until(lambda: store.lock(there) == "waits-for-bhyrecv", "bhyve that waits")
-    assert store.state(there) == "Locked (waits-for-bhyrecv)"
-    assert "already" in vm("start", there)
-    time.sleep(2.0)
-    move.terminate()
-    _, said = move.communicate(timeout=600.0)
-    print(said)
-    assert move.returncode == 75, said
+    with store.moving(here, there) as bhysend:
+        until(lambda: store.lock(there) == "waits-for-bhyrecv", "bhyve that waits")
+        assert store.state(there) == "Locked (waits-for-bhyrecv)"
+        assert "already" in vm("start", there)
+        bhysend.terminate()
+        assert bhysend.wait(900.0) == 75
     until(lambda: store.state(there) == "Stopped", "end of the supervisor")
     assert "run 2" not in store.log(there) or not store.pid(there)
     assert not os.path.exists(f"/dev/vmm/{there}")
