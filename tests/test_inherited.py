@@ -149,7 +149,9 @@ def test_a_stream_of_the_other_direction_is_none() -> None:
 
 
 def test_the_operators_commands_get_the_operators_umask(tmp_path: Path) -> None:
-    Hook(f"umask > {tmp_path}/hook", "web1", "00" * 16, 0o027).wait()
+    hook = Hook(f"umask > {tmp_path}/hook", "web1", "00" * 16, 0o027)
+    hook.begin()
+    hook.wait()
     assert (tmp_path / "hook").read_text().strip() == "0027"
     assert Command(["sh", "-c", f"umask > {tmp_path}/command"], 0o013).end(60) == 0
     assert (tmp_path / "command").read_text().strip() == "0013"

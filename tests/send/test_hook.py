@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,31 @@ ID = "00" * 16
 
 
 def run(command: str) -> Hook:
-    return Hook(command, "web1", ID)
+    hook = Hook(command, "web1", ID)
+    hook.begin()
+    return hook
 
 
 def line_in(path: Path) -> str:
     """Return the line in a file, once the line is complete."""
     until(lambda: path.exists() and path.read_text().endswith("\n"), f"a line in {path}", 60)
     return path.read_text().strip()
+
+
+_DYING = """
+import os, signal, sys
+from bhystream.send.hook import Hook
+print(Hook(sys.argv[1], "web1", "00").group, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_command_that_the_keeper_may_not_know_never_begins(tmp_path: Path) -> None:
+    """bhysend is killed after it has made the process, and before it has told its keeper."""
+    words = [sys.executable, "-P", "-c", _DYING, f": > {tmp_path}/began; sleep 600"]
+    said = subprocess.run(words, capture_output=True, text=True).stdout
+    until(lambda: is_gone(int(said)), "the end of the command's process", 60)
+    assert not list(tmp_path.iterdir())
 
 
 def test_status_0_is_success() -> None:

@@ -398,6 +398,7 @@ class Custody:
             name, umask = self._job.source.name, self._job.opts.umask
             self._hook = Hook(hook, name, self.record.id, umask)
             self._keeper.tell_hook(self._hook.group)
+            self._hook.begin()
 
     def _resume(self) -> None:
         if self._paused:

@@ -18,38 +18,51 @@ from bhystream.send.options import AS_IT_IS
 
 _END_SECONDS = 5
 _STDERR = 2
+# The shell reads a line when the command may begin, or the end of its input if bhysend has died.
+_GATE = ("/bin/sh", "-c", 'read -r _ && exec "$@" </dev/null', "sh")
 
 
 class Hook:
     """One run of the command, a child process.  The caller must wait() for it or kill() it."""
 
     def __init__(self, command: str, guest: str, stream_id: str, umask: int = AS_IT_IS) -> None:
-        """Start the command, in a process group of its own.
+        """Make the command's process, in a process group of its own; begin() lets it begin.
 
+        So others can be told of the process group before anything runs in it.
         command: for sh -c.  guest, stream_id: for the command's environment.  umask: the
         operator's.  The command's standard input is empty, and its standard output is
         bhysend's standard error, because bhysend's standard output carries the stream.
         Raises GuestError if the shell cannot be started.
         """
         self._guest = guest
+        gate, self._opener = os.pipe()
         try:
             self._process = subprocess.Popen(
-                ["/bin/sh", "-c", command],
-                stdin=subprocess.DEVNULL,
+                [*_GATE, "/bin/sh", "-c", command],
+                stdin=gate,
                 stdout=_STDERR,
                 env={**os.environ, "BHYSEND_GUEST": guest, "BHYSEND_ID": stream_id},
                 process_group=0,
                 umask=umask,
             )
         except OSError as error:
+            os.close(self._opener)
             raise GuestError(
                 f"guest {guest}: the -p command does not start: {error.strerror}"
             ) from error
+        finally:
+            os.close(gate)
 
     @property
     def group(self) -> int:
         """Return the command's process group."""
         return self._process.pid
+
+    def begin(self) -> None:
+        """Let the command begin."""
+        with contextlib.suppress(BrokenPipeError):  # it was killed, which wait() tells
+            os.write(self._opener, b"\n")
+        os.close(self._opener)
 
     def wait(self) -> None:
         """Wait until the command ends.  Raises GuestError unless its status is 0."""
