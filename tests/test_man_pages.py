@@ -233,7 +233,7 @@ PAGES_WITH_EXAMPLES = ["bhysend.8", "bhyrecv.8", "bhysend-bhyve.7", "bhysend-qem
 FAKES = (
     *("bhysend", "bhyrecv", "bhyve", "bhyvectl", "qemu-system-x86_64", "ssh", "env", "sleep"),
     *("zfs", "zstd", "mbuffer", "nc", "pgrep", "fsync", "make", "kldload", "kldunload"),
-    *("mkdir", "mount"),
+    *("mkdir", "mount", "pwait", "grep"),
 )
 # ssh hands its words, joined by spaces, to the shell at the other host.
 FAKE = r"""#!/bin/sh
@@ -243,6 +243,7 @@ printf '%s\037' "$name" "$@" "
 case $name in
 ssh)    shift; exec sh -c "$*" ;;
 env)    exec /usr/bin/env "$@" ;;
+grep)   exit 1 ;;
 bhysend)
     hook=
     while getopts AafklnPvB:C:d:p:r:T:z:-: letter; do
