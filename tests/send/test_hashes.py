@@ -53,10 +53,18 @@ def by_page(found: list[Hashes], seed: int) -> list[int]:
     return hashes
 
 
-def expected(source: MemorySource, seed: int) -> list[int]:
-    memory = source.contents()
+def wrong(found: list[Hashes], source: MemorySource, seed: int) -> list[int]:
+    """Return the pages that have another hash than the source's, the last page if one is missing.
+
+    A comparison of the lists themselves would have pytest look for the longest common parts of
+    thousands of numbers, if CI is set.
+    """
+    memory, hashes = source.contents(), by_page(found, seed)
+    if len(hashes) * PAGE_BYTES != len(memory):
+        return [len(hashes)]
     pages = (memory[at : at + PAGE_BYTES] for at in range(0, len(memory), PAGE_BYTES))
-    return [xxhash.xxh3_64_intdigest(page, seed) for page in pages]
+    there = [xxhash.xxh3_64_intdigest(page, seed) for page in pages]
+    return [number for number, hash_ in enumerate(hashes) if hash_ != there[number]]
 
 
 def send(path: Path, source: MemorySource) -> Sending:
@@ -86,7 +94,7 @@ def test_each_page_has_its_hash(
         patch.setattr(fmt, "MAX_HASHES", hashes)
         sending.transfer.hashes()
     found = hashed(tmp_path / "s", sending)
-    assert by_page(found, 0x5EED) == expected(source, 0x5EED)
+    assert wrong(found, source, 0x5EED) == []
     assert [event.is_last for event in found] == [False] * (len(found) - 1) + [True]
     assert all(len(event.extents) <= 16 * extents for event in found)
     assert all(len(event.hashes) <= 8 * hashes for event in found)
@@ -112,7 +120,7 @@ def test_a_page_that_the_rounds_have_missed_has_the_hash_of_what_it_holds(
     sending = send(tmp_path / "s", source)
     source.write(710, b"changed since")
     sending.transfer.hashes()
-    assert by_page(hashed(tmp_path / "s", sending), 0x5EED) == expected(source, 0x5EED)
+    assert wrong(hashed(tmp_path / "s", sending), source, 0x5EED) == []
 
 
 def test_a_page_that_was_never_touched_stays_so(tmp_path: Path, source: MemorySource) -> None:
