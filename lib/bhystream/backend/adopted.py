@@ -11,14 +11,7 @@ import signal
 import time
 
 from bhystream.backend.launch import log_lines
-from bhystream.backend.process import (
-    Identity,
-    await_end,
-    is_alive,
-    is_all_stopped,
-    kill_process,
-    open_ending,
-)
+from bhystream.backend.process import Identity, is_alive, is_all_stopped, open_ending
 from bhystream.errors import BhyError, GuestError
 
 _POLL_S = 0.005
@@ -85,8 +78,8 @@ class Adopted:
     def kill(self) -> None:
         """Kill the process (SIGKILL) and wait for its end.  Never raises."""
         with contextlib.suppress(BhyError, OSError):
-            kill_process(self._who, _KILL_S)
-            await_end(self._who, _KILL_S)
+            self._signal(signal.SIGKILL)
+            self.ends_within(_KILL_S)
 
     def let_go(self) -> None:
         """Watch the process no longer."""

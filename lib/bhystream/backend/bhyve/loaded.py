@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,7 +31,7 @@ from bhystream.backend.bhyve.compare import another_machine, differences
 from bhystream.backend.bhyve.config import split
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listener
-from bhystream.backend.bhyve.locks import Locks
+from bhystream.backend.bhyve.locks import HELD
 from bhystream.backend.bhyve.network import announce
 from bhystream.backend.bhyve.restore import Restore, Supervision, supervision
 from bhystream.backend.bhyve.restoredguest import RestoredGuest, Started
@@ -49,8 +48,6 @@ from bhystream.errors import (
 )
 from bhystream.guest import SLOW_BYTES_PER_SECOND, Json, State
 
-# A word in run.lock that names no host, so that vm-bhyve does not start the guest.
-HELD = "held-by-bhysend"
 ATTEMPTS = 3
 _SETTLE_S = 60.0
 _POLL_S = 0.01
@@ -116,9 +113,8 @@ def note_running(guest: RestoredGuest, who: Identity | None) -> None:
     """
     if guest.vm_start.exists():
         vmdirectory.let_run(guest.vm_start)
-    elif guest.manager:
-        locks = Locks(guest.name, Path(guest.manager), socket.gethostname())
-        locks.runs_here(config_file(guest.keys), who)
+    elif guest.locks:
+        guest.locks.runs_here(config_file(guest.keys), who)
 
 
 def _synced(guest: RestoredGuest) -> Path:
@@ -136,9 +132,7 @@ class BhyveLoaded:
         self.guest = guest
         self._who = f"guest {guest.name}"
         self._host = host
-        self._locks: Locks | None = None
-        if guest.manager:
-            self._locks = Locks(guest.name, Path(guest.manager), socket.gethostname())
+        self._locks = guest.locks
 
     # Questions.
 

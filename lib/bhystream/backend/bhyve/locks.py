@@ -46,9 +46,9 @@ _POLL_S = 0.05
 _MAX_LOCK_BYTES = 1024
 _OURS = "bhysend"
 _GONE = "moved by bhysend"
-# The first line of run.lock while the guest may run at the destination: nobody boots it here, if
-# this host crashes.  The word names no host; the second line names the one whose vm-bhyve has it.
-_LEAVING = "held-by-bhysend"
+# A word in run.lock that names no host, so that vm-bhyve does not start the guest.  While the
+# guest may run at the destination, the second line names the host whose vm-bhyve has it.
+HELD = "held-by-bhysend"
 # A word in run.lock that names no host: the guest is being rebuilt here, and must not be booted.
 _WAITS = "waits-for-bhyrecv"
 _PROCESS = re.compile(r"# process ([0-9]{1,10}) (-?[0-9]{1,20}) ([0-9A-Za-z-]{1,64})")
@@ -152,7 +152,7 @@ class Locks:
         return lines[0] == _WAITS or lines[1:] == [_GONE, ""]
 
     def _is_leaving(self) -> bool:
-        return self._lines() == [_LEAVING, self.hostname, ""]
+        return self._lines() == [HELD, self.hostname, ""]
 
     def _lines(self) -> list[str]:
         return (_read(self._run, _MAX_LOCK_BYTES) or "").split("\n")
@@ -211,7 +211,7 @@ class Locks:
     def leaves(self) -> None:
         """Let run.lock name no host, durably, before the guest is paused."""
         if self.is_supervised():
-            self._write(self._run, f"{_LEAVING}\n{self.hostname}")
+            self._write(self._run, f"{HELD}\n{self.hostname}")
 
     def before_kill(self) -> None:
         """Tell the supervisor that bhyve's coming exit is no fault, so it starts no bhyve again."""

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,7 +43,6 @@ from bhystream.backend.bhyve.host import (
 )
 from bhystream.backend.bhyve.lastpage import LastPage
 from bhystream.backend.bhyve.listening import listens
-from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.restoredguest import RestoredGuest, Started
 from bhystream.backend.bhyve.restoring import Bhyve, Mapped, map_memory, writing
 from bhystream.backend.bhyve.snapshotfiles import Files
@@ -78,10 +76,11 @@ def supervision(
     host: Host, guest: RestoredGuest, adapt: Callable[[Sequence[str]], RestoredGuest]
 ) -> Supervision | None:
     """Return how vm-bhyve comes to supervise a guest, None if vm-bhyve does not have the guest."""
-    if not guest.manager or not host.starter():
+    locks = guest.locks
+    words = host.starter() if locks else ()
+    if locks is None or not words:
         return None
-    locks = Locks(guest.name, Path(guest.manager), socket.gethostname())
-    return Supervision(lambda: VmStart(host, locks, guest.vm_start, guest.log_path), adapt)
+    return Supervision(lambda: VmStart(host, words, locks, guest.vm_start, guest.log_path), adapt)
 
 
 class Restore:

@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from bhystream import durable
 from bhystream.backend.bhyve import vmdirectory
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listens
+from bhystream.backend.bhyve.locks import Locks
 from bhystream.backend.bhyve.snapshot import FILE
 from bhystream.backend.bhyve.snapshotfiles import Files
 from bhystream.backend.process import Identity, boot_id, is_alive, kill_process
@@ -136,14 +138,19 @@ class RestoredGuest:
         """Return the path of the log of the guest's bhyve, in the state directory."""
         return str(Path(self.kept).parents[1] / "log" / f"{self.name}.log")
 
-    # vm-bhyve's start of the guest.
+    # vm-bhyve's guest, and its start.
+
+    @property
+    def locks(self) -> Locks | None:
+        """Return the locks of vm-bhyve's guest, None if vm-bhyve does not manage the guest."""
+        if not self.manager:
+            return None
+        return Locks(self.name, Path(self.manager), socket.gethostname())
 
     @property
     def vm_start(self) -> Path:
         """Return the directory by which vm-bhyve starts the guest; it may not exist."""
-        return vmdirectory.directory_of(
-            Path(self.kept).parents[1], Path(self.kept).name[:_ID_CHARS]
-        )
+        return _vm_start(Path(self.kept))
 
     def end_supervisor(self) -> None:
         """Wait until vm-bhyve has cleaned up after a bhyve that has ended.  Never raises."""
@@ -228,6 +235,11 @@ class RestoredGuest:
             remove_tree(directory)
 
 
+def _vm_start(path: Path) -> Path:
+    """Return the directory of a start.  path: RestoredGuest.kept, or started_path."""
+    return vmdirectory.directory_of(path.parents[1], path.name[:_ID_CHARS])
+
+
 def read_started(path: Path) -> Started | None:
     """Read what write_started() wrote; return None if there is no file.
 
@@ -266,7 +278,7 @@ class Leftover:
         """End its bhyve and remove its files.  Raises GuestError if bhyve does not end."""
         for path, one in self.started.items():
             one.end(host, self.name)
-            vmdirectory.end(vmdirectory.directory_of(path.parents[1], path.name[:_ID_CHARS]))
+            vmdirectory.end(_vm_start(path))
             path.unlink(missing_ok=True)
         remove_tree(self.directory)
 

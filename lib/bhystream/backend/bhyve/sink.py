@@ -34,7 +34,8 @@ from bhystream.backend.bhyve import backing, snapshot
 from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.layout import memory_spans
-from bhystream.backend.bhyve.loaded import HELD, keep_files, note_running, start_waiting
+from bhystream.backend.bhyve.loaded import keep_files, note_running, start_waiting
+from bhystream.backend.bhyve.locks import HELD
 from bhystream.backend.bhyve.network import announce
 from bhystream.backend.bhyve.resources import Wishes
 from bhystream.backend.bhyve.restore import supervision

@@ -37,7 +37,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
@@ -70,12 +70,16 @@ class VmStart:
     arguments: list[str]
     child: Adopted
 
-    def __init__(self, host: Host, locks: Locks, directory: Path, log_path: str) -> None:
+    def __init__(
+        self, host: Host, starter: Sequence[str], locks: Locks, directory: Path, log_path: str
+    ) -> None:
         """Start nothing yet.
 
-        locks: the guest's.  directory: vmdirectory.directory_of().  log_path: bhyve's log.
+        starter: host.starter().  locks: the guest's.  directory: vmdirectory.directory_of().
+        log_path: bhyve's log.
         """
         self._host = host
+        self._words = [*starter, locks.name]
         self._locks = locks
         self._directory = directory
         self._log_path = log_path
@@ -94,10 +98,9 @@ class VmStart:
                     f"{self._who}: vm-bhyve does not find bhyve through the PATH of its caller",
                     "remove PATH from rc.conf, and console=tmux from vm-bhyve's system.conf",
                 )
-            words = [*self._host.starter(), self._locks.name]
             path = f"{self._directory}:{os.environ.get('PATH', '/sbin:/bin:/usr/sbin:/usr/bin')}"
             before = self._locks.log_written_ns()
-            vm = Child(words, self._log_path, {**self._host.environment(), "PATH": path})
+            vm = Child(self._words, self._log_path, {**self._host.environment(), "PATH": path})
             try:
                 self._peer = self._await_call(listener, vm, before, on_wait)
             finally:

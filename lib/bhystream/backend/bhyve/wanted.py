@@ -156,17 +156,19 @@ class Wanted:
         own: that guest as vm-bhyve starts it now; None if it is not started yet.
         """
         wishes, differ = self.wishes, []
-        if own is None and self._is_supervised:
+        is_started = own is not None
+        is_early = not is_started and self._is_supervised
+        if is_early:
             differ = self._differs_from_conf(section)
-        elif self.manager and (own is not None or not self._names_all(section)):
+        elif self.manager and (is_started or not self._names_all(section)):
             own = own or self.manager.last_started()
             differ = differences(section, own.section, own.computed)
             named = {section["resources"].get(word, word) for word in wishes.values}
             lent = {key: value for key, value in own.resources().items() if key not in named}
             wishes = replace(wishes, values={**lent, **wishes.values})
-        resolved = wishes.resolve(section, is_partial=own is None and self._is_supervised)
+        resolved = wishes.resolve(section, is_partial=is_early)
         reasons = [*resolved.reasons, *self._place_reasons(resolved)]
-        if self.manager and not (own and self._is_supervised):
+        if self.manager and not is_started:
             reasons += self.manager.locks.reasons()
         hard, soft = backing.reasons(self.host, resolved.section, resolved.values)
         reasons += hard
