@@ -45,6 +45,9 @@ _KEPT = frozenset(
         signal.SIGXFSZ,
     }
 )
+# Words before a command.  The shell becomes the command when it reads a line from standard input,
+# and ends without it at the end of that input, as when its parent has died.
+GATE = ("/bin/sh", "-c", 'read -r _ && exec "$@" </dev/null', "sh")
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 _UMASK = 0o077
 _FILES = 4096

@@ -14,12 +14,11 @@ import signal
 import subprocess
 
 from bhystream.errors import GuestError, ending
+from bhystream.inherited import GATE
 from bhystream.send.options import AS_IT_IS
 
 _END_SECONDS = 5
 _STDERR = 2
-# The shell reads a line when the command may begin, or the end of its input if bhysend has died.
-_GATE = ("/bin/sh", "-c", 'read -r _ && exec "$@" </dev/null', "sh")
 
 
 class Hook:
@@ -38,7 +37,7 @@ class Hook:
         gate, self._opener = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [*_GATE, "/bin/sh", "-c", command],
+                [*GATE, "/bin/sh", "-c", command],
                 stdin=gate,
                 stdout=_STDERR,
                 env={**os.environ, "BHYSEND_GUEST": guest, "BHYSEND_ID": stream_id},

@@ -53,10 +53,9 @@ from bhystream.backend.launch import Child
 from bhystream.backend.process import identify
 from bhystream.errors import AccessError, BhyError, GuestError, from_oserror
 from bhystream.guest import SLOW_BYTES_PER_SECOND
+from bhystream.inherited import GATE
 
 _LIMIT_S = 60.0
-# The shell reads a line when it may become bhyve, or the end of its input if bhyrecv has died.
-_GATE = ("/bin/sh", "-c", 'read -r _ && exec "$@" </dev/null', "sh")
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,7 @@ class Restore:
         opened.callback(os.close, gate)
         opened.callback(os.close, opener)
         # Not our own environment, which may be that of an operator's --resume.
-        child = Child([*_GATE, *words], self._guest.log_path, self._host.environment(), stdin=gate)
+        child = Child([*GATE, *words], self._guest.log_path, self._host.environment(), stdin=gate)
         return child, lambda: os.write(opener, b"\n")
 
     def _destroy(self, node: str) -> None:
