@@ -9,21 +9,31 @@ guest stood still, from the stop until bhyrecv has said that the guest runs.  Un
 
 QEMU is measured before each move, and the pipe once: write(2) and pwrite(2) of 256 KiB into warm
 memory, see streams.py.  What bhysend spends to find these pages, and both sides to verify the
-stream, is what makes the ratio.
+stream, is what makes the ratio.  The limit of the row has one hash of the memory beside the
+unavoidable parts, by as many threads as there are CPUs: no program that finds the changed pages
+by reading them can do without it.
 
 After each move the guest proves itself: it has compared every page, and misses no heartbeat.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import statistics
 import subprocess
 import sys
+import time
+from array import array
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
+from bhystream.guest import PAGE_BYTES
+from bhystream.memory import hole
+from bhystream.memory.page import PageHasher
 from cli.qemu import QemuTraveller
 from guest import Spec
 
@@ -39,6 +49,7 @@ _TARGET = 1.3
 _WITHIN = 0.2
 _IDLE_TARGET, _BUSY_TARGET = 0.9, 0.7
 _CHUNK = 256 << 10
+_PIECE_PAGES = 2048
 
 
 def measure(kind: Spec, turns: int, states: int, pipe_mib: int) -> list[Row]:
@@ -51,13 +62,14 @@ def measure(kind: Spec, turns: int, states: int, pipe_mib: int) -> list[Row]:
     for rate in _RATES:
         spec = replace(kind, proof={**kind.proof, "rate": rate})
         with travelling(spec) as (host, guest):
-            floors, moves, written = [], [], []
+            floors, limits, moves, written = [], [], [], []
             for _ in range(turns):
                 written.append(rewritten(guest))
                 state_s = statistics.median(state_alone(guest) for _ in range(states))
                 found = closing(moved(host, guest, "-v").stderr)
                 guest.prove(1)
                 floors.append(state_s + found.last_bytes / pipe)
+                limits.append(floors[-1] + hashed_s(guest.memory_file()))
                 moves.append(found)
         rows.append(
             ratio_row(
@@ -69,7 +81,37 @@ def measure(kind: Spec, turns: int, states: int, pipe_mib: int) -> list[Row]:
                 note=_note(moves, floors, written),
             )
         )
+        rows.append(ratio_row(f"pause at {rate} MiB/s: its limit", limits, floors, None))
     return rows
+
+
+def hashed_s(path: Path) -> float:
+    """Return how many seconds it takes to hash what a file in memory holds, once it is mapped."""
+    hasher = PageHasher(1)
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ) as memory,
+        memoryview(memory) as view,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    ):
+        extents = hole.data_extents(file.fileno(), 0, len(view), ())
+        pieces = [
+            (at, min(at + _PIECE_PAGES, end))
+            for first, end in extents
+            for at in range(first, end, _PIECE_PAGES)
+        ]
+
+        def hash_piece(piece: tuple[int, int]) -> None:
+            first, end = piece
+            pages = view[first * PAGE_BYTES : end * PAGE_BYTES]
+            hasher.hash_pages(pages, array("Q", bytes(8 * (end - first))))
+            pages.release()
+
+        for _ in range(2):  # the first turn maps the pages
+            start = time.perf_counter()
+            list(pool.map(hash_piece, pieces))
+            taken_s = time.perf_counter() - start
+        return taken_s
 
 
 def _note(moves: list[Closing], floors: list[float], written: list[float]) -> str:

@@ -16,12 +16,17 @@ pause.)
 
 `cat` gives no answers, so bhysend copies the pages for it.  The command form, in the second row,
 passes them with vmsplice(2); the plain form, in the third, copies them again.
+
+The limit of these rows is the bare loop of streams.py over as many bytes, with the same `cat`, or
+into an empty file in memory: it starts no hypervisor, and verifies nothing.
 Source: docs/devel/migration.rst and qapi/migration.json in QEMU.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,17 +34,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bhystream import commandline
 from cli.pipeline import BHYSEND, Ended, report, run
 from cli.qemu import QemuTraveller
 from cli.travel import Host
 from guest import Guest, Spec, ram
 from guest.qmp import Session
 
+from . import streams
 from .closing import closing, received_s
 from .rows import Row, pairs, ratio_row
 
 _UNLIMITED = 10**12  # bytes a second
 _TARGET = 3.0
+_CHUNK = 256 << 10  # the best piece of the bare loop, as streams.py measures it
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,26 @@ def discarded(host: Host, guest: QemuTraveller) -> float:
     return closing(ended[0].stderr).paused_s
 
 
+def bare_to_cat(fd: int, size: int) -> float:
+    """Write a file in memory to `cat >/dev/null`; return the seconds."""
+    start = time.perf_counter()
+    with subprocess.Popen("exec cat >/dev/null", shell=True, stdin=subprocess.PIPE) as cat:
+        assert cat.stdin
+        commandline.widen_pipe(cat.stdin.fileno())
+        streams.bare_sender(_CHUNK)(fd, size, cat.stdin.fileno())
+    return time.perf_counter() - start
+
+
+def bare_to_file(fd: int, size: int) -> float:
+    """Move a file in memory to an empty one; return the seconds."""
+    empty = streams.memory_file(size)
+    try:
+        receive = streams.bare_receiver(_CHUNK, is_mapped=False)
+        return streams.turn(fd, empty, size, streams.bare_sender(_CHUNK), receive).clock_s
+    finally:
+        os.close(empty)
+
+
 def measure(mib: int, turns: int, *, warm_up: bool = True) -> list[Row]:
     """Return the rows of a guest whose area is mib large."""
     spec = Spec(
@@ -178,14 +206,20 @@ def measure(mib: int, turns: int, *, warm_up: bool = True) -> list[Row]:
         sent.append(found.sent_bytes)
         return found.clock_s
 
+    bare = streams.memory_file(mib << 20, filled=True)
     with travelling(spec) as (host, guest):
         null = pairs(
-            {"QEMU": lambda: native(to_cat), "bhysend": lambda: discarded(host, guest)},
+            {
+                "bare": lambda: bare_to_cat(bare, mib << 20),
+                "QEMU": lambda: native(to_cat),
+                "bhysend": lambda: discarded(host, guest),
+            },
             turns,
             warm_up=warm_up,
         )
         cold = pairs(
             {
+                "bare": lambda: bare_to_file(bare, mib << 20),
                 "QEMU": lambda: native(into_qemu),
                 "answered": lambda: closing(moved(host, guest, "-r", "0").stderr).paused_s,
                 "plain": lambda: received_s(piped(host, guest, "-r", "0")[1].stderr),
@@ -194,15 +228,21 @@ def measure(mib: int, turns: int, *, warm_up: bool = True) -> list[Row]:
             warm_up=warm_up,
         )
         guest.prove(1)
+    os.close(bare)
     size = statistics.median(sent)
 
     def row(name: str, found: dict[str, list[float]], way: str) -> Row:
+        if way == "bare":  # it moves the area alone
+            found = {**found, way: [one * size / (mib << 20) for one in found[way]]}
         ours, theirs = (size / statistics.median(found[key]) / 1e9 for key in (way, "QEMU"))
         note = f"{ours:.2f} GB/s; QEMU {theirs:.2f} GB/s; {size / 2**20:.0f} MiB"
-        return ratio_row(name, found["QEMU"], found[way], _TARGET, note=note)
+        target = None if way == "bare" else _TARGET
+        return ratio_row(name, found["QEMU"], found[way], target, note=note)
 
     return [
         row("paused guest to cat >/dev/null: against QEMU", null, "bhysend"),
+        row("paused guest to cat >/dev/null: its limit", null, "bare"),
         row("paused guest into a fresh QEMU: against QEMU", cold, "answered"),
         row("paused guest into a fresh QEMU, plain form: against QEMU", cold, "plain"),
+        row("paused guest into a fresh QEMU: its limit", cold, "bare"),
     ]

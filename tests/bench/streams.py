@@ -11,6 +11,9 @@ buffer and pwrite(2).
     copied   every other round: a running guest, -k, the plain form
 
     warm     the receiver's file is allocated       cold   it is empty
+
+The limit of a row is what the same system calls reach in pieces of the same size, without
+sections, hashes and checks: no program that verifies what it receives can be faster that way.
 """
 
 from __future__ import annotations
@@ -25,9 +28,11 @@ from dataclasses import dataclass
 
 from bhystream import commandline
 from bhystream.guest import PAGE_BYTES, Head, Layout, Segment
+from bhystream.memory.extent import EXTENT, KIND_DATA
+from bhystream.memory.splice import splice_pages
 from bhystream.memory.target import FileTarget
 from bhystream.send.head import write_head
-from bhystream.send.transfer import Transfer
+from bhystream.send.transfer import BATCH_PAGES, IN_PLACE_PAGES, Transfer
 from bhystream.stream.format import Feature, Form, Header, Type
 from bhystream.stream.verify import Ended, Pages, Walk
 from bhystream.stream.writer import Writer
@@ -118,6 +123,29 @@ def bare_receiver(chunk: int, *, is_mapped: bool) -> Way:
     return into_mapping if is_mapped else into_file
 
 
+def limit_sender(*, in_place: bool) -> Way:
+    """Return a sender that passes the mapping by vmsplice(2), or copies it and writes the copy."""
+
+    def splice(fd: int, size: int, pipe: int) -> None:
+        view = memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ))
+        for first in range(0, size // PAGE_BYTES, IN_PLACE_PAGES):
+            extent = memoryview(EXTENT.pack(first, IN_PLACE_PAGES, KIND_DATA))
+            at = 0
+            while at < IN_PLACE_PAGES * PAGE_BYTES:
+                at += splice_pages(pipe, view, 0, extent, at)
+
+    def copy(fd: int, size: int, pipe: int) -> None:
+        view = memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ))
+        buffer = memoryview(bytearray(BATCH_PAGES * PAGE_BYTES))
+        for start in range(0, size, len(buffer)):
+            buffer[:] = view[start : start + len(buffer)]
+            piece = buffer
+            while piece:
+                piece = piece[os.write(pipe, piece) :]
+
+    return splice if in_place else copy
+
+
 def stream_sender(*, in_place: bool) -> Way:
     """Return the sender of bhysend: a stream of one round."""
 
@@ -199,6 +227,9 @@ def measure(mib: int, turns: int) -> list[Row]:
         for chunk in CHUNKS
         for is_mapped in (True, False)
     }
+    for way, in_place, pages in (("paused", True, IN_PLACE_PAGES), ("copied", False, BATCH_PAGES)):
+        receiver = bare_receiver(pages * PAGE_BYTES, is_mapped=False)
+        ways[f"limit of {way}"] = (limit_sender(in_place=in_place), receiver)
     ways["paused"] = (stream_sender(in_place=True), receive_stream)
     ways["copied"] = (stream_sender(in_place=False), receive_stream)
     rows = []
@@ -219,6 +250,20 @@ def measure(mib: int, turns: int) -> list[Row]:
                     clock[way],
                     ratio,
                     note=f"{rate:.2f} GB/s; {bare}",
+                )
+            )
+            limit = found[f"limit of {way}"]
+            spent = (
+                statistics.median(getattr(one, f"{side}_s") * 1e9 / size for one in limit)
+                for side in ("send", "receive")
+            )
+            rows.append(
+                ratio_row(
+                    f"{way}, {kind}: its limit",
+                    clock[bare],
+                    clock[f"limit of {way}"],
+                    None,
+                    note="CPU s/GB: {:.2f}, {:.2f}".format(*spent),
                 )
             )
             for side, target in (("send", send_s), ("receive", receive_s)):
