@@ -36,7 +36,7 @@ class RawInput(Protocol):
 HEAD = (Type.HOST, Type.LAYOUT, Type.CONFIG, Type.DEVICES, Type.HEAD_END)
 _ROUNDS = frozenset({Type.MEMORY, Type.ROUND_END})
 _STATES = frozenset({Type.STATE, Type.STATE_ZEROS, Type.STATE_OPTIONAL, Type.TIME})
-_NEXT: dict[Type | None, frozenset[Type]] = {
+_NEXT: dict[int | None, frozenset[Type]] = {
     None: frozenset({Type.HOST}),
     **{a: frozenset({b}) for a, b in pairwise(HEAD)},
     Type.HEAD_END: _ROUNDS | {Type.REHEARSAL},
@@ -90,7 +90,7 @@ class Reader:
         self._raw = raw
         self.offset_bytes = 0
         self.sequence = 0
-        self._last: Type | None = None
+        self._last: int | None = None
         self._last_round_seen = False
         self._list = memoryview(bytearray(1 << 17))
         self._body = memoryview(b"")
@@ -135,11 +135,12 @@ class Reader:
         section = Section(type_, flags, sequence, start, self._list[:0], self._body[:0], checksum)
         if type_ == Type.MEMORY:
             self._read_memory(section, length)
+            self._read_padding(section, length)
         else:
             section.payload = self._buffer(length)
             self._read_exactly(section.payload, section)
-        self._read_padding(section, length)
-        self._check_checksum(section)
+            self._read_padding(section, length)
+            self._check_checksum(section)
         self._check_flags(section)
         self._advance(section)
         return section
@@ -186,7 +187,7 @@ class Reader:
             return ""
         if type_ in self._allowed():
             return ""
-        before = "the header" if self._last is None else self._last.name
+        before = "the header" if self._last is None else Type(self._last).name
         return f"it may not follow {before}"
 
     def _allowed(self) -> frozenset[Type]:
@@ -207,7 +208,7 @@ class Reader:
         """Count a section that has passed every check of the frame."""
         self.sequence += 1
         if section.type in fmt.CAPS and section.type != Type.PAD:
-            self._last = Type(section.type)
+            self._last = section.type
         if section.type == Type.ROUND_END:
             self._last_round_seen = bool(section.flags & fmt.FLAG_LAST)
         if section.type != Type.END:
@@ -244,6 +245,8 @@ class Reader:
             self._body = memoryview(bytearray(max(body_bytes, 1 << 19)))
         section.body = self._body[:body_bytes]
         self._read_exactly(section.body, section)
+        if compressed:
+            self._check_checksum(section)
 
     def _check_flags(self, section: Section) -> None:
         flags = section.flags
@@ -263,7 +266,10 @@ class Reader:
             self._refuse(ChecksumError, section.type, section.offset_bytes, "checksum differs")
 
     def _read_padding(self, section: Section, length: int) -> None:
-        padding = memoryview(bytearray(fmt.padding_bytes(length)))
+        nbytes = fmt.padding_bytes(length)
+        if not nbytes:
+            return
+        padding = memoryview(bytearray(nbytes))
         self._read_exactly(padding, section)
         if any(padding):
             self.refuse(section, "padding is not zero")

@@ -156,7 +156,7 @@ class Walk:
         self._tally = _Tally()
         self._ended = False
         self._contents: Contents | None = None
-        self._places: dict[int, str] = {}
+        self._places: dict[int, tuple[int, int, int]] = {}
         self._takers: dict[int, Callable[[Section], Item | None]] = {
             Type.PAD: lambda section: Pad(),
             Type.MEMORY: self._take_memory,
@@ -186,8 +186,7 @@ class Walk:
             section = self.reader.next()
             if section is None:
                 break
-            where = place(section.sequence, section.type, section.offset_bytes)
-            self._places[section.type] = where
+            self._places[section.type] = (section.sequence, section.type, section.offset_bytes)
             try:
                 event = self._take(section)
             except FormatError as error:
@@ -220,7 +219,7 @@ class Walk:
 
     def place(self, type_: Type) -> str:
         """Name the last section of a type, which was read before, as messages do."""
-        return self._places[type_]
+        return place(*self._places[type_])
 
     def expect_end_of_input(self) -> None:
         """Read on after END, up to the end of the input.
