@@ -135,11 +135,11 @@ class Reader:
         section = Section(type_, flags, sequence, start, self._list[:0], self._body[:0], checksum)
         if type_ == Type.MEMORY:
             self._read_memory(section, length)
-            self._read_padding(section, length)
         else:
             section.payload = self._buffer(length)
             self._read_exactly(section.payload, section)
-            self._read_padding(section, length)
+        self._read_padding(section, length)
+        if type_ != Type.MEMORY or flags & fmt.FLAG_ZSTD:
             self._check_checksum(section)
         self._check_flags(section)
         self._advance(section)
@@ -245,8 +245,6 @@ class Reader:
             self._body = memoryview(bytearray(max(body_bytes, 1 << 19)))
         section.body = self._body[:body_bytes]
         self._read_exactly(section.body, section)
-        if compressed:
-            self._check_checksum(section)
 
     def _check_flags(self, section: Section) -> None:
         flags = section.flags
