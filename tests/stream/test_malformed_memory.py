@@ -237,6 +237,18 @@ def test_sound_frames_are_taken(frame: bytes) -> None:
     assert walked.memory == {0: page(1)}
 
 
+def test_the_padding_of_a_frame_is_checked_before_its_checksum() -> None:
+    frame = frame_of([page(1)])
+    payload = memory_list(0, [(0, 1, DATA), (1, 6, ZERO)], [page(1)]) + frame
+    size = -len(payload) % 8
+    assert size, "this frame needs no padding"
+    maker = before(MEMORY, mandatory=ZSTD)
+    maker.add(MEMORY, payload, flags=1, filler=b"\1" * size, flip=1)
+    refused_last(maker, FormatError, "padding is not zero", "the padding is not zero")
+    maker = before(MEMORY, mandatory=ZSTD).add(MEMORY, payload, flags=1, flip=1)
+    refused_last(maker, *CHECKSUM)
+
+
 SIZE = ("the zstd frame does not state 4096 bytes", "zstd frame does not state the content size")
 BROKEN = "the zstd frame is broken: ..."  # "..." stands for the words of libzstd
 PART = (BROKEN, "zstd frame is incomplete")
