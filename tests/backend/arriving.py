@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bhystream.backend.base import Target
+from bhystream.backend.bhyve import snapshot
 from bhystream.backend.bhyve.loaded import start_waiting
 from bhystream.backend.bhyve.restore import Restore
 from bhystream.backend.bhyve.restoredguest import RestoredGuest
@@ -246,7 +247,7 @@ def kern(guest: Arriving) -> bytes:
 
 def fpu(guest: Arriving) -> list[State]:
     """Return the FPU states of its vCPUs."""
-    return [state for state in guest.states if state.is_optional]
+    return snapshot.fpu_states(guest.states)
 
 
 def hold(guest: Arriving) -> WaitingRestore:

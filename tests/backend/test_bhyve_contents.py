@@ -122,6 +122,8 @@ STATES: list[tuple[str, Change, int, str]] = [
      "meta: it and DEVICES do not agree on 'atkbdc'"),
     ("fpu-short", lambda s: [*s, State("fpu/0", b"x", True)], STATE_OPTIONAL,
      "state fpu/0 with 1 bytes is not of an FPU"),
+    ("clock-short", lambda s: [*s, State("clock", b"1234567", True)], STATE_OPTIONAL,
+     "state clock has 7 bytes, not 8"),
     ("fpu-long", lambda s: [*s, State("fpu/0", bytes(16385), True)], STATE_OPTIONAL,
      "state fpu/0 with 16385 bytes"),
     ("fpu-without-xsave", lambda s: [*s, State("fpu/0", b"\7" + FPU.data[1:], True)],

@@ -6,19 +6,22 @@ import calendar
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
-from bhystream.backend.bhyve import listening, waitingrestore
+from bhystream.backend.bhyve import clocks, listening, waitingrestore
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listener, listens
 from bhystream.backend.bhyve.waitingrestore import rtc_seconds
 from bhystream.errors import GuestError
+from bhystream.guest import State
 from standin.rig import await_true
 
 from .arriving import Arriving, again, arriving, fpu, hold, is_clean, kern, restore_of
+
+SECOND = 10**9
 
 
 @pytest.fixture
@@ -153,6 +156,46 @@ def test_the_clock_chip_is_set(guest: Arriving, monkeypatch: pytest.MonkeyPatch)
     one.release()
     one.set_clock()
     assert abs(given[0] - rtc_seconds({}, int(time.time()))) < 60
+
+
+# Its other clocks.
+
+
+def with_clock(states: Sequence[State], *clock: State) -> list[State]:
+    """Return the states with another word on how long the clocks went on, or without one."""
+    found = [state for state in states if state.name != clocks.STATE]
+    assert len(found) == len(states) - 1, "the pause has saved no such state"
+    return [*found, *clock]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_clocks_are_not_moved_by_what_they_went_on_after_the_stop(
+    guest: Arriving, *, late: bool
+) -> None:
+    sink = guest.sink()
+    guest.build(sink, late=late, states=with_clock(guest.states, clocks.state_of(2 * SECOND)))
+    assert sink.advance_clocks(5 * SECOND) == 3 * SECOND
+    sink.start()
+    guest.await_unbroken()
+    assert sink.notices == []
+
+
+def test_a_pause_that_is_shorter_moves_nothing_back(guest: Arriving) -> None:
+    sink = guest.sink()
+    guest.build(sink, states=with_clock(guest.states, clocks.state_of(2 * SECOND)))
+    assert sink.advance_clocks(SECOND) == 0
+    sink.abort()
+
+
+@pytest.mark.parametrize("ns", [0, SECOND])
+def test_clocks_of_an_unknown_time_are_left(guest: Arriving, ns: int) -> None:
+    """The stream has no time, or comes from a bhysend that did not say how long they went on."""
+    sink = guest.sink()
+    guest.build(sink, states=with_clock(guest.states) if ns else guest.states)
+    assert sink.advance_clocks(ns) == 0
+    sink.start()
+    guest.await_unbroken()
+    assert "since when they stand still" in sink.notices[0]
 
 
 # Its socket.

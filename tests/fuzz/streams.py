@@ -113,6 +113,9 @@ class MemorySink:
     def load(self, states: Sequence[State]) -> None:
         self.states = list(states)
 
+    def advance_clocks(self, ns: int) -> int:
+        return 0
+
     def start(self) -> None:
         self.started += 1
 

@@ -33,6 +33,7 @@ class Kind(Enum):
     PAGE = "lose a page"
     DISK = "take another disk"
     COMPARED = "miss a page that differs"
+    CLOCK = "move a guest's clocks wrongly"
     SPLICE = "give away pages that change"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from planted import (
     bhyve,
     checksums,
+    clocks,
     disks,
     handshake,
     hashes,
@@ -27,6 +28,7 @@ _MODULES = (
     memory,
     disks,
     hashes,
+    clocks,
 )
 _ORDER = list(Kind)
 

@@ -292,6 +292,14 @@ class Sink(Protocol):
         After load(), start() has only to let the guest run.
         """
 
+    def advance_clocks(self, ns: int) -> int:
+        """Let the guest's clocks go on as if the guest had not been stopped ns nanoseconds ago.
+
+        ns: 0 if nobody knows.  Called at most once, between load() and start().  Returns by
+        how many ns the clocks are moved; 0 if this hypervisor or this guest does not allow it:
+        they go on as they were saved, and notices says why.  Raises what start() raises.
+        """
+
     def start(self) -> None:
         """Run the loaded guest and release it: the guest outlives bhyrecv.
 

@@ -31,7 +31,7 @@ class Arrival:
         self._is_recorded = False
         self._why = ""
         self._nonce = os.urandom(fmt.NONCE_BYTES)
-        # take() and ready() add the acts that they make possible.
+        # take(), ready() and go() add the acts that they make possible.
         self._acts: dict[Act, Callable[[], None]] = {
             Act.RECORD_STARTED: self._record_started,
             Act.RECORD_DEAD: self._record_dead,
@@ -43,9 +43,8 @@ class Arrival:
         }
 
     def take(self, sink: Sink) -> None:
-        """Let the acts use the guest of this sink, which stays the caller's."""
+        """Let the acts end the guest of this sink, which stays the caller's."""
         self._acts[Act.TEAR_DOWN] = sink.abort
-        self._acts[Act.START] = sink.start
 
     def accept(self) -> None:
         """Answer ACCEPT.  Raises InputOutputError."""
@@ -66,11 +65,12 @@ class Arrival:
         self._machine.on(Event.ENDED)
         return self._nonce
 
-    def go(self) -> None:
+    def go(self, start: Callable[[], None]) -> None:
         """Record STARTED, and start the guest.
 
         Raises BhyError; the caller then calls fail(), or may_have_run().
         """
+        self._acts[Act.START] = start
         self._machine.on(Event.GO)
 
     def say_running(self) -> None:

@@ -13,6 +13,7 @@ from bhystream.handover.state import Lock, Record
 from bhystream.recv.hashed import MemoryComparison
 from bhystream.recv.receiving import RecvJob, refuse
 from bhystream.recv.sampled import Comparison
+from bhystream.recv.standstill import Standstill
 from bhystream.report import Progress
 from bhystream.stream import format as fmt
 from bhystream.stream.disks import Disk
@@ -23,7 +24,8 @@ from bhystream.stream.verify import Hashes, Pages
 class Building:
     """One guest, from the verdict to its loaded state.
 
-    name, operand: the guest's name and operand here.  sink: makes the guest, no part
+    name, operand: the guest's name and operand here.  advanced_ns: by how much start() has
+    moved the guest's clocks on.  sink: makes the guest, no part
     of which runs before Sink.start().  Incoming owns the Building, and ends the guest by the sink.
     """
 
@@ -44,6 +46,7 @@ class Building:
         self.lock = Lock(job.base, self.lock_name, f"guest {self.name}")
         self._targets: Sequence[Target] = ()
         self._states: list[State] = []
+        self.advanced_ns = 0
         self._comparison: Comparison | None = None
         self._memory = MemoryComparison(head.layout, job.walk.header.seed)
         self._progress = Progress(
@@ -152,6 +155,15 @@ class Building:
             self.open(b"")
         self.sink.load(self._states)
         self._states.clear()
+
+    def start(self, standstill: Standstill) -> None:
+        """Let the guest run, its clocks moved on if that was asked for.
+
+        Raises what Sink.start() raises.
+        """
+        if self._job.opts.advance_clock:
+            self.advanced_ns = self.sink.advance_clocks(standstill.length_ns)
+        self.sink.start()
 
     def record(self) -> Record:
         """Return the record of the loaded guest, which is not written yet."""

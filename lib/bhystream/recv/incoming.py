@@ -30,10 +30,11 @@ from bhystream.errors import BhyError, GuestError, IncompatibleError, InDoubtErr
 from bhystream.guest import LOADED, STARTED, Head, State
 from bhystream.handover import leftover, prune
 from bhystream.handover.handshake import GO_SECONDS
-from bhystream.handover.state import Lock, Record
+from bhystream.handover.state import Lock
 from bhystream.recv.arrival import Arrival
 from bhystream.recv.building import Building
 from bhystream.recv.receiving import RecvJob, require_startable
+from bhystream.recv.standstill import Standstill
 from bhystream.stream.format import Form, RoundEnd, Type
 from bhystream.stream.verify import Disks, Ended, Go, Hashes, Item, Pad, Pages, Rehearsal
 from bhystream.units import counted, duration, size
@@ -68,15 +69,15 @@ class Incoming:
         events = self._events()
         with job.signals.at_waits():
             building = self._accept(events)
-            ended, ended_ns = self._build(building, events)
+            ended, standstill = self._build(building, events)
             job.seen(now=True)
             building.load()
             building.require_disks()
         if job.opts.directory is not None:
-            building.sink.start()
+            building.start(standstill)
             what = f"its snapshot files are made: {building.operand}"
         elif job.is_answered:
-            self._await_go(building.record(), events)
+            self._await_go(building, standstill, events)
             what = "it runs here"
         elif job.opts.unstarted:
             self._say_too_late("the guest is loaded")
@@ -86,14 +87,14 @@ class Incoming:
         else:
             self._say_too_late("the guest is started")
             self._arrival.record(building.record(), STARTED)
-            building.sink.start()
+            building.start(standstill)
             what = "it runs here"
         self.is_let_go = True
         self._arrival.say_running()
-        here_ns = time.monotonic_ns() - ended_ns
+        standstill.end()
         if not job.opts.unstarted:
             building.sink.settle()
-        self._say_end(building, what, ended, here_ns)
+        self._say_end(building, what, ended, standstill)
 
     def undo(self, error: BhyError) -> BhyError:
         """Leave the host as it was found, and say so in the error's hint.
@@ -171,8 +172,8 @@ class Incoming:
             f"{name}: too late, {what}; bhyrecv ends as soon as that is done"
         )
 
-    def _build(self, building: Building, events: Iterator[Item]) -> tuple[Ended, int]:
-        """Build the guest up to END; return END, and when END was read, in monotonic ns."""
+    def _build(self, building: Building, events: Iterator[Item]) -> tuple[Ended, Standstill]:
+        """Build the guest up to END; return END, and how long the guest stands still."""
         while True:
             match next(events):
                 case Rehearsal() as rehearsal:
@@ -188,12 +189,12 @@ class Incoming:
                 case Disks() as sampled:
                     building.compare_disks(sampled.disks)
                 case Ended() as ended:
-                    return ended, time.monotonic_ns()
+                    return ended, Standstill(ended.time, is_answered=self._job.is_answered)
 
-    def _await_go(self, record: Record, events: Iterator[Item]) -> None:
+    def _await_go(self, building: Building, standstill: Standstill, events: Iterator[Item]) -> None:
         """Answer READY; start the guest if GO has the nonce of this READY."""
         job = self._job
-        nonce = self._arrival.ready(record)
+        nonce = self._arrival.ready(building.record())
         job.source.deadline = time.monotonic() + GO_SECONDS
         job.source.why = f"no GO came for {GO_SECONDS} s"
         go = next(event for event in events if isinstance(event, Go))
@@ -201,13 +202,10 @@ class Incoming:
             where = job.walk.place(Type.GO)
             raise IncompatibleError(f"{where}: GO has another nonce: it is not the answer to READY")
         self._say_too_late("the guest is started")
-        self._arrival.go()
+        self._arrival.go(lambda: building.start(standstill))
 
-    def _say_end(self, building: Building, what: str, ended: Ended, here_ns: int) -> None:
-        """Say where the guest is now, and how long it stood still.
-
-        here_ns: from END to the answer that it runs.
-        """
+    def _say_end(self, building: Building, what: str, ended: Ended, standstill: Standstill) -> None:
+        """Say where the guest is now, and how long it stood still."""
         job, name = self._job, building.name
         text = (
             f"guest {name}: {what}; {counted(ended.end.rounds, 'round')}, "
@@ -216,12 +214,13 @@ class Incoming:
         if building.is_compared:
             text += "; its memory is compared with the source's"
         is_moved = job.walk.header.form != Form.KEPT and job.opts.directory is None
-        if is_moved and ended.time and ended.time.paused_for_ns:
-            total = ended.time.paused_for_ns + here_ns
+        if is_moved and standstill.is_measured:
             text += (
-                f"; paused {duration(total)}, {duration(here_ns)} of it here,"
-                " plus the transit of END"
+                f"; paused {duration(standstill.measured_ns)},"
+                f" {duration(standstill.here_ns)} of it here, plus the transit of END"
             )
+        if building.advanced_ns:
+            text += f"; its clocks moved on by {duration(building.advanced_ns)}"
         job.console.say(text)
         job.console.log(text)
         for notice in building.sink.notices:

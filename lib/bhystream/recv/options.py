@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from bhystream.stream.verify import Walk
 
 USAGE = """\
-usage: bhyrecv [-fnPuv] [--again] [--below directory]... [--forced] [-m size]
-               [-o key=value]... [-S directory] [-x key]... [guest]
+usage: bhyrecv [-fnPuv] [--advance-clock] [--again] [--below directory]...
+               [--forced] [-m size] [-o key=value]... [-S directory] [-x key]...
+               [guest]
        bhyrecv -l [guest]
        bhyrecv -q id
        bhyrecv --discard guest
@@ -41,6 +42,7 @@ class Options(NamedTuple):
     unstarted: bool = False
     verbose: bool = False
     again: bool = False
+    advance_clock: bool = False
     resources: Mapping[str, str] = MappingProxyType({})
     dropped: tuple[str, ...] = ()
     directory: str | None = None
@@ -86,7 +88,7 @@ def parse_options(argv: Sequence[str]) -> Options | commandline.Verb:
     found, operands = commandline.parse(
         argv,
         "flm:no:PqS:uvx:",
-        ["again", "below=", "discard", "forced", "resume"],
+        ["advance-clock", "again", "below=", "discard", "forced", "resume"],
         USAGE,
     )
     names = [name for name, _ in found]
@@ -111,6 +113,7 @@ def parse_options(argv: Sequence[str]) -> Options | commandline.Verb:
         unstarted="-u" in names,
         verbose="-v" in names,
         again="--again" in names,
+        advance_clock="--advance-clock" in names,
         resources=forced.lend(resources, asked.disks, has_below=bool(below)),
         dropped=tuple(value for name, value in found if name == "-x"),
         directory=given.get("-S"),
@@ -132,7 +135,9 @@ def _resources(given: Sequence[str]) -> dict[str, str]:
 
 
 def _refuse_mixtures(names: Sequence[str]) -> None:
-    """Raise UsageError for -S with an option that has a meaning only for a started guest."""
-    for name in ("-o", "-u", "-x", "--again", "--below"):
+    """Raise UsageError for an option that has a meaning only for a started guest."""
+    for name in ("-o", "-u", "-x", "--advance-clock", "--again", "--below"):
         if "-S" in names and name in names:
             raise UsageError(f"-S makes files and starts nothing: not with {name}", USAGE)
+    if "-u" in names and "--advance-clock" in names:
+        raise UsageError("--advance-clock: -u leaves the guest paused, for a time unknown", USAGE)

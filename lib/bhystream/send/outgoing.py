@@ -99,11 +99,12 @@ class Outgoing:
             custody.release()
             progress.enter("runs again, round", rounds.live)
         with signals.watching(rounds.done, STALL_SECONDS):
-            self._write_state(begun.writer, custody)
+            self._write_states(begun.writer, custody)
         if not job.opts.keep:
             sampled = self._end_hook(custody)
-        if sampled:
-            with signals.watching(rounds.done, STALL_SECONDS):
+        with signals.watching(rounds.done, STALL_SECONDS):
+            self._write_time(begun.writer)
+            if sampled:
                 begun.writer.section(Type.DISKS, sampled)
         if begun.talk:
             return self._hand_over(begun, begun.talk, custody, rounds)
@@ -199,13 +200,17 @@ class Outgoing:
         for reason in custody.reasons:
             self._job.say(reason)
 
-    def _write_state(self, writer: Writer, custody: Custody) -> None:
-        """Write the state sections and TIME: the guest is paused, or if kept runs again."""
+    def _write_states(self, writer: Writer, custody: Custody) -> None:
+        """Write the state sections: the guest is paused, or if kept runs again."""
         watch, start_ns = self._watch, time.monotonic_ns()
         for state in custody.states:
             writer.state(state)
         if not self._job.opts.keep:
             watch.note(last_ns=watch.measured.last_ns + time.monotonic_ns() - start_ns)
+
+    def _write_time(self, writer: Writer) -> None:
+        """Write TIME, behind everything that can take long in the pause."""
+        watch = self._watch
         paused_for_ns = watch.pause_ns if self._job.opts.keep else watch.elapsed_ns()
         writer.section(Type.TIME, fmt.TIME.pack(watch.paused_at_ns, paused_for_ns))
 

@@ -13,13 +13,13 @@ from typing import Any
 
 # Each blob is as large as bhyve's: vmcx has every vCPU's registers, fbuf its frame memory.
 SIZES_BYTES = {"vmcx": 16 << 10, "vm": 4 << 10, "fbuf": 16 << 20}
-_DEFAULT_BYTES = 1 << 10
+DEFAULT_BYTES = 1 << 10
 
 
 def pack_blob(name: str, kind: str, clock: int, fields: Mapping[str, Any]) -> bytes:
     """Return a blob: fields, name and clock as JSON, padded with NULs to the size of its kind."""
     text = json.dumps({"name": name, "clock": clock, **fields}).encode()
-    return text.ljust(max(SIZES_BYTES.get(kind, _DEFAULT_BYTES), len(text)), b"\0")
+    return text.ljust(max(SIZES_BYTES.get(kind, DEFAULT_BYTES), len(text)), b"\0")
 
 
 def unpack_blob(blob: bytes) -> dict[str, Any]:

@@ -5,7 +5,7 @@ the file has registers, hidden parts and FPU, and says whether the vCPU may run.
 The guest's FPU is in this file only, and in no blob of a snapshot: as in bhyve,
 a restore loses the FPU unless the backend carries it over.
 
-    0       u64 ncpus, u64 seconds given to VM_RTC_SETTIME
+    0       u64 ncpus, u64 seconds given to VM_RTC_SETTIME, u64 offset of the HPET
     4096    one vCPU after the other, STRIDE_BYTES each:
       0       registers, u64 each, by vmm's numbers
       0x200   hidden parts of ES to GDTR: u64 base, u32 limit, u32 access
@@ -37,10 +37,12 @@ XSTATE_BV = 512
 NAMES = (
     *("suspended", "event_1", "event_2", "entry_event", "pending_debug"),
     *("nmi_pending", "nmi_blocked", "nmi_after", "cpl", "xcr0", "cr0_shadow", "cr4_shadow"),
+    "tsc_offset",
 )
 """nmi_after: the number of instructions until an NMI arrives, 0 for no NMI.
 
 entry_event, pending_debug and the shadows are fields of an Intel CPU's VMCS.
+tsc_offset: the guest's TSC minus the host's, modulo 2**64.
 """
 
 CR0_MASK, CR4_MASK = 0x60000020, 0x2000  # NW, CD, NE; VMXE
@@ -217,6 +219,16 @@ class Cpus:
     @rtc_seconds.setter
     def rtc_seconds(self, seconds: int) -> None:
         _WORD.pack_into(self._mapping, 8, seconds)
+
+    @property
+    def hpet_offset(self) -> int:
+        """The HPET's counter minus that of an HPET which never stood still, modulo 2**32."""
+        found: int = _WORD.unpack_from(self._mapping, 16)[0]
+        return found
+
+    @hpet_offset.setter
+    def hpet_offset(self, ticks: int) -> None:
+        _WORD.pack_into(self._mapping, 16, ticks)
 
     def close(self) -> None:
         """Close the file.  A second call does nothing."""

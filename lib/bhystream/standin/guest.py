@@ -31,6 +31,7 @@ from bhystream.errors import GuestError, UsageError
 
 from . import cpu as cpu_file
 from .blob import number, pack_blob, unpack_blob
+from .clocks import GuestClocks
 from .config import Config, parse_bytes
 from .devices import Device, Ticker, blob_complaints, uart_of
 from .gate import Gate
@@ -47,6 +48,7 @@ from .proof import (
     unpack_boot,
 )
 from .settings import read_settings
+from .sysctl import sysctl
 from .vcpu import Vcpu, read_registers
 
 KERNEL_STRUCTS = (
@@ -120,10 +122,13 @@ class Guest:
         self._strays: Iterator[None] = iter(())
         self._telling = threading.Lock()
         self._restored: dict[str, dict[str, Any]] = {}
-        settings = read_settings(memory.path.parent.parent)
+        directory = memory.path.parent.parent
+        settings = read_settings(directory)
         self._is_intel = settings.cpu_vendor == "intel"
         self._cpu_path = memory.path.with_name(f"{memory.path.name}.cpu")
         self._cpu_file = cpu_file.create(self._cpu_path, ncpus, is_intel=self._is_intel)
+        tsc_hz = int(sysctl(directory, "machdep.tsc_freq") or 0)
+        self._clocks = GuestClocks(self._cpu_file, tsc_hz)
         self._held: list[threading.Thread] = []
         self._is_let_go = threading.Event()
 
@@ -172,6 +177,7 @@ class Guest:
         self._let_go()
         for index, cpu in enumerate(self._cpu_file):
             cpu.start(index)
+        self._clocks.go_on()
         for device in self.devices:
             device.start()
         self._timer.start()
@@ -232,7 +238,7 @@ class Guest:
                 fields = {"beats": self._beats, "swept": self._swept, "wrong": self._wrong}
             elif name == "vmcx":
                 fields = {"vcpus": [vcpu.registers.fields() for vcpu in self._vcpus]}
-            yield name, pack_blob(name, name, self._clock, fields)
+            yield name, self._clocks.save(name) + pack_blob(name, name, self._clock, fields)
 
     def save_device(self, device: Device) -> bytes:
         """Return a device's blob."""
@@ -242,7 +248,7 @@ class Guest:
         """Take over the blob of a kernel structure; prepare() checks the blob."""
         if name == "vmcx" and not any(blob):
             self.can_enter = False
-        self._restored[name] = unpack_blob(blob)
+        self._restored[name] = unpack_blob(self._clocks.load(name, blob))
         if name == "vhpet":
             self._timer.take(self._restored[name])
 

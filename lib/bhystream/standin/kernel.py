@@ -16,10 +16,11 @@ from pathlib import Path
 import xxhash
 
 from bhystream import inherited
-from bhystream.backend.bhyve.host import VMM_DIR, Disk
+from bhystream.backend.bhyve.host import VMM_DIR, ClockLayout, Disk
 from bhystream.errors import GuestError, from_oserror
 
 from . import node
+from .clocks import CLOCKS
 from .settings import read_settings
 from .sysctl import sysctl
 from .vm import StandinVm
@@ -109,6 +110,10 @@ class StandinHost:
     def module_hash(self) -> str:
         """Return host.json's value."""
         return read_settings(self._directory).module_hash
+
+    def clock_layout(self) -> ClockLayout | None:
+        """Return where the stand-in's blobs have the clocks; None if host.json says so."""
+        return CLOCKS if read_settings(self._directory).knows_clocks else None
 
     def disk(self, path: str) -> Disk | None:
         """Return a regular file as a disk, with host.json's fields for its path.

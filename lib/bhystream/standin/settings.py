@@ -40,7 +40,8 @@ class Settings(NamedTuple):
     decides the sysctls of the release.  fail: words of FAILURES.
     free_memory_bytes, program_hash: null means this system's own value.  parent_command:
     the command that started bhyve.  knows_suspending_lock: vm-bhyve is 1.7.0 or
-    later.  keeps_path: PATH reaches what vm-bhyve runs.
+    later.  keeps_path: PATH reaches what vm-bhyve runs.  knows_clocks: the kernel is
+    one whose clocks can be moved on.
     can_snapshot: vmm has snapshots; null if no vmm is loaded.
     module_hash: the digest of vmm.ko.  disks: for each path, the fields of host.Disk that
     differ from the file's own.  mtus: the MTU of each tap.  sysctl: the value of each
@@ -57,6 +58,7 @@ class Settings(NamedTuple):
     parent_command: str = ""
     knows_suspending_lock: bool = True
     keeps_path: bool = True
+    knows_clocks: bool = True
     can_snapshot: bool | None = True
     module_hash: str = "766d6d2e6b6f"
     disks: Mapping[str, Mapping[str, Any]] = MappingProxyType({})

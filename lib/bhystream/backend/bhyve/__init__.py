@@ -56,6 +56,7 @@ The pieces, in the order in which a move meets them:
       vmshim.py     the `bhyve` that vm-bhyve finds, a program of its own
       lastpage.py   the missing last page, for which that bhyve waits
     loaded.py     base.Paused of a destination's guest
+    clocks.py     the guest's clocks, moved on by the length of the pause
     network.py    what the network is told when a guest runs here
     cold.py       snapshot files as base.Snapshot and base.Sink
 

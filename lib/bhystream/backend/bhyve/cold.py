@@ -304,6 +304,10 @@ class FilesSink:
             raise from_oserror(error, f"write {self._files.memory}") from None
         self._stage = _Complete(made.memory_bytes, made.files, made.fd, bool(fpu))
 
+    def advance_clocks(self, ns: int) -> int:
+        """Return 0: no guest is started."""
+        return 0
+
     def start(self) -> None:
         """Give the files their names, FILE.meta last, after the other names are on the disk.
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bhystream.backend.bhyve import fpu, snapshot
+from bhystream.backend.bhyve import clocks, fpu, snapshot
 from bhystream.backend.bhyve.config import devices as devices_of
 from bhystream.backend.bhyve.keys import shown
 from bhystream.backend.bhyve.layout import layout_of
@@ -62,7 +62,7 @@ class BhyveContents:
     def state(self, state: State) -> None:
         """Check that a state is meta, or the next state that meta lists; check meta itself.
 
-        An optional state is checked if it is a vCPU's FPU.  Raises FormatError.
+        An optional state is checked if its name is known.  Raises FormatError.
         """
         if not state.is_optional:
             self._order.take(state)
@@ -72,6 +72,8 @@ class BhyveContents:
                     snapshot.require_same(self._planned, self._order.meta)
         elif snapshot.fpu_states([state]):
             self._require_fpu(state)
+        else:
+            clocks.ran_on_ns([state])
 
     def end(self) -> None:
         """Check that every state that meta lists has come.  Raises FormatError."""

@@ -29,7 +29,7 @@ from bhystream.backend.bhyve import (
 )
 from bhystream.backend.bhyve.freebsd_trace import Trace
 from bhystream.backend.bhyve.freebsd_vm import FreeBsdVm
-from bhystream.backend.bhyve.host import Disk, NoBhyveError
+from bhystream.backend.bhyve.host import ClockLayout, Disk, NoBhyveError
 from bhystream.backend.process import Identity
 from bhystream.errors import AccessError, GuestError, from_oserror
 
@@ -68,6 +68,13 @@ def _hash(path: str) -> str:
     except OSError as error:
         raise from_oserror(error, f"read {path}") from None
     return digest.hexdigest()
+
+
+# By kern.osreldate.  Source: sys/amd64/vmm/vmm.c, vm_snapshot_vcpus(); sys/amd64/include/vmm.h,
+# struct vm_exit.
+CLOCKS = {
+    "1501000": ClockLayout(vcpu_bytes=184, tsc_at=176, vm_tail_bytes=128, hpet_tail_bytes=0),
+}
 
 
 class FreeBsdHost:
@@ -134,6 +141,10 @@ class FreeBsdHost:
         file = freebsd_kld.file_id(freebsd_kld.VMM)
         path = freebsd_kld.path(file) if file else ""
         return _hash(path) if path else ""
+
+    def clock_layout(self) -> ClockLayout | None:
+        """See host.Host.  Known are only kernels on which guests were moved with it."""
+        return CLOCKS.get(self.sysctl("kern.osreldate") or "")
 
     def disk(self, path: str) -> Disk | None:
         """See host.Host.  Not run."""

@@ -71,6 +71,19 @@ class Disk(NamedTuple):
     is_device: bool = False
 
 
+class ClockLayout(NamedTuple):
+    """Where a kernel puts a guest's clocks into a snapshot; sizes and offsets in bytes.
+
+    vcpu_bytes, tsc_at: the part of structure vm for one vCPU, and the TSC's place in it.
+    vm_tail_bytes, hpet_tail_bytes: what follows the last vCPU, and the HPET's last timer.
+    """
+
+    vcpu_bytes: int
+    tsc_at: int
+    vm_tail_bytes: int
+    hpet_tail_bytes: int
+
+
 class Vm(Protocol):
     """One VM of the kernel.  To open a VM changes nothing.
 
@@ -203,6 +216,9 @@ class Host(Protocol):
 
     def module_hash(self) -> str:
         """Return a hash that differs between builds of vmm.ko, "" if none is loaded."""
+
+    def clock_layout(self) -> ClockLayout | None:
+        """Return where this kernel keeps a guest's clocks; None if that is not known for sure."""
 
     def disk(self, path: str) -> Disk | None:
         """Return the facts of a disk's backing; None if bhyve could not open the path as a disk."""

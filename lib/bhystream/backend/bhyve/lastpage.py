@@ -12,6 +12,7 @@ restored nothing.  bhyve leaves the loop when the last page is written to FILE.
               bytes before the mark are there too
     settle    replaces the marks with the true bytes, in FILE and in the memory
     fill      writes FILE.kern's true bytes into the file that bhyve has mapped
+    change    writes some of these bytes anew
     give      writes FILE's last page, from the VM's memory
 
 cut() waits for a read that has begun.  A bhyve that was faster than cut() has
@@ -29,8 +30,9 @@ however an earlier attempt ended.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from bhystream import durable
@@ -90,11 +92,14 @@ class LastPage:
 
         kern: the pieces of FILE.kern, as many bytes in all as arm() made.
         """
-        at = 0
+        ends = accumulate((len(piece) for piece in kern), initial=0)
+        self.change(zip(ends, kern, strict=False))
+
+    def change(self, pieces: Iterable[tuple[int, bytes]]) -> None:
+        """Write pieces of FILE.kern, each at its offset."""
         with open(self.files.kern, "r+b", buffering=0) as file:
-            for piece in kern:
+            for at, piece in pieces:
                 _write(file.fileno(), piece, at)
-                at += len(piece)
 
     def give(self, memory: Sequence[memoryview]) -> None:
         """Write FILE's last page, taken from the memory."""

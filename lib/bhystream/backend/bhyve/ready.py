@@ -4,16 +4,18 @@ make_ready   makes the directory, with the null device as memory file; rehearses
              that is, runs a checkpoint that bhyve ends by itself; makes the FIFO
 pause        asks for the same checkpoint, in whose last write bhyve blocks
              (fifo.py), so that the guest stands paused (paused.py).  The state is
-             FILE.kern, the rehearsal's FILE.meta, and the saved FPU registers
+             FILE.kern, the rehearsal's FILE.meta, the saved FPU registers, and how
+             long the guest's clocks went on
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import time
 from dataclasses import dataclass
 
-from bhystream.backend.bhyve import fifo, fpustate, snapshot, verdict
+from bhystream.backend.bhyve import clocks, fifo, fpustate, snapshot, verdict
 from bhystream.backend.bhyve.checkpoint import Checkpoint, Outcome
 from bhystream.backend.bhyve.host import VMM_DIR
 from bhystream.backend.bhyve.layout import clamped
@@ -30,6 +32,7 @@ from bhystream.errors import (
     Reason,
     from_oserror,
 )
+from bhystream.guest import State
 
 _HOLD_S = 30.0
 _STATE_BYTES = 64 << 20  # room for FILE.kern and FILE.meta, before their sizes are known
@@ -57,6 +60,7 @@ class Ready:
         served is withdrawn.  Raises GuestError if the guest cannot be paused or
         saved, and what Opened.require_started() and Opened.connect() raise.
         """
+        start_ns = time.monotonic_ns()
         self.opened.require_started()
         kern_bytes = self.rehearsal.meta.kern_bytes
         _require_room(self.opened, self.directory, kern_bytes, self.warning)
@@ -64,7 +68,7 @@ class Ready:
         held = BhyvePaused(self.opened.host, self.record)
         try:
             self._hold(checkpoint, held)
-            return self._with_state()
+            return self._with_state(clocks.state_of(time.monotonic_ns() - start_ns))
         except BaseException:
             with contextlib.suppress(BhyError):
                 held.resume()
@@ -123,7 +127,7 @@ class Ready:
             f"{UNSAVED}, or a full disk",
         )
 
-    def _with_state(self) -> BhyvePaused:
+    def _with_state(self, clock: State) -> BhyvePaused:
         """Return the paused guest with its state, which is read here, and its saved FPU."""
         path, guest = self.directory.files.kern, self.opened
         try:
@@ -133,7 +137,7 @@ class Ready:
         except FormatError as error:
             raise GuestError(f"{guest.who}: {path}: {error}") from None
         saved, reasons = fpustate.save(guest.host, guest.name, guest.ncpus, self.directory)
-        return BhyvePaused(guest.host, self.record, [*states, *saved], reasons)
+        return BhyvePaused(guest.host, self.record, [*states, *saved, clock], reasons)
 
 
 def make_ready(opened: Opened, directory: SnapshotDir) -> Ready:

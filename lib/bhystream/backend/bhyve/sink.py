@@ -30,7 +30,7 @@ from pathlib import Path
 
 from bhystream import durable
 from bhystream.backend.base import Target
-from bhystream.backend.bhyve import backing, snapshot
+from bhystream.backend.bhyve import backing, clocks, snapshot
 from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.layout import memory_spans
@@ -128,8 +128,11 @@ class BhyveSink:
         )
         self._force = force
         self._stage: Checked | None = None
+        self._source: Json = {}
         self._section: Json = {}
         self._disks: Mapping[str, str] = {}
+        self._snapshot: tuple[snapshot.Meta, Sequence[bytes]]
+        self._ran_on_ns: int | None
         # load() closes what is open; abort() closes that, and undoes what was made.
         self._opened = contextlib.ExitStack()
         self._made = contextlib.ExitStack()
@@ -151,7 +154,7 @@ class BhyveSink:
         reasons = hard if self._force else hard + soft
         if not reasons:
             self._stage = Checked(guest)
-            self._section = section
+            self._source, self._section = head.host, section
             self._disks = backing.disks(section, guest.keys)
         return reasons
 
@@ -263,6 +266,21 @@ class BhyveSink:
             _write(stage.guest.files.meta, text)
             restore = self._hold(stage.guest, meta.kern_bytes)
         restore.load(kern, snapshot.fpu_states(states))
+        self._snapshot = (meta, kern)
+        self._ran_on_ns = clocks.ran_on_ns(states)
+
+    def advance_clocks(self, ns: int) -> int:
+        """Move the guest's TSC and HPET on.  Raises BhyError if FILE.kern cannot be written."""
+        try:
+            if not ns or self._ran_on_ns is None:
+                raise IncompatibleError("the stream does not say since when they stand still")
+            found = clocks.find(self._wanted.host, self._source, *self._snapshot)
+        except IncompatibleError as error:
+            self.notices.append(f"its clocks are as they were saved: {error}")
+            return 0
+        moved_ns = max(ns - self._ran_on_ns, 0)
+        self._checked.waiting().change_kern(found.moved_on(moved_ns))
+        return moved_ns
 
     def start(self) -> None:
         """Let bhyve restore the guest and run it, independent of bhyrecv.  Raises BhyError."""

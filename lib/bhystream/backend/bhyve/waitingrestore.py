@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import calendar
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 from bhystream.backend.bhyve import fpu
@@ -92,6 +92,14 @@ class WaitingRestore:
         if states:
             self._load_fpu(states)
         self.require_held()
+
+    def change_kern(self, pieces: Iterable[tuple[int, bytes]]) -> None:
+        """Replace bytes of FILE.kern, each at its offset, after load() and before release().
+
+        Raises BhyError if that fails; then call undo().
+        """
+        with writing(self._last.files.directory):
+            self._last.change(pieces)
 
     def _load_fpu(self, states: Sequence[State]) -> None:
         child = self._bhyve.child
