@@ -16,6 +16,7 @@ import re
 import sys
 import syslog
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 from bhystream.errors import BhyError, InternalError
@@ -57,6 +58,11 @@ class Console:
         """Print one line; a closed standard error is no error."""
         self.clear()
         self._write(f"{self._prefix}: {printable(text)}\n")
+
+    def show(self, lines: Sequence[str]) -> None:
+        """Print lines without the program's name, for the operator to copy."""
+        self.clear()
+        self._write("".join(f"{printable(line)}\n" for line in lines))
 
     def fail(self, error: BhyError) -> int:
         """Print an error and, on separate lines, what to type next.

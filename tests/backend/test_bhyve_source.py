@@ -221,7 +221,7 @@ def test_a_pause_finds_it_and_the_guest_stands_until_it_is_resumed(two: Two, sin
     paused = made.pause()
     beats = guest.console.beats()
     states = [state for state in paused.states() if not state.is_optional]
-    assert [state.name for state in paused.states()[len(states) :]] == ["fpu/0", "fpu/1"]
+    assert [state.name for state in paused.states()[len(states) :]] == ["fpu/0", "fpu/1", "clock"]
     assert paused.reasons == []
     text, kern = states[0], b"".join(state.data for state in states[1:])
     assert text == State("meta", plan)

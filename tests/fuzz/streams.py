@@ -100,6 +100,9 @@ class MemorySink:
     def late_reasons(self) -> list[str]:
         return []
 
+    def description(self, head: Head) -> Sequence[str]:
+        return ()
+
     def disks(self) -> dict[str, str]:
         return {"disk0": os.devnull}
 

@@ -72,6 +72,9 @@ class Sink:
         self.segments = len(head.layout.segments)
         return []
 
+    def description(self, head: Head) -> Sequence[str]:
+        return ()
+
     def disks(self) -> dict[str, str]:
         return {}
 

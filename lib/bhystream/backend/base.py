@@ -271,6 +271,13 @@ class Sink(Protocol):
     def disks(self) -> Mapping[str, str]:
         """Return the paths on this host of the disks that Source.disks() samples; after check()."""
 
+    def description(self, head: Head) -> Sequence[str]:
+        """Return lines with which this host's manager of guests could have the guest as its own.
+
+        The first line says what the others are, and the others are to be copied as they are.
+        () if no manager is here, or knows the guest, or could be told nothing.
+        """
+
     def open(self, plan: bytes) -> Sequence[Target]:
         """Make the empty guest and return one Target for each segment.
 

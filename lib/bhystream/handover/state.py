@@ -142,7 +142,7 @@ def directory() -> Path:
                 f"state directory {path}: another user could exchange it: {why}",
                 "name a directory in a place that only root and you may write to",
             )
-        for name in ("lock", "run", "source", "destination", "log", "told"):
+        for name in ("lock", "run", "source", "destination", "log", "told", "conf"):
             durable.make_directory(path / name)
             if not stat.S_ISDIR((path / name).lstat().st_mode):
                 raise IncompatibleError(f"state directory {path}: {name} is a link")

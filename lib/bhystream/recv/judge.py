@@ -18,6 +18,8 @@ source may be waiting for a start.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bhystream import hypervisors
 from bhystream.backend.base import Sink
 from bhystream.errors import (
@@ -45,6 +47,7 @@ class Judge:
         self._name = "?"
         self._reasons: list[str] = []
         self._sink: Sink | None = None
+        self._description: Sequence[str] = ()
         self._is_understood = False
         self._is_begun = False
         self._has_go = False
@@ -122,6 +125,7 @@ class Judge:
         require_startable(self._job.opts, self._job.walk, self._job.records)
         if self._sink and self._is_understood:
             self._reasons += self._job.opts.reasons(self._sink, head)
+            self._description = self._sink.description(head)
 
     def _answer_head(self) -> None:
         reply = self._job.reply
@@ -154,3 +158,7 @@ class Judge:
             why = "the source gave it up" if not self._has_go else "it is over"
             told += f"; it is a move in the answered form, which starts nothing again: {why}"
         self._job.console.say(f"{told}; this host can take the guest")
+        if self._description:
+            first, *lines = self._description
+            self._job.console.say(f"guest {self._name}: {first}")
+            self._job.console.show(lines)

@@ -244,6 +244,10 @@ class FilesSink:
         """Return no reason: files that can be made need no plan."""
         return []
 
+    def description(self, head: Head) -> Sequence[str]:
+        """Return (): no manager is known that could have it."""
+        return ()
+
     def disks(self) -> Mapping[str, str]:
         """Return no disk: files are no guest yet."""
         return {}

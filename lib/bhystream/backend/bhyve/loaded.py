@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bhystream import durable
-from bhystream.backend.bhyve import snapshot, snapshotfiles, vmdirectory
+from bhystream.backend.bhyve import ownconf, snapshot, snapshotfiles, vmdirectory
 from bhystream.backend.bhyve.argv import parse_argv
 from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.compare import another_machine, differences
@@ -109,12 +109,15 @@ def keep_files(guest: RestoredGuest, states: Sequence[State]) -> None:
 def note_running(guest: RestoredGuest, who: Identity | None) -> None:
     """Tell vm-bhyve that a guest runs here, with or without its supervisor.
 
+    If vm-bhyve does not know the guest, keep its configuration in the state directory.
     who: the guest's bhyve, None if it is not known.  Raises InputOutputError or AccessError.
     """
     if guest.vm_start.exists():
         vmdirectory.let_run(guest.vm_start)
     elif guest.locks:
         guest.locks.runs_here(config_file(guest.keys), who)
+    else:
+        ownconf.write(guest.conf_path, config_file(guest.keys), who)
 
 
 def _synced(guest: RestoredGuest) -> Path:

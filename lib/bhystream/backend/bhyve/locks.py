@@ -36,8 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bhystream import durable
+from bhystream.backend.bhyve import ownconf
 from bhystream.backend.bhyve.keys import shown
-from bhystream.backend.bhyve.vmconf import MAX_CONF_BYTES
 from bhystream.backend.process import Identity
 from bhystream.errors import GuestError, InternalError, Reason, from_oserror
 
@@ -51,18 +51,6 @@ _GONE = "moved by bhysend"
 HELD = "held-by-bhysend"
 # A word in run.lock that names no host: the guest is being rebuilt here, and must not be booted.
 _WAITS = "waits-for-bhyrecv"
-_PROCESS = re.compile(r"# process ([0-9]{1,10}) (-?[0-9]{1,20}) ([0-9A-Za-z-]{1,64})")
-
-
-@dataclass(frozen=True)
-class Ours:
-    """A guest's start by bhyrecv.
-
-    config: bhyve_config(5) text.  process: the guest's bhyve, None if not known.
-    """
-
-    config: str
-    process: Identity | None
 
 
 @dataclass(frozen=True)
@@ -132,16 +120,12 @@ class Locks:
         """Say whether run.lock was written by runs_here()."""
         return self._lines() == [self.hostname, _OURS, ""]
 
-    def started_with(self) -> Ours | None:
+    def started_with(self) -> ownconf.OwnConf | None:
         """Return what bhyrecv started the guest with, or None if bhyrecv did not start it.
 
         The guest may have ended since, because no supervisor looks after it.
         """
-        text = _read(self._conf, MAX_CONF_BYTES) if self._is_ours() else None
-        if not text:
-            return None
-        found = _PROCESS.fullmatch(text.partition("\n")[0])
-        return Ours(text, Identity(int(found[1]), int(found[2]), found[3]) if found else None)
+        return ownconf.read(self._conf) if self._is_ours() else None
 
     def _is_left(self) -> bool:
         """Say whether run.lock keeps no guest: it has moved away, or its rebuilding here ended.
@@ -256,8 +240,7 @@ class Locks:
         config: the bhyve_config(5) text that the guest was started with.  who:
         the guest's bhyve; if it is None, the next move of this guest needs -C.
         """
-        head = f"# process {who.pid} {who.start_ticks} {who.boot_id}\n" if who else ""
-        self._write(self._conf, head + config.removesuffix("\n"), 0o600)  # may have a VNC password
+        ownconf.write(self._conf, config, who)
         self._write(self._run, f"{self.hostname}\n{_OURS}")
 
     def release(self) -> None:

@@ -123,13 +123,16 @@ def require_started(who: str, process: Identity, memory: Memory) -> None:
     raise error
 
 
-def open_guest(host: Host, name: str, config_path: str | None, *, force: bool) -> Opened:
+def open_guest(
+    host: Host, name: str, base: Path, config_path: str | None, *, force: bool
+) -> Opened:
     """Open a guest.
 
-    config_path: the file of -C, or None to use what vm-bhyve knows.  force: overrule soft
-    reasons.  Raises GuestError if the guest is not here or does not answer,
-    IncompatibleError if it cannot be sent, or AccessError.  The error states every reason
-    that was found, and its class is that of the first.
+    base: the state directory.  config_path: the file of -C, or None to use what vm-bhyve
+    knows, or what bhyrecv started the guest with.  force: overrule soft reasons.  Raises
+    GuestError if the guest is not here or does not answer, IncompatibleError if it cannot
+    be sent, or AccessError.  The error states every reason that was found, and its class is
+    that of the first.
     """
     manager = find(host.datastores(), name, socket.gethostname())
     if not host.exists(name):
@@ -139,7 +142,7 @@ def open_guest(host: Host, name: str, config_path: str | None, *, force: bool) -
         against.extend(manager.locks.reasons())
     config, opened = None, None
     try:
-        config, process = _describe(host, name, config_path, manager, against)
+        config, process = _describe(host, name, base, config_path, manager, against)
         memory = Memory(host, name)
         try:
             if config is not None:
@@ -165,30 +168,52 @@ def open_guest(host: Host, name: str, config_path: str | None, *, force: bool) -
 
 
 def _describe(
-    host: Host, name: str, path: str | None, manager: VmBhyveGuest | None, against: Refusals
+    host: Host,
+    name: str,
+    base: Path,
+    path: str | None,
+    manager: VmBhyveGuest | None,
+    against: Refusals,
 ) -> tuple[GuestConfig | None, Identity]:
     """Return the guest's configuration, None if it is not known, and its process.
 
-    The configuration is the file of -C, or comes from vm-bhyve or bhyrecv.  Raises what
-    read_config() and _listener() raise, but for IncompatibleError.
+    The configuration is the file of -C, or comes from vm-bhyve, or from a bhyrecv that has
+    started the guest without vm-bhyve.  Raises what read_config() and _listener() raise, but
+    for IncompatibleError.
     """
     config = None
     with against.collecting():
         if path is not None:
             config = read_config(path, name, against)
-        elif manager is None:
-            raise IncompatibleError(
-                f"{against.who}: its configuration is not known, and bhyve does not tell it",
-                "give it as a bhyve_config(5) file: -C file; its bhyve command line, with -o"
-                " config.dump=1 added, prints the file and starts nothing",
-            )
     process = _listener(host, name)
     with against.collecting():
-        if manager is not None and path is None:
-            config = manager.running(process, against)
+        if path is None:
+            config = (
+                manager.running(process, against)
+                if manager
+                else _restored(name, base, process, against)
+            )
         if config is not None:
             against.extend(backing.missing(host, config))
     return config, process
+
+
+def _restored(name: str, base: Path, process: Identity, against: Refusals) -> GuestConfig:
+    """Return what bhyrecv has started this process with.  Raises IncompatibleError."""
+    from bhystream.backend.bhyve import ownconf  # with -C, nobody asks
+
+    path = ownconf.path_of(base, name)
+    found = ownconf.read(path)
+    if found and found.process and is_same(found.process, process):
+        return split(parse(found.config), name, against)
+    cure = (
+        "give it as a bhyve_config(5) file: -C file; its bhyve command line, with -o"
+        " config.dump=1 added, prints the file and starts nothing"
+    )
+    if found:
+        cure += f"; if the guest was started again from {path}, that is the file"
+    what = f"{against.who}: its configuration is not known, and bhyve does not tell it"
+    raise IncompatibleError(what, cure)
 
 
 def in_its_words(

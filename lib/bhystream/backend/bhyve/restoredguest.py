@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bhystream import durable
-from bhystream.backend.bhyve import vmdirectory
+from bhystream.backend.bhyve import ownconf, vmdirectory
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.listening import listens
 from bhystream.backend.bhyve.locks import Locks
@@ -137,6 +137,11 @@ class RestoredGuest:
     def log_path(self) -> str:
         """Return the path of the log of the guest's bhyve, in the state directory."""
         return str(Path(self.kept).parents[1] / "log" / f"{self.name}.log")
+
+    @property
+    def conf_path(self) -> Path:
+        """Return the path of the guest's configuration, in the state directory."""
+        return ownconf.path_of(Path(self.kept).parents[1], self.name)
 
     # vm-bhyve's guest, and its start.
 

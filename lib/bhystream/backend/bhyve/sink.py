@@ -30,7 +30,7 @@ from pathlib import Path
 
 from bhystream import durable
 from bhystream.backend.base import Target
-from bhystream.backend.bhyve import backing, clocks, snapshot
+from bhystream.backend.bhyve import backing, clocks, identity, ownconf, snapshot, vmconf
 from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.layout import memory_spans
@@ -168,6 +168,20 @@ class BhyveSink:
     def disks(self) -> Mapping[str, str]:
         """Return the paths of the disks here, by their words."""
         return self._disks
+
+    def description(self, head: Head) -> Sequence[str]:
+        """Return the source's NAME.conf, if vm-bhyve is here and does not know the guest."""
+        stores = self._wanted.host.datastores()
+        sent = head.host.get(identity.CONF)
+        if self._wanted.manager or not stores or not isinstance(sent, dict):
+            return ()
+        conf = vmconf.shareable(sent)
+        name = self._wanted.name
+        told = (
+            f"vm-bhyve does not know it here; this is its {name}.conf at the source, for"
+            f" {stores[0] / name / name}.conf with the disks and switches of this host:"
+        )
+        return [told, *(f'{key}="{value}"' for key, value in conf.items())] if conf else ()
 
     # ---- open
 
@@ -307,12 +321,18 @@ class BhyveSink:
             note_running(guest, restore.started.process)
 
     def settle(self) -> None:
-        """Tell the network where the guest is.  Never raises a BhyError."""
-        guest, started = self._checked.guest, self._checked.waiting().started
+        """Tell the network where the guest is, and the operator what nobody does for it.
+
+        Never raises a BhyError.
+        """
+        guest, running = self._checked.guest, self._checked.waiting().started
         try:
-            announce(self._wanted.host, guest.keys, started)
+            announce(self._wanted.host, guest.keys, running)
         except BhyError as error:
             self.notices.append(f"the network was not told where it is: {error}")
+        if running.process and not guest.manager:
+            path = guest.conf_path
+            self.notices += ownconf.notices(path, guest.name, guest.keys, running.process)
 
     def leave_paused(self) -> None:
         """Leave the guest in its files on disk; open_loaded() finds it by its record.

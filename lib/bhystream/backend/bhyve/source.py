@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING
 from bhystream.backend.bhyve import backing, identity, verdict
 from bhystream.backend.bhyve.config import devices
 from bhystream.backend.bhyve.host import Host, Vm
+from bhystream.backend.bhyve.identity import CONF
 from bhystream.backend.bhyve.layout import clamped
 from bhystream.backend.bhyve.opened import in_its_words, open_guest
 from bhystream.errors import BhyError, InternalError, Reason, from_oserror
-from bhystream.guest import Fixed, Head
+from bhystream.guest import Fixed, Head, Json
 
 if TYPE_CHECKING:  # a dry run pauses no guest
     from bhystream.backend.base import Prepared
@@ -53,11 +54,12 @@ class BhyveSource:
         """Open the guest.
 
         base: the state directory.  config_path: the file of -C, or None to use
-        what vm-bhyve knows.  force: overrule soft reasons.  Raises what
-        open_guest() raises: GuestError, IncompatibleError, AccessError.
+        what vm-bhyve knows, or what bhyrecv started the guest with.  force:
+        overrule soft reasons.  Raises what open_guest() raises: GuestError,
+        IncompatibleError, AccessError.
         """
         self._base = base
-        self._opened = open_guest(host, name, config_path, force=force)
+        self._opened = open_guest(host, name, base, config_path, force=force)
         self._ready: Ready | None = None
         self._was_asked = False
         self._control: Vm | None = None  # opened for the first suspend_vcpus()
@@ -80,7 +82,13 @@ class BhyveSource:
         host = self._opened.host
         section = backing.described(host, self._opened.config)
         layout = self._opened.memory.layout
-        return Head(identity.describe(host), layout, section, devices(section))
+        described: Json = identity.describe(host)
+        if manager := self._opened.manager:
+            from bhystream.backend.bhyve import vmconf
+
+            with contextlib.suppress(BhyError, OSError):  # the guest moves without it
+                described = {**described, CONF: vmconf.shareable(manager.conf())}
+        return Head(described, layout, section, devices(section))
 
     def resources(self) -> Sequence[str]:
         """Return the -o keys that bhyrecv will ask for."""

@@ -16,9 +16,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 MAX_CONF_BYTES = 256 << 10
+# What travels of a NAME.conf, for people to read and to copy into another one.
+_KEY = re.compile("[a-z][a-z0-9_]{0,63}")
+_TEXT = re.compile(r"[\x20-\x7e]{0,300}")
+_SPECIAL = frozenset("\"'`$\\#")
+_SECRET = re.compile("password|passwd|secret", re.IGNORECASE)
+_MAX_KEYS = 100
 _LINE = re.compile("[a-z]")
 _NO = frozenset({"", "no", "false", "off", "0"})
 _ZVOL = ("zvol", "sparse-zvol")
@@ -34,6 +42,23 @@ def parse(text: str) -> dict[str, str]:
             key, equals, value = kept.partition("=")
             found.setdefault(key, value if equals else kept)
     return found
+
+
+def shareable(conf: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys whose lines are plain enough to be pasted into a NAME.conf.
+
+    conf: from parse(), or out of a stream and not to be trusted.  A line with a secret in it is
+    left out, and so is a line that a shell, a terminal or vm-bhyve could take for something else.
+    """
+    return dict(
+        islice(((key, value) for key, value in conf.items() if _is_plain(key, value)), _MAX_KEYS)
+    )
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    if not isinstance(value, str) or not _KEY.fullmatch(key) or not _TEXT.fullmatch(value):
+        return False
+    return not _SPECIAL.intersection(value) and not _SECRET.search(f"{key}={value}")
 
 
 def disks(conf: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -181,6 +181,10 @@ class QemuSink:
                 self._waiting = found
         return self._waiting
 
+    def description(self, head: Head) -> Sequence[str]:
+        """Return (): no manager is known that could have it."""
+        return ()
+
     def disks(self) -> Mapping[str, str]:
         """Return the paths of the raw disks that -o gives, by their keys."""
         return self._wanted.resources.raw_disks(self._at(Checked).config)
