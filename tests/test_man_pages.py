@@ -219,7 +219,14 @@ def test_the_format_lists_the_devices_and_their_keys() -> None:
 def test_the_format_lists_what_a_host_says_of_itself() -> None:
     text = (ROOT / "man/bhystream.5").read_text().split(".Ss HOST of bhyve\n")[1]
     said = set(re.findall(r"^\.It Li (\S+) Ta ", text.split("\n.Ss ")[0], re.M))
-    made = {"cpu.vendor", "bhyve.hash", "vmm.hash", *identity._STRINGS, *identity._INTEGERS}
+    made = {
+        "cpu.vendor",
+        "bhyve.hash",
+        "vmm.hash",
+        identity.CONF,
+        *identity._STRINGS,
+        *identity._INTEGERS,
+    }
     assert said == made
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.backend.bhyve.vmconf import changes, parse
+from bhystream.backend.bhyve.vmconf import changes, parse, shareable
 
 # config::load() and config::get(), unchanged but for setvar, which only FreeBSD's sh(1) has.
 VM_BHYVE = r"""
@@ -79,3 +79,50 @@ def test_a_nul_in_the_name_of_a_disk_is_dropped() -> None:
     conf = parse('disk0_type="virtio-blk"\ndisk0_name="di\0sk0.img"\n')
     assert conf["disk0_name"] == "disk0.img"
     assert changes(conf, Path("/vm/web1"), ["/vm/web1/disk0.img"], 0, (None, None)) == []
+
+
+# What travels.
+
+
+def test_the_plain_lines_of_a_conf_travel_in_their_order() -> None:
+    text = 'loader="uefi"\ncpu=2\nmemory="1G"\nnetwork0_switch="public one"\n'
+    assert list(shareable(parse(text)).items()) == [
+        ("loader", "uefi"),
+        ("cpu", "2"),
+        ("memory", "1G"),
+        ("network0_switch", "public one"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bhyve_options", "$(reboot)"),
+        ("a", "`id`"),
+        ("a", "x\\"),
+        ("a", 'x" ; reboot'),
+        ("a", "it's"),
+        ("a", "1\nreboot"),
+        ("a", "\x1b[2J"),
+        ("a", "caf\u00e9"),
+        ("a", "x" * 301),
+        ("a", "1 # 2"),
+        ("a", 7),
+        ("a", None),
+        ("a", ["x"]),
+        ("a b", "x"),
+        ("a\nreboot", "x"),
+        ("A", "x"),
+        ("", "x"),
+        ("a" * 65, "x"),
+        ("graphics_password", "x"),
+        ("bhyve_options", "-s 9,fbuf,password=x"),
+        ("zpool_secret", "x"),
+    ],
+)
+def test_a_line_that_could_be_more_than_a_line_does_not(key: str, value: object) -> None:
+    assert shareable({"cpu": "1", key: value, "memory": "1G"}) == {"cpu": "1", "memory": "1G"}
+
+
+def test_a_conf_is_not_endless() -> None:
+    assert len(shareable({f"a{n}": "1" for n in range(1000)})) == 100

@@ -12,6 +12,7 @@ The pieces, in the order in which a move meets them:
     vmbhyve.py    vm-bhyve's description of a guest, and its last start
       vmconf.py   vm-bhyve's files, read by vm-bhyve's rules, and what has changed in them
     locks.py      vm-bhyve's locks: what they say while a guest arrives, leaves, and is gone
+    ownconf.py    what bhyrecv has started a guest with, kept for its next move or start
     argv.py legacy.py   bhyve's command line -> bhyve_config(5) keys
     config.py     a configuration -> the CONFIG section, or a refusal
     defaults.py   the values that bhyve would make up from names and paths, made explicit

@@ -117,7 +117,7 @@ def note_running(guest: RestoredGuest, who: Identity | None) -> None:
     elif guest.locks:
         guest.locks.runs_here(config_file(guest.keys), who)
     else:
-        ownconf.write(guest.conf_path, config_file(guest.keys), who)
+        ownconf.write(guest.conf, config_file(guest.keys), who)
 
 
 def _synced(guest: RestoredGuest) -> Path:

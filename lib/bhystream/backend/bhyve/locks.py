@@ -73,7 +73,8 @@ class Locks:
         return self.directory / "suspending.lock"
 
     @property
-    def _conf(self) -> Path:
+    def conf(self) -> Path:
+        """The file with what bhyrecv started the guest with; see ownconf.py."""
         return self.directory / "bhysend.conf"
 
     def holder(self) -> str | None:
@@ -125,7 +126,7 @@ class Locks:
 
         The guest may have ended since, because no supervisor looks after it.
         """
-        return ownconf.read(self._conf) if self._is_ours() else None
+        return ownconf.read(self.conf) if self._is_ours() else None
 
     def _is_left(self) -> bool:
         """Say whether run.lock keeps no guest: it has moved away, or its rebuilding here ended.
@@ -240,7 +241,7 @@ class Locks:
         config: the bhyve_config(5) text that the guest was started with.  who:
         the guest's bhyve; if it is None, the next move of this guest needs -C.
         """
-        ownconf.write(self._conf, config, who)
+        ownconf.write(self.conf, config, who)
         self._write(self._run, f"{self.hostname}\n{_OURS}")
 
     def release(self) -> None:

@@ -139,8 +139,10 @@ class RestoredGuest:
         return str(Path(self.kept).parents[1] / "log" / f"{self.name}.log")
 
     @property
-    def conf_path(self) -> Path:
-        """Return the path of the guest's configuration, in the state directory."""
+    def conf(self) -> Path:
+        """Return the path of the guest's configuration here; see ownconf.py."""
+        if self.locks:
+            return self.locks.conf
         return ownconf.path_of(Path(self.kept).parents[1], self.name)
 
     # vm-bhyve's guest, and its start.

@@ -330,9 +330,8 @@ class BhyveSink:
             announce(self._wanted.host, guest.keys, running)
         except BhyError as error:
             self.notices.append(f"the network was not told where it is: {error}")
-        if running.process and not guest.manager:
-            path = guest.conf_path
-            self.notices += ownconf.notices(path, guest.name, guest.keys, running.process)
+        if running.process and not self._wanted.is_supervised:
+            self.notices += ownconf.notices(guest.conf, guest.name, guest.keys, running.process)
 
     def leave_paused(self) -> None:
         """Leave the guest in its files on disk; open_loaded() finds it by its record.

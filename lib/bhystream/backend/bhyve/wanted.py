@@ -120,7 +120,7 @@ class Wanted:
         return out + verdict.memory_reasons(self.host.free_memory_bytes(), needed)
 
     @property
-    def _is_supervised(self) -> bool:
+    def is_supervised(self) -> bool:
         """Say whether vm-bhyve will start the guest, and say then with which resources."""
         return self.manager is not None and bool(self.host.starter())
 
@@ -157,7 +157,7 @@ class Wanted:
         """
         wishes, differ = self.wishes, []
         is_started = own is not None
-        is_early = not is_started and self._is_supervised
+        is_early = not is_started and self.is_supervised
         if is_early:
             differ = self._differs_from_conf(section)
         elif self.manager and (is_started or not self._names_all(section)):
