@@ -34,13 +34,13 @@ def conf_of(host: Path) -> Path:
     return host / "vm" / "g" / "g.conf"
 
 
-def asked(two: Two) -> Ended:
-    """Ask both hosts; return what bhyrecv says."""
+def asked(two: Two, status: int = 0) -> Ended:
+    """Ask both hosts; return what bhyrecv says.  status: bhyrecv's."""
     send = two.send("-n")
     if "-C" in send:
         del send[send.index("-C") : send.index("-C") + 2]
     sent, received = two.run(send, two.receive("-n"))
-    assert (sent.status, received.status) == (0, 0), report(sent, received)
+    assert (sent.status, received.status) == (0, status), report(sent, received)
     return received
 
 
@@ -51,6 +51,15 @@ def test_lines_to_copy_are_shown_where_the_guest_is_not_known(two: Two) -> None:
     assert str(conf_of(two.there.directory)) in header
     assert received.stderr.splitlines()[-len(SHOWN) :] == SHOWN
     assert "secret" not in received.stderr
+
+
+def test_they_are_shown_too_where_the_guest_is_refused(two: Two) -> None:
+    two.there.settings(can_snapshot=False)
+    received = asked(two, 76)
+    lines = received.stderr.splitlines()
+    at = lines.index(SHOWN[0])
+    assert lines[at : at + len(SHOWN)] == SHOWN
+    assert "no snapshots" in "\n".join(lines[at:])
 
 
 def test_nothing_is_shown_where_the_guest_is_known(two: Two) -> None:

@@ -22,7 +22,10 @@ SYSCTLS = {
     "machdep.tsc_freq": "2600000000",
     "vm.mincore_mapped": "0",
 }
-CLOCK = "clock: the guest's clock falls behind by the length of the pause; let it run NTP"
+CLOCK = (
+    "clock: the guest's clock falls behind by the length of the pause; let it run NTP, or see"
+    " bhyrecv --advance-clock"
+)
 KEYS = {
     "cpus": "2",
     "pci.0.0.0.device": "hostbridge",

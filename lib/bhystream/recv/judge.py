@@ -153,11 +153,16 @@ class Judge:
         told += f" ({size(self._job.walk.reader.offset_bytes)})"
         if self._reasons:
             self._job.console.say(told)
+            self._describe()
             refuse(self._reasons, self._name)
         if self._job.is_answered and not self._job.walk.is_dry_run:
             why = "the source gave it up" if not self._has_go else "it is over"
             told += f"; it is a move in the answered form, which starts nothing again: {why}"
         self._job.console.say(f"{told}; this host can take the guest")
+        self._describe()
+
+    def _describe(self) -> None:
+        """Show what lets this host's manager have the guest, if there is one."""
         if self._description:
             first, *lines = self._description
             self._job.console.say(f"guest {self._name}: {first}")

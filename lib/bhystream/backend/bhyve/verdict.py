@@ -51,7 +51,7 @@ _HARD = {
 }
 
 _MAX_SHOWN_CHARS = 60
-_NTP = "let it run NTP"
+_NTP = "let it run NTP, or see bhyrecv --advance-clock"
 
 
 def host_reasons(head_host: Json, here: Json) -> tuple[list[str], list[str]]:
