@@ -67,4 +67,12 @@ BUGS = (
         ("stream/test_disks.py::test_a_malformed_one_is_refused",),
         is_quick=True,
     ),
+    Bug(
+        Kind.DISK,
+        "a guest is taken for the one that bhyrecv has started under its name",
+        "backend/bhyve/opened.py",
+        "    if found and found.process and is_same(found.process, process):\n",
+        "    if found:\n",
+        ("cli/test_ownconf.py::test_the_configuration_of_an_earlier_process_is_not_believed",),
+    ),
 )
