@@ -25,7 +25,7 @@ SECOND = 10**9
 
 @dataclass(frozen=True)
 class FakeHost:
-    """What clocks.find() asks of a host."""
+    """What clocks.moved_on() asks of a host."""
 
     layout: ClockLayout | None = LAYOUT
     osreldate: str = str(RELEASE)
@@ -70,7 +70,8 @@ def moved(ns: int, *, vm: bytes, hpet: bytes, host: FakeHost = FakeHost()) -> tu
     meta = Meta("g", (len(vm) - 16) // 40, 1 << 20, 0, tuple(items))
     whole = bytearray(b"".join(kern))
     source = {"kern.osreldate": RELEASE}
-    for offset, data in clocks.find(host, source, meta, kern).moved_on(ns):  # type: ignore[arg-type]
+    saved = clocks.Saved.of(meta, kern, [clocks.state_of(0)])
+    for offset, data in clocks.moved_on(host, source, saved, ns):  # type: ignore[arg-type]
         whole[offset : offset + len(data)] = data
     assert len(whole) == at
     pieces = [bytes(whole[i.offset_bytes : i.offset_bytes + i.size_bytes]) for i in items]
@@ -170,7 +171,8 @@ def test_a_snapshot_without_a_hpet_is_refused() -> None:
     meta = Meta("g", 1, 1 << 20, 0, (Item("kern", "vm", 56, 0),))
     host = replace(FakeHost(), layout=LAYOUT)
     with pytest.raises(IncompatibleError, match="vhpet has 0 bytes"):
-        clocks.find(host, {"kern.osreldate": RELEASE}, meta, [vm_of([0])])  # type: ignore[arg-type]
+        saved = clocks.Saved.of(meta, [vm_of([0])], [])
+        clocks.moved_on(host, {"kern.osreldate": RELEASE}, saved, 1)  # type: ignore[arg-type]
 
 
 def test_the_layout_of_freebsd_is_that_of_its_structures() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_a_guest_that_has_arrived_needs_no_configuration_to_leave(
     path = conf_of(host)
     assert f"its configuration here is {path}; this line starts it again:" in said
     assert isinstance(guest.at, StandinPlace)
-    assert f"pwait -v {guest.at.pid} " in said
+    assert f"pwait -v {guest.at.pid} " in said and f" {path}.lock " in said
     to = guest.next()
     sent = host.run(*bare(guest), *guest.receive(to))
     assert sent.status == 0, report(sent)
@@ -60,14 +61,34 @@ def test_a_guest_that_has_arrived_needs_no_configuration_to_leave(
     guest.prove(1)
 
 
+def of_another_process(path: Path) -> None:
+    """Let the file name a process that is not there."""
+    head, _, rest = path.read_text().partition("\n")
+    _, word, pid, *others = head.split()
+    path.write_text(" ".join(["#", word, str(int(pid) + 1), *others]) + f"\n{rest}")
+
+
+def test_a_guest_that_the_line_has_started_again_needs_none_either(
+    guest: StandinTraveller, host: Host
+) -> None:
+    [line] = [line for line in moved(guest, host).splitlines() if "daemon -f" in line]
+    of_another_process(conf_of(host))
+    assert isinstance(guest.at, StandinPlace)
+    script = shlex.split(line[line.index("daemon") :])[-1]
+    guest.at.rig.settings(parent_command=f"sh -c {script}")
+    asked = host.run(*bare(guest, "-n"))
+    assert asked.status == 0, report(asked)
+    guest.at.rig.settings(parent_command=f"sh -c {script.replace('proof.conf', 'other.conf')}")
+    refused = host.run(*bare(guest, "-n"))
+    assert "its configuration is not known" in refused.stderr, report(refused)
+
+
 def test_the_configuration_of_an_earlier_process_is_not_believed(
     guest: StandinTraveller, host: Host
 ) -> None:
     moved(guest, host)
     path = conf_of(host)
-    head, _, rest = path.read_text().partition("\n")
-    _, word, pid, *others = head.split()
-    path.write_text(" ".join(["#", word, str(int(pid) + 1), *others]) + f"\n{rest}")
+    of_another_process(path)
     refused = host.run(*bare(guest, "-n"))
     assert "its configuration is not known" in refused.stderr, report(refused)
     assert f"if the guest was started again from {path}, that is the file" in refused.stderr

@@ -40,7 +40,7 @@ def prune(base: Path, records: Records) -> None:
     """
     with contextlib.suppress(*_TRIED_AGAIN):
         _prune_records(base, records)
-    for directory in ("destination", "source", "loaded"):
+    for directory in ("destination", "source", "loaded", "conf"):
         with contextlib.suppress(*_TRIED_AGAIN):
             for path in (base / directory).glob("*.new"):
                 if _is_old(path):

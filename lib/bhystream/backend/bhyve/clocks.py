@@ -27,10 +27,10 @@ sys/amd64/vmm/io/vhpet.c, vhpet_snapshot(), vhpet_restore_time(), FreeBSD 15.1.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bhystream.backend.bhyve.host import ClockLayout, Host
+from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.identity import integer
 from bhystream.backend.bhyve.snapshot import Meta
 from bhystream.errors import FormatError, IncompatibleError
@@ -66,37 +66,52 @@ def ran_on_ns(states: Sequence[State]) -> int | None:
 
 
 @dataclass(frozen=True)
-class Clocks:
-    """The clocks of one snapshot.
+class Saved:
+    """The clocks of one snapshot, as they were saved.
 
-    vm, hpet: the structures as they were saved.  vm_at, hpet_at: where they begin in FILE.kern.
-    tsc_hz: the rate of the guest's TSC.
+    vm, hpet: the structures, b"" if there is none.  vm_at, hpet_at: where they begin in
+    FILE.kern.  ran_on_ns: for how long they went on after the stop; None if nobody has said so.
     """
 
-    layout: ClockLayout
     ncpus: int
     vm: bytes
     vm_at: int
     hpet: bytes
     hpet_at: int
-    tsc_hz: int
+    ran_on_ns: int | None
 
-    def moved_on(self, ns: int) -> Iterator[tuple[int, bytes]]:
-        """Yield what to write into FILE.kern, each with its offset, to move the clocks on by ns."""
-        ticks = ns * self.tsc_hz // 10**9
-        for vcpu in range(self.ncpus):
-            at = vcpu * self.layout.vcpu_bytes + self.layout.tsc_at
-            tsc = _TSC.unpack_from(self.vm, at)[0]
-            yield self.vm_at + at, _TSC.pack((tsc + ticks) % 2**64)
-        if hpet := _hpet_moved_on(self.hpet, ns):
-            yield self.hpet_at, hpet
+    @classmethod
+    def of(cls, meta: Meta, kern: Sequence[bytes], states: Sequence[State]) -> Saved:
+        """Find the structures in a snapshot.
+
+        meta, kern: as snapshot.join() returns them for the states.  Raises FormatError.
+        """
+        found = {
+            item.name: (blob, item.offset_bytes)
+            for item, blob in zip(meta.items, kern, strict=True)
+            if item.kind == "kern" and item.name in ("vm", "vhpet")
+        }
+        nothing = (b"", 0)
+        vm, hpet = found.get("vm", nothing), found.get("vhpet", nothing)
+        return cls(meta.ncpus, *vm, *hpet, ran_on_ns(states))
+
+    def behind_ns(self, ns: int) -> int:
+        """Return by how many ns the clocks are behind if the guest was stopped ns ago.
+
+        Raises IncompatibleError if that is not known, or not at all.
+        """
+        if self.ran_on_ns is None:
+            raise IncompatibleError("the stream does not say since when they stand still")
+        if self.ran_on_ns >= ns:
+            raise IncompatibleError("they went on for as long as the guest stands still")
+        return ns - self.ran_on_ns
 
 
-def find(host: Host, source: Json, meta: Meta, kern: Sequence[bytes]) -> Clocks:
-    """Find the clocks in a snapshot.
+def moved_on(host: Host, source: Json, saved: Saved, ns: int) -> list[tuple[int, bytes]]:
+    """Return what to write into FILE.kern, each with its offset, to move the clocks on by ns.
 
-    host: where the guest is restored.  source: the HOST section.  meta, kern: as
-    snapshot.join() returns them.  Raises IncompatibleError if that cannot be done safely.
+    host: where the guest is restored.  source: the HOST section.  Raises IncompatibleError if
+    that cannot be done safely.
     """
     layout = host.clock_layout()
     if layout is None or source.get("kern.osreldate") != integer(host.sysctl("kern.osreldate")):
@@ -104,22 +119,22 @@ def find(host: Host, source: Json, meta: Meta, kern: Sequence[bytes]) -> Clocks:
     tsc_hz = integer(host.sysctl("machdep.tsc_freq")) or 0
     if not 0 < tsc_hz < _MAX_TSC_HZ:
         raise IncompatibleError("this host does not tell the rate of its TSC (machdep.tsc_freq)")
-    found = {
-        item.name: (item.offset_bytes, blob)
-        for item, blob in zip(meta.items, kern, strict=True)
-        if item.kind == "kern"
-    }
-    vm_at, vm = found["vm"]
-    hpet_at, hpet = found.get("vhpet", (0, b""))
     for name, blob, expected in (
-        ("vm", vm, meta.ncpus * layout.vcpu_bytes + layout.vm_tail_bytes),
-        ("vhpet", hpet, HPET_BYTES + layout.hpet_tail_bytes),
+        ("vm", saved.vm, saved.ncpus * layout.vcpu_bytes + layout.vm_tail_bytes),
+        ("vhpet", saved.hpet, HPET_BYTES + layout.hpet_tail_bytes),
     ):
         if len(blob) != expected:
             raise IncompatibleError(f"structure {name} has {len(blob)} bytes, not {expected}")
-    if _HPET_HEAD.unpack_from(hpet)[0] <= 0:
+    if _HPET_HEAD.unpack_from(saved.hpet)[0] <= 0:
         raise IncompatibleError("structure vhpet has no rate")
-    return Clocks(layout, meta.ncpus, vm, vm_at, hpet, hpet_at, tsc_hz)
+    found = []
+    for vcpu in range(saved.ncpus):
+        at = vcpu * layout.vcpu_bytes + layout.tsc_at
+        tsc = _TSC.unpack_from(saved.vm, at)[0] + ns * tsc_hz // 10**9
+        found.append((saved.vm_at + at, _TSC.pack(tsc % 2**64)))
+    if hpet := _hpet_moved_on(saved.hpet, ns):
+        found.append((saved.hpet_at, hpet))
+    return found
 
 
 def _hpet_moved_on(saved: bytes, ns: int) -> bytes:

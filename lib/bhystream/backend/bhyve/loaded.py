@@ -109,15 +109,23 @@ def keep_files(guest: RestoredGuest, states: Sequence[State]) -> None:
 def note_running(guest: RestoredGuest, who: Identity | None) -> None:
     """Tell vm-bhyve that a guest runs here, with or without its supervisor.
 
-    If vm-bhyve does not know the guest, keep its configuration in the state directory.
     who: the guest's bhyve, None if it is not known.  Raises InputOutputError or AccessError.
     """
     if guest.vm_start.exists():
         vmdirectory.let_run(guest.vm_start)
     elif guest.locks:
         guest.locks.runs_here(config_file(guest.keys), who)
-    else:
-        ownconf.write(guest.conf, config_file(guest.keys), who)
+
+
+def note_configuration(guest: RestoredGuest, who: Identity | None) -> None:
+    """Keep the configuration of a guest that vm-bhyve does not know.
+
+    who: as for note_running().  Never raises a BhyError: ownconf.notices() finds out.
+    """
+    if not guest.locks:
+        with contextlib.suppress(BhyError):
+            ownconf.remove(guest.conf)
+            ownconf.write(guest.conf, config_file(guest.keys), who)
 
 
 def _synced(guest: RestoredGuest) -> Path:
@@ -230,7 +238,9 @@ class BhyveLoaded:
         self.guest.remove()
         with contextlib.suppress(BhyError):
             started = self.guest.started()
-            note_running(self.guest, started.process if started else None)
+            who = started.process if started else None
+            note_running(self.guest, who)
+            note_configuration(self.guest, who)
 
     def _require_startable(self) -> None:
         """End the bhyve that an earlier start left; refuse a guest that may have run since."""

@@ -191,20 +191,28 @@ def _describe(
             config = (
                 manager.running(process, against)
                 if manager
-                else _restored(name, base, process, against)
+                else _restored(host, name, base, process, against)
             )
         if config is not None:
             against.extend(backing.missing(host, config))
     return config, process
 
 
-def _restored(name: str, base: Path, process: Identity, against: Refusals) -> GuestConfig:
-    """Return what bhyrecv has started this process with.  Raises IncompatibleError."""
+def _restored(
+    host: Host, name: str, base: Path, process: Identity, against: Refusals
+) -> GuestConfig:
+    """Return what bhyrecv, or its line, has started this process with.
+
+    Raises IncompatibleError.
+    """
     from bhystream.backend.bhyve import ownconf  # with -C, nobody asks
 
     path = ownconf.path_of(base, name)
     found = ownconf.read(path)
-    if found and found.process and is_same(found.process, process):
+    is_its = found is not None and found.process is not None and is_same(found.process, process)
+    if found and not is_its:
+        is_its = ownconf.restarted_by(host.parent_command(process.pid)) == str(path)
+    if found and is_its:
         return split(parse(found.config), name, against)
     cure = (
         "give it as a bhyve_config(5) file: -C file; its bhyve command line, with -o"

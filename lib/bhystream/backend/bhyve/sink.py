@@ -34,7 +34,12 @@ from bhystream.backend.bhyve import backing, clocks, identity, ownconf, snapshot
 from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.layout import memory_spans
-from bhystream.backend.bhyve.loaded import keep_files, note_running, start_waiting
+from bhystream.backend.bhyve.loaded import (
+    keep_files,
+    note_configuration,
+    note_running,
+    start_waiting,
+)
 from bhystream.backend.bhyve.locks import HELD
 from bhystream.backend.bhyve.network import announce
 from bhystream.backend.bhyve.resources import Wishes
@@ -131,8 +136,8 @@ class BhyveSink:
         self._source: Json = {}
         self._section: Json = {}
         self._disks: Mapping[str, str] = {}
-        self._snapshot: tuple[snapshot.Meta, Sequence[bytes]]
-        self._ran_on_ns: int | None
+        self._is_supervised = False
+        self._clocks: clocks.Saved | None = None
         # load() closes what is open; abort() closes that, and undoes what was made.
         self._opened = contextlib.ExitStack()
         self._made = contextlib.ExitStack()
@@ -238,13 +243,10 @@ class BhyveSink:
 
     def _hold(self, guest: RestoredGuest, kern_bytes: int) -> WaitingRestore:
         """Start the guest's bhyve; return it when it waits for the last page."""
+        vm_bhyve = supervision(self._wanted.host, guest, self._adapt)
+        self._is_supervised = vm_bhyve is not None
         restore = start_waiting(
-            self._wanted.host,
-            guest,
-            guest.files,
-            kern_bytes,
-            self._wait,
-            supervision(self._wanted.host, guest, self._adapt),
+            self._wanted.host, guest, guest.files, kern_bytes, self._wait, vm_bhyve
         )
         self._made.callback(restore.undo)
         self._stage = Waiting(restore.guest, restore)
@@ -280,20 +282,19 @@ class BhyveSink:
             _write(stage.guest.files.meta, text)
             restore = self._hold(stage.guest, meta.kern_bytes)
         restore.load(kern, snapshot.fpu_states(states))
-        self._snapshot = (meta, kern)
-        self._ran_on_ns = clocks.ran_on_ns(states)
+        self._clocks = clocks.Saved.of(meta, kern, states)
 
     def advance_clocks(self, ns: int) -> int:
         """Move the guest's TSC and HPET on.  Raises BhyError if FILE.kern cannot be written."""
         try:
-            if not ns or self._ran_on_ns is None:
-                raise IncompatibleError("the stream does not say since when they stand still")
-            found = clocks.find(self._wanted.host, self._source, *self._snapshot)
+            if self._clocks is None or not ns:
+                raise IncompatibleError("for how long they stand still is not known")
+            moved_ns = self._clocks.behind_ns(ns)
+            pieces = clocks.moved_on(self._wanted.host, self._source, self._clocks, moved_ns)
         except IncompatibleError as error:
             self.notices.append(f"its clocks are as they were saved: {error}")
             return 0
-        moved_ns = max(ns - self._ran_on_ns, 0)
-        self._checked.waiting().change_kern(found.moved_on(moved_ns))
+        self._checked.waiting().change_kern(pieces)
         return moved_ns
 
     def start(self) -> None:
@@ -330,7 +331,8 @@ class BhyveSink:
             announce(self._wanted.host, guest.keys, running)
         except BhyError as error:
             self.notices.append(f"the network was not told where it is: {error}")
-        if running.process and not self._wanted.is_supervised:
+        if running.process and not self._is_supervised:
+            note_configuration(guest, running.process)
             self.notices += ownconf.notices(guest.conf, guest.name, guest.keys, running.process)
 
     def leave_paused(self) -> None:

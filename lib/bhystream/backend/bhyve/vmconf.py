@@ -21,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 MAX_CONF_BYTES = 256 << 10
-# What travels of a NAME.conf, for people to read and to copy into another one.
-_KEY = re.compile("[a-z][a-z0-9_]{0,63}")
-_TEXT = re.compile(r"[\x20-\x7e]{0,300}")
-_SPECIAL = frozenset("\"'`$\\#")
-_SECRET = re.compile("password|passwd|secret", re.IGNORECASE)
+# What travels of a NAME.conf, for people to read and to copy into another one: keys that say
+# what the guest is, none that runs a command or names a file outside of the guest's directory.
+_KEYS = re.compile(
+    "loader|loader_timeout|cpu(_sockets|_cores|_threads)?|memory|wired_memory|utctime|uuid|hostbridge"
+    "|network[0-9]{1,3}_(type|switch|mac|name)|disk[0-9]{1,3}_(type|name|dev|size)|xhci_mouse"
+    "|graphics(_res|_vga|_wait|_listen)?|virt_random|debug|ahci_device_limit|sound|on_fault"
+)
+_TEXT = re.compile("[A-Za-z0-9 ,._:/@+-]{0,300}")
 _MAX_KEYS = 100
 _LINE = re.compile("[a-z]")
 _NO = frozenset({"", "no", "false", "off", "0"})
@@ -45,20 +48,22 @@ def parse(text: str) -> dict[str, str]:
 
 
 def shareable(conf: Mapping[str, Any]) -> dict[str, str]:
-    """Return the keys whose lines are plain enough to be pasted into a NAME.conf.
+    """Return the keys that say what a guest is, with values that are plain words.
 
-    conf: from parse(), or out of a stream and not to be trusted.  A line with a secret in it is
-    left out, and so is a line that a shell, a terminal or vm-bhyve could take for something else.
+    conf: from parse(), or out of a stream and not to be trusted.  Whoever copies the lines has
+    read them: they name switches, and disks below the guest's directory.
     """
-    return dict(
-        islice(((key, value) for key, value in conf.items() if _is_plain(key, value)), _MAX_KEYS)
-    )
+    plain = ((key, value) for key, value in conf.items() if _is_plain(key, value))
+    return dict(islice(plain, _MAX_KEYS))
 
 
 def _is_plain(key: str, value: Any) -> bool:
-    if not isinstance(value, str) or not _KEY.fullmatch(key) or not _TEXT.fullmatch(value):
+    if not isinstance(value, str) or not _KEYS.fullmatch(key) or not _TEXT.fullmatch(value):
         return False
-    return not _SPECIAL.intersection(value) and not _SECRET.search(f"{key}={value}")
+    # A disk of another kind than a file or volume of the guest may be any device of the host.
+    if key.endswith("_dev"):
+        return value in ("file", *_ZVOL)
+    return not key.endswith("_name") or ("/" not in value and ".." not in value)
 
 
 def disks(conf: Mapping[str, str]) -> Iterator[tuple[str, str]]:
