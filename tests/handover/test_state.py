@@ -44,6 +44,7 @@ def test_it_is_made_for_us_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         os.umask(before)
     assert made == tmp_path / "a/b"
     assert sorted(path.name for path in made.iterdir()) == [
+        "conf",
         "destination",
         "lock",
         "log",

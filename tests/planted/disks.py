@@ -71,7 +71,7 @@ BUGS = (
         Kind.DISK,
         "a guest is taken for the one that bhyrecv has started under its name",
         "backend/bhyve/opened.py",
-        "    if found and found.process and is_same(found.process, process):\n",
+        "    if found and is_its:\n",
         "    if found:\n",
         ("cli/test_ownconf.py::test_the_configuration_of_an_earlier_process_is_not_believed",),
     ),
