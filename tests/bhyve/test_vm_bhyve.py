@@ -13,6 +13,7 @@ import filecmp
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -211,3 +212,36 @@ def test_a_move_that_fails_boots_nothing(store: Store, on_fault: str) -> None:
     assert not os.path.exists(f"/dev/vmm/{there}")
     assert store.state(here) == "Running"
     store.moved(here, there)
+
+
+@pytest.mark.parametrize("verb", ["--discard", "--resume"])
+def test_a_held_guest_that_a_shutdown_ends_is_not_booted(store: Store, verb: str) -> None:
+    """`vm stopall -f`, which rc.shutdown runs, ends bhyve by SIGTERM, and then its supervisor."""
+    here, pid = NAMES[0], 0
+    store.start(here)
+    with open(os.devnull, "wb") as null:
+        held = subprocess.run(
+            [*program("bhysend"), "-f", here],
+            env=store.environment("a"),
+            stdin=subprocess.DEVNULL,
+            stdout=null,
+            timeout=900.0,
+        )
+    assert held.returncode == 80
+    pid = store.pid(here)
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: not store.pid(here), "end of bhyve")
+    until(lambda: "stopped" in store.log(here), "end of the supervisor")
+    assert store.state(here) == "Locked (held-by-bhysend)"
+    assert "locked" in vm("start", here).lower() or not store.pid(here)
+    done = subprocess.run(
+        [*program("bhysend"), verb, here], env=store.environment("a"), timeout=300.0
+    )
+    if verb == "--discard":
+        assert done.returncode == 0
+        assert store.state(here).startswith("Locked")
+        assert not store.pid(here)
+    else:
+        assert done.returncode == 69
+        assert store.state(here) == "Stopped"
+        store.start(here)

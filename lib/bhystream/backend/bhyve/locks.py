@@ -29,8 +29,11 @@ taps, then the VM's node if it exists, then vm::unlock() removes the three files
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import stat
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,20 +196,40 @@ class Locks:
 
     # A move away.
 
-    def leaves(self) -> None:
-        """Let run.lock name no host, durably, before the guest is paused."""
+    def leaves(self, *, is_secured: bool = True) -> None:
+        """Let run.lock name no host, durably, before the guest is paused.
+
+        The supervisor cannot remove it any more, if the file system has flags for that: when the
+        host is shut down, vm-bhyve ends the held guest, and at its next start would boot a guest
+        that may run at the destination by then.
+        is_secured: whether kern.securelevel keeps root from undoing sunlnk.
+        """
         if self.is_supervised():
             self._write(self._run, f"{HELD}\n{self.hostname}")
+            _fix(self._run, is_secured=is_secured)
 
     def before_kill(self) -> None:
         """Tell the supervisor that bhyve's coming exit is no fault, so it starts no bhyve again."""
         self._write(self._suspending, self.hostname)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Let the supervisor remove run.lock when it ends.  Raises AccessError or InputOutputError."""
+        try:
+            _loosen(self._run)
+        except OSError as error:
+            raise from_oserror(error, f"chflags {self._run}") from error
 
     def take_back(self) -> None:
         """Undo leaves() and before_kill(): the guest runs on, and its supervisor goes by that."""
         self._remove(self._suspending)
         if self._is_leaving():
             self._write(self._run, self.hostname)
+
+    def ended(self) -> None:
+        """Undo leaves(): bhyve has ended, and so has the supervisor, or it will soon."""
+        if self._is_leaving():
+            self._remove(self._run)
 
     def supervisor_gone(self, limit_s: float) -> bool:
         """Wait until the supervisor has ended, which shows in that it unlinks run.lock.
@@ -262,15 +285,39 @@ class Locks:
     def _write(self, path: Path, text: str, mode: int = 0o644) -> None:
         """Replace a file as a whole, durably, by the text and a newline."""
         try:
+            _loosen(path)
             durable.write(path, f"{text}\n", mode)
         except OSError as error:
             raise from_oserror(error, f"write {path}") from error
 
     def _remove(self, path: Path) -> None:
         try:
+            _loosen(path)
             durable.remove(path)
         except OSError as error:
             raise from_oserror(error, f"remove {path}") from error
+
+
+def _fix(path: Path, *, is_secured: bool) -> None:
+    """Let nobody remove or replace a file, as far as the file system can.  Never raises.
+
+    UFS has uunlnk, and ZFS only sunlnk.  Source: sys/contrib/openzfs/module/os/freebsd/zfs/
+    zfs_vnops_os.c, zfs_freebsd_setattr(), FreeBSD 15.1, read; chflags(2).
+    """
+    if sys.platform.startswith("freebsd"):
+        for flag in (stat.UF_NOUNLINK, *(() if is_secured else (stat.SF_NOUNLINK,))):
+            with contextlib.suppress(OSError):
+                os.chflags(path, flag, follow_symlinks=False)
+                return
+
+
+def _loosen(path: Path) -> None:
+    """Undo _fix().  Raises OSError if that fails."""
+    if sys.platform.startswith("freebsd"):
+        with contextlib.suppress(FileNotFoundError):
+            flags = path.lstat().st_flags & (stat.UF_NOUNLINK | stat.SF_NOUNLINK)
+            if flags:
+                os.chflags(path, path.lstat().st_flags & ~flags, follow_symlinks=False)
 
 
 def _read(path: Path, limit: int) -> str | None:

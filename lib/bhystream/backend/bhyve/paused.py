@@ -57,6 +57,7 @@ from bhystream.guest import Json, State
 _SERVED_S = 60.0
 _SETTLE_S = 10.0
 _END_S = 60.0
+_ENDED_S = 5.0  # a supervisor cleans up in two seconds or so
 _SUPERVISOR_S = 60.0
 _POLL_S = 0.005
 _WAIT_S = 0.1
@@ -258,7 +259,9 @@ class BhyvePaused:
                 )
         is_gone = not self.is_alive()
         self.clear()
-        if self._locks:
+        if self._locks and is_gone:
+            self._locks.ended()
+        elif self._locks:
             self._locks.take_back()
         if is_gone:
             raise GuestEndedError(f"{self._who}: its bhyve has ended")
@@ -352,10 +355,13 @@ class BhyvePaused:
         """
         if self.runs():
             raise GuestError(f"{self._who}: it runs, so it is not ended here")
+        had_ended = not self.is_alive()
         self._end()
         is_this_boot = self.record.process.boot_id == boot_id()
         if is_this_boot:
-            self._await_supervisor()
+            self._await_supervisor(had_ended=had_ended)
+        elif self._locks:
+            self._locks.ended()
         if self._has_other(is_this_boot):
             if there:
                 raise StaleError(
@@ -371,6 +377,8 @@ class BhyvePaused:
                 )
             if self._host.node_id(self.record.name):
                 self._host.destroy(self.record.name)
+            self._leave_lock(there)
+        else:
             self._leave_lock(there)
         self.clear()
 
@@ -405,14 +413,20 @@ class BhyvePaused:
         node = self._host.node_id(self.record.name)
         return node != "" and not (is_this_boot and node == self.record.node)
 
-    def _await_supervisor(self) -> None:
+    def _await_supervisor(self, *, had_ended: bool) -> None:
         """Wait until vm-bhyve's supervisor has ended; until then it may remove the VM and taps.
 
-        Raises GuestError if the supervisor does not end.
+        had_ended: bhyve had ended before.  Then the supervisor has perhaps ended too, and could
+        not remove run.lock.  Raises GuestError if the supervisor does not end.
         """
-        end = time.monotonic() + _SUPERVISOR_S
+        if had_ended and self._locks:
+            self._locks.let_go()
+        end = time.monotonic() + (_ENDED_S if had_ended else _SUPERVISOR_S)
         while self._locks and not self._has_other(True):
             if self._locks.supervisor_gone(_POLL_S):
+                return
+            if had_ended and time.monotonic() > end:
+                self._locks.ended()
                 return
             if time.monotonic() > end:
                 raise GuestError(

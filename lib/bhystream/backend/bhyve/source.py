@@ -161,7 +161,8 @@ class BhyveSource:
         self._ready = ready = make_ready(guest, directory)
         if guest.manager is not None:
             self._made.callback(_stays, guest.manager.locks)
-            guest.manager.locks.leaves()
+            level = guest.host.sysctl("kern.securelevel") or ""
+            guest.manager.locks.leaves(is_secured=level.strip() not in ("-1", "0"))
         return Prepared(ready.record.to_json(), ready.rehearsal.text)
 
     def suspend_vcpus(self) -> None:
