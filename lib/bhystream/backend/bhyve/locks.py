@@ -214,7 +214,7 @@ class Locks:
         self.let_go()
 
     def let_go(self) -> None:
-        """Let the supervisor remove run.lock when it ends.  Raises AccessError or InputOutputError."""
+        """Let the supervisor remove run.lock when it ends."""
         try:
             _loosen(self._run)
         except OSError as error:
