@@ -81,4 +81,15 @@ BUGS = (
         "        if reasons := []:\n            raise another",
         (f"{TESTS}test_another_machine_is_refused_before_memory_moves",),
     ),
+    Bug(
+        Kind.BOOTED,
+        "the supervisor of a held guest can remove run.lock at a shutdown",
+        LOCKS,
+        "            _fix(self._run, is_secured=is_secured)\n",
+        "",
+        (
+            "backend/test_bhyve_locks.py::test_the_supervisor_cannot_remove_the_lock_of_a_guest_that_leaves",
+        ),
+        is_quick=True,
+    ),
 )
