@@ -25,6 +25,7 @@ from . import kinds
 from .kinds import ANY, G4, QEMU, matrix
 from .pipeline import BHYSEND, Pipeline, report, run
 from .qemu import QemuTraveller, qemu_place
+from .standin import StandinTraveller
 from .tap import ANY_ROUND, Tap
 from .travel import Host, Site, Traveller, keeper_of, limited
 
@@ -46,13 +47,15 @@ class Phase:
     gated: bool = False
 
 
+LAST_STATE = "the last state"
+
 PHASES = {
     "head": Phase("CONFIG"),
     "round-0": Phase("MEMORY", 0, 9),
     "round-1": Phase("MEMORY", 1),
     "last-round": Phase("MEMORY", 2, gated=True),
     "state": Phase("STATE", gated=True),
-    "before-END": Phase("TIME", gated=True),
+    "before-END": Phase(LAST_STATE, gated=True),
 }
 
 
@@ -121,6 +124,18 @@ FAULTS = {
 }
 
 
+def tap_in(where: Phase, guest: Traveller) -> Tap:
+    """Return a tap that stops in a phase.
+
+    Behind the last state bhysend waits for the command at the pause, before TIME and END.
+    """
+    if where.section != LAST_STATE:
+        return Tap(where.section, where.round, where.nth)
+    if isinstance(guest, StandinTraveller):  # the FPU of each vCPU, and the clock
+        return Tap("STATE_OPTIONAL", nth=guest.spec.guest.cpus)
+    return Tap("STATE")
+
+
 def ran_on(host: Host, guest: Traveller, *, is_tidy: bool = True) -> None:
     """Assert that the guest goes on where it was, and that no process works on it any more."""
     guest.run_on(host, sweeps=1, is_tidy=is_tidy)
@@ -147,7 +162,7 @@ def test_the_guest_runs_on(
     phase: str, fault: str, host: Host, small: Traveller, gate: tuple[Path, int]
 ) -> None:
     where, what = PHASES[phase], FAULTS[fault]
-    to, tap = small.next(), Tap(where.section, where.round, where.nth)
+    to, tap = small.next(), tap_in(where, small)
     hook = ("-p", f"read -r line < {gate[0]}") if where.gated else ()
     # The memory that a killed bhyrecv leaves has no name, unless an option gives it a name.
     memory = () if fault == "receiver-killed" else small.named_memory(to)
@@ -186,7 +201,7 @@ def test_a_destination_that_dies_is_held_against_nobody(
     phase: str, host: Host, small: Traveller, gate: tuple[Path, int]
 ) -> None:
     where = PHASES[phase]
-    to, tap = qemu_place(small.next()), Tap(where.section, where.round, where.nth)
+    to, tap = qemu_place(small.next()), tap_in(where, small)
     hook = ("-p", f"read -r line < {gate[0]}") if where.gated else ()
     commands = (small.send(*ROUNDS, *hook), tap.argv, small.receive(to, "-o", f"mem={to.ram}"))
     with Pipeline(*commands, env=host.env, narrow=True) as pipeline, to.reaped():
@@ -216,7 +231,7 @@ def test_without_its_keeper_a_paused_guest_waits_for_the_operator(
     host: Host, small: Traveller, gate: tuple[Path, int]
 ) -> None:
     """If bhysend and the keeper are killed, nothing is lost, and nothing happens by itself."""
-    tap = Tap("TIME")
+    tap = tap_in(PHASES["before-END"], small)
     commands = (small.send("-p", f"read -r line < {gate[0]}"), tap.argv)
     with Pipeline(*commands, env=host.env, narrow=True) as pipeline:
         tap.reached()
@@ -253,7 +268,7 @@ def test_a_hold_that_cannot_be_recorded_is_none(
     host: Host, small: Traveller, gate: tuple[Path, int]
 ) -> None:
     """bhysend may write no byte from the pause on: END is not written, and the guest runs on."""
-    to, tap = small.next(), Tap("TIME")
+    to, tap = small.next(), tap_in(PHASES["before-END"], small)
     commands = (
         small.send("-p", f"read -r line < {gate[0]}"),
         tap.argv,
