@@ -180,7 +180,7 @@ def with_fpu(patch: pytest.MonkeyPatch, raises: BaseException | None = None) -> 
 FPU_0 = State("fpu/0", b"x", is_optional=True)
 
 
-def test_the_fpu_s_states_are_the_last_and_its_reasons_are_told(
+def test_the_fpu_s_states_follow_all_others_but_the_clock_s_and_its_reasons_are_told(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_fpu(monkeypatch)
@@ -188,7 +188,8 @@ def test_the_fpu_s_states_are_the_last_and_its_reasons_are_told(
     made, _ = two.prepared()
     assert "fpu: of 2" in made.warnings()
     paused = made.pause()
-    assert paused.states()[-1] == FPU_0
+    *_, last, clock = paused.states()
+    assert (last, clock.name, clock.is_optional) == (FPU_0, "clock", True)
     assert paused.reasons == ["vCPU 1 is not carried"]
     paused.resume()
     made.close()
