@@ -315,9 +315,10 @@ def _loosen(path: Path) -> None:
     """Undo _fix().  Raises OSError if that fails."""
     if sys.platform.startswith("freebsd"):
         with contextlib.suppress(FileNotFoundError):
-            flags = path.lstat().st_flags & (stat.UF_NOUNLINK | stat.SF_NOUNLINK)
-            if flags:
-                os.chflags(path, path.lstat().st_flags & ~flags, follow_symlinks=False)
+            flags = path.lstat().st_flags
+            kept = flags & ~(stat.UF_NOUNLINK | stat.SF_NOUNLINK)
+            if kept != flags:
+                os.chflags(path, kept, follow_symlinks=False)
 
 
 def _read(path: Path, limit: int) -> str | None:

@@ -209,9 +209,9 @@ def _restored(
 
     path = ownconf.path_of(base, name)
     found = ownconf.read(path)
-    is_its = found is not None and found.process is not None and is_same(found.process, process)
-    if found and not is_its:
-        is_its = ownconf.restarted_by(host.parent_command(process.pid)) == str(path)
+    is_its = found is not None and (
+        found.is_of(process) or ownconf.restarted_by(host.parent_command(process.pid)) == str(path)
+    )
     if found and is_its:
         return split(parse(found.config), name, against)
     cure = (

@@ -40,6 +40,10 @@ class OwnConf:
     config: str
     process: Identity | None
 
+    def is_of(self, who: Identity) -> bool:
+        """Say whether the file is true of a process."""
+        return self.process is not None and is_same(self.process, who)
+
 
 def path_of(base: Path, name: str) -> Path:
     """Return the path of the file of a guest that vm-bhyve does not know.
@@ -92,12 +96,6 @@ def read(path: Path) -> OwnConf | None:
     return OwnConf(text, Identity(int(found[1]), int(found[2]), found[3]) if found else None)
 
 
-def is_of(path: Path, who: Identity) -> bool:
-    """Say whether the file is there, and is true of a process.  Raises what read() raises."""
-    found = read(path)
-    return found is not None and found.process is not None and is_same(found.process, who)
-
-
 # Who starts the guest again.
 
 
@@ -134,7 +132,8 @@ def notices(path: Path, name: str, keys: Mapping[str, str], who: Identity) -> li
     """
     told = "nothing starts it again when it reboots"
     try:
-        if not is_of(path, who):
+        found = read(path)
+        if found is None or not found.is_of(who):
             return [f"{told}; its configuration was not kept here"]
     except BhyError as error:
         return [f"{told}; its configuration was not kept here: {error}"]

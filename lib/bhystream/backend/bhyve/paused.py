@@ -368,19 +368,25 @@ class BhyvePaused:
                     f"{self._who}: a VM of that name was made here since, and it runs on {there}",
                     "one of the two has to end; what supervises bhyve here may have started it",
                 )
-        elif is_this_boot:
-            # If the guest had ended before, another bhyve may have taken over its VM (VM_REINIT).
-            if listens(self._host, self.record.name):
-                raise StaleError(
-                    f"{self._who}: it has ended, and another bhyve runs in its VM",
-                    "what supervises bhyve here may have started it; end that one first",
-                )
-            if self._host.node_id(self.record.name):
-                self._host.destroy(self.record.name)
-            self._leave_lock(there)
         else:
+            if is_this_boot:
+                self._destroy()
             self._leave_lock(there)
         self.clear()
+
+    def _destroy(self) -> None:
+        """Destroy the guest's VM, if it is there.
+
+        If the guest had ended before, another bhyve may have taken over its VM (VM_REINIT).
+        Raises StaleError then.
+        """
+        if listens(self._host, self.record.name):
+            raise StaleError(
+                f"{self._who}: it has ended, and another bhyve runs in its VM",
+                "what supervises bhyve here may have started it; end that one first",
+            )
+        if self._host.node_id(self.record.name):
+            self._host.destroy(self.record.name)
 
     def _end(self) -> None:
         """Tell the supervisor, then kill the guest's bhyve.  Raises GuestError if that fails."""

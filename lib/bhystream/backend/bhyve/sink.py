@@ -176,9 +176,11 @@ class BhyveSink:
 
     def description(self, head: Head) -> Sequence[str]:
         """Return the source's NAME.conf, if vm-bhyve is here and does not know the guest."""
-        stores = self._wanted.host.datastores()
         sent = head.host.get(identity.CONF)
-        if self._wanted.manager or not stores or not isinstance(sent, dict):
+        if self._wanted.manager or not isinstance(sent, dict):
+            return ()
+        stores = self._wanted.host.datastores()
+        if not stores:
             return ()
         conf = vmconf.shareable(sent)
         name = self._wanted.name

@@ -30,7 +30,7 @@ from bhystream.backend.bhyve.argv import parse_argv
 from bhystream.backend.bhyve.config import GuestConfig, parse, read, split
 from bhystream.backend.bhyve.keys import refuse, shown
 from bhystream.backend.bhyve.locks import Locks
-from bhystream.backend.process import Identity, is_same
+from bhystream.backend.process import Identity
 from bhystream.backend.refusals import Refusals
 from bhystream.errors import from_oserror
 
@@ -103,7 +103,7 @@ class VmBhyveGuest:
 
     def _running(self, process: Identity, against: Refusals) -> GuestConfig:
         if ours := self.locks.started_with():
-            if ours.process is None or not is_same(ours.process, process):
+            if not ours.is_of(process):
                 raise refuse(
                     f"{self.directory}/bhysend.conf is of another start than process"
                     f" {process.pid}, which runs {self.name}",
