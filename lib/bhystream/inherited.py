@@ -32,12 +32,10 @@ from bhystream.errors import from_oserror
 # no file gets the stream's number.  What is written to standard error is dropped.
 _STANDARD = ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDWR))
 # Signals that a parent ignores on purpose (nohup, a background job), or that Python ignores.
+_OPERATORS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _KEPT = frozenset(
     {
-        signal.SIGHUP,
-        signal.SIGINT,
-        signal.SIGQUIT,
-        signal.SIGTERM,
+        *_OPERATORS,
         signal.SIGTSTP,
         signal.SIGTTIN,
         signal.SIGTTOU,
@@ -98,6 +96,24 @@ def take() -> Inherited:
     for fd in shared:
         _set_nonblocking(fd, False)
     return Inherited(umask, shared)
+
+
+@contextlib.contextmanager
+def heeding() -> Iterator[None]:
+    """Let a program that is started in this block heed HUP, INT, QUIT and TERM again.
+
+    A signal that is ignored stays so across exec(2), and a hypervisor lives on for months: an
+    operator's nohup is not meant for it.  Here the signals do nothing, all the while.
+    """
+    before = {one: signal.getsignal(one) for one in _OPERATORS}
+    ignored = [one for one, handler in before.items() if handler == signal.SIG_IGN]
+    try:
+        for one in ignored:
+            signal.signal(one, lambda *_: None)
+        yield
+    finally:
+        for one in ignored:
+            signal.signal(one, signal.SIG_IGN)
 
 
 def deadly_limit() -> str:

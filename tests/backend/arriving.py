@@ -305,11 +305,11 @@ def end(made: Arriving) -> None:
             kill(pid)
 
 
-def kill(pid: int) -> None:
-    """Kill a process, and return when it has ended.
+def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Send a process a signal that ends it, and return when it has ended.
 
     processes() cannot tell that: a dying process loses its command line before it has ended.
     """
     who = identify(pid, "bhyve")
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
     assert await_end(who, DEADLINE_S)

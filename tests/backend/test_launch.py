@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,24 @@ def test_a_child_is_stopped_and_goes_on(child: Child) -> None:
     child.go_on()
     assert child.status is None
     assert child.stop(60)
+
+
+def test_a_child_heeds_the_signals_that_we_ignore(tmp_path: Path) -> None:
+    """A hypervisor that ignored TERM could not be shut down together with its host."""
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        one = Child(["/bin/sleep", "1000"], str(tmp_path / "log"))
+        try:
+            status = Path(f"/proc/{one.pid}/status").read_text()
+            [ignored] = re.findall(r"^SigIgn:\s*([0-9a-f]+)$", status, re.MULTILINE)
+            assert not int(ignored, 16) & sum(1 << (number - 1) for number in numbers)
+        finally:
+            one.kill()
+        assert all(signal.getsignal(number) == signal.SIG_IGN for number in numbers)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_a_child_that_ends_while_it_is_to_be_stopped_is_not(

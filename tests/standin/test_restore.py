@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from bhystream.backend.bhyve import powerbutton
 
 from .rig import Guest, Rig, Snapshot, Spec, assert_unbroken, await_true
 
@@ -166,7 +169,18 @@ def test_the_name_is_the_snapshots_where_none_is_given(host: Rig, snapshot: Snap
     guest = host.run("-k", str(config), "-r", str(snapshot.path))
     host.connect("g").close()
     assert host.host.exists("g")
-    assert guest.power_off() == 1
+    guest.kill()
+
+
+def test_sigterm_ends_it_until_its_power_button_is_connected(host: Rig, snapshot: Snapshot) -> None:
+    guest = host.start("g", restore=snapshot.path)
+    assert not host.host.has_power_button(guest.pid)
+    assert guest.power_off() == -signal.SIGTERM
+    host.host.destroy("g")
+    again = host.start("g", restore=snapshot.path)
+    assert host.host.trace(again.pid).write_ports(powerbutton.CONNECT, 60.0)
+    assert host.host.has_power_button(again.pid)
+    assert again.power_off() == 1
 
 
 def test_the_holes_of_an_image_stay_holes(host: Rig) -> None:

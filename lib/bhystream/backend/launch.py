@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from bhystream import durable
+from bhystream import durable, inherited
 from bhystream.errors import ending, from_oserror
 
 _LOG_LINES = 4
@@ -47,18 +47,19 @@ class Child:
         except OSError as error:
             raise from_oserror(error, f"open {log_path}") from None
         try:
-            self._child = subprocess.Popen(
-                argv,
-                stdin=stdin,
-                stdout=log,
-                stderr=log,
-                close_fds=True,
-                pass_fds=tuple(pass_fds),
-                env={**os.environ, **(environment or {})},
-                cwd="/",
-                start_new_session=True,
-                umask=0o077,
-            )
+            with inherited.heeding():
+                self._child = subprocess.Popen(
+                    argv,
+                    stdin=stdin,
+                    stdout=log,
+                    stderr=log,
+                    close_fds=True,
+                    pass_fds=tuple(pass_fds),
+                    env={**os.environ, **(environment or {})},
+                    cwd="/",
+                    start_new_session=True,
+                    umask=0o077,
+                )
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(log_path)

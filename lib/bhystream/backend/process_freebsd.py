@@ -189,6 +189,18 @@ def parent_command(pid: int) -> str:
     return command.decode(errors="replace").strip()
 
 
+def ignores(pid: int, number: signal.Signals) -> bool:
+    """Say whether a process ignores a signal; False if there is no such process.
+
+    Source: ps(1), sigignore: the first 32 signals, in hex.  Raises GuestError as _run() does.
+    """
+    raw = _run("/bin/ps", "-o", "sigignore=", "-p", str(pid)).strip()
+    try:
+        return bool(int(raw or b"0", 16) >> (number - 1) & 1)
+    except ValueError:
+        raise GuestError(f"cannot read what ps says: {raw!r}") from None
+
+
 def thread_states(pid: int) -> set[str]:
     """Return the state letters of a process's threads; none for no process.
 

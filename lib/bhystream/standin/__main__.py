@@ -1,9 +1,10 @@
 """Run a guest as bhyve does: the same options, exit statuses and order of events.
 
 The exit statuses are those of bhyve(8): 0 if the guest rebooted (SIGUSR1 makes
-the guest reboot); 1 if the guest powered off, the command line is wrong, or a
-snapshot cannot be restored; 4 for an error; 5 if the guest was suspended; 65 if
-kernel structures, 71 if the socket or the clock of a restored guest failed.
+the guest reboot); 1 if the guest powered off (SIGTERM presses its power button),
+the command line is wrong, or a snapshot cannot be restored; 4 for an error; 5 if
+the guest was suspended; 65 if kernel structures, 71 if the socket or the clock of
+a restored guest failed.
 
 SIGPIPE ends the stand-in, as it ends bhyve: a FIFO that the stand-in writes
 into must keep a reader.
@@ -84,7 +85,10 @@ class Machine:
     def run(self) -> int:
         """Make or restore the guest, let it run, and return the exit status."""
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, lambda *_: self._exits.put(POWERED_OFF))
+        if self._snapshot is None:
+            self._connect()
+        else:
+            signal.signal(node.CONNECT, self._connect)
         signal.signal(signal.SIGUSR1, lambda *_: self._exits.put(REBOOTED))
         try:
             guest = self._build()
@@ -100,6 +104,14 @@ class Machine:
                 abort()
             run_guest()
         return self._watch(guest)
+
+    def _connect(self, *_: object) -> None:
+        """Let SIGTERM press the guest's power button: the guest has switched ACPI on.
+
+        A guest that is restored has lost the button, as in bhyve.
+        """
+        if "no-button" not in read_settings(self._directory).fail:
+            signal.signal(signal.SIGTERM, lambda *_: self._exits.put(POWERED_OFF))
 
     def _build(self) -> Guest:
         """Make the VM, its memory and its devices; no vCPU runs yet.

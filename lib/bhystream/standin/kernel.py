@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,8 @@ from pathlib import Path
 import xxhash
 
 from bhystream import inherited
-from bhystream.backend.bhyve.host import VMM_DIR, ClockLayout, Disk
+from bhystream.backend.bhyve import powerbutton
+from bhystream.backend.bhyve.host import VMM_DIR, ClockLayout, Disk, PortWrite
 from bhystream.errors import GuestError, from_oserror
 
 from . import node
@@ -49,6 +51,17 @@ class StandinTrace:
             return os.waitid(os.P_PID, self._pid, flags) is not None
         except ChildProcessError:  # its supervisor's child
             return not os.path.exists(f"/proc/{self._pid}")
+
+    def write_ports(self, writes: Sequence[PortWrite], limit_s: float) -> bool:
+        """Tell a stand-in to connect its power button, which is all that is ever written."""
+        end = time.monotonic() + limit_s
+        assert list(writes) == list(powerbutton.CONNECT)
+        os.kill(self._pid, node.CONNECT)
+        while not _catches(self._pid, signal.SIGTERM):
+            if time.monotonic() > end or self._has_ended():
+                return False
+            time.sleep(_POLL_S)
+        return True
 
     def let_go(self) -> None:
         """Do nothing: the stand-in was not stopped."""
@@ -93,6 +106,10 @@ class StandinHost:
     def trace(self, pid: int) -> StandinTrace:
         """Return the trace of a stand-in that was started."""
         return StandinTrace(pid)
+
+    def has_power_button(self, pid: int) -> bool:
+        """Say whether a stand-in takes SIGTERM for its guest's power button."""
+        return _catches(pid, signal.SIGTERM)
 
     def program_hash(self) -> str:
         """Return host.json's value, else a hash of the stand-in's own modules."""
@@ -277,6 +294,16 @@ class StandinHost:
     def manager_finds(self, program: Path) -> bool:
         """Return host.json's value, by default true: nothing changes PATH."""
         return read_settings(self._directory).keeps_path
+
+
+def _catches(pid: int, number: signal.Signals) -> bool:
+    """Say whether a process has a handler for a signal.  Source: proc_pid_status(5), SigCgt."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text("ascii", "replace")
+    except OSError:
+        return False
+    found = re.search(r"^SigCgt:\s*([0-9a-f]+)$", text, re.MULTILINE)
+    return bool(found and int(found[1], 16) >> (number - 1) & 1)
 
 
 def _available_bytes() -> int:

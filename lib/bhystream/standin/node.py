@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from bhystream.guest import PAGE_BYTES
 
 _SUFFIXES = ("", ".map", ".dirty", ".swapped", ".cpu")
 _PROT_ALL = 7
+CONNECT = signal.SIGUSR2
+"""What connects the power button of a stand-in that restores a guest."""
 
 
 def node_path(directory: Path, name: str) -> Path:

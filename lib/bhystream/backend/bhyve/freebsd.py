@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -124,6 +125,10 @@ class FreeBsdHost:
     def trace(self, pid: int) -> Trace:
         """See host.Host."""
         return Trace(pid)
+
+    def has_power_button(self, pid: int) -> bool:
+        """See host.Host.  bhyve waits for SIGTERM by kevent(2), and ignores it beside that."""
+        return process_freebsd.ignores(pid, signal.SIGTERM)
 
     def program_hash(self) -> str:
         """See host.Host.  Returns the XXH3-128 of the program's file, hex."""

@@ -1,4 +1,4 @@
-"""A bhyve that we start, stopped just before it reads its memory file: ptrace(2).
+"""A bhyve that we start, traced until it reads its memory file: ptrace(2).
 
 bhyve reads all of lowmem with one read(2), which locks its range of the file,
 and ftruncate(2) waits for that lock.  So bhyrecv has to cut the file before the
@@ -13,6 +13,15 @@ its vCPUs an XCR0 of 0, and the next VM_RUN loads that XCR0: a general protectio
 fault in the host's kernel.  Run on FreeBSD 15.1, emulated AMD: the host panics.
 Source: sys/amd64/vmm/vmm.c, vm_snapshot_vcpus() and restore_guest_fpustate().
 
+Until the restore is done, bhyve's vCPU threads ask for VM_RUN every millisecond,
+and vmm answers at once that the vCPU is not to run (VM_EXITCODE_DEBUG).  One such
+question can be answered here instead: with the exit of an OUT instruction, whose
+port bhyve then writes.  The system call becomes a sched_yield(2), which returns 0
+as VM_RUN does, and the answer goes into bhyve's struct vm_exit.  vmm knows nothing
+of it, so the vCPU's registers stay as they are.  Source: usr.sbin/bhyve/bhyverun.c,
+vm_loop(); amd64/inout.c, emulate_inout(); sys/kern/subr_syscall.c, syscallenter():
+a system call is read anew if the tracer has changed a register.
+
 The kernel kills a traced process when its tracer dies
 (kern.kill_on_debugger_exit, 1 by default).  So if bhyrecv is killed while it
 traces bhyve, no bhyve is left.
@@ -22,23 +31,35 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
+import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
+from bhystream.backend.bhyve import ioctl, registers
+from bhystream.backend.bhyve.host import PortWrite
 from bhystream.errors import GuestError
 
 # Source: sys/sys/ptrace.h; sys/sys/syscall.h.
-_PT_CONTINUE, _PT_ATTACH, _PT_DETACH, _PT_LWPINFO = 7, 10, 11, 13
+_PT_CONTINUE, _PT_ATTACH, _PT_DETACH, _PT_IO, _PT_LWPINFO = 7, 10, 11, 12, 13
 _PT_GETNUMLWPS, _PT_GETLWPLIST, _PT_SUSPEND, _PT_TO_SCE, _PT_SET_EVENT_MASK = 14, 15, 18, 20, 26
+_PT_GETREGS, _PT_SETREGS = 33, 34
+_PIOD_READ_D, _PIOD_WRITE_D = 1, 2
 _PL_EVENT_SIGNAL = 1
 _PL_FLAG_SCE = 0x04
-_SYS_LSEEK = 478
+_SYS_IOCTL, _SYS_SCHED_YIELD, _SYS_LSEEK = 54, 331, 478
 _WTRAPPED = 32  # Source: sys/sys/wait.h
 _NEXT = 1  # for ptrace(2), this address means: continue from the place of the stop
 _POLL_S = 0.0002
 _STOPS_S = 5.0
+# struct vm_exit as far as u.inout: exitcode, inst_length, rip; then port and size, and the value.
+# Source: sys/amd64/include/vmm.h.
+_EXIT = struct.Struct("<iiQHHI")
+
+Copied: TypeAlias = "ctypes.Structure | ctypes.Array[ctypes.c_char]"
 
 
 class LwpInfo(ctypes.Structure):
@@ -55,6 +76,33 @@ class LwpInfo(ctypes.Structure):
         ("child_pid", ctypes.c_int32),
         ("syscall_code", ctypes.c_uint),
         ("syscall_narg", ctypes.c_uint),
+    )
+
+
+class Registers(ctypes.Structure):
+    """struct reg of amd64.  Source: sys/x86/include/reg.h."""
+
+    _fields_ = (
+        ("r15_to_r8", ctypes.c_uint64 * 8),
+        ("rdi", ctypes.c_uint64),
+        ("rsi", ctypes.c_uint64),
+        ("rbp", ctypes.c_uint64),
+        ("rbx", ctypes.c_uint64),
+        ("rdx", ctypes.c_uint64),
+        ("rcx", ctypes.c_uint64),
+        ("rax", ctypes.c_uint64),
+        ("others", ctypes.c_uint64 * 7),
+    )
+
+
+class IoDescriptor(ctypes.Structure):
+    """struct ptrace_io_desc."""
+
+    _fields_ = (
+        ("op", ctypes.c_int),
+        ("offs", ctypes.c_void_p),
+        ("addr", ctypes.c_void_p),
+        ("len", ctypes.c_size_t),
     )
 
 
@@ -76,6 +124,7 @@ class Trace:
         """Attach to a child of ours, and stop it.  Raises GuestError if that fails."""
         self._pid = pid
         self._is_attached = False
+        self._is_stopped = True  # unless _calls() lets it run
         try:
             _ptrace(_PT_ATTACH, pid, None, 0)
             self._is_attached = True
@@ -90,23 +139,31 @@ class Trace:
         the child has ended, or after limit_s seconds; the child's exit status
         is left for its parent to collect.
         """
+        return any(info.syscall_code == _SYS_LSEEK and is_ready() for info in self._calls(limit_s))
+
+    def _calls(self, limit_s: float) -> Iterator[LwpInfo]:
+        """Let the child run from one system call to the next; yield the thread that stands there.
+
+        Ends when the child has ended, or after limit_s seconds.
+        """
         end = time.monotonic() + limit_s
         number = 0
         while True:
             try:
                 _ptrace(_PT_TO_SCE, self._pid, _NEXT, number)
             except OSError:
-                return False
+                return
+            self._is_stopped = False
             while (found := self._stopped()) is None:
                 if time.monotonic() > end:
-                    return False
+                    return
                 time.sleep(_POLL_S)
             if found < 0:
-                return False
+                return
             # SIGTRAP and SIGSTOP come from the trace; any other signal is passed to the child.
             number = 0 if found in (signal.SIGTRAP, signal.SIGSTOP) else found
-            if found == signal.SIGTRAP and self._seeks() and is_ready():
-                return True
+            if found == signal.SIGTRAP and (info := self._info(self._pid)).flags & _PL_FLAG_SCE:
+                yield info
 
     def _stopped(self) -> int | None:
         """Return the signal that has stopped the child; None if it runs, -1 if it has ended."""
@@ -117,19 +174,84 @@ class Trace:
             self._is_attached = False
             return -1
         os.waitid(os.P_PID, self._pid, _WTRAPPED | os.WNOHANG)
+        self._is_stopped = True
         return found.si_status
 
-    def _seeks(self) -> bool:
-        info = self._info(self._pid)
-        return bool(info.flags & _PL_FLAG_SCE) and info.syscall_code == _SYS_LSEEK
+    def write_ports(self, writes: Sequence[PortWrite], limit_s: float) -> bool:
+        """See host.Trace.
+
+        One thread takes all writes, so they happen in their order; and once that thread is back
+        with a question, the last one has happened.
+        """
+        left = [*writes]
+        taker = 0
+        with contextlib.suppress(OSError):
+            for info in self._calls(limit_s):
+                if info.syscall_code != _SYS_IOCTL or taker not in (0, info.lwpid):
+                    continue
+                if (at := self._refused_run(info.lwpid)) is None:
+                    continue
+                if not left:
+                    return True
+                taker = info.lwpid
+                self._answer(taker, at, left.pop(0))
+        return False
+
+    def _refused_run(self, thread: int) -> int | None:
+        """Return where the answer to a thread's VM_RUN goes, if the last one was a refusal.
+
+        None: the ioctl is another, or the answer does not look as it does in the sources.
+        """
+        regs = self._registers(thread)
+        if regs.rsi & 0xFFFFFFFF != ioctl.VM_RUN:
+            return None
+        run = ioctl.VmRun()
+        self._copy(_PIOD_READ_D, regs.rdx, run)
+        last = (ctypes.c_char * _EXIT.size)()
+        self._copy(_PIOD_READ_D, run.vm_exit, last)
+        return run.vm_exit if _EXIT.unpack(last.raw)[0] == registers.EXIT_DEBUG else None
+
+    def _answer(self, thread: int, at: int, write: PortWrite) -> None:
+        """Answer a thread's VM_RUN with a write to a port; at: where the answer goes."""
+        answer = (ctypes.c_char * _EXIT.size)()
+        _EXIT.pack_into(
+            answer, 0, registers.EXIT_INOUT, 0, 0, write.nbytes, write.port, write.value
+        )
+        self._copy(_PIOD_WRITE_D, at, answer)
+        regs = self._registers(thread)
+        regs.rax = _SYS_SCHED_YIELD
+        _ptrace(_PT_SETREGS, thread, ctypes.byref(regs), 0)
+
+    def _registers(self, thread: int) -> Registers:
+        regs = Registers()
+        _ptrace(_PT_GETREGS, thread, ctypes.byref(regs), 0)
+        return regs
+
+    def _copy(self, op: int, there: int, here: Copied) -> None:
+        """Copy from or to the child's memory.  Raises OSError, also if only a part was copied."""
+        size = ctypes.sizeof(here)
+        wanted = IoDescriptor(op, there, ctypes.addressof(here), size)
+        _ptrace(_PT_IO, self._pid, ctypes.byref(wanted), 0)
+        if wanted.len != size:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
 
     def let_go(self) -> None:
         """Stop tracing the child, which runs on.  No error if done twice, or if it has ended."""
         if self._is_attached:
             self._is_attached = False
             with contextlib.suppress(OSError):
+                self._stop()
                 self._take_stops()
                 _ptrace(_PT_DETACH, self._pid, _NEXT, 0)
+
+    def _stop(self) -> None:
+        """Stop the child if it runs, because _calls() has reached its limit."""
+        if self._is_stopped:
+            return
+        os.kill(self._pid, signal.SIGSTOP)
+        end = time.monotonic() + _STOPS_S
+        while self._stopped() is None and time.monotonic() < end:
+            time.sleep(_POLL_S)
 
     def _take_stops(self) -> None:
         """Let all threads go on that stand at a system call of their own, but the one reported.
@@ -149,12 +271,15 @@ class Trace:
 
     def _has_unreported(self) -> bool:
         """Say whether a thread other than the one reported has stopped."""
+        reported = self._info(self._pid).lwpid
+        others = (thread for thread in self._threads() if thread != reported)
+        return any(self._info(thread).event == _PL_EVENT_SIGNAL for thread in others)
+
+    def _threads(self) -> list[int]:
         count = _ptrace(_PT_GETNUMLWPS, self._pid, None, 0)
         threads = (ctypes.c_int32 * count)()
         count = _ptrace(_PT_GETLWPLIST, self._pid, ctypes.byref(threads), count)
-        reported = self._info(self._pid).lwpid
-        others = (thread for thread in threads[:count] if thread != reported)
-        return any(self._info(thread).event == _PL_EVENT_SIGNAL for thread in others)
+        return threads[:count]
 
     def _info(self, thread: int) -> LwpInfo:
         """Return what is known of a thread, or of the reported thread of a process."""

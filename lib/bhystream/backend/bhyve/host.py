@@ -71,6 +71,14 @@ class Disk(NamedTuple):
     is_device: bool = False
 
 
+class PortWrite(NamedTuple):
+    """What an OUT instruction of a guest does: a value to a port, 1, 2 or 4 bytes of it."""
+
+    port: int
+    nbytes: int
+    value: int
+
+
 class ClockLayout(NamedTuple):
     """Where a kernel puts a guest's clocks into a snapshot; sizes and offsets in bytes.
 
@@ -165,6 +173,14 @@ class Trace(Protocol):
         Returns False if the child has ended, or after limit_s seconds.
         """
 
+    def write_ports(self, writes: Sequence[PortWrite], limit_s: float) -> bool:
+        """Let bhyve act as if its guest had written to I/O ports, in this order.
+
+        The files must be cut by then, so that bhyve waits in its read; the child may be stopped
+        or run afterwards.  No vCPU runs for it, and no register changes.  Returns False if
+        bhyve did not take the writes, as far as can be seen, in limit_s seconds.
+        """
+
     def let_go(self) -> None:
         """Let the child run on, without a trace.  Twice is no error."""
 
@@ -202,6 +218,9 @@ class Host(Protocol):
 
     def trace(self, pid: int) -> Trace:
         """Trace a child of ours that has not become bhyve yet.  Raises GuestError on failure."""
+
+    def has_power_button(self, pid: int) -> bool:
+        """Say whether a bhyve takes SIGTERM for its guest's power button: ACPI is on."""
 
     def program_hash(self) -> str:
         """Return a hash that differs between builds of bhyve."""

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from bhystream import durable
 from bhystream.backend.adopted import Adopted
-from bhystream.backend.bhyve import lastpage
+from bhystream.backend.bhyve import lastpage, powerbutton
 from bhystream.backend.bhyve.command import argv, config_file
 from bhystream.backend.bhyve.host import (
     HIGHMEM_BASE_GPA,
@@ -56,6 +56,7 @@ from bhystream.guest import SLOW_BYTES_PER_SECOND
 from bhystream.inherited import GATE
 
 _LIMIT_S = 60.0
+_CONNECT_S = 10.0  # bhyve's part of it takes a few ms
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Restore:
             self._await_maps(bhyve, trace)
             with self._writing():
                 last.cut()
+            is_connected = self._connect(trace)
             trace.let_go()
             mapped = self._map(undo)
             views = mapped.views
@@ -143,6 +145,7 @@ class Restore:
                 last,
                 self.limit_s,
                 undo.pop_all(),
+                is_connected=is_connected,
             )
 
     def _require_free(self) -> None:
@@ -260,6 +263,12 @@ class Restore:
         finally:
             vm.close()
         return [m for m in maps if m.gpa < LOWMEM_LIMIT_BYTES or m.gpa >= HIGHMEM_BASE_GPA]
+
+    def _connect(self, trace: Trace) -> bool:
+        """Connect the guest's power button, if it had one; say whether that was done."""
+        if not self._guest.has_power_button:
+            return True
+        return trace.write_ports(powerbutton.CONNECT, _CONNECT_S)
 
     def _map(self, undo: ExitStack) -> Mapped:
         """Map the VM's memory.  undo: gets the callback that releases it."""

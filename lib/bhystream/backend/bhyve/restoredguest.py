@@ -114,7 +114,8 @@ class RestoredGuest:
     bhyve_config(5), host resources included.  memory_bytes: size of the guest's
     memory.  manager: the guest's directory in vm-bhyve's datastore, "" if
     vm-bhyve does not manage the guest.  process, node: the guest's bhyve and its
-    VM; None and "" if no bhyve was started yet.
+    VM; None and "" if no bhyve was started yet.  has_power_button: SIGTERM pressed the
+    guest's power button at the source, and is to do so here.
     """
 
     kind: str
@@ -127,6 +128,7 @@ class RestoredGuest:
     manager: str
     process: Identity | None = None
     node: str = ""
+    has_power_button: bool = False
 
     @property
     def files(self) -> Files:

@@ -30,7 +30,15 @@ from pathlib import Path
 
 from bhystream import durable
 from bhystream.backend.base import Target
-from bhystream.backend.bhyve import backing, clocks, identity, ownconf, snapshot, vmconf
+from bhystream.backend.bhyve import (
+    backing,
+    clocks,
+    identity,
+    ownconf,
+    powerbutton,
+    snapshot,
+    vmconf,
+)
 from bhystream.backend.bhyve.datastore import find
 from bhystream.backend.bhyve.host import Host
 from bhystream.backend.bhyve.layout import memory_spans
@@ -328,7 +336,10 @@ class BhyveSink:
 
         Never raises a BhyError.
         """
-        guest, running = self._checked.guest, self._checked.waiting().started
+        guest, restore = self._checked.guest, self._checked.waiting()
+        running = restore.started
+        if not restore.is_connected:
+            self.notices.append(powerbutton.LOST)
         try:
             announce(self._wanted.host, guest.keys, running)
         except BhyError as error:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bhystream.backend.bhyve import backing, identity, verdict
+from bhystream.backend.bhyve import backing, identity, powerbutton, verdict
 from bhystream.backend.bhyve.config import devices
 from bhystream.backend.bhyve.host import Host, Vm
 from bhystream.backend.bhyve.identity import CONF
@@ -82,7 +82,10 @@ class BhyveSource:
         host = self._opened.host
         section = backing.described(host, self._opened.config)
         layout = self._opened.memory.layout
-        described: Json = identity.describe(host)
+        described: Json = {
+            **identity.describe(host),
+            powerbutton.KEY: host.has_power_button(self._opened.process.pid),
+        }
         if manager := self._opened.manager:
             from bhystream.backend.bhyve import vmconf
 

@@ -45,6 +45,7 @@ class WaitingRestore:
     """One guest's waiting bhyve; this object owns process and VM until the guest runs.
 
     guest: its record.  started: the process and the VM.  is_released: whether bhyve was released.
+    is_connected: False if the guest has lost its power button.
     may_have_run: False as long as the vCPUs provably never ran.
     limit_s: how many seconds bhyve may take to restore the guest.
     """
@@ -59,9 +60,12 @@ class WaitingRestore:
         last: LastPage,
         limit_s: float,
         undo: ExitStack,
+        *,
+        is_connected: bool,
     ) -> None:
         """Take over a bhyve that waits for the last page, and everything that undo ends."""
         self.started = started
+        self.is_connected = is_connected
         self.is_released = False
         self.may_have_run = False
         self._host = host
