@@ -34,6 +34,7 @@ class Kind(Enum):
     DISK = "take another disk"
     COMPARED = "miss a page that differs"
     CLOCK = "move a guest's clocks wrongly"
+    BUTTON = "make SIGTERM mean something else to a guest that has moved"
     SPLICE = "give away pages that change"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planted import (
     bhyve,
+    buttons,
     checksums,
     clocks,
     disks,
@@ -29,6 +30,7 @@ _MODULES = (
     disks,
     hashes,
     clocks,
+    buttons,
 )
 _ORDER = list(Kind)
 

@@ -4,6 +4,7 @@ The pieces, in the order in which a move meets them:
 
     host.py       what the backend asks of the host: the protocols of the device half
     freebsd.py    the FreeBSD host: sysctls, base programs, mounts, taps
+      freebsd_trace.py  a bhyve that is stopped before it reads the memory, and given answers
       freebsd_vm.py ioctl.py   one VM: memory map, mapping, topology, dirty log
       freebsd_text.py libc.py  what programs print; mincore(2) and sysctl(3)
       freebsd_kld.py freebsd_disk.py  what vmm.ko can; disks and interfaces
@@ -55,6 +56,7 @@ The pieces, in the order in which a move meets them:
       restoring.py  the process of that bhyve, and its VM's memory
       vmstart.py    that bhyve, started by vm-bhyve's `vm start`; vmdirectory.py: its end
       vmshim.py     the `bhyve` that vm-bhyve finds, a program of its own
+      powerbutton.py  what SIGTERM means to that bhyve, and to the source's
       lastpage.py   the missing last page, for which that bhyve waits
     loaded.py     base.Paused of a destination's guest
     clocks.py     the guest's clocks, moved on by the length of the pause
