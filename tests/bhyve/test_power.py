@@ -34,12 +34,12 @@ _CODE = bytes.fromhex(
     "31c0 8ed8 8ec0"  # ds = es = 0
     "b0a0 e6b2"  #      out 0xb2, 0xa0           SMI_CMD: ACPI on
     "ba0204 b82001 ef"  # out 0x402, 0x120       PM1 enable: power button, global lock
-    "be6dff bf0005 b91100 2ef3a4"  # copy the text to 0x500
+    "be6dff bf0005 b91500 2ef3a4"  # copy the text to 0x500
     # beat:
-    "be0005 b91100"  #  for each character of the text:
+    "be0005 b91500"  #  for each character of the text:
     "bafd03 ec a820 74f8"  #  wait until COM1 can send
     "baf803 ac ee e2f1"  #    send it
-    "bf0605"  #         count: the last digit
+    "bf0a05"  #         count: the last digit
     "fe05 803d39 7606"  # digit += 1; up to "9": done
     "c60530 4f ebf3"  # digit = "0", on with the one before
     "ba0204 ed 89c3"  # in 0x402                 PM1 enable
@@ -47,11 +47,11 @@ _CODE = bytes.fromhex(
     "f6c401 740d"  #    no power button: wait
     "baf803 b050 ee"  # send "P"
     "ba0404 b80034 ef"  # out 0x404, 0x3400      PM1 control: S5
-    "66b900001000"  #   wait: 2^20 rounds
+    "66b900004000"  #   wait: 2^22 rounds
     "6649 75fc"  #      ecx -= 1
     "ebb1"  #           beat
 )
-_TEXT = b"HB 0000 . bad 0 \n"
+_TEXT = b"HB 00000000 . bad 0 \n"
 _RESET = bytes.fromhex("e90dff")  # at 0xfff0: jmp 0xff00
 _CODE_AT, _TEXT_AT, _RESET_AT = 0xFF00, 0xFF6D, 0xFFF0
 _ROM_BYTES = 1 << 16
