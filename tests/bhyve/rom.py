@@ -89,7 +89,7 @@ class Host:
 
     at: the guest's name now.  lived: the consoles that the guest has had, in order.
     taps: the interface of its network card under each name; none if it has no card.  mac: of
-    that card.
+    that card.  cpus: its vCPUs, of which the guest uses one.
     """
 
     rom: str
@@ -100,6 +100,7 @@ class Host:
     units: dict[str, int] = field(default_factory=dict)
     taps: Mapping[str, str] = field(default_factory=dict)
     mac: str = ""
+    cpus: int = 1
 
     def state(self, side: str) -> Path:
         return self.directory / side
@@ -141,7 +142,7 @@ class Host:
     def _config(self, name: str) -> Path:
         path = self.directory / f"{name}.conf"
         keys = {
-            "cpus": "1",
+            "cpus": str(self.cpus),
             "memory.size": self.memory,
             "acpi_tables": "false",
             "uuid": _UUID,

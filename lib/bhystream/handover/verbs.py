@@ -242,4 +242,6 @@ def _resume(records: Records, record: Record, console: Console) -> None:
     if record.phase not in (LOADED, STARTED):
         records.remove(record.id)
     console.say(f"guest {record.guest}: it runs on {host_name()}")
+    for reason in paused.reasons if record.phase in (LOADED, STARTED) else ():
+        console.say(f"guest {record.guest}: {reason}")
     console.log(f"guest {record.guest}: stream {record.id} resumed")

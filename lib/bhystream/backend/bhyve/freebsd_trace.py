@@ -1,4 +1,4 @@
-"""A bhyve that we start, traced until it reads its memory file: ptrace(2).
+"""A bhyve that we start, traced until it is about to read its memory file: ptrace(2).
 
 bhyve reads all of lowmem with one read(2), which locks its range of the file,
 and ftruncate(2) waits for that lock.  So bhyrecv has to cut the file before the
@@ -14,11 +14,11 @@ fault in the host's kernel.  Run on FreeBSD 15.1, emulated AMD: the host panics.
 Source: sys/amd64/vmm/vmm.c, vm_snapshot_vcpus() and restore_guest_fpustate().
 
 Until the restore is done, bhyve's vCPU threads ask for VM_RUN every millisecond,
-and vmm answers at once that the vCPU is not to run (VM_EXITCODE_DEBUG).  One such
-question can be answered here instead: with the exit of an OUT instruction, whose
-port bhyve then writes.  The system call becomes a sched_yield(2), which returns 0
-as VM_RUN does, and the answer goes into bhyve's struct vm_exit.  vmm knows nothing
-of it, so the vCPU's registers stay as they are.  Source: usr.sbin/bhyve/bhyverun.c,
+and vmm answers at once that the vCPU is not to run.  One such question can be
+answered here instead: with the exit of an OUT instruction, whose port bhyve then
+writes.  The system call becomes a sched_yield(2), which returns 0 as VM_RUN does,
+and the answer goes into bhyve's struct vm_exit.  vmm knows nothing of it, so the
+vCPU's registers stay as they are.  Source: usr.sbin/bhyve/bhyverun.c,
 vm_loop(); amd64/inout.c, emulate_inout(); sys/kern/subr_syscall.c, syscallenter():
 a system call is read anew if the tracer has changed a register.
 
@@ -58,6 +58,10 @@ _STOPS_S = 5.0
 # struct vm_exit as far as u.inout: exitcode, inst_length, rip; then port and size, and the value.
 # Source: sys/amd64/include/vmm.h.
 _EXIT = struct.Struct("<iiQHHI")
+
+# What VM_RUN answers while bhyve keeps the vCPU from running; the second, if the thread is wanted
+# elsewhere.  Source: sys/amd64/vmm/amd/svm.c, svm_run(); intel/vmx.c, vmx_run().
+_REFUSALS = (registers.EXIT_DEBUG, registers.EXIT_BOGUS)
 
 Copied: TypeAlias = "ctypes.Structure | ctypes.Array[ctypes.c_char]"
 
@@ -124,7 +128,8 @@ class Trace:
         """Attach to a child of ours, and stop it.  Raises GuestError if that fails."""
         self._pid = pid
         self._is_attached = False
-        self._is_stopped = True  # unless _calls() lets it run
+        self._is_stopped = True
+        self._passed = 0  # the signal that has stopped it, and that it is to get
         try:
             _ptrace(_PT_ATTACH, pid, None, 0)
             self._is_attached = True
@@ -147,45 +152,52 @@ class Trace:
         Ends when the child has ended, or after limit_s seconds.
         """
         end = time.monotonic() + limit_s
-        number = 0
-        while True:
-            try:
-                _ptrace(_PT_TO_SCE, self._pid, _NEXT, number)
-            except OSError:
-                return
-            self._is_stopped = False
-            while (found := self._stopped()) is None:
-                if time.monotonic() > end:
+        with contextlib.suppress(OSError):
+            while True:
+                self._go_on(_PT_TO_SCE)
+                found = self._await_stop(end)
+                if found is None:
                     return
-                time.sleep(_POLL_S)
-            if found < 0:
-                return
-            # SIGTRAP and SIGSTOP come from the trace; any other signal is passed to the child.
-            number = 0 if found in (signal.SIGTRAP, signal.SIGSTOP) else found
-            if found == signal.SIGTRAP and (info := self._info(self._pid)).flags & _PL_FLAG_SCE:
-                yield info
+                if found == signal.SIGTRAP and (info := self._info(self._pid)).flags & _PL_FLAG_SCE:
+                    yield info
 
-    def _stopped(self) -> int | None:
-        """Return the signal that has stopped the child; None if it runs, -1 if it has ended."""
-        found = os.waitid(os.P_PID, self._pid, os.WEXITED | _WTRAPPED | os.WNOHANG | os.WNOWAIT)
-        if found is None:
-            return None
-        if found.si_code != os.CLD_TRAPPED:
-            self._is_attached = False
-            return -1
-        os.waitid(os.P_PID, self._pid, _WTRAPPED | os.WNOHANG)
-        self._is_stopped = True
-        return found.si_status
+    def _go_on(self, request: int) -> None:
+        """Let the child go on, with the signal that it is to get.  Raises OSError."""
+        _ptrace(request, self._pid, _NEXT, self._passed)
+        self._is_stopped = False
+        self._passed = 0
+
+    def _await_stop(self, end: float) -> int | None:
+        """Return the signal that stops the child; None if it has ended, or at a monotonic time."""
+        while time.monotonic() < end:
+            found = os.waitid(os.P_PID, self._pid, os.WEXITED | _WTRAPPED | os.WNOHANG | os.WNOWAIT)
+            if found is None:
+                time.sleep(_POLL_S)
+                continue
+            if found.si_code != os.CLD_TRAPPED:
+                self._is_attached = False
+                return None
+            os.waitid(os.P_PID, self._pid, _WTRAPPED | os.WNOHANG)
+            self._is_stopped = True
+            # SIGTRAP and SIGSTOP come from the trace.
+            if found.si_status not in (signal.SIGTRAP, signal.SIGSTOP):
+                self._passed = found.si_status
+            return int(found.si_status)
+        return None
 
     def write_ports(self, writes: Sequence[PortWrite], limit_s: float) -> bool:
         """See host.Trace.
 
-        One thread takes all writes, so they happen in their order; and once that thread is back
-        with a question, the last one has happened.
+        A thread that stands at a system call stays there until let_go(): a thread that reads
+        gigabytes of memory would keep all others from being seen.  One thread takes all
+        writes, so they happen in their order; and once that thread is back with a question,
+        the last one has happened.
         """
         left = [*writes]
         taker = 0
         with contextlib.suppress(OSError):
+            if (stands := self._info(self._pid)).flags & _PL_FLAG_SCE:
+                _ptrace(_PT_SUSPEND, stands.lwpid, None, 0)
             for info in self._calls(limit_s):
                 if info.syscall_code != _SYS_IOCTL or taker not in (0, info.lwpid):
                     continue
@@ -198,7 +210,7 @@ class Trace:
         return False
 
     def _refused_run(self, thread: int) -> int | None:
-        """Return where the answer to a thread's VM_RUN goes, if the last one was a refusal.
+        """Return where the answer to a thread's VM_RUN goes, if no vCPU ran for the last one.
 
         None: the ioctl is another, or the answer does not look as it does in the sources.
         """
@@ -209,7 +221,7 @@ class Trace:
         self._copy(_PIOD_READ_D, regs.rdx, run)
         last = (ctypes.c_char * _EXIT.size)()
         self._copy(_PIOD_READ_D, run.vm_exit, last)
-        return run.vm_exit if _EXIT.unpack(last.raw)[0] == registers.EXIT_DEBUG else None
+        return run.vm_exit if _EXIT.unpack(last.raw)[0] in _REFUSALS else None
 
     def _answer(self, thread: int, at: int, write: PortWrite) -> None:
         """Answer a thread's VM_RUN with a write to a port; at: where the answer goes."""
@@ -236,22 +248,33 @@ class Trace:
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
 
     def let_go(self) -> None:
-        """Stop tracing the child, which runs on.  No error if done twice, or if it has ended."""
-        if self._is_attached:
-            self._is_attached = False
-            with contextlib.suppress(OSError):
-                self._stop()
-                self._take_stops()
-                _ptrace(_PT_DETACH, self._pid, _NEXT, 0)
+        """See host.Trace."""
+        if not self._is_attached:
+            return
+        try:
+            self._stop()
+            self._take_stops()
+            self._go_on(_PT_DETACH)
+        except OSError as error:
+            if self._is_attached:
+                raise GuestError(
+                    f"cannot end the trace of process {self._pid}: {error.strerror}"
+                ) from None
+        self._is_attached = False
 
     def _stop(self) -> None:
-        """Stop the child if it runs, because _calls() has reached its limit."""
+        """Stop a child that runs, because _calls() has reached its limit.  Raises OSError.
+
+        Our SIGSTOP has to be seen: PT_DETACH would leave it pending, and the child stopped.
+        """
         if self._is_stopped:
             return
         os.kill(self._pid, signal.SIGSTOP)
         end = time.monotonic() + _STOPS_S
-        while self._stopped() is None and time.monotonic() < end:
-            time.sleep(_POLL_S)
+        while (found := self._await_stop(end)) != signal.SIGSTOP:
+            if found is None:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+            self._go_on(_PT_CONTINUE)
 
     def _take_stops(self) -> None:
         """Let all threads go on that stand at a system call of their own, but the one reported.
@@ -262,12 +285,10 @@ class Trace:
         """
         _ptrace(_PT_SET_EVENT_MASK, self._pid, ctypes.byref(ctypes.c_int(0)), 4)
         _ptrace(_PT_SUSPEND, self._info(self._pid).lwpid, None, 0)
-        end, number = time.monotonic() + _STOPS_S, 0
+        end = time.monotonic() + _STOPS_S
         while self._has_unreported() and time.monotonic() < end:
-            _ptrace(_PT_CONTINUE, self._pid, _NEXT, number)
-            while (found := self._stopped()) is None and time.monotonic() < end:
-                time.sleep(_POLL_S)
-            number = 0 if found in (None, signal.SIGTRAP, signal.SIGSTOP) else found
+            self._go_on(_PT_CONTINUE)
+            self._await_stop(end)
 
     def _has_unreported(self) -> bool:
         """Say whether a thread other than the one reported has stopped."""

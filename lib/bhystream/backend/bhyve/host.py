@@ -176,13 +176,16 @@ class Trace(Protocol):
     def write_ports(self, writes: Sequence[PortWrite], limit_s: float) -> bool:
         """Let bhyve act as if its guest had written to I/O ports, in this order.
 
-        The files must be cut by then, so that bhyve waits in its read; the child may be stopped
-        or run afterwards.  No vCPU runs for it, and no register changes.  Returns False if
-        bhyve did not take the writes, as far as can be seen, in limit_s seconds.
+        The files must be cut by then, so that bhyve waits in its read if it goes on.  No vCPU
+        runs for it, and no register changes.  Returns False if bhyve did not take all the
+        writes, as far as can be seen, in limit_s seconds.
         """
 
     def let_go(self) -> None:
-        """Let the child run on, without a trace.  Twice is no error."""
+        """Let the child run on, without a trace.  No error if done twice, or if it has ended.
+
+        Raises GuestError if the trace cannot be ended, which leaves the child stopped.
+        """
 
 
 class Host(Protocol):

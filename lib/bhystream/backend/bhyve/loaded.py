@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bhystream import durable
-from bhystream.backend.bhyve import ownconf, snapshot, snapshotfiles, vmdirectory
+from bhystream.backend.bhyve import ownconf, powerbutton, snapshot, snapshotfiles, vmdirectory
 from bhystream.backend.bhyve.argv import parse_argv
 from bhystream.backend.bhyve.command import config_file
 from bhystream.backend.bhyve.compare import another_machine, differences
@@ -280,6 +280,8 @@ class BhyveLoaded:
             supervision=supervision(self._host, self.guest, self._adapted),
         )
         self.guest = replace(restore.guest, process=None, node="")
+        if not restore.is_connected:
+            self.reasons = [powerbutton.LOST]
         try:
             restore.load(kern, snapshot.fpu_states(states))
         except BaseException:

@@ -10,12 +10,16 @@ bhysend sees at the source whether bhyve ignores SIGTERM, and says so in the
 HOST section.  bhyrecv lets the restored bhyve act as if the guest had done again
 what operating systems do:
 
-    SMI_CMD      BHYVE_ACPI_ENABLE: ACPI is on, and SIGTERM presses the button
     PM1 enable   the power button and the global lock raise ACPI's interrupt
+    SMI_CMD      BHYVE_ACPI_ENABLE: ACPI is on, and SIGTERM presses the button
 
-bhyve does not tell what the guest has enabled, and knows one more event, the
-clock chip's, which bhyve never raises.  FreeBSD, Linux and Windows enable the
-power button.  A button that was pressed, but not yet noticed by the guest, is lost.
+SMI_CMD comes last: if only a part is done, SIGTERM ends bhyve as before.  bhyve does
+not tell what the guest has enabled, and knows one more event, the clock chip's,
+which bhyve never raises.  FreeBSD, Linux and Windows enable the power button.
+
+If the button was pressed at the source, and the guest has not served that when its
+state is saved, ACPI's interrupt stays asserted in the restored guest: bhyve there
+knows nothing of the press, and never takes the interrupt back.
 
 Source: usr.sbin/bhyve/amd64/pm.c, smi_cmd_handler(), pm1_enable_handler(),
 power_button_handler(), FreeBSD 15.1; acpi.h there.
@@ -32,8 +36,8 @@ _SMI_CMD, _ACPI_ENABLE = 0xB2, 0xA0
 _PM1_ENABLE, _PWRBTN_EN, _GBL_EN = 0x402, 0x0100, 0x0020
 
 CONNECT = (
-    PortWrite(_SMI_CMD, 1, _ACPI_ENABLE),
     PortWrite(_PM1_ENABLE, 2, _PWRBTN_EN | _GBL_EN),
+    PortWrite(_SMI_CMD, 1, _ACPI_ENABLE),
 )
 """What connects the button of a bhyve that was just made."""
 

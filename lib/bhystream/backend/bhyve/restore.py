@@ -56,7 +56,7 @@ from bhystream.guest import SLOW_BYTES_PER_SECOND
 from bhystream.inherited import GATE
 
 _LIMIT_S = 60.0
-_CONNECT_S = 10.0  # bhyve's part of it takes a few ms
+_CONNECT_S = 10.0  # a few ms, if nothing is wrong
 
 
 @dataclass(frozen=True)
