@@ -33,7 +33,7 @@ _CODE = bytes.fromhex(
     "f6c401 740d"  #    no power button: wait
     "baf803 b050 ee"  # send "P"
     "ba0404 b80034 ef"  # out 0x404, 0x3400      PM1 control: S5
-    "66b900004000"  #   wait: 2^22 rounds
+    "66b900000002"  #   wait: 2^25 rounds
     "6649 75fc"  #      ecx -= 1
     "ebb1"  #           beat
 )

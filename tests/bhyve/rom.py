@@ -12,6 +12,7 @@ import re
 import select
 import subprocess
 import sys
+import termios
 import threading
 import time
 import tty
@@ -62,6 +63,7 @@ class Console:
     def __init__(self, unit: int) -> None:
         self._fd = os.open(f"/dev/nmdm{unit}B", os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY)
         tty.setraw(self._fd)
+        termios.tcflush(self._fd, termios.TCIOFLUSH)  # what the guest of a killed run has printed
         self._said = b""
         self._is_over = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
