@@ -10,7 +10,9 @@ import pytest
 from bhystream.backend.bhyve import powerbutton, restore
 from bhystream.backend.bhyve.restoredguest import RestoredGuest
 from bhystream.backend.bhyve.sink import BhyveSink
+from bhystream.errors import GuestError
 from bhystream.guest import Json
+from bhystream.standin.kernel import StandinHost
 
 from .arriving import Arriving, arriving, hold, kill, process_of
 
@@ -63,6 +65,17 @@ def test_a_guest_without_a_button_gets_none(guest: Arriving, told: Json) -> None
     sink = started(guest)
     assert powerbutton.LOST not in sink.notices
     assert not was_powered_off(guest)
+
+
+def test_a_guest_moves_whose_button_cannot_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: StandinHost, pid: int) -> bool:
+        raise GuestError("cannot run /bin/ps")
+
+    monkeypatch.setattr(StandinHost, "has_power_button", refuse)
+    with arriving() as guest:
+        assert powerbutton.KEY not in guest.head.host
+        monkeypatch.undo()
+        started(guest)
 
 
 def test_a_button_that_is_lost_is_told(guest: Arriving, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,6 +250,16 @@ def test_another_answer_of_ps_is_not_guessed_at() -> None:
         process_freebsd.parse_ps("S    mer. 30 sept. 16:04:44 2026\n")
 
 
+def test_the_ignored_signals_are_read() -> None:
+    """Those of a bhyve on FreeBSD 15.1: its guest has switched ACPI on, or not."""
+    assert process_freebsd.parse_ignored("1848c006\n", signal.SIGTERM)
+    assert not process_freebsd.parse_ignored("18488006\n", signal.SIGTERM)
+    assert process_freebsd.parse_ignored("18488006\n", signal.SIGINT)
+    assert not process_freebsd.parse_ignored("", signal.SIGTERM)
+    with pytest.raises(GuestError, match="cannot read what ps says: 'none'"):
+        process_freebsd.parse_ignored("none\n", signal.SIGTERM)
+
+
 def test_a_program_that_only_complains_has_not_said_that_there_is_no_process() -> None:
     assert process_freebsd._run("/bin/sh", "-c", "exit 1") == b""  # ps(1) of no process
     with pytest.raises(GuestError, match="/bin/sh failed: ps: no memory"):

@@ -189,16 +189,24 @@ def parent_command(pid: int) -> str:
     return command.decode(errors="replace").strip()
 
 
+def parse_ignored(text: str, number: signal.Signals) -> bool:
+    """Say whether a signal is among those of `ps -o sigignore=`: "1848c006", or nothing.
+
+    Source: ps(1): the first 32 signals, in hex.  Raises GuestError if the text has another form.
+    """
+    try:
+        return bool(int(text.strip() or "0", 16) >> (number - 1) & 1)
+    except ValueError:
+        raise GuestError(f"cannot read what ps says: {text.strip()!r}") from None
+
+
 def ignores(pid: int, number: signal.Signals) -> bool:
     """Say whether a process ignores a signal; False if there is no such process.
 
-    Source: ps(1), sigignore: the first 32 signals, in hex.  Raises GuestError as _run() does.
+    Raises GuestError as _run() and parse_ignored() do.
     """
-    raw = _run("/bin/ps", "-o", "sigignore=", "-p", str(pid)).strip()
-    try:
-        return bool(int(raw or b"0", 16) >> (number - 1) & 1)
-    except ValueError:
-        raise GuestError(f"cannot read what ps says: {raw!r}") from None
+    raw = _run("/bin/ps", "-o", "sigignore=", "-p", str(pid))
+    return parse_ignored(raw.decode("ascii", "replace"), number)
 
 
 def thread_states(pid: int) -> set[str]:

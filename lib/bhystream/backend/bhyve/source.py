@@ -82,10 +82,10 @@ class BhyveSource:
         host = self._opened.host
         section = backing.described(host, self._opened.config)
         layout = self._opened.memory.layout
-        described: Json = {
-            **identity.describe(host),
-            powerbutton.KEY: host.has_power_button(self._opened.process.pid),
-        }
+        described: Json = identity.describe(host)
+        with contextlib.suppress(BhyError):  # the guest moves without it
+            has_button = host.has_power_button(self._opened.process.pid)
+            described = {**described, powerbutton.KEY: has_button}
         if manager := self._opened.manager:
             from bhystream.backend.bhyve import vmconf
 
