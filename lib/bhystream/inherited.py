@@ -104,9 +104,13 @@ def heeding() -> Iterator[None]:
 
     A signal that is ignored stays so across exec(2), and a hypervisor lives on for months: an
     operator's nohup is not meant for it.  Here the signals do nothing, all the while.
+    Only the main thread may do that: in another thread they stay ignored.
     """
-    before = {one: signal.getsignal(one) for one in _OPERATORS}
-    ignored = [one for one, handler in before.items() if handler == signal.SIG_IGN]
+    import threading  # a dry run starts nothing
+
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = _OPERATORS if is_main else ()
+    ignored = [one for one in numbers if signal.getsignal(one) == signal.SIG_IGN]
     try:
         for one in ignored:
             signal.signal(one, lambda *_: None)

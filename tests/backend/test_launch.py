@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,19 @@ def test_a_child_heeds_the_signals_that_we_ignore(tmp_path: Path) -> None:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def test_a_child_of_another_thread_starts_with_signals_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        made: list[Child] = []
+        words = ["/bin/sleep", "1000"]
+        thread = threading.Thread(target=lambda: made.append(Child(words, str(tmp_path / "log"))))
+        thread.start()
+        thread.join()
+        made[0].kill()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_child_that_ends_while_it_is_to_be_stopped_is_not(
