@@ -40,7 +40,7 @@ PARTS: dict[str, str] = {
     "backend.process_freebsd": "errors",
     "backend.process": "errors backend.process_freebsd",
     "backend": (
-        "errors units guest beneath strict_json durable memory"
+        "errors units guest beneath strict_json durable inherited memory"
         " backend.process backend.process_freebsd"
     ),
     "backend.qemu": (

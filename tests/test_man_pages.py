@@ -224,6 +224,7 @@ def test_the_format_lists_what_a_host_says_of_itself() -> None:
         "bhyve.hash",
         "vmm.hash",
         identity.CONF,
+        identity.POWER_BUTTON,
         *identity._STRINGS,
         *identity._INTEGERS,
     }

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from bhystream.backend.bhyve import powerbutton, restore
+from bhystream.backend.bhyve.identity import POWER_BUTTON
 from bhystream.backend.bhyve.restoredguest import RestoredGuest
 from bhystream.backend.bhyve.sink import BhyveSink
 from bhystream.errors import GuestError
@@ -27,7 +28,7 @@ def guest() -> Iterator[Arriving]:
 
 def says(guest: Arriving, told: Json) -> None:
     """Let the HOST section say other things of the button."""
-    host = {key: value for key, value in guest.head.host.items() if key != powerbutton.KEY}
+    host = {key: value for key, value in guest.head.host.items() if key != POWER_BUTTON}
     guest.head = guest.head._replace(host={**host, **told})
 
 
@@ -49,7 +50,7 @@ def was_powered_off(guest: Arriving) -> bool:
 
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
 def test_the_button_moves_along(guest: Arriving, late: bool) -> None:
-    assert guest.head.host[powerbutton.KEY] is True
+    assert guest.head.host[POWER_BUTTON] is True
     sink = started(guest, late=late)
     assert powerbutton.LOST not in sink.notices
     [pid] = guest.processes()
@@ -58,7 +59,7 @@ def test_the_button_moves_along(guest: Arriving, late: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "told", [{}, *({powerbutton.KEY: value} for value in (False, None, 1, "true", [True]))]
+    "told", [{}, *({POWER_BUTTON: value} for value in (False, None, 1, "true", [True]))]
 )
 def test_a_guest_without_a_button_gets_none(guest: Arriving, told: Json) -> None:
     says(guest, told)
@@ -73,7 +74,7 @@ def test_a_guest_moves_whose_button_cannot_be_seen(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(StandinHost, "has_power_button", refuse)
     with arriving() as guest:
-        assert powerbutton.KEY not in guest.head.host
+        assert POWER_BUTTON not in guest.head.host
         monkeypatch.undo()
         started(guest)
 

@@ -41,8 +41,8 @@ BUGS = (
         Kind.BUTTON,
         "any value in the stream counts as true",
         "backend/bhyve/wanted.py",
-        "head.host.get(powerbutton.KEY) is True",
-        "bool(head.host.get(powerbutton.KEY))",
+        "head.host.get(identity.POWER_BUTTON) is True",
+        "bool(head.host.get(identity.POWER_BUTTON))",
         (f"{TESTS}test_a_guest_without_a_button_gets_none[told4]",),
     ),
     Bug(

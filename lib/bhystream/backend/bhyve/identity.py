@@ -29,6 +29,8 @@ from bhystream.backend.bhyve.host import Host
 
 # The source's NAME.conf, which decides nothing: an object of strings.
 CONF = "vm-bhyve.conf"
+# Whether SIGTERM presses the guest's power button; see powerbutton.py.
+POWER_BUTTON = "power_button"
 _STRINGS = ("hw.machine", "hw.model", "kern.osrelease", "kern.build_id")
 _INTEGERS = ("hw.pagesize", "kern.osreldate", "machdep.tsc_freq")
 _MAX_DIGITS = 20  # the digits of the largest u64

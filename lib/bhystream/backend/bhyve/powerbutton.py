@@ -29,9 +29,6 @@ from __future__ import annotations
 
 from bhystream.backend.bhyve.host import PortWrite
 
-KEY = "power_button"
-"""The key of the HOST section: whether SIGTERM presses the guest's power button."""
-
 _SMI_CMD, _ACPI_ENABLE = 0xB2, 0xA0
 _PM1_ENABLE, _PWRBTN_EN, _GBL_EN = 0x402, 0x0100, 0x0020
 

@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bhystream.backend.bhyve import backing, identity, powerbutton, verdict
+from bhystream.backend.bhyve import backing, identity, verdict
 from bhystream.backend.bhyve.config import devices
 from bhystream.backend.bhyve.host import Host, Vm
-from bhystream.backend.bhyve.identity import CONF
+from bhystream.backend.bhyve.identity import CONF, POWER_BUTTON
 from bhystream.backend.bhyve.layout import clamped
 from bhystream.backend.bhyve.opened import in_its_words, open_guest
 from bhystream.errors import BhyError, InternalError, Reason, from_oserror
@@ -85,7 +85,7 @@ class BhyveSource:
         described: Json = identity.describe(host)
         with contextlib.suppress(BhyError):  # the guest moves without it
             has_button = host.has_power_button(self._opened.process.pid)
-            described = {**described, powerbutton.KEY: has_button}
+            described = {**described, POWER_BUTTON: has_button}
         if manager := self._opened.manager:
             from bhystream.backend.bhyve import vmconf
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bhystream.backend.bhyve import backing, identity, powerbutton, verdict
+from bhystream.backend.bhyve import backing, identity, verdict
 from bhystream.backend.bhyve.argv import parse_argv
 from bhystream.backend.bhyve.compare import another_machine, differences
 from bhystream.backend.bhyve.config import GuestConfig, split
@@ -79,7 +79,7 @@ class Wanted:
             hard.append(
                 f"name: a VM {self.name} is here already; name another, or destroy it{whose}"
             )
-        has_power_button = head.host.get(powerbutton.KEY) is True
+        has_power_button = head.host.get(identity.POWER_BUTTON) is True
         guest = replace(self.restored(keys, size), has_power_button=has_power_button)
         hard += guest.staging_reasons()
         return hard, soft + self.room(guest, is_late=self.is_kept), guest
