@@ -25,6 +25,9 @@ from bhystream.backend.bhyve.source import BhyveSource
 from bhystream.handover import state
 from bhystream.hypervisors import open_host, open_paused
 
+from .button import with_button
+from .rom import Host as RomHost
+
 
 def setting(name: str, what: str) -> str:
     """Return an environment variable; if it is not set, fail and say what to set."""
@@ -32,6 +35,13 @@ def setting(name: str, what: str) -> str:
     if not value:
         pytest.fail(f"set {name} to {what}")
     return value
+
+
+@pytest.fixture
+def button_host() -> Iterator[RomHost]:
+    """Boot the guest of button.py."""
+    with with_button() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,14 @@ import pytest
 
 BHYVE, BHYVECTL = "/usr/sbin/bhyve", "/usr/sbin/bhyvectl"
 DEADLINE_S = 180.0
+NEEDS_FREEBSD = [
+    pytest.mark.bhyve,
+    pytest.mark.skipif(
+        not sys.platform.startswith("freebsd"), reason="a bhyve guest needs FreeBSD"
+    ),
+]
+"""The marks of tests that boot a guest."""
+
 _BEAT = re.compile(r"HB (\d+) .* bad (\d+) ")
 # The first unit of nmdm(4) that only these tests use; each console gets the next unit.
 _UNIT, _COUNT = 700, count()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,14 +23,9 @@ from bhystream.guest import State
 from bhystream.stream.verify import Ended as StreamEnded
 from bhystream.stream.verify import Walk
 
-from .rom import Ended, Host, booted
+from .rom import NEEDS_FREEBSD, Ended, Host, booted
 
-pytestmark = [
-    pytest.mark.bhyve,
-    pytest.mark.skipif(
-        not sys.platform.startswith("freebsd"), reason="a bhyve guest needs FreeBSD"
-    ),
-]
+pytestmark = NEEDS_FREEBSD
 
 OPTION = "--advance-clock"
 

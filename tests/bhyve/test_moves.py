@@ -11,7 +11,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +18,9 @@ from pathlib import Path
 import pytest
 
 from .harmed import Harmed, records
-from .rom import Ended, Host, booted, program, until
+from .rom import NEEDS_FREEBSD, Ended, Host, booted, program, until
 
-pytestmark = [
-    pytest.mark.bhyve,
-    pytest.mark.skipif(
-        not sys.platform.startswith("freebsd"), reason="a bhyve guest needs FreeBSD"
-    ),
-]
+pytestmark = NEEDS_FREEBSD
 
 
 @pytest.fixture

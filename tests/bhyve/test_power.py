@@ -9,79 +9,64 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from bhystream.backend.bhyve import powerbutton
 from bhystream.backend.bhyve.freebsd import FreeBsdHost
 from bhystream.backend.bhyve.freebsd_trace import Trace
 
-from .button import button_rom, with_button
-from .rom import Host, until
+from .button import button_rom
+from .rom import NEEDS_FREEBSD, Host, until
 
-pytestmark = [
-    pytest.mark.bhyve,
-    pytest.mark.skipif(
-        not sys.platform.startswith("freebsd"), reason="a bhyve guest needs FreeBSD"
-    ),
-]
+pytestmark = NEEDS_FREEBSD
 
 
-@pytest.fixture
-def host() -> Iterator[Host]:
-    with with_button() as made:
-        yield made
-
-
-def test_sigterm_presses_it_after_each_move(host: Host) -> None:
-    assert FreeBsdHost().has_power_button(host.pid())
+def test_sigterm_presses_it_after_each_move(button_host: Host) -> None:
+    assert FreeBsdHost().has_power_button(button_host.pid())
     for _ in range(2):
-        to = host.other()
-        done = host.run(*host.send("-f"), *host.receive(to))
+        to = button_host.other()
+        done = button_host.run(*button_host.send("-f"), *button_host.receive(to))
         assert done.status == 0, done.said
         assert "power button" not in done.said
-        host.arrived(to)
-        host.prove(5)
-        assert FreeBsdHost().has_power_button(host.pid())
-    os.kill(host.pid(), signal.SIGTERM)
-    until(lambda: not host.pid(), "end of the guest")
-    assert host.lived[-1].said().endswith("P")
+        button_host.arrived(to)
+        button_host.prove(5)
+        assert FreeBsdHost().has_power_button(button_host.pid())
+    os.kill(button_host.pid(), signal.SIGTERM)
+    until(lambda: not button_host.pid(), "end of the guest")
+    assert button_host.lived[-1].said().endswith("P")
 
 
-def reboot_without_acpi(host: Host) -> None:
+def reboot_without_acpi(button_host: Host) -> None:
     """Boot the guest anew, and let it leave ACPI off."""
-    Path(host.rom).write_bytes(button_rom(has_acpi=False))
-    host.end()
-    host.reboot()
-    assert not FreeBsdHost().has_power_button(host.pid())
+    Path(button_host.rom).write_bytes(button_rom(has_acpi=False))
+    button_host.end()
+    button_host.reboot()
+    assert not FreeBsdHost().has_power_button(button_host.pid())
 
 
-def test_a_guest_without_acpi_gets_none(host: Host) -> None:
+def test_a_guest_without_acpi_gets_none(button_host: Host) -> None:
     """Before the guest switches ACPI on, SIGTERM ends its bhyve, also after a move."""
-    reboot_without_acpi(host)
-    to = host.other()
-    done = host.run(*host.send("-f"), *host.receive(to))
+    reboot_without_acpi(button_host)
+    to = button_host.other()
+    done = button_host.run(*button_host.send("-f"), *button_host.receive(to))
     assert done.status == 0, done.said
-    host.arrived(to)
-    assert not FreeBsdHost().has_power_button(host.pid())
-    os.kill(host.pid(), signal.SIGTERM)
-    until(lambda: not host.pid(), "end of bhyve")
+    button_host.arrived(to)
+    assert not FreeBsdHost().has_power_button(button_host.pid())
+    os.kill(button_host.pid(), signal.SIGTERM)
+    until(lambda: not button_host.pid(), "end of bhyve")
 
 
-def test_one_of_several_vcpus_takes_the_writes(host: Host) -> None:
+def test_one_of_several_vcpus_takes_the_writes(button_host: Host) -> None:
     """The vCPUs that the guest has not started ask for VM_RUN all the time, as in a restore."""
-    host.cpus = 2
-    reboot_without_acpi(host)
+    button_host.cpus = 2
+    reboot_without_acpi(button_host)
     for _ in range(20):
-        trace = Trace(host.pid())
+        trace = Trace(button_host.pid())
         is_done = trace.write_ports(powerbutton.CONNECT, 60.0)
         trace.let_go()
         assert is_done
-        assert FreeBsdHost().has_power_button(host.pid())
-        host.prove(2)
-    os.kill(host.pid(), signal.SIGTERM)
-    until(lambda: not host.pid(), "end of the guest")
-    assert host.lived[-1].said().endswith("P")
+        assert FreeBsdHost().has_power_button(button_host.pid())
+        button_host.prove(2)
+    os.kill(button_host.pid(), signal.SIGTERM)
+    until(lambda: not button_host.pid(), "end of the guest")
+    assert button_host.lived[-1].said().endswith("P")

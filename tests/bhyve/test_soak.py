@@ -11,23 +11,15 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from .harmed import Harmed, records
-from .rom import Host, booted, program, until
+from .rom import NEEDS_FREEBSD, Host, booted, program, until
 
-pytestmark = [
-    pytest.mark.bhyve,
-    pytest.mark.skipif(
-        not sys.platform.startswith("freebsd"), reason="a bhyve guest needs FreeBSD"
-    ),
-]
+pytestmark = NEEDS_FREEBSD
 KILLS = int(os.environ.get("BHYSEND_TEST_KILLS", "5"))
 SEED = int(os.environ.get("BHYSEND_TEST_SEED", "1"))
 _WHO = ("bhysend", "keeper", "bhyrecv", "there", "back", "source", "destination")

@@ -79,15 +79,17 @@ class Wanted:
             hard.append(
                 f"name: a VM {self.name} is here already; name another, or destroy it{whose}"
             )
-        has_power_button = head.host.get(identity.POWER_BUTTON) is True
-        guest = replace(self.restored(keys, size), has_power_button=has_power_button)
+        guest = self.restored(
+            keys, size, has_power_button=head.host.get(identity.POWER_BUTTON) is True
+        )
         hard += guest.staging_reasons()
         return hard, soft + self.room(guest, is_late=self.is_kept), guest
 
-    def restored(self, keys: dict[str, str], size: int) -> RestoredGuest:
+    def restored(self, keys: dict[str, str], size: int, *, has_power_button: bool) -> RestoredGuest:
         """Return the guest's record.
 
         keys: the guest's whole configuration.  size: the size of the guest's memory, in bytes.
+        has_power_button: as in the record.
         """
         host, kept = self.host, loaded_directory(self.base, self.id, self.name)
         root = staging_root(host, self.base, os.environ)
@@ -101,6 +103,7 @@ class Wanted:
             keys=keys,
             memory_bytes=size,
             manager=str(self.manager.directory) if self.manager else "",
+            has_power_button=has_power_button,
         )
 
     def room(self, guest: RestoredGuest, *, is_late: bool) -> list[str]:
