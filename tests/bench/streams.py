@@ -32,10 +32,13 @@ import xxhash
 from bhystream import commandline
 from bhystream.guest import PAGE_BYTES, Head, Layout, Segment
 from bhystream.memory.extent import EXTENT, KIND_DATA
+from bhystream.memory.inplace import IN_PLACE_PAGES
 from bhystream.memory.splice import splice_pages
 from bhystream.memory.target import FileTarget
+from bhystream.recv.placing import Placer
+from bhystream.recv.reply import TimedInput
 from bhystream.send.head import write_head
-from bhystream.send.transfer import BATCH_PAGES, IN_PLACE_PAGES, Transfer
+from bhystream.send.transfer import BATCH_PAGES, Transfer
 from bhystream.stream.format import Feature, Form, Header, Type
 from bhystream.stream.verify import Ended, Pages, Walk
 from bhystream.stream.writer import Writer
@@ -173,10 +176,16 @@ def stream_sender(*, in_place: bool) -> Way:
 
 def receive_stream(fd: int, size: int, pipe: int) -> None:
     """Receive as bhyrecv does: verify every section and page, and place the pages."""
-    target = FileTarget(fd, 0)
-    for item in Walk(io.FileIO(pipe, closefd=False)).events():
+    target, source = FileTarget(fd, 0), TimedInput(pipe)
+    walk = Walk(source)
+    for item in walk.events():
         match item:
-            case Pages():
+            case Head():
+                if source.can_splice:
+                    seed = walk.header.seed
+                    placer = Placer("bench", item.layout, [target], seed)
+                    walk.place_by(placer, source.splice)
+            case Pages() if not item.is_placed:
                 target.place(0, size // PAGE_BYTES, item.extents, item.pages)
             case Ended():
                 return

@@ -215,15 +215,23 @@ class Reader:
             need(rest == npages * PAGE, "wrong length")
         raw = head + self.source.exactly(size - len(head), "the payload")
         over.update(raw)
-        need(flags & ZSTD != 0 or over.intdigest() == checksum, "wrong checksum")
+        is_frame = flags & ZSTD != 0
+        extents = [] if is_frame else self.listed(raw, flags, over, checksum)
         body = self.source.exactly(rest, "the payload")
         self.padding(length)
-        over.update(body if flags & ZSTD else b"")
+        if is_frame:
+            over.update(body)
+            extents = self.listed(raw, flags, over, checksum)
+        self.apply(raw, extents, unzstd(body, npages * PAGE) if is_frame else body)
+
+    def listed(
+        self, raw: bytes, flags: int, over: xxhash.xxh3_64, checksum: int
+    ) -> list[tuple[int, int, bool]]:
+        """Check the checksum, the flags and the list; return its extents."""
         need(over.intdigest() == checksum, "wrong checksum")
         need(not flags & ~ZSTD, "unknown flag")
         need(not flags or self.header.mandatory & ZSTD != 0, "ZSTD without the stream's feature")
-        extents = self.extents(raw)
-        self.apply(raw, extents, unzstd(body, npages * PAGE) if flags else body)
+        return self.extents(raw)
 
     def list_size(self, nextents: int, npages: int) -> int:
         """Return the bytes before the first page byte."""

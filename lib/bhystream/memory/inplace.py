@@ -9,6 +9,10 @@ from __future__ import annotations
 from bhystream.guest import PAGE_BYTES
 from bhystream.memory.splice import splice_pages
 
+# The pages of a section.  Nothing passes through the sender's cache, and fewer sections cost
+# less.  A destination tells by this number how the pages have come: see recv/placing.py.
+IN_PLACE_PAGES = 256
+
 
 class PagesInPlace:
     """The DATA pages of a list of extents, in the mapping of their segment."""

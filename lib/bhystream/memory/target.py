@@ -11,9 +11,9 @@ find it, and believes nothing that was noted when a page was placed.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 from bhystream.guest import PAGE_BYTES
@@ -21,6 +21,7 @@ from bhystream.memory.extent import EXTENT, KIND_ZERO
 from bhystream.memory.hole import data_extents, punch
 from bhystream.memory.page import PageHasher, check_pages
 from bhystream.memory.scatter import scatter, scatter_into
+from bhystream.memory.splice import place_spliced
 
 # The pages that are read from a file at a time, into the second-level cache.
 _STEP_PAGES = 128
@@ -41,10 +42,56 @@ class FileTarget:
     def __init__(self, fd: int, offset_bytes: int) -> None:
         self.fd = fd
         self.offset_bytes = offset_bytes
+        self._buffer = memoryview(b"")
+        self._mapping = memoryview(b"")
 
     def place(self, base_page: int, npages: int, extents: memoryview, pages: memoryview) -> None:
         """Place pages as base.Target says.  Raises OSError, ValueError."""
         scatter(self.fd, self.offset_bytes, base_page, npages, extents, pages)
+        self.place_zeros(base_page, extents)
+
+    def map(self, npages: int) -> bool:
+        """Map the segment for place_spliced(); return False if that cannot be done.
+
+        npages: the segment's.  The mapping lives as long as the target.
+        """
+        if not self._mapping:
+            length = npages * PAGE_BYTES
+            try:
+                found = mmap.mmap(
+                    self.fd, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=self.offset_bytes
+                )
+            except (OSError, ValueError):  # such a file, or it is shorter
+                return False
+            self._mapping = memoryview(found)
+        return True
+
+    def place_spliced(
+        self,
+        pipe_fd: int,
+        nbytes: int,
+        base_page: int,
+        extents: memoryview,
+        start_bytes: int,
+        hasher: PageHasher,
+        hashes: memoryview,
+    ) -> int:
+        """Call splice.place_spliced() for the segment, which map() has mapped."""
+        return place_spliced(
+            pipe_fd,
+            nbytes,
+            self.fd,
+            self.offset_bytes,
+            self._mapping,
+            base_page,
+            extents,
+            start_bytes,
+            hasher,
+            hashes,
+        )
+
+    def place_zeros(self, base_page: int, extents: memoryview) -> None:
+        """Make the pages of the ZERO extents holes.  Raises OSError."""
         for first, count, kind in EXTENT.iter_unpack(extents):
             if kind == KIND_ZERO:
                 punch(self.fd, self._offset(first - base_page), count * PAGE_BYTES)
@@ -58,16 +105,16 @@ class FileTarget:
         on_step: Callable[[], None],
     ) -> Differing:
         """Compare pages as base.Target says; a hole in the file is zero.  Raises OSError."""
-        buffer = memoryview(bytearray(_STEP_PAGES * PAGE_BYTES))
-        read = partial(self._read, buffer)
-        return _compare(read, self._data, hasher, base_page, extents, hashes, on_step)
+        return _compare(self._read, self._data, hasher, base_page, extents, hashes, on_step)
 
     def _offset(self, page: int) -> int:
         return self.offset_bytes + page * PAGE_BYTES
 
-    def _read(self, buffer: memoryview, first: int, end: int) -> memoryview:
-        """Return the pages [first, end) of the segment, in the buffer."""
-        pages = buffer[: (end - first) * PAGE_BYTES]
+    def _read(self, first: int, end: int) -> memoryview:
+        """Return the pages [first, end) of the segment, in a buffer."""
+        if not self._buffer:
+            self._buffer = memoryview(bytearray(_STEP_PAGES * PAGE_BYTES))
+        pages = self._buffer[: (end - first) * PAGE_BYTES]
         got = 0
         while got < len(pages):
             count = os.preadv(self.fd, [pages[got:]], self._offset(first) + got)

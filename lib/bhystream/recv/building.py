@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from bhystream import hypervisors
 from bhystream.backend.base import Target
 from bhystream.errors import from_oserror
-from bhystream.guest import PAGE_BYTES, READY, Head, State
+from bhystream.guest import READY, Head, State
 from bhystream.handover import leftover
 from bhystream.handover.state import Lock, Record
 from bhystream.recv.hashed import MemoryComparison
+from bhystream.recv.placing import Placer
 from bhystream.recv.receiving import RecvJob, refuse
 from bhystream.recv.sampled import Comparison
 from bhystream.recv.standstill import Standstill
@@ -79,16 +80,21 @@ class Building:
         """
         late = self._job.opts.unstarted or self._job.walk.header.form == Form.KEPT
         self._targets = self.sink.open(b"" if late else plan)
+        job, layout = self._job, self._head.layout
+        if job.source.can_splice:
+            seed = job.walk.header.seed
+            placer = Placer(self.name, layout, self._targets, seed)
+            job.walk.place_by(placer, job.source.splice)
 
     def write_pages(self, event: Pages) -> None:
         """Write pages into the guest's memory.  Raises InputOutputError, AccessError."""
         if not self._targets:
             self.open(b"")
         layout, at = self._head.layout, event.segment
+        npages = layout.segments[at].npages
         try:
-            self._targets[at].place(
-                layout.starts[at], layout.segments[at].npages, event.extents, event.pages
-            )
+            if not event.is_placed:
+                self._targets[at].place(layout.starts[at], npages, event.extents, event.pages)
         except OSError as error:
             raise from_oserror(error, f"write the memory of guest {self.name}") from error
         self._report_pages(event)
@@ -182,7 +188,7 @@ class Building:
         first, count, _ = fmt.EXTENT.unpack_from(event.extents, last)
         progress = self._progress
         progress.done_pages = first + count
-        progress.sent_pages += len(event.pages) // PAGE_BYTES
+        progress.sent_pages += event.npages
         progress.sent_bytes = self._job.walk.reader.offset_bytes
         if not progress.round:  # round 0 states every page; later rounds, changed pages
             progress.work_done, progress.work_total = first + count, progress.npages

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -117,8 +118,21 @@ class TimedInput:
         self.deadline: float | None = None
         self.why = ""
 
+    @property
+    def can_splice(self) -> bool:
+        """Say whether splice() can be called: the input is a pipe, and the system is Linux."""
+        return hasattr(os, "splice") and stat.S_ISFIFO(os.fstat(self._fd).st_mode)
+
     def readinto(self, buffer: memoryview, /) -> int:
         """Read once; return the bytes read, 0 at the end.  Raises OSError, GuestError."""
+        return self._once(lambda: os.readv(self._fd, [buffer]))
+
+    def splice(self, fd: int, nbytes: int) -> int:
+        """Move up to so many bytes into the pipe of fd, which has room, as readinto() reads."""
+        return self._once(lambda: os.splice(self._fd, fd, nbytes))
+
+    def _once(self, read: Callable[[], int]) -> int:
+        """Read when there is something to read."""
         while self.on_quiet or self.deadline is not None:
             left = _HELLO_SECONDS
             if self.deadline is not None:
@@ -134,7 +148,7 @@ class TimedInput:
                 self.on_quiet()
         while True:
             try:
-                return os.readv(self._fd, [buffer])
+                return read()
             except BlockingIOError:
                 # Another process has made the shared descriptor non-blocking again.
                 self._poller.poll()

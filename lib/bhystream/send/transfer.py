@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING
 from bhystream.backend.base import Readable
 from bhystream.guest import PAGE_BYTES, Layout
 from bhystream.memory.batch import Batch
-from bhystream.memory.inplace import PagesInPlace
+from bhystream.memory.inplace import IN_PLACE_PAGES, PagesInPlace
 from bhystream.memory.page import PageHasher, PageHashes, count_bits, mark_extents
 from bhystream.send.precopy import Round
 from bhystream.send.scan import Scan
@@ -59,8 +59,6 @@ if TYPE_CHECKING:
     from zstandard import ZstdCompressor
 
 BATCH_PAGES = 128
-# Nothing passes through the sender's cache, and fewer sections cost less.
-IN_PLACE_PAGES = 256
 HAS_VMSPLICE = hasattr(os, "splice")  # both are Linux's
 # zstd saves more in a larger window, and the speed of zstd, not the cache, is the limit.
 ZSTD_BATCH_PAGES = 256

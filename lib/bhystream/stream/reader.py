@@ -12,6 +12,7 @@ section to section.  A length is compared with its cap before a byte is read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NoReturn, Protocol
@@ -29,6 +30,11 @@ class RawInput(Protocol):
 
     def readinto(self, buffer: memoryview, /) -> int | None:
         """Fill up to len(buffer) bytes; return how many, 0 at the end."""
+
+
+# Moves up to so many bytes of the input into the pipe of a descriptor, without a copy; returns
+# how many, 0 at the end.  Raises OSError, and what RawInput.readinto() raises.
+Splice = Callable[[int, int], int]
 
 
 # The types that may follow each type.  PAD, ABORT and unknown optional sections
@@ -60,7 +66,8 @@ class Section:
 
     payload: the payload; in a MEMORY section only its head, extents and
     hashes.  body: the page bytes or the zstd frame of a MEMORY section, else
-    empty.  Both are views of the reader's buffers, valid until its next read.
+    empty, or empty because they were taken.  Both are views of the reader's buffers,
+    valid until its next read.
     """
 
     type: int
@@ -70,6 +77,32 @@ class Section:
     payload: memoryview
     body: memoryview
     checksum: int
+
+
+class Body:
+    """The page bytes of one MEMORY section, which are still in the input.
+
+    left_bytes: how many are.
+    """
+
+    def __init__(self, reader: Reader, section: Section, left_bytes: int) -> None:
+        self._reader = reader
+        self._section = section
+        self.left_bytes = left_bytes
+
+    def splice(self, fd: int, nbytes: int) -> int:
+        """Move up to so many of the bytes into a pipe; return how many, at least 1.
+
+        nbytes: at least 1.  Raises TruncatedError at the end of the input, InputOutputError if
+        it cannot be read.
+        """
+        count = self._reader.splice_body(self._section, fd, min(nbytes, self.left_bytes))
+        self.left_bytes -= count
+        return count
+
+
+# Takes all bytes of a Body.
+Taker = Callable[[Body], None]
 
 
 def place(sequence: int, type_: int | None, offset_bytes: int) -> str:
@@ -85,9 +118,18 @@ class Reader:
     raised an error must not be used any more.
     """
 
-    def __init__(self, raw: RawInput) -> None:
-        """Read the header.  Raises StreamError; InputOutputError if a read fails."""
+    def __init__(
+        self, raw: RawInput, on_list: Callable[[Section], Taker | None] = lambda section: None
+    ) -> None:
+        """Read the header.  Raises StreamError; InputOutputError if a read fails.
+
+        on_list(section): called in each MEMORY section without ZSTD as soon as the frame, the
+        checksum and the flags are checked, before the page bytes are read.  What it returns
+        takes the bytes; if that is None, the body has them.  Both may raise.
+        """
         self._raw = raw
+        self._on_list = on_list
+        self.splice: Splice | None = None
         self.offset_bytes = 0
         self.sequence = 0
         self._last: int | None = None
@@ -141,7 +183,7 @@ class Reader:
         self._read_padding(section, length)
         if type_ != Type.MEMORY or flags & fmt.FLAG_ZSTD:
             self._check_checksum(section)
-        self._check_flags(section)
+            self._check_flags(section)
         self._advance(section)
         return section
 
@@ -241,10 +283,28 @@ class Reader:
         self._read_exactly(section.payload[len(head) :], section)
         if not compressed:
             self._check_checksum(section)
+            self._check_flags(section)
+            if take := self._on_list(section):
+                return take(Body(self, section, body_bytes))
         if len(self._body) < body_bytes:
             self._body = memoryview(bytearray(max(body_bytes, 1 << 19)))
         section.body = self._body[:body_bytes]
         self._read_exactly(section.body, section)
+        return None
+
+    def splice_body(self, section: Section, fd: int, nbytes: int) -> int:
+        """Move up to so many bytes as Body.splice() says."""
+        assert self.splice is not None
+        try:
+            count = self.splice(fd, nbytes)
+        except OSError as error:
+            raise from_oserror(error, "read the stream") from error
+        if not count:
+            self._refuse(
+                TruncatedError, section.type, section.offset_bytes, "the stream ends too early"
+            )
+        self.offset_bytes += count
+        return count
 
     def _check_flags(self, section: Section) -> None:
         flags = section.flags

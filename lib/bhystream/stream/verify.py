@@ -7,9 +7,10 @@ Contents checks what a hypervisor demands of its own sections; the walk calls
 the Contents (understand()), and adds the place to an error.
 
 Each event is yielded after every check that bhystream(5) demands of its
-section.  Page bytes are checked against their hashes before they are yielded,
-in a buffer that nothing else writes, so the guest's memory gets the bytes that
-were hashed.  Each whole state is an event: a caller that builds a guest keeps
+section.  Page bytes are checked against their hashes in a buffer that nothing
+else writes, so the guest's memory gets the bytes that were hashed; or a Placer has
+put them into the guest's memory already, and has checked them there.
+Each whole state is an event: a caller that builds a guest keeps
 the states, a caller that only verifies has one at a time in memory.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import zstandard
 
@@ -36,7 +37,7 @@ from bhystream.stream import format as fmt
 from bhystream.stream.contents import Contents
 from bhystream.stream.disks import Disk
 from bhystream.stream.format import End, Feature, Form, Header, RoundEnd, Time, Type
-from bhystream.stream.reader import HEAD, RawInput, Reader, Section, place
+from bhystream.stream.reader import HEAD, Body, RawInput, Reader, Section, Splice, Taker, place
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,30 @@ class Pages:
     """The checked contents of one MEMORY section.
 
     segment: index of the segment that all extents lie in.  extents: the packed
-    extents, 16 bytes each, as in the section.  pages: the bytes of the DATA
-    extents.  Both are views, valid until the next event.
+    extents, 16 bytes each, as in the section.  npages: how many pages the DATA extents
+    have.  pages: their bytes.  is_placed: a Placer has placed all extents, and pages is
+    empty.  Both views are valid until the next event.
     """
 
     segment: int
     extents: memoryview
+    npages: int
     pages: memoryview
+    is_placed: bool
+
+
+class Placer(Protocol):
+    """Puts page bytes where they belong, from where the stream is read."""
+
+    def takes(self, segment: int, extents: memoryview, npages: int) -> bool:
+        """Say whether place() is to be called for these extents; the arguments are of Pages."""
+
+    def place(self, segment: int, extents: memoryview, hashes: memoryview, body: Body) -> int:
+        """Place the extents, checked, with all bytes of the body, and compare with the hashes.
+
+        hashes: 8 bytes for each DATA page.  Returns the index, among the DATA pages, of the
+        first one that has not its hash in the memory; -1 if there is none.  Raises BhyError.
+        """
 
 
 @dataclass(frozen=True)
@@ -147,7 +165,7 @@ class Walk:
 
     def __init__(self, raw: RawInput) -> None:
         """Read the header.  Raises StreamError, InputOutputError."""
-        self.reader = Reader(raw)
+        self.reader = Reader(raw, self._begin_memory)
         self.header = self.reader.header
         self._hasher = PageHasher(self.header.seed)
         self._zstd = zstandard.ZstdDecompressor()
@@ -156,6 +174,9 @@ class Walk:
         self._tally = _Tally()
         self._ended = False
         self._contents: Contents | None = None
+        self._placer: Placer | None = None
+        self._segment = -1  # of the MEMORY section that is being read
+        self._is_placed = False  # its pages
         self._places: dict[int, tuple[int, int, int]] = {}
         self._takers: dict[int, Callable[[Section], Item | None]] = {
             Type.PAD: lambda section: Pad(),
@@ -217,6 +238,10 @@ class Walk:
                 raise IncompatibleError(f"{self.place(type_)}: {error}", error.hint) from None
         self._contents = contents
 
+    def place_by(self, placer: Placer, splice: Splice) -> None:
+        """Let a placer have the page bytes from the next section on, by splice() of the input."""
+        self._placer, self.reader.splice = placer, splice
+
     def place(self, type_: Type) -> str:
         """Name the last section of a type, which was read before, as messages do."""
         return place(*self._places[type_])
@@ -263,29 +288,52 @@ class Walk:
             self._contents.plan(plan)
         return Rehearsal(plan)
 
+    def _begin_memory(self, section: Section) -> Taker | None:
+        """Check the list before the pages are read; return what takes them, if it is a placer."""
+        try:
+            self._segment = self._check_list(section)
+        except FormatError as error:
+            self.reader.refuse(section, str(error))
+        segment, placer = self._segment, self._placer
+        extents_, hashes = _lists(section)
+        npages = len(hashes) // fmt.HASH_BYTES
+        if not placer or not npages or not placer.takes(segment, extents_, npages):
+            return None
+
+        def take(body: Body) -> None:
+            self._require_hashed(section, placer.place(segment, extents_, hashes, body))
+            self._is_placed = True
+
+        return take
+
     def _take_memory(self, section: Section) -> Pages:
-        round_, nextents, npages, _ = fmt.MEMORY_HEAD.unpack_from(section.payload)
-        if round_ != self._tally.round:
-            raise FormatError(f"round {round_}, but round {self._tally.round} is under way")
-        start = fmt.MEMORY_HEAD.size
-        hashes_at = start + nextents * fmt.EXTENT.size
-        listed = section.payload[start:hashes_at]
-        segment = self._count_pages(listed, npages)
+        listed, hashes = _lists(section)
+        npages = len(hashes) // fmt.HASH_BYTES
+        if self._is_placed:
+            self._is_placed = False
+            return Pages(self._segment, listed, npages, section.body, is_placed=True)
         pages = section.body
         if section.flags & fmt.FLAG_ZSTD:
+            self._segment = self._check_list(section)
             pages = memoryview(self._decompress(section.body, npages))
-        bad = check_pages(self._hasher, pages, section.payload[hashes_at:])
+        self._require_hashed(section, check_pages(self._hasher, pages, hashes))
+        return Pages(self._segment, listed, npages, pages, is_placed=False)
+
+    def _require_hashed(self, section: Section, bad: int) -> None:
+        """Raise ChecksumError if a DATA page of the section has not its hash: the bad one."""
         if bad >= 0:
-            page = extents.nth_page(listed, bad)
+            page = extents.nth_page(_lists(section)[0], bad)
             where = place(section.sequence, section.type, section.offset_bytes)
             raise ChecksumError(f"{where}: the bytes of page {page} are not what was sent")
-        return Pages(segment, listed, pages)
 
-    def _count_pages(self, listed: memoryview, npages: int) -> int:
+    def _check_list(self, section: Section) -> int:
         """Check and count the extents of a MEMORY section; return the index of its segment."""
+        round_, _, npages, _ = fmt.MEMORY_HEAD.unpack_from(section.payload)
         tally = self._tally
+        if round_ != tally.round:
+            raise FormatError(f"round {round_}, but round {tally.round} is under way")
         gapless = "" if tally.round else "round 0"
-        found = extents.count(self._layout, listed, tally.cursor, gapless)
+        found = extents.count(self._layout, _lists(section)[0], tally.cursor, gapless)
         if found.data_pages != npages:
             raise FormatError(f"{npages} pages, but the extents hold {found.data_pages}")
         tally.cursor = found.end
@@ -453,6 +501,14 @@ class Walk:
     def is_dry_run(self) -> bool:
         """Say whether the stream has only a head."""
         return bool(self.header.features & Feature.NO_MEMORY)
+
+
+def _lists(section: Section) -> tuple[memoryview, memoryview]:
+    """Return the extents and the hashes of a MEMORY section."""
+    _, nextents, _, _ = fmt.MEMORY_HEAD.unpack_from(section.payload)
+    start = fmt.MEMORY_HEAD.size
+    middle = start + nextents * fmt.EXTENT.size
+    return section.payload[start:middle], section.payload[middle:]
 
 
 def _exact(data: memoryview, size: int) -> None:
