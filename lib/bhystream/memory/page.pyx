@@ -145,10 +145,9 @@ def check_pages(
             f"{hashes.shape[0]} bytes of hashes for {pages.shape[0]} of pages"
         )
     with nogil:
+        # No prefetch: the receiver has just read these bytes from its pipe.
         for i in range(npages):
-            if hash_ahead(
-                hasher, page + i * PAGE_BYTES, page + min(i + 1, npages - 1) * PAGE_BYTES
-            ) != listed[i]:
+            if hash_page(hasher, page + i * PAGE_BYTES) != listed[i]:
                 bad = i
                 break
     return bad

@@ -105,6 +105,7 @@ class Silence:
 class TimedInput:
     """The input of a verify.Walk: a descriptor whose reads call back, or end, in time.
 
+    A read waits even if another process has made the shared descriptor non-blocking again.
     on_quiet: called every 10 s while a read waits, or None.  deadline: seconds of
     the monotonic clock, after which a read raises GuestError(why), or None.
     """
@@ -125,15 +126,27 @@ class TimedInput:
 
     def readinto(self, buffer: memoryview, /) -> int:
         """Read once; return the bytes read, 0 at the end.  Raises OSError, GuestError."""
-        return self._once(lambda: os.readv(self._fd, [buffer]))
+        if self.on_quiet or self.deadline is not None:
+            self._wait()
+        while True:
+            try:
+                return os.readv(self._fd, (buffer,))
+            except BlockingIOError:
+                self._poller.poll()
 
     def splice(self, fd: int, nbytes: int) -> int:
         """Move up to so many bytes into the pipe of fd, which has room, as readinto() reads."""
-        return self._once(lambda: os.splice(self._fd, fd, nbytes))
+        if self.on_quiet or self.deadline is not None:
+            self._wait()
+        while True:
+            try:
+                return os.splice(self._fd, fd, nbytes)
+            except BlockingIOError:
+                self._poller.poll()
 
-    def _once(self, read: Callable[[], int]) -> int:
-        """Read when there is something to read."""
-        while self.on_quiet or self.deadline is not None:
+    def _wait(self) -> None:
+        """Wait for a byte or the end."""
+        while True:
             left = _HELLO_SECONDS
             if self.deadline is not None:
                 left = min(left, max(self.deadline - time.monotonic(), 0.0))
@@ -143,15 +156,9 @@ class TimedInput:
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 raise GuestError(self.why)
             if is_ready:
-                break
+                return
             if self.on_quiet:
                 self.on_quiet()
-        while True:
-            try:
-                return read()
-            except BlockingIOError:
-                # Another process has made the shared descriptor non-blocking again.
-                self._poller.poll()
 
     def drain(self) -> None:
         """Read to the end, for at most 10 s: the filters before bhyrecv expect a reader."""

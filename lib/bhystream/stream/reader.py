@@ -58,9 +58,10 @@ _NEXT: dict[int | None, frozenset[Type]] = {
     Type.END: frozenset(),
     Type.GO: frozenset(),
 }
+_HASHED_PAGE_BYTES = fmt.HASH_BYTES + PAGE_BYTES
 
 
-@dataclass
+@dataclass(slots=True)
 class Section:
     """One section.
 
@@ -96,7 +97,8 @@ class Body:
         nbytes: at least 1.  Raises TruncatedError at the end of the input, InputOutputError if
         it cannot be read.
         """
-        count = self._reader.splice_body(self._section, fd, min(nbytes, self.left_bytes))
+        left = self.left_bytes
+        count = self._reader.splice_body(self._section, fd, min(nbytes, left), left)
         self.left_bytes -= count
         return count
 
@@ -217,6 +219,8 @@ class Reader:
 
     def _misplaced(self, type_: int) -> str:
         """Say why a section of this type may not stand here; "" if it may."""
+        if type_ == self._last and type_ == Type.MEMORY:
+            return ""  # nearly every section
         ended = self._last in (Type.END, Type.GO)
         answered = self.header.form == Form.ANSWERED
         if type_ == Type.ABORT:
@@ -262,25 +266,32 @@ class Reader:
         The counts are capped and compared with the length before the list is
         read.  verify.py checks the list's contents, before it looks at a page.
         """
-        head = self._list[: fmt.MEMORY_HEAD.size]
-        if length < len(head):
+        size = fmt.MEMORY_HEAD.size
+        if length < size:
             self.refuse(section, "length is too small")
-        self._read_exactly(head, section)
-        _, nextents, npages, reserved = fmt.MEMORY_HEAD.unpack(head)
+        compressed = bool(section.flags & fmt.FLAG_ZSTD)
+        # A section of so many bytes has at least a list of so many: one read(2) less.
+        least = size if compressed else max(size, length - length // _HASHED_PAGE_BYTES * PAGE_BYTES)
+        got = self._fill(self._list[:least])
+        if got < size:
+            self._refuse_cut(section, least - got)
+        _, nextents, npages, reserved = fmt.MEMORY_HEAD.unpack_from(self._list)
         if reserved:
             self.refuse(section, "reserved field is not zero")
         if not 1 <= nextents <= fmt.MAX_EXTENTS:
             self.refuse(section, f"{nextents} extents are not 1 to {fmt.MAX_EXTENTS}")
         if npages > fmt.MAX_MEMORY_PAGES:
             self.refuse(section, f"{npages} pages are more than {fmt.MAX_MEMORY_PAGES}")
-        list_bytes = len(head) + nextents * fmt.EXTENT.size + npages * fmt.HASH_BYTES
+        list_bytes = size + nextents * fmt.EXTENT.size + npages * fmt.HASH_BYTES
         body_bytes = length - list_bytes
         whole = npages * PAGE_BYTES
-        compressed = bool(section.flags & fmt.FLAG_ZSTD)
         if not (0 < body_bytes < whole if compressed else body_bytes == whole):
             self.refuse(section, f"length {length} does not fit {npages} pages")
         section.payload = self._list[:list_bytes]
-        self._read_exactly(section.payload[len(head) :], section)
+        if got < least:
+            self._refuse_cut(section, list_bytes - got)
+        if got < list_bytes:
+            self._read_exactly(section.payload[got:], section)
         if not compressed:
             self._check_checksum(section)
             self._check_flags(section)
@@ -292,17 +303,15 @@ class Reader:
         self._read_exactly(section.body, section)
         return None
 
-    def splice_body(self, section: Section, fd: int, nbytes: int) -> int:
-        """Move up to so many bytes as Body.splice() says."""
+    def splice_body(self, section: Section, fd: int, nbytes: int, left_bytes: int) -> int:
+        """Move up to so many of the bytes that are left, as Body.splice() says."""
         assert self.splice is not None
         try:
             count = self.splice(fd, nbytes)
         except OSError as error:
             raise from_oserror(error, "read the stream") from error
         if not count:
-            self._refuse(
-                TruncatedError, section.type, section.offset_bytes, "the stream ends too early"
-            )
+            self._refuse_cut(section, left_bytes)
         self.offset_bytes += count
         return count
 
@@ -341,27 +350,25 @@ class Reader:
     def _read_exactly(self, view: memoryview, section: Section) -> None:
         got = self._fill(view)
         if got < len(view):
-            self._refuse(
-                TruncatedError,
-                section.type,
-                section.offset_bytes,
-                f"the stream ends {len(view) - got} bytes early",
-            )
+            self._refuse_cut(section, len(view) - got)
+
+    def _refuse_cut(self, section: Section, missing_bytes: int) -> NoReturn:
+        why = f"the stream ends {missing_bytes} bytes early"
+        self._refuse(TruncatedError, section.type, section.offset_bytes, why)
 
     def _fill(self, view: memoryview) -> int:
         """Read until the view is full or the input ends; return the bytes."""
-        got = 0
-        while got < len(view):
-            try:
-                count = self._raw.readinto(view[got:])
-            except OSError as error:
-                raise from_oserror(error, "read the stream") from error
-            if count is None:
-                raise from_oserror(
-                    BlockingIOError(11, "the descriptor does not block"), "read the stream"
-                )
-            if count == 0:
-                break
-            got += count
-            self.offset_bytes += count
+        got, size = 0, len(view)
+        try:
+            while got < size:
+                count = self._raw.readinto(view[got:] if got else view)
+                if count is None:
+                    raise BlockingIOError(11, "the descriptor does not block")
+                if count == 0:
+                    break
+                got += count
+        except OSError as error:
+            raise from_oserror(error, "read the stream") from error
+        finally:
+            self.offset_bytes += got
         return got

@@ -19,7 +19,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import zstandard
 
@@ -122,6 +122,16 @@ class Go:
 Item = Header | Head | Rehearsal | Pages | RoundEnd | Hashes | Pad | State | Disks | Ended | Go
 
 
+class _Listed(NamedTuple):
+    """The list of the MEMORY section that is being read, checked."""
+
+    segment: int
+    extents: memoryview
+    npages: int
+    hashes: memoryview
+    is_placed: bool = False
+
+
 @dataclass
 class _States:
     """The states of one kind: the names of the whole ones, and the bytes of all parts so far."""
@@ -175,8 +185,7 @@ class Walk:
         self._ended = False
         self._contents: Contents | None = None
         self._placer: Placer | None = None
-        self._segment = -1  # of the MEMORY section that is being read
-        self._is_placed = False  # its pages
+        self._listed = _Listed(-1, memoryview(b""), 0, memoryview(b""))
         self._places: dict[int, tuple[int, int, int]] = {}
         self._takers: dict[int, Callable[[Section], Item | None]] = {
             Type.PAD: lambda section: Pad(),
@@ -289,57 +298,54 @@ class Walk:
         return Rehearsal(plan)
 
     def _begin_memory(self, section: Section) -> Taker | None:
-        """Check the list before the pages are read; return what takes them, if it is a placer."""
+        """Check the list before the pages are read; return what takes them, if a placer does."""
         try:
-            self._segment = self._check_list(section)
+            listed = self._listed = self._check_list(section)
         except FormatError as error:
             self.reader.refuse(section, str(error))
-        segment, placer = self._segment, self._placer
-        extents_, hashes = _lists(section)
-        npages = len(hashes) // fmt.HASH_BYTES
-        if not placer or not npages or not placer.takes(segment, extents_, npages):
+        placer = self._placer
+        if not placer or not placer.takes(listed.segment, listed.extents, listed.npages):
             return None
 
         def take(body: Body) -> None:
-            self._require_hashed(section, placer.place(segment, extents_, hashes, body))
-            self._is_placed = True
+            bad = placer.place(listed.segment, listed.extents, listed.hashes, body)
+            self._require_hashed(section, listed, bad)
+            self._listed = listed._replace(is_placed=True)
 
         return take
 
     def _take_memory(self, section: Section) -> Pages:
-        listed, hashes = _lists(section)
-        npages = len(hashes) // fmt.HASH_BYTES
-        if self._is_placed:
-            self._is_placed = False
-            return Pages(self._segment, listed, npages, section.body, is_placed=True)
-        pages = section.body
+        listed, pages = self._listed, section.body
         if section.flags & fmt.FLAG_ZSTD:
-            self._segment = self._check_list(section)
-            pages = memoryview(self._decompress(section.body, npages))
-        self._require_hashed(section, check_pages(self._hasher, pages, hashes))
-        return Pages(self._segment, listed, npages, pages, is_placed=False)
+            listed = self._check_list(section)
+            pages = memoryview(self._decompress(section.body, listed.npages))
+        if not listed.is_placed:
+            self._require_hashed(section, listed, check_pages(self._hasher, pages, listed.hashes))
+        return Pages(listed.segment, listed.extents, listed.npages, pages, listed.is_placed)
 
-    def _require_hashed(self, section: Section, bad: int) -> None:
+    def _require_hashed(self, section: Section, listed: _Listed, bad: int) -> None:
         """Raise ChecksumError if a DATA page of the section has not its hash: the bad one."""
         if bad >= 0:
-            page = extents.nth_page(_lists(section)[0], bad)
+            page = extents.nth_page(listed.extents, bad)
             where = place(section.sequence, section.type, section.offset_bytes)
             raise ChecksumError(f"{where}: the bytes of page {page} are not what was sent")
 
-    def _check_list(self, section: Section) -> int:
-        """Check and count the extents of a MEMORY section; return the index of its segment."""
-        round_, _, npages, _ = fmt.MEMORY_HEAD.unpack_from(section.payload)
-        tally = self._tally
+    def _check_list(self, section: Section) -> _Listed:
+        """Check and count the extents of a MEMORY section."""
+        round_, nextents, npages, _ = fmt.MEMORY_HEAD.unpack_from(section.payload)
+        tally, start = self._tally, fmt.MEMORY_HEAD.size
         if round_ != tally.round:
             raise FormatError(f"round {round_}, but round {tally.round} is under way")
+        hashes_at = start + nextents * fmt.EXTENT.size
+        listed = section.payload[start:hashes_at]
         gapless = "" if tally.round else "round 0"
-        found = extents.count(self._layout, _lists(section)[0], tally.cursor, gapless)
+        found = extents.count(self._layout, listed, tally.cursor, gapless)
         if found.data_pages != npages:
             raise FormatError(f"{npages} pages, but the extents hold {found.data_pages}")
         tally.cursor = found.end
         tally.data_pages += found.data_pages
         tally.zero_pages += found.zero_pages
-        return found.segment
+        return _Listed(found.segment, listed, npages, section.payload[hashes_at:])
 
     def _decompress(self, frame: memoryview, npages: int) -> bytes:
         """Return the pages of one zstd frame.
@@ -501,14 +507,6 @@ class Walk:
     def is_dry_run(self) -> bool:
         """Say whether the stream has only a head."""
         return bool(self.header.features & Feature.NO_MEMORY)
-
-
-def _lists(section: Section) -> tuple[memoryview, memoryview]:
-    """Return the extents and the hashes of a MEMORY section."""
-    _, nextents, _, _ = fmt.MEMORY_HEAD.unpack_from(section.payload)
-    start = fmt.MEMORY_HEAD.size
-    middle = start + nextents * fmt.EXTENT.size
-    return section.payload[start:middle], section.payload[middle:]
 
 
 def _exact(data: memoryview, size: int) -> None:
