@@ -22,7 +22,7 @@ import bhystream
 
 HERE = Path(__file__).parent
 LOOPS = ("batch", "page", "scatter", "splice")
-TESTS = [HERE / f"test_{name}.py" for name in (*LOOPS, "hole")]
+TESTS = [HERE / f"test_{name}.py" for name in (*LOOPS, "hole", "place_spliced")]
 # The same as in setup.py.
 DIRECTIVES = ["-3", "-X", "boundscheck=False", "-X", "wraparound=False"]
 GCC = ["gcc", "-shared", "-fPIC", "-g", "-O0", "-fsanitize=address,undefined"]

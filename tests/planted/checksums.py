@@ -39,9 +39,18 @@ BUGS = (
         Kind.CHECKSUM,
         "the list of a MEMORY section is believed before its checksum",
         "stream/reader.py",
-        "        if not compressed:\n            self._check_checksum(section)\n",
-        "",
+        "            self._check_checksum(section)\n            self._check_flags(section)\n"
+        "            if take",
+        "            self._check_flags(section)\n            if take",
         ("stream/test_malformed_memory.py::test_a_list_is_believed_only_after_its_checksum",),
+    ),
+    Bug(
+        Kind.CHECKSUM,
+        "a list whose extents are wrong is found only behind its pages",
+        "stream/reader.py",
+        "            if take := self._on_list(section):\n",
+        "            if take := None:\n",
+        ("stream/test_malformed_memory.py::test_a_list_is_checked_before_a_page_byte_is_read",),
     ),
     Bug(
         Kind.CHECKSUM,

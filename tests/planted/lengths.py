@@ -27,7 +27,7 @@ BUGS = (
         Kind.LENGTH,
         "the head of a MEMORY section may be cut",
         "stream/reader.py",
-        "        if length < len(head):\n",
+        "        if length < least:\n",
         "        if False:\n",
         ("stream/test_malformed.py::test_length_that_is_too_short_is_refused",),
     ),

@@ -260,4 +260,31 @@ BUGS = (
         "        if self._zstd",
         ("send/test_transfer.py::test_pages_are_copied_unless_asked_for_and_with_zstd",),
     ),
+    Bug(
+        Kind.SPLICE,
+        "pages that are spliced into the memory are not compared there",
+        "memory/splice.pyx",
+        "        if h != to.hashes[to.page]:\n",
+        "        if False:\n",
+        (
+            "recv/test_placing.py::test_a_changed_page_is_named",
+            "memory/test_place_spliced.py::test_the_first_page_that_is_not_what_was_sent_is_named",
+        ),
+    ),
+    Bug(
+        Kind.SPLICE,
+        "a page whose bytes come in two pieces is not compared",
+        "memory/splice.pyx",
+        "    cdef uint64_t page = at // PAGE_BYTES, stop",
+        "    cdef uint64_t page = (at + PAGE_BYTES - 1) // PAGE_BYTES, stop",
+        ("memory/test_place_spliced.py::test_a_page_in_two_pieces_is_compared_with_its_second",),
+    ),
+    Bug(
+        Kind.SPLICE,
+        "the zeros among spliced pages are left as they were",
+        "recv/placing.py",
+        "            file.place_zeros(base, extents)\n",
+        "",
+        ("recv/test_placing.py::test_long_sections_are_placed_and_the_others_too",),
+    ),
 )

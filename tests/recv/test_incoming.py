@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from bhystream.guest import PAGE_BYTES, Head, Json, State
 from bhystream.handover import state
 from bhystream.handover.answers import unpack
 from bhystream.memory.extent import EXTENT
+from bhystream.memory.inplace import IN_PLACE_PAGES
 from bhystream.memory.page import PageHasher
 from bhystream.memory.target import Differing, FileTarget
 from bhystream.recv import reply
@@ -27,8 +30,9 @@ from bhystream.report import Console
 from bhystream.signals import Signals
 from bhystream.stream.format import Form
 from bhystream.stream.verify import Walk
+from support.streams import DATA, ZERO, Maker
 
-DATA = Path(__file__).parents[1] / "data"
+GOLDEN = Path(__file__).parents[1] / "data"
 WAITS = 5
 
 
@@ -126,10 +130,14 @@ def back(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     os.close(ours)
 
 
-def incoming_of(stream: str, sink: Sink, base: Path, monkeypatch: pytest.MonkeyPatch) -> Incoming:
+def incoming_of(
+    stream: str | int, sink: Sink, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> Incoming:
+    """Return what receives a golden stream, or one from a descriptor."""
     monkeypatch.setattr(hypervisors, "open_sink", lambda *_: (sink, "web1", "web1"))
     monkeypatch.setattr(hypervisors, "open_contents", lambda *_: None)
-    source = TimedInput(os.open(DATA / stream, os.O_RDONLY))
+    fd = stream if isinstance(stream, int) else os.open(GOLDEN / stream, os.O_RDONLY)
+    source = TimedInput(fd)
     walk = Walk(source)
     is_answered = walk.header.form == Form.ANSWERED
     answers = Reply(base, walk.header.stream_id.hex()) if is_answered else Silence()
@@ -212,6 +220,41 @@ def test_memory_that_is_the_sources_is_started(
         incoming_of("verified.bhys", sink, base, monkeypatch).run()
     assert sink.done == ["load", "start", "settle"]
     assert "its memory is compared with the source's" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "splice"), reason="splice(2) is Linux's")
+def test_long_sections_of_a_pipe_go_into_the_file_without_a_copy(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = IN_PLACE_PAGES
+    pages = [bytes([1 + at % 251]) * PAGE_BYTES for at in range(count)]
+    maker = Maker().head((b"ram", 0, count + 1))
+    maker.memory(0, [(0, count + 1, ZERO)]).round_end(0, 0, count + 1)
+    maker.memory(1, [(0, count, DATA)], pages).round_end(1, count, 0, flags=1)
+    raw = maker.time().end().raw
+    ends, sink = os.pipe(), Sink()
+    writer = threading.Thread(target=os.write, args=(ends[1], raw))
+    writer.start()
+    placed: list[int] = []
+    real = FileTarget.place_spliced
+
+    def place_spliced(self: FileTarget, *args: Any) -> int:
+        placed.append(args[1])
+        return real(self, *args)
+
+    monkeypatch.setattr(FileTarget, "place_spliced", place_spliced)
+    with (tmp_path / "memory").open("w+b") as file:
+        os.truncate(file.fileno(), (count + 1) * PAGE_BYTES)
+        sink.targets = [FileTarget(file.fileno(), 0)]
+        incoming = incoming_of(ends[0], sink, base, monkeypatch)
+        incoming.run()
+        incoming.close()
+        assert file.read() == b"".join(pages) + bytes(PAGE_BYTES)
+    writer.join()
+    for fd in ends:
+        os.close(fd)
+    assert sum(placed) == count * PAGE_BYTES
+    assert sink.done == ["load", "start", "settle"]
 
 
 def test_memory_that_differs_is_not_even_loaded(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -168,12 +168,35 @@ def test_seen_to_a_way_back_that_is_gone_is_no_error(base: Path, back: Pipe, clo
 # The way in, while nothing comes.
 
 
-def read(source: TimedInput, size: int = 100) -> bytes:
+Read = Callable[..., bytes]
+
+
+def read_into(source: TimedInput, size: int = 100) -> bytes:
     buffer = bytearray(size)
     return bytes(buffer[: source.readinto(memoryview(buffer))])
 
 
-def test_a_read_without_a_limit_is_a_read(pipe: Pipe) -> None:
+linux = pytest.mark.skipif(not hasattr(os, "splice"), reason="splice(2) is Linux's")
+
+
+@pytest.fixture(params=["read", pytest.param("splice", marks=linux)])
+def read(request: pytest.FixtureRequest) -> Iterator[Read]:
+    """Yield what reads once, in one of both ways."""
+    if request.param == "read":
+        yield read_into
+        return
+    ends = os.pipe()
+
+    def spliced(source: TimedInput, size: int = 100) -> bytes:
+        count = source.splice(ends[1], size)
+        return os.read(ends[0], count) if count else b""
+
+    yield spliced
+    for fd in ends:
+        os.close(fd)
+
+
+def test_a_read_without_a_limit_is_a_read(pipe: Pipe, read: Read) -> None:
     source = TimedInput(pipe.read_fd)
     os.write(pipe.write_fd, b"abcdef")
     assert (read(source, 4), read(source)) == (b"abcd", b"ef")
@@ -181,7 +204,9 @@ def test_a_read_without_a_limit_is_a_read(pipe: Pipe) -> None:
     assert read(source) == b""
 
 
-def test_it_is_quiet_until_something_comes(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_quiet_until_something_comes(
+    pipe: Pipe, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reply, "_HELLO_SECONDS", 0.0)
     source = TimedInput(pipe.read_fd)
     called = 0
@@ -198,7 +223,7 @@ def test_it_is_quiet_until_something_comes(pipe: Pipe, monkeypatch: pytest.Monke
 
 
 def test_one_who_has_nothing_more_to_say_goes_on_reading(
-    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+    pipe: Pipe, read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reply, "_HELLO_SECONDS", 0.0)
     source = TimedInput(pipe.read_fd)
@@ -211,7 +236,7 @@ def test_one_who_has_nothing_more_to_say_goes_on_reading(
     assert read(source) == b"x"
 
 
-def test_it_is_not_quiet_where_something_has_come(pipe: Pipe) -> None:
+def test_it_is_not_quiet_where_something_has_come(pipe: Pipe, read: Read) -> None:
     source = TimedInput(pipe.read_fd)
     source.on_quiet = lambda: pytest.fail("it was not quiet")
     os.write(pipe.write_fd, b"x")
@@ -221,7 +246,7 @@ def test_it_is_not_quiet_where_something_has_come(pipe: Pipe) -> None:
 
 
 @pytest.mark.parametrize("waiting", [b"", b"GO"])
-def test_after_the_limit_nothing_is_read(pipe: Pipe, waiting: bytes) -> None:
+def test_after_the_limit_nothing_is_read(pipe: Pipe, read: Read, waiting: bytes) -> None:
     """Not even bytes that are there: they may have been there for long."""
     source = TimedInput(pipe.read_fd)
     source.deadline = time.monotonic() - 1
@@ -232,7 +257,7 @@ def test_after_the_limit_nothing_is_read(pipe: Pipe, waiting: bytes) -> None:
     assert waiting == b"" or os.read(pipe.read_fd, 100) == waiting
 
 
-def test_a_limit_ends_a_read_that_waits(pipe: Pipe) -> None:
+def test_a_limit_ends_a_read_that_waits(pipe: Pipe, read: Read) -> None:
     source = TimedInput(pipe.read_fd)
     source.deadline = time.monotonic() + 0.02
     source.why = "nothing came"
@@ -240,7 +265,7 @@ def test_a_limit_ends_a_read_that_waits(pipe: Pipe) -> None:
         read(source)
 
 
-def test_a_limit_that_is_far_is_none(pipe: Pipe) -> None:
+def test_a_limit_that_is_far_is_none(pipe: Pipe, read: Read) -> None:
     source = TimedInput(pipe.read_fd)
     source.deadline = time.monotonic() + 1000
     os.write(pipe.write_fd, b"GO")
@@ -249,7 +274,9 @@ def test_a_limit_that_is_far_is_none(pipe: Pipe) -> None:
     assert read(source) == b""
 
 
-def test_a_quiet_way_is_told_until_the_limit(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quiet_way_is_told_until_the_limit(
+    pipe: Pipe, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reply, "_HELLO_SECONDS", 0.0)
     source = TimedInput(pipe.read_fd)
     source.deadline = time.monotonic() + 1000
@@ -262,11 +289,28 @@ def test_a_quiet_way_is_told_until_the_limit(pipe: Pipe, monkeypatch: pytest.Mon
         read(source)
 
 
-def test_a_descriptor_that_is_closed_is_an_error(pipe: Pipe) -> None:
+def test_a_descriptor_that_is_closed_is_an_error(pipe: Pipe, read: Read) -> None:
     source = TimedInput(pipe.read_fd)
     pipe.close_read()
     with pytest.raises(OSError, match="Bad file descriptor"):
         read(source)
+
+
+def test_another_process_may_make_the_descriptor_non_blocking(pipe: Pipe, read: Read) -> None:
+    """Both processes share it: for example, a command of ssh has it from a shell."""
+    source = TimedInput(pipe.read_fd)
+    os.set_blocking(pipe.read_fd, False)
+    writer = threading.Timer(0.05, os.write, (pipe.write_fd, b"late"))
+    writer.start()
+    assert read(source) == b"late"
+    writer.join()
+
+
+@linux
+def test_only_a_pipe_is_spliced(pipe: Pipe, tmp_path: Path) -> None:
+    assert TimedInput(pipe.read_fd).can_splice
+    with (tmp_path / "stream").open("w+b") as file:
+        assert not TimedInput(file.fileno()).can_splice
 
 
 # The rest of the stream.

@@ -162,6 +162,30 @@ def test_a_list_is_believed_only_after_its_checksum() -> None:
     )
 
 
+def test_a_list_is_checked_before_a_page_byte_is_read() -> None:
+    """The stream has no page byte, and what is wrong is the flags or the extents."""
+    head = memory_list(0, [(0, 1, DATA), (0, 1, DATA)], [page(1), page(2)])
+    maker = before(MEMORY).add(MEMORY, head, length=len(head) + 2 * 4096)
+    why = "extents do not ascend"
+    refused_last(maker, FormatError, "page 0 is stated again, or out of order", why)
+    head = memory_list(0, [(0, 1, DATA)], [page(1)])
+    maker = before(MEMORY).add(MEMORY, head, length=len(head) + 4096, flags=2)
+    refused_last(maker, FormatError, "flags 0x2 are not known", "unknown flag")
+
+
+def test_counts_are_checked_if_the_stream_ends_behind_them() -> None:
+    """The counts are wrong, whatever would have followed."""
+    head = memory_list(0, [(0, 1, DATA)], [page(1)], npages=2)
+    for size in (16, 24, len(head)):
+        maker = before(MEMORY).add(MEMORY, head[:size], length=len(head) + 4096)
+        refused_last(maker, FormatError, "length 4136 does not fit 2 pages", "wrong length")
+    head = memory_list(0, [(0, 1, DATA)], [page(1)])
+    for size in (0, 8, 16, 32):
+        maker = before(MEMORY).add(MEMORY, head[:size], length=len(head) + 4096)
+        message = f"the stream ends {len(head) - size} bytes early"
+        refused_last(maker, TruncatedError, message, "the payload is incomplete")
+
+
 def test_counts_are_believed_only_if_the_length_fits() -> None:
     # 4268048 bytes are within the cap, but the stream has no list of 4096 extents to read.
     maker = before(MEMORY).add(MEMORY, memory_list(0, [], [], nextents=4096), length=4268048)

@@ -401,10 +401,12 @@ def test_sections_of_random_lengths() -> None:
 
 
 def test_a_list_of_the_right_length_is_not_read_beyond_its_counts() -> None:
-    # 4096 extents and 1024 hashes: the longest list, read in one piece.
-    payload = memory_list(0, [(0, 1, ZERO)] * 4096, [page(1)] * 1024)
+    # 4096 extents and 1024 hashes: the longest list.
+    extents = [(at, 1, DATA if at < 1024 else ZERO) for at in range(4096)]
+    payload = memory_list(0, extents, [page(1)] * 1024)
     assert len(payload) + 1024 * 4096 == LARGEST_CAP
-    source = Input(Maker().head().add(MEMORY, payload, length=LARGEST_CAP).raw)
+    maker = Maker().head((b"ram", 0, 4096)).add(MEMORY, payload, length=LARGEST_CAP)
+    source = Input(maker.raw)
     with pytest.raises(BhyError, match="ends 4194304 bytes early"):
         Recorder(source).run()
     assert source.largest == 1024 * 4096

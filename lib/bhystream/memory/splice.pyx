@@ -72,7 +72,9 @@ cdef extern from *:
     ssize_t give "bhys_give"(
         int fd, const iovec *parts, size_t count
     ) noexcept nogil
-    ssize_t put "bhys_put"(int pipe, int fd, uint64_t offset, size_t nbytes) noexcept nogil
+    ssize_t put "bhys_put"(
+        int pipe, int fd, uint64_t offset, size_t nbytes
+    ) noexcept nogil
 
 # One call takes no more parts.  Source: Linux, include/uapi/linux/uio.h, UIO_MAXIOV.
 cdef enum:
@@ -160,9 +162,9 @@ cdef bint collect_parts(
     return True
 
 
-# What one place_spliced() works on.  The segment's pages begin at `offset` of fd, and at
-# `memory`.  extent, at: the extent whose byte comes next, and which of its bytes that is.
-# page: the index of the DATA page that is compared next.
+# What one place_spliced() works on.  The segment's pages begin at `offset` of fd, and
+# at `memory`.  extent, at: the extent whose byte comes next, and which of its bytes
+# that is.  page: the index of the DATA page that is compared next.
 cdef struct Place:
     int pipe
     int fd
@@ -216,7 +218,8 @@ def place_spliced(
             raise ValueError(f"{number} is no number of bytes")
     place.pipe, place.fd, place.offset = pipe_fd, fd, offset_bytes
     place.memory, place.base = &segment[0], base_page
-    place.extents, place.nextents = &extents[0], extents.shape[0] // <Py_ssize_t>sizeof(Extent)
+    place.extents = &extents[0]
+    place.nextents = extents.shape[0] // <Py_ssize_t>sizeof(Extent)
     place.hashes, place.nhashes = <const word_t *>&hashes[0], hashes.shape[0] // 8
     # The first start_bytes were placed before.
     place.extent, place.at, place.page = 0, start_bytes, start_bytes // PAGE_BYTES
@@ -227,7 +230,7 @@ def place_spliced(
         if found == DIFFERS:
             return place.page
         if found == MALFORMED:
-            raise ValueError("the bytes are not of pages that the extents and hashes list")
+            raise ValueError("the extents and hashes do not list pages of these bytes")
         if found == PLACED:
             return -1
         if found != EINTR:
@@ -282,7 +285,9 @@ cdef bint compare(
         if to.page == to.nhashes:
             return False
         h = hash_ahead(
-            hasher, memory + page * PAGE_BYTES, memory + min(page + 1, stop - 1) * PAGE_BYTES
+            hasher,
+            memory + page * PAGE_BYTES,
+            memory + min(page + 1, stop - 1) * PAGE_BYTES,
         )
         if h != to.hashes[to.page]:
             return False

@@ -24,7 +24,7 @@ every combination, because the two programs of a pipeline fill both cores.  The 
 on a page costs about a tenth of the page's way through a pipe, and the Cython kernels
 release the GIL, so a thread can still be added here if a machine shows a gain.
 
-The batch is small (512 KiB of pages), so that a page is copied, hashed and written
+The batch is small (768 KiB of pages), so that a page is copied, hashed and written
 while the page is in the second-level cache.
 
 The hash table has 8 bytes for each page that was ever other than zero: the hash of the page
@@ -58,7 +58,7 @@ from bhystream.units import NS
 if TYPE_CHECKING:
     from zstandard import ZstdCompressor
 
-BATCH_PAGES = 128
+BATCH_PAGES = 192
 HAS_VMSPLICE = hasattr(os, "splice")  # both are Linux's
 # zstd saves more in a larger window, and the speed of zstd, not the cache, is the limit.
 ZSTD_BATCH_PAGES = 256

@@ -263,36 +263,10 @@ class Reader:
     def _read_memory(self, section: Section, length: int) -> None:
         """Read a MEMORY section: its head and list first, then the body.
 
-        The counts are capped and compared with the length before the list is
-        read.  verify.py checks the list's contents, before it looks at a page.
+        verify.py checks the list's contents, before it looks at a page.
         """
-        size = fmt.MEMORY_HEAD.size
-        if length < size:
-            self.refuse(section, "length is too small")
-        compressed = bool(section.flags & fmt.FLAG_ZSTD)
-        # A section of so many bytes has at least a list of so many: one read(2) less.
-        least = size if compressed else max(size, length - length // _HASHED_PAGE_BYTES * PAGE_BYTES)
-        got = self._fill(self._list[:least])
-        if got < size:
-            self._refuse_cut(section, least - got)
-        _, nextents, npages, reserved = fmt.MEMORY_HEAD.unpack_from(self._list)
-        if reserved:
-            self.refuse(section, "reserved field is not zero")
-        if not 1 <= nextents <= fmt.MAX_EXTENTS:
-            self.refuse(section, f"{nextents} extents are not 1 to {fmt.MAX_EXTENTS}")
-        if npages > fmt.MAX_MEMORY_PAGES:
-            self.refuse(section, f"{npages} pages are more than {fmt.MAX_MEMORY_PAGES}")
-        list_bytes = size + nextents * fmt.EXTENT.size + npages * fmt.HASH_BYTES
-        body_bytes = length - list_bytes
-        whole = npages * PAGE_BYTES
-        if not (0 < body_bytes < whole if compressed else body_bytes == whole):
-            self.refuse(section, f"length {length} does not fit {npages} pages")
-        section.payload = self._list[:list_bytes]
-        if got < least:
-            self._refuse_cut(section, list_bytes - got)
-        if got < list_bytes:
-            self._read_exactly(section.payload[got:], section)
-        if not compressed:
+        body_bytes = length - self._read_list(section, length)
+        if not section.flags & fmt.FLAG_ZSTD:
             self._check_checksum(section)
             self._check_flags(section)
             if take := self._on_list(section):
@@ -302,6 +276,46 @@ class Reader:
         section.body = self._body[:body_bytes]
         self._read_exactly(section.body, section)
         return None
+
+    def _read_list(self, section: Section, length: int) -> int:
+        """Read the payload of a MEMORY section, up to the page bytes; return its bytes."""
+        least = fmt.MEMORY_HEAD.size
+        if length < least:
+            self.refuse(section, "length is too small")
+        if not section.flags & fmt.FLAG_ZSTD:
+            # No section of this length has a shorter list: mostly this is all of the list.
+            least = max(least, length - length // _HASHED_PAGE_BYTES * PAGE_BYTES)
+        got = self._fill(self._list[:least])
+        if got < fmt.MEMORY_HEAD.size:
+            self._refuse_cut(section, least - got)
+        list_bytes = self._counted_bytes(section, length)
+        section.payload = self._list[:list_bytes]
+        if got < least:
+            self._refuse_cut(section, list_bytes - got)
+        if got < list_bytes:
+            self._read_exactly(section.payload[got:], section)
+        return list_bytes
+
+    def _counted_bytes(self, section: Section, length: int) -> int:
+        """Cap the counts of a MEMORY section, and compare them with its length.
+
+        Returns how many bytes stand before the page bytes.
+        """
+        nextents: int
+        npages: int
+        _, nextents, npages, reserved = fmt.MEMORY_HEAD.unpack_from(self._list)
+        if reserved:
+            self.refuse(section, "reserved field is not zero")
+        if not 1 <= nextents <= fmt.MAX_EXTENTS:
+            self.refuse(section, f"{nextents} extents are not 1 to {fmt.MAX_EXTENTS}")
+        if npages > fmt.MAX_MEMORY_PAGES:
+            self.refuse(section, f"{npages} pages are more than {fmt.MAX_MEMORY_PAGES}")
+        list_bytes = fmt.MEMORY_HEAD.size + nextents * fmt.EXTENT.size + npages * fmt.HASH_BYTES
+        body_bytes, whole = length - list_bytes, npages * PAGE_BYTES
+        compressed = section.flags & fmt.FLAG_ZSTD
+        if not (0 < body_bytes < whole if compressed else body_bytes == whole):
+            self.refuse(section, f"length {length} does not fit {npages} pages")
+        return list_bytes
 
     def splice_body(self, section: Section, fd: int, nbytes: int, left_bytes: int) -> int:
         """Move up to so many of the bytes that are left, as Body.splice() says."""
