@@ -47,6 +47,8 @@ BRIEF = Spec("microvm", memory_mib=128, proof={"mib": 64, "work": 48, "sweep": 2
 _RATES = (8, 60, 200)  # MiB/s
 _TARGET = 1.3
 _WITHIN = 0.2
+# The best single prediction has one of the pauses at one end of what is near.
+_EDGES = (1 - _WITHIN, 1 + _WITHIN)
 _IDLE_TARGET, _BUSY_TARGET = 0.9, 0.7
 _CHUNK = 256 << 10
 _PIECE_PAGES = 2048
@@ -152,29 +154,45 @@ def predictions(kind: Spec, moves: int) -> list[Row]:
     """Return the rows of the predicted pause: the share of the moves that keep to it."""
     with travelling(replace(kind, proof={**kind.proof, "work": 48})) as (host, guest):
 
-        def measured() -> list[float]:
-            runs = []
+        def measured() -> list[Closing]:
+            found = []
             for _ in range(moves):
                 guest.at.serial.await_heartbeats(2)
-                found = closing(moved(host, guest).stderr)
-                runs.append(found.paused_s / found.predicted_s)
+                found.append(closing(moved(host, guest).stderr))
             guest.prove(1)
-            return runs
+            return found
 
         idle = measured()
         with busy():
             loaded = measured()
     return [
-        _kept("pause as predicted, idle host", _IDLE_TARGET, idle),
-        _kept("pause as predicted, a busy loop on each core", _BUSY_TARGET, loaded),
+        *_kept("pause as predicted, idle host", _IDLE_TARGET, idle),
+        *_kept("pause as predicted, a busy loop on each core", _BUSY_TARGET, loaded),
     ]
 
 
-def _kept(name: str, target: float, runs: list[float]) -> Row:
-    """Return the row of the share of the runs that are near 1: measured against predicted."""
-    share = sum(abs(run - 1) <= _WITHIN for run in runs) / len(runs)
-    note = f"the share of {len(runs)} moves within {_WITHIN:.0%}"
-    return Row(name, share, target, runs, note=note, is_share=True)
+def _kept(name: str, target: float, moves: list[Closing]) -> list[Row]:
+    """Return the rows of the share of the moves whose pause was near the predicted one.
+
+    The limit is the share for the best single prediction of all these pauses, which nobody
+    knows before: the rest is what one move takes longer than another of the same guest.
+    """
+
+    def row(name: str, target: float | None, runs: list[float], note: str) -> Row:
+        return Row(name, _near(runs), target, runs, note=note, is_share=True)
+
+    runs = [move.paused_s / move.predicted_s for move in moves]
+    best = max(
+        ([move.paused_s / one.paused_s * at for move in moves] for one in moves for at in _EDGES),
+        key=_near,
+    )
+    note = f"the share of {len(moves)} moves within {_WITHIN:.0%}"
+    return [row(name, target, runs, note), row(f"{name}: its limit", None, best, note)]
+
+
+def _near(runs: list[float]) -> float:
+    """Return the share of the runs that are near 1."""
+    return sum(abs(run - 1) <= _WITHIN + 1e-9 for run in runs) / len(runs)
 
 
 @contextmanager
