@@ -35,7 +35,7 @@ from bhystream.memory.extent import EXTENT, KIND_DATA
 from bhystream.memory.inplace import IN_PLACE_PAGES
 from bhystream.memory.splice import splice_pages
 from bhystream.memory.target import FileTarget
-from bhystream.recv.placing import Placer
+from bhystream.recv.placing import place_by_splices
 from bhystream.recv.reply import TimedInput
 from bhystream.send.head import write_head
 from bhystream.send.transfer import BATCH_PAGES, Transfer
@@ -205,10 +205,7 @@ def receive_stream(fd: int, size: int, pipe: int) -> None:
     for item in walk.events():
         match item:
             case Head():
-                if source.can_splice:
-                    seed = walk.header.seed
-                    placer = Placer("bench", item.layout, [target], seed)
-                    walk.place_by(placer, source.splice)
+                place_by_splices("bench", walk, source, item.layout, [target])
             case Pages() if not item.is_placed:
                 target.place(0, size // PAGE_BYTES, item.extents, item.pages)
             case Ended():

@@ -281,6 +281,22 @@ BUGS = (
     ),
     Bug(
         Kind.SPLICE,
+        "pages of other forms are spliced too",
+        "recv/placing.py",
+        "    if header.form != Form.ANSWERED or header",
+        "    if header",
+        ("recv/test_placing.py::test_only_a_guest_that_stands_until_the_answer_is_spliced",),
+    ),
+    Bug(
+        Kind.SPLICE,
+        "the mapping of the guest's memory is kept",
+        "recv/incoming.py",
+        "            self._building.close()\n",
+        "            pass\n",
+        ("recv/test_incoming.py::test_long_sections_of_a_pipe_go_into_the_file_without_a_copy",),
+    ),
+    Bug(
+        Kind.SPLICE,
         "the zeros among spliced pages are left as they were",
         "recv/placing.py",
         "            file.place_zeros(base, extents)\n",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,11 +19,11 @@ from bhystream.errors import ChecksumError, InputOutputError, TruncatedError
 from bhystream.guest import Head
 from bhystream.memory.inplace import IN_PLACE_PAGES
 from bhystream.memory.target import FileTarget, MappedTarget
-from bhystream.recv.placing import Placer
+from bhystream.recv.placing import place_by_splices
 from bhystream.recv.reply import TimedInput
 from bhystream.send.transfer import BATCH_PAGES
 from bhystream.stream.verify import Pages, Walk
-from support.streams import DATA, SEED, ZERO, ZSTD, Maker
+from support.streams import ANSWERED, DATA, KEPT, PLAIN, ZERO, ZSTD, Maker
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "splice"), reason="splice(2) is Linux's")
 
@@ -38,7 +41,8 @@ class File:
     """The file of one segment, full of old bytes; it begins before the segment, and ends behind."""
 
     def __init__(self) -> None:
-        self.fd = os.memfd_create("memory")
+        self.name = f"memory-{random.getrandbits(32):x}"
+        self.fd = os.memfd_create(self.name)
         os.write(self.fd, b"\xee" * (OFFSET + (NPAGES + 1) * PAGE))
 
     def target(self) -> FileTarget:
@@ -53,6 +57,11 @@ class File:
             os.pread(self.fd, PAGE, OFFSET + NPAGES * PAGE),
         )
         return set(before + behind)
+
+
+def open_descriptors() -> set[str]:
+    """Return the open ones; the thread that writes a stream closes its own in the end."""
+    return set(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture
@@ -93,10 +102,8 @@ def received(source: TimedInput, targets: Sequence[Target]) -> list[bool]:
     for event in walk.events():
         match event:
             case Head():
-                assert source.can_splice
-                placer = Placer("web1", event.layout, targets, walk.header.seed)
-                walk.place_by(placer, source.splice)
                 layout = event.layout
+                placer = place_by_splices("web1", walk, source, layout, targets)
             case Pages():
                 at = event.segment
                 found.append(event.is_placed)
@@ -104,12 +111,14 @@ def received(source: TimedInput, targets: Sequence[Target]) -> list[bool]:
                 if not event.is_placed:
                     npages = layout.segments[at].npages
                     targets[at].place(layout.starts[at], npages, event.extents, event.pages)
+    if placer:
+        placer.close()
     return found
 
 
-def whole(*sections: tuple[list[tuple[int, int, int]], list[bytes]]) -> Maker:
+def whole(*sections: tuple[list[tuple[int, int, int]], list[bytes]], form: int = ANSWERED) -> Maker:
     """Return a stream with one round of these sections."""
-    maker = Maker().head((b"ram", 0, NPAGES))
+    maker = Maker(form).head((b"ram", 0, NPAGES))
     for extents, pages in sections:
         maker.memory(0, extents, pages)
     return maker
@@ -156,12 +165,58 @@ def test_short_runs_are_not_worth_it(file: File) -> None:
 
 
 def test_frames_are_not_placed(file: File) -> None:
-    maker = Maker(mandatory=ZSTD).head((b"ram", 0, IN_PLACE_PAGES))
+    maker = Maker(ANSWERED, mandatory=ZSTD).head((b"ram", 0, 2 * IN_PLACE_PAGES))
     pages = [bytes([at % 251]) * PAGE for at in range(IN_PLACE_PAGES)]
     maker.zstd([(0, IN_PLACE_PAGES, DATA)], pages)
+    # zstd does not make these smaller, and bhysend has copied them too.
+    maker.memory(0, [(IN_PLACE_PAGES, IN_PLACE_PAGES, DATA)], A)
     with written(ended(maker), 1 << 16) as source:
-        assert received(source, [file.target()]) == [False]
-    assert file.segment().startswith(b"".join(pages))
+        assert received(source, [file.target()]) == [False, False]
+    assert file.segment().startswith(b"".join([*pages, *A]))
+
+
+@pytest.mark.parametrize("form", [PLAIN, KEPT])
+def test_only_a_guest_that_stands_until_the_answer_is_spliced(file: File, form: int) -> None:
+    with written(ended(whole(*SECTIONS, form=form)), 1 << 16) as source:
+        assert received(source, [file.target()]) == [False] * 3
+    assert file.segment() == CONTENT
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS])
+def test_a_filter_may_forbid_the_call(
+    file: File, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def splice(*args: Any, **more: Any) -> int:
+        raise OSError(error, os.strerror(error))
+
+    with written(ended(whole(*SECTIONS)), 1 << 16) as source:
+        before = open_descriptors()
+        monkeypatch.setattr(os, "splice", splice)
+        assert received(source, [file.target()]) == [False] * 3
+        assert open_descriptors() <= before
+    assert file.segment() == CONTENT
+
+
+def test_nothing_is_held_in_the_end(file: File) -> None:
+    with written(ended(whole(*SECTIONS)), 1 << 16) as source:
+        before = open_descriptors()
+        assert received(source, [file.target()]) == [True, True, False]
+        assert open_descriptors() <= before
+    assert f"memfd:{file.name}" not in Path("/proc/self/maps").read_text()
+
+
+def test_a_stream_that_cannot_be_read_is_named(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = TimedInput.splice
+
+    def splice(self: TimedInput, fd: int, nbytes: int) -> int:
+        if nbytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, fd, nbytes)
+
+    monkeypatch.setattr(TimedInput, "splice", splice)
+    refused = pytest.raises(InputOutputError, match="cannot read the stream")
+    with written(ended(whole(*SECTIONS)), 1 << 16) as source, refused:
+        received(source, [file.target()])
 
 
 def not_mapped(file: File, stack: ExitStack) -> FileTarget:
@@ -213,7 +268,7 @@ def test_a_stream_that_ends_in_the_pages_is_refused(file: File, left: int) -> No
 
 
 def test_a_list_that_is_wrong_touches_no_memory(file: File) -> None:
-    maker = Maker().head((b"ram", 0, NPAGES))
+    maker = Maker(ANSWERED).head((b"ram", 0, NPAGES))
     maker.memory(0, [(0, IN_PLACE_PAGES, DATA)], A, flip=1)
     with written(maker.raw, 1 << 16) as source, pytest.raises(ChecksumError, match="differs"):
         received(source, [file.target()])
@@ -236,8 +291,7 @@ def test_every_section_counts_in_the_end(file: File) -> None:
         walk = Walk(source)
         for event in walk.events():
             if isinstance(event, Head):
-                placer = Placer("web1", event.layout, [file.target()], SEED)
-                walk.place_by(placer, source.splice)
+                place_by_splices("web1", walk, source, event.layout, [file.target()])
         assert walk.reader.offset_bytes == len(maker.raw)
         assert walk.reader.sequence == maker.count
 

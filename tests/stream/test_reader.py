@@ -11,7 +11,7 @@ import os
 import pytest
 import xxhash
 
-from bhystream.errors import TruncatedError
+from bhystream.errors import FormatError, TruncatedError
 from bhystream.stream.format import Feature, Form, Header, Type
 from bhystream.stream.reader import Reader, place
 from support.both import LARGEST_CAP, Input
@@ -83,6 +83,19 @@ def test_a_memory_section_is_its_list_and_its_body() -> None:
         section = [one for _ in range(maker.count) if (one := reader.next())][-1]
         assert bytes(section.payload) == memory_list(0, extents, [page(1)])
         assert bytes(section.body) == (frame or page(1))
+
+
+def test_counts_are_refused_as_soon_as_they_are_there() -> None:
+    """The rest of the list may never come."""
+    head = memory_list(0, [(0, 1, DATA)], [page(1)], zero=7)[:16]
+    maker = before(MEMORY).add(MEMORY, head, length=4268048)
+    fds = os.pipe()
+    os.write(fds[1], maker.raw)
+    with io.FileIO(fds[0]) as source, pytest.raises(FormatError, match="reserved field"):
+        reader = Reader(source)
+        while reader.next():
+            pass
+    os.close(fds[1])
 
 
 def test_the_digest_is_over_the_checksums_before_end() -> None:

@@ -10,7 +10,8 @@ from bhystream.guest import PAGE_BYTES
 from bhystream.memory.splice import splice_pages
 
 # The pages of a section.  Nothing passes through the sender's cache, and fewer sections cost
-# less.  A destination tells by this number how the pages have come: see recv/placing.py.
+# less.  In the answered form without zstd, a destination takes a section of so many pages for
+# one that was sent in place: see recv/placing.py.
 IN_PLACE_PAGES = 256
 
 

@@ -53,6 +53,7 @@ def place_spliced(
     pipe has; a page whose last byte is among them is hashed as the mapping shows it.
 
     Returns the index of the first page that has not its hash, counted over all DATA pages, or -1.
-    Raises ValueError for a wrong argument; OSError, EIO also if a write takes no byte; and what
-    a signal handler raises.  Nothing is written outside the extents.  Releases the GIL.
+    Raises ValueError for a wrong argument; OSError, EIO also if a write takes no byte or the
+    pipe has ended; and what a signal handler raises.  Nothing is written outside the extents.
+    Releases the GIL.
     """

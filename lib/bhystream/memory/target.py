@@ -14,6 +14,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from bhystream.guest import PAGE_BYTES
@@ -42,8 +43,7 @@ class FileTarget:
     def __init__(self, fd: int, offset_bytes: int) -> None:
         self.fd = fd
         self.offset_bytes = offset_bytes
-        self._buffer = memoryview(b"")
-        self._mapping = memoryview(b"")
+        self._mapping: mmap.mmap | None = None
 
     def place(self, base_page: int, npages: int, extents: memoryview, pages: memoryview) -> None:
         """Place pages as base.Target says.  Raises OSError, ValueError."""
@@ -53,18 +53,24 @@ class FileTarget:
     def map(self, npages: int) -> bool:
         """Map the segment for place_spliced(); return False if that cannot be done.
 
-        npages: the segment's.  The mapping lives as long as the target.
+        npages: the segment's.  The file may not become shorter before unmap(): this process would
+        get SIGBUS.
         """
-        if not self._mapping:
+        if self._mapping is None:
             length = npages * PAGE_BYTES
             try:
-                found = mmap.mmap(
+                self._mapping = mmap.mmap(
                     self.fd, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=self.offset_bytes
                 )
-            except (OSError, ValueError):  # such a file, or it is shorter
+            except (OSError, ValueError, OverflowError):  # such a file, or it is shorter
                 return False
-            self._mapping = memoryview(found)
         return True
+
+    def unmap(self) -> None:
+        """Undo map(), which holds a descriptor of its own."""
+        if self._mapping is not None:
+            self._mapping.close()
+            self._mapping = None
 
     def place_spliced(
         self,
@@ -77,6 +83,7 @@ class FileTarget:
         hashes: memoryview,
     ) -> int:
         """Call splice.place_spliced() for the segment, which map() has mapped."""
+        assert self._mapping is not None
         return place_spliced(
             pipe_fd,
             nbytes,
@@ -105,16 +112,17 @@ class FileTarget:
         on_step: Callable[[], None],
     ) -> Differing:
         """Compare pages as base.Target says; a hole in the file is zero.  Raises OSError."""
-        return _compare(self._read, self._data, hasher, base_page, extents, hashes, on_step)
+        buffer = memoryview(bytearray(_STEP_PAGES * PAGE_BYTES))
+        return _compare(
+            partial(self._read, buffer), self._data, hasher, base_page, extents, hashes, on_step
+        )
 
     def _offset(self, page: int) -> int:
         return self.offset_bytes + page * PAGE_BYTES
 
-    def _read(self, first: int, end: int) -> memoryview:
-        """Return the pages [first, end) of the segment, in a buffer."""
-        if not self._buffer:
-            self._buffer = memoryview(bytearray(_STEP_PAGES * PAGE_BYTES))
-        pages = self._buffer[: (end - first) * PAGE_BYTES]
+    def _read(self, buffer: memoryview, first: int, end: int) -> memoryview:
+        """Return the pages [first, end) of the segment, in the buffer."""
+        pages = buffer[: (end - first) * PAGE_BYTES]
         got = 0
         while got < len(pages):
             count = os.preadv(self.fd, [pages[got:]], self._offset(first) + got)

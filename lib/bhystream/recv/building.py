@@ -11,7 +11,7 @@ from bhystream.guest import READY, Head, State
 from bhystream.handover import leftover
 from bhystream.handover.state import Lock, Record
 from bhystream.recv.hashed import MemoryComparison
-from bhystream.recv.placing import Placer
+from bhystream.recv.placing import Placer, place_by_splices
 from bhystream.recv.receiving import RecvJob, refuse
 from bhystream.recv.sampled import Comparison
 from bhystream.recv.standstill import Standstill
@@ -46,6 +46,7 @@ class Building:
             job.walk.understand(contents, head)
         self.lock = Lock(job.base, self.lock_name, f"guest {self.name}")
         self._targets: Sequence[Target] = ()
+        self._placer: Placer | None = None
         self._states: list[State] = []
         self.advanced_ns = 0
         self._comparison: Comparison | None = None
@@ -80,11 +81,15 @@ class Building:
         """
         late = self._job.opts.unstarted or self._job.walk.header.form == Form.KEPT
         self._targets = self.sink.open(b"" if late else plan)
-        job, layout = self._job, self._head.layout
-        if job.source.can_splice:
-            seed = job.walk.header.seed
-            placer = Placer(self.name, layout, self._targets, seed)
-            job.walk.place_by(placer, job.source.splice)
+        self._placer = place_by_splices(
+            self.name, self._job.walk, self._job.source, self._head.layout, self._targets
+        )
+
+    def close(self) -> None:
+        """Release what the guest's memory was placed by; may be called twice."""
+        if self._placer:
+            self._placer.close()
+        self._placer = None
 
     def write_pages(self, event: Pages) -> None:
         """Write pages into the guest's memory.  Raises InputOutputError, AccessError."""

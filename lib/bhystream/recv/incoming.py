@@ -128,6 +128,8 @@ class Incoming:
 
     def close(self) -> None:
         """Release the locks, and remove old records of earlier streams."""
+        if self._building:
+            self._building.close()
         for lock in (self._building.lock if self._building else None, self._stream_lock):
             if lock:
                 lock.release()
@@ -137,7 +139,7 @@ class Incoming:
         """Yield the verified events, and answer how far the stream has been read."""
         events = self._job.walk.events()
         while True:
-            # Reading may be interrupted; acting on what was read may not.
+            # Reading may be interrupted, also if it places pages; acting on what was read may not.
             with self._job.signals.interruptible():
                 event = next(events, None)
             if event is None:

@@ -66,9 +66,9 @@ class Section:
     """One section.
 
     payload: the payload; in a MEMORY section only its head, extents and
-    hashes.  body: the page bytes or the zstd frame of a MEMORY section, else
-    empty, or empty because they were taken.  Both are views of the reader's buffers,
-    valid until its next read.
+    hashes.  body: the page bytes or the zstd frame of a MEMORY section; empty in
+    other sections, and if a Taker has taken the bytes.  Both are views of the reader's
+    buffers, valid until its next read.
     """
 
     type: int
@@ -272,7 +272,7 @@ class Reader:
             if take := self._on_list(section):
                 return take(Body(self, section, body_bytes))
         if len(self._body) < body_bytes:
-            self._body = memoryview(bytearray(max(body_bytes, 1 << 19)))
+            self._body = memoryview(bytearray(max(body_bytes, 1 << 20)))
         section.body = self._body[:body_bytes]
         self._read_exactly(section.body, section)
         return None
@@ -285,13 +285,11 @@ class Reader:
         if not section.flags & fmt.FLAG_ZSTD:
             # No section of this length has a shorter list: mostly this is all of the list.
             least = max(least, length - length // _HASHED_PAGE_BYTES * PAGE_BYTES)
-        got = self._fill(self._list[:least])
+        got = self._fill(self._list[:least], fmt.MEMORY_HEAD.size)
         if got < fmt.MEMORY_HEAD.size:
             self._refuse_cut(section, least - got)
         list_bytes = self._counted_bytes(section, length)
         section.payload = self._list[:list_bytes]
-        if got < least:
-            self._refuse_cut(section, list_bytes - got)
         if got < list_bytes:
             self._read_exactly(section.payload[got:], section)
         return list_bytes
@@ -370,11 +368,11 @@ class Reader:
         why = f"the stream ends {missing_bytes} bytes early"
         self._refuse(TruncatedError, section.type, section.offset_bytes, why)
 
-    def _fill(self, view: memoryview) -> int:
-        """Read until the view is full or the input ends; return the bytes."""
-        got, size = 0, len(view)
+    def _fill(self, view: memoryview, enough_bytes: int | None = None) -> int:
+        """Read until the view is full, or has enough, or the input ends; return the bytes."""
+        got, enough = 0, len(view) if enough_bytes is None else enough_bytes
         try:
-            while got < size:
+            while got < enough:
                 count = self._raw.readinto(view[got:] if got else view)
                 if count is None:
                     raise BlockingIOError(11, "the descriptor does not block")

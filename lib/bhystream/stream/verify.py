@@ -170,14 +170,15 @@ class _Tally:
 class Walk:
     """One stream, walked from front to end.
 
-    Iterate over events() once.  `reader` shows how far the walk has come.
+    Iterate over events() once.  `reader` shows how far the walk has come.  `hasher` has the
+    stream's seed.
     """
 
     def __init__(self, raw: RawInput) -> None:
         """Read the header.  Raises StreamError, InputOutputError."""
         self.reader = Reader(raw, self._begin_memory)
         self.header = self.reader.header
-        self._hasher = PageHasher(self.header.seed)
+        self.hasher = PageHasher(self.header.seed)
         self._zstd = zstandard.ZstdDecompressor()
         self._head: dict[str, Any] = {}
         self._layout = Layout(())
@@ -320,7 +321,7 @@ class Walk:
             listed = self._check_list(section)
             pages = memoryview(self._decompress(section.body, listed.npages))
         if not listed.is_placed:
-            self._require_hashed(section, listed, check_pages(self._hasher, pages, listed.hashes))
+            self._require_hashed(section, listed, check_pages(self.hasher, pages, listed.hashes))
         return Pages(listed.segment, listed.extents, listed.npages, pages, listed.is_placed)
 
     def _require_hashed(self, section: Section, listed: _Listed, bad: int) -> None:
