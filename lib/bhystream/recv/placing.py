@@ -19,9 +19,10 @@ the guest runs on at the source, as after any death of bhyrecv.  So only the mem
 hypervisor is mapped, and no file of a snapshot.
 
 This pays only for pages that a paused guest's bhysend has given to the pipe without a copy, and
-for long runs of them: a tenth to a quarter less time for each.  Pages that bhysend has
-copied lie in the other CPU's cache; the copy from there into the file takes longer than the copy
-into a buffer and the one into the file together.
+for long runs of them.  Measured with two cores: an eighth less time into memory that is allocated,
+a sixteenth less into memory that is not, and a quarter less CPU time of bhysend, which no longer
+spins for the pipe's lock.  Pages that bhysend has copied lie in the other CPU's cache; the copy
+from there into the file takes as long as the copy into a buffer and the one into the file together.
 """
 
 from __future__ import annotations
