@@ -113,9 +113,8 @@ class FileTarget:
     ) -> Differing:
         """Compare pages as base.Target says; a hole in the file is zero.  Raises OSError."""
         buffer = memoryview(bytearray(_STEP_PAGES * PAGE_BYTES))
-        return _compare(
-            partial(self._read, buffer), self._data, hasher, base_page, extents, hashes, on_step
-        )
+        read = partial(self._read, buffer)
+        return _compare(read, self._data, hasher, base_page, extents, hashes, on_step)
 
     def _offset(self, page: int) -> int:
         return self.offset_bytes + page * PAGE_BYTES

@@ -95,14 +95,18 @@ class Building:
         """Write pages into the guest's memory.  Raises InputOutputError, AccessError."""
         if not self._targets:
             self.open(b"")
+        if not event.is_placed:
+            self._place(event)
+        self._report_pages(event)
+
+    def _place(self, event: Pages) -> None:
         layout, at = self._head.layout, event.segment
-        npages = layout.segments[at].npages
         try:
-            if not event.is_placed:
-                self._targets[at].place(layout.starts[at], npages, event.extents, event.pages)
+            self._targets[at].place(
+                layout.starts[at], layout.segments[at].npages, event.extents, event.pages
+            )
         except OSError as error:
             raise from_oserror(error, f"write the memory of guest {self.name}") from error
-        self._report_pages(event)
 
     def end_round(self, event: RoundEnd) -> None:
         """Report a round, with -v.  Raises GuestError if the hypervisor has ended.

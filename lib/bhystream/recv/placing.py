@@ -30,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from bhystream import commandline
 from bhystream.backend.base import Target
@@ -44,7 +45,6 @@ from bhystream.stream.reader import Body
 from bhystream.stream.verify import Walk
 
 _MIN_EXTENT_PAGES = 8
-_PIPE_BYTES = 1 << 20
 
 
 class Placer:
@@ -62,9 +62,10 @@ class Placer:
         self._files = [one if isinstance(one, FileTarget) else None for one in targets]
         self._hasher = walk.hasher
         self._read_fd, self._write_fd = os.pipe()
+        self._pull = partial(source.splice, self._write_fd)
         try:
             commandline.widen_pipe(self._write_fd)
-            source.splice(self._write_fd, 0)
+            self._pull(0)
         except OSError:
             self.close()
             raise
@@ -80,14 +81,14 @@ class Placer:
     def place(self, segment: int, extents: memoryview, hashes: memoryview, body: Body) -> int:
         """Place and compare as verify.Placer says.
 
-        Raises InputOutputError, AccessError, and what Body.splice() raises.
+        Raises InputOutputError, AccessError, and what Body.take() raises.
         """
         file, base = self._files[segment], self._layout.starts[segment]
         assert file is not None
         at = 0
         try:
             while body.left_bytes:
-                count = body.splice(self._write_fd, _PIPE_BYTES)
+                count = body.take(self._pull)
                 bad = file.place_spliced(
                     self._read_fd, count, base, extents, at, self._hasher, hashes
                 )
@@ -120,6 +121,6 @@ def place_by_splices(
         return None
     with contextlib.suppress(OSError):
         placer = Placer(name, walk, source, layout, targets)
-        walk.place_by(placer, source.splice)
+        walk.place_by(placer)
         return placer
     return None

@@ -126,21 +126,19 @@ class TimedInput:
 
     def readinto(self, buffer: memoryview, /) -> int:
         """Read once; return the bytes read, 0 at the end.  Raises OSError, GuestError."""
-        if self.on_quiet or self.deadline is not None:
-            self._wait()
-        while True:
-            try:
-                return os.readv(self._fd, (buffer,))
-            except BlockingIOError:
-                self._poller.poll()
+        return self._read(os.readv, (buffer,))
 
     def splice(self, fd: int, nbytes: int) -> int:
         """Move up to so many bytes into the pipe of fd, which has room, as readinto() reads."""
+        return self._read(os.splice, fd, nbytes)
+
+    def _read(self, call: Callable[..., int], *args: object) -> int:
+        """Call with the descriptor and the arguments, once that finds something or the end."""
         if self.on_quiet or self.deadline is not None:
             self._wait()
         while True:
             try:
-                return os.splice(self._fd, fd, nbytes)
+                return call(self._fd, *args)
             except BlockingIOError:
                 self._poller.poll()
 

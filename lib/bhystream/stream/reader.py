@@ -32,11 +32,6 @@ class RawInput(Protocol):
         """Fill up to len(buffer) bytes; return how many, 0 at the end."""
 
 
-# Moves up to so many bytes of the input into the pipe of a descriptor, without a copy; returns
-# how many, 0 at the end.  Raises OSError, and what RawInput.readinto() raises.
-Splice = Callable[[int, int], int]
-
-
 # The types that may follow each type.  PAD, ABORT and unknown optional sections
 # are not in the table: see _misplaced().
 HEAD = (Type.HOST, Type.LAYOUT, Type.CONFIG, Type.DEVICES, Type.HEAD_END)
@@ -91,14 +86,14 @@ class Body:
         self._section = section
         self.left_bytes = left_bytes
 
-    def splice(self, fd: int, nbytes: int) -> int:
-        """Move up to so many of the bytes into a pipe; return how many, at least 1.
+    def take(self, read: Callable[[int], int]) -> int:
+        """Let read() have bytes of the input; return how many it has taken, at least 1.
 
-        nbytes: at least 1.  Raises TruncatedError at the end of the input, InputOutputError if
-        it cannot be read.
+        read(nbytes): takes at most so many of the input's next bytes; returns how many, 0 at
+        the end.  Raises TruncatedError at the end of the input, InputOutputError if read()
+        raises OSError, and what else read() raises.
         """
-        left = self.left_bytes
-        count = self._reader.splice_body(self._section, fd, min(nbytes, left), left)
+        count = self._reader.take_body(self._section, read, self.left_bytes)
         self.left_bytes -= count
         return count
 
@@ -131,7 +126,6 @@ class Reader:
         """
         self._raw = raw
         self._on_list = on_list
-        self.splice: Splice | None = None
         self.offset_bytes = 0
         self.sequence = 0
         self._last: int | None = None
@@ -315,11 +309,10 @@ class Reader:
             self.refuse(section, f"length {length} does not fit {npages} pages")
         return list_bytes
 
-    def splice_body(self, section: Section, fd: int, nbytes: int, left_bytes: int) -> int:
-        """Move up to so many of the bytes that are left, as Body.splice() says."""
-        assert self.splice is not None
+    def take_body(self, section: Section, read: Callable[[int], int], left_bytes: int) -> int:
+        """Let read() have some of the bytes that are left, as Body.take() says."""
         try:
-            count = self.splice(fd, nbytes)
+            count = read(left_bytes)
         except OSError as error:
             raise from_oserror(error, "read the stream") from error
         if not count:

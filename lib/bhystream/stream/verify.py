@@ -37,7 +37,7 @@ from bhystream.stream import format as fmt
 from bhystream.stream.contents import Contents
 from bhystream.stream.disks import Disk
 from bhystream.stream.format import End, Feature, Form, Header, RoundEnd, Time, Type
-from bhystream.stream.reader import HEAD, Body, RawInput, Reader, Section, Splice, Taker, place
+from bhystream.stream.reader import HEAD, Body, RawInput, Reader, Section, Taker, place
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,6 @@ class _Listed(NamedTuple):
     extents: memoryview
     npages: int
     hashes: memoryview
-    is_placed: bool = False
 
 
 @dataclass
@@ -248,9 +247,9 @@ class Walk:
                 raise IncompatibleError(f"{self.place(type_)}: {error}", error.hint) from None
         self._contents = contents
 
-    def place_by(self, placer: Placer, splice: Splice) -> None:
-        """Let a placer have the page bytes from the next section on, by splice() of the input."""
-        self._placer, self.reader.splice = placer, splice
+    def place_by(self, placer: Placer) -> None:
+        """Let a placer have the page bytes from the next section on."""
+        self._placer = placer
 
     def place(self, type_: Type) -> str:
         """Name the last section of a type, which was read before, as messages do."""
@@ -311,7 +310,6 @@ class Walk:
         def take(body: Body) -> None:
             bad = placer.place(listed.segment, listed.extents, listed.hashes, body)
             self._require_hashed(section, listed, bad)
-            self._listed = listed._replace(is_placed=True)
 
         return take
 
@@ -320,9 +318,10 @@ class Walk:
         if section.flags & fmt.FLAG_ZSTD:
             listed = self._check_list(section)
             pages = memoryview(self._decompress(section.body, listed.npages))
-        if not listed.is_placed:
+        is_placed = bool(listed.npages) and not len(pages)  # a Taker leaves no body
+        if not is_placed:
             self._require_hashed(section, listed, check_pages(self.hasher, pages, listed.hashes))
-        return Pages(listed.segment, listed.extents, listed.npages, pages, listed.is_placed)
+        return Pages(listed.segment, listed.extents, listed.npages, pages, is_placed)
 
     def _require_hashed(self, section: Section, listed: _Listed, bad: int) -> None:
         """Raise ChecksumError if a DATA page of the section has not its hash: the bad one."""
