@@ -1,6 +1,9 @@
-"""What the loops share in C: the hash, the table of hashes, the copy, the words."""
+"""What the loops share in C: hash, table of hashes, copy, words, write."""
 
+from libc.errno cimport EINTR, EIO, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from posix.types cimport off_t
+from posix.unistd cimport pwrite
 
 cdef extern from *:
     """
@@ -172,3 +175,22 @@ cdef inline bint copy_page(
         words += LINE_WORDS
         to += LINE_WORDS
     return seen == 0
+
+
+cdef inline int write_at(
+    int fd, const uint8_t *source, uint64_t nbytes, uint64_t offset_bytes
+) noexcept nogil:
+    """Write all bytes; return 0 or an errno."""
+    cdef ssize_t n
+    while nbytes > 0:
+        n = pwrite(fd, source, nbytes, <off_t>offset_bytes)
+        if n < 0:
+            if errno == EINTR:
+                continue
+            return errno
+        if n == 0:
+            return EIO  # no file does this, and the loop would never end
+        source += n
+        nbytes -= <uint64_t>n
+        offset_bytes += <uint64_t>n
+    return 0

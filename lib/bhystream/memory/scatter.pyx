@@ -6,13 +6,10 @@ arguments while the integers are still Python's; then the loop runs without the 
 
 import os
 
-from libc.errno cimport EINTR, EIO, errno
 from libc.stdint cimport INT64_MAX, UINT64_MAX, uint8_t, uint64_t
 from libc.string cimport memcpy, memset
-from posix.types cimport off_t
-from posix.unistd cimport pwrite
 
-from bhystream.memory.page cimport PAGE_BYTES, ZERO, Extent, word_t
+from bhystream.memory.page cimport PAGE_BYTES, ZERO, Extent, word_t, write_at
 
 __all__ = ["scatter", "scatter_into"]
 
@@ -31,25 +28,6 @@ cdef struct Place:
 # The result for extents that do not fit the pages; an errno is above 0.
 cdef enum:
     MALFORMED = -1
-
-
-cdef int write_at(
-    int fd, const uint8_t *source, uint64_t nbytes, uint64_t offset_bytes
-) noexcept nogil:
-    """Write all bytes; return 0 or an errno."""
-    cdef ssize_t n
-    while nbytes > 0:
-        n = pwrite(fd, source, nbytes, <off_t>offset_bytes)
-        if n < 0:
-            if errno == EINTR:
-                continue
-            return errno
-        if n == 0:
-            return EIO  # no file does this, and the loop would never end
-        source += n
-        nbytes -= <uint64_t>n
-        offset_bytes += <uint64_t>n
-    return 0
 
 
 cdef void put_pages(

@@ -6,12 +6,13 @@ The user's documentation is in splice.pyi.
 import os
 
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EINTR, EIO, errno
+from libc.errno cimport EINTR, EIO, ENOSYS, errno
 from libc.stdint cimport INT64_MAX, UINT64_MAX, uint8_t, uint64_t
 from libc.string cimport memcpy
+from posix.unistd cimport read
 
 from bhystream.memory.page cimport (
-    DATA, PAGE_BYTES, ZERO, Extent, PageHasher, hash_ahead, word_t
+    DATA, PAGE_BYTES, ZERO, Extent, PageHasher, hash_ahead, word_t, write_at
 )
 
 __all__ = ["place_spliced", "splice_pages"]
@@ -23,7 +24,6 @@ cdef extern from *:
     #include <stdint.h>
     #include <sys/types.h>
     #include <sys/uio.h>
-    #include <unistd.h>
     /*
      * vmsplice(2) fails so if the descriptor is no pipe, if the kernel does not give
      * these pages to a pipe, or if a filter forbids the call.
@@ -39,31 +39,21 @@ cdef extern from *:
         return writev(fd, parts, (int)count);
     }
     /*
-     * splice(2) fails so if the file system does not have it, or if a filter forbids
-     * the call.  A copy is then read from the pipe; EIO, if not all of it was written.
+     * splice(2) into a file; ENOSYS if the file system does not have it, or if a
+     * filter forbids the call.
      */
-    static ssize_t bhys_put(int pipe, int fd, int64_t offset, size_t nbytes)
+    static ssize_t bhys_splice(int pipe, int fd, int64_t offset, size_t nbytes)
     {
-        char copy[1 << 14];
-        ssize_t got, put = 0, n;
     #if defined(__linux__)
         loff_t at = offset;
-        got = splice(pipe, NULL, fd, &at, nbytes, 0);
-        if (got >= 0 || (errno != EINVAL && errno != ENOSYS && errno != EOPNOTSUPP
-                         && errno != EPERM))
-            return got;
+        ssize_t moved = splice(pipe, NULL, fd, &at, nbytes, 0);
+        if (moved >= 0 || (errno != EINVAL && errno != EOPNOTSUPP && errno != EPERM))
+            return moved;
+    #else
+        (void)pipe, (void)fd, (void)offset, (void)nbytes;
     #endif
-        got = read(pipe, copy, nbytes < sizeof(copy) ? nbytes : sizeof(copy));
-        while (put < got) {
-            n = pwrite(fd, copy + put, (size_t)(got - put), offset + put);
-            if (n > 0)
-                put += n;
-            else if (n == 0 || errno != EINTR) {
-                errno = n == 0 ? EIO : errno;
-                return -1;
-            }
-        }
-        return got;
+        errno = ENOSYS;
+        return -1;
     }
     """
     struct iovec:
@@ -72,13 +62,17 @@ cdef extern from *:
     ssize_t give "bhys_give"(
         int fd, const iovec *parts, size_t count
     ) noexcept nogil
-    ssize_t put "bhys_put"(
+    ssize_t splice_into "bhys_splice"(
         int pipe, int fd, uint64_t offset, size_t nbytes
     ) noexcept nogil
 
 # One call takes no more parts.  Source: Linux, include/uapi/linux/uio.h, UIO_MAXIOV.
 cdef enum:
     MAX_PARTS = 1024
+
+# So many bytes are copied if they cannot be spliced.
+cdef enum:
+    COPY_BYTES = 1 << 14
 
 # So many bytes are placed, and then hashed while they are in the second-level cache.
 cdef enum:
@@ -266,7 +260,7 @@ cdef int place_bytes(Place *to, PageHasher hasher) noexcept nogil:
         nbytes = min(nbytes - to.at, to.left, STEP_BYTES - to.at % STEP_BYTES)
         count = put(to.pipe, to.fd, to.offset + start + to.at, nbytes)
         if count < 0:
-            return errno
+            return <int>-count
         if count == 0:
             return EIO  # no file does this, and the loop would never end
         to.left -= <uint64_t>count
@@ -274,6 +268,20 @@ cdef int place_bytes(Place *to, PageHasher hasher) noexcept nogil:
             return DIFFERS if to.page < to.nhashes else MALFORMED
         to.at += <uint64_t>count
     return PLACED
+
+
+cdef ssize_t put(int pipe, int fd, uint64_t offset, uint64_t nbytes) noexcept nogil:
+    """Write up to so many bytes out of the pipe; return how many, or minus an errno."""
+    cdef uint8_t copy[COPY_BYTES]
+    cdef int error = 0
+    cdef ssize_t count = splice_into(pipe, fd, offset, nbytes)
+    if count < 0 and errno == ENOSYS:
+        count = read(pipe, copy, min(nbytes, <uint64_t>COPY_BYTES))
+        if count > 0:
+            error = write_at(fd, copy, <uint64_t>count, offset)
+    if count < 0:
+        return -errno
+    return -error if error else count
 
 
 cdef bint compare(
