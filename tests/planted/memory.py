@@ -148,7 +148,7 @@ BUGS = (
     Bug(
         Kind.PAGE,
         "a write that was cut short is not continued",
-        "memory/scatter.pyx",
+        "memory/page.pxd",
         "        source += n\n        nbytes -= <uint64_t>n\n",
         "        source += n\n        nbytes = 0\n",
         ("memory/test_scatter.py::test_scatter_continues_short_writes_and_retries_eintr",),

@@ -1,56 +1,22 @@
-"""The table of bugs is up to date, and the planter tells a bug that is caught from one that is not.
+"""The planter tells a bug that is caught from one that is not.
 
 `tests/planted/run` plants them all; here only a few are planted whose tests take no time.
 """
 
 from __future__ import annotations
 
-import ast
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from planted.bug import PACKAGE, ROOT, Bug, Kind
+from planted.bug import Bug
 from planted.bugs import BUGS
 from planted.planter import Outcome, PlantingError, look, missed, not_sound
 from planted.runner import main
 
 QUICK = [bug for bug in BUGS if bug.is_quick]
 SAMPLE = QUICK[0]
-HERE = "planted/test_planted.py::test_the_names_are_all_different"
-
-
-def defined_in(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text())
-    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-
-
-def test_each_bug_can_be_planted() -> None:
-    for bug in BUGS:
-        made = bug.planted((ROOT / PACKAGE / bug.file).read_text())
-        if not bug.is_compiled:
-            ast.parse(made, bug.file)
-
-
-def test_each_test_is_there() -> None:
-    for file, name in {tuple(test.split("::")) for bug in BUGS for test in bug.tests}:
-        assert name.partition("[")[0] in defined_in(ROOT / "tests" / file), f"{file}::{name}"
-
-
-def test_only_the_tests_that_need_freebsd_are_said_to() -> None:
-    for bug in BUGS:
-        assert bug.tests
-        assert {test.startswith("bhyve/") for test in bug.tests} == {bug.needs_freebsd}, bug.name
-
-
-def test_each_kind_has_bugs() -> None:
-    assert {bug.kind for bug in BUGS if not bug.needs_freebsd} == set(Kind)
-
-
-def test_the_names_are_all_different() -> None:
-    names = [bug.name for bug in BUGS]
-    assert len(set(names)) == len(names)
+HERE = "planted/test_table.py::test_the_names_are_all_different"
 
 
 @pytest.mark.parametrize("bug", QUICK, ids=lambda bug: bug.name)
