@@ -22,7 +22,7 @@ USED = {
     ),
     "bhystream.handover": "prune standing state",
     "bhystream.send": (
-        "dryrun experience head main options precopy prediction stopwatch strides survey"
+        "dryrun experience head hostload main options precopy prediction stopwatch strides survey"
     ),
     "bhystream.stream": "format writer",
     "bhystream.memory": "extent mapping page xxh3",

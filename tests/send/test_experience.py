@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bhystream.send.experience import Experience
+from bhystream.send.experience import Experience, Like
 
 
 def test_a_part_takes_what_it_took_before(tmp_path: Path) -> None:
@@ -27,9 +27,9 @@ def test_one_busy_moment_spoils_nothing(tmp_path: Path) -> None:
     assert made.factor("state") == 2.0
 
 
-def test_a_change_that_lasts_is_learned_in_three_moves(tmp_path: Path) -> None:
+def test_a_change_that_lasts_is_learned_in_four_moves(tmp_path: Path) -> None:
     made = Experience(tmp_path)
-    for taken in (10, 10, 10, 10, 10, 40, 40, 40):
+    for taken in (10, 10, 10, 10, 10, 10, 10, 40, 40, 40, 40):
         made.learn("state", 10, taken)
     assert made.factor("state") == 4.0
 
@@ -53,7 +53,17 @@ def test_a_factor_has_bounds(tmp_path: Path) -> None:
     made.learn("long", 1, 10**12)
     made.learn("short", 10**12, 1)
     assert (made.factor("long"), made.factor("short")) == (50.0, 0.02)
-    assert (made.noted("long"), made.noted("short")) == (1e6, 0.001)
+    assert (made.noted("long"), made.noted("short")) == (1e6, 1e-6)
+
+
+def test_other_notes_will_do_until_there_is_one(tmp_path: Path) -> None:
+    made, like = Experience(tmp_path), Like("other", 1.5)
+    assert made.noted("state", like) is None and made.factor("state", like) == 1.0
+    made.learn("other", 10, 30)
+    assert made.noted("state", like) == made.factor("state", like) == 4.5
+    assert made.noted("state") is None
+    made.learn("state", 10, 20)
+    assert made.noted("state", like) == made.factor("state", like) == 2.0
 
 
 def test_the_oldest_parts_are_dropped(tmp_path: Path) -> None:

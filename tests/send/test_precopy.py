@@ -37,7 +37,8 @@ def history(*rounds: tuple[int, int, int], zero: int = 0) -> list[Round]:
     made, at = [], 0
     for pages, spent, writing in rounds:
         end = at + spent * MS
-        made.append(Round(at, end, pages, zero, pages * PAGE_BYTES, writing * MS))
+        sent_bytes = pages * PAGE_BYTES
+        made.append(Round(at, end, pages, zero, sent_bytes, writing * MS, (spent - writing) * MS))
         at = end
     return made
 
@@ -130,7 +131,7 @@ def test_a_guest_of_zeros_stops_after_round_0() -> None:
 
 def test_pages_that_became_zero_count_as_change() -> None:
     # These pages cost no bytes now, but a page that changed once may hold bytes at the pause.
-    made = [*history(FULL, OTHERS[0]), Round(1400 * MS, 1600 * MS, 0, 30_000, 0, 0)]
+    made = [*history(FULL, OTHERS[0]), Round(1400 * MS, 1600 * MS, 0, 30_000, 0, 0, 200 * MS)]
     assert outlook(made, NPAGES, Limits()).last_pages == 10_000
 
 
@@ -208,7 +209,9 @@ def random_history(rng: random.Random, npages: int) -> list[Round]:
         zero = rng.randint(0, npages - data)
         spent = rng.choice([0, 1, rng.randrange(10**11)])
         sent = data * PAGE_BYTES + rng.randrange(1000)
-        made.append(Round(at, at + spent, data, zero, sent, rng.randint(0, spent)))
+        writing = rng.randint(0, spent)
+        scan = rng.randint(0, spent - writing)
+        made.append(Round(at, at + spent, data, zero, sent, writing, scan))
         at += spent
     return made
 
@@ -293,7 +296,7 @@ def test_a_throttle_that_was_just_set_does_not_hide_the_rate_of_change() -> None
     # 21 000 pages a second are carried: half of that may change.
     assert needed_throttle(made, Limits()) == 48
     # In 2 s of running, 40 000: always others.  Up to the pause the vCPUs run for 1 s of 5.
-    third = Round(20_000 * MS, 30_000 * MS, 40_000, 0, 40_000 * PAGE_BYTES, 1, throttle=80)
+    third = Round(20_000 * MS, 30_000 * MS, 40_000, 0, 40_000 * PAGE_BYTES, 1, 1, throttle=80)
     assert outlook([*made, third], NPAGES, Limits()).last_pages == 20_000
     assert outlook([*made, third], NPAGES, Limits(), delay_ns=10_000 * MS).last_pages == 60_000
 
@@ -356,7 +359,8 @@ class Link:
             write_ns = pending * PAGE_BYTES * NS / self.rate
             end = at + self.scan_ns + int(write_ns)
             sent = int(pending * PAGE_BYTES)
-            made.append(Round(at, end, int(pending), 0, sent, int(write_ns), throttle=percent))
+            one = Round(at, end, int(pending), 0, sent, int(write_ns), self.scan_ns)
+            made.append(one._replace(throttle=percent))
             view = outlook(made, self.pages, limits)
             decision = decide(made, view, limits, end)
             if decision != GO_ON:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bhystream.guest import Fixed
-from bhystream.send import strides
+from bhystream.send import hostload, strides
 from bhystream.send.precopy import Outlook
 from bhystream.send.prediction import Prediction
 from bhystream.send.stopwatch import Parts
@@ -55,9 +55,34 @@ def test_each_part_is_corrected_by_its_own_experience(tmp_path: Path) -> None:
     made.parts(VIEW, 50)
     made.learn(Parts(3000, 680, 0, 1050))
     assert predicting(tmp_path).parts(VIEW, 50) == Parts(3000, 680, 0, 1050)
-    # Twice the scan and half of the way: the parts change with their measurements.
+    # Half of the scan and of the copy: the last pages change with their measurements.
     half = Outlook(last_pages=7, copy_ns=150, scan_ns=40)
     assert predicting(tmp_path).parts(half, 50).last_ns == 340
+    # A trip that took long this time says nothing about answers that were seen.
+    assert predicting(tmp_path).parts(VIEW, 5000).answers_ns == 1050
+
+
+LOADS = {False: b"1000000000 299000000 7\n", True: b"1000000000 301000000 7\n"}
+
+
+def test_a_busy_host_has_notes_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostload, "SCHEDSTAT", tmp_path / "schedstat")
+
+    def move(*, busy: bool, taken: Parts) -> tuple[Parts, list[int]]:
+        hostload.SCHEDSTAT.write_bytes(LOADS[busy])
+        told = [each.time_ns for each in predicting(tmp_path).foretell(80, 50)]
+        made = predicting(tmp_path)
+        found = made.parts(VIEW, 50)
+        made.learn(taken)
+        return found, told
+
+    idle, busy = Parts(3000, 680, 0, 1050), Parts(5000, 1360, 0, 9000)
+    move(busy=False, taken=idle)
+    # The notes of an idle host will do until there is one of a busy host.
+    assert move(busy=True, taken=busy) == (Parts(4800, 1088, 0, 1680), [4800, 128, 1680])
+    for _ in range(2):
+        assert move(busy=False, taken=idle) == (idle, [3000, 80, 1050])
+        assert move(busy=True, taken=busy) == (busy, [5000, 160, 9000])
 
 
 def test_what_one_kind_of_move_teaches_says_nothing_about_another(tmp_path: Path) -> None:

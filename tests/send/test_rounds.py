@@ -138,7 +138,7 @@ def test_no_signal_comes_between_the_record_and_the_throttle(
 def test_a_move_that_ends_in_a_round_says_what_would_fit_too(case: Case) -> None:
     """As far as the rounds before it show that."""
     assert case.rounds._late().hint.endswith("pause it anyway with -f")
-    first = Round(0, 10**9, 100, 0, 409_600, 10**9)
+    first = Round(0, 10**9, 100, 0, 409_600, 10**9, 0)
     case.rounds._found = [first, first._replace(start_ns=10**9, end_ns=2 * 10**9)]
     assert case.rounds._late().hint.endswith("-f\n-d 1000ms would fit")
 

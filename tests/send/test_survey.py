@@ -49,7 +49,7 @@ def test_a_survey_counts_pages(source: MemorySource, clock: Clock, rng: random.R
     clock.on_sleep = run
     extents = sum(page - 1 not in changed for page in changed)
     found = survey(source, source.head())
-    assert found == Survey(NPAGES, 250, 200, 30, extents, NS, 0)
+    assert found == Survey(NPAGES, 250, 200, 30, extents, NS, 0, 0)
     assert found.dirty_bytes == 30 * PAGE_BYTES
 
 
@@ -95,3 +95,4 @@ def test_the_scans_themselves_count_as_exposure(
     monkeypatch.setattr(source, "touched", slow)
     found = survey(source, source.head())
     assert (found.exposure_ns, found.scan_ns) == (NS + NS // 4, NS // 4)
+    assert found.scan_cpu_ns == NS // 4

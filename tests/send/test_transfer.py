@@ -368,6 +368,7 @@ def test_bytes_and_times_of_a_round_are_measured(
     found = sending.transfer.round(last=True)
     assert found.sent_bytes == sending.writer.offset_bytes - before
     assert 0 < found.write_ns < found.end_ns - found.start_ns
+    assert 0 < found.scan_ns < found.end_ns - found.start_ns
     sending.finish()
 
 
@@ -443,7 +444,7 @@ def test_the_rate_is_not_exceeded_over_a_round(
     assert abs(took_ns - due_ns) <= 1000  # rounding of each sleep
     assert clock.slept_ns == took_ns
     # The wait for -B counts as writing, and is no part of the scan.
-    assert found.write_ns == took_ns
+    assert (found.write_ns, found.scan_ns) == (took_ns, 0)
     sending.transfer.round(last=True)
     assert sending.finish().memory == source.contents()
 
@@ -505,6 +506,7 @@ def test_compressing_counts_as_writing(
     monkeypatch.setattr(sending.transfer, "_zstd", Slow())
     found = sending.transfer.round()
     assert found.write_ns == NS == found.end_ns - found.start_ns
+    assert found.scan_ns == 0
 
 
 # In place.

@@ -18,7 +18,7 @@ class Clock:
 
     A test sets the attributes.  now_ns: the time.  slept_ns: how long sleep() has slept in all.
     step_ns: how far each look at monotonic_ns() moves the clock first.  on_sleep: sleep() calls
-    this at its end.
+    this at its end.  The thread has a CPU whenever it does not sleep.
     """
 
     now_ns: int = 0
@@ -29,6 +29,9 @@ class Clock:
     def monotonic_ns(self) -> int:
         self.now_ns += self.step_ns
         return self.now_ns
+
+    def thread_time_ns(self) -> int:
+        return self.now_ns - self.slept_ns
 
     def monotonic(self) -> float:
         return self.now_ns / NS

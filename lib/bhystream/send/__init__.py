@@ -8,6 +8,7 @@ custody.py       the guest from its pause on: the acts on it, and what a failure
 stopwatch.py     the pause, measured and reported
 prediction.py    the pause, foretold
   experience.py  how far off earlier moves were
+  hostload.py    whether other processes keep the CPUs busy
 rounds.py        the rounds of one move
 throttle.py      the vCPUs held back in the rounds
 head.py          the header and the head sections

@@ -152,7 +152,7 @@ def _pause(
         is_early=is_early,
         is_verified=opts.verify,
     )
-    return made.foretell(found.scan_ns, asked.trip_ns)
+    return made.foretell(found.scan_cpu_ns, asked.trip_ns)
 
 
 def _report(

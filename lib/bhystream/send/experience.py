@@ -16,15 +16,24 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from bhystream import durable
 
-_KEPT = 5
+_KEPT = 7
 _MAX_PARTS = 64
 # A factor outside comes from an estimate that was no estimate.
 _LEAST, _MOST = 0.02, 50.0
-# What may stand in the file: a -p command, whose estimate is a second, may take days.
-_SMALLEST, _LARGEST = 0.001, 1e6
+# What may stand in the file: a time, whose estimate is a second, is that of answers within a
+# host or of a -p command that takes days.
+_SMALLEST, _LARGEST = 1e-6, 1e6
+
+
+class Like(NamedTuple):
+    """A part whose notes tell how long another part takes: so many times as long."""
+
+    part: str
+    times: float
 
 
 class Experience:
@@ -39,17 +48,24 @@ class Experience:
             if isinstance(found, dict):
                 self._notes = {part: _factors(noted) for part, noted in found.items()}
 
-    def factor(self, part: str) -> float:
-        """Return by what to multiply the estimate of a part, in bounds; 1.0 if nothing is known."""
-        return min(max(self.noted(part) or 1.0, _LEAST), _MOST)
+    def factor(self, part: str, like: Like | None = None) -> float:
+        """Return by what to multiply the estimate of a part, in bounds; 1.0 if nothing is known.
 
-    def noted(self, part: str) -> float | None:
-        """Return how many times its estimate a part usually took; None if nothing is known."""
+        like: as for noted().
+        """
+        return min(max(self.noted(part, like) or 1.0, _LEAST), _MOST)
+
+    def noted(self, part: str, like: Like | None = None) -> float | None:
+        """Return how many times its estimate a part usually took; None if nothing is known.
+
+        like: what tells it if no note is of the part.
+        """
         noted = sorted(self._notes.get(part, ()))
+        if not noted:
+            found = self.noted(like.part) if like else None
+            return found * like.times if like and found else None
         middle = len(noted) // 2
-        if len(noted) % 2:
-            return noted[middle]
-        return (noted[middle - 1] + noted[middle]) / 2 if noted else None
+        return noted[middle] if len(noted) % 2 else (noted[middle - 1] + noted[middle]) / 2
 
     def learn(self, part: str, estimated_ns: float, measured_ns: float) -> None:
         """Note what a part has taken."""

@@ -73,7 +73,8 @@ class Round(NamedTuple):
     start_ns, end_ns: monotonic clock.  data_pages: sent with bytes.
     zero_pages: stated as zero.  sent_bytes: stream bytes.  write_ns: the time of
     the round in write(2), in compressing, and in waiting for -B, which grows with
-    the number of pages sent, not with the size of the guest.  settle_ns: how long after
+    the number of pages sent, not with the size of the guest.  scan_ns: the CPU time of the
+    rest, which finds the pages: other processes do not make it longer.  settle_ns: how long after
     the round the destination had read the bytes that write(2) had taken; 0 if
     nobody has asked.  throttle: for how many percent of the round the vCPUs stood.
     """
@@ -84,13 +85,9 @@ class Round(NamedTuple):
     zero_pages: int
     sent_bytes: int
     write_ns: int
+    scan_ns: int
     settle_ns: int = 0
     throttle: int = 0
-
-    @property
-    def scan_ns(self) -> int:
-        """Return the time of the round without that of the pages that it sent."""
-        return max(self.end_ns - self.start_ns - self.write_ns, 0)
 
     @property
     def changed_pages(self) -> int:
@@ -109,7 +106,7 @@ class Outlook(NamedTuple):
     """What a stop now would mean.
 
     last_pages: the pages expected in the last dirty set.  copy_ns: the time to send
-    these pages.  scan_ns: the time to find them.
+    these pages.  scan_ns: the CPU time to find them.
     """
 
     last_pages: int
@@ -171,8 +168,8 @@ def outlook(rounds: Sequence[Round], npages: int, limits: Limits, *, delay_ns: i
     change is unknown, so all pages that round 0 sent are expected.
     """
     last = rounds[-1]
-    # The median, so that one scan on a busy host spoils nothing; of two the shorter, because
-    # the guest does not compete in the pause.  Round 0 also copies its pages.
+    # The median, so that one slow scan spoils nothing; of two the shorter, because the guest does
+    # not compete for memory bandwidth in the pause.  Round 0 also copies its pages.
     scans = sorted(one.scan_ns for one in rounds[1:] or rounds)
     scan_ns = scans[(len(scans) - 1) // 2]
     if len(rounds) == 1:
@@ -273,8 +270,8 @@ def forecast(
     while True:
         write_ns = int(pending * PAGE_BYTES * NS / rate)
         end = at + scan_ns + write_ns
-        sent_bytes = int(pending) * PAGE_BYTES
-        made.append(Round(at, end, int(pending), 0, sent_bytes, write_ns, throttle=percent))
+        sent = int(pending)
+        made.append(Round(at, end, sent, 0, sent * PAGE_BYTES, write_ns, scan_ns, throttle=percent))
         view = outlook(made, touched_pages, limits)
         decision = decide(made, view, limits, end)
         if decision == Decision.GIVE_UP:

@@ -28,7 +28,7 @@ class Survey(NamedTuple):
     touched_pages: allocated at the source.  data_pages: other than zero.
     changed_pages: changed between the scans, in changed_extents runs of pages.
     exposure_ns: from the start of one scan to that of the other.  scan_ns: the time
-    that the second scan took.
+    that the second scan took.  scan_cpu_ns: the CPU time of it.
     """
 
     npages: int
@@ -38,6 +38,7 @@ class Survey(NamedTuple):
     changed_extents: int
     exposure_ns: int
     scan_ns: int
+    scan_cpu_ns: int
 
     @property
     def dirty_bytes(self) -> float:
@@ -101,7 +102,7 @@ def survey(source: Readable, head: Head) -> Survey:
     _, data = scanner.scan()
     scanner.clear()
     time.sleep(_EXPOSURE_SECONDS)
-    second_ns = time.monotonic_ns()
+    second_ns, second_cpu_ns = time.monotonic_ns(), time.thread_time_ns()
     touched, changed = scanner.scan()
     return Survey(
         npages=scanner.npages,
@@ -111,4 +112,5 @@ def survey(source: Readable, head: Head) -> Survey:
         changed_extents=places(scanner.bits),
         exposure_ns=second_ns - first_ns,
         scan_ns=time.monotonic_ns() - second_ns,
+        scan_cpu_ns=time.thread_time_ns() - second_cpu_ns,
     )

@@ -232,10 +232,11 @@ class Transfer:
             return
         head = fmt.MEMORY_HEAD.pack(self._writer.rounds, batch.nextents, batch.npages, 0)
         payload = head + batch.list_view()
-        start_ns = time.monotonic_ns()
+        start_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()
         pages, flags = self._pages(way.segment)
         self._writer.section(Type.MEMORY, payload, flags=flags, body=pages)
         way.write_ns += time.monotonic_ns() - start_ns
+        way.write_cpu_ns += time.thread_time_ns() - cpu_ns
         way.data_pages += batch.npages
         way.zero_pages += batch.nzero
         batch.clear()
@@ -270,10 +271,11 @@ class _UnderWay:
         self.read = bitmap(npages)
         self.absent = False
         self.segment = 0  # where the pages of the batch lie
-        self.write_ns = self.data_pages = self.zero_pages = 0
+        self.write_ns = self.write_cpu_ns = self.data_pages = self.zero_pages = 0
         self._rate_bytes = rate_bytes
         self._start_bytes = writer.offset_bytes
         self._start_ns = time.monotonic_ns()
+        self._start_cpu_ns = time.thread_time_ns()
 
     def brake(self, offset_bytes: int) -> None:
         """Sleep until the bytes up to this offset of the stream are due."""
@@ -295,4 +297,5 @@ class _UnderWay:
             zero_pages=self.zero_pages,
             sent_bytes=offset_bytes - self._start_bytes,
             write_ns=self.write_ns,
+            scan_ns=time.thread_time_ns() - self._start_cpu_ns - self.write_cpu_ns,
         )
