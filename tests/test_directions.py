@@ -26,6 +26,7 @@ PARTS: dict[str, str] = {
     "guest": "",
     "beneath": "",
     "threads": "",
+    "urgent": "",
     "strict_json": "errors",
     "durable": "errors strict_json",
     "signals": "errors",
@@ -59,13 +60,13 @@ PARTS: dict[str, str] = {
         " hypervisors"
     ),
     "send": (
-        "errors units guest commandline strict_json durable inherited signals threads report start"
-        " memory"
+        "errors units guest commandline strict_json durable inherited signals threads urgent report"
+        " start memory"
         " stream backend.base backend.process hypervisors handover"
     ),
     "recv": (
-        "errors units guest commandline durable inherited signals threads report start memory"
-        " stream"
+        "errors units guest commandline durable inherited signals threads urgent report start"
+        " memory stream"
         " backend.base backend.process hypervisors handover"
     ),
     "demo": "errors units inherited standin",

@@ -36,6 +36,7 @@ class Kind(Enum):
     CLOCK = "move a guest's clocks wrongly"
     BUTTON = "make SIGTERM mean something else to a guest that has moved"
     SPLICE = "give away pages that change"
+    URGENT = "give a priority away, or keep it"
 
 
 @dataclass(frozen=True)

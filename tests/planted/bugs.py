@@ -15,6 +15,7 @@ from planted import (
     parsers,
     records,
     supervised,
+    urgent,
 )
 from planted.bug import Bug, Kind
 
@@ -31,6 +32,7 @@ _MODULES = (
     hashes,
     clocks,
     buttons,
+    urgent,
 )
 _ORDER = list(Kind)
 

@@ -210,10 +210,10 @@ BUGS = (
         Kind.RECORD,
         "plain form: the guest is started before it is recorded",
         "recv/incoming.py",
-        "            self._arrival.record(building.record(), STARTED)\n"
-        "            building.start(standstill)\n",
-        "            building.start(standstill)\n"
-        "            self._arrival.record(building.record(), STARTED)\n",
+        "        self._arrival.record(building.record(), STARTED)\n"
+        "        building.start(standstill)\n",
+        "        building.start(standstill)\n"
+        "        self._arrival.record(building.record(), STARTED)\n",
         ("cli/test_power_cut.py::test_a_stream_that_may_have_run_is_not_started_again",),
     ),
     Bug(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from bhystream import hypervisors
 from bhystream.backend.base import Target
-from bhystream.errors import ChecksumError, GuestError
+from bhystream.errors import BhyError, ChecksumError, GuestError
 from bhystream.guest import PAGE_BYTES, Head, Json, State
 from bhystream.handover import state
 from bhystream.handover.answers import unpack
@@ -30,6 +31,7 @@ from bhystream.report import Console
 from bhystream.signals import Signals
 from bhystream.stream.format import Form
 from bhystream.stream.verify import Walk
+from support.scheduling import OTHER, URGENT, policy
 from support.streams import ANSWERED, DATA, ZERO, Maker
 
 GOLDEN = Path(__file__).parents[1] / "data"
@@ -207,6 +209,20 @@ def test_what_the_guest_can_wait_for_comes_after_the_news_that_it_runs(
     incoming = incoming_of("plain.bhys", sink, base, monkeypatch)
     incoming.run()
     assert sink.done == ["load", "start", "RUNNING", "settle"]
+    incoming.close()
+
+
+@pytest.mark.parametrize(("stream", "expected"), [("answered.bhys", URGENT), ("plain.bhys", OTHER)])
+def test_a_load_is_urgent_if_the_source_waits_for_it(
+    stream: str, expected: int, base: Path, back: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who receives from a file has no paused guest that waits."""
+    sink, policies = Sink(), []
+    monkeypatch.setattr(Sink, "load", lambda self, states: policies.append(policy(0)))
+    incoming = incoming_of(stream, sink, base, monkeypatch)
+    with suppress(BhyError):  # the golden GO is for another READY
+        incoming.run()
+    assert (policies, policy(0)) == ([expected], OTHER)
     incoming.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -41,6 +42,7 @@ class Case:
         ready = Ready(Answer(ID, "HELLO", ("hv2/a1", "/d")), bytes(16))
         self.talk = Noting(self.calls, await_ready=ready, await_outcome=(Event.DOUBT, "no answer"))
         self.talk.host = "hv2"  # type: ignore[attr-defined]
+        self.talk.route = Mock(thread_id=None)  # type: ignore[attr-defined]
         self.custody = Noting(self.calls, doubt=RuntimeError("in doubt"))
         self.custody.record = None  # type: ignore[attr-defined]
         self.rounds = Noting(self.calls)

@@ -38,6 +38,7 @@ from bhystream.recv.standstill import Standstill
 from bhystream.stream.format import Form, RoundEnd, Type
 from bhystream.stream.verify import Disks, Ended, Go, Hashes, Item, Pad, Pages, Rehearsal
 from bhystream.units import counted, duration, size
+from bhystream.urgent import urgently
 
 
 class Incoming:
@@ -67,34 +68,41 @@ class Incoming:
             raise UsageError("the stream is a dry run (bhysend -n): read it with bhyrecv -n")
         require_startable(job.opts, job.walk, job.records)
         events = self._events()
-        with job.signals.at_waits():
-            building = self._accept(events)
-            ended, standstill = self._build(building, events)
-            job.seen(now=True)
-            building.load()
-            building.require_disks()
-        if job.opts.directory is not None:
-            building.start(standstill)
-            what = f"its snapshot files are made: {building.operand}"
-        elif job.is_answered:
-            self._await_go(building, standstill, events)
-            what = "it runs here"
-        elif job.opts.unstarted:
-            self._say_too_late("the guest is loaded")
-            self._arrival.record(building.record(), LOADED)
-            building.sink.leave_paused()
-            what = "loaded, paused"
-        else:
-            self._say_too_late("the guest is started")
-            self._arrival.record(building.record(), STARTED)
-            building.start(standstill)
-            what = "it runs here"
-        self.is_let_go = True
-        self._arrival.say_running()
-        standstill.end()
+        with contextlib.ExitStack() as waited_for:
+            with job.signals.at_waits():
+                building = self._accept(events)
+                ended, standstill = self._build(building, events)
+                if job.is_answered:
+                    waited_for.enter_context(urgently())
+                job.seen(now=True)
+                building.load()
+                building.require_disks()
+            what = self._finish(building, standstill, events)
+            self.is_let_go = True
+            self._arrival.say_running()
+            standstill.end()
         if not job.opts.unstarted:
             building.sink.settle()
         self._say_end(building, what, ended, standstill)
+
+    def _finish(self, building: Building, standstill: Standstill, events: Iterator[Item]) -> str:
+        """Start the guest, or leave it as the operator wants; return where it is now."""
+        job = self._job
+        if job.opts.directory is not None:
+            building.start(standstill)
+            return f"its snapshot files are made: {building.operand}"
+        if job.is_answered:
+            self._await_go(building, standstill, events)
+            return "it runs here"
+        if job.opts.unstarted:
+            self._say_too_late("the guest is loaded")
+            self._arrival.record(building.record(), LOADED)
+            building.sink.leave_paused()
+            return "loaded, paused"
+        self._say_too_late("the guest is started")
+        self._arrival.record(building.record(), STARTED)
+        building.start(standstill)
+        return "it runs here"
 
     def undo(self, error: BhyError) -> BhyError:
         """Leave the host as it was found, and say so in the error's hint.

@@ -107,6 +107,11 @@ class Route:
         self._rendezvous.start()
 
     @property
+    def thread_id(self) -> int | None:
+        """Return the native id of the thread that takes answers, None before start()."""
+        return self._rendezvous.thread_id
+
+    @property
     def answer_fd(self) -> int:
         """Return the descriptor of a command's answers, -1 for -a.  The keeper inherits it."""
         return self._command.answer_fd if self._command else -1

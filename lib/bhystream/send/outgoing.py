@@ -39,6 +39,7 @@ from bhystream.send.stopwatch import Stopwatch
 from bhystream.stream import format as fmt
 from bhystream.stream.format import Form, Header, Type
 from bhystream.stream.writer import Writer
+from bhystream.urgent import urgently
 
 _STDOUT = 1
 
@@ -258,6 +259,26 @@ class Outgoing:
         the answer to GO leaves doubt: the guest then stays paused, and its record in GO.
         """
         start_ns = time.monotonic_ns()
+        with urgently(talk.route.thread_id):
+            event, why = self._await_outcome(talk, custody, rounds)
+        self._watch.stop()
+        self._watch.note(answers_ns=time.monotonic_ns() - start_ns)
+        try:
+            custody.settle(event, f"{talk.host}: {why}")
+        except GuestEndedError as gone:
+            raise GuestEndedError(f"{talk.host}: {why}; and here: {gone}") from gone
+        self._job.signals.forget()
+        if event == Event.FAILED:
+            raise GuestError(f"{talk.host}: {why}")
+        if event == Event.DOUBT:
+            raise custody.doubt(f"it was to start on {talk.host}, and {why}")
+        self._say_end(f"it runs on {talk.host}, and is gone here", begun, rounds)
+        return EXIT_OK
+
+    def _await_outcome(
+        self, talk: Conversation, custody: Custody, rounds: Rounds
+    ) -> tuple[Event, str]:
+        """Write END, and after READY GO; return what the answer to GO means, and its reason."""
         talk.refuse_early_ready()
         custody.require_paused()
         # END starts nothing here: until GO any failure or signal resumes the guest.
@@ -275,20 +296,7 @@ class Outgoing:
         talk.commit()
         # From here on only the answer decides, unless GO is not written whole.
         custody.go(ready)
-        event, why = talk.await_outcome()
-        self._watch.stop()
-        self._watch.note(answers_ns=time.monotonic_ns() - start_ns)
-        try:
-            custody.settle(event, f"{talk.host}: {why}")
-        except GuestEndedError as gone:
-            raise GuestEndedError(f"{talk.host}: {why}; and here: {gone}") from gone
-        self._job.signals.forget()
-        if event == Event.FAILED:
-            raise GuestError(f"{talk.host}: {why}")
-        if event == Event.DOUBT:
-            raise custody.doubt(f"it was to start on {talk.host}, and {why}")
-        self._say_end(f"it runs on {talk.host}, and is gone here", begun, rounds)
-        return EXIT_OK
+        return talk.await_outcome()
 
     def _say_end(self, what: str, begun: Begun, rounds: Rounds) -> None:
         is_answered = begun.talk is not None

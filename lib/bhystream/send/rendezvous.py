@@ -120,6 +120,11 @@ class Rendezvous:
         self._parsers[fd] = Parser(self._id, self._on_noise)
         self._selector.register(fd, selectors.EVENT_READ, partial(self._take, fd))
 
+    @property
+    def thread_id(self) -> int | None:
+        """Return the native id of the thread, None before start()."""
+        return self._thread.native_id
+
     def start(self) -> None:
         """Start the thread, the first one of the program beside the main thread."""
         threads.start(self._thread)
