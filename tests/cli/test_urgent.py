@@ -1,4 +1,4 @@
-"""From END to the answer that the guest runs both programs are urgent, and nobody else ever is.
+"""From END to the answer that the guest runs the programs are urgent, and nobody else ever is.
 
 The rounds, the state, a command of -p and the guest have their turns on the CPUs as all others do.
 """
@@ -45,6 +45,8 @@ def test_who_is_urgent(host: Host, small: Traveller, gate: Gate, point: str, urg
             until(lambda: is_gone(bhyrecv) or policies(bhyrecv) == {OTHER}, "bhyrecv's policy")
         else:
             assert policies(bhyrecv) == {receiver}
+        third = URGENT if point in ("GO", "RUNNING") else OTHER  # it has seen READY
+        until(lambda: policies(attempt.pid("third")) == {third}, "the third stage's policy")
         others = [attempt.keeper] if attempt.keeper else []
         if point == "paused":
             others.append(attempt.pid("hook"))

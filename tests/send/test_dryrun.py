@@ -230,7 +230,7 @@ HOOK = "zfs send secret"
 
 def learned(base: Path, where: str = "hv2", hook: str | None = None) -> None:
     """Note a move whose state took 7.9 ms, whose scan took twice as long, and so on."""
-    made = Prediction(lambda: FIXED, base, KIND, where, hook, is_early=FIXED.is_early)
+    made = Prediction(lambda: FIXED, base, KIND, where, hook, 1 << 20, is_early=FIXED.is_early)
     made.parts(Outlook(1, 10**6, 4 * 10**6 * made.nthreads), 10**6)
     made.learn(Parts(7_900_000, 10_000_000, 12 * NS, 90_000_000))
 
@@ -248,7 +248,7 @@ def test_the_pause_is_what_it_was_in_earlier_moves(
     source: MemorySource, clock: Clock, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     clock.step_ns = (
-        2 * 10**6 * Prediction(lambda: FIXED, tmp_path, KIND, "", None, is_early=False).nthreads
+        2 * 10**6 * Prediction(lambda: FIXED, tmp_path, KIND, "", None, 1, is_early=False).nthreads
     )
     assert parts_of(source, capfd, tmp_path).startswith(
         "state 8.0 ms (assumed), last scan 2.0 ms (grows with the memory), "
@@ -259,6 +259,25 @@ def test_the_pause_is_what_it_was_in_earlier_moves(
         "state 7.9 ms (as in earlier moves), last scan 4.0 ms (as in earlier moves, grows with the"
         " memory), last pages 0.0 ms at -B, answers unknown (no destination was asked)"
     )
+
+
+def test_a_scan_that_waits_for_a_cpu_does_not_make_the_pause_longer(
+    source: MemorySource,
+    clock: Clock,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    touched = source.touched
+
+    def slow() -> Iterator[tuple[int, int]]:
+        clock.preempt(NS // 4)
+        return touched()
+
+    monkeypatch.setattr(source, "touched", slow)
+    assert "last scan 0.0 ms" in parts_of(source, capfd, tmp_path)
+    dry_run(source, Limits(), Console("x"), machine=False, base=tmp_path)
+    assert "a scan takes 250 ms" in capfd.readouterr().err
 
 
 def test_a_hook_is_known_after_its_first_run(
@@ -278,7 +297,9 @@ def test_a_destination_that_is_asked_answers_as_before(tmp_path: Path) -> None:
                            ("hv2", Foretold("answers", 90_000_000, EARLIER)),
                            ("", Foretold("answers", -1, UNKNOWN))):  # fmt: skip
         learned(tmp_path)
-        made = Prediction(lambda: FIXED, tmp_path, KIND, where, None, is_early=FIXED.is_early)
+        made = Prediction(
+            lambda: FIXED, tmp_path, KIND, where, None, 1 << 20, is_early=FIXED.is_early
+        )
         assert made.foretell(100, 5)[2] == answers
 
 

@@ -13,6 +13,7 @@ from bhystream.send.precopy import Outlook
 from bhystream.send.prediction import Prediction
 from bhystream.send.stopwatch import Parts
 
+GIB, MS = 1 << 30, 1_000_000
 VIEW = Outlook(last_pages=7, copy_ns=300, scan_ns=80)
 
 
@@ -22,9 +23,16 @@ def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strides, "_cpus", lambda: 64)
 
 
+@pytest.fixture(autouse=True)
+def idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing says that the host is busy."""
+    monkeypatch.setattr(hostload, "SCHEDSTAT", tmp_path / "schedstat")
+
+
 def predicting(base: Path, *, vcpus: int = 1, **given: Any) -> Prediction:
     """Return the prediction of a move to "hv2" by two threads."""
-    wanted = {"kind": "qemu", "where": "hv2", "is_early": True, "hook": None, **given}
+    usual = {"kind": "qemu", "where": "hv2", "is_early": True, "hook": None, "memory_bytes": GIB}
+    wanted = {**usual, **given}
     return Prediction(lambda: Fixed(1000, 2000, vcpus), base, **wanted)
 
 
@@ -58,16 +66,46 @@ def test_each_part_is_corrected_by_its_own_experience(tmp_path: Path) -> None:
     # Half of the scan and of the copy: the last pages change with their measurements.
     half = Outlook(last_pages=7, copy_ns=150, scan_ns=40)
     assert predicting(tmp_path).parts(half, 50).last_ns == 340
-    # A trip that took long this time says nothing about answers that were seen.
-    assert predicting(tmp_path).parts(VIEW, 5000).answers_ns == 1050
+
+
+def answers_ns(base: Path, trip_ms: int, taken_ms: int = 0) -> int:
+    """Return how long the answers of a move shall take, which then take some time."""
+    made = predicting(base)
+    found = made.parts(VIEW, trip_ms * MS).answers_ns
+    foretold = predicting(base).foretell(80, trip_ms * MS)[2]
+    assert foretold.time_ns == found
+    if taken_ms:
+        made.learn(Parts(1000, 340, 0, taken_ms * MS))
+    return found
+
+
+def test_answers_take_what_they_took_and_a_long_way(tmp_path: Path) -> None:
+    assert answers_ns(tmp_path, 5, taken_ms=30) == 10 * MS + 2000
+    # A trip within a site is a part of what the answers took.
+    assert answers_ns(tmp_path, 1) == answers_ns(tmp_path, 10) == 30 * MS
+    # A longer one, or a filter that holds much back, comes on top, and does not stay.
+    assert answers_ns(tmp_path, 710, taken_ms=1430) == 1430 * MS
+    assert answers_ns(tmp_path, 1) == 30 * MS
+
+
+@pytest.mark.parametrize("given", [{"is_early": False}, {"is_verified": True}])
+def test_answers_that_wait_for_the_memory_depend_on_its_size(
+    given: dict[str, bool], tmp_path: Path
+) -> None:
+    made = predicting(tmp_path, memory_bytes=GIB, **given)
+    made.parts(VIEW, 50)
+    made.learn(Parts(1000, 340, 0, 9000))
+    answers = {
+        gib: predicting(tmp_path, memory_bytes=gib * GIB, **given).parts(VIEW, 50).answers_ns
+        for gib in (1, 2, 64)
+    }
+    assert answers == {1: 9000, 2: 2100, 64: 2100}
 
 
 LOADS = {False: b"1000000000 299000000 7\n", True: b"1000000000 301000000 7\n"}
 
 
-def test_a_busy_host_has_notes_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hostload, "SCHEDSTAT", tmp_path / "schedstat")
-
+def test_a_busy_host_has_notes_of_its_own(tmp_path: Path) -> None:
     def move(*, busy: bool, taken: Parts) -> tuple[Parts, list[int]]:
         hostload.SCHEDSTAT.write_bytes(LOADS[busy])
         told = [each.time_ns for each in predicting(tmp_path).foretell(80, 50)]

@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -483,6 +484,35 @@ def test_the_brake_holds_during_the_round_not_at_its_end(
     for sent, at_ns in seen:
         # A batch is at most two batches ahead of its turn: a border may cut one of them short.
         assert (sent - 2 * BATCH_PAGES) * PAGE_BYTES * NS <= at_ns << 20
+
+
+def test_waits_for_a_cpu_are_no_part_of_the_scan(
+    tmp_path: Path,
+    source: MemorySource,
+    rng: random.Random,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scribble(source, rng, 30)
+    sending = Sending(tmp_path / "s", source, on_batch=lambda done, sent: clock.preempt(NS))
+    section = sending.writer.section
+
+    written = 0
+
+    def slow(type_: Type, *args: Any, **given: Any) -> None:
+        nonlocal written
+        if type_ == Type.MEMORY:
+            clock.preempt(2 * NS)
+            clock.now_ns += 7
+            written += 1
+        section(type_, *args, **given)
+
+    monkeypatch.setattr(sending.writer, "section", slow)
+    found = sending.transfer.round(last=True)
+    assert written
+    assert found.end_ns - found.start_ns == written * (3 * NS + 7)
+    assert (found.write_ns, found.scan_ns) == (written * (2 * NS + 7), 0)
+    sending.finish()
 
 
 def test_compressing_counts_as_writing(

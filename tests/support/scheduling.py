@@ -17,6 +17,8 @@ def _urgent() -> int:
     """Return the policy of an urgent thread: the usual one where nobody may choose another."""
     if not _RESET_ON_FORK:
         return OTHER
+    if os.getpriority(os.PRIO_PROCESS, 0):
+        return OTHER
     try:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     except PermissionError:
@@ -26,3 +28,5 @@ def _urgent() -> int:
 
 
 URGENT = _urgent()
+# That of the tests themselves.
+NICE = os.getpriority(os.PRIO_PROCESS, 0)

@@ -146,6 +146,11 @@ class Building:
         seed = self._job.walk.header.seed
         self._comparison = Comparison(self.sink.disks(), sampled, seed)
 
+    @property
+    def thread_id(self) -> int | None:
+        """Return the native id of the thread that compares disks, None if none does."""
+        return self._comparison.thread_id if self._comparison else None
+
     def require_disks(self) -> None:
         """Raise IncompatibleError if a disk here is not the source's; with -f, say so.
 

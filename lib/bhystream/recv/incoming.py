@@ -73,7 +73,7 @@ class Incoming:
                 building = self._accept(events)
                 ended, standstill = self._build(building, events)
                 if job.is_answered:
-                    waited_for.enter_context(urgently())
+                    waited_for.enter_context(urgently(building.thread_id))
                 job.seen(now=True)
                 building.load()
                 building.require_disks()

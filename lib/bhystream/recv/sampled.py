@@ -37,6 +37,11 @@ class Comparison:
         except RuntimeError:  # a limit of the system
             self._compare()
 
+    @property
+    def thread_id(self) -> int | None:
+        """Return the native id of the thread that compares, None if none does."""
+        return self._thread.native_id if self._thread.is_alive() else None
+
     def reasons(self) -> list[str]:
         """Wait for the end; return the reasons why these are not the guest's disks."""
         if self._thread.ident is not None:

@@ -149,6 +149,7 @@ def _pause(
         kind,
         asked.host,
         opts.hook,
+        head.layout.npages * PAGE_BYTES,
         is_early=is_early,
         is_verified=opts.verify,
     )

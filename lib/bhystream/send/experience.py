@@ -5,7 +5,8 @@ also takes what no measurement before the pause shows: the vCPUs stand still, ot
 threads scan, files are synced, the destination's hypervisor loads.  So after a move
 bhysend notes how many times the estimate each part has taken, and the median of the
 last notes corrects the next estimate.  The median, because one busy moment then
-spoils no later prediction.
+spoils no later prediction.  A time is noted as how many times a second it is.  A part
+without notes of its own may have those of a part that is Like it.
 
 The notes only make a prediction better: whatever is wrong with their file, a move goes
 on without them.

@@ -74,7 +74,8 @@ class Round(NamedTuple):
     zero_pages: stated as zero.  sent_bytes: stream bytes.  write_ns: the time of
     the round in write(2), in compressing, and in waiting for -B, which grows with
     the number of pages sent, not with the size of the guest.  scan_ns: the CPU time of the
-    rest, which finds the pages: other processes do not make it longer.  settle_ns: how long after
+    rest, which finds the pages: other processes do not make it longer, and neither do reads of
+    memory that was swapped out.  settle_ns: how long after
     the round the destination had read the bytes that write(2) had taken; 0 if
     nobody has asked.  throttle: for how many percent of the round the vCPUs stood.
     """

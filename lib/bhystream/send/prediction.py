@@ -9,10 +9,10 @@
                 destination and back, for END and GO, and the usual load
 
 experience.py corrects the estimates of state and last pages by how far they were off in
-earlier moves of the same kind.  The answers are not corrected but taken as they were: a
-trip, measured once, changes more from one look to the next than the answers do.  Moves on a
-busy host and moves on an idle one are two kinds, see hostload.py; the first of its kind learns
-from the other.
+earlier moves of the same kind.  The answers are taken as they were, but for the trips that this
+move has measured: a short trip changes more from one look to the next than the answers do, so
+only what is longer counts.  Moves on a busy host and moves on an idle one are two kinds, see
+hostload.py; the first of its kind learns from the other.
 
 A dry run has neither rehearsed nor sent anything.  It foretells the parts that it can: from
 its own scan, and from how long the state and the answers of earlier moves have taken.
@@ -30,11 +30,13 @@ from bhystream.send.hostload import HostLoad
 from bhystream.send.precopy import Outlook
 from bhystream.send.stopwatch import Parts
 from bhystream.send.strides import threads_for
-from bhystream.units import NS, counted
+from bhystream.units import NS, counted, size
 
 # How many times as long a part takes on a busy host.  Measured with a busy loop for each CPU:
 # the state 1.4 times, the last pages 2.0, the answers 1.6.
 _BUSY = 1.6
+# The two trips of a near destination, which are a part of its answers.
+_NEAR_NS = 20_000_000
 
 MEASURED, EARLIER, ASSUMED, UNKNOWN = "measured", "earlier", "assumed", "unknown"
 
@@ -57,6 +59,7 @@ class Prediction:
         kind: str,
         where: str,
         hook: str | None,
+        memory_bytes: int,
         *,
         is_early: bool,
         is_verified: bool = False,
@@ -64,8 +67,9 @@ class Prediction:
         """Read what earlier moves have taught.
 
         fixed: the source's.  base: the state directory.  kind: the hypervisor, "bhyve".
-        where: the destination's host; "" if nobody answers.  hook: -p.  is_early: the
-        destination starts its hypervisor before the pause.  is_verified: --verify.
+        where: the destination's host; "" if nobody answers.  hook: -p.  memory_bytes: the
+        guest's memory size.  is_early: the destination starts its hypervisor before the pause.
+        is_verified: --verify.
         """
         self._fixed = fixed
         self.nthreads = threads_for(fixed().vcpus)
@@ -78,10 +82,12 @@ class Prediction:
         self._last = f"last pages of {kind} by {counted(self.nthreads, 'thread')}{hashed}"
         # How many scans by one thread take as long as those of the pause.
         self._scans = 1 / self.nthreads + is_verified
-        # The destination may still compare the memory when END is written.
-        self._answers = f"answers of {kind} on {where}{late}{hashed}" if where else ""
+        # The destination may still compare the memory when END is written, or then load it.
+        of = f", up to {size(1 << (memory_bytes - 1).bit_length())}" if late or hashed else ""
+        self._answers = f"answers of {kind} on {where}{late}{hashed}{of}" if where else ""
         self._hook = "" if hook is None else _digest(hook)
         self._estimates: dict[str, float] = {}
+        self._far_ns = 0
 
     def parts(self, view: Outlook, trip_ns: int) -> Parts:
         """Return the parts of a pause that begins now.
@@ -98,10 +104,9 @@ class Prediction:
             int(estimate * self._experience.factor(*self._kinds(part)))
             for part, estimate in self._estimates.items()
         )
-        answers_ns = 0
-        if self._answers:
-            answers_ns = self._earlier_ns(self._answers) or 2 * trip_ns + fixed.load_ns
-        hook_ns = int(NS * (self._experience.noted(self._hook) or 0.0))
+        answers = self._foretell_answers(trip_ns, fixed)
+        answers_ns = max(answers.time_ns, 0)
+        hook_ns = int(NS * (self._experience.noted(self._hook) or 0.0)) if self._hook else 0
         return Parts(state_ns, last_ns, max(hook_ns - last_ns, 0), answers_ns)
 
     def foretell(self, scan_ns: int, trip_ns: int) -> list[Foretold]:
@@ -118,10 +123,7 @@ class Prediction:
             self._as_before("state", self._state, fixed.state_ns),
             Foretold("scan", scan_ns, EARLIER if self._experience.noted(*known) else MEASURED),
         ]
-        unknown = Foretold("answers", -1, UNKNOWN)
-        if self._answers:
-            unknown = self._as_before("answers", self._answers, 2 * trip_ns + fixed.load_ns)
-        found.append(unknown)
+        found.append(self._foretell_answers(trip_ns, fixed))
         if self._hook:
             noted = self._experience.noted(self._hook)
             hook = Foretold("hook", -1, UNKNOWN)
@@ -133,7 +135,7 @@ class Prediction:
         taken = {
             self._state: measured.state_ns,
             self._last: measured.last_ns,
-            self._answers: measured.answers_ns,
+            self._answers: measured.answers_ns - self._far_ns,
         }
         if self._estimates:
             for part, estimate in self._estimates.items():
@@ -153,6 +155,15 @@ class Prediction:
     def _earlier_ns(self, part: str) -> int:
         """Return how long a part took in earlier moves, 0 if that is not known."""
         return int(NS * (self._experience.noted(*self._kinds(_in_seconds(part))) or 0.0))
+
+    def _foretell_answers(self, trip_ns: int, fixed: Fixed) -> Foretold:
+        """Return the time of the answers; remember how much of it is a long way."""
+        if not self._answers:
+            return Foretold("answers", -1, UNKNOWN)
+        self._far_ns = max(2 * trip_ns - _NEAR_NS, 0)
+        usual_ns = min(2 * trip_ns, _NEAR_NS) + fixed.load_ns
+        near = self._as_before("answers", self._answers, usual_ns)
+        return near._replace(time_ns=near.time_ns + self._far_ns)
 
     def _as_before(self, name: str, part: str, usual_ns: int) -> Foretold:
         """Return how long a part took in earlier moves, or else what is usual."""

@@ -55,6 +55,7 @@ class Rounds:
             str(head.host["hypervisor"]),
             begun.host if begun.talk else "",
             job.opts.hook,
+            head.layout.npages * PAGE_BYTES,
             is_early=bool(prepared.plan),
             is_verified=job.opts.verify,
         )

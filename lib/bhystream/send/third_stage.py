@@ -28,6 +28,7 @@ from bhystream.report import Console
 from bhystream.send.recovery import Recovery
 from bhystream.send.rendezvous import READ_BYTES, connect
 from bhystream.signals import Ended, Interrupts
+from bhystream.urgent import urgently
 
 _STDIN = 0
 _LOOK_SECONDS = 0.5
@@ -110,7 +111,12 @@ class ThirdStage:
 
     def relay(self) -> None:
         """Hand on answers to the end of the input, or until soon after bhysend's status."""
-        until = None
+        # A paused guest waits for what comes from READY on.
+        with contextlib.ExitStack() as waited_for:
+            self._relay(waited_for)
+
+    def _relay(self, waited_for: contextlib.ExitStack) -> None:
+        until, is_urgent = None, False
         while watched := self._watched():
             # A signal that comes just before select() does not end it, so it never waits for long.
             left = _LOOK_SECONDS if until is None else max(until - time.monotonic(), 0.0)
@@ -121,7 +127,11 @@ class ThirdStage:
                 self._bhysend.hear()
             if _STDIN in ready:
                 self._read()
+            if "READY" in self._words and not is_urgent:
+                waited_for.enter_context(urgently())
+                is_urgent = True
             if self.status() is not None and until is None:
+                waited_for.close()
                 until = time.monotonic() + self._drain_seconds
                 self._interrupts.obey()
 
