@@ -27,9 +27,9 @@ def test_one_busy_moment_spoils_nothing(tmp_path: Path) -> None:
     assert made.factor("state") == 2.0
 
 
-def test_a_change_that_lasts_is_learned_in_four_moves(tmp_path: Path) -> None:
+def test_a_change_that_lasts_is_learned_in_three_moves(tmp_path: Path) -> None:
     made = Experience(tmp_path)
-    for taken in (10, 10, 10, 10, 10, 10, 10, 40, 40, 40, 40):
+    for taken in (10, 10, 10, 10, 10, 40, 40, 40):
         made.learn("state", 10, taken)
     assert made.factor("state") == 4.0
 

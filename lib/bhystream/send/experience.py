@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from bhystream import durable
 
-_KEPT = 7
+_KEPT = 5
 _MAX_PARTS = 64
 # A factor outside comes from an estimate that was no estimate.
 _LEAST, _MOST = 0.02, 50.0
