@@ -57,8 +57,9 @@ def fault(cell: Cell, attempt: Attempt, full: Path) -> Iterator[None]:
 def _terminate(who: str, attempt: Attempt) -> None:
     """Send SIGTERM, and wait until it has an effect, if it has one that can be seen."""
     pid = attempt.pid(who)
+    is_ignored = ignores(pid, signal.SIGTERM)  # afterwards the process may be gone
     os.kill(pid, signal.SIGTERM)
-    if ignores(pid, signal.SIGTERM) or who in ("source", "destination"):
+    if is_ignored or who in ("source", "destination"):
         return
     if who == "third" and attempt.point != "HELLO":
         return  # from the first answer on it says nothing, and goes on
