@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 OTHER = os.SCHED_OTHER
+# The nice value of the tests themselves.
+NICE = os.getpriority(os.PRIO_PROCESS, 0)
 _RESET_ON_FORK = getattr(os, "SCHED_RESET_ON_FORK", 0)
 
 
@@ -15,9 +17,7 @@ def policy(id_: int) -> int:
 
 def _urgent() -> int:
     """Return the policy of an urgent thread: the usual one where nobody may choose another."""
-    if not _RESET_ON_FORK:
-        return OTHER
-    if os.getpriority(os.PRIO_PROCESS, 0):
+    if not _RESET_ON_FORK or NICE:
         return OTHER
     try:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
@@ -28,5 +28,3 @@ def _urgent() -> int:
 
 
 URGENT = _urgent()
-# That of the tests themselves.
-NICE = os.getpriority(os.PRIO_PROCESS, 0)

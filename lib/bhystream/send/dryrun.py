@@ -149,7 +149,7 @@ def _pause(
         kind,
         asked.host,
         opts.hook,
-        head.layout.npages * PAGE_BYTES,
+        head.layout.size_bytes,
         is_early=is_early,
         is_verified=opts.verify,
     )

@@ -104,8 +104,7 @@ class Prediction:
             int(estimate * self._experience.factor(*self._kinds(part)))
             for part, estimate in self._estimates.items()
         )
-        answers = self._foretell_answers(trip_ns, fixed)
-        answers_ns = max(answers.time_ns, 0)
+        answers_ns = max(self._foretell_answers(trip_ns, fixed).time_ns, 0)
         hook_ns = int(NS * (self._experience.noted(self._hook) or 0.0)) if self._hook else 0
         return Parts(state_ns, last_ns, max(hook_ns - last_ns, 0), answers_ns)
 
@@ -122,8 +121,8 @@ class Prediction:
         found = [
             self._as_before("state", self._state, fixed.state_ns),
             Foretold("scan", scan_ns, EARLIER if self._experience.noted(*known) else MEASURED),
+            self._foretell_answers(trip_ns, fixed),
         ]
-        found.append(self._foretell_answers(trip_ns, fixed))
         if self._hook:
             noted = self._experience.noted(self._hook)
             hook = Foretold("hook", -1, UNKNOWN)
@@ -152,10 +151,6 @@ class Prediction:
         idle, busy = part, f"{part}, busy host"
         return (busy, Like(idle, _BUSY)) if self._is_busy else (idle, Like(busy, 1 / _BUSY))
 
-    def _earlier_ns(self, part: str) -> int:
-        """Return how long a part took in earlier moves, 0 if that is not known."""
-        return int(NS * (self._experience.noted(*self._kinds(_in_seconds(part))) or 0.0))
-
     def _foretell_answers(self, trip_ns: int, fixed: Fixed) -> Foretold:
         """Return the time of the answers; remember how much of it is a long way."""
         if not self._answers:
@@ -167,8 +162,10 @@ class Prediction:
 
     def _as_before(self, name: str, part: str, usual_ns: int) -> Foretold:
         """Return how long a part took in earlier moves, or else what is usual."""
-        earlier_ns = self._earlier_ns(part)
-        return Foretold(name, earlier_ns or usual_ns, EARLIER if earlier_ns else ASSUMED)
+        noted = self._experience.noted(*self._kinds(_in_seconds(part)))
+        if noted is None:
+            return Foretold(name, usual_ns, ASSUMED)
+        return Foretold(name, int(NS * noted), EARLIER)
 
 
 def _in_seconds(part: str) -> str:

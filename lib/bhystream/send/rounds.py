@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from bhystream.backend.base import Prepared
 from bhystream.errors import DowntimeError, InputOutputError
-from bhystream.guest import PAGE_BYTES, Head
+from bhystream.guest import Head
 from bhystream.report import Progress
 from bhystream.send.job import Begun, SendJob
 from bhystream.send.precopy import Decision, Outlook, Round, cures, decide, next_throttle, outlook
@@ -31,7 +31,7 @@ _MORE = "it runs on here; allow more with -d, -r or -T, or pause it anyway with 
 
 
 class Rounds:
-    """The rounds of one move."""
+    """The rounds of one move.  memory_bytes: the guest's memory size."""
 
     def __init__(
         self,
@@ -49,13 +49,14 @@ class Rounds:
         self._progress = progress
         self._watch = watch
         self._plan = prepared.plan
+        self.memory_bytes = head.layout.size_bytes
         self._prediction = Prediction(
             job.source.fixed,
             job.base,
             str(head.host["hypervisor"]),
             begun.host if begun.talk else "",
             job.opts.hook,
-            head.layout.npages * PAGE_BYTES,
+            self.memory_bytes,
             is_early=bool(prepared.plan),
             is_verified=job.opts.verify,
         )
@@ -86,11 +87,6 @@ class Rounds:
         if not self._throttle.most:
             return ""
         return f"throttled by {self._throttle.most} % for {duration(self._throttle.took_ns)}"
-
-    @property
-    def memory_bytes(self) -> int:
-        """Return the guest's memory size."""
-        return self._transfer.npages * PAGE_BYTES
 
     def done(self) -> int:
         """Return a count that grows with the pages read and the bytes written."""
