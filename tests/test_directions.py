@@ -29,11 +29,12 @@ PARTS: dict[str, str] = {
     "urgent": "",
     "strict_json": "errors",
     "durable": "errors strict_json",
-    "signals": "errors",
+    "handlers": "",
+    "signals": "errors handlers",
     "inherited": "errors",
     "commandline": "errors",
     "report": "errors units guest",
-    "start": "errors signals report",
+    "start": "errors handlers signals report",
     "memory": "errors guest",
     "stream": "errors guest strict_json threads memory",
     # These are not backends: engine and backends agree on base, and find processes by process.
@@ -69,7 +70,7 @@ PARTS: dict[str, str] = {
         " memory stream"
         " backend.base backend.process hypervisors handover"
     ),
-    "demo": "errors units inherited standin",
+    "demo": "errors units handlers inherited standin",
 }
 
 # Modules that only declare what both sides have, and do nothing.

@@ -32,9 +32,8 @@ import tty
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-from bhystream import inherited
+from bhystream import handlers, inherited
 from bhystream.errors import BhyError, GuestError, ending, from_oserror
 from bhystream.standin.stage import PlayedHost, Stage
 from bhystream.units import duration
@@ -339,7 +338,7 @@ class Interrupted(BaseException):
         self.number = number
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(number: int) -> None:
     raise Interrupted(number)
 
 
@@ -351,7 +350,7 @@ def main() -> int:
 
 def _run() -> int:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+        handlers.install(number, _interrupt)
     start_ns = time.monotonic_ns()
     try:
         with Stage(_NEEDED_BYTES) as stage:

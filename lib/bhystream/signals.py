@@ -8,7 +8,8 @@ it becomes one only where the work waits for a hypervisor, and calls check().
 
 watching(), ticking() and until() use the one alarm timer of the process, and do not
 nest.  A program uses Signals or Interrupts, never both.  Before it has one of them,
-end_early() lets a signal end it.
+end_early() lets a signal end it.  handlers.py puts a signal off that comes where an
+exception would be lost.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from bhystream import handlers
 from bhystream.errors import InputOutputError, InternalError, Interrupted
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
@@ -52,17 +54,22 @@ def end_early(hint: str) -> None:
 
 
 def _taken() -> list[int]:
+    """Return the numbers to take over from end_early(), which first gets what was put off."""
+    handlers.deliver()
     return [number for number in _INTERRUPTS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _end_by(numbers: list[int], hint: str) -> None:
-    def end(number: int, frame: FrameType | None) -> None:
+    def obey() -> None:
+        for number in numbers:
+            handlers.install(number, end, obey)
+
+    def end(number: int) -> None:
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)
         raise Ended(signal.Signals(number).name, hint)
 
-    for number in numbers:
-        signal.signal(number, end)
+    obey()
 
 
 def ignore_all() -> None:
@@ -88,11 +95,11 @@ class Signals:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, _too_late)
         for number in _taken():  # HUP that nohup(1) ignores stays ignored
-            signal.signal(number, self._interrupt)
+            handlers.install(number, self._interrupt, self._reopen)
         for number in _REPORTS:
             signal.signal(number, self._report)
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+    def _interrupt(self, number: int) -> None:
         self._pending = signal.Signals(number).name
         if self._open:
             self._raise()
@@ -107,6 +114,9 @@ class Signals:
         name, self._pending = self._pending, ""
         self._open = False
         raise Interrupted(f"interrupted by {name}")
+
+    def _reopen(self) -> None:
+        self._open = True
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -172,14 +182,14 @@ class Signals:
         """
         seen = progress()
 
-        def look(number: int, frame: FrameType | None) -> None:
+        def look(number: int) -> None:
             nonlocal seen
             if progress() == seen and self._open:
                 self._open = False
                 raise InputOutputError(f"nothing was taken from the stream for {seconds} s")
             seen = progress()
 
-        with self._alarm(look, seconds, seconds), self.interruptible():
+        with self._alarm(look, seconds, seconds, self._reopen), self.interruptible():
             yield
 
     @contextlib.contextmanager
@@ -187,7 +197,7 @@ class Signals:
         """Call `tell` every `seconds` in this block, also out of a blocked call."""
         is_open = True
 
-        def tick(number: int, frame: FrameType | None) -> None:
+        def tick(number: int) -> None:
             # A signal that was on its way when the block was left must not
             # raise: GO may be half recorded by then.
             if is_open:
@@ -207,7 +217,7 @@ class Signals:
         also out of a blocked write(2); raises, or returns the seconds to its next call.
         """
 
-        def look(number: int, frame: FrameType | None) -> None:
+        def look(number: int) -> None:
             # _open is not set yet if the deadline passed before the block began.
             signal.setitimer(signal.ITIMER_REAL, give_up() if self._open else _SOON_S)
 
@@ -218,9 +228,15 @@ class Signals:
 
     @contextlib.contextmanager
     def _alarm(
-        self, act: Callable[[int, FrameType | None], None], first_s: float, interval_s: float = 0.0
+        self,
+        act: Callable[[int], None],
+        first_s: float,
+        interval_s: float = 0.0,
+        undo: Callable[[], None] = lambda: None,
     ) -> Iterator[None]:
         """Call act after first_s, and then every interval_s, if that is not 0.
+
+        undo: as for handlers.install().
 
         The process has one such timer, so these blocks may not nest: the inner block
         would end the outer one's limit.  Raises InternalError if they do.
@@ -228,7 +244,7 @@ class Signals:
         if self._has_alarm:
             raise InternalError("a limit of time begins inside another")
         self._has_alarm = True
-        signal.signal(signal.SIGALRM, act)
+        handlers.install(signal.SIGALRM, act, undo)
         signal.setitimer(signal.ITIMER_REAL, first_s, interval_s)
         try:
             yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 
+from bhystream import handlers
 from bhystream.errors import as_error, keep_reserve
 from bhystream.signals import Ended, end_early, ignore_all
 
@@ -23,7 +24,9 @@ def run(name: str, package: str) -> int:
     try:
         end_early(_NOTHING[package])
         keep_reserve()
-        return int(importlib.import_module(f"bhystream.{package}.main").main())
+        program = importlib.import_module(f"bhystream.{package}.main")
+        handlers.deliver()
+        return int(program.main())
     except (Ended, MemoryError, OSError, ImportError, SystemError) as raised:
         # Else main() reports it.  A program without memory fails at any line, in an import too.
         error = raised.as_error() if isinstance(raised, Ended) else as_error(raised)

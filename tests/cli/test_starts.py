@@ -17,8 +17,8 @@ pytestmark = pytest.mark.standin
 # The modules of ours that a dry run of a guest of the stand-in uses.
 USED = {
     "bhystream": (
-        "beneath commandline durable errors guest hypervisors inherited report signals strict_json"
-        " units"
+        "beneath commandline durable errors guest handlers hypervisors inherited report signals"
+        " strict_json units"
     ),
     "bhystream.handover": "prune standing state",
     "bhystream.send": (

@@ -37,6 +37,7 @@ class Kind(Enum):
     BUTTON = "make SIGTERM mean something else to a guest that has moved"
     SPLICE = "give away pages that change"
     URGENT = "give a priority away, or keep it"
+    LOST = "lose a Ctrl-C, or let it reach another"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from planted import (
     disks,
     handshake,
     hashes,
+    interrupts,
     lengths,
     memory,
     parsers,
@@ -33,6 +34,7 @@ _MODULES = (
     clocks,
     buttons,
     urgent,
+    interrupts,
 )
 _ORDER = list(Kind)
 

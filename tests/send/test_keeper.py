@@ -107,6 +107,45 @@ def test_a_keeper_survives_what_ends_a_pipeline(
     assert capfd.readouterr().err == ""
 
 
+FLOODED = """
+import os, signal, sys, threading
+from pathlib import Path
+from bhystream.handover.state import Lock
+from send.test_keeper import RECORD
+from bhystream.send.keeper import Keeper
+names = ("INT", "HUP", "TERM", "QUIT", "TSTP")
+numbers = [getattr(signal, f"SIG{name}") for name in names]
+for number in numbers:
+    signal.signal(number, lambda *_: None)
+is_over = threading.Event()
+def flood():
+    while not is_over.is_set():
+        for number in numbers:
+            os.killpg(0, number)
+threading.Thread(target=flood).start()
+base = Path(sys.argv[1])
+lock = Lock(base, RECORD.lock, "guest web1")
+try:
+    for _ in range(5):
+        assert Keeper(base, RECORD, lock).dismiss() == 0
+finally:
+    is_over.set()
+"""
+
+
+def test_a_keeper_that_starts_survives_it_too(base: Path) -> None:
+    """A key on the terminal reaches the process before the process has its own session."""
+    done = subprocess.run(
+        [sys.executable, "-c", FLOODED, str(base)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_keeper_has_its_own_session_and_pins_no_directory(base: Path, lock: Lock) -> None:
     made = Keeper(base, RECORD, lock)
     try:

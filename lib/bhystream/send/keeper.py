@@ -36,6 +36,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ _RETRY_SECONDS = 0.2
 # On FreeBSD each look runs ps(1), so the keeper looks less often there.
 _LOOK_SECONDS = 5.0 if sys.platform.startswith("freebsd") else 1.0
 _STOPPED_SECONDS = 10.0
-# The signals that would end or stop the keeper, and that a process can ignore.
+# The signals that would end or stop the keeper, and that a process can ignore.  Linux has no
+# SIGINFO.
 _IGNORED = ("SIGINT", "SIGHUP", "SIGTERM", "SIGQUIT", "SIGTSTP", "SIGUSR1", "SIGUSR2", "SIGINFO")
 
 
@@ -88,7 +90,7 @@ class Keeper:
             raise GuestError(f"{failure}: {error.strerror}") from error
         try:
             # Close bhysend's copy of the keeper's end: each side reads EOF if the other dies.
-            with theirs:
+            with theirs, _blocked():
                 self._process = subprocess.Popen(
                     [*inherited.program("send.keeper"), str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
@@ -155,14 +157,35 @@ def _receive(peer: socket.socket, size: int) -> bytes:
     return data
 
 
+@contextlib.contextmanager
+def _blocked() -> Iterator[None]:
+    """Let a keeper that is started in this block get no signal before it ignores the signals.
+
+    The keeper is of our process group until it has its own session, and a key on the terminal
+    would end it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ignored())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ignored() -> list[signal.Signals]:
+    return [getattr(signal, name) for name in _IGNORED if hasattr(signal, name)]
+
+
+def _ignore() -> None:
+    for number in _ignored():
+        signal.signal(number, signal.SIG_IGN)
+
+
 def main(argv: list[str]) -> int:
     """Keep one guest, as the keeper's process; return the exit status.
 
     argv[1]: the number of the descriptor of the socket to bhysend.
     """
-    for name in _IGNORED:
-        if hasattr(signal, name):  # Linux has no SIGINFO
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    _ignore()
     with contextlib.suppress(OSError):
         # Linux then kills the keeper last when memory runs out; only root may set this.
         Path("/proc/self/oom_score_adj").write_bytes(b"-900")
@@ -365,5 +388,6 @@ def _tell(console: Console, found: Record, event: Event, base: Path | None) -> N
 
 
 if __name__ == "__main__":
+    _ignore()  # take() lets through what bhysend has blocked, and gives some signals back
     inherited.take()
     sys.exit(main(sys.argv))
