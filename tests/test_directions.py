@@ -31,10 +31,10 @@ PARTS: dict[str, str] = {
     "durable": "errors strict_json",
     "handlers": "",
     "signals": "errors handlers",
-    "inherited": "errors",
+    "inherited": "errors signals",
     "commandline": "errors",
     "report": "errors units guest",
-    "start": "errors handlers signals report",
+    "start": "errors signals report",
     "memory": "errors guest",
     "stream": "errors guest strict_json threads memory",
     # These are not backends: engine and backends agree on base, and find processes by process.
@@ -70,7 +70,7 @@ PARTS: dict[str, str] = {
         " memory stream"
         " backend.base backend.process hypervisors handover"
     ),
-    "demo": "errors units handlers inherited standin",
+    "demo": "errors units signals inherited standin",
 }
 
 # Modules that only declare what both sides have, and do nothing.

@@ -12,8 +12,12 @@ from contextlib import AbstractContextManager
 
 import pytest
 
+from bhystream import signals as module
 from bhystream.errors import DowntimeError, InputOutputError, InternalError, Interrupted
 from bhystream.signals import Ended, Interrupts, Signals, end_early, ignore_all
+from bhystream.units import NS
+from support.clock import Clock
+from support.ending import ended
 from support.waiting import wait_until_full
 
 INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
@@ -29,6 +33,19 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    return made
+
+
+def later(clock: Clock, seconds: float) -> None:
+    """Let the time pass, and the alarm come."""
+    clock.now_ns += round(seconds * NS)
+    signal.raise_signal(signal.SIGALRM)
 
 
 @pytest.mark.parametrize("number", INTERRUPTS)
@@ -133,64 +150,73 @@ def test_a_report_can_be_had_at_any_time() -> None:
 # A transport that accepts nothing while the guest is paused.
 
 
-def test_standing_still_is_an_error() -> None:
+def test_standing_still_is_an_error(clock: Clock) -> None:
     signals = Signals()
     with pytest.raises(InputOutputError, match="nothing was taken from the stream for 1000 s"):  # noqa: SIM117
         with signals.watching(lambda: 7, 1000):
-            signal.raise_signal(signal.SIGALRM)
+            later(clock, 999)
+            later(clock, 1)
             pytest.fail("went on")
 
 
-def test_progress_is_none() -> None:
+def test_progress_is_none(clock: Clock) -> None:
     signals = Signals()
     count = 0
     with signals.watching(lambda: count, 1000):
         for _ in range(5):
             count += 1
-            signal.raise_signal(signal.SIGALRM)
+            later(clock, 1000)
 
 
-def test_standing_still_after_progress_is_an_error() -> None:
+def test_standing_still_after_progress_is_an_error(clock: Clock) -> None:
     signals = Signals()
     count = 0
     with pytest.raises(InputOutputError), signals.watching(lambda: count, 1000):
+        later(clock, 500)
         count += 1
-        signal.raise_signal(signal.SIGALRM)
-        signal.raise_signal(signal.SIGALRM)
+        later(clock, 600)
+        later(clock, 999)
+        later(clock, 1)
+        pytest.fail("went on")
+
+
+def assert_looks_again() -> None:
+    """Assert that the alarm comes by itself, and more than once."""
+    left, interval = signal.getitimer(signal.ITIMER_REAL)
+    assert 0 < left <= module._TICK_S
+    assert interval == module._TICK_S
 
 
 def test_the_alarm_comes_by_itself_and_ends_with_the_block() -> None:
     signals = Signals()
     with signals.watching(lambda: 0, 1000):
-        left, interval = signal.getitimer(signal.ITIMER_REAL)
-        assert 0 < left <= 1000
-        assert interval == 1000
+        assert_looks_again()
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     signal.raise_signal(signal.SIGALRM)  # a late alarm has no effect
 
 
-def test_ticks_come_by_themselves_and_end_with_the_block() -> None:
+def test_ticks_come_at_their_time_and_end_with_the_block(clock: Clock) -> None:
     told: list[int] = []
     with Signals().ticking(lambda: told.append(1), 1000):
-        left, interval = signal.getitimer(signal.ITIMER_REAL)
-        assert 0 < left <= 1000
-        assert interval == 1000
-        for _ in range(3):
-            signal.raise_signal(signal.SIGALRM)
+        assert_looks_again()
+        for number in range(3):
+            later(clock, 999)
+            assert len(told) == number
+            later(clock, 1)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    signal.raise_signal(signal.SIGALRM)  # a late alarm has no effect
+    later(clock, 1000)  # a late alarm has no effect
     assert told == [1, 1, 1]
 
 
-def test_what_a_tick_raises_ends_the_block_and_the_ticks() -> None:
+def test_what_a_tick_raises_ends_the_block_and_the_ticks(clock: Clock) -> None:
     def give_up() -> None:
         raise InputOutputError("nothing was taken")
 
     with pytest.raises(InputOutputError), Signals().ticking(give_up, 1000):
-        signal.raise_signal(signal.SIGALRM)
+        later(clock, 1000)
         pytest.fail("went on")
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    signal.raise_signal(signal.SIGALRM)
+    later(clock, 1000)
 
 
 # A deadline.
@@ -200,15 +226,17 @@ def out_of_time() -> float:
     raise DowntimeError("-T is over")
 
 
-def test_the_time_is_over_by_itself_and_ends_with_the_block() -> None:
+def test_the_time_is_over_by_itself_and_ends_with_the_block(clock: Clock) -> None:
     signals = Signals()
-    with signals.until(time.monotonic() + 1000, out_of_time):
-        left, interval = signal.getitimer(signal.ITIMER_REAL)
-        assert 990 < left <= 1000
-        assert interval == 0
+    with signals.until(1000, out_of_time):
+        assert_looks_again()
+        later(clock, 999)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    signal.raise_signal(signal.SIGALRM)  # a late alarm has no effect
+    later(clock, 1000)  # a late alarm has no effect
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    with pytest.raises(DowntimeError), signals.until(3000, out_of_time):
+        later(clock, 1001)
+        pytest.fail("went on")
 
 
 def test_another_thread_ends_the_time_and_only_within_the_block() -> None:
@@ -235,34 +263,36 @@ def test_a_deferred_signal_raises_at_the_end_of_its_part() -> None:
         pass
 
 
-def test_the_time_is_not_over_in_a_deferred_part() -> None:
+def test_the_time_is_not_over_in_a_deferred_part(clock: Clock) -> None:
     signals = Signals()
     done: list[str] = []
-    with pytest.raises(DowntimeError), signals.until(time.monotonic() + 1000, out_of_time):
+    with pytest.raises(DowntimeError), signals.until(1000, out_of_time):
         with signals.deferred():
-            signal.raise_signal(signal.SIGALRM)
+            later(clock, 1000)
             done.append("the part")
-        threading.Event().wait(60)
+        later(clock, 1)
+        pytest.fail("went on")
     assert done == ["the part"]
 
 
 def test_a_time_that_is_over_already_is_over_at_once() -> None:
     with pytest.raises(DowntimeError), Signals().until(time.monotonic() - 1, out_of_time):
-        threading.Event().wait(60)
+        time.sleep(60)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_who_does_not_give_up_is_asked_again() -> None:
+def test_who_does_not_give_up_is_asked_again(clock: Clock) -> None:
     asked: list[int] = []
 
     def give_up() -> float:
         asked.append(1)
         return 1000
 
-    with Signals().until(time.monotonic() + 2000, give_up):
-        signal.raise_signal(signal.SIGALRM)
-        assert 990 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1000
-        signal.raise_signal(signal.SIGALRM)
+    with Signals().until(2000, give_up):
+        later(clock, 2000)
+        later(clock, 999)
+        assert asked == [1]
+        later(clock, 1)
     assert asked == [1, 1]
 
 
@@ -306,10 +336,12 @@ class Helper(threading.Thread):
     def __init__(self, fd: int, number: signal.Signals, finish: threading.Event) -> None:
         super().__init__()
         self.fd, self.number, self.finish = fd, number, finish
+        self.clock = Clock()
         self.sent = threading.Event()
 
     def run(self) -> None:
         wait_until_full(self.fd)
+        self.clock.now_ns += 1000 * NS
         signal.pthread_kill(threading.main_thread().ident or 0, self.number)
         self.sent.set()
         # If the signal does not end the write within this time, the test fails, and does not hang.
@@ -319,11 +351,15 @@ class Helper(threading.Thread):
 
 
 def blocked_write(
-    points: AbstractContextManager[None], number: signal.Signals, finish: threading.Event
+    points: AbstractContextManager[None],
+    number: signal.Signals,
+    finish: threading.Event,
+    clock: Clock | None = None,
 ) -> None:
-    """Write to a full pipe, and get a signal during the write."""
+    """Write to a full pipe, and get a signal during the write, 1000 s later by the clock."""
     theirs, ours = os.pipe()
     helper = Helper(theirs, number, finish)
+    helper.clock = clock or helper.clock
     helper.start()
     try:
         with points:
@@ -375,41 +411,40 @@ def test_after_a_limit_of_time_within_a_block_it_ticks_again(limit: str) -> None
         "ticking": signals.ticking(lambda: None, 1000),
     }
     with signals.interruptible():
-        before = signal.getitimer(signal.ITIMER_REAL)[1]
-        assert before > 0
+        assert_looks_again()
         with limits[limit]:
-            assert signal.getitimer(signal.ITIMER_REAL)[0] > 900
-        assert signal.getitimer(signal.ITIMER_REAL)[1] == before
+            assert_looks_again()
+        assert_looks_again()
         with signals.interruptible():
             pass
-        assert signal.getitimer(signal.ITIMER_REAL)[1] == before
+        assert_looks_again()
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_standing_still_ends_a_blocked_write() -> None:
+def test_standing_still_ends_a_blocked_write(clock: Clock) -> None:
     finish = threading.Event()
     with pytest.raises(InputOutputError, match="nothing was taken"):
-        blocked_write(Signals().watching(lambda: 0, 1000), signal.SIGALRM, finish)
+        blocked_write(Signals().watching(lambda: 0, 1000), signal.SIGALRM, finish, clock)
 
 
-def test_the_end_of_the_time_ends_a_blocked_write() -> None:
+def test_the_end_of_the_time_ends_a_blocked_write(clock: Clock) -> None:
     finish = threading.Event()
     with pytest.raises(DowntimeError):
-        blocked_write(Signals().until(time.monotonic() + 1000, out_of_time), signal.SIGALRM, finish)
+        blocked_write(Signals().until(1000, out_of_time), signal.SIGALRM, finish, clock)
 
 
-def test_a_tick_that_raises_ends_a_blocked_write() -> None:
+def test_a_tick_that_raises_ends_a_blocked_write(clock: Clock) -> None:
     def give_up() -> None:
         raise InputOutputError("nothing was taken")
 
     finish = threading.Event()
     with pytest.raises(InputOutputError, match="nothing was taken"):
-        blocked_write(Signals().ticking(give_up, 1000), signal.SIGALRM, finish)
+        blocked_write(Signals().ticking(give_up, 1000), signal.SIGALRM, finish, clock)
 
 
-def test_a_tick_that_raises_nothing_does_not_end_a_blocked_write() -> None:
+def test_a_tick_that_raises_nothing_does_not_end_a_blocked_write(clock: Clock) -> None:
     finish = threading.Event()
-    blocked_write(Signals().ticking(finish.set, 1000), signal.SIGALRM, finish)
+    blocked_write(Signals().ticking(finish.set, 1000), signal.SIGALRM, finish, clock)
     assert finish.is_set()
 
 
@@ -484,14 +519,14 @@ def test_outside_of_such_a_block_a_wait_goes_on() -> None:
 @pytest.mark.parametrize("number", INTERRUPTS)
 def test_it_ends_once_with_a_hint(number: signal.Signals) -> None:
     end_early("nothing was begun")
-    with pytest.raises(Ended) as caught:
+    with ended(number) as errors:
         signal.raise_signal(number)
     for again in INTERRUPTS:
         signal.raise_signal(again)
-    error = caught.value.as_error()
+    [error] = errors
     assert (str(error), error.hint) == (f"interrupted by {number.name}", "nothing was begun")
     assert error.status == 75
-    assert not isinstance(caught.value, Exception)  # no part of the program takes it for its own
+    assert not issubclass(Ended, Exception)  # no part of the program takes it for its own
 
 
 def test_what_is_ignored_stays_ignored_by_both() -> None:
@@ -511,7 +546,7 @@ def test_during_its_short_act_it_says_what_came_and_then_ends_again() -> None:
     signal.raise_signal(signal.SIGTSTP)
     assert told == ["SIGINT", "SIGTERM"]
     interrupts.obey()
-    with pytest.raises(Ended, match="SIGHUP"):
+    with ended(signal.SIGHUP):
         signal.raise_signal(signal.SIGHUP)
 
 

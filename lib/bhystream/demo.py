@@ -23,7 +23,6 @@ import pty
 import re
 import select
 import shlex
-import signal
 import subprocess
 import sys
 import termios
@@ -33,8 +32,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bhystream import handlers, inherited
+from bhystream import inherited
 from bhystream.errors import BhyError, GuestError, ending, from_oserror
+from bhystream.signals import Ended, end_early
 from bhystream.standin.stage import PlayedHost, Stage
 from bhystream.units import duration
 
@@ -330,18 +330,6 @@ def _follow(
     return said.decode(errors="replace"), heard_ns[1] - heard_ns[0]
 
 
-class Interrupted(BaseException):
-    """A signal asked the demonstration to stop; the stage is taken down on the way out."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-def _interrupt(number: int) -> None:
-    raise Interrupted(number)
-
-
 def main() -> int:
     """Run the demonstration; return its exit status."""
     with inherited.taken():
@@ -349,8 +337,7 @@ def main() -> int:
 
 
 def _run() -> int:
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        handlers.install(number, _interrupt)
+    end_early("")
     start_ns = time.monotonic_ns()
     try:
         with Stage(_NEEDED_BYTES) as stage:
@@ -361,9 +348,9 @@ def _run() -> int:
         error = from_oserror(raised, "run the demo") if isinstance(raised, OSError) else raised
         sys.stderr.write(f"demo: FAILED: {error}\n")
         return error.status
-    except Interrupted as stopped:
-        sys.stderr.write(f"demo: interrupted by {signal.Signals(stopped.number).name}\n")
-        return 128 + stopped.number
+    except Ended as ended:
+        sys.stderr.write(f"demo: {ended.as_error()}\n")
+        return 128 + ended.number
     return 0
 
 

@@ -1,107 +1,53 @@
-"""Handlers of signals that raise, and whose exceptions are not lost.
+"""Where a handler of a signal may raise, and whether what it raised is still on its way.
 
 Python calls a handler between any two instructions, and some of them are a bad place to raise:
 
-- In a callback of a weak reference, or in a finalizer, Python prints the exception and goes on.
-- In an import some C code replaces it with an error of its own, and a module that an exception
-  has left half imported may not be imported again.
+- In an import, C code replaces the exception with an error of its own, and a module that an
+  exception has left half imported may not be imported again.  So handlers ask Imports.go_on().
+- In a finalizer or a callback of a weak reference, Python prints the exception or forgets it, and
+  goes on.  Nothing tells such a place beforehand, so handlers look again later: is_handled().
 
-The signal would be lost then: measured, one Ctrl-C in a hundred while a program starts.  So in
-such a place the signal is put off: it is sent again a moment later, until it comes in a good one.
-A program that goes on to its next step calls deliver() first.
+Without this one Ctrl-C in a hundred was lost while a program started.
 """
 
 from __future__ import annotations
 
-import _thread
-import signal
 import sys
 import time
-from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sys import UnraisableHookArgs
-
-_LATER_S = 0.01
+# How long after a signal that came at a bad place to look again.
+SOON_S = 0.01
+# An import that takes longer may never end, as on a file system that hangs.
+_IMPORT_S = 1.0
 _IMPORT = "<frozen importlib._bootstrap>"
-_PUT_OFF = "_bhystream_put_off"
 
 
-class _Drops:
-    """Python's reports of exceptions that it dropped."""
+class Imports:
+    """The imports in which no handler raises."""
 
     def __init__(self) -> None:
-        self.is_reporting = False
+        """Begin; none has been seen."""
+        self._since_s: float | None = None
 
-    def report(self, dropped: UnraisableHookArgs) -> None:
-        """Put off the signal whose handler raised the exception, or report it as Python does."""
-        put_off = getattr(dropped.exc_value, _PUT_OFF, None)
-        if put_off is None:
-            sys.__unraisablehook__(dropped)
-            return
-        # What a handler raised in here would be dropped too, without a report.
-        self.is_reporting = True
-        put_off()
-        self.is_reporting = False
+    def go_on(self, frame: FrameType | None) -> bool:
+        """Say whether a module is being imported in a handler's frame, or in one that waits for it.
 
-
-_drops = _Drops()
-_put_off: set[int] = set()
-
-
-def install(
-    number: int, handle: Callable[[int], None], undo: Callable[[], None] = lambda: None
-) -> None:
-    """Let handle(number), which may raise, handle a signal.  Main thread only.
-
-    undo: called if Python dropped what handle raised; undoes what handle did before.
-    """
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        _put_off.discard(number)
-        if _drops.is_reporting or _imports(frame):
-            _send_later(number)
-            return
-        try:
-            handle(number)
-        except BaseException as raised:
-            setattr(raised, _PUT_OFF, put_off)
-            raise
-
-    def put_off() -> None:
-        undo()
-        _send_later(number)
-
-    sys.unraisablehook = _drops.report
-    signal.signal(number, handler)
+        An import that a handler has seen for a second does not count any more.
+        """
+        while frame is not None and frame.f_code.co_filename != _IMPORT:
+            frame = frame.f_back
+        if frame is None:
+            self._since_s = None
+            return False
+        now_s = time.monotonic()
+        self._since_s = now_s if self._since_s is None else self._since_s
+        return now_s - self._since_s < _IMPORT_S
 
 
-def deliver() -> None:
-    """Let the handlers of the signals that are put off raise here."""
-    for number in tuple(_put_off):
-        signal.raise_signal(number)
-
-
-def _imports(frame: FrameType | None) -> bool:
-    """Say whether a module is being imported in this frame, or in one that waits for it."""
-    while frame and frame.f_code.co_filename != _IMPORT:
-        frame = frame.f_back
-    return frame is not None
-
-
-def _send_later(number: int) -> None:
-    """Send a signal to the main thread, which calls this, a moment later.
-
-    By a thread, because the one alarm timer of the process may be in use.  The module
-    threading may be what is being imported.
-    """
-    _put_off.add(number)
-    main = _thread.get_ident()
-
-    def send() -> None:
-        time.sleep(_LATER_S)
-        signal.pthread_kill(main, number)
-
-    _thread.start_new_thread(send, ())
+def is_handled(error: BaseException) -> bool:
+    """Say whether an except or finally clause has this exception now, or one that came of it."""
+    found = sys.exc_info()[1]
+    while found is not None and found is not error:
+        found = found.__context__
+    return found is not None

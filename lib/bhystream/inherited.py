@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from bhystream.errors import from_oserror
+from bhystream.signals import deliver
 
 # How a closed standard stream is opened: reading and writing fail as before, but
 # no file gets the stream's number.  What is written to standard error is dropped.
@@ -149,6 +150,7 @@ def _read_as_bytes() -> None:
     if sys.flags.utf8_mode or sys.getfilesystemencoding() == "utf-8" or not sys.executable:
         return
     words = [_bytes_of(word) for word in sys.orig_argv]
+    deliver()  # else a signal that came meanwhile would end with this program
     os.execv(_bytes_of(sys.executable), [words[0], b"-X", b"utf8", *words[1:]])
 
 

@@ -8,8 +8,11 @@ it becomes one only where the work waits for a hypervisor, and calls check().
 
 watching(), ticking() and until() use the one alarm timer of the process, and do not
 nest.  A program uses Signals or Interrupts, never both.  Before it has one of them,
-end_early() lets a signal end it.  handlers.py puts a signal off that comes where an
-exception would be lost.
+end_early() lets a signal end it.
+
+No signal is lost: where handlers.py calls the place a bad one, the exception is raised a moment
+later, and if Python has dropped an exception, it is raised again.  SIGALRM means "look again",
+and may come at any time.
 """
 
 from __future__ import annotations
@@ -19,30 +22,71 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
-from bhystream import handlers
-from bhystream.errors import InputOutputError, InternalError, Interrupted
+from bhystream.errors import BhyError, InputOutputError, InternalError, Interrupted
+from bhystream.handlers import SOON_S, Imports, is_handled
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 _REPORTS = [getattr(signal, name) for name in ("SIGUSR1", "SIGINFO") if hasattr(signal, name)]
-_SOON_S = 0.01
 _TICK_S = 0.5
+_RAISED_S = 10.0
 
 
 class Ended(BaseException):
     """A signal ends a program that may be ended anywhere.
 
-    No Exception, so that no part of a program takes it for a failure of its own.  hint: what
-    the operator has to know, for a line of its own; may be "".
+    No Exception, so that no part of a program takes it for a failure of its own.  number: the
+    signal.  hint: what the operator has to know, for a line of its own; may be "".  Who catches
+    it calls as_error().
     """
 
-    def __init__(self, name: str, hint: str) -> None:
-        super().__init__(f"interrupted by {name}")
+    def __init__(self, number: int, hint: str) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.number = number
         self.hint = hint
+        self.has_arrived = False
 
     def as_error(self) -> Interrupted:
-        """Return the error to report."""
+        """Return the error to report.  From then on the exception is not raised again."""
+        self.has_arrived = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
         return Interrupted(str(self), self.hint)
+
+
+class _Ending:
+    """Lets signals raise Ended, wherever the program is, and the next ones do nothing."""
+
+    def __init__(self, numbers: list[int], hint: str) -> None:
+        self._numbers = numbers
+        self._hint = hint
+        self._raised: Ended | None = None
+        self._imports = Imports()
+        signal.signal(signal.SIGALRM, self._look)
+        for number in numbers:
+            signal.signal(number, self._end)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        for each in self._numbers:
+            signal.signal(each, signal.SIG_IGN)
+        self._raised = Ended(number, self._hint)
+        self.deliver(frame)
+
+    def _look(self, number: int, frame: FrameType | None) -> None:
+        self.deliver(frame)
+
+    def deliver(self, frame: FrameType | None = None) -> None:
+        """Raise Ended if a signal has come, unless it is on its way or has arrived."""
+        error = self._raised
+        if error is None or error.has_arrived:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            return
+        signal.setitimer(signal.ITIMER_REAL, SOON_S, SOON_S)
+        if not is_handled(error) and not self._imports.go_on(frame):
+            raise error
+
+
+_ending: _Ending | None = None
 
 
 def end_early(hint: str) -> None:
@@ -50,26 +94,21 @@ def end_early(hint: str) -> None:
 
     A signal that is ignored now stays ignored.
     """
-    _end_by(_taken(), hint)
+    global _ending
+    _ending = _Ending(_taken(), hint)
+
+
+def deliver() -> None:
+    """Raise Ended here if a signal has come that end_early() or Interrupts has to raise.
+
+    Called before a step after which the signal would mean something else, or nothing.
+    """
+    if _ending:
+        _ending.deliver()
 
 
 def _taken() -> list[int]:
-    """Return the numbers to take over from end_early(), which first gets what was put off."""
-    handlers.deliver()
     return [number for number in _INTERRUPTS if signal.getsignal(number) != signal.SIG_IGN]
-
-
-def _end_by(numbers: list[int], hint: str) -> None:
-    def obey() -> None:
-        for number in numbers:
-            handlers.install(number, end, obey)
-
-    def end(number: int) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        raise Ended(signal.Signals(number).name, hint)
-
-    obey()
 
 
 def ignore_all() -> None:
@@ -77,8 +116,20 @@ def ignore_all() -> None:
 
     Python would else give the signals their default actions back before the process ends.
     """
-    for number in _INTERRUPTS:
+    for number in (signal.SIGALRM, *_INTERRUPTS):
         signal.signal(number, signal.SIG_IGN)
+
+
+class _Limit:
+    """A limit of time.  due_s, of the monotonic clock: when to call look(), or once is_woken.
+
+    look: returns the seconds to its next call, or raises.
+    """
+
+    def __init__(self, look: Callable[[], float], due_s: float) -> None:
+        self.look = look
+        self.due_s = due_s
+        self.is_woken = False
 
 
 class Signals:
@@ -86,23 +137,28 @@ class Signals:
 
     def __init__(self) -> None:
         """Ignore SIGPIPE and take over the other signals.  Main thread only."""
+        deliver()
         self._pending = ""
         self._open = False
+        # What a handler, or the start of a block, has raised to end the innermost open block.
+        self._raised: BaseException | None = None
         self._is_at_waits = False
-        self._has_alarm = False
+        self._limit: _Limit | None = None
+        self._imports = Imports()
         self.on_report: Callable[[], None] | None = None
         self.on_deferred: Callable[[str], None] | None = None
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        signal.signal(signal.SIGALRM, _too_late)
+        # A handler, and not SIG_IGN, which a child would inherit.
+        signal.signal(signal.SIGALRM, self._look)
         for number in _taken():  # HUP that nohup(1) ignores stays ignored
-            handlers.install(number, self._interrupt, self._reopen)
+            signal.signal(number, self._interrupt)
         for number in _REPORTS:
             signal.signal(number, self._report)
 
-    def _interrupt(self, number: int) -> None:
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._pending = signal.Signals(number).name
-        if self._open:
-            self._raise()
+        if self._open and self._raised is None:
+            self._look(number, frame)
         elif self.on_deferred:
             self.on_deferred(self._pending)
 
@@ -110,13 +166,32 @@ class Signals:
         if self.on_report:
             self.on_report()
 
-    def _raise(self) -> None:
-        name, self._pending = self._pending, ""
-        self._open = False
-        raise Interrupted(f"interrupted by {name}")
+    def _look(self, number: int, frame: FrameType | None) -> None:
+        """Raise what is to be raised in the block: an interrupt, what was dropped, a limit."""
+        if self._imports.go_on(frame):
+            signal.setitimer(signal.ITIMER_REAL, SOON_S, SOON_S)
+            return
+        limit, now_s = self._limit, time.monotonic()
+        is_due = limit is not None and (limit.is_woken or now_s >= limit.due_s)
+        if limit and is_due:
+            limit.is_woken = False
+            limit.due_s = now_s + _RAISED_S  # if look() raises: the block may take long to end
+        self._arm()
+        if self._open and self._raised is not None and not is_handled(self._raised):
+            raise self._raised
+        if self._open and self._raised is None and self._pending:
+            self._raise(self._interrupted())
+        if limit and is_due:
+            limit.due_s = now_s + limit.look()
+            self._arm()
 
-    def _reopen(self) -> None:
-        self._open = True
+    def _interrupted(self) -> Interrupted:
+        name, self._pending = self._pending, ""
+        return Interrupted(f"interrupted by {name}")
+
+    def _raise(self, error: BaseException) -> NoReturn:
+        self._raised = error
+        raise error
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -124,28 +199,38 @@ class Signals:
 
         After an exception nothing raises any more, not even in an outer such block.
         """
-        was_open, self._open = self._open, True
-        self._tick()
+        was_open, outer = self._open, self._raised
+        self._open, self._raised = True, None
+        self._arm()
         try:
             if self._pending:
-                self._raise()
+                self._raise(self._interrupted())
             yield
-        except BaseException:
+            if self._raised is not None:
+                raise self._raised  # Python has dropped it
+            if self._open and self._pending:
+                self._raise(self._interrupted())  # it came in an import
+        except BaseException as error:
             was_open = False
+            if self._raised not in (None, error) and not isinstance(error, BhyError):
+                raise self._raised from None  # Python has made another error of it
             raise
         finally:
-            self._open = was_open
-            self._tick()
+            self._open, self._raised = was_open, outer
+            self._arm()
 
-    def _tick(self) -> None:
-        """Wake up from time to time in an interruptible block that has no limit of time.
+    def _arm(self) -> None:
+        """Look from time to time in an interruptible block, and in one with a limit of time.
 
         A signal that comes just before a call that blocks does not end the call: its handler
         is called only when the call returns.
         """
-        if not self._has_alarm:
-            tick_s = _TICK_S if self._open else 0.0
-            signal.setitimer(signal.ITIMER_REAL, tick_s, tick_s)
+        first_s = _TICK_S
+        if self._limit:
+            # A first interval of 0 would disarm the timer.
+            first_s = min(first_s, max(self._limit.due_s - time.monotonic(), 1e-6))
+        is_needed = self._open or self._limit is not None
+        signal.setitimer(signal.ITIMER_REAL, *((first_s, _TICK_S) if is_needed else (0, 0)))
 
     @contextlib.contextmanager
     def at_waits(self) -> Iterator[None]:
@@ -159,7 +244,7 @@ class Signals:
     def check(self) -> None:
         """Raise Interrupted if a signal has come, and this is within at_waits()."""
         if self._is_at_waits and self._pending:
-            self._raise()
+            raise self._interrupted()
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -169,45 +254,41 @@ class Signals:
             yield
         finally:
             self._open = was_open
-        if was_open and self._pending:
-            self._raise()
+            self._arm()
+        if was_open and self._pending and self._raised is None:
+            self._raise(self._interrupted())
 
     @contextlib.contextmanager
     def watching(self, progress: Callable[[], int], seconds: int) -> Iterator[None]:
         """Be interruptible, also by a standstill: for work while a guest is paused.
 
-        progress: returns a count that grows.  If the count stands still, this
-        raises InputOutputError after `seconds` to twice `seconds`, also out of a
-        blocked write(2).
+        progress: returns a count that grows.  If the count stands still for `seconds`, this
+        raises InputOutputError, also out of a blocked write(2).
         """
-        seen = progress()
+        seen, since_s = progress(), time.monotonic()
 
-        def look(number: int) -> None:
-            nonlocal seen
-            if progress() == seen and self._open:
-                self._open = False
-                raise InputOutputError(f"nothing was taken from the stream for {seconds} s")
-            seen = progress()
+        def look() -> float:
+            nonlocal seen, since_s
+            count, now_s = progress(), time.monotonic()
+            if count != seen:
+                seen, since_s = count, now_s
+            elif now_s - since_s >= seconds and self._open and self._raised is None:
+                self._raise(InputOutputError(f"nothing was taken from the stream for {seconds} s"))
+            return _TICK_S
 
-        with self._alarm(look, seconds, seconds, self._reopen), self.interruptible():
+        with self._limited(look, since_s + _TICK_S), self.interruptible():
             yield
 
     @contextlib.contextmanager
     def ticking(self, tell: Callable[[], None], seconds: int) -> Iterator[None]:
         """Call `tell` every `seconds` in this block, also out of a blocked call."""
-        is_open = True
 
-        def tick(number: int) -> None:
-            # A signal that was on its way when the block was left must not
-            # raise: GO may be half recorded by then.
-            if is_open:
-                tell()
+        def look() -> float:
+            tell()
+            return seconds
 
-        with self._alarm(tick, seconds, seconds):
-            try:
-                yield
-            finally:
-                is_open = False
+        with self._limited(look, time.monotonic() + seconds):
+            yield
 
     @contextlib.contextmanager
     def until(self, deadline_s: float, give_up: Callable[[], float]) -> Iterator[None]:
@@ -217,51 +298,45 @@ class Signals:
         also out of a blocked write(2); raises, or returns the seconds to its next call.
         """
 
-        def look(number: int) -> None:
-            # _open is not set yet if the deadline passed before the block began.
-            signal.setitimer(signal.ITIMER_REAL, give_up() if self._open else _SOON_S)
+        def look() -> float:
+            # The block is not open yet if the deadline passed before it began.
+            if not self._open or self._raised is not None:
+                return SOON_S
+            try:
+                return give_up()
+            except BhyError as error:
+                self._raise(error)
 
-        # A first interval of 0 would disarm the timer.
-        first_s = max(deadline_s - time.monotonic(), 1e-6)
-        with self._alarm(look, first_s), self.interruptible():
+        with self._limited(look, deadline_s), self.interruptible():
             yield
 
     @contextlib.contextmanager
-    def _alarm(
-        self,
-        act: Callable[[int], None],
-        first_s: float,
-        interval_s: float = 0.0,
-        undo: Callable[[], None] = lambda: None,
-    ) -> Iterator[None]:
-        """Call act after first_s, and then every interval_s, if that is not 0.
+    def _limited(self, look: Callable[[], float], due_s: float) -> Iterator[None]:
+        """Call `look` from due_s on, as for _Limit.
 
-        undo: as for handlers.install().
-
-        The process has one such timer, so these blocks may not nest: the inner block
-        would end the outer one's limit.  Raises InternalError if they do.
+        The process has one alarm timer, and these blocks do not nest.  Raises InternalError if
+        they do.
         """
-        if self._has_alarm:
+        if self._limit:
             raise InternalError("a limit of time begins inside another")
-        self._has_alarm = True
-        handlers.install(signal.SIGALRM, act, undo)
-        signal.setitimer(signal.ITIMER_REAL, first_s, interval_s)
+        self._limit = _Limit(look, due_s)
+        self._arm()
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, _too_late)
-            self._has_alarm = False
-            self._tick()
+            # A signal that is on its way must not raise now: GO may be half recorded by then.
+            self._limit = None
+            self._arm()
 
-    @staticmethod
-    def wake() -> None:
+    def wake(self) -> None:
         """End the time of until() now, also out of a blocked write(2).  For other threads.
 
         Does nothing outside such a block.
         """
         import threading  # only a throttle calls this
 
+        if limit := self._limit:
+            limit.is_woken = True
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
 
     @staticmethod
@@ -275,13 +350,6 @@ class Signals:
         self._pending = ""
 
 
-def _too_late(number: int, frame: FrameType | None) -> None:
-    """Take a tick, or an alarm that comes outside its block.
-
-    A handler, and not SIG_IGN, which a child would inherit.
-    """
-
-
 class Interrupts:
     """The signals of a program that may be ended at any moment, except during one short act.
 
@@ -293,6 +361,7 @@ class Interrupts:
 
         hint: of the Ended that a signal then raises.
         """
+        deliver()
         self._hint = hint
         self._numbers = _taken()
         self._stops = [signal.SIGTSTP] if signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN else []
@@ -302,15 +371,17 @@ class Interrupts:
 
     def obey(self) -> None:
         """Let INT, HUP and TERM raise Ended, and let Ctrl-Z stop the program."""
+        global _ending
         for number in self._stops:
             signal.signal(number, signal.SIG_DFL)
-        _end_by(self._numbers, self._hint)
+        _ending = _Ending(self._numbers, self._hint)
 
     def ignore(self, tell: Callable[[str], None]) -> None:
         """Let no signal end or stop the program until obey().
 
         tell: called with the name of INT, HUP or TERM when one comes.
         """
+        deliver()
         for number in self._stops:
             signal.signal(number, signal.SIG_IGN)
         for each in self._numbers:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import importlib
 
-from bhystream import handlers
 from bhystream.errors import as_error, keep_reserve
-from bhystream.signals import Ended, end_early, ignore_all
+from bhystream.signals import Ended, deliver, end_early, ignore_all
 
 # What an early signal has prevented, in the words of each program.
 _NOTHING = {"send": "nothing was begun", "recv": "nothing was started here"}
@@ -25,7 +24,7 @@ def run(name: str, package: str) -> int:
         end_early(_NOTHING[package])
         keep_reserve()
         program = importlib.import_module(f"bhystream.{package}.main")
-        handlers.deliver()
+        deliver()
         return int(program.main())
     except (Ended, MemoryError, OSError, ImportError, SystemError) as raised:
         # Else main() reports it.  A program without memory fails at any line, in an import too.

@@ -15,6 +15,7 @@ import pytest
 from bhystream.backend.qemu import facts, graph, migration, plugged
 from bhystream.backend.qemu.paused import open_paused
 from bhystream.backend.qemu.qmp import ConnectionLostError, Qmp
+from bhystream.backend.qemu.wire import Wire
 from bhystream.errors import GuestError, Interrupted
 from support.qmp_answers import Answers
 
@@ -118,6 +119,27 @@ def test_what_does_not_greet_as_qmp_does_is_an_error(
 ) -> None:
     with pytest.raises(GuestError, match="does not speak QMP"):
         Qmp(spoken(greeting), "guest web1")
+
+
+def out_of_memory(self: Wire, *_: object) -> None:
+    raise MemoryError
+
+
+def test_without_memory_nobody_says_that_it_does_not_speak_qmp(
+    spoken: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Wire, "greeting", out_of_memory)
+    with pytest.raises(MemoryError):
+        Qmp(spoken(GREETING), "guest web1")
+
+
+def test_a_command_without_memory_is_a_lost_connection(
+    spoken: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qmp = Qmp(spoken(GREETING, READY, READY), "guest web1")
+    monkeypatch.setattr(Wire, "answer", out_of_memory)
+    with pytest.raises(ConnectionLostError, match="cannot examine it: there is not enough memory"):
+        qmp.execute("query-x", doing="examine it")
 
 
 @pytest.mark.parametrize(

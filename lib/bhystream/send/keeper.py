@@ -159,7 +159,7 @@ def _receive(peer: socket.socket, size: int) -> bytes:
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """Let a keeper that is started in this block get no signal before it ignores the signals.
+    """Keep signals from a keeper that is started in this block until it ignores them.
 
     The keeper is of our process group until it has its own session, and a key on the terminal
     would end it.
@@ -388,6 +388,6 @@ def _tell(console: Console, found: Record, event: Event, base: Path | None) -> N
 
 
 if __name__ == "__main__":
-    _ignore()  # take() lets through what bhysend has blocked, and gives some signals back
+    _ignore()  # take() lets through what bhysend has blocked
     inherited.take()
     sys.exit(main(sys.argv))

@@ -138,7 +138,7 @@ class Recovery:
                         self._undecided(record, hello, str(error))
                     time.sleep(0.1)
         except Ended as ended:
-            self._undecided(record, hello, str(ended))
+            self._undecided(record, hello, str(ended.as_error()))
         finally:
             self._interrupts.ignore(lambda name: None)
 

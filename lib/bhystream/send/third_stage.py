@@ -229,7 +229,8 @@ def run(guest: str | None, console: Console) -> int:
     except Ended as ended:
         # Before the first answer: then the guest may be in doubt here, and the status says so;
         # or when all is decided.
+        error = ended.as_error()
         if third.status() is None:
-            console.say(str(ended))
+            console.say(str(error))
     status = third.status()
     return third.settle() if status is None else status

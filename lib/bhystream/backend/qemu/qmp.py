@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 from bhystream.backend.process import await_end, identify, peer_pid
 from bhystream.backend.qemu.process import read_argv
-from bhystream.backend.qemu.wire import RefusedError, Wire
-from bhystream.errors import AccessError, BhyError, GuestError
+from bhystream.backend.qemu.wire import RefusedError, Wire, WireError
+from bhystream.errors import AccessError, GuestError, as_error
 
 GREETING_LIMIT_S = 5.0
 COMMAND_LIMIT_S = 10.0
@@ -120,9 +120,7 @@ class Qmp:
             self._wire.answer(id_, GREETING_LIMIT_S)
         except TimeoutError:
             raise self._busy() from None
-        except BhyError:  # of on_wait
-            raise
-        except Exception as error:
+        except (WireError, RefusedError, OSError) as error:
             if await_end(who, _END_S):
                 text = f"{self.who}: its QEMU (process {self.pid}) has ended"
                 raise NobodyListensError(text) from None
@@ -169,13 +167,12 @@ class Qmp:
             raise ConnectionLostError(
                 f"{self.who}: cannot {doing}: QEMU did not answer {command} in {limit_s:g} s"
             ) from None
-        except BhyError:  # of on_wait
-            raise
-        except Exception as error:
-            # WireError and OSError mean the same to us.
-            raise ConnectionLostError(
-                f"{self.who}: cannot {doing}: lost QEMU ({error or type(error).__name__})"
-            ) from None
+        except (WireError, OSError) as error:
+            raise ConnectionLostError(f"{self.who}: cannot {doing}: lost QEMU ({error})") from None
+        except MemoryError as error:
+            # Nobody can tell any more where in the exchange the two ends are.
+            lack = as_error(error)
+            raise ConnectionLostError(f"{self.who}: cannot {doing}: {lack}", lack.hint) from None
 
     @contextlib.contextmanager
     def ahead(self, *commands: str) -> Iterator[None]:
