@@ -17,8 +17,11 @@ from pathlib import Path
 import pytest
 
 from bhystream import handlers
+from bhystream import signals as module
 from bhystream.errors import GuestError, InputOutputError, Interrupted
 from bhystream.signals import Interrupts, Signals, deliver, end_early
+from bhystream.units import NS
+from support.clock import Clock
 from support.ending import ended
 
 NUMBERS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP, signal.SIGALRM)
@@ -194,7 +197,9 @@ def test_a_block_that_ends_first_is_interrupted_at_its_end(place: Place) -> None
         signal.raise_signal(signal.SIGTERM)  # after an exception nothing raises any more
 
 
-def test_in_a_deferred_part_it_waits(place: Place) -> None:
+def test_in_a_deferred_part_it_waits(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SOON_S", 1000)  # not before the deferred part begins
+    monkeypatch.setattr(module, "_TICK_S", 2)
     signals = Signals()
     done: list[str] = []
     with raised(Interrupted), signals.interruptible():
@@ -264,15 +269,16 @@ def give_up() -> float:
 
 @pytest.mark.parametrize("place", [in_callback, in_finalizer, in_silence, in_module])
 @pytest.mark.parametrize("name", ["watching", "until"])
-def test_a_limit_of_time_is_kept(name: str, place: Place) -> None:
+def test_a_limit_of_time_is_kept(name: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
     signals = Signals()
     limits: dict[str, AbstractContextManager[None]] = {
-        "watching": signals.watching(lambda: 0, 0),
-        "until": signals.until(time.monotonic() + 0.01, give_up),
+        "watching": signals.watching(lambda: 0, 1000),
+        "until": signals.until(1000, give_up),
     }
     with raised(InputOutputError), limits[name]:
-        with signals.deferred():
-            time.sleep(0.02)
+        clock.now_ns = 1000 * NS
         place(signal.SIGALRM)
         wait()
 
@@ -298,3 +304,32 @@ def test_an_import_that_never_ends_is_interrupted(is_early: bool) -> None:
         end.join()
         os.close(theirs)
         os.close(ours)
+
+
+def test_an_import_is_not_taken_for_one_that_hung_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(handlers, "time", clock)
+    imports = handlers.Imports()
+    found: list[bool] = []
+
+    def look(*_: object) -> None:
+        found.append(imports.is_in(sys._getframe()))
+
+    signal.signal(signal.SIGTERM, look)
+    for seconds in (0, 0.1, 10, 0.1):
+        clock.now_ns += round(seconds * NS)
+        in_module(signal.SIGTERM)
+    for _ in range(10):
+        clock.now_ns += NS // 10
+        in_module(signal.SIGTERM)
+    assert found == [True] * 12 + [False] * 2
+
+
+def test_exceptions_that_follow_each_other_in_a_circle_are_no_trap() -> None:
+    first, second, other = ValueError("a"), ValueError("b"), ValueError("c")
+    first.__context__, second.__context__ = second, first
+    try:
+        raise first
+    except ValueError:
+        assert handlers.is_handled(second)
+        assert not handlers.is_handled(other)

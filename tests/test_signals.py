@@ -31,6 +31,7 @@ def handlers() -> Iterator[None]:
     for number in TAKEN:
         signal.signal(number, signal.SIG_DFL)
     yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -490,6 +491,17 @@ def test_after_an_exception_no_outer_block_raises() -> None:
                 raise ValueError
         except ValueError:
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_that_is_put_back_raises_in_the_next_block() -> None:
+    signals = Signals()
+    with pytest.raises(Interrupted), signals.interruptible():
+        signal.raise_signal(signal.SIGTERM)
+    signals.put_back()
+    with pytest.raises(Interrupted, match="SIGTERM"), signals.interruptible():
+        pass
+    with signals.interruptible():
+        pass
 
 
 # Where the work waits for a hypervisor.

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from bhystream import inherited
 from bhystream.errors import BhyError, GuestError, ending, from_oserror
-from bhystream.signals import Ended, end_early
+from bhystream.signals import Ended, end_early, ignore_all
 from bhystream.standin.stage import PlayedHost, Stage
 from bhystream.units import duration
 
@@ -332,8 +332,13 @@ def _follow(
 
 def main() -> int:
     """Run the demonstration; return its exit status."""
-    with inherited.taken():
-        return _run()
+    try:
+        with inherited.taken():
+            return _run()
+    except Ended as ended:  # while it reported something else
+        return 128 + ended.number
+    finally:
+        ignore_all()
 
 
 def _run() -> int:

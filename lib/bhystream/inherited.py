@@ -171,6 +171,7 @@ def _bytes_of(word: str) -> bytes:
 def _reset_signals() -> None:
     for timer in _TIMERS:
         signal.setitimer(timer, 0)
+    deliver()  # what waited for the timer
     for number in signal.valid_signals() - _KEPT:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)

@@ -10,9 +10,8 @@ watching(), ticking() and until() use the one alarm timer of the process, and do
 nest.  A program uses Signals or Interrupts, never both.  Before it has one of them,
 end_early() lets a signal end it.
 
-No signal is lost: where handlers.py calls the place a bad one, the exception is raised a moment
-later, and if Python has dropped an exception, it is raised again.  SIGALRM means "look again",
-and may come at any time.
+No signal is lost.  Some places are bad ones to raise an exception, as handlers.py explains: then
+it is raised a moment later, or again.  SIGALRM means "look again", and may come at any time.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ class Ended(BaseException):
         super().__init__(f"interrupted by {signal.Signals(number).name}")
         self.number = number
         self.hint = hint
-        self.has_arrived = False
+        self.is_caught = False
 
     def as_error(self) -> Interrupted:
         """Return the error to report.  From then on the exception is not raised again."""
-        self.has_arrived = True
+        self.is_caught = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         return Interrupted(str(self), self.hint)
 
@@ -76,13 +75,13 @@ class _Ending:
         self.deliver(frame)
 
     def deliver(self, frame: FrameType | None = None) -> None:
-        """Raise Ended if a signal has come, unless it is on its way or has arrived."""
+        """Raise Ended if a signal has come, unless that is on its way or caught."""
         error = self._raised
-        if error is None or error.has_arrived:
+        if error is None or error.is_caught:
             signal.setitimer(signal.ITIMER_REAL, 0)
             return
         signal.setitimer(signal.ITIMER_REAL, SOON_S, SOON_S)
-        if not is_handled(error) and not self._imports.go_on(frame):
+        if not is_handled(error) and not self._imports.is_in(frame):
             raise error
 
 
@@ -138,7 +137,7 @@ class Signals:
     def __init__(self) -> None:
         """Ignore SIGPIPE and take over the other signals.  Main thread only."""
         deliver()
-        self._pending = ""
+        self._pending = self._last = ""
         self._open = False
         # What a handler, or the start of a block, has raised to end the innermost open block.
         self._raised: BaseException | None = None
@@ -168,7 +167,7 @@ class Signals:
 
     def _look(self, number: int, frame: FrameType | None) -> None:
         """Raise what is to be raised in the block: an interrupt, what was dropped, a limit."""
-        if self._imports.go_on(frame):
+        if self._imports.is_in(frame):
             signal.setitimer(signal.ITIMER_REAL, SOON_S, SOON_S)
             return
         limit, now_s = self._limit, time.monotonic()
@@ -186,8 +185,8 @@ class Signals:
             self._arm()
 
     def _interrupted(self) -> Interrupted:
-        name, self._pending = self._pending, ""
-        return Interrupted(f"interrupted by {name}")
+        self._last, self._pending = self._pending, ""
+        return Interrupted(f"interrupted by {self._last}")
 
     def _raise(self, error: BaseException) -> NoReturn:
         self._raised = error
@@ -331,7 +330,7 @@ class Signals:
     def wake(self) -> None:
         """End the time of until() now, also out of a blocked write(2).  For other threads.
 
-        Does nothing outside such a block.
+        Outside such a block, nothing ends.
         """
         import threading  # only a throttle calls this
 
@@ -344,6 +343,10 @@ class Signals:
         """Ignore Ctrl-Z from here on: a stopped bhysend could not resume its paused guest."""
         for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
             signal.signal(number, signal.SIG_IGN)
+
+    def put_back(self) -> None:
+        """Let the signal that has raised last raise again, in the next block."""
+        self._pending = self._last
 
     def forget(self) -> None:
         """Drop a signal that came too late to change anything."""

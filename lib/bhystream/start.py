@@ -27,6 +27,7 @@ def run(name: str, package: str) -> int:
         deliver()
         return int(program.main())
     except (Ended, MemoryError, OSError, ImportError, SystemError) as raised:
+        ignore_all()
         # Else main() reports it.  A program without memory fails at any line, in an import too.
         error = raised.as_error() if isinstance(raised, Ended) else as_error(raised)
         from bhystream.report import Console

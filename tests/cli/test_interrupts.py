@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import shlex
 import signal
 import sys
 import termios
@@ -163,6 +164,23 @@ def test_a_pipe_that_nobody_reads_keeps_nobody(
         os.close(write_end)
     assert sent.status == 75, report(sent)
     assert_said(sent, "" if "-n" in options else "it runs here")
+    small.run_on(host, sweeps=1)
+
+
+@ANY
+def test_a_command_that_lingers_after_a_dry_run_keeps_nobody(
+    host: Host, small: Traveller, tmp_path: Path
+) -> None:
+    """And a Ctrl-C that ends the wait for it ends the dry run too."""
+    there = tmp_path / "there"
+    receive = shlex.join(map(str, small.receive(small.next(), "-n")))
+    command = ["sh", "-c", f"{receive}; touch {there}; exec sleep 999"]
+    with Pipeline([*small.send("-n"), *command], env=host.env) as pipeline:
+        until(there.exists, "the end of bhyrecv")
+        press(pipeline.stages, "once")
+        [sent] = pipeline.wait()
+    assert sent.status == 75, report(sent)
+    assert sent.output == b""
     small.run_on(host, sweeps=1)
 
 

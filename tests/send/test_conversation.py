@@ -18,6 +18,7 @@ from bhystream.errors import (
     GuestError,
     IncompatibleError,
     InputOutputError,
+    Interrupted,
     ReaderGoneError,
     UsageError,
 )
@@ -445,6 +446,9 @@ def test_a_signal_ends_the_wait_for_an_explanation_and_for_the_command(
     timer.start()
     case.route.close(74)
     timer.join()
+    # The signal that ended the wait was meant for what comes next too, as in a dry run.
+    with pytest.raises(Interrupted, match="SIGINT"), case.signals.interruptible():
+        pass
 
 
 def test_a_command_that_lives_explains_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

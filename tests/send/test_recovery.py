@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -310,6 +312,38 @@ def acted(
     with pytest.raises(BhyError) as caught:
         recovery.act(Answer(ID, "HELLO", ("hv2/a1", "/d")), met=False)
     return caught.value
+
+
+class Early(Interrupts):
+    """Gets a signal before anything waits for the lock, or after."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.when = when
+
+    def obey(self) -> None:
+        super().obey()
+        if getattr(self, "when", "") == "before":
+            signal.raise_signal(signal.SIGTERM)
+
+    def ignore(self, tell: Callable[[str], None]) -> None:
+        if self.when == "after":
+            self.when = ""
+            signal.raise_signal(signal.SIGTERM)
+        super().ignore(tell)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_about_the_lock_promises_nothing_of_a_guest_in_doubt(
+    base: Path, records: Records, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    monkeypatch.setattr(hypervisors, "open_paused", lambda revive: Stubborn())
+    records.write(RECORD.with_phase(GO))
+    words = {"RUNNING": Answer(ID, "RUNNING", ())}
+    recovery = Recovery(base, Console("bhysend"), None, words, Early(when))
+    with pytest.raises(BhyError, match="SIGTERM") as caught:
+        recovery.act(Answer(ID, "HELLO", ("hv2/a1", "/d")), met=False)
+    assert caught.value.status == 81
 
 
 @pytest.mark.parametrize("error", [GuestError("busy"), OSError(5, "Input/output error")])

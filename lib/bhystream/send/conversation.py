@@ -174,8 +174,11 @@ class Route:
         """End the command; return its status, or None if it was killed.  A signal kills it."""
         if hurry:
             self._signals.forget()  # half a second is soon enough
-        with contextlib.suppress(Interrupted), self._signals.interruptible():
-            return command.end(_SHORT_SECONDS if hurry else _END_SECONDS)
+        try:
+            with self._signals.interruptible():
+                return command.end(_SHORT_SECONDS if hurry else _END_SECONDS)
+        except Interrupted:
+            self._signals.put_back()  # it was meant for more than for this wait
         command.kill()
         return None
 

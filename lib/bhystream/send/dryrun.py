@@ -68,10 +68,8 @@ def run(
     """
     head = source.head()
     is_read = opts.form == Form.ANSWERED or not (opts.machine or os.isatty(_STDOUT))
-    asked = Asked()
+    asked = ask(source, head, opts, base, console, signals) if is_read else Asked()
     with signals.interruptible():
-        if is_read:
-            asked = ask(source, head, opts, base, console, signals)
         found = survey(source, head)
         pause = _pause(source, head, found, asked, opts, base)
         # Its reader may never read it.
@@ -98,14 +96,17 @@ def ask(
 ) -> Asked:
     """Write the stream of a dry run; in the answered forms, wait for the verdict.
 
-    The route is opened and closed here.  Raises InputOutputError, and in the answered
-    forms what Route() and Conversation.await_accept() raise: IncompatibleError for a refusal.
+    The route is opened and closed here, and no signal raises meanwhile: it would leave the
+    command behind.  A signal that only ends the wait for the command raises later.
+    Raises InputOutputError, and in the answered forms what Route() and
+    Conversation.await_accept() raise: IncompatibleError for a refusal.
     """
     header = new_header(opts.form, Feature.NO_MEMORY)
     if opts.form != Form.ANSWERED:
-        writer = Writer(_STDOUT, header)
-        write_head(writer, head)
-        writer.end()
+        with signals.interruptible():
+            writer = Writer(_STDOUT, header)
+            write_head(writer, head)
+            writer.end()
         return Asked()
     from bhystream.send.conversation import Conversation, Route
 
@@ -113,11 +114,12 @@ def ask(
     route = Route(console, signals, base, names, header.stream_id.hex(), opts.command, opts.umask)
     status = InternalError.status
     try:
-        writer = Writer(route.stream_fd, header)
-        write_head(writer, head)
-        writer.end()
-        talk = Conversation(route, writer, console, signals)
-        talk.await_accept()
+        with signals.interruptible():
+            writer = Writer(route.stream_fd, header)
+            write_head(writer, head)
+            writer.end()
+            talk = Conversation(route, writer, console, signals)
+            talk.await_accept()
         console.say(f"guest {source.name}: {route.host} can take it")
         status = EXIT_OK
         return Asked(talk.host, talk.trip_ns)

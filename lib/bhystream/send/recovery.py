@@ -128,19 +128,23 @@ class Recovery:
         A signal may end the wait, because nothing has been done yet.
         """
         deadline = time.monotonic() + _LOCK_SECONDS
-        self._interrupts.obey()
         try:
-            while True:
-                try:
-                    return Lock(self._base, record.lock, f"guest {record.guest}")
-                except GuestError as error:
-                    if time.monotonic() > deadline:
-                        self._undecided(record, hello, str(error))
-                    time.sleep(0.1)
+            try:
+                self._interrupts.obey()
+                return self._awaited_lock(record, hello, deadline)
+            finally:
+                self._interrupts.ignore(lambda name: None)
         except Ended as ended:
             self._undecided(record, hello, str(ended.as_error()))
-        finally:
-            self._interrupts.ignore(lambda name: None)
+
+    def _awaited_lock(self, record: Record, hello: Answer, deadline: float) -> Lock:
+        while True:
+            try:
+                return Lock(self._base, record.lock, f"guest {record.guest}")
+            except GuestError as error:
+                if time.monotonic() > deadline:
+                    self._undecided(record, hello, str(error))
+                time.sleep(0.1)
 
     def _settle(self, recorded: RecordedGuest, hello: Answer) -> int:
         record = recorded.record

@@ -242,8 +242,11 @@ def _children() -> list[int]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ignore the signals that would end this process, until the with block ends."""
-    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+    """Ignore the signals that would end this process, until the with block ends.
+
+    Also the alarm, which can raise what one of them has raised in vain: see signals.py.
+    """
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGALRM)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
