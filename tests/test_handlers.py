@@ -274,7 +274,7 @@ def test_a_limit_of_time_is_kept(name: str, place: Place, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "time", clock)
     signals = Signals()
     limits: dict[str, AbstractContextManager[None]] = {
-        "watching": signals.watching(lambda: 0, 1000),
+        "watching": signals.watching(lambda: 0, 1),
         "until": signals.until(1000, give_up),
     }
     with raised(InputOutputError), limits[name]:

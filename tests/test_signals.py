@@ -43,10 +43,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def later(clock: Clock, seconds: float) -> None:
-    """Let the time pass, and the alarm come."""
-    clock.now_ns += round(seconds * NS)
-    signal.raise_signal(signal.SIGALRM)
+def later(clock: Clock, seconds: float, step_s: float = 0.5) -> None:
+    """Let the time pass, and the alarm come after each step."""
+    for _ in range(round(seconds / step_s)):
+        clock.now_ns += round(step_s * NS)
+        signal.raise_signal(signal.SIGALRM)
 
 
 @pytest.mark.parametrize("number", INTERRUPTS)
@@ -158,6 +159,19 @@ def test_standing_still_is_an_error(clock: Clock) -> None:
             later(clock, 999)
             later(clock, 1)
             pytest.fail("went on")
+
+
+def test_standing_still_oneself_is_none(clock: Clock) -> None:
+    """As when a whole host stands still: the reader has had no time either."""
+    signals = Signals()
+    went_on = False
+    with pytest.raises(InputOutputError), signals.watching(lambda: 7, 1000):
+        later(clock, 10_000, step_s=5000)
+        later(clock, 997)
+        went_on = True
+        later(clock, 1)
+        pytest.fail("went on")
+    assert went_on
 
 
 def test_progress_is_none(clock: Clock) -> None:
@@ -425,7 +439,7 @@ def test_after_a_limit_of_time_within_a_block_it_ticks_again(limit: str) -> None
 def test_standing_still_ends_a_blocked_write(clock: Clock) -> None:
     finish = threading.Event()
     with pytest.raises(InputOutputError, match="nothing was taken"):
-        blocked_write(Signals().watching(lambda: 0, 1000), signal.SIGALRM, finish, clock)
+        blocked_write(Signals().watching(lambda: 0, 1), signal.SIGALRM, finish, clock)
 
 
 def test_the_end_of_the_time_ends_a_blocked_write(clock: Clock) -> None:

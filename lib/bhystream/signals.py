@@ -264,18 +264,19 @@ class Signals:
         progress: returns a count that grows.  If the count stands still for `seconds`, this
         raises InputOutputError, also out of a blocked write(2).
         """
-        seen, since_s = progress(), time.monotonic()
+        seen, seen_s, still_s = progress(), time.monotonic(), 0.0
 
         def look() -> float:
-            nonlocal seen, since_s
-            count, now_s = progress(), time.monotonic()
-            if count != seen:
-                seen, since_s = count, now_s
-            elif now_s - since_s >= seconds and self._open and self._raised is None:
+            nonlocal seen, seen_s, still_s
+            before, before_s = seen, seen_s
+            seen, seen_s = progress(), time.monotonic()
+            # If this process itself stood still, as with its whole host, the reader gets its time.
+            still_s = still_s + min(seen_s - before_s, 2 * _TICK_S) if seen == before else 0.0
+            if still_s >= seconds and self._open and self._raised is None:
                 self._raise(InputOutputError(f"nothing was taken from the stream for {seconds} s"))
             return _TICK_S
 
-        with self._limited(look, since_s + _TICK_S), self.interruptible():
+        with self._limited(look, seen_s + _TICK_S), self.interruptible():
             yield
 
     @contextlib.contextmanager
