@@ -31,7 +31,7 @@ _TAKEN = [
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Restore the signal handlers that a program replaced in the tests' own process.
+    """Restore the signal handlers that a program replaced in the tests' own process, and its timer.
 
     A shell starts its background jobs with SIGINT ignored, which programs respect.
     """
@@ -40,6 +40,7 @@ def handlers() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in before.items():
         signal.signal(number, handler)
 

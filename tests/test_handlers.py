@@ -24,7 +24,6 @@ from bhystream.units import NS
 from support.clock import Clock
 from support.ending import ended
 
-NUMBERS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGTSTP, signal.SIGALRM)
 Place = Callable[[int], None]
 LOST: list[str] = []
 
@@ -44,16 +43,11 @@ HANGS = "import os, signal\nsignal.raise_signal({number})\nos.read({fd}, 1)\n"
 
 
 @pytest.fixture(autouse=True)
-def before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Put the handlers back; keep quiet about what Python drops; import from tmp_path."""
+def before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep quiet about what Python drops; import from tmp_path."""
     monkeypatch.setattr(sys, "unraisablehook", lambda dropped: None)
     monkeypatch.syspath_prepend(tmp_path)
-    found = {number: signal.getsignal(number) for number in NUMBERS}
     LOST.clear()
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    for number, handler in found.items():
-        signal.signal(number, handler)
 
 
 class Raising:

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import pytest
@@ -26,14 +25,10 @@ TAKEN = (*INTERRUPTS, *STOPS, signal.SIGPIPE, signal.SIGUSR1, signal.SIGALRM)
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in TAKEN}
+def handlers(handlers: None) -> None:
+    """Begin with the default actions; the fixture of all tests restores what it found."""
     for number in TAKEN:
         signal.signal(number, signal.SIG_DFL)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

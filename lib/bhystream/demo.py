@@ -332,17 +332,18 @@ def _follow(
 
 def main() -> int:
     """Run the demonstration; return its exit status."""
+    end_early("")
     try:
         with inherited.taken():
             return _run()
-    except Ended as ended:  # while it reported something else
+    except Ended as ended:
+        sys.stderr.write(f"demo: {ended.as_error()}\n")
         return 128 + ended.number
     finally:
         ignore_all()
 
 
 def _run() -> int:
-    end_early("")
     start_ns = time.monotonic_ns()
     try:
         with Stage(_NEEDED_BYTES) as stage:
@@ -353,9 +354,6 @@ def _run() -> int:
         error = from_oserror(raised, "run the demo") if isinstance(raised, OSError) else raised
         sys.stderr.write(f"demo: FAILED: {error}\n")
         return error.status
-    except Ended as ended:
-        sys.stderr.write(f"demo: {ended.as_error()}\n")
-        return 128 + ended.number
     return 0
 
 

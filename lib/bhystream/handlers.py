@@ -12,7 +12,6 @@ Without this one Ctrl-C in a hundred was lost while a program started.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from types import FrameType
@@ -31,7 +30,7 @@ class Imports:
 
     def __init__(self) -> None:
         """Begin; none has been seen."""
-        self._since_s = self._seen_s = -math.inf
+        self._since_s = self._seen_s = 0.0
 
     def is_in(self, frame: FrameType | None) -> bool:
         """Say whether a module is being imported in a handler's frame, or in one that waits for it.

@@ -154,9 +154,14 @@ class Signals:
         for number in _REPORTS:
             signal.signal(number, self._report)
 
+    @property
+    def _may_raise(self) -> bool:
+        """Say whether a block is open that no exception has ended yet."""
+        return self._open and self._raised is None
+
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._pending = signal.Signals(number).name
-        if self._open and self._raised is None:
+        if self._may_raise:
             self._look(number, frame)
         elif self.on_deferred:
             self.on_deferred(self._pending)
@@ -178,8 +183,7 @@ class Signals:
         self._arm()
         if self._open and self._raised is not None and not is_handled(self._raised):
             raise self._raised
-        if self._open and self._raised is None and self._pending:
-            self._raise(self._interrupted())
+        self._raise_pending()
         if limit and is_due:
             limit.due_s = now_s + limit.look()
             self._arm()
@@ -187,6 +191,10 @@ class Signals:
     def _interrupted(self) -> Interrupted:
         self._last, self._pending = self._pending, ""
         return Interrupted(f"interrupted by {self._last}")
+
+    def _raise_pending(self) -> None:
+        if self._may_raise and self._pending:
+            self._raise(self._interrupted())
 
     def _raise(self, error: BaseException) -> NoReturn:
         self._raised = error
@@ -202,13 +210,11 @@ class Signals:
         self._open, self._raised = True, None
         self._arm()
         try:
-            if self._pending:
-                self._raise(self._interrupted())
+            self._raise_pending()
             yield
             if self._raised is not None:
                 raise self._raised  # Python has dropped it
-            if self._open and self._pending:
-                self._raise(self._interrupted())  # it came in an import
+            self._raise_pending()  # if it came in an import
         except BaseException as error:
             was_open = False
             if self._raised not in (None, error) and not isinstance(error, BhyError):
@@ -254,8 +260,7 @@ class Signals:
         finally:
             self._open = was_open
             self._arm()
-        if was_open and self._pending and self._raised is None:
-            self._raise(self._interrupted())
+        self._raise_pending()
 
     @contextlib.contextmanager
     def watching(self, progress: Callable[[], int], seconds: int) -> Iterator[None]:
@@ -272,7 +277,7 @@ class Signals:
             seen, seen_s = progress(), time.monotonic()
             # If this process itself stood still, as with its whole host, the reader gets its time.
             still_s = still_s + min(seen_s - before_s, 2 * _TICK_S) if seen == before else 0.0
-            if still_s >= seconds and self._open and self._raised is None:
+            if still_s >= seconds and self._may_raise:
                 self._raise(InputOutputError(f"nothing was taken from the stream for {seconds} s"))
             return _TICK_S
 
@@ -300,7 +305,7 @@ class Signals:
 
         def look() -> float:
             # The block is not open yet if the deadline passed before it began.
-            if not self._open or self._raised is not None:
+            if not self._may_raise:
                 return SOON_S
             try:
                 return give_up()

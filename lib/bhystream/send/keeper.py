@@ -66,7 +66,11 @@ _LOOK_SECONDS = 5.0 if sys.platform.startswith("freebsd") else 1.0
 _STOPPED_SECONDS = 10.0
 # The signals that would end or stop the keeper, and that a process can ignore.  Linux has no
 # SIGINFO.
-_IGNORED = ("SIGINT", "SIGHUP", "SIGTERM", "SIGQUIT", "SIGTSTP", "SIGUSR1", "SIGUSR2", "SIGINFO")
+_IGNORED = [
+    getattr(signal, f"SIG{name}")
+    for name in ("INT", "HUP", "TERM", "QUIT", "TSTP", "USR1", "USR2", "INFO")
+    if hasattr(signal, f"SIG{name}")
+]
 
 
 class Keeper:
@@ -164,19 +168,15 @@ def _blocked() -> Iterator[None]:
     The keeper is of our process group until it has its own session, and a key on the terminal
     would end it.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ignored())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _ignored() -> list[signal.Signals]:
-    return [getattr(signal, name) for name in _IGNORED if hasattr(signal, name)]
-
-
 def _ignore() -> None:
-    for number in _ignored():
+    for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
 
 
